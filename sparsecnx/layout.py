@@ -1,0 +1,345 @@
+"""Where the rows of a sparse tensor lie: visible tiles, nested row order, neighbour tables.
+
+A mask is drawn on a coarse grid of *tiles* (patches). At any stride of the network a visible tile is a
+dense square (cube) of `tile` sites per side, so the geometry of every stage is the same list of visible
+tiles, the `TileSet`, seen at another tile size, the `Layout`. Nothing here is tied to two dimensions.
+
+Row order: by image, then by visible tile in raster order, then by *nested* order inside the tile. A tile
+side is `odd * 2**k`; nested order is raster over the `odd` coarsest cells and Morton (Z-) order below
+them, so that the `2**ndim` children of a site are consecutive rows at every level.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+def nested_factors(tile: int) -> list[int]:
+    """Branching of one tile side from coarse to fine: `[odd, 2, 2, ...]` with product `tile`."""
+    factors = []
+    while tile % 2 == 0:
+        factors.append(2)
+        tile //= 2
+    return [tile, *factors]
+
+
+def tile_to_rows(tiles: Tensor, ndim: int) -> Tensor:
+    """Dense tiles `(n, T, ..., T, C)` to rows in nested order, `(n * T**ndim, C)`."""
+    count, tile, channels = tiles.shape[0], tiles.shape[1], tiles.shape[-1]
+    factors = nested_factors(tile)
+    levels = len(factors)
+    split = tiles.reshape(count, *(factors * ndim), channels)
+    coarse_to_fine = [1 + d * levels + level for level in range(levels) for d in range(ndim)]
+    return split.permute(0, *coarse_to_fine, -1).reshape(count * tile**ndim, channels)
+
+
+def rows_to_tile(rows: Tensor, tile: int, ndim: int) -> Tensor:
+    """Rows in nested order `(n * T**ndim, C)` to dense tiles `(n, T, ..., T, C)`; undoes `tile_to_rows`."""
+    factors = nested_factors(tile)
+    levels, sites, channels = len(factors), tile**ndim, rows.shape[-1]
+    count = rows.shape[0] // sites
+    split = rows.reshape(count, *(f for f in factors for _ in range(ndim)), channels)
+    fine_by_axis = [1 + level * ndim + d for d in range(ndim) for level in range(levels)]
+    return split.permute(0, *fine_by_axis, -1).reshape(count, *([tile] * ndim), channels)
+
+
+def tile_sites(tile: int, ndim: int, device: torch.device | None = None) -> Tensor:
+    """Coordinates of the sites of a tile in nested order, int64 `(T**ndim, ndim)`."""
+    axes = [torch.arange(tile, device=device)] * ndim
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+    return tile_to_rows(grid[None], ndim)
+
+
+@dataclass(frozen=True, eq=False)
+class TileSet:
+    """Which tiles of which image are visible. Shared by every stage of a network.
+
+    Attributes:
+        batch: number of images.
+        grid: tiles per axis, `(gh, gw)` in two dimensions.
+        index: int64 `(tiles,)`, ascending: `image * prod(grid) + raster position` of each visible tile.
+        splits: int64 `(batch + 1,)`; the visible tiles of image `n` are `index[splits[n]:splits[n + 1]]`.
+        visible: number of visible tiles in every image, or None where images differ.
+    """
+
+    batch: int
+    grid: tuple[int, ...]
+    index: Tensor
+    splits: Tensor
+    visible: int | None
+    _tables: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, grid: tuple[int, ...], visible: int | None = None) -> TileSet:
+        """From a mask as in MAE: bool `(B, prod(grid))` or `(B, *grid)`, True = masked (removed).
+
+        With `visible`, every image is known to keep that many tiles: nothing is read back from the device
+        and no shape depends on data. Without it the mask is counted, one synchronisation on a GPU.
+
+        Raises:
+            TypeError: `mask` is not a bool tensor.
+            ValueError: its shape does not fit `grid`, or an image does not keep `visible` tiles.
+        """
+        flat = check_mask(mask, grid)
+        batch, cells = flat.shape
+        if visible is None:
+            counts = (~flat).sum(dim=1)
+            index = (~flat).flatten().nonzero().flatten()
+            splits = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+            known = counts.tolist() if batch else [0]
+            return cls(batch, grid, index, splits, known[0] if min(known) == max(known) else None)
+        if not 0 <= visible <= cells:
+            raise ValueError(f"visible is {visible}: a grid of {cells} tiles keeps 0 to {cells}")
+        matches = ((~flat).sum(dim=1) == visible).all()
+        message = f"mask does not keep visible={visible} tiles in every image"
+        if matches.device.type == "cpu" and not torch.compiler.is_compiling():
+            if not matches:
+                raise ValueError(message)
+        else:
+            torch._assert_async(matches, message)
+        # A stable sort of the mask lists the visible tiles (False) first, in raster order.
+        kept = flat.to(torch.uint8).sort(dim=1, stable=True).indices[:, :visible]
+        image = torch.arange(batch, device=mask.device)
+        index = (image[:, None] * cells + kept).flatten()
+        splits = torch.arange(batch + 1, device=mask.device) * visible
+        return cls(batch, grid, index, splits, visible)
+
+    @property
+    def ndim(self) -> int:
+        """Number of spatial dimensions."""
+        return len(self.grid)
+
+    @property
+    def count(self) -> int:
+        """Number of visible tiles in the batch."""
+        return self.index.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.index.device
+
+    def positions(self) -> tuple[Tensor, ...]:
+        """Image and grid coordinates of each visible tile: `ndim + 1` int64 tensors `(tiles,)`."""
+        rest, coordinates = self.index, []
+        for size in reversed(self.grid):
+            coordinates.append(rest % size)
+            rest = rest // size
+        return (rest, *reversed(coordinates))
+
+    def mask(self) -> Tensor:
+        """The mask these tiles came from: bool `(B, prod(grid))`, True = masked."""
+        flat = torch.ones(self.batch * math.prod(self.grid), dtype=torch.bool, device=self.device)
+        return flat.index_fill(0, self.index, False).view(self.batch, -1)
+
+    def neighbours(self, radius: int) -> Tensor:
+        """Neighbouring tiles of each tile, int32 `(tiles, (2 * radius + 1)**ndim)`, raster order of offsets.
+
+        Entries are positions in `index`, -1 where the neighbour is masked or outside the image. The table
+        is built once per radius and shared by all stages and layers.
+        """
+        if radius not in self._tables:
+            # Slots of a grid padded by `radius` on every side, so that no offset leaves its image.
+            padded = [size + 2 * radius for size in self.grid]
+            image, *place = self.positions()
+            centre = image
+            for coordinate, size in zip(place, padded, strict=True):
+                centre = centre * size + coordinate + radius
+            slots = torch.full((self.batch * math.prod(padded),), -1, dtype=torch.int32, device=self.device)
+            order = torch.arange(self.count, dtype=torch.int32, device=self.device)
+            slots = slots.index_copy(0, centre, order)
+            offsets = []
+            for step in itertools.product(range(-radius, radius + 1), repeat=self.ndim):
+                flat = 0
+                for delta, size in zip(step, padded, strict=True):
+                    flat = flat * size + delta
+                offsets.append(flat)
+            shift = torch.tensor(offsets, device=self.device)
+            self._tables[radius] = slots[centre[:, None] + shift]
+        return self._tables[radius]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A `TileSet` at one stride of a network: the geometry of a `SparseTensor`'s rows.
+
+    Attributes:
+        tiles: the visible tiles.
+        tile: sites per tile side (8, 4, 2, 1 in the four stages of a ConvNeXt with 32-pixel patches).
+        stride: pixels of the original input per site and axis.
+    """
+
+    tiles: TileSet
+    tile: int
+    stride: int = 1
+    _maps: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, shape: tuple[int, ...], visible: int | None = None) -> Layout:
+        """Layout of a dense tensor with spatial `shape` under `mask`, bool `(B, L)` or `(B, *grid)`.
+
+        The tile side follows from the shapes: `shape / grid`, equal along all axes.
+
+        Raises:
+            TypeError, ValueError: as `TileSet.from_mask`, or no square tile fits.
+        """
+        grid, tile = infer_grid(mask, shape)
+        return cls(TileSet.from_mask(mask, grid, visible), tile)
+
+    @property
+    def batch(self) -> int:
+        return self.tiles.batch
+
+    @property
+    def ndim(self) -> int:
+        return self.tiles.ndim
+
+    @property
+    def device(self) -> torch.device:
+        return self.tiles.device
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Spatial shape in sites, `(H, W)` in two dimensions."""
+        return tuple(size * self.tile for size in self.tiles.grid)
+
+    @property
+    def sites_per_tile(self) -> int:
+        return self.tile**self.ndim
+
+    @property
+    def rows(self) -> int:
+        """Number of active sites in the batch."""
+        return self.tiles.count * self.sites_per_tile
+
+    @property
+    def rows_per_image(self) -> int | None:
+        """Active sites in every image, or None where images differ."""
+        return None if self.tiles.visible is None else self.tiles.visible * self.sites_per_tile
+
+    @property
+    def row_splits(self) -> Tensor:
+        """int64 `(batch + 1,)`: the rows of image `n` are `row_splits[n]:row_splits[n + 1]`."""
+        return self.tiles.splits * self.sites_per_tile
+
+    def coarsen(self, factor: int) -> Layout:
+        """The layout after a convolution with stride `factor`.
+
+        Raises:
+            ValueError: `factor` does not divide the tile side.
+        """
+        if factor < 1 or self.tile % factor:
+            raise ValueError(f"stride is {factor}: it must divide the tile side, {self.tile} sites")
+        if factor == 1:
+            return self
+        return Layout(self.tiles, self.tile // factor, self.stride * factor)
+
+    def coordinates(self) -> Tensor:
+        """int32 `(rows, 1 + ndim)`: image, then position in multiples of `stride`, (n, y, x) in 2-D."""
+        image, *place = self.tiles.positions()
+        sites = tile_sites(self.tile, self.ndim, self.device)
+        corner = torch.stack(place, dim=-1) * self.tile
+        position = (corner[:, None, :] + sites) * self.stride
+        image = image[:, None, None].expand(-1, self.sites_per_tile, 1)
+        return torch.cat([image, position], dim=-1).flatten(0, 1).to(torch.int32)
+
+    def row_image(self) -> Tensor:
+        """int64 `(rows,)`: the image each row belongs to."""
+        return self.tiles.positions()[0].repeat_interleave(self.sites_per_tile)
+
+    def kernel_map(self, kernel: tuple[int, ...], stride: int, padding: tuple[int, ...]) -> Tensor:
+        """Input row read by each output row of a convolution, int32 `(rows_out, prod(kernel))`.
+
+        Output site `o` reads input sites `o * stride - padding + k` for `k` in raster order over the
+        kernel; -1 where that site is masked or outside. Built once per layout and geometry.
+
+        Raises:
+            ValueError: `stride` does not divide the tile side.
+        """
+        key = (kernel, stride, padding)
+        if key not in self._maps:
+            coarse = self.coarsen(stride)
+            site = tile_sites(coarse.tile, self.ndim, self.device) * stride
+            taps = torch.tensor(list(itertools.product(*map(range, kernel))), device=self.device)
+            taps = taps - torch.tensor(padding, device=self.device)
+            # Position of the site that is read, relative to the corner of the output site's own tile.
+            reads = site[:, None, :] + taps[None, :, :]
+            tile_step = reads.div(self.tile, rounding_mode="floor")
+            inside = reads - tile_step * self.tile
+            reach = max(
+                max(math.ceil(p / self.tile), (self.tile - stride - p + k - 1) // self.tile)
+                for k, p in zip(kernel, padding, strict=True)
+            )
+            width = 2 * reach + 1
+            step_index = torch.zeros_like(tile_step[..., 0])
+            raster = torch.zeros_like(step_index)
+            for d in range(self.ndim):
+                step_index = step_index * width + tile_step[..., d] + reach
+                raster = raster * self.tile + inside[..., d]
+            neighbour = self.tiles.neighbours(reach)[:, step_index]
+            rows = neighbour * self.sites_per_tile + self._raster_to_nested()[raster].to(torch.int32)
+            table = torch.where(neighbour >= 0, rows, -1)
+            self._maps[key] = table.flatten(0, 1)
+        return self._maps[key]
+
+    def _raster_to_nested(self) -> Tensor:
+        """int64 `(T**ndim,)`: nested index of each site of a tile, listed in raster order."""
+        sites = tile_sites(self.tile, self.ndim, self.device)
+        raster = torch.zeros_like(sites[:, 0])
+        for d in range(self.ndim):
+            raster = raster * self.tile + sites[:, d]
+        return raster.argsort()
+
+
+def check_mask(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """The mask as `(B, prod(grid))`.
+
+    Raises:
+        TypeError: not a bool tensor.
+        ValueError: the shape does not fit `grid`.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}: expected a bool tensor, True = masked")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask is {mask.dtype}: expected torch.bool, True = masked")
+    shape, name = tuple(mask.shape), "x".join(map(str, grid))
+    if mask.ndim == 0 or shape[1:] not in ((math.prod(grid),), tuple(grid)):
+        batch = shape[0] if shape else "B"
+        raise ValueError(f"mask is {shape}: a {name} grid needs {(batch, math.prod(grid))}")
+    return mask.flatten(1) if mask.ndim > 2 else mask.reshape(shape[0], math.prod(grid))
+
+
+def infer_grid(mask: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Grid and tile side for a mask `(B, L)` or `(B, *grid)` over a dense tensor of spatial `shape`.
+
+    Raises:
+        TypeError: `mask` is not a tensor.
+        ValueError: no tile with equal sides fits.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}: expected a bool tensor, True = masked")
+    extent = "x".join(map(str, shape))
+    if mask.ndim == 1 + len(shape) and len(shape) > 1:
+        grid = tuple(mask.shape[1:])
+        tile = shape[0] // grid[0] if grid[0] else 0
+    elif mask.ndim == 2:
+        cells = mask.shape[1]
+        tile = round((math.prod(shape) / cells) ** (1 / len(shape))) if cells else 0
+        grid = tuple(size // tile for size in shape) if tile else ()
+        if math.prod(grid) != cells:
+            tile = 0
+    else:
+        raise ValueError(
+            f"mask is {tuple(mask.shape)}: expected (B, L) or (B, {', '.join('g' * len(shape))}) "
+            f"for a tensor of {extent} sites"
+        )
+    if tile == 0 or any(size != cells * tile for size, cells in zip(shape, grid, strict=True)):
+        raise ValueError(
+            f"mask is {tuple(mask.shape)}: no grid of square tiles with that many cells divides "
+            f"{extent} sites evenly"
+        )
+    return grid, tile

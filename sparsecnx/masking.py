@@ -1,0 +1,59 @@
+"""Random masks as in MAE (arXiv 2111.06377) and FCMAE (arXiv 2301.00808, section 3.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def visible_count(cells: int, ratio: float) -> int:
+    """Tiles kept of `cells` at a mask ratio: `int(cells * (1 - ratio))`, 19 of 49 at 0.6.
+
+    Raises:
+        ValueError: `ratio` is outside [0, 1), or no tile would be left.
+    """
+    if not 0.0 <= ratio < 1.0:
+        raise ValueError(f"ratio is {ratio}: expected 0 <= ratio < 1, the fraction of patches removed")
+    kept = int(cells * (1 - ratio))
+    if kept == 0:
+        raise ValueError(f"ratio is {ratio}: it leaves none of the {cells} patches visible")
+    return kept
+
+
+def random_mask(
+    batch: int,
+    grid: tuple[int, ...],
+    ratio: float = 0.6,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw a mask that removes the same number of patches from every image.
+
+    Args:
+        batch: number of images.
+        grid: patches per axis, `(gh, gw)` for images.
+        ratio: fraction removed; `int(L * (1 - ratio))` of `L = prod(grid)` patches stay visible.
+        generator: source of randomness, on `device`.
+        device: where the mask is made; the generator's device by default.
+
+    Returns:
+        bool `(batch, L)`, True = masked, L in raster order.
+
+    Raises:
+        ValueError: `batch` or `grid` is empty, `ratio` outside [0, 1) or leaves nothing visible.
+    """
+    if batch < 1:
+        raise ValueError(f"batch is {batch}: expected at least one image")
+    if not grid or min(grid) < 1:
+        raise ValueError(f"grid is {tuple(grid)}: expected a positive number of patches per axis")
+    cells = math.prod(grid)
+    kept = visible_count(cells, ratio)
+    if device is None and generator is not None:
+        device = generator.device
+    noise = torch.rand(batch, cells, generator=generator, device=device)
+    order = noise.argsort(dim=1)
+    mask = torch.ones(batch, cells, dtype=torch.bool, device=device)
+    return mask.scatter(1, order[:, :kept], False)

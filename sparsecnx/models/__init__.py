@@ -1,0 +1,53 @@
+"""ConvNeXt V2 and its masked autoencoder."""
+
+from sparsecnx.models.convnextv2 import (
+    SIZES,
+    ConvNeXtV2,
+    ConvNeXtV2Encoder,
+    convnextv2_atto,
+    convnextv2_base,
+    convnextv2_femto,
+    convnextv2_huge,
+    convnextv2_large,
+    convnextv2_nano,
+    convnextv2_pico,
+    convnextv2_tiny,
+    create_convnextv2,
+)
+from sparsecnx.models.fcmae import (
+    FCMAE,
+    create_fcmae,
+    fcmae_convnextv2_atto,
+    fcmae_convnextv2_base,
+    fcmae_convnextv2_femto,
+    fcmae_convnextv2_huge,
+    fcmae_convnextv2_large,
+    fcmae_convnextv2_nano,
+    fcmae_convnextv2_pico,
+    fcmae_convnextv2_tiny,
+)
+
+__all__ = [
+    "FCMAE",
+    "SIZES",
+    "ConvNeXtV2",
+    "ConvNeXtV2Encoder",
+    "convnextv2_atto",
+    "convnextv2_base",
+    "convnextv2_femto",
+    "convnextv2_huge",
+    "convnextv2_large",
+    "convnextv2_nano",
+    "convnextv2_pico",
+    "convnextv2_tiny",
+    "create_convnextv2",
+    "create_fcmae",
+    "fcmae_convnextv2_atto",
+    "fcmae_convnextv2_base",
+    "fcmae_convnextv2_femto",
+    "fcmae_convnextv2_huge",
+    "fcmae_convnextv2_large",
+    "fcmae_convnextv2_nano",
+    "fcmae_convnextv2_pico",
+    "fcmae_convnextv2_tiny",
+]

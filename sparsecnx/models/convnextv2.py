@@ -1,0 +1,185 @@
+"""ConvNeXt V2 (arXiv 2301.00808), dense and sparse from one set of weights, in its eight sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecnx.nn import Conv2d, ConvNeXtV2Block, LayerNorm2d
+from sparsecnx.tensor import SparseTensor
+
+STRIDE = 32  # pixels per site after the last stage
+
+
+@dataclass(frozen=True)
+class Size:
+    """Blocks and channels of the four stages."""
+
+    depths: tuple[int, int, int, int]
+    dims: tuple[int, int, int, int]
+
+
+# The paper's appendix A.1, table 7 (atto to nano follow timm), and section 5.
+SIZES = {
+    "atto": Size((2, 2, 6, 2), (40, 80, 160, 320)),
+    "femto": Size((2, 2, 6, 2), (48, 96, 192, 384)),
+    "pico": Size((2, 2, 6, 2), (64, 128, 256, 512)),
+    "nano": Size((2, 2, 8, 2), (80, 160, 320, 640)),
+    "tiny": Size((3, 3, 9, 3), (96, 192, 384, 768)),
+    "base": Size((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": Size((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "huge": Size((3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+
+
+def get_size(name: str) -> Size:
+    """The size of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in SIZES:
+        raise ValueError(f"size is {name!r}: expected one of {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+class ConvNeXtV2Encoder(nn.Module):
+    """The four stages: dense on images, sparse on images with a mask, from the same weights.
+
+    State-dict names are the published ones: `downsample_layers.{0..3}.{0,1}` and
+    `stages.{i}.{j}.{dwconv,norm,pwconv1,grn,pwconv2}`.
+
+    Args:
+        depths, dims: blocks and channels of the stages.
+        in_chans: channels of the images.
+        drop_path_rate: stochastic depth of the last block; grows linearly from 0 over the blocks.
+        grn_scope: groups of GRN under a mask, `"sample"` or `"batch"` (the published sparse code).
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int] = (3, 3, 9, 3),
+        dims: Sequence[int] = (96, 192, 384, 768),
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        grn_scope: str = "sample",
+    ) -> None:
+        super().__init__()
+        self.dims = tuple(dims)
+        self.downsample_layers = nn.ModuleList(
+            [nn.Sequential(Conv2d(in_chans, dims[0], 4, stride=4), LayerNorm2d(dims[0]))]
+        )
+        for dim, wider in zip(dims[:-1], dims[1:], strict=True):
+            self.downsample_layers.append(
+                nn.Sequential(LayerNorm2d(dim), Conv2d(dim, wider, 2, stride=2))
+            )
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(ConvNeXtV2Block(dim, next(rates), grn_scope) for _ in range(depth)))
+            for depth, dim in zip(depths, dims, strict=True)
+        )
+        self.apply(init_weights)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None, visible: int | None = None) -> Any:
+        """The last stage's output, at stride 32: see `forward_features`."""
+        return self.forward_features(images, mask, visible)[-1]
+
+    def forward_features(
+        self, images: Tensor, mask: Tensor | None = None, visible: int | None = None
+    ) -> list[Any]:
+        """Outputs of the four stages, at strides 4, 8, 16 and 32, finest first.
+
+        Args:
+            images: `(B, in_chans, H, W)`, H and W multiples of 32.
+            mask: bool `(B, L)` or `(B, gh, gw)`, True = masked, on a grid of square patches whose side is a
+                multiple of 32 pixels. None: all sites, dense.
+            visible: visible patches per image where known and equal, see `SparseTensor.from_dense`.
+
+        Returns:
+            SparseTensors under a mask, otherwise dense tensors `(B, dims[i], H / s, W / s)`.
+
+        Raises:
+            TypeError, ValueError: `images` or `mask` does not fit, see `SparseTensor.from_dense`.
+        """
+        check_images(images, self.downsample_layers[0][0].in_channels)
+        x: Any = images
+        if mask is not None:
+            x = SparseTensor.from_dense(images, mask, visible)
+            if x.layout.tile % STRIDE:
+                raise ValueError(
+                    f"mask is {tuple(mask.shape)}: its patches of {x.layout.tile} pixels must be a multiple "
+                    f"of {STRIDE}, the stride of the network"
+                )
+        outputs = []
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = stage(downsample(x))
+            outputs.append(x)
+        return outputs
+
+
+class ConvNeXtV2(ConvNeXtV2Encoder):
+    """The classifier: stages, mean over space, LayerNorm, Linear.
+
+    Args:
+        num_classes: outputs of the head.
+        head_init_scale: factor on the initial head weights.
+        **encoder: as `ConvNeXtV2Encoder`.
+    """
+
+    def __init__(self, num_classes: int = 1000, head_init_scale: float = 1.0, **encoder: Any) -> None:
+        super().__init__(**encoder)
+        self.norm = nn.LayerNorm(self.dims[-1], eps=1e-6)
+        self.head = nn.Linear(self.dims[-1], num_classes)
+        init_weights(self.head)
+        with torch.no_grad():
+            self.head.weight.mul_(head_init_scale)
+
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        """Images `(B, in_chans, H, W)` to logits `(B, num_classes)`."""
+        return self.head(self.norm(super().forward(images).mean(dim=(2, 3))))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal with std 0.02 for convolutions and linear layers, biases 0."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def check_images(images: Tensor, channels: int) -> None:
+    """Raises TypeError or ValueError unless `images` is a floating `(B, channels, H, W)`, strides of 32."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images is {kind}: expected a floating tensor (B, {channels}, H, W)")
+    if images.ndim != 4 or images.shape[1] != channels or images.shape[0] == 0:
+        raise ValueError(f"images is {tuple(images.shape)}: expected (B, {channels}, H, W) with B >= 1")
+    if images.shape[2] % STRIDE or images.shape[3] % STRIDE or 0 in images.shape:
+        raise ValueError(
+            f"images is {tuple(images.shape)}: height and width must be multiples of {STRIDE}"
+        )
+
+
+def create_convnextv2(size: str, **options: Any) -> ConvNeXtV2:
+    """The classifier of a named size; options as `ConvNeXtV2`.
+
+    Raises:
+        ValueError: unknown size.
+    """
+    config = get_size(size)
+    return ConvNeXtV2(depths=config.depths, dims=config.dims, **options)
+
+
+convnextv2_atto = partial(create_convnextv2, "atto")
+convnextv2_femto = partial(create_convnextv2, "femto")
+convnextv2_pico = partial(create_convnextv2, "pico")
+convnextv2_nano = partial(create_convnextv2, "nano")
+convnextv2_tiny = partial(create_convnextv2, "tiny")
+convnextv2_base = partial(create_convnextv2, "base")
+convnextv2_large = partial(create_convnextv2, "large")
+convnextv2_huge = partial(create_convnextv2, "huge")

@@ -1,0 +1,171 @@
+"""The fully convolutional masked autoencoder, FCMAE (arXiv 2301.00808, section 3.1)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecnx.layout import check_mask
+from sparsecnx.masking import random_mask, visible_count
+from sparsecnx.models.convnextv2 import (
+    STRIDE,
+    ConvNeXtV2Encoder,
+    check_images,
+    get_size,
+    init_weights,
+)
+from sparsecnx.nn import Conv2d, ConvNeXtV2Block
+from sparsecnx.tensor import SparseTensor
+
+
+class FCMAE(nn.Module):
+    """Sparse ConvNeXt V2 encoder on the visible patches, a light dense decoder, loss on the masked ones.
+
+    Args:
+        encoder: the masked encoder, `encoder(images, mask)` giving a SparseTensor at stride 32.
+        patch_size: pixels per patch side, a multiple of 32.
+        decoder_depth: blocks of the decoder.
+        decoder_dim: channels of the decoder.
+        norm_pix_loss: normalise the target pixels of every patch to zero mean and unit variance.
+    """
+
+    def __init__(
+        self,
+        encoder: ConvNeXtV2Encoder,
+        patch_size: int = 32,
+        decoder_depth: int = 1,
+        decoder_dim: int = 512,
+        norm_pix_loss: bool = True,
+    ) -> None:
+        super().__init__()
+        if patch_size < STRIDE or patch_size % STRIDE:
+            raise ValueError(f"patch_size is {patch_size}: expected a multiple of {STRIDE} pixels")
+        self.patch_size = patch_size
+        self.norm_pix_loss = norm_pix_loss
+        self.encoder = encoder
+        self.in_chans = encoder.downsample_layers[0][0].in_channels
+        self.proj = Conv2d(encoder.dims[-1], decoder_dim, 1)
+        self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1))
+        self.decoder = nn.Sequential(*(ConvNeXtV2Block(decoder_dim) for _ in range(decoder_depth)))
+        # 1x1 for the published 32-pixel patch; a larger patch is predicted from all its sites.
+        sites = patch_size // STRIDE
+        self.pred = Conv2d(decoder_dim, patch_size**2 * self.in_chans, sites, stride=sites)
+        for module in (self.proj, self.decoder, self.pred):
+            module.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.6,
+        mask: Tensor | None = None,
+        *,
+        visible: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mask, encode, reconstruct.
+
+        Args:
+            images: `(B, C, H, W)`, H and W multiples of the patch size.
+            mask_ratio: fraction of patches removed by a random mask; used where `mask` is None.
+            mask: bool `(B, L)` or `(B, gh, gw)`, True = masked.
+            visible: visible patches per image of `mask` where known and equal, see
+                `SparseTensor.from_dense`.
+            generator: source of the random mask, on the device of `images` or on the CPU.
+
+        Returns:
+            loss: scalar, see `reconstruction_loss`.
+            pred: `(B, patch_size**2 * C, gh, gw)`, pixels of each patch in the order (row, column, colour).
+            mask: bool `(B, L)`, True = masked.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+        """
+        grid = self.grid(images)
+        if mask is None:
+            visible = visible_count(grid[0] * grid[1], mask_ratio)
+            if visible == grid[0] * grid[1]:
+                raise ValueError(f"mask_ratio is {mask_ratio}: it leaves no patch to reconstruct")
+            device = images.device if generator is None else generator.device
+            mask = random_mask(images.shape[0], grid, mask_ratio, generator=generator, device=device)
+            mask = mask.to(images.device)
+        else:
+            mask = check_mask(mask, grid)
+        pred = self.forward_decoder(self.encoder(images, mask.view(-1, *grid), visible))
+        return self.reconstruction_loss(images, pred, mask), pred, mask
+
+    def forward_decoder(self, encoded: SparseTensor) -> Tensor:
+        """The last stage's SparseTensor to predictions `(B, patch_size**2 * C, gh, gw)`."""
+        token = self.mask_token.flatten()
+        return self.pred(self.decoder(self.proj(encoded).dense(fill=token)))
+
+    def reconstruction_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error of the patches' pixels, averaged over masked patches; 0 where none is masked.
+
+        With `norm_pix_loss` the target of a patch is `(t - mean) / sqrt(var + 1e-6)`, var unbiased.
+        """
+        target = self.patchify(images.to(torch.promote_types(images.dtype, torch.float32)))
+        if self.norm_pix_loss:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        error = (pred.flatten(2).mT.to(target.dtype) - target).square().mean(dim=-1)
+        return (error * mask).sum() / mask.sum().clamp(min=1)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` to patches `(B, L, patch_size**2 * C)`, pixels as (row, column, colour)."""
+        (gh, gw), p = self.grid(images), self.patch_size
+        patches = images.reshape(images.shape[0], self.in_chans, gh, p, gw, p)
+        return patches.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], gh * gw, -1)
+
+    def unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches `(B, L, patch_size**2 * C)` to images `(B, C, H, W)`; undoes `patchify`.
+
+        Raises:
+            ValueError: L is not the number of cells of `grid`.
+        """
+        (gh, gw), p = grid, self.patch_size
+        if patches.shape[1] != gh * gw:
+            raise ValueError(f"patches is {tuple(patches.shape)}: a {gh}x{gw} grid has {gh * gw} patches")
+        images = patches.reshape(patches.shape[0], gh, gw, p, p, self.in_chans)
+        return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_chans, gh * p, gw * p)
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Patches per axis of images `(B, C, H, W)`.
+
+        Raises:
+            TypeError, ValueError: not floating images, or a side is not a multiple of the patch size.
+        """
+        check_images(images, self.in_chans)
+        height, width = images.shape[2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"images is {tuple(images.shape)}: height and width must be multiples of the patch size, "
+                f"{self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+
+def create_fcmae(
+    size: str, *, in_chans: int = 3, drop_path_rate: float = 0.0, grn_scope: str = "sample", **options: Any
+) -> FCMAE:
+    """FCMAE with the encoder of a named size; other options as `FCMAE`.
+
+    Raises:
+        ValueError: unknown size.
+    """
+    config = get_size(size)
+    encoder = ConvNeXtV2Encoder(config.depths, config.dims, in_chans, drop_path_rate, grn_scope)
+    return FCMAE(encoder, **options)
+
+
+fcmae_convnextv2_atto = partial(create_fcmae, "atto")
+fcmae_convnextv2_femto = partial(create_fcmae, "femto")
+fcmae_convnextv2_pico = partial(create_fcmae, "pico")
+fcmae_convnextv2_nano = partial(create_fcmae, "nano")
+fcmae_convnextv2_tiny = partial(create_fcmae, "tiny")
+fcmae_convnextv2_base = partial(create_fcmae, "base")
+fcmae_convnextv2_large = partial(create_fcmae, "large")
+fcmae_convnextv2_huge = partial(create_fcmae, "huge")

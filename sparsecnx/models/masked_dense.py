@@ -1,0 +1,44 @@
+"""The masked encoder computed densely: every operator on the whole image, times the mask.
+
+This is what codebases without sparse kernels do (SparK, the paper's JAX code): all of the cost and none of
+the sparsity. Here it is the truth the sparse encoder is tested against and the time it is measured against.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsecnx.models.convnextv2 import ConvNeXtV2Encoder
+from sparsecnx.nn import ConvNeXtV2Block
+
+
+def forward_features(encoder: ConvNeXtV2Encoder, images: Tensor, mask: Tensor) -> list[Tensor]:
+    """Outputs of the four stages `(B, dims[i], H / s, W / s)`, zero at masked sites.
+
+    Args:
+        encoder: whose weights to use.
+        images: `(B, C, H, W)`, in channels-last memory format for speed.
+        mask: bool `(B, gh, gw)`, True = masked.
+    """
+    keep = (~mask).to(images.dtype)[:, None]
+    x, outputs = images, []
+    for downsample, stage in zip(encoder.downsample_layers, encoder.stages, strict=True):
+        x = downsample(x)
+        factor = x.shape[-1] // mask.shape[-1]
+        active = keep.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        x = x * active
+        for block in stage:
+            x = masked_block(block, x, active)
+        outputs.append(x)
+    return outputs
+
+
+def masked_block(block: ConvNeXtV2Block, x: Tensor, active: Tensor) -> Tensor:
+    """A block on `x (B, C, H, W)` that is zero wherever `active (B, 1, H, W)` is."""
+    branch = block.norm(block.dwconv(x).permute(0, 2, 3, 1))
+    h = block.act(block.pwconv1(branch)) * active.permute(0, 2, 3, 1)
+    norm = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True)
+    response = norm / (norm.mean(dim=-1, keepdim=True) + block.grn.eps)
+    h = block.grn.gamma * (h * response) + block.grn.beta + h
+    return x + block.drop_path(block.pwconv2(h).permute(0, 3, 1, 2)) * active

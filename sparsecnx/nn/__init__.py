@@ -1,0 +1,19 @@
+"""Modules that take a SparseTensor where torch's take a dense one, with torch's parameter names and shapes.
+
+Each also takes a dense tensor, as the torch module it derives from, so that one set of weights (one module)
+serves both. State dicts are interchangeable.
+"""
+
+from sparsecnx.nn.block import ConvNeXtV2Block
+from sparsecnx.nn.layers import GELU, GRN, Conv2d, LayerNorm, LayerNorm2d, Linear, StochasticDepth
+
+__all__ = [
+    "GELU",
+    "GRN",
+    "Conv2d",
+    "ConvNeXtV2Block",
+    "LayerNorm",
+    "LayerNorm2d",
+    "Linear",
+    "StochasticDepth",
+]

@@ -1,0 +1,24 @@
+"""Submanifold convolution, dense: zero the masked sites, convolve, keep the sites of visible tiles."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsecnx.ops.depthwise_conv.reference import CONV
+from sparsecnx.tensor import SparseTensor, gather_rows
+
+
+def conv(
+    x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]
+) -> Tensor:
+    """Features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`."""
+    coarse = x.layout.coarsen(stride)
+    before_and_after = []
+    for size, kernel, before in zip(reversed(coarse.shape), reversed(weight.shape[2:]), reversed(padding)):
+        extent = (size - 1) * stride + kernel  # input sites that the output of that size needs
+        before_and_after += [before, extent - size * stride - before]
+    padded = F.pad(x.dense(), before_and_after)
+    bias = None if bias is None else bias.to(x.dtype)
+    out = CONV[x.layout.ndim](padded, weight, bias, stride=stride)
+    return gather_rows(out, coarse)

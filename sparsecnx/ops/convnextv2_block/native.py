@@ -1,0 +1,76 @@
+"""The fused ConvNeXt V2 block on the CPU (`csrc/cpu/convnextv2_block.cpp`).
+
+Kept for backward: `x`, the depthwise output `u`, the moments of its rows, the GRN energies, and, unless it
+is recomputed, the hidden layer before its bias and activation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecnx import _extension
+from sparsecnx.ops.convnextv2_block.parameters import BlockParameters
+from sparsecnx.ops.depthwise_conv.native import neighbour_table
+from sparsecnx.tensor import SparseTensor
+
+# Recomputing the hidden layer costs one GEMM in seven; up to this width it is done to save memory.
+RECOMPUTE_CHANNELS = 128
+
+
+def convnextv2_block(
+    x: SparseTensor,
+    p: BlockParameters,
+    survival: Tensor | None,
+    segments: Tensor,
+    eps: float,
+    recompute: bool | None,
+) -> Tensor:
+    """Features `(rows, C)` of the block; `recompute=None` decides by C."""
+    if recompute is None:
+        recompute = x.features.shape[1] <= RECOMPUTE_CHANNELS
+    keep_hidden = not recompute and torch.is_grad_enabled()
+    row_scale = None if survival is None else survival[x.layout.row_image()]
+    table = neighbour_table(x.layout, p.dwconv_weight.shape[2:])
+    out, *_ = torch.ops.sparsecnx.convnextv2_block(
+        x.features, *p, row_scale, table, segments, x.layout.tile, eps, keep_hidden
+    )
+    return out
+
+
+if _extension.loaded:
+
+    @torch.library.register_fake("sparsecnx::convnextv2_block")
+    def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        p = BlockParameters(*rest[:10])
+        segments, keep_hidden = rest[12], rest[15]
+        hidden = x.new_empty(x.shape[0] if keep_hidden else 0, p.pwconv1_weight.shape[0])
+        moments = p.norm_weight.new_empty(x.shape[0], 2)
+        energy = p.norm_weight.new_empty(segments.shape[0] - 1, p.pwconv1_weight.shape[0])
+        return torch.empty_like(x), torch.empty_like(x), moments, energy, hidden
+
+    @torch.library.register_fake("sparsecnx::convnextv2_block_backward")
+    def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        return torch.empty_like(x), *(torch.empty_like(parameter) for parameter in rest[:10])
+
+    def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, *parameters = inputs[:11]
+        row_scale, table, segments, tile, eps, _ = inputs[11:]
+        _, *saved = output
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(x, *parameters, row_scale, table, segments, *saved)
+        ctx.tile, ctx.eps = tile, eps
+
+    def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        parameters, (row_scale, table, segments), saved = rest[:10], rest[10:13], rest[13:]
+        grads = torch.ops.sparsecnx.convnextv2_block_backward(
+            grad.contiguous(), x, *parameters, row_scale, table, segments, ctx.tile, ctx.eps, *saved
+        )
+        return *grads, *[None] * 6
+
+    torch.library.register_autograd(
+        "sparsecnx::convnextv2_block", _backward, setup_context=_setup_context
+    )

@@ -1,0 +1,58 @@
+"""Submanifold depthwise convolution: every output site sees the active sites under its kernel."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparsecnx.backend import Implementation, Operator, always
+from sparsecnx.ops.common import (
+    autocast,
+    check_device,
+    check_same_dtype,
+    check_sparse,
+    check_vector,
+    statistics_dtype,
+)
+from sparsecnx.ops.depthwise_conv import native, reference
+from sparsecnx.ops.native import refusal_2d
+from sparsecnx.tensor import SparseTensor
+
+operator = Operator(
+    "depthwise_conv",
+    native=Implementation(native.depthwise_conv, refusal_2d),
+    reference=Implementation(reference.depthwise_conv, always),
+)
+
+
+def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> SparseTensor:
+    """Submanifold depthwise convolution, stride 1, centred odd kernel.
+
+    Equal to zeroing the masked sites of a dense tensor, `torch.nn.functional.conv2d(padding=k // 2,
+    groups=C)`, and keeping the active sites (arXiv 1711.10275, section 3).
+
+    Args:
+        x: features `(rows, C)`.
+        weight: `(C, 1, *kernel)`, torch's layout, odd sizes, of the dtype of `x`.
+        bias: `(C,)`, added at active sites alone, or None.
+
+    Returns:
+        The layout of `x` with features `(rows, C)`.
+
+    Raises:
+        TypeError: `x` is not a SparseTensor, or dtypes differ outside autocast.
+        ValueError: a shape does not fit, a kernel size is even, or devices differ.
+    """
+    check_sparse(x)
+    channels, ndim = x.features.shape[1], x.layout.ndim
+    if weight.ndim != 2 + ndim or weight.shape[:2] != (channels, 1):
+        expected = f"({channels}, 1{', k' * ndim})"
+        raise ValueError(f"weight is {tuple(weight.shape)}: expected {expected}")
+    if any(size % 2 == 0 for size in weight.shape[2:]):
+        raise ValueError(f"weight is {tuple(weight.shape)}: kernel sizes must be odd")
+    check_device(weight, "weight", x)
+    x, weight = autocast(x, weight)
+    check_same_dtype(x, "weight", weight)
+    if bias is not None:
+        check_vector(bias, "bias", channels, x)
+        bias = bias.to(statistics_dtype(x.dtype))
+    return x.with_features(operator(x, weight, bias))

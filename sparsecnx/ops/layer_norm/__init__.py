@@ -1,0 +1,40 @@
+"""Layer normalization of each site over its channels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparsecnx.backend import Implementation, Operator, always
+from sparsecnx.ops.common import check_sparse, check_vector, statistics_dtype
+from sparsecnx.ops.layer_norm import native, reference
+from sparsecnx.ops.native import refusal
+from sparsecnx.tensor import SparseTensor
+
+operator = Operator(
+    "layer_norm",
+    native=Implementation(native.layer_norm, refusal),
+    reference=Implementation(reference.layer_norm, always),
+)
+
+
+def layer_norm(x: SparseTensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> SparseTensor:
+    """Normalise every row to zero mean and unit (biased) variance over C, then scale and shift.
+
+    Args:
+        x: features `(rows, C)`.
+        weight, bias: `(C,)`.
+        eps: added to the variance.
+
+    Returns:
+        The layout of `x` with features `(rows, C)`.
+
+    Raises:
+        TypeError: `x` is not a SparseTensor.
+        ValueError: a shape does not fit or devices differ.
+    """
+    check_sparse(x)
+    channels = x.features.shape[1]
+    check_vector(weight, "weight", channels, x)
+    check_vector(bias, "bias", channels, x)
+    dtype = statistics_dtype(x.dtype)
+    return x.with_features(operator(x, weight.to(dtype), bias.to(dtype), eps))

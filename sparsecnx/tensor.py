@@ -1,0 +1,149 @@
+"""SparseTensor: the features of the visible sites, and where they are."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsecnx.layout import Layout, rows_to_tile, tile_to_rows
+
+
+class SparseTensor:
+    """Features of active sites, packed into rows, with the layout that says where the rows are.
+
+    Immutable: operators return new tensors that share the layout.
+
+    Attributes:
+        features: `(rows, C)`, one row per active site in the order of `layout`.
+        layout: the geometry, see `sparsecnx.layout`.
+    """
+
+    __slots__ = ("features", "layout")
+    features: Tensor
+    layout: Layout
+
+    def __init__(self, features: Tensor, layout: Layout) -> None:
+        """
+        Raises:
+            ValueError: `features` is not `(layout.rows, C)` or lies on another device than `layout`.
+        """
+        if features.ndim != 2 or features.shape[0] != layout.rows:
+            raise ValueError(
+                f"features is {tuple(features.shape)}: the layout needs ({layout.rows}, C), a row per active site"
+            )
+        if features.device != layout.device:
+            raise ValueError(f"features is on {features.device}: the layout is on {layout.device}")
+        object.__setattr__(self, "features", features)
+        object.__setattr__(self, "layout", layout)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"SparseTensor is immutable: cannot set {name!r}; use with_features()")
+
+    @classmethod
+    def from_dense(cls, dense: Tensor, mask: Tensor, visible: int | None = None) -> SparseTensor:
+        """Pack the visible sites of a dense tensor. Masked sites are never read.
+
+        Args:
+            dense: `(B, C, *spatial)`, for example images `(B, 3, H, W)`.
+            mask: bool `(B, L)` with L in raster order or `(B, *grid)`, True = masked, on any grid of square
+                tiles that divides the spatial shape; `(B, H, W)` is an arbitrary mask of single sites.
+            visible: visible tiles per image, where known and equal: then nothing is read back from the
+                device and no shape depends on data.
+
+        Raises:
+            TypeError: `dense` is not a tensor, `mask` not a bool tensor.
+            ValueError: shapes or devices do not fit, the batch is empty, or counts differ from `visible`.
+        """
+        if not isinstance(dense, Tensor):
+            raise TypeError(f"dense is a {type(dense).__name__}: expected a tensor (B, C, *spatial)")
+        if dense.ndim < 3:
+            raise ValueError(f"dense is {tuple(dense.shape)}: expected (B, C, *spatial)")
+        if dense.shape[0] == 0:
+            raise ValueError(f"dense is {tuple(dense.shape)}: expected at least one image in the batch")
+        layout_shape = tuple(dense.shape[2:])
+        if isinstance(mask, Tensor) and mask.device != dense.device:
+            raise ValueError(f"mask is on {mask.device}: dense is on {dense.device}")
+        if isinstance(mask, Tensor) and mask.ndim and mask.shape[0] != dense.shape[0]:
+            raise ValueError(f"mask is {tuple(mask.shape)}: dense holds {dense.shape[0]} images")
+        layout = Layout.from_mask(mask, layout_shape, visible)
+        return cls(gather_rows(dense, layout), layout)
+
+    def dense(self, fill: float | Tensor = 0.0) -> Tensor:
+        """Scatter the rows into a dense tensor `(B, C, *spatial)`.
+
+        Args:
+            fill: value of the inactive sites: a number, or a tensor `(C,)` such as a mask token.
+
+        Raises:
+            ValueError: `fill` is a tensor of another shape than `(C,)`.
+        """
+        layout, channels = self.layout, self.features.shape[1]
+        grid, ndim = layout.tiles.grid, layout.ndim
+        if isinstance(fill, Tensor):
+            if fill.shape != (channels,):
+                raise ValueError(f"fill is {tuple(fill.shape)}: expected a number or ({channels},)")
+            blank = fill.to(self.features.dtype).repeat(layout.sites_per_tile)
+        else:
+            blank = self.features.new_full((layout.sites_per_tile * channels,), fill)
+        tiles = rows_to_tile(self.features, layout.tile, ndim).flatten(1)
+        cells = layout.batch * math.prod(grid)
+        full = blank.expand(cells, -1).index_copy(0, layout.tiles.index, tiles)
+        full = full.reshape(layout.batch, *grid, *([layout.tile] * ndim), channels)
+        interleave = [axis for d in range(ndim) for axis in (1 + d, 1 + ndim + d)]
+        full = full.permute(0, 1 + 2 * ndim, *interleave)
+        return full.reshape(layout.batch, channels, *layout.shape)
+
+    def with_features(self, features: Tensor, layout: Layout | None = None) -> SparseTensor:
+        """Other features on the same sites, or on those of `layout`."""
+        return SparseTensor(features, self.layout if layout is None else layout)
+
+    def to(self, dtype: torch.dtype) -> SparseTensor:
+        """The same tensor with features of another dtype."""
+        return self.with_features(self.features.to(dtype))
+
+    @property
+    def coordinates(self) -> Tensor:
+        """int32 `(rows, 1 + ndim)`: image, then position in multiples of `layout.stride`."""
+        return self.layout.coordinates()
+
+    @property
+    def F(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
+        """`features`, by MinkowskiEngine's name."""
+        return self.features
+
+    @property
+    def C(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
+        """`coordinates`, by MinkowskiEngine's name."""
+        return self.coordinates
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of `dense()`: `(B, C, *spatial)`."""
+        return (self.layout.batch, self.features.shape[1], *self.layout.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.features.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseTensor(shape={self.shape}, rows={self.layout.rows}, tile={self.layout.tile}, "
+            f"stride={self.layout.stride}, dtype={self.dtype}, device={self.device})"
+        )
+
+
+def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
+    """Rows `(layout.rows, C)` of a dense tensor `(B, C, *spatial)` at the sites of `layout`."""
+    ndim, tile = layout.ndim, layout.tile
+    split = [part for size in layout.tiles.grid for part in (size, tile)]
+    cells = dense.reshape(dense.shape[0], dense.shape[1], *split)
+    by_tile = cells.permute(
+        0, *(2 + 2 * d for d in range(ndim)), *(3 + 2 * d for d in range(ndim)), 1
+    )
+    return tile_to_rows(by_tile[layout.tiles.positions()], ndim)
