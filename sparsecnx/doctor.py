@@ -1,0 +1,187 @@
+"""`sparsecnx doctor`: what is available here, and for everything missing why, and what to do."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+import sparsecnx
+from sparsecnx import _extension
+
+CUDA_BUILDS = "https://pytorch.org/get-started/locally"
+TORCHVISION_RELEASES = "https://github.com/pytorch/vision#installation"
+NOT_INSTALLED = "not installed"
+
+# Distribution and module of everything in the extra `[train]`.
+TRAIN = {
+    "torchvision": "torchvision",
+    "tensorboard": "tensorboard",
+    "tqdm": "tqdm",
+    "matplotlib": "matplotlib",
+    "pillow": "PIL",
+    "scikit-image": "skimage",
+    "scikit-learn": "sklearn",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked for.
+        ok: whether it is there and usable.
+        detail: its version and what matters about it, or why it is missing.
+        remedy: what to do where it is missing; None where nothing needs to be done.
+    """
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str | None = None
+
+
+def checks() -> list[Check]:
+    """Everything that sparsecnx can make use of, in the order of the report."""
+    return [
+        _python(),
+        _torch(),
+        _gpu(),
+        _triton(),
+        _cpu_operators(),
+        _cuda_operators(),
+        _minkowski(),
+        *_train(),
+    ]
+
+
+def report() -> str:
+    """The report as text: one line per check, and below it what to do where there is something to do."""
+    lines = [f"sparsecnx {sparsecnx.__version__}", ""]
+    found = checks()
+    width = max(len(check.name) for check in found)
+    for check in found:
+        lines.append(f"{'ok' if check.ok else '--'}  {check.name:{width}}  {check.detail}")
+        if check.remedy is not None:
+            lines.append(f"{'':{width + 6}}-> {check.remedy}")
+    return "\n".join(lines)
+
+
+def run() -> int:
+    """Print the report. Returns the exit code of the command: 0, since nothing optional has to be there."""
+    print(report())
+    return 0
+
+
+def _python() -> Check:
+    return Check("Python", True, f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
+
+
+def _torch() -> Check:
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPU only"
+    capability = torch.backends.cpu.get_cpu_capability()
+    detail = f"{torch.__version__}, {build}; {torch.get_num_threads()} CPU threads, {capability}"
+    if torch.__version__ < _extension.OLDEST_TORCH:
+        return Check(
+            "torch",
+            False,
+            f"{detail}; {_extension.OLDEST_TORCH} or later is needed",
+            "pip install --upgrade torch",
+        )
+    return Check("torch", True, detail)
+
+
+def _gpu() -> Check:
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return Check(
+            "GPU", True, ", ".join(f"{device.name}, sm_{device.major}{device.minor}" for device in devices)
+        )
+    if torch.version.cuda is None:
+        remedy = f"With an NVIDIA GPU, install a CUDA build of torch: {CUDA_BUILDS}"
+        return Check("GPU", False, "this torch is built for CPU only", remedy)
+    remedy = "With an NVIDIA GPU, install or update its driver until `nvidia-smi` lists it."
+    return Check("GPU", False, "torch finds no CUDA device", remedy)
+
+
+def _triton() -> Check:
+    problem = _import_problem("triton")
+    if problem is not None:
+        return Check(
+            "Triton", False, problem, f"Install a CUDA build of torch, which brings it: {CUDA_BUILDS}"
+        )
+    version = importlib.metadata.version("triton")
+    if not torch.cuda.is_available():
+        return Check("Triton", False, f"{version}, but there is no GPU to run it on", "See GPU.")
+    return Check("Triton", True, version)
+
+
+def _cpu_operators() -> Check:
+    name = "CPU operators"
+    if not _extension.loaded:
+        return Check(name, False, f"{_extension.why_not}", _extension.remedy)
+    facts = _extension.build_info()
+    if facts is None:
+        return Check(name, False, "compiled, but for another Python", _extension.reinstall())
+    if facts["version"] != sparsecnx.__version__:
+        detail = f"compiled from sparsecnx {facts['version']}"
+        return Check(name, False, detail, _extension.reinstall())
+    isa = torch.ops.sparsecnx.cpu_isa() if hasattr(torch.ops.sparsecnx, "cpu_isa") else "any CPU"
+    detail = (
+        f"running on {isa}; compiled by {facts['compiler']} ({facts['flags']})"
+        f" with torch {facts['torch']} for {facts['oldest_torch']} and later"
+    )
+    return Check(name, True, detail)
+
+
+def _cuda_operators() -> Check:
+    facts = _extension.build_info()
+    if facts is not None and facts["cuda"] is not None:
+        return Check(
+            "CUDA operators", True, f"CUDA {facts['cuda']}, architectures {facts['cuda_architectures']}"
+        )
+    detail = "not part of this version: tensors on a GPU go through the dense reference"
+    return Check("CUDA operators", False, detail)
+
+
+def _minkowski() -> Check:
+    problem = _import_problem("MinkowskiEngine")
+    if problem is not None:
+        remedy = "Only for comparisons. It needs CUDA 11: https://github.com/NVIDIA/MinkowskiEngine"
+        return Check("MinkowskiEngine", False, problem, remedy)
+    return Check("MinkowskiEngine", True, importlib.metadata.version("MinkowskiEngine"))
+
+
+def _train() -> Iterator[Check]:
+    for distribution, module in TRAIN.items():
+        problem = _import_problem(module)
+        if problem is None:
+            yield Check(distribution, True, importlib.metadata.version(distribution))
+        elif problem == NOT_INSTALLED:
+            yield Check(distribution, False, problem, "pip install 'sparsecnx[train]'")
+        elif distribution == "torchvision":
+            remedy = f"Install the one that belongs to torch {torch.__version__}: {TORCHVISION_RELEASES}"
+            yield Check(distribution, False, problem, remedy)
+        else:
+            yield Check(
+                distribution, False, problem, f"pip install --force-reinstall --no-deps {distribution}"
+            )
+
+
+def _import_problem(module: str) -> str | None:
+    """Why `module` does not import; None where it does."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and module.startswith(error.name):
+            return NOT_INSTALLED
+        return f"installed, but does not import: {error}"
+    except Exception as error:  # what a broken installation raises is its own choice
+        return f"installed, but does not import: {error}"
+    return None
