@@ -31,8 +31,10 @@ if _extension.loaded:
         return torch.empty_like(x)
 
     @torch.library.register_fake("sparsecnx::depthwise_conv_weight_grad")
-    def _(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: list[int]) -> Tensor:
-        return x.new_empty(x.shape[1], 1, *kernel)
+    def _(
+        grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel_h: int, kernel_w: int
+    ) -> Tensor:
+        return x.new_empty(x.shape[1], 1, kernel_h, kernel_w)
 
     def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, table, tile = inputs
@@ -50,7 +52,7 @@ if _extension.loaded:
             grad_x = torch.ops.sparsecnx.depthwise_conv(grad, flipped, None, table, ctx.tile)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.ops.sparsecnx.depthwise_conv_weight_grad(
-                grad, x, table, ctx.tile, list(weight.shape[2:])
+                grad, x, table, ctx.tile, *weight.shape[2:]
             )
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0, dtype=ctx.bias_dtype)

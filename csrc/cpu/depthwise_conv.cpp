@@ -1,0 +1,63 @@
+// sparsecnx::depthwise_conv and its weight gradient. The input gradient is the same operator, kernel flipped.
+#include "depthwise_conv.h"
+
+#include "ops.h"
+
+namespace sparsecnx {
+
+int64_t check_table(const Tensor& table, const Halo& halo, int64_t rows) {
+  const int64_t sites = halo.tile * halo.tile, tiles = rows / sites;
+  STD_TORCH_CHECK(rows % sites == 0, "sparsecnx: x has ", rows, " rows, expected a multiple of tile^2 = ", sites);
+  check_dense(table, "table", tiles * halo.table_width);
+  check_dtype(table, "table", ScalarType::Int);
+  return tiles;
+}
+
+std::array<int64_t, 2> check_kernel(const Tensor& weight, int64_t channels) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1,
+                  "sparsecnx: weight must be (", channels, ", 1, kh, kw)");
+  check_dense(weight, "weight", weight.numel());
+  STD_TORCH_CHECK(weight.size(2) % 2 == 1 && weight.size(3) % 2 == 1, "sparsecnx: kernel sizes must be odd");
+  return {weight.size(2), weight.size(3)};
+}
+
+Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& table,
+                      int64_t tile) {
+  const auto [rows, channels] = feature_shape(x, "x");
+  check_dtype(weight, "weight", x.scalar_type());
+  STD_TORCH_CHECK(tile >= 1, "sparsecnx: tile is ", tile, ", expected at least 1");
+  const auto [kernel_h, kernel_w] = check_kernel(weight, channels);
+  const Halo halo(tile, kernel_h, kernel_w);
+  const int64_t tiles = check_table(table, halo, rows);
+  Tensor out = torch::stable::empty_like(x);
+  for_dtype(x, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using A = Compute<S>;
+    const std::vector<A> taps = taps_first<S>(weight, false);
+    const A* offset = bias ? parameter<A>(*bias, "bias", channels, x) : nullptr;
+    const Depthwise<S> job{halo, data<int32_t>(table), channels, data<S>(x), 0,
+                           taps.data(), offset, nullptr, data<S>(out), 0};
+    parallel_for(0, tiles, tiles_per_call(tile),
+                 [&](int64_t begin, int64_t end) { kernels<S>().depthwise(job, begin, end); });
+  });
+  return out;
+}
+
+Tensor depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& table, int64_t tile,
+                                  int64_t kernel_h, int64_t kernel_w) {
+  const auto [rows, channels] = feature_shape(x, "x");
+  check_dense(grad, "grad", x.numel());
+  check_dtype(grad, "grad", x.scalar_type());
+  const Halo halo(tile, kernel_h, kernel_w);
+  const int64_t tiles = check_table(table, halo, rows);
+  Tensor out = empty({channels, 1, kernel_h, kernel_w}, x.scalar_type());
+  for_dtype(x, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    WeightGradSum<S> sum(halo, channels);
+    sum.add({halo, data<int32_t>(table), channels, data<S>(x), data<S>(grad), 0}, 0, tiles);
+    sum.store(data<S>(out));
+  });
+  return out;
+}
+
+}  // namespace sparsecnx

@@ -1,0 +1,75 @@
+// Pieces of the depthwise convolution that the fused block uses too.
+#pragma once
+
+#include <memory>
+
+#include "op.h"
+
+namespace sparsecnx {
+
+// Tiles that one call of the kernel takes: about 64 rows, so that they are still in cache for what follows.
+inline int64_t tiles_per_call(int64_t tile) { return std::max<int64_t>(1, 64 / (tile * tile)); }
+
+// Number of tiles in a neighbour table int32 (tiles, halo.table_width) for `rows` rows, checked.
+int64_t check_table(const Tensor& table, const Halo& halo, int64_t rows);
+
+// Kernel size of a weight (channels, 1, kernel_h, kernel_w), checked.
+std::array<int64_t, 2> check_kernel(const Tensor& weight, int64_t channels);
+
+// Weight (channels, 1, kernel_h, kernel_w) as the kernels read it, (kernel_h * kernel_w, channels), perhaps flipped
+// to the kernel of the adjoint.
+template <class S>
+std::vector<Compute<S>> taps_first(const Tensor& weight, bool flipped) {
+  const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3);
+  const std::vector<Compute<S>> wide = widened<S>(weight);
+  std::vector<Compute<S>> out(wide.size());
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t k = 0; k < taps; ++k) out[(flipped ? taps - 1 - k : k) * channels + c] = wide[c * taps + k];
+  }
+  return out;
+}
+
+// Gradient of the weight, summed over calls of `add`; every slab of tiles and channels is summed by one thread.
+template <class S>
+class WeightGradSum {
+  using A = Compute<S>;
+
+ public:
+  WeightGradSum(const Halo& halo, int64_t channels)
+      : channels_(channels), taps_(halo.kernel_h * halo.kernel_w), slabs_(torch::stable::get_num_threads()) {
+    sum_.assign(slabs_ * taps_ * channels_, A(0));
+  }
+
+  // Adds the contribution of tiles [begin, end).
+  void add(const DepthwiseWeightGrad<S>& job, int64_t begin, int64_t end) {
+    constexpr int64_t kSlice = 64;  // channels of a task
+    const int64_t slices = (channels_ + kSlice - 1) / kSlice;
+    parallel_for(0, slabs_ * slices, 1, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t slab = task % slabs_, from = task / slabs_ * kSlice;
+        const int64_t count = end - begin;
+        kernels<S>().depthwise_weight_grad(job, begin + count * slab / slabs_, begin + count * (slab + 1) / slabs_,
+                                           from, std::min(from + kSlice, channels_),
+                                           sum_.data() + slab * taps_ * channels_);
+      }
+    });
+  }
+
+  // The sum, in torch's layout (channels, 1, kernel_h, kernel_w).
+  void store(S* out) {
+    std::vector<A> total(taps_ * channels_, A(0));
+    for (int64_t slab = 0; slab < slabs_; ++slab) {
+      const A* at = sum_.data() + slab * taps_ * channels_;
+      for (int64_t k = 0; k < taps_; ++k) {
+        for (int64_t c = 0; c < channels_; ++c) total[c * taps_ + k] += at[k * channels_ + c];
+      }
+    }
+    kernels<S>().narrow(total.data(), total.size(), out);
+  }
+
+ private:
+  int64_t channels_, taps_, slabs_;
+  std::vector<A> sum_;
+};
+
+}  // namespace sparsecnx

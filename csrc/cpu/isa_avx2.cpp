@@ -1,0 +1,18 @@
+// Kernels compiled for AVX2, whatever the flags of the build. Standard headers come before the pragma: their
+// inline functions must not be compiled for a machine that may lack it.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <new>
+
+#include "kernels.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi2")
+#define SPARSECNX_ISA avx2
+#define SPARSECNX_BYTES 32
+#define SPARSECNX_AVX2
+#include "kernels_table.h"
+#pragma GCC pop_options
+#endif

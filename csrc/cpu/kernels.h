@@ -1,0 +1,115 @@
+// The kernels compiled once per instruction set, and the choice between them.
+//
+// A kernel works on raw rows in one thread; splitting work between threads, GEMMs and memory are the business of
+// the operators (depthwise_conv.cpp, grn.cpp, ...). S is the storage type of features, A = Compute<S> that of
+// sums, statistics and per-channel parameters.
+#pragma once
+
+#include "halo.h"
+#include "types.h"
+
+namespace sparsecnx {
+
+// A depthwise convolution over tiles. Rows of tile t start at (t - first) * tile^2 * channels.
+template <class S>
+struct Depthwise {
+  const Halo& halo;
+  const int32_t* table;  // (tiles, halo.table_width): neighbouring tiles, -1 where masked
+  int64_t channels;
+  const S* x;  // rows of the input, from tile `x_first` on
+  int64_t x_first;
+  const Compute<S>* weight;  // (kernel_h * kernel_w, channels)
+  const Compute<S>* bias;    // (channels) or null
+  const S* residual;         // added to the result, rows as `out`, or null
+  S* out;                    // rows of the output, from tile `out_first` on
+  int64_t out_first;
+};
+
+// Weight gradient: sum over sites of grad[site] * x[site + offset], for every offset of the kernel.
+template <class S>
+struct DepthwiseWeightGrad {
+  const Halo& halo;
+  const int32_t* table;
+  int64_t channels;
+  const S* x;
+  const S* grad;  // rows from tile `grad_first` on
+  int64_t grad_first;
+};
+
+template <class S>
+struct Kernels {
+  using A = Compute<S>;
+
+  // out = conv(x) + bias + residual for the outputs of tiles [begin, end).
+  void (*depthwise)(const Depthwise<S>&, int64_t begin, int64_t end);
+  // weight_grad (kernel_h * kernel_w, channels) += contribution of tiles [begin, end), channels [from, to).
+  void (*depthwise_weight_grad)(const DepthwiseWeightGrad<S>&, int64_t begin, int64_t end, int64_t from, int64_t to,
+                                A* weight_grad);
+
+  // moments (rows, 2): mean and 1 / sqrt(var + eps) of each row.
+  void (*moments)(const S* x, int64_t rows, int64_t channels, A eps, A* moments);
+  // out = (x - mean) * rstd * weight + bias
+  void (*normalise)(const S* x, const A* moments, const A* weight, const A* bias, int64_t rows, int64_t channels,
+                    S* out);
+  // Gradient of `normalise(moments(x))` into out (may be grad); weight_grad and bias_grad accumulate.
+  void (*layer_norm_backward)(const S* grad, const S* x, const A* moments, const A* weight, int64_t rows,
+                              int64_t channels, S* out, A* weight_grad, A* bias_grad);
+
+  // energy (channels) += x^2
+  void (*energy)(const S* x, int64_t rows, int64_t channels, A* energy);
+  // out = x * scale[c] * row_scale[r] + shift[c]; row_scale and shift may be null.
+  void (*affine)(const S* x, const A* scale, const A* shift, const A* row_scale, int64_t rows, int64_t channels,
+                 S* out);
+  // out = x + shift[c] * row_scale[r]; row_scale may be null.
+  void (*add_shift)(const S* x, const A* shift, const A* row_scale, int64_t rows, int64_t channels, S* out);
+  // out = grad * a[c] + x * b[c]
+  void (*combine)(const S* grad, const S* x, const A* a, const A* b, int64_t rows, int64_t channels, S* out);
+  // dot (channels) += grad * x, total (channels) += grad
+  void (*dot_and_sum)(const S* grad, const S* x, int64_t rows, int64_t channels, A* dot, A* total);
+  // total (channels) += x * row_scale[r]; row_scale may be null.
+  void (*column_sum)(const S* x, const A* row_scale, int64_t rows, int64_t channels, A* total);
+  // out = x * scale[r]
+  void (*scale_rows)(const S* x, A scale, int64_t rows, int64_t channels, S* out);
+
+  // The elementwise parts of the fused block, see convnextv2_block.cpp; `hidden` is before bias and activation.
+  // h = gelu(hidden + bias), energy (channels) += h^2
+  void (*gelu_energy)(const S* hidden, const A* bias, int64_t rows, int64_t channels, S* h, A* energy);
+  // scaled = d (h s + beta), scale_grad += d t h, beta_grad += d t, with d = row_scale (1 if null)
+  void (*gelu_grn_sums)(const S* hidden, const A* bias, const S* t, const A* s, const A* beta, const A* row_scale,
+                        int64_t rows, int64_t channels, S* scaled, A* scale_grad, A* beta_grad);
+  // t <- gelu'(hidden + bias) (d t s + h p), bias_grad += t
+  void (*gelu_grn_backward)(const S* hidden, const A* bias, S* t, const A* s, const A* p, const A* row_scale,
+                            int64_t rows, int64_t channels, A* bias_grad);
+
+  // Rows of columns (rows, taps * channels) = x[map[r, k]] (0 where -1), and its adjoint for channels [from, to).
+  void (*gather)(const S* x, const int32_t* map, int64_t rows, int64_t taps, int64_t channels, S* columns);
+  void (*scatter_add)(const S* columns, const int32_t* map, int64_t rows, int64_t taps, int64_t channels,
+                      int64_t from, int64_t to, A* x);
+  // Between storage and computing type.
+  void (*widen)(const S* x, int64_t count, A* out);
+  void (*narrow)(const A* x, int64_t count, S* out);
+};
+
+// The kernels for this machine: AVX-512 or AVX2 where it has them. SPARSECNX_CPU_ISA=avx512|avx2|baseline in the
+// environment, read once, asks for less.
+template <class S>
+const Kernels<S>& kernels();
+
+const char* cpu_isa();
+
+namespace baseline {
+template <class S>
+Kernels<S> make_kernels();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+template <class S>
+Kernels<S> make_kernels();
+}
+namespace avx512 {
+template <class S>
+Kernels<S> make_kernels();
+}
+#endif
+
+}  // namespace sparsecnx

@@ -1,0 +1,224 @@
+// Kernels that read every row once: normalisations, activations, sums over rows, gathers.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace sparsecnx::SPARSECNX_ISA {
+
+// f(column, lanes) for every register of a row.
+template <class S, class F>
+inline void for_columns(int64_t channels, const F& f) {
+  constexpr int64_t W = kLanes<S>;
+  int64_t c = 0;
+  for (; c + W <= channels; c += W) f(c, W);
+  if (c < channels) f(c, channels - c);
+}
+
+template <class A>
+inline void accumulate(A* at, Vec<A> value, int64_t n) {
+  store(at, load(at, n) + value, n);
+}
+
+template <class A>
+inline A row_factor(const A* row_scale, int64_t row) {
+  return row_scale != nullptr ? row_scale[row] : A(1);
+}
+
+template <class S>
+void moments(const S* x, int64_t rows, int64_t channels, Compute<S> eps, Compute<S>* moments) {
+  using A = Compute<S>;
+  for (int64_t r = 0; r < rows; ++r, x += channels) {
+    Vec<A> total{};
+    for_columns<S>(channels, [&](int64_t c, int64_t n) { total += load(x + c, n); });
+    const A mean = sum<A>(total) / channels;
+    Vec<A> square{};
+    for_columns<S>(channels, [&](int64_t c, int64_t n) {
+      const Vec<A> centred = load(x + c, n) - mean;
+      square += centred * centred;
+    });
+    // Lanes beyond the last channel were loaded as 0 and counted as (0 - mean)^2.
+    const int64_t beyond = (kLanes<S> - channels % kLanes<S>) % kLanes<S>;
+    const A variance = (sum<A>(square) - beyond * mean * mean) / channels;
+    moments[2 * r] = mean;
+    moments[2 * r + 1] = A(1) / std::sqrt(std::max(variance, A(0)) + eps);
+  }
+}
+
+template <class S>
+void normalise(const S* x, const Compute<S>* moments, const Compute<S>* weight, const Compute<S>* bias, int64_t rows,
+               int64_t channels, S* out) {
+  using A = Compute<S>;
+  for (int64_t r = 0; r < rows; ++r, x += channels, out += channels) {
+    const A mean = moments[2 * r], rstd = moments[2 * r + 1];
+    for_columns<S>(channels, [&](int64_t c, int64_t n) {
+      store(out + c, (load(x + c, n) - mean) * rstd * load(weight + c, n) + load(bias + c, n), n);
+    });
+  }
+}
+
+// dx = rstd (w g - mean(w g) - xhat mean(w g xhat))
+template <class S>
+void layer_norm_backward(const S* grad, const S* x, const Compute<S>* moments, const Compute<S>* weight,
+                         int64_t rows, int64_t channels, S* out, Compute<S>* weight_grad, Compute<S>* bias_grad) {
+  using A = Compute<S>;
+  for (int64_t r = 0; r < rows; ++r, grad += channels, x += channels, out += channels) {
+    const A mean = moments[2 * r], rstd = moments[2 * r + 1];
+    Vec<A> total{}, projection{};
+    for_columns<S>(channels, [&](int64_t c, int64_t n) {
+      const Vec<A> g = load(grad + c, n), xhat = (load(x + c, n) - mean) * rstd;
+      const Vec<A> wg = load(weight + c, n) * g;
+      total += wg;
+      projection += wg * xhat;
+      accumulate(weight_grad + c, g * xhat, n);
+      accumulate(bias_grad + c, g, n);
+    });
+    const A a = sum<A>(total) / channels, b = sum<A>(projection) / channels;
+    for_columns<S>(channels, [&](int64_t c, int64_t n) {
+      const Vec<A> xhat = (load(x + c, n) - mean) * rstd;
+      store(out + c, (load(weight + c, n) * load(grad + c, n) - a - xhat * b) * rstd, n);
+    });
+  }
+}
+
+template <class S>
+void energy(const S* x, int64_t rows, int64_t channels, Compute<S>* energy) {
+  for (int64_t r = 0; r < rows; ++r, x += channels) {
+    for_columns<S>(channels, [&](int64_t c, int64_t n) {
+      const Vec<Compute<S>> value = load(x + c, n);
+      accumulate(energy + c, value * value, n);
+    });
+  }
+}
+
+template <class S>
+void affine(const S* x, const Compute<S>* scale, const Compute<S>* shift, const Compute<S>* row_scale, int64_t rows,
+            int64_t channels, S* out) {
+  for (int64_t r = 0; r < rows; ++r, x += channels, out += channels) {
+    const Compute<S> d = row_factor(row_scale, r);
+    for_columns<S>(channels, [&](int64_t c, int64_t n) {
+      Vec<Compute<S>> value = load(x + c, n) * (load(scale + c, n) * d);
+      if (shift != nullptr) value += load(shift + c, n);
+      store(out + c, value, n);
+    });
+  }
+}
+
+template <class S>
+void add_shift(const S* x, const Compute<S>* shift, const Compute<S>* row_scale, int64_t rows, int64_t channels,
+               S* out) {
+  for (int64_t r = 0; r < rows; ++r, x += channels, out += channels) {
+    const Compute<S> d = row_factor(row_scale, r);
+    for_columns<S>(channels,
+                   [&](int64_t c, int64_t n) { store(out + c, load(x + c, n) + load(shift + c, n) * d, n); });
+  }
+}
+
+template <class S>
+void combine(const S* grad, const S* x, const Compute<S>* a, const Compute<S>* b, int64_t rows, int64_t channels,
+             S* out) {
+  for (int64_t r = 0; r < rows; ++r, grad += channels, x += channels, out += channels) {
+    for_columns<S>(channels, [&](int64_t c, int64_t n) {
+      store(out + c, load(grad + c, n) * load(a + c, n) + load(x + c, n) * load(b + c, n), n);
+    });
+  }
+}
+
+template <class S>
+void dot_and_sum(const S* grad, const S* x, int64_t rows, int64_t channels, Compute<S>* dot, Compute<S>* total) {
+  for (int64_t r = 0; r < rows; ++r, grad += channels, x += channels) {
+    for_columns<S>(channels, [&](int64_t c, int64_t n) {
+      const Vec<Compute<S>> g = load(grad + c, n);
+      accumulate(dot + c, g * load(x + c, n), n);
+      accumulate(total + c, g, n);
+    });
+  }
+}
+
+template <class S>
+void column_sum(const S* x, const Compute<S>* row_scale, int64_t rows, int64_t channels, Compute<S>* total) {
+  for (int64_t r = 0; r < rows; ++r, x += channels) {
+    const Compute<S> d = row_factor(row_scale, r);
+    for_columns<S>(channels, [&](int64_t c, int64_t n) { accumulate(total + c, load(x + c, n) * d, n); });
+  }
+}
+
+template <class S>
+void scale_rows(const S* x, Compute<S> scale, int64_t rows, int64_t channels, S* out) {
+  for_columns<S>(rows * channels, [&](int64_t i, int64_t n) { store(out + i, load(x + i, n) * scale, n); });
+}
+
+template <class S>
+void gelu_energy(const S* hidden, const Compute<S>* bias, int64_t rows, int64_t channels, S* h, Compute<S>* energy) {
+  for (int64_t r = 0; r < rows; ++r, hidden += channels, h += channels) {
+    for_columns<S>(channels, [&](int64_t c, int64_t n) {
+      const Vec<Compute<S>> value = gelu(load(hidden + c, n) + load(bias + c, n)).value;
+      store(h + c, value, n);
+      accumulate(energy + c, value * value, n);
+    });
+  }
+}
+
+template <class S>
+void gelu_grn_sums(const S* hidden, const Compute<S>* bias, const S* t, const Compute<S>* s, const Compute<S>* beta,
+                   const Compute<S>* row_scale, int64_t rows, int64_t channels, S* scaled, Compute<S>* scale_grad,
+                   Compute<S>* beta_grad) {
+  for (int64_t r = 0; r < rows; ++r, hidden += channels, t += channels, scaled += channels) {
+    const Compute<S> d = row_factor(row_scale, r);
+    for_columns<S>(channels, [&](int64_t c, int64_t n) {
+      const Vec<Compute<S>> h = gelu(load(hidden + c, n) + load(bias + c, n)).value;
+      const Vec<Compute<S>> g = load(t + c, n) * d;
+      store(scaled + c, (h * load(s + c, n) + load(beta + c, n)) * d, n);
+      accumulate(scale_grad + c, g * h, n);
+      accumulate(beta_grad + c, g, n);
+    });
+  }
+}
+
+template <class S>
+void gelu_grn_backward(const S* hidden, const Compute<S>* bias, S* t, const Compute<S>* s, const Compute<S>* p,
+                       const Compute<S>* row_scale, int64_t rows, int64_t channels, Compute<S>* bias_grad) {
+  for (int64_t r = 0; r < rows; ++r, hidden += channels, t += channels) {
+    const Compute<S> d = row_factor(row_scale, r);
+    for_columns<S>(channels, [&](int64_t c, int64_t n) {
+      const Gelu<Compute<S>> h = gelu(load(hidden + c, n) + load(bias + c, n));
+      const Vec<Compute<S>> g =
+          h.slope * (load(t + c, n) * (load(s + c, n) * d) + h.value * load(p + c, n));
+      store(t + c, g, n);
+      accumulate(bias_grad + c, g, n);
+    });
+  }
+}
+
+template <class S>
+void gather(const S* x, const int32_t* map, int64_t rows, int64_t taps, int64_t channels, S* columns) {
+  for (int64_t i = 0; i < rows * taps; ++i, columns += channels) {
+    if (map[i] < 0) {
+      std::memset(columns, 0, channels * sizeof(S));
+    } else {
+      std::memcpy(columns, x + map[i] * channels, channels * sizeof(S));
+    }
+  }
+}
+
+template <class S>
+void scatter_add(const S* columns, const int32_t* map, int64_t rows, int64_t taps, int64_t channels, int64_t from,
+                 int64_t to, Compute<S>* x) {
+  for (int64_t i = 0; i < rows * taps; ++i, columns += channels) {
+    if (map[i] < 0) continue;
+    Compute<S>* at = x + map[i] * channels + from;
+    for_columns<S>(to - from, [&](int64_t c, int64_t n) { accumulate(at + c, load(columns + from + c, n), n); });
+  }
+}
+
+template <class S>
+void widen(const S* x, int64_t count, Compute<S>* out) {
+  for_columns<S>(count, [&](int64_t i, int64_t n) { store(out + i, load(x + i, n), n); });
+}
+
+template <class S>
+void narrow(const Compute<S>* x, int64_t count, S* out) {
+  for_columns<S>(count, [&](int64_t i, int64_t n) { store(out + i, load(x + i, n), n); });
+}
+
+}  // namespace sparsecnx::SPARSECNX_ISA

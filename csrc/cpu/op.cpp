@@ -1,0 +1,57 @@
+#include "op.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>  // C functions, ABI-stable like the rest
+
+#include <algorithm>
+
+namespace sparsecnx {
+
+std::vector<RowBlock> split_rows(const int64_t* splits, int64_t first, int64_t last, int64_t channels) {
+  const int64_t size = std::clamp<int64_t>((int64_t{1} << 15) / std::max<int64_t>(channels, 1), 8, 512);
+  std::vector<RowBlock> blocks;
+  for (int64_t segment = first; segment < last; ++segment) {
+    for (int64_t row = splits[segment]; row < splits[segment + 1]; row += size)
+      blocks.push_back({segment, row, std::min(row + size, splits[segment + 1])});
+  }
+  return blocks;
+}
+
+const int64_t* check_splits(const Tensor& splits, const char* name, int64_t rows) {
+  check_dense(splits, name, splits.numel());
+  check_dtype(splits, name, ScalarType::Long);
+  const int64_t count = splits.numel();
+  STD_TORCH_CHECK(count >= 1, "sparsecnx: ", name, " is empty, expected segments + 1 positions");
+  const int64_t* at = data<int64_t>(splits);
+  STD_TORCH_CHECK(at[0] == 0 && at[count - 1] == rows && std::is_sorted(at, at + count), "sparsecnx: ", name,
+                  " must ascend from 0 to the number of rows, ", rows);
+  return at;
+}
+
+namespace {
+
+// A view of memory as torch sees it; a transposed matrix is a matter of strides.
+Tensor view(const void* at, int64_t rows, int64_t columns, bool transposed, ScalarType dtype) {
+  const std::array<int64_t, 2> shape{rows, columns};
+  const std::array<int64_t, 2> strides = transposed ? std::array<int64_t, 2>{1, std::max<int64_t>(rows, 1)}
+                                                    : std::array<int64_t, 2>{std::max<int64_t>(columns, 1), 1};
+  return torch::stable::from_blob(const_cast<void*>(at), shape, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+}
+
+}  // namespace
+
+void gemm_raw(void* out, const void* a, bool a_transposed, const void* b, bool b_transposed, int64_t rows,
+              int64_t inner, int64_t columns, ScalarType dtype, bool accumulate) {
+  if (rows == 0 || columns == 0) return;
+  const Tensor result = view(out, rows, columns, false, dtype);
+  const Tensor left = view(a, rows, inner, a_transposed, dtype);
+  const Tensor right = view(b, inner, columns, b_transposed, dtype);
+  if (accumulate) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
+  }
+}
+
+}  // namespace sparsecnx

@@ -1,0 +1,212 @@
+// What the operators share: dispatch on dtype, typed access to tensors, GEMMs, work split between threads.
+// Only PyTorch's ABI-stable headers are used, so that one build serves every torch from 2.11 on.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace sparsecnx {
+
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+
+template <class S>
+struct Tag {
+  using type = S;
+};
+
+// Calls f(Tag<S>()) with the storage type of a floating dtype.
+template <class F>
+void for_dtype(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return f(Tag<float>());
+    case ScalarType::Double:
+      return f(Tag<double>());
+    case ScalarType::BFloat16:
+      return f(Tag<bfloat16>());
+    case ScalarType::Half:
+      return f(Tag<half>());
+    default:
+      STD_TORCH_CHECK(false, "sparsecnx: dtype ", torch::headeronly::toString(x.scalar_type()),
+                      " is not supported; expected float32, float64, bfloat16 or float16");
+  }
+}
+
+// Data of a contiguous CPU tensor; T is the storage type, unchecked against the dtype.
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// Raises unless x is a contiguous CPU tensor of that many elements.
+inline void check_dense(const Tensor& x, const char* name, int64_t numel) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "sparsecnx: ", name, " must be a contiguous CPU tensor");
+  STD_TORCH_CHECK(x.numel() == numel, "sparsecnx: ", name, " has ", x.numel(), " elements, expected ", numel);
+}
+
+inline void check_dtype(const Tensor& x, const char* name, ScalarType expected) {
+  STD_TORCH_CHECK(x.scalar_type() == expected, "sparsecnx: ", name, " is ",
+                  torch::headeronly::toString(x.scalar_type()), ", expected ", torch::headeronly::toString(expected));
+}
+
+// Dtype of per-channel parameters and statistics.
+inline ScalarType compute_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// (rows, channels) of a feature matrix, checked.
+inline std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 2, "sparsecnx: ", name, " must be (rows, channels)");
+  check_dense(x, name, x.numel());
+  return {x.size(0), x.size(1)};
+}
+
+// Checks a per-channel parameter and returns its data.
+template <class A>
+const A* parameter(const Tensor& value, const char* name, int64_t channels, const Tensor& x) {
+  check_dense(value, name, channels);
+  check_dtype(value, name, compute_dtype(x));
+  return data<A>(value);
+}
+
+inline Tensor empty(std::vector<int64_t> shape, ScalarType dtype) {
+  return torch::stable::empty(shape, dtype, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+}
+
+// --- work split between threads --------------------------------------------------------------------------------
+
+// A run of rows of one segment (the rows GRN normalises together).
+struct RowBlock {
+  int64_t segment, begin, end;
+};
+
+// Rows of segments [first, last) in blocks that keep a thread busy for some ten microseconds.
+std::vector<RowBlock> split_rows(const int64_t* splits, int64_t first, int64_t last, int64_t channels);
+
+// Checks row splits (segments + 1 ascending positions covering all rows) and returns them.
+const int64_t* check_splits(const Tensor& splits, const char* name, int64_t rows);
+
+// f(block index) for every block, in parallel.
+template <class F>
+void for_blocks(const std::vector<RowBlock>& blocks, const F& f) {
+  parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// Sums over rows: one partial row per block, added up in order, so that the result does not depend on timing.
+template <class A>
+class BlockSums {
+ public:
+  BlockSums(size_t blocks, int64_t width) : width_(width), partial_(blocks * width, A(0)) {}
+  A* at(int64_t block) { return partial_.data() + block * width_; }
+  // total += partial sums of blocks [first, last)
+  void add_to(A* total, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const A* row = at(i);
+      for (int64_t c = 0; c < width_; ++c) total[c] += row[c];
+    }
+  }
+  void add_to(A* total) { add_to(total, 0, width_ == 0 ? 0 : static_cast<int64_t>(partial_.size()) / width_); }
+
+ private:
+  int64_t width_;
+  std::vector<A> partial_;
+};
+
+// Calls f(segment, first block, last block) for every run of blocks of one segment.
+template <class F>
+void for_segments(const std::vector<RowBlock>& blocks, const F& f) {
+  for (size_t first = 0; first < blocks.size();) {
+    size_t last = first;
+    while (last < blocks.size() && blocks[last].segment == blocks[first].segment) ++last;
+    f(blocks[first].segment, static_cast<int64_t>(first), static_cast<int64_t>(last));
+    first = last;
+  }
+}
+
+// --- GEMM through torch's BLAS ---------------------------------------------------------------------------------
+
+// A row-major matrix in memory owned by somebody else, or its transpose.
+template <class T>
+struct Matrix {
+  T* at;
+  int64_t rows, columns;
+  bool transposed = false;  // `at` holds (columns, rows)
+
+  Matrix t() const { return {at, columns, rows, !transposed}; }
+};
+
+template <class T>
+constexpr ScalarType kDtype = ScalarType::Undefined;
+template <>
+inline constexpr ScalarType kDtype<float> = ScalarType::Float;
+template <>
+inline constexpr ScalarType kDtype<double> = ScalarType::Double;
+template <>
+inline constexpr ScalarType kDtype<bfloat16> = ScalarType::BFloat16;
+template <>
+inline constexpr ScalarType kDtype<half> = ScalarType::Half;
+
+void gemm_raw(void* out, const void* a, bool a_transposed, const void* b, bool b_transposed, int64_t rows,
+              int64_t inner, int64_t columns, ScalarType dtype, bool accumulate);
+
+// out = a b
+template <class T>
+void gemm(T* out, Matrix<T> a, Matrix<T> b) {
+  gemm_raw(out, a.at, a.transposed, b.at, b.transposed, a.rows, a.columns, b.columns, kDtype<T>, false);
+}
+
+// out += a b, in T
+template <class T>
+void gemm_add(T* out, Matrix<T> a, Matrix<T> b) {
+  gemm_raw(out, a.at, a.transposed, b.at, b.transposed, a.rows, a.columns, b.columns, kDtype<T>, true);
+}
+
+// Sum of products that is kept in the computing type: 16-bit products are rounded once each, never their sum.
+template <class S>
+class GemmSum {
+  using A = Compute<S>;
+
+ public:
+  GemmSum(int64_t rows, int64_t columns) : sum_(rows * columns, A(0)) {}
+  void add(Matrix<S> a, Matrix<S> b) {
+    if (a.columns == 0) return;
+    if constexpr (std::is_same_v<S, A>) {
+      gemm_add(sum_.data(), a, b);
+    } else {
+      product_.resize(sum_.size());
+      widened_.resize(sum_.size());
+      gemm(product_.data(), a, b);
+      kernels<S>().widen(product_.data(), product_.size(), widened_.data());
+      for (size_t i = 0; i < sum_.size(); ++i) sum_[i] += widened_[i];
+    }
+  }
+  void store(S* out) { kernels<S>().narrow(sum_.data(), sum_.size(), out); }
+
+ private:
+  std::vector<A> sum_;
+  std::vector<S> product_;
+  std::vector<A> widened_;
+};
+
+// Storage values in the computing type.
+template <class S>
+std::vector<Compute<S>> widened(const Tensor& x) {
+  std::vector<Compute<S>> out(x.numel());
+  kernels<S>().widen(data<S>(x), x.numel(), out.data());
+  return out;
+}
+
+}  // namespace sparsecnx

@@ -1,0 +1,240 @@
+// A register of lanes, for the instruction set named by SPARSECNX_ISA. Included once per instruction set, by the
+// isa_*.cpp files, which define:
+//   SPARSECNX_ISA         namespace of everything compiled for it
+//   SPARSECNX_BYTES       bytes of a register
+//   SPARSECNX_AVX2/_AVX512  whether the intrinsics for partial loads and half precision may be used
+//
+// Storage types (float, double, bfloat16, half) are loaded into lanes of the type they are computed in:
+// float, or double for double.
+#pragma once
+
+#include <new>
+
+#include "types.h"
+
+namespace sparsecnx::SPARSECNX_ISA {
+
+template <class A>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float type __attribute__((vector_size(SPARSECNX_BYTES)));
+};
+template <>
+struct Lanes<double> {
+  typedef double type __attribute__((vector_size(SPARSECNX_BYTES)));
+};
+template <class A>
+using Vec = typename Lanes<A>::type;
+
+// Lanes of a register that computes for storage type S.
+template <class S>
+constexpr int64_t kLanes = SPARSECNX_BYTES / sizeof(Compute<S>);
+
+template <class V, class A>
+inline V splat(A value) {
+  return value - V{};
+}
+
+// An array of registers in memory, aligned (std::vector does not align vector types), uninitialised.
+template <class A>
+class Registers {
+ public:
+  explicit Registers(int64_t count) : at_(::operator new(count * sizeof(Vec<A>), kAlignment)) {}
+  ~Registers() { ::operator delete(at_, kAlignment); }
+  Registers(const Registers&) = delete;
+  Registers& operator=(const Registers&) = delete;
+  Vec<A>* data() { return static_cast<Vec<A>*>(at_); }
+  Vec<A>& operator[](int64_t i) { return data()[i]; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{SPARSECNX_BYTES};
+  void* at_;
+};
+
+// --- loads and stores of the first n lanes; the others are zero -------------------------------------------
+
+template <class A>
+inline Vec<A> load_some(const A* p, int64_t n) {
+  Vec<A> v{};
+  std::memcpy(&v, p, n * sizeof(A));
+  return v;
+}
+
+template <class A>
+inline void store_some(A* p, Vec<A> v, int64_t n) {
+  std::memcpy(p, &v, n * sizeof(A));
+}
+
+#if defined(SPARSECNX_AVX512)
+inline __mmask16 first(int64_t n) {
+  return static_cast<__mmask16>((1u << n) - 1);
+}
+template <>
+inline Vec<float> load_some(const float* p, int64_t n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(first(n), p);
+}
+template <>
+inline void store_some(float* p, Vec<float> v, int64_t n) {
+  _mm512_mask_storeu_ps(p, first(n), (__m512)v);
+}
+#elif defined(SPARSECNX_AVX2)
+inline __m256i first(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+template <>
+inline Vec<float> load_some(const float* p, int64_t n) {
+  return (Vec<float>)_mm256_maskload_ps(p, first(n));
+}
+template <>
+inline void store_some(float* p, Vec<float> v, int64_t n) {
+  _mm256_maskstore_ps(p, first(n), (__m256)v);
+}
+#endif
+
+template <class A>
+inline Vec<A> load(const A* p, int64_t n = kLanes<A>) {
+  if (n < kLanes<A>) return load_some(p, n);
+  Vec<A> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <class A>
+inline void store(A* p, Vec<A> v, int64_t n = kLanes<A>) {
+  if (n < kLanes<A>) return store_some(p, v, n);
+  std::memcpy(p, &v, sizeof(v));
+}
+
+// 16-bit storage: the bits are moved first, whole or in part, then widened.
+typedef uint16_t Bits16 __attribute__((vector_size(SPARSECNX_BYTES / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(SPARSECNX_BYTES)));
+
+inline Bits16 load_bits(const void* p, int64_t n) {
+  Bits16 bits{};
+  if (n >= kLanes<float>) {
+    std::memcpy(&bits, p, sizeof(bits));
+  } else {
+    std::memcpy(&bits, p, n * sizeof(uint16_t));
+  }
+  return bits;
+}
+
+inline void store_bits(void* p, Bits16 bits, int64_t n) {
+  if (n >= kLanes<float>) {
+    std::memcpy(p, &bits, sizeof(bits));
+  } else {
+    std::memcpy(p, &bits, n * sizeof(uint16_t));
+  }
+}
+
+inline Vec<float> load(const bfloat16* p, int64_t n = kLanes<float>) {
+  return (Vec<float>)(__builtin_convertvector(load_bits(p, n), Bits32) << 16);
+}
+
+inline void store(bfloat16* p, Vec<float> v, int64_t n = kLanes<float>) {
+  const Bits32 bits = (Bits32)v;
+  const Bits32 rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;  // to nearest, ties to even
+  const Bits32 nan = (bits >> 16) | 0x40u;                                  // rounding must not carry a NaN away
+  const Bits32 is_nan = (Bits32)(v != v);
+  store_bits(p, __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), Bits16), n);
+}
+
+inline Vec<float> load(const half* p, int64_t n = kLanes<float>) {
+  const Bits16 bits = load_bits(p, n);
+#if defined(SPARSECNX_AVX512)
+  return (Vec<float>)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(SPARSECNX_AVX2)
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)bits);
+#else
+  Vec<float> v{};
+  for (int64_t i = 0; i < kLanes<float>; ++i) v[i] = half_to_float(bits[i]);
+  return v;
+#endif
+}
+
+inline void store(half* p, Vec<float> v, int64_t n = kLanes<float>) {
+#if defined(SPARSECNX_AVX512)
+  store_bits(p, (Bits16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT), n);
+#elif defined(SPARSECNX_AVX2)
+  store_bits(p, (Bits16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT), n);
+#else
+  Bits16 bits{};
+  for (int64_t i = 0; i < kLanes<float>; ++i) bits[i] = float_to_half(v[i]);
+  store_bits(p, bits, n);
+#endif
+}
+
+// --- reductions and functions ------------------------------------------------------------------------------
+
+template <class A>
+inline A sum(Vec<A> v, int64_t n = kLanes<A>) {
+  A total = 0;
+  for (int64_t i = 0; i < n; ++i) total += v[i];
+  return total;
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// exp(x) = 2^n exp(r), |r| <= ln(2) / 2, by its Taylor polynomial; below the smallest normal float it is 0.
+inline Vec<float> exp(Vec<float> x) {
+  typedef int32_t Ints __attribute__((vector_size(SPARSECNX_BYTES)));
+  const Ints vanishes = x < -87.0f;
+  const Ints too_large = x > 88.0f;
+  x = too_large ? splat<Vec<float>>(88.0f) : x;
+  const Vec<float> shift = splat<Vec<float>>(12582912.0f);  // 1.5 * 2^23 rounds to an integer
+  const Vec<float> n = (x * 1.44269504f + shift) - shift;
+  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec<float> y = splat<Vec<float>>(1.0f / 5040);
+  y = y * r + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  y = y * (Vec<float>)power;
+  return vanishes ? Vec<float>{} : y;
+}
+
+// The exact GELU x Phi(x) and its derivative Phi(x) + x phi(x).
+template <class A>
+struct Gelu {
+  Vec<A> value, slope;
+};
+
+inline Gelu<double> gelu(Vec<double> x) {
+  Gelu<double> out;
+  for (int64_t i = 0; i < kLanes<double>; ++i) {
+    const double cdf = 0.5 * std::erfc(-x[i] * 0.70710678118654752);
+    out.value[i] = x[i] * cdf;
+    out.slope[i] = cdf + x[i] * 0.39894228040143268 * std::exp(-0.5 * x[i] * x[i]);
+  }
+  return out;
+}
+
+// erfc(z) = exp(-z^2) t P(t), t = 1 / (1 + 0.33 z), z = |x| / sqrt(2): P is a minimax fit on 0 <= z <= 9.6 with
+// relative error 8e-8. One exponential serves the value and the slope.
+inline Gelu<float> gelu(Vec<float> x) {
+  typedef int32_t Ints __attribute__((vector_size(SPARSECNX_BYTES)));
+  const Vec<float> magnitude = (Vec<float>)((Ints)x & 0x7fffffff);
+  const Vec<float> t = 1.0f / (1.0f + (0.33f * 0.70710678f) * magnitude);
+  const Vec<float> e = exp(-0.5f * x * x);
+  Vec<float> p = splat<Vec<float>>(-1.359294056e-01f);
+  p = p * t + 4.626909441e-01f;
+  p = p * t - 3.554439919e-01f;
+  p = p * t + 4.125466753e-01f;
+  p = p * t + 4.500768980e-02f;
+  p = p * t + 2.019248218e-01f;
+  p = p * t + 1.828370617e-01f;
+  p = p * t + 1.863661232e-01f;
+  const Vec<float> tail = 0.5f * p * t * e;
+  const Vec<float> cdf = x < 0.0f ? tail : 1.0f - tail;
+  return {x * cdf, cdf + x * e * 0.39894228f};
+}
+
+}  // namespace sparsecnx::SPARSECNX_ISA
