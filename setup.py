@@ -79,12 +79,8 @@ def find_compiler() -> str:
     if trial.returncode == 0:
         return compiler
     if "Python.h" in trial.stderr:
-        raise CannotCompile(
-            f"no Python.h in {include}\nInstall it (Debian, Ubuntu: apt-get install python3-dev)."
-        )
-    error = next(
-        (line for line in trial.stderr.splitlines() if "error" in line), f"exit code {trial.returncode}"
-    )
+        raise CannotCompile(f"no Python.h in {include}\nInstall it (Debian, Ubuntu: apt-get install python3-dev).")
+    error = next((line for line in trial.stderr.splitlines() if "error" in line), f"exit code {trial.returncode}")
     raise CannotCompile(f"{compiler} does not compile C++20: {error.strip()}\n{advice}")
 
 

@@ -52,9 +52,7 @@ def load(package: Path = PACKAGE) -> Missing | None:
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        return Missing(
-            f"{library.name} does not load into torch {torch.__version__}: {error}", reinstall(package)
-        )
+        return Missing(f"{library.name} does not load into torch {torch.__version__}: {error}", reinstall(package))
     return None
 
 

@@ -100,9 +100,7 @@ def _torch() -> Check:
 def _gpu() -> Check:
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        return Check(
-            "GPU", True, ", ".join(f"{device.name}, sm_{device.major}{device.minor}" for device in devices)
-        )
+        return Check("GPU", True, ", ".join(f"{device.name}, sm_{device.major}{device.minor}" for device in devices))
     if torch.version.cuda is None:
         remedy = f"With an NVIDIA GPU, install a CUDA build of torch: {CUDA_BUILDS}"
         return Check("GPU", False, "this torch is built for CPU only", remedy)
@@ -113,9 +111,7 @@ def _gpu() -> Check:
 def _triton() -> Check:
     problem = _import_problem("triton")
     if problem is not None:
-        return Check(
-            "Triton", False, problem, f"Install a CUDA build of torch, which brings it: {CUDA_BUILDS}"
-        )
+        return Check("Triton", False, problem, f"Install a CUDA build of torch, which brings it: {CUDA_BUILDS}")
     version = importlib.metadata.version("triton")
     if not torch.cuda.is_available():
         return Check("Triton", False, f"{version}, but there is no GPU to run it on", "See GPU.")
@@ -143,9 +139,7 @@ def _cpu_operators() -> Check:
 def _cuda_operators() -> Check:
     facts = _extension.build_info()
     if facts is not None and facts["cuda"] is not None:
-        return Check(
-            "CUDA operators", True, f"CUDA {facts['cuda']}, architectures {facts['cuda_architectures']}"
-        )
+        return Check("CUDA operators", True, f"CUDA {facts['cuda']}, architectures {facts['cuda_architectures']}")
     detail = "not part of this version: tensors on a GPU go through the dense reference"
     return Check("CUDA operators", False, detail)
 
@@ -169,9 +163,7 @@ def _train() -> Iterator[Check]:
             remedy = f"Install the one that belongs to torch {torch.__version__}: {TORCHVISION_RELEASES}"
             yield Check(distribution, False, problem, remedy)
         else:
-            yield Check(
-                distribution, False, problem, f"pip install --force-reinstall --no-deps {distribution}"
-            )
+            yield Check(distribution, False, problem, f"pip install --force-reinstall --no-deps {distribution}")
 
 
 def _import_problem(module: str) -> str | None:
