@@ -1,0 +1,160 @@
+"""The command line: `sparsecnx pretrain | reconstruct | doctor`.
+
+Exit codes:
+    0    done
+    1    a run stopped: loss not finite, or checkpoint not saved; its last good checkpoint is there
+    2    an argument or an installation that cannot work; nothing was changed
+    130  stopped by Ctrl-C, 143 by SIGTERM; `pretrain` saves first, and `--resume` goes on
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from sparsecnx import doctor
+from sparsecnx.models import SIZES
+from sparsecnx.train.errors import InputError, MissingExtra, TrainingStopped, require_train_extra
+from sparsecnx.train.recipe import DTYPES, Recipe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code listed at the top of this file."""
+    arguments = build_parser().parse_args(argv)
+    command = f"sparsecnx {arguments.command}"
+    try:
+        return int(arguments.run(arguments))
+    except InputError as error:
+        print(f"{command}: error: {_as_typed(error.argument)} {error.problem}", file=sys.stderr)
+        return 2
+    except MissingExtra as error:
+        print(f"{command}: error: {error}", file=sys.stderr)
+        return 2
+    except TrainingStopped as error:
+        print(f"{command}: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="sparsecnx", description="Masked-autoencoder pretraining at the cost of the visible pixels."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_pretrain(commands.add_parser("pretrain", help="pretrain ConvNeXt V2 as a masked autoencoder"))
+    _add_reconstruct(commands.add_parser("reconstruct", help="draw what a checkpoint makes of masked images"))
+    checkup = commands.add_parser("doctor", help="print what is available, and for what is missing why")
+    checkup.set_defaults(run=lambda arguments: doctor.run())
+    return parser
+
+
+def _add_pretrain(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Pretrain on any folder of images with the published FCMAE recipe. Ctrl-C and SIGTERM save a "
+        "checkpoint and exit with 130 and 143; --resume goes on from it to the same losses."
+    )
+    parser.set_defaults(run=_pretrain)
+    where = parser.add_argument_group("data and output")
+    where.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="images, in sub-folders or not (default: the photographs inside scikit-image and scikit-learn)",
+    )
+    where.add_argument("--output", metavar="FOLDER", help="checkpoints and logs (default: runs/pretrain)")
+    where.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from a checkpoint, or, without a name or with 'auto', from the newest in --output",
+    )
+    where.add_argument("--save-every", type=int, default=1, metavar="EPOCHS", help="between checkpoints (default: 1)")
+    where.add_argument("--keep", type=int, default=3, metavar="K", help="checkpoints kept (default: 3)")
+
+    recipe = parser.add_argument_group("recipe (defaults as published)")
+    add = recipe.add_argument
+    add("--model", metavar="SIZE", help=f"{', '.join(SIZES)} (default: {Recipe.model})")
+    add("--image-size", type=int, metavar="PIXELS", help="side of the training crop (default: 224)")
+    add("--mask-ratio", type=float, metavar="R", help="fraction of patches removed (default: 0.6)")
+    add(
+        "--norm-pix-loss",
+        action=argparse.BooleanOptionalAction,
+        help="predict pixels normalised per patch (default: yes)",
+    )
+    add("--epochs", type=int, metavar="N", help="passes over the data (default: 800)")
+    add("--batch-size", type=int, metavar="N", help="images per forward pass (default: 64)")
+    add("--grad-accum-steps", type=int, metavar="N", help="forward passes per optimizer step (default: 1)")
+    add("--base-lr", type=float, metavar="LR", help="per 256 images of a step (default: 1.5e-4)")
+    add("--weight-decay", type=float, metavar="WD", help="not on biases and vectors (default: 0.05)")
+    add("--warmup-epochs", type=float, metavar="N", help="(default: 40, at most a tenth of --epochs)")
+    add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm (default: no clipping)")
+    add("--dtype", metavar="DTYPE", help=f"{' or '.join(DTYPES)} autocast (default: float32)")
+    add("--seed", type=int, metavar="N", help="of weights, order, crops and masks (default: 0)")
+    add(
+        "--epoch-repeats",
+        type=int,
+        metavar="N",
+        help="times an epoch shows each image (default: 1, without --data 20)",
+    )
+    for action in recipe._group_actions:
+        action.default = argparse.SUPPRESS  # absent unless given: a resumed run has its own values
+
+    machine = parser.add_argument_group("machine (the losses do not depend on the workers)")
+    machine.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda (default: auto)")
+    machine.add_argument(
+        "--workers", type=int, metavar="N", help="reading processes (default: one per 2 cores, at most 8)"
+    )
+    machine.add_argument("--compile", action="store_true", help="use torch.compile")
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
+    require_train_extra()
+    from sparsecnx.train.loop import Options, pretrain
+
+    values = vars(arguments)
+    options = Options(**{f: values[f] for f in Options.__dataclass_fields__})
+    return pretrain(options, {f: values[f] for f in Recipe.__dataclass_fields__ if f in values})
+
+
+def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Draw images, their visible patches, and the reconstruction side by side. Where the model predicts "
+        "normalised patches, each takes mean and contrast from the true patch, as in MAE's demonstration."
+    )
+    parser.set_defaults(run=_reconstruct)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of sparsecnx pretrain, such as last.pt")
+    parser.add_argument(
+        "images", nargs="*", metavar="IMAGE", help="image files (default: six photographs from the wheels)"
+    )
+    parser.add_argument("--out", default="reconstruction.png", metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument("--mask-ratio", type=float, metavar="R", help="(default: the checkpoint's)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the masks (default: 0)")
+
+
+def _reconstruct(arguments: argparse.Namespace) -> int:
+    require_train_extra()
+    from sparsecnx.train.reconstruct import reconstruct
+
+    loss = reconstruct(
+        arguments.checkpoint,
+        arguments.images,
+        arguments.out,
+        mask_ratio=arguments.mask_ratio,
+        seed=arguments.seed,
+    )
+    print(f"{arguments.out}: loss {loss:.4f} on the masked patches")
+    return 0
+
+
+def _as_typed(argument: str) -> str:
+    """A Python argument's name as it stands on the command line."""
+    positional = {"checkpoint": "CHECKPOINT", "images": "IMAGE"}
+    return positional.get(argument, f"--{argument.replace('_', '-')}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

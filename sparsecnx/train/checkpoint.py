@@ -1,0 +1,129 @@
+"""Checkpoints that are whole or not there.
+
+    runs/demo/checkpoint-00000540.pt     state after 540 optimizer steps; the newest K are kept
+    runs/demo/last.pt                    link to the newest
+
+A file is written under another name in the same folder, forced to disk, and renamed: a full disk or a kill
+at any moment leaves the previous checkpoint as it was. Files load with `weights_only=True`: no code in them
+runs.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAST = "last.pt"
+_NAME = re.compile(r"checkpoint-(\d+)\.pt")
+_PARTS = {"model", "optimizer", "step", "epoch", "recipe", "data"}
+
+
+class CheckpointError(Exception):
+    """A file that is no whole checkpoint; the message says why."""
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Args:
+        folder: made when the first checkpoint is saved.
+        keep: how many checkpoints stay.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 3) -> None:
+        self.folder = Path(folder)
+        self.keep = keep
+
+    def all(self) -> list[Path]:
+        """Checkpoints by step, oldest first."""
+        found = [path for path in self.folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(path.name[len("checkpoint-") : -len(".pt")]))
+
+    def newest(self) -> Path | None:
+        """The checkpoint of the latest step, None where there is none."""
+        return next(reversed(self.all()), None)
+
+    def save(self, state: dict[str, Any]) -> Path:
+        """Write `state` as the checkpoint of `state["step"]`, point `last.pt` at it, drop old ones.
+
+        Raises:
+            OSError: it could not be written; earlier checkpoints are untouched.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"checkpoint-{state['step']:08d}.pt"
+        write(path, state)
+        link = self.folder / f".{LAST}.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        os.replace(link, self.folder / LAST)
+        for old in self.all()[: -self.keep]:
+            old.unlink()
+        _sync_folder(self.folder)
+        return path
+
+    def drop_leftovers(self) -> None:
+        """Remove half-written files of a run that was killed while saving."""
+        for leftover in [*self.folder.glob(".checkpoint-*.pt.tmp"), self.folder / f".{LAST}.tmp"]:
+            leftover.unlink(missing_ok=True)
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint file whole or not at all.
+
+    Raises:
+        OSError: no space, no permission, or another failure of the file system; `path` is as before.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch's zip writer wraps the file's own error
+                raise OSError(f"{temporary}: {error.__context__ or error}") from error
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of `sparsecnx pretrain` onto the CPU.
+
+    Returns:
+        `model`, `optimizer`: state dicts; `step`: optimizer steps done; `epoch`: the same in epochs;
+        `recipe`: the fields of `Recipe`; `data`: where the images were, how many, and their fingerprint.
+
+    Raises:
+        CheckpointError: no such file, truncated, damaged, or not a checkpoint of `sparsecnx pretrain`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError("a folder; expected a file in it" if path.exists() else "no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"truncated or damaged ({reason})") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError("not a checkpoint: it holds more than tensors and plain values") from error
+    missing = sorted(_PARTS - state.keys() if isinstance(state, dict) else _PARTS)
+    if missing:
+        raise CheckpointError(f"not a checkpoint of sparsecnx pretrain: it lacks {', '.join(missing)}")
+    return state
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,258 @@
+"""Images, and which of them a training step sees.
+
+Every random choice is a function of the seed and of where in the run it is made, so a run that was stopped
+goes on exactly as it would have, with any number of workers:
+
+    order of an epoch    (seed, epoch)
+    crop and flip        (seed, epoch, position in the epoch)
+    mask                 (seed, forward pass), drawn in loop.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from sparsecnx.train.errors import InputError, MissingExtra
+from sparsecnx.train.recipe import Recipe
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# The photographs (no drawings, no masks) that lie in the wheels themselves, colourful ones first.
+PHOTOGRAPHS = {
+    "sklearn": """datasets/images/china.jpg datasets/images/flower.jpg""",
+    "skimage": """
+        data/astronaut.png data/chelsea.png data/coffee.png data/rocket.jpg data/motorcycle_left.png
+        data/motorcycle_right.png data/hubble_deep_field.jpg data/ihc.png data/retina.jpg data/camera.png
+        data/coins.png data/brick.png data/grass.png data/gravel.png data/moon.png data/page.png
+        data/text.png data/cell.png data/clock_motion.png data/microaneurysms.png""",
+}
+# Shows each of the 22 photographs this often in an epoch, so that an epoch is a few hundred images.
+PHOTOGRAPH_REPEATS = 20
+
+
+class ImageSet(NamedTuple):
+    """Image files, in a fixed order.
+
+    Attributes:
+        root: folder that `names` are relative to.
+        names: paths below `root`, with forward slashes.
+        small: few enough to be kept decoded in memory.
+    """
+
+    root: str
+    names: tuple[str, ...]
+    small: bool
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.names[index])
+
+    def fingerprint(self) -> str:
+        """Equal for the same files in the same order, wherever the folder is."""
+        return hashlib.blake2b("\n".join(self.names).encode(), digest_size=16).hexdigest()
+
+
+def find_images(folder: str | Path) -> ImageSet:
+    """All image files below `folder`, class folders or not, links followed, sorted by path.
+
+    Raises:
+        InputError: `folder` does not exist, is not a folder, or holds no image file.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError("data", folder, "not a folder" if root.exists() else "no such folder; expected images in one")
+    names = [
+        Path(parent, file).relative_to(root).as_posix()
+        for parent, _, files in os.walk(root, followlinks=True)
+        for file in files
+        if file.lower().endswith(IMG_EXTENSIONS)
+    ]
+    if not names:
+        raise InputError("data", folder, f"holds no images; expected files ending in {', '.join(IMG_EXTENSIONS)}")
+    return ImageSet(str(root), tuple(sorted(names)), small=False)
+
+
+def wheel_photographs() -> ImageSet:
+    """The photographs inside the installed scikit-image and scikit-learn. Nothing is downloaded.
+
+    Raises:
+        MissingExtra: neither is installed.
+    """
+    paths = []
+    for package, files in PHOTOGRAPHS.items():
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            paths += [Path(spec.origin).parent / file for file in files.split()]
+    present = [path for path in paths if path.is_file()]
+    if not present:
+        raise MissingExtra("scikit-image and scikit-learn not installed: pip install sparsecnx[train]")
+    root = Path(os.path.commonpath([path.parent for path in present]))
+    return ImageSet(str(root), tuple(p.relative_to(root).as_posix() for p in present), small=True)
+
+
+def read_image(path: str) -> Tensor:
+    """Decode a file to RGB, uint8 `(3, H, W)`. Raises whatever the decoder raises."""
+    with Image.open(path) as image:
+        pixels: Tensor = v2.functional.pil_to_tensor(image.convert("RGB"))
+    return pixels
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 `(B, 3, H, W)` to float32 with ImageNet's mean and standard deviation taken out."""
+    return v2.functional.normalize(images.float() / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+def mix(*parts: int | str) -> int:
+    """A 63-bit seed from several numbers or words; near inputs give unrelated seeds."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Draw(NamedTuple):
+    """One sample to be made: which image, and the seed of its crop and flip."""
+
+    image: int
+    seed: int
+
+
+class Unreadable(NamedTuple):
+    """A file that could not be decoded, and why."""
+
+    name: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """uint8 images `(B, 3, S, S)`, and the files met while making it that could not be read."""
+
+    images: Tensor
+    unreadable: list[Unreadable]
+
+
+class Crops(Dataset[Any]):
+    """Augmented crops of an image set; item `Draw` is a pure function of the draw.
+
+    A file that cannot be read gives its place to the next one that can, so batches stay full.
+    """
+
+    def __init__(self, images: ImageSet, image_size: int) -> None:
+        self.images = images
+        self.augment = v2.Compose(
+            [
+                v2.RandomResizedCrop(image_size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+                v2.RandomHorizontalFlip(),
+            ]
+        )
+        self.decoded: dict[int, Tensor] = {}
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, list[Unreadable]]:
+        pixels, unreadable = self.read(draw.image)
+        with seeded(draw.seed):
+            return self.augment(pixels), unreadable
+
+    def read(self, index: int) -> tuple[Tensor, list[Unreadable]]:
+        """Image `index`, or the first readable one after it, and the files passed over.
+
+        Raises:
+            InputError: not one file can be read.
+        """
+        unreadable: list[Unreadable] = []
+        for place in range(index, index + len(self.images.names)):
+            place %= len(self.images.names)
+            if place in self.decoded:
+                return self.decoded[place], unreadable
+            try:
+                pixels = read_image(self.images.path(place))
+            except Exception as error:  # decoders raise many kinds; none may end a long run
+                reason = f"{type(error).__name__}: {error}"
+                unreadable.append(Unreadable(self.images.names[place], reason))
+                continue
+            if self.images.small:
+                self.decoded[place] = pixels
+            return pixels, unreadable
+        raise InputError(
+            "data",
+            self.images.root,
+            f"none of its {len(unreadable)} image files can be read, first {unreadable[0].name} "
+            f"({unreadable[0].reason})",
+        )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run torch's CPU randomness from `seed`, and put it back afterwards.
+
+    torchvision's transforms draw from the global generator and from nowhere else.
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class Draws(Sampler[list[Draw]]):
+    """The draws of every batch of a run, from batch `start` to the last of the last epoch."""
+
+    def __init__(self, recipe: Recipe, images: int, *, start: int = 0) -> None:
+        self.recipe = recipe
+        self.images = images
+        self.batches_per_epoch = recipe.steps_per_epoch(images) * recipe.grad_accum_steps
+        self.start = start
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        first_epoch, first_batch = divmod(self.start, self.batches_per_epoch)
+        for epoch in range(first_epoch, self.recipe.epochs):
+            order = self.order(epoch)
+            for batch in range(first_batch if epoch == first_epoch else 0, self.batches_per_epoch):
+                begin = batch * self.recipe.batch_size
+                yield [
+                    Draw(order[position], mix(self.recipe.seed, "crop", epoch, position))
+                    for position in range(begin, begin + self.recipe.batch_size)
+                ]
+
+    def order(self, epoch: int) -> list[int]:
+        """Image of every position in the epoch: each image `epoch_repeats` times, shuffled."""
+        generator = torch.Generator().manual_seed(mix(self.recipe.seed, "order", epoch))
+        positions = torch.randperm(self.images * self.recipe.epoch_repeats, generator=generator)
+        order: list[int] = (positions % self.images).tolist()
+        return order
+
+
+def load_batches(crops: Crops, recipe: Recipe, *, start: int, workers: int, pin_memory: bool) -> DataLoader[Batch]:
+    """The batches of a run from number `start` on, the same whatever the number of workers."""
+    return DataLoader(
+        crops,
+        batch_sampler=Draws(recipe, len(crops.images.names), start=start),
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=leave_signals_to_parent,
+        pin_memory=pin_memory,
+    )
+
+
+def collate(samples: list[tuple[Tensor, list[Unreadable]]]) -> Batch:
+    """Stack crops; join what could not be read."""
+    images = torch.stack([image for image, _ in samples])
+    return Batch(images, [file for _, unreadable in samples for file in unreadable])
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; only the trainer answers them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

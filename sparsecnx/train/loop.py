@@ -1,0 +1,396 @@
+"""The pretraining loop: start or resume a run, step, log, save, and stop when asked."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from sparsecnx.masking import random_mask
+from sparsecnx.train import checkpoint
+from sparsecnx.train.checkpoint import CheckpointError, CheckpointFolder
+from sparsecnx.train.data import (
+    PHOTOGRAPH_REPEATS,
+    Batch,
+    Crops,
+    ImageSet,
+    find_images,
+    load_batches,
+    mix,
+    normalize,
+    wheel_photographs,
+)
+from sparsecnx.train.errors import InputError, TrainingStopped
+from sparsecnx.train.log import LOG, RunLog, StepRecord
+from sparsecnx.train.recipe import BETAS, DTYPES, Recipe, build_model, learning_rate, param_groups
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where a run lives and on what it computes; the recipe decides everything else.
+
+    Attributes:
+        data: folder of images; None for the resumed run's, or the photographs inside the wheels.
+        output: folder of checkpoints and logs; None for the resumed checkpoint's, or `runs/pretrain`.
+        resume: a checkpoint; or "auto", the newest in `output`, a new run where there is none.
+        device: auto, cpu or cuda.
+        workers: processes that read images; None for one per two cores, at most 8.
+        compile: run the model through `torch.compile`.
+        save_every: epochs between checkpoints.
+        keep: checkpoints kept.
+    """
+
+    data: str | None = None
+    output: str | None = None
+    resume: str | None = None
+    device: str = "auto"
+    workers: int | None = None
+    compile: bool = False
+    save_every: int = 1
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        for field in ("save_every", "keep"):
+            if getattr(self, field) < 1:
+                raise InputError(field, getattr(self, field), "expected 1 or more")
+        if self.workers is not None and self.workers < 0:
+            raise InputError("workers", self.workers, "expected 0 or more")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise InputError("device", self.device, "expected auto, cpu or cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("device", "cuda", "this torch sees no CUDA device; expected auto or cpu")
+
+
+def pretrain(options: Options, given: Mapping[str, Any]) -> int:
+    """Start or resume a run and take it to its end.
+
+    Args:
+        options: where and on what.
+        given: recipe fields the user chose; the others are the published ones, or the resumed run's.
+
+    Returns:
+        0 when the run is complete; 128 + the signal's number when Ctrl-C (130) or SIGTERM (143)
+        stopped it after saving.
+
+    Raises:
+        InputError: an argument cannot work; nothing was changed on disk.
+        TrainingStopped: the loss is not finite, or a checkpoint could not be saved.
+    """
+    folder, source = _place(options)
+    state = _read_resumed(source) if source else None
+    where = options.data if options.data is not None or state is None else state["data"]["folder"]
+    images = wheel_photographs() if where is None else find_images(where)
+    if state is None:
+        repeats = PHOTOGRAPH_REPEATS if where is None else 1
+        recipe = Recipe(**{"epoch_repeats": repeats, **given})
+    else:
+        recipe = _continue_recipe(state, given, source)
+        _expect_same_images(state, images, options, where)
+    trainer = Trainer(recipe, images, folder, options)
+    if state is not None:
+        try:
+            trainer.load(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InputError("resume", source, f"its weights do not fit {recipe.model} ({error})") from error
+    return trainer.run()
+
+
+def _place(options: Options) -> tuple[CheckpointFolder, Path | None]:
+    """The run's folder and the checkpoint to go on from, refusing to write over another run."""
+    resume = None if options.resume in (None, "auto") else Path(str(options.resume))
+    output = Path(options.output or (resume.parent if resume else "runs/pretrain"))
+    folder = CheckpointFolder(output, options.keep)
+    if output.exists() and not output.is_dir():
+        raise InputError("output", output, "a file; expected a folder, or a name for a new one")
+    newest = folder.newest()
+    if options.resume == "auto":
+        return folder, newest
+    if resume is not None:
+        if newest is not None and resume.resolve() != newest.resolve() and resume.exists():
+            raise InputError(
+                "resume", resume, f"{output} goes on to {newest.name}; resume that, or name another output"
+            )
+        return folder, resume
+    if newest is not None or (output / LOG).exists():
+        raise InputError("output", output, "holds a run already; resume it (resume auto), or name another folder")
+    return folder, None
+
+
+def _read_resumed(path: Path) -> dict[str, Any]:
+    try:
+        return checkpoint.read(path)
+    except CheckpointError as error:
+        others = [p.name for p in CheckpointFolder(path.parent).all() if p.resolve() != path.resolve()]
+        hint = f"; there are also {', '.join(others)}" if others else ""
+        raise InputError("resume", path, f"{error}{hint}") from error
+
+
+def _continue_recipe(state: dict[str, Any], given: Mapping[str, Any], source: Path | None) -> Recipe:
+    try:
+        return Recipe.continued(state["recipe"], given)
+    except TypeError as error:
+        raise InputError("resume", source, f"its recipe is of another version ({error})") from error
+
+
+def _expect_same_images(state: dict[str, Any], images: ImageSet, options: Options, where: str | None) -> None:
+    saved = state["data"]
+    if saved["fingerprint"] != images.fingerprint():
+        raise InputError(
+            "data" if options.data is not None else "resume",
+            where or "the installed photographs",
+            f"{len(images.names)} image files, not the {saved['images']} that the run was started with "
+            "(or under other names); the losses could not continue",
+        )
+
+
+class Trainer:
+    """One pretraining run.
+
+    Args:
+        recipe: what decides the losses.
+        images: what to train on.
+        folder: where checkpoints go; logs go beside them.
+        options: device, workers, compile and save_every are read here.
+
+    Raises:
+        InputError: an epoch is smaller than the effective batch, or no image can be read.
+    """
+
+    def __init__(self, recipe: Recipe, images: ImageSet, folder: CheckpointFolder, options: Options) -> None:
+        self.recipe, self.images, self.folder, self.options = recipe, images, folder, options
+        self.crops = Crops(images, recipe.image_size)
+        self.crops.read(0)  # one readable image, or the run is refused here
+        self.steps_per_epoch = recipe.steps_per_epoch(len(images.names))
+        self.total_steps = self.steps_per_epoch * recipe.epochs
+        self.device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+        self.workers = default_workers() if options.workers is None else options.workers
+
+        torch.manual_seed(recipe.seed)
+        self.model = build_model(recipe).to(self.device)
+        self.forward = torch.compile(self.model) if options.compile else self.model
+        self.optimizer = torch.optim.AdamW(
+            param_groups(self.model, recipe.weight_decay), lr=recipe.peak_lr, betas=BETAS, fused=True
+        )
+        self.step = 0
+        self.unreadable: dict[str, str] = {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint's model, optimizer and step."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs, and what a reader of the checkpoint wants to know.
+
+        No generator state: every random choice is a function of the seed and the step (see data.py).
+        """
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "recipe": self.recipe.as_dict(),
+            "data": {
+                "folder": None if self.images.small else os.path.abspath(self.images.root),
+                "images": len(self.images.names),
+                "fingerprint": self.images.fingerprint(),
+            },
+        }
+
+    def run(self) -> int:
+        """Train to the end of the recipe. Returns and raises as `pretrain`."""
+        self._make_folder()
+        with (
+            _caught_signals() as signals,
+            RunLog(
+                self.folder.folder,
+                step=self.step,
+                total_steps=self.total_steps,
+                images_per_step=self.recipe.effective_batch,
+            ) as log,
+        ):
+            for line in self.describe():
+                log.say(line)
+            records: list[StepRecord] = []
+            batches = iter(self.batches())
+            while self.step < self.total_steps:
+                record = self.train_step(batches, log)
+                log.write(record)
+                records.append(record)
+                epoch, within = divmod(self.step, self.steps_per_epoch)
+                if signals:
+                    self.save()
+                    name = signal.Signals(signals[0]).name
+                    log.say(f"{name}: saved step {self.step} in {self.folder.newest()}; resume goes on")
+                    return 128 + signals[0]
+                if within == 0:
+                    log.say(_epoch_line(epoch, self.recipe.epochs, records))
+                    records.clear()
+                    if epoch % self.options.save_every == 0 or self.step == self.total_steps:
+                        self.save()
+            self._report_unreadable(log)
+            log.say(f"done: {self.folder.newest()}")
+        return 0
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches that are still to come."""
+        loader = load_batches(
+            self.crops,
+            self.recipe,
+            start=self.step * self.recipe.grad_accum_steps,
+            workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        return iter(loader)
+
+    def train_step(self, batches: Iterator[Batch], log: RunLog) -> StepRecord:
+        """One optimizer step over `grad_accum_steps` batches.
+
+        Raises:
+            TrainingStopped: loss or gradient is not finite; the parameters are as before the step.
+        """
+        recipe, start = self.recipe, time.perf_counter()
+        lr = learning_rate(
+            self.step,
+            peak=recipe.peak_lr,
+            warmup_steps=recipe.warmup * self.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+        self.optimizer.zero_grad()
+        losses = []
+        for i in range(recipe.grad_accum_steps):
+            batch = next(batches)
+            self._note_unreadable(batch, log)
+            loss = self._loss(batch.images, self.step * recipe.grad_accum_steps + i)
+            (loss / recipe.grad_accum_steps).backward()
+            losses.append(loss.detach())
+
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # One wait for the device, and before the update: a bad step must not reach a checkpoint.
+        mean_loss, grad_norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()
+        if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
+            raise TrainingStopped(
+                f"step {self.step + 1}: loss is {mean_loss}, gradient norm {grad_norm}; stopped before the "
+                f"update, {self._last_good()}. A lower base_lr, clip_grad 1 or dtype float32 may help"
+            )
+        if recipe.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), recipe.clip_grad, norm)
+        self.optimizer.step()
+        self.step += 1
+        speed = recipe.effective_batch / (time.perf_counter() - start)
+        return StepRecord(self.step, self.step / self.steps_per_epoch, mean_loss, lr, grad_norm, speed)
+
+    def _loss(self, images: torch.Tensor, forward_pass: int) -> torch.Tensor:
+        """Loss of one batch; its mask is a function of the seed and the number of the forward pass."""
+        recipe = self.recipe
+        generator = torch.Generator().manual_seed(mix(recipe.seed, "mask", forward_pass))
+        mask = random_mask(len(images), recipe.grid, recipe.mask_ratio, generator=generator)
+        images = normalize(images.to(self.device, non_blocking=True))
+        dtype = DTYPES[recipe.dtype]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            loss: torch.Tensor = self.forward(images, mask=mask.to(self.device), visible=recipe.visible)[0]
+        return loss
+
+    def save(self) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            TrainingStopped: it could not be written; the ones before it are whole.
+        """
+        try:
+            self.folder.save(self.state())
+        except OSError as error:
+            raise TrainingStopped(
+                f"step {self.step}: the checkpoint could not be saved ({error}), {self._last_good()}"
+            ) from error
+
+    def describe(self) -> list[str]:
+        """What is about to be trained, for the terminal."""
+        r = self.recipe
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        times = f" x {r.epoch_repeats}" if r.epoch_repeats > 1 else ""
+        accumulated = f" x {r.grad_accum_steps}" if r.grad_accum_steps > 1 else ""
+        capped = "" if r.warmup_epochs is not None or r.warmup == 40 else " (40, at most a tenth)"
+        lines = [
+            f"FCMAE {r.model}, {millions:.1f} M parameters, {r.image_size} px, mask {r.mask_ratio}, "
+            f"{r.dtype} on {self.device}",
+            f"{len(self.images.names)} images{times} from {self.images.root}: "
+            f"{self.steps_per_epoch} steps of {r.batch_size}{accumulated} an epoch",
+            f"{r.epochs} epochs, {r.warmup:g} of warm-up{capped}, learning rate {r.peak_lr:.3g} "
+            f"= {r.base_lr:g} x {r.effective_batch} / 256",
+            f"checkpoints and logs in {self.folder.folder}",
+        ]
+        if self.step:
+            lines.append(f"going on from step {self.step} of {self.total_steps}")
+        return lines
+
+    def _make_folder(self) -> None:
+        folder = self.folder.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.drop_leftovers()
+        except OSError as error:
+            raise InputError("output", folder, f"cannot be written ({error})") from error
+
+    def _last_good(self) -> str:
+        newest = self.folder.newest()
+        return f"last good checkpoint: {newest}" if newest else "no checkpoint yet"
+
+    def _note_unreadable(self, batch: Batch, log: RunLog) -> None:
+        for file in batch.unreadable:
+            if file.name not in self.unreadable:
+                self.unreadable[file.name] = file.reason
+                log.say(f"skipped unreadable image {file.name} ({file.reason})")
+
+    def _report_unreadable(self, log: RunLog) -> None:
+        if self.unreadable:
+            names = ", ".join(sorted(self.unreadable))
+            log.say(f"skipped {len(self.unreadable)} unreadable images: {names}")
+
+
+def default_workers() -> int:
+    """One process per two cores this process may use, at most 8: the others compute."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+
+
+def _epoch_line(epoch: int, epochs: int, records: list[StepRecord]) -> str:
+    loss = sum(r.loss for r in records) / len(records)
+    seconds_per_image = sum(1 / r.images_per_s for r in records) / len(records)
+    return (
+        f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {loss:.4f}  lr {records[-1].lr:.2e}  "
+        f"{1 / seconds_per_image:.1f} images/s"
+    )
+
+
+@contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, so that the step in hand is finished and saved; a second one kills."""
+    caught: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        for stop, handler in previous.items():
+            signal.signal(stop, handler)
+
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        previous[stop] = signal.signal(stop, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,196 @@
+"""The published FCMAE recipe (arXiv 2301.00808, appendix A.1) as data, and its arithmetic as pure functions.
+
+A `Recipe` holds everything that decides the losses of a run, and nothing else: two runs with the same recipe
+on the same images have the same losses. Where a run lives and on what it computes is the loop's business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsecnx.masking import visible_count
+from sparsecnx.models import FCMAE, SIZES, create_fcmae
+from sparsecnx.train.errors import InputError
+
+PATCH_SIZE = 32
+BETAS = (0.9, 0.95)
+WARMUP_EPOCHS = 40
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the losses of a pretraining run. Checked when made.
+
+    Attributes:
+        model: size, a name in `sparsecnx.models.SIZES`.
+        image_size: side of the square training crop, pixels; a multiple of the 32-pixel patch.
+        mask_ratio: fraction of patches removed, in [0, 1); some patch must stay and some must go.
+        norm_pix_loss: predict pixels normalised per patch.
+        epochs: passes over the images, warm-up included.
+        batch_size: images per forward pass.
+        grad_accum_steps: forward passes per optimizer step.
+        base_lr: learning rate per 256 images of effective batch.
+        weight_decay: AdamW's, on parameters with two or more dimensions.
+        warmup_epochs: linear warm-up; None is the published 40, at most a tenth of `epochs`.
+        clip_grad: largest gradient norm; None does not clip, as published.
+        dtype: float32, or bfloat16 for autocast (parameters and loss stay float32).
+        seed: of the initial weights, the order of images, crops, flips and masks.
+        epoch_repeats: how often an epoch shows each image; for small data sets.
+
+    Raises:
+        InputError: a field is outside what is said here.
+    """
+
+    model: str = "atto"
+    image_size: int = 224
+    mask_ratio: float = 0.6
+    norm_pix_loss: bool = True
+    epochs: int = 800
+    batch_size: int = 64
+    grad_accum_steps: int = 1
+    base_lr: float = 1.5e-4
+    weight_decay: float = 0.05
+    warmup_epochs: float | None = None
+    clip_grad: float | None = None
+    dtype: str = "float32"
+    seed: int = 0
+    epoch_repeats: int = 1
+
+    def __post_init__(self) -> None:
+        self._expect("model", self.model in SIZES, f"one of {', '.join(SIZES)}")
+        self._expect("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        for field in ("epochs", "batch_size", "grad_accum_steps", "epoch_repeats"):
+            self._expect(field, getattr(self, field) >= 1, "1 or more")
+        self._expect("seed", self.seed >= 0, "0 or more")
+        self._expect("base_lr", 0 < self.base_lr < math.inf, "more than 0")
+        self._expect("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
+        if self.clip_grad is not None:
+            self._expect("clip_grad", 0 < self.clip_grad < math.inf, "more than 0")
+        if self.warmup_epochs is not None:
+            in_run = 0 <= self.warmup_epochs <= self.epochs
+            self._expect("warmup_epochs", in_run, f"0 to epochs, {self.epochs}")
+
+        below = self.image_size // PATCH_SIZE * PATCH_SIZE
+        nearest = f"{max(below, PATCH_SIZE)} or {max(below, PATCH_SIZE) + PATCH_SIZE}"
+        divisible = self.image_size >= PATCH_SIZE and self.image_size % PATCH_SIZE == 0
+        self._expect("image_size", divisible, f"a multiple of the patch size, {PATCH_SIZE}, such as {nearest}")
+        self._expect("mask_ratio", 0 <= self.mask_ratio < 1, "0 <= ratio < 1")
+        patches = math.prod(self.grid)
+        self._expect(
+            "mask_ratio",
+            0 < int(patches * (1 - self.mask_ratio)) < patches,
+            f"a ratio that masks some of the {patches} patches of a {self.image_size}-pixel image, not all",
+        )
+
+    def _expect(self, field: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise InputError(field, getattr(self, field), f"expected {expected}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across an image."""
+        return self.image_size // PATCH_SIZE, self.image_size // PATCH_SIZE
+
+    @property
+    def visible(self) -> int:
+        """Patches of an image that stay visible."""
+        return visible_count(math.prod(self.grid), self.mask_ratio)
+
+    @property
+    def effective_batch(self) -> int:
+        """Images per optimizer step."""
+        return self.batch_size * self.grad_accum_steps
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate at the end of warm-up: `base_lr` x effective batch / 256."""
+        return self.base_lr * self.effective_batch / 256
+
+    @property
+    def warmup(self) -> float:
+        """Warm-up epochs. Forty would be a whole short run, so by default at most a tenth of it."""
+        if self.warmup_epochs is not None:
+            return self.warmup_epochs
+        return min(WARMUP_EPOCHS, self.epochs / 10)
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Optimizer steps in an epoch over `images` images; an incomplete last batch is left out.
+
+        Raises:
+            InputError: the effective batch is larger than an epoch.
+        """
+        samples = images * self.epoch_repeats
+        if samples < self.effective_batch:
+            of = "" if self.grad_accum_steps == 1 else f" (x {self.grad_accum_steps} accumulated)"
+            raise InputError(
+                "batch_size",
+                f"{self.batch_size}{of}",
+                f"expected at most the {samples} images of an epoch ({images} images x epoch_repeats "
+                f"{self.epoch_repeats}); a larger epoch_repeats shows each image more often",
+            )
+        return samples // self.effective_batch
+
+    @classmethod
+    def continued(cls, saved: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
+        """The recipe a run was started with, for going on with it.
+
+        Args:
+            saved: the checkpoint's recipe as a dict.
+            given: fields the user asks for now.
+
+        Raises:
+            InputError: a field given now differs: the losses could not continue.
+            TypeError: `saved` is not a recipe of this version.
+        """
+        recipe = cls(**saved)
+        for field, value in given.items():
+            if value != getattr(recipe, field):
+                raise InputError(
+                    field,
+                    value,
+                    f"the run to resume was started with {getattr(recipe, field)}; leave it out to "
+                    "continue that run, or start a new one in another output folder",
+                )
+        return recipe
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return dataclasses.asdict(self)
+
+
+def build_model(recipe: Recipe) -> FCMAE:
+    """The model a recipe trains; its weights are drawn from torch's global generator."""
+    return create_fcmae(recipe.model, patch_size=PATCH_SIZE, norm_pix_loss=recipe.norm_pix_loss)
+
+
+def learning_rate(step: int, *, peak: float, warmup_steps: float, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear from 0 to `peak`, then half a cosine to 0."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's two groups: matrices and filters decay; biases and everything one-dimensional do not.
+
+    One-dimensional is by content: GRN's `(1, 1, 1, C)` and the mask token's `(1, C, 1, 1)` are vectors.
+    """
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            vector = sum(side > 1 for side in parameter.shape) <= 1
+            (no_decay if vector or name.endswith("bias") else decay).append(parameter)
+    return [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": no_decay, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,156 @@
+"""The picture of what a masked autoencoder learned: image, what it saw of it, and what it made of that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.transforms import v2
+
+from sparsecnx.masking import random_mask
+from sparsecnx.models import FCMAE
+from sparsecnx.train import checkpoint
+from sparsecnx.train.checkpoint import CheckpointError
+from sparsecnx.train.data import IMAGENET_MEAN, IMAGENET_STD, normalize, read_image, wheel_photographs
+from sparsecnx.train.errors import InputError
+from sparsecnx.train.recipe import Recipe, build_model
+
+SHOWN_PHOTOGRAPHS = 6
+PANEL_INCHES = 2.6
+
+
+class Reconstruction(NamedTuple):
+    """Images in [0, 1], each `(B, 3, H, W)`, and the loss.
+
+    Attributes:
+        original: the input.
+        masked: the input with masked patches grey.
+        reconstructed: the input with masked patches as predicted.
+        loss: mean squared error on the masked patches, in the unit the model was trained on.
+    """
+
+    original: Tensor
+    masked: Tensor
+    reconstructed: Tensor
+    loss: float
+
+
+def reconstruct(
+    path: str | Path,
+    images: Sequence[str | Path],
+    out: str | Path,
+    *,
+    mask_ratio: float | None = None,
+    seed: int = 0,
+) -> float:
+    """Draw original, masked image and reconstruction side by side, one row per image.
+
+    Args:
+        path: checkpoint of `sparsecnx pretrain`.
+        images: files; none means a few photographs from the wheels.
+        out: picture to write; the ending chooses the format.
+        mask_ratio: fraction of patches removed; None is the ratio of the pretraining.
+        seed: of the masks.
+
+    Returns:
+        The loss over these images.
+
+    Raises:
+        InputError: a checkpoint or an image that cannot be read, a ratio that masks nothing or everything,
+            or a picture that cannot be written.
+    """
+    try:
+        state = checkpoint.read(path)
+        recipe = Recipe(**state["recipe"])
+        model = build_model(recipe)
+        model.load_state_dict(state["model"])
+    except (CheckpointError, TypeError, RuntimeError) as error:
+        raise InputError("checkpoint", path, str(error)) from error
+    if mask_ratio is not None:
+        recipe = Recipe(**{**state["recipe"], "mask_ratio": mask_ratio})
+
+    if not images:
+        photographs = wheel_photographs()
+        images = [photographs.path(i) for i in range(min(SHOWN_PHOTOGRAPHS, len(photographs.names)))]
+    pixels = torch.stack([_read_square(image, recipe.image_size) for image in images])
+    generator = torch.Generator().manual_seed(seed)
+    mask = random_mask(len(pixels), recipe.grid, recipe.mask_ratio, generator=generator)
+    result = fill_in(model.eval(), normalize(pixels), mask)
+
+    figure = draw(result, f"FCMAE {recipe.model}, step {state['step']}, mask ratio {recipe.mask_ratio:g}")
+    try:
+        figure.savefig(out)
+    except (OSError, ValueError) as error:
+        raise InputError("out", out, f"cannot be written ({error})") from error
+    return result.loss
+
+
+@torch.no_grad()
+def fill_in(model: FCMAE, images: Tensor, mask: Tensor) -> Reconstruction:
+    """Predict the masked patches of images and put them into the visible ones.
+
+    A model trained with `norm_pix_loss` predicts patches of mean 0 and variance 1. To be seen, they are given
+    mean and variance of the true patch, as in MAE's demonstration: brightness and contrast of a masked patch
+    are then told to the model, its content is not.
+
+    Args:
+        model: trained FCMAE.
+        images: `(B, 3, H, W)`, normalised as for training.
+        mask: bool `(B, L)`, True = masked.
+    """
+    loss, pred, mask = model(images, mask=mask)
+    target = model.patchify(images)
+    predicted = pred.flatten(2).mT
+    if model.norm_pix_loss:
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        predicted = predicted * (variance + 1e-6).sqrt() + mean
+    grid, masked = model.grid(images), mask.unsqueeze(-1)
+    original = _to_unit_range(images)
+    grey = model.patchify(torch.full_like(images, 0.5))
+    return Reconstruction(
+        original,
+        model.unpatchify(torch.where(masked, grey, model.patchify(original)), grid),
+        _to_unit_range(model.unpatchify(torch.where(masked, predicted, target), grid)),
+        loss.item(),
+    )
+
+
+def draw(result: Reconstruction, title: str) -> Figure:
+    """A figure with one row of three panels per image."""
+    rows = len(result.original)
+    figure = Figure(figsize=(3 * PANEL_INCHES, rows * PANEL_INCHES + 0.7), dpi=100, layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(rows, 3, squeeze=False)
+    columns = {
+        "original": result.original,
+        "masked": result.masked,
+        "reconstruction": result.reconstructed,
+    }
+    for column, (name, images) in enumerate(columns.items()):
+        axes[0, column].set_title(name)
+        for row in range(rows):
+            axes[row, column].imshow(images[row].permute(1, 2, 0).numpy())
+            axes[row, column].axis("off")
+    return figure
+
+
+def _read_square(path: str | Path, side: int) -> Tensor:
+    """Central square of an image file, uint8 `(3, side, side)`."""
+    try:
+        pixels = read_image(str(path))
+    except Exception as error:  # decoders raise many kinds
+        raise InputError("images", path, f"cannot be read ({type(error).__name__}: {error})") from error
+    pixels = v2.functional.resize(pixels, [side], interpolation=v2.InterpolationMode.BICUBIC)
+    square: Tensor = v2.functional.center_crop(pixels, [side])
+    return square
+
+
+def _to_unit_range(images: Tensor) -> Tensor:
+    """Normalised images to RGB in [0, 1]."""
+    mean = images.new_tensor(IMAGENET_MEAN).view(3, 1, 1)
+    std = images.new_tensor(IMAGENET_STD).view(3, 1, 1)
+    return (images * std + mean).clamp(0, 1)

@@ -1,0 +1,132 @@
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torchvision", reason="needs the extra [train]")
+
+from PIL import Image
+
+from sparsecnx.cli import main
+from sparsecnx.train import checkpoint
+
+PHOTOS = 6
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(PHOTOS):
+        Image.linear_gradient("L").rotate(60 * i).convert("RGB").save(folder / f"{i}.jpg")
+    return folder
+
+
+def refused(arguments, capsys):
+    """Run a command that must be refused; returns the one line it prints."""
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "giant"], "--model is giant: expected one of atto, femto, pico"),
+        (["--image-size", 100], "--image-size is 100: expected a multiple of the patch size, 32, such as 96"),
+        (["--mask-ratio", 1], "--mask-ratio is 1.0: expected 0 <= ratio < 1"),
+        (["--dtype", "float8"], "--dtype is float8: expected one of float32, bfloat16"),
+        (["--device", "tpu"], "--device is tpu: expected auto, cpu or cuda"),
+        (["--base-lr", "nan"], "--base-lr is nan: expected more than 0"),
+        (["--batch-size", 7, "--epochs", 1], "--batch-size is 7: expected at most the 6 images of an epoch"),
+        (["--data", "{tmp}/none"], "--data is {tmp}/none: no such folder"),
+        (["--data", "{tmp}/empty"], "--data is {tmp}/empty: holds no images"),
+        (["--data", "{tmp}/bad"], "none of its 1 image files can be read, first a.png"),
+        (["--output", "{tmp}/full"], "--output is {tmp}/full: holds a run already"),
+        (["--output", "{tmp}/photos/0.jpg"], "--output is {tmp}/photos/0.jpg: a file"),
+        (["--resume", "{tmp}/none.pt"], "--resume is {tmp}/none.pt: no such file"),
+        (["--resume", "{tmp}/bad/a.png"], "--resume is {tmp}/bad/a.png: "),
+    ],
+)
+def test_pretrain_refuses_in_one_line_that_names_the_argument(arguments, message, photos, tmp_path, capsys):
+    for folder in ("empty", "bad", "full"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"no image")
+    (tmp_path / "full" / "log.jsonl").write_text("")
+    output = tmp_path / "run"
+    arguments = [str(argument).format(tmp=tmp_path) for argument in arguments]
+    line = refused(["pretrain", "--data", photos, "--output", output, *arguments], capsys)
+    assert line.startswith("sparsecnx pretrain: error: ")
+    assert message.format(tmp=tmp_path) in line
+    assert not output.exists()
+
+
+def test_reconstruct_refuses_in_one_line(tmp_path, capsys):
+    line = refused(["reconstruct", tmp_path / "none.pt"], capsys)
+    assert line == f"sparsecnx reconstruct: error: CHECKPOINT is {tmp_path}/none.pt: no such file\n"
+
+
+def test_a_missing_library_says_what_to_install(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tqdm" else find(name))
+    for command in (["pretrain"], ["reconstruct", "last.pt"]):
+        assert "tqdm not installed: pip install sparsecnx[train]" in refused(command, capsys)
+
+
+def test_doctor_returns_what_the_checkup_finds(monkeypatch):
+    monkeypatch.setattr("sparsecnx.doctor.run", lambda: 5)
+    assert main(["doctor"]) == 5
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["--help"])
+    assert leaving.value.code == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("pretrain", "reconstruct", "doctor"))
+
+
+def test_a_terminated_run_saves_resumes_and_is_drawn(photos, tmp_path, capsys):
+    """SIGTERM to the whole process group, workers included, as a scheduler sends it."""
+    run = tmp_path / "run"
+    arguments = ["--data", photos, "--output", run, "--image-size", 64, "--batch-size", 2, "--epochs", 1000]
+    command = [sys.executable, "-m", "sparsecnx.cli", "pretrain", "--workers", "1", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for_a_step(run / "log.jsonl", process)
+        os.killpg(process.pid, signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    state = checkpoint.read(run / "last.pt")
+    assert f"SIGTERM: saved step {state['step']} in {run}" in out
+    assert len((run / "log.jsonl").read_text().splitlines()) == state["step"]
+
+    assert main(["reconstruct", str(run / "last.pt"), "--out", str(tmp_path / "grid.png")]) == 0
+    assert "loss" in capsys.readouterr().out
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.format == "PNG"
+
+    line = refused(["pretrain", "--resume", "--output", run, "--model", "femto"], capsys)
+    assert "--model is femto: the run to resume was started with atto" in line
+    os.truncate((run / "last.pt").resolve(), 10_000)
+    line = refused(["pretrain", "--resume", "--output", run], capsys)
+    assert f"--resume is {run}/checkpoint-" in line
+    assert "truncated or damaged" in line
+
+
+def wait_for_a_step(log: Path, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 2):
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < until, "no step was logged"
+        time.sleep(0.05)

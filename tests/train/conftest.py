@@ -1,0 +1,49 @@
+"""A model and photographs small enough that a test can train for real."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision", reason="needs the extra [train]")
+
+from torchvision.transforms.v2.functional import to_pil_image
+
+from sparsecnx.models import SIZES, create_fcmae
+from sparsecnx.models.convnextv2 import Size
+from sparsecnx.train import recipe
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they bring on tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real architecture with few channels; two sizes that differ, as real ones do."""
+    monkeypatch.setitem(SIZES, "atto", Size((1, 1, 1, 1), (8, 8, 16, 16)))
+    monkeypatch.setitem(SIZES, "femto", Size((1, 1, 1, 1), (8, 8, 16, 24)))
+    monkeypatch.setattr(recipe, "create_fcmae", partial(create_fcmae, decoder_dim=16))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Eight images of different sizes, some in class folders."""
+    folder = tmp_path / "photos"
+    generator = torch.Generator().manual_seed(7)
+    for i in range(8):
+        path = folder / ("", "cat", "dog/small")[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = torch.rand(1, 3, 4, 5, generator=generator)
+        pixels = torch.nn.functional.interpolate(coarse, (70 + 3 * i, 90 - 2 * i), mode="bilinear")
+        to_pil_image(pixels[0]).save(path)
+    return folder

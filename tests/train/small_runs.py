@@ -1,0 +1,24 @@
+"""Runs short enough for a test: eight images, two a batch, four steps an epoch, eight in all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsecnx.train.loop import Options, pretrain
+
+SMALL: dict[str, Any] = {"image_size": 64, "epochs": 2, "batch_size": 2, "base_lr": 0.05}
+
+
+def train(data: Path | None, output: Path, resume: str | None = None, workers: int = 0, **given: Any) -> int:
+    """Train; recipe fields not given are SMALL's, and on resuming the run's own."""
+    where = None if data is None else str(data)
+    options = Options(data=where, output=str(output), resume=resume, device="cpu", workers=workers)
+    return pretrain(options, given if resume else {**SMALL, **given})
+
+
+def logged(output: Path) -> list[dict[str, float]]:
+    """The run's log, without the one number that is a time."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]

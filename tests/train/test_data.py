@@ -1,0 +1,131 @@
+import os
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from sparsecnx.train.data import (
+    Crops,
+    Draw,
+    Draws,
+    find_images,
+    load_batches,
+    normalize,
+    read_image,
+    wheel_photographs,
+)
+from sparsecnx.train.errors import InputError
+from sparsecnx.train.recipe import Recipe
+
+SMALL = Recipe(image_size=64, epochs=2, batch_size=2, seed=5)
+
+
+def draws(start=0, images=8, **fields):
+    return list(Draws(Recipe(**{**SMALL.as_dict(), **fields}), images, start=start))
+
+
+def test_find_images_looks_everywhere_and_at_images_only(photos, tmp_path):
+    (photos / "notes.txt").write_text("no image")
+    (tmp_path / "elsewhere").mkdir()
+    (photos / "0.png").rename(tmp_path / "elsewhere" / "0.JPG")
+    os.symlink(tmp_path / "elsewhere", photos / "linked")
+    expected = ("3.png", "6.png", "cat/1.png", "cat/4.png", "cat/7.png")
+    assert find_images(photos).names == (*expected, "dog/small/2.png", "dog/small/5.png", "linked/0.JPG")
+
+
+def test_fingerprint_follows_names_and_not_the_place(photos, tmp_path):
+    before = find_images(photos).fingerprint()
+    moved = photos.rename(tmp_path / "moved")
+    assert find_images(moved).fingerprint() == before
+    (moved / "3.png").rename(moved / "4.png")
+    assert find_images(moved).fingerprint() != before
+
+
+def test_data_folder_missing_a_file_or_empty(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name, reason in (("missing", "no such folder"), ("file", "not a folder"), ("empty", "holds no images")):
+        with pytest.raises(InputError, match=f"data is .*{name}: {reason}"):
+            find_images(tmp_path / name)
+
+
+def test_wheel_photographs_are_two_dozen_readable_ones():
+    images = wheel_photographs()
+    assert len(images.names) >= 20
+    for index in range(len(images.names)):
+        pixels = read_image(images.path(index))
+        assert pixels.shape[0] == 3
+        assert pixels.float().std() > 5, images.names[index]
+
+
+def test_normalize_is_imagenets():
+    images = torch.tensor([0, 255]).to(torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    black, white = normalize(images).flatten(1)
+    torch.testing.assert_close(black, torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]))
+    torch.testing.assert_close(white, torch.tensor([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]))
+
+
+def test_an_epoch_shows_every_image_epoch_repeats_times():
+    batches = draws(epoch_repeats=3)
+    assert len(batches) == 2 * 12
+    shown = [draw.image for batch in batches[:12] for draw in batch]
+    assert sorted(shown) == sorted(list(range(8)) * 3)
+
+
+def test_epochs_differ_in_order_and_crops():
+    first, second = draws()[:4], draws()[4:]
+    assert [d.image for b in first for d in b] != [d.image for b in second for d in b]
+    assert len({d.seed for b in first + second for d in b}) == 16
+    assert draws(seed=6)[:4] != first
+
+
+@pytest.mark.parametrize("start", [1, 4, 7])
+def test_draws_go_on_where_they_stopped(start):
+    assert draws(start=start) == draws()[start:]
+
+
+def test_a_crop_depends_on_its_draw_alone(photos):
+    crops = Crops(find_images(photos), 64)
+    first, _ = crops[Draw(2, seed=1)]
+    state = torch.get_rng_state()
+    other, _ = crops[Draw(2, seed=2)]
+    again, _ = crops[Draw(2, seed=1)]
+    assert first.shape == (3, 64, 64)
+    assert first.dtype == torch.uint8
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(photos):
+    crops = Crops(find_images(photos), 64)
+    none, two = (
+        [batch.images for batch in load_batches(crops, SMALL, start=1, workers=n, pin_memory=False)] for n in (0, 2)
+    )
+    assert len(none) == len(two) == 7
+    assert all(torch.equal(a, b) for a, b in zip(none, two, strict=True))
+
+
+def test_unreadable_files_give_their_place_to_the_next(photos):
+    whole = (photos / "6.png").read_bytes()
+    (photos / "3.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "cat" / "1.png").write_bytes(b"not an image")
+    crops = Crops(find_images(photos), 64)
+    assert crops.images.names[1:4] == ("3.png", "6.png", "cat/1.png")
+
+    pixels, unreadable = crops.read(1)
+    assert torch.equal(pixels, pil_to_tensor(Image.open(photos / "6.png")))
+    assert [file.name for file in unreadable] == ["3.png"]
+    assert "truncated" in unreadable[0].reason
+
+    batches = list(load_batches(crops, SMALL, start=0, workers=0, pin_memory=False))
+    assert all(batch.images.shape == (2, 3, 64, 64) for batch in batches)
+    assert {file.name for batch in batches for file in batch.unreadable} == {"3.png", "cat/1.png"}
+
+
+def test_no_readable_file_at_all(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    (tmp_path / "b.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"none of its 2 image files can be read, first b\.jpg"):
+        Crops(find_images(tmp_path), 64).read(1)

@@ -1,0 +1,237 @@
+import errno
+import json
+import os
+import signal
+
+import pytest
+import torch
+from small_runs import logged, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sparsecnx.train import checkpoint, loop
+from sparsecnx.train.checkpoint import CheckpointFolder
+from sparsecnx.train.errors import InputError, TrainingStopped
+from sparsecnx.train.log import RunLog
+from sparsecnx.train.loop import Options, Trainer, pretrain
+
+
+def signal_after(step, monkeypatch, number=signal.SIGTERM):
+    """Send this process a signal while step `step` is logged."""
+    write = RunLog.write
+
+    def write_and_signal(log, record):
+        write(log, record)
+        if record.step == step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(RunLog, "write", write_and_signal)
+
+
+def weights(output):
+    return checkpoint.read(output / "last.pt")["model"]
+
+
+@pytest.mark.parametrize("grad_accum_steps", [1, 2], ids="accumulate{}".format)
+@pytest.mark.parametrize("stop", [1, 2, 3], ids="stop-at-step-{}".format)
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(photos, tmp_path, monkeypatch, stop, grad_accum_steps):
+    fields = {"grad_accum_steps": grad_accum_steps, "mask_ratio": 0.5}
+    assert train(photos, tmp_path / "whole", **fields) == 0
+    with monkeypatch.context() as patch:
+        signal_after(stop, patch)
+        assert train(photos, tmp_path / "parts", **fields) == 143
+    assert [line["step"] for line in logged(tmp_path / "parts")] == list(range(1, stop + 1))
+    assert checkpoint.read(tmp_path / "parts" / "last.pt")["step"] == stop
+
+    torch.rand(3)  # the state of the global generator plays no part
+    assert train(None, tmp_path / "parts", resume="auto", workers=1) == 0
+
+    whole, parts = logged(tmp_path / "whole"), logged(tmp_path / "parts")
+    assert whole == parts
+    assert len({line["loss"] for line in whole}) == len(whole) == 8 // grad_accum_steps
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_accumulated_batches_give_the_gradient_of_one_large_batch(photos, tmp_path, monkeypatch):
+    mask = torch.tensor([[True, False, False, True]])
+    monkeypatch.setattr(loop, "random_mask", lambda batch, *args, **kwargs: mask.expand(batch, -1))
+    train(photos, tmp_path / "large", batch_size=8, epochs=1, mask_ratio=0.5)
+    train(photos, tmp_path / "small", batch_size=2, grad_accum_steps=4, epochs=1, mask_ratio=0.5)
+    large, small = logged(tmp_path / "large"), logged(tmp_path / "small")
+    assert len(large) == len(small) == 1
+    assert small[0] == pytest.approx(large[0], rel=1e-5)
+
+
+def test_the_log_forgets_what_a_killed_run_did_after_its_checkpoint(photos, tmp_path):
+    train(photos, tmp_path / "run")
+    expected = logged(tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-00000008.pt").unlink()
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:
+        log.write('{"step": 9, "lo')  # killed while writing
+    assert train(photos, tmp_path / "run", resume="auto") == 0
+    assert logged(tmp_path / "run") == expected
+
+
+def test_ctrl_c_saves_and_exits_with_130(photos, tmp_path, monkeypatch, capsys):
+    signal_after(3, monkeypatch, signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)
+    assert train(photos, tmp_path / "run") == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 3
+    assert "SIGINT: saved step 3 in" in capsys.readouterr().out
+
+
+def test_the_loss_falls_on_the_photographs_in_the_wheels(tmp_path):
+    assert train(None, tmp_path / "run", batch_size=8, epochs=3, base_lr=0.1, epoch_repeats=10) == 0
+    losses = [line["loss"] for line in logged(tmp_path / "run")]
+    assert len(losses) == 3 * (220 // 8)
+    first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+    assert last < 0.95 * first
+
+
+def test_bfloat16_trains_close_to_float32(photos, tmp_path):
+    train(photos, tmp_path / "float32", epochs=1)
+    train(photos, tmp_path / "bfloat16", epochs=1, dtype="bfloat16")
+    exact, rounded = ([line["loss"] for line in logged(tmp_path / name)] for name in ("float32", "bfloat16"))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "bfloat16").values())
+
+
+def test_clipping_limits_the_gradient_and_the_log_keeps_its_norm(photos, tmp_path, monkeypatch):
+    used = []
+    step = torch.optim.AdamW.step
+
+    def record_and_step(optimizer):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        used.append(torch.nn.utils.get_total_norm(gradients).item())
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record_and_step)
+    train(photos, tmp_path / "run", epochs=1, clip_grad=1e-3)
+    assert used == pytest.approx([1e-3] * 4, rel=1e-2)
+    assert all(line["grad_norm"] > 2e-3 for line in logged(tmp_path / "run"))
+
+
+def test_unreadable_images_are_named_once_and_counted(photos, tmp_path, capsys):
+    (photos / "3.png").write_bytes(b"")
+    (photos / "cat" / "4.png").write_bytes(b"no image")
+    assert train(photos, tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert out.count("skipped unreadable image 3.png") == 1
+    assert "skipped 2 unreadable images: 3.png, cat/4.png" in out
+    assert len(logged(tmp_path / "run")) == 8
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypatch):
+    loss = Trainer._loss
+
+    def broken(trainer, images, forward_pass):
+        value = loss(trainer, images, forward_pass)
+        return value * float("nan") if forward_pass == 6 else value
+
+    monkeypatch.setattr(Trainer, "_loss", broken)
+    good = "last good checkpoint: .*checkpoint-00000004.pt"
+    with pytest.raises(TrainingStopped, match=f"step 7: loss is nan.*{good}"):
+        train(photos, tmp_path / "run")
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 4
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: pytest.fail("updated"))
+    loss = Trainer._loss
+
+    def broken(trainer, images, forward_pass):
+        value = loss(trainer, images, forward_pass)
+        value.register_hook(lambda gradient: gradient * float("inf"))
+        return value
+
+    monkeypatch.setattr(Trainer, "_loss", broken)
+    with pytest.raises(TrainingStopped, match=r"gradient norm (nan|inf).*no checkpoint yet"):
+        train(photos, tmp_path / "run")
+
+
+def test_a_full_disk_stops_and_names_the_last_good_checkpoint(photos, tmp_path, monkeypatch):
+    save = torch.save
+
+    def full_at_step_8(state, file):
+        if state["step"] == 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full_at_step_8)
+    good = "last good checkpoint: .*checkpoint-00000004.pt"
+    with pytest.raises(TrainingStopped, match=f"step 8: .*No space left on device.*{good}"):
+        train(photos, tmp_path / "run")
+    monkeypatch.setattr(torch, "save", save)
+    assert train(photos, tmp_path / "run", resume="auto") == 0
+
+
+def test_what_a_run_leaves_behind(photos, tmp_path):
+    output = tmp_path / "run"
+    options = Options(data=str(photos), output=str(output), device="cpu", workers=0, keep=2)
+    assert pretrain(options, {"image_size": 64, "epochs": 3, "batch_size": 4}) == 0
+    assert [path.name for path in CheckpointFolder(output).all()] == [
+        "checkpoint-00000004.pt",
+        "checkpoint-00000006.pt",
+    ]
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0.5, 1, 1.5, 2, 2.5, 3]
+    assert all(line["images_per_s"] > 0 for line in lines)
+    events = EventAccumulator(str(output)).Reload()
+    assert [event.step for event in events.Scalars("pretrain/loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_in_the_output_is_not_overwritten(photos, tmp_path):
+    train(photos, tmp_path / "run", epochs=1)
+    with pytest.raises(InputError, match=r"output is .*run: holds a run already"):
+        train(photos, tmp_path / "run")
+
+
+def test_resume_auto_without_a_checkpoint_starts_a_run(photos, tmp_path):
+    options = Options(data=str(photos), output=str(tmp_path / "run"), resume="auto", device="cpu", workers=0)
+    assert pretrain(options, {"image_size": 64, "epochs": 1, "batch_size": 4}) == 0
+
+
+def test_resume_refuses_what_cannot_continue(photos, tmp_path):
+    run = tmp_path / "run"
+    train(photos, run)
+    newest, older = run / "checkpoint-00000008.pt", run / "checkpoint-00000004.pt"
+
+    with pytest.raises(InputError, match="model is femto: the run to resume was started with atto"):
+        train(photos, run, resume="auto", model="femto")
+    with pytest.raises(InputError, match=r"resume is .*00000004.pt: .*run goes on to checkpoint-00000008.pt"):
+        train(photos, run, resume=str(older))
+    with pytest.raises(InputError, match=r"resume is .*missing.pt: no such file; there are also checkpoint"):
+        train(photos, run, resume=str(run / "missing.pt"))
+
+    state = checkpoint.read(newest)
+    state["recipe"]["model"] = "femto"
+    checkpoint.write(tmp_path / "mixed.pt", state)
+    with pytest.raises(InputError, match="its weights do not fit femto"):
+        train(photos, tmp_path / "other", resume=str(tmp_path / "mixed.pt"))
+
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"truncated or damaged.*there are also checkpoint-00000004.pt"):
+        train(photos, run, resume="auto")
+
+    (photos / "3.png").unlink()
+    newest.unlink()
+    with pytest.raises(InputError, match="7 image files, not the 8 that the run was started with"):
+        train(photos, run, resume="auto")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_goes_on_in_another_output_and_with_moved_images(photos, tmp_path):
+    train(photos, tmp_path / "run")
+    moved = photos.rename(tmp_path / "moved")
+    older = tmp_path / "run" / "checkpoint-00000004.pt"
+    assert train(moved, tmp_path / "branch", resume=str(older)) == 0
+    assert logged(tmp_path / "branch") == logged(tmp_path / "run")[4:]
+
+
+@pytest.mark.parametrize(("field", "value"), [("workers", -1), ("keep", 0), ("save_every", 0), ("device", "tpu")])
+def test_options_out_of_range_are_named(field, value):
+    with pytest.raises(InputError, match=f"{field} is {value}: expected"):
+        Options(**{field: value})
