@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -78,7 +79,8 @@ class ConvNeXtV2Encoder(nn.Module):
             self.downsample_layers.append(
                 nn.Sequential(LayerNorm2d(dim), Conv2d(dim, wider, 2, stride=2))
             )
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        last = max(sum(depths) - 1, 1)
+        rates = (drop_path_rate * index / last for index in itertools.count())
         self.stages = nn.ModuleList(
             nn.Sequential(*(ConvNeXtV2Block(dim, next(rates), grn_scope) for _ in range(depth)))
             for depth, dim in zip(depths, dims, strict=True)

@@ -17,7 +17,7 @@ def conv(
     """Features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`."""
     kernel_map = x.layout.kernel_map(tuple(weight.shape[2:]), stride, padding)
     taps = weight.flatten(2).movedim(1, 2).reshape(weight.shape[0], -1)  # (C_out, K * C_in)
-    out = torch.ops.sparsecnx.conv(x.features, taps, kernel_map)
+    out = torch.ops.sparsecnx.conv(x.features.contiguous(), taps.contiguous(), kernel_map)
     return out if bias is None else out + bias.to(out.dtype)
 
 

@@ -76,8 +76,10 @@ def convnextv2_block(
         check_vector(getattr(p, name), name, channels, x)
     for name in ("pwconv1_bias", "grn_gamma", "grn_beta"):
         check_vector(getattr(p, name), name, hidden, x)
-    if survival is not None and tuple(survival.shape) != (x.layout.batch,):
-        raise ValueError(f"survival is {tuple(survival.shape)}: expected ({x.layout.batch},)")
+    if survival is not None:
+        if tuple(survival.shape) != (x.layout.batch,):
+            raise ValueError(f"survival is {tuple(survival.shape)}: expected ({x.layout.batch},)")
+        check_device(survival, "survival", x)
 
     x, *matrices = autocast(x, p.dwconv_weight, p.pwconv1_weight, p.pwconv2_weight)
     dtype = statistics_dtype(x.dtype)

@@ -34,8 +34,9 @@ def convnextv2_block(
     keep_hidden = not recompute and torch.is_grad_enabled()
     row_scale = None if survival is None else survival[x.layout.row_image()]
     table = neighbour_table(x.layout, p.dwconv_weight.shape[2:])
+    features, parameters = x.features.contiguous(), (value.contiguous() for value in p)
     out, *_ = torch.ops.sparsecnx.convnextv2_block(
-        x.features, *p, row_scale, table, segments, x.layout.tile, eps, keep_hidden
+        features, *parameters, row_scale, table, segments, x.layout.tile, eps, keep_hidden
     )
     return out
 

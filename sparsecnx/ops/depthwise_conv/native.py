@@ -15,7 +15,10 @@ from sparsecnx.tensor import SparseTensor
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Features `(rows, C)` of the convolution of `x` with `weight (C, 1, kh, kw)`."""
     table = neighbour_table(x.layout, weight.shape[2:])
-    return torch.ops.sparsecnx.depthwise_conv(x.features, weight, bias, table, x.layout.tile)
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.sparsecnx.depthwise_conv(
+        x.features.contiguous(), weight.contiguous(), bias, table, x.layout.tile
+    )
 
 
 def neighbour_table(layout: Layout, kernel: tuple[int, ...]) -> Tensor:

@@ -13,7 +13,7 @@ from sparsecnx.tensor import SparseTensor
 
 def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, segments: Tensor, eps: float) -> Tensor:
     """Features `(rows, C)`; `segments (S + 1,)` splits the rows into the groups normalised together."""
-    out, _ = torch.ops.sparsecnx.grn(x.features, gamma, beta, segments, eps)
+    out, _ = torch.ops.sparsecnx.grn(x.features.contiguous(), gamma.contiguous(), beta.contiguous(), segments, eps)
     return out
 
 

@@ -13,7 +13,7 @@ from sparsecnx.tensor import SparseTensor
 
 def layer_norm(x: SparseTensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Features `(rows, C)`."""
-    out, _ = torch.ops.sparsecnx.layer_norm(x.features, weight, bias, eps)
+    out, _ = torch.ops.sparsecnx.layer_norm(x.features.contiguous(), weight.contiguous(), bias.contiguous(), eps)
     return out
 
 

@@ -13,7 +13,7 @@ from sparsecnx.tensor import SparseTensor
 
 def scale_images(x: SparseTensor, scale: Tensor) -> Tensor:
     """Features `(rows, C)`, those of image `n` times `scale[n]`."""
-    return torch.ops.sparsecnx.scale_rows(x.features, scale, x.layout.row_splits)
+    return torch.ops.sparsecnx.scale_rows(x.features.contiguous(), scale, x.layout.row_splits)
 
 
 if _extension.loaded:
