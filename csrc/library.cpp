@@ -15,6 +15,9 @@ std::string cpu_isa() { return sparsecnx::cpu_isa(); }
 
 STABLE_TORCH_LIBRARY(sparsecnx, m) {
   m.def("cpu_isa() -> str");
+  m.def("gather_tiles(Tensor dense, Tensor index, int tile) -> Tensor");
+  m.def(
+      "scatter_tiles(Tensor rows, Tensor fill, Tensor index, int batch, int height, int width, int tile) -> Tensor");
   m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor table, int tile) -> Tensor");
   m.def(
       "depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor table, int tile, int kernel_h, int kernel_w) -> "
@@ -45,6 +48,8 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
 STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CPU, m) {
+  m.impl("gather_tiles", TORCH_BOX(&sparsecnx::gather_tiles));
+  m.impl("scatter_tiles", TORCH_BOX(&sparsecnx::scatter_tiles));
   m.impl("depthwise_conv", TORCH_BOX(&sparsecnx::depthwise_conv));
   m.impl("depthwise_conv_weight_grad", TORCH_BOX(&sparsecnx::depthwise_conv_weight_grad));
   m.impl("conv", TORCH_BOX(&sparsecnx::conv));

@@ -224,7 +224,9 @@ class Layout:
     @property
     def row_splits(self) -> Tensor:
         """int64 `(batch + 1,)`: the rows of image `n` are `row_splits[n]:row_splits[n + 1]`."""
-        return self.tiles.splits * self.sites_per_tile
+        if () not in self._maps:
+            self._maps[()] = self.tiles.splits * self.sites_per_tile
+        return self._maps[()]
 
     def coarsen(self, factor: int) -> Layout:
         """The layout after a convolution with stride `factor`.

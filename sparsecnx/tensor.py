@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from sparsecnx.layout import Layout, rows_to_tile, tile_to_rows
+from sparsecnx.layout import Layout
+from sparsecnx.packing import gather_rows, scatter_rows
 
 
 class SparseTensor:
@@ -79,21 +78,12 @@ class SparseTensor:
         Raises:
             ValueError: `fill` is a tensor of another shape than `(C,)`.
         """
-        layout, channels = self.layout, self.features.shape[1]
-        grid, ndim = layout.tiles.grid, layout.ndim
-        if isinstance(fill, Tensor):
-            if fill.shape != (channels,):
-                raise ValueError(f"fill is {tuple(fill.shape)}: expected a number or ({channels},)")
-            blank = fill.to(self.features.dtype).repeat(layout.sites_per_tile)
-        else:
-            blank = self.features.new_full((layout.sites_per_tile * channels,), fill)
-        tiles = rows_to_tile(self.features, layout.tile, ndim).flatten(1)
-        cells = layout.batch * math.prod(grid)
-        full = blank.expand(cells, -1).index_copy(0, layout.tiles.index, tiles)
-        full = full.reshape(layout.batch, *grid, *([layout.tile] * ndim), channels)
-        interleave = [axis for d in range(ndim) for axis in (1 + d, 1 + ndim + d)]
-        full = full.permute(0, 1 + 2 * ndim, *interleave)
-        return full.reshape(layout.batch, channels, *layout.shape)
+        channels = self.features.shape[1]
+        if not isinstance(fill, Tensor):
+            fill = self.features.new_full((channels,), fill)
+        elif fill.shape != (channels,):
+            raise ValueError(f"fill is {tuple(fill.shape)}: expected a number or ({channels},)")
+        return scatter_rows(self.features, self.layout, fill.to(self.dtype))
 
     def with_features(self, features: Tensor, layout: Layout | None = None) -> SparseTensor:
         """Other features on the same sites, or on those of `layout`."""
@@ -137,13 +127,3 @@ class SparseTensor:
             f"stride={self.layout.stride}, dtype={self.dtype}, device={self.device})"
         )
 
-
-def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
-    """Rows `(layout.rows, C)` of a dense tensor `(B, C, *spatial)` at the sites of `layout`."""
-    ndim, tile = layout.ndim, layout.tile
-    split = [part for size in layout.tiles.grid for part in (size, tile)]
-    cells = dense.reshape(dense.shape[0], dense.shape[1], *split)
-    by_tile = cells.permute(
-        0, *(2 + 2 * d for d in range(ndim)), *(3 + 2 * d for d in range(ndim)), 1
-    )
-    return tile_to_rows(by_tile[layout.tiles.positions()], ndim)

@@ -65,7 +65,8 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, co
     std::vector<S> columns(step * width);
     std::vector<Compute<S>> sum(shape.rows_in * shape.in, Compute<S>(0));
     const Matrix<S> w{data<S>(weight), shape.out, width};
-    GemmSum<S> dw(shape.out, width);
+    const Scratch<Compute<S>> weight_sum(shape.out * width);
+    GemmSum<S> dw(weight_sum.data(), shape.out, width);
     for (int64_t first = 0; first < shape.rows_out; first += step) {
       const int64_t rows = std::min(step, shape.rows_out - first);
       const Matrix<S> g{data<S>(grad) + first * shape.out, rows, shape.out};
@@ -80,7 +81,8 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, co
       });
     }
     kernels<S>().narrow(sum.data(), sum.size(), data<S>(x_grad));
-    dw.store(data<S>(weight_grad));
+    dw.finish();
+    kernels<S>().narrow(weight_sum.data(), shape.out * width, data<S>(weight_grad));
   });
   return {x_grad, weight_grad};
 }

@@ -5,8 +5,10 @@
 //   y = x + d (h s[n] W2' + (W2 beta + b2))                              d: stochastic depth of the row's image
 //
 // Rows go through all of it in chunks of whole segments, sized so that a chunk's hidden layer (rows, H) stays in
-// a shared cache between the GEMMs and the elementwise passes around them. Kept for the gradient: x, u, the
-// moments of u, the energies, and a unless it is to be computed again.
+// cache between the GEMMs and the elementwise passes around them. Where there are segments for every thread, each
+// thread takes its own segments through the whole block, without waiting for the others; otherwise the threads
+// share every step of one chunk after another. Kept for the gradient: x, u, the moments of u, the energies, and a
+// unless it is to be computed again.
 //
 // Gradient, with g = dL/dy, per chunk:
 //   t = g W2                                   scale_grad[n] = sum d t h        beta_grad += d t
@@ -23,23 +25,45 @@
 namespace sparsecnx {
 namespace {
 
-// Hidden values of a chunk. 2^20 floats are 4 MiB; a backward chunk holds three such matrices.
-constexpr int64_t kChunkValues = int64_t{1} << 20;
+// Hidden values of a chunk: 2^18 floats are 1 MiB, and a backward chunk holds four such matrices.
+constexpr int64_t kChunkValues = int64_t{1} << 18;
 
 struct Chunk {
   int64_t first_segment, last_segment, begin, end;  // segments and rows
 };
 
-std::vector<Chunk> split_chunks(const int64_t* splits, int64_t segments, int64_t hidden) {
-  const int64_t rows = std::max<int64_t>(1, kChunkValues / std::max<int64_t>(hidden, 1));
+// Segments [first, last) in runs of at most `rows` rows, or of a single segment.
+std::vector<Chunk> split_chunks(const int64_t* splits, int64_t first, int64_t last, int64_t rows) {
   std::vector<Chunk> chunks;
-  for (int64_t first = 0; first < segments;) {
-    int64_t last = first + 1;
-    while (last < segments && splits[last + 1] - splits[first] <= rows) ++last;
-    if (splits[last] > splits[first]) chunks.push_back({first, last, splits[first], splits[last]});
-    first = last;
+  while (first < last) {
+    int64_t next = first + 1;
+    while (next < last && splits[next + 1] - splits[first] <= rows) ++next;
+    if (splits[next] > splits[first]) chunks.push_back({first, next, splits[first], splits[next]});
+    first = next;
   }
   return chunks;
+}
+
+// The chunks of each worker. One worker: threads work inside its chunks. Several: each is a thread's own.
+std::vector<std::vector<Chunk>> split_work(const int64_t* splits, int64_t segments, int64_t hidden) {
+  const int64_t threads = torch::stable::get_num_threads(), rows = splits[segments];
+  const int64_t chunk_rows = std::max<int64_t>(1, kChunkValues / std::max<int64_t>(hidden, 1));
+  std::vector<int64_t> bounds{0};  // segments where a worker begins: nearest to an equal share of the rows
+  int64_t largest = 0;
+  for (int64_t worker = 1; worker <= threads; ++worker) {
+    const int64_t share = rows * worker / threads;
+    int64_t at = std::lower_bound(splits + bounds.back(), splits + segments, share) - splits;
+    if (at > bounds.back() && share - splits[at - 1] < splits[at] - share) --at;
+    if (worker == threads) at = segments;
+    largest = std::max(largest, splits[at] - splits[bounds.back()]);
+    bounds.push_back(at);
+  }
+  // Uneven shares would leave threads waiting at the end: a fifth is what sharing every step costs.
+  if (threads == 1 || 5 * rows < 4 * largest * threads) return {split_chunks(splits, 0, segments, chunk_rows * threads)};
+  std::vector<std::vector<Chunk>> work;
+  for (int64_t worker = 0; worker < threads; ++worker)
+    work.push_back(split_chunks(splits, bounds[worker], bounds[worker + 1], chunk_rows));
+  return work;
 }
 
 int64_t longest(const std::vector<Chunk>& chunks) {
@@ -47,17 +71,6 @@ int64_t longest(const std::vector<Chunk>& chunks) {
   for (const Chunk& chunk : chunks) rows = std::max(rows, chunk.end - chunk.begin);
   return rows;
 }
-
-// Uninitialised memory: torch's allocator keeps it aligned and, unlike std::vector, does not clear it.
-template <class S>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : tensor_(empty({count}, kDtype<S>)) {}
-  S* data() const { return sparsecnx::data<S>(tensor_); }
-
- private:
-  Tensor tensor_;
-};
 
 // The arguments that forward and backward share, checked.
 template <class S>
@@ -72,7 +85,7 @@ struct Block {
   Matrix<S> w1, w2;  // (hidden, channels), (channels, hidden)
   const int32_t* table;
   const int64_t* splits;
-  std::vector<Chunk> chunks;
+  std::vector<std::vector<Chunk>> work;
 
   Block(const Tensor& x_, const Tensor& dwconv_weight, const Tensor& norm_weight_, const Tensor& norm_bias_,
         const Tensor& pwconv1_weight, const Tensor& pwconv1_bias_, const Tensor& gamma_, const Tensor& beta_,
@@ -96,7 +109,7 @@ struct Block {
         w2{data<S>(pwconv2_weight), channels, hidden},
         table(data<int32_t>(table_)),
         splits(check_splits(segments_, "segments", rows)),
-        chunks(split_chunks(splits, segments, hidden)) {
+        work(split_work(splits, segments, hidden)) {
     tiles = check_table(table_, halo, rows);
     check_dtype(dwconv_weight, "dwconv_weight", x_.scalar_type());
     check_dtype(pwconv1_weight, "pwconv1_weight", x_.scalar_type());
@@ -110,6 +123,15 @@ struct Block {
 
   const A* row_scale_at(int64_t row) const { return row_scale == nullptr ? nullptr : row_scale + row; }
 
+  // f(worker) for every worker, each in a thread of its own; a single worker has all threads to itself.
+  template <class F>
+  void for_workers(const F& f) const {
+    if (work.size() == 1) return f(0);
+    parallel_for(0, static_cast<int64_t>(work.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) f(worker);
+    });
+  }
+
   // f(first tile, last tile) over the tiles of a chunk, in parallel, few enough tiles for their rows to stay in L1.
   template <class F>
   void for_tiles(const Chunk& chunk, const F& f) const {
@@ -121,160 +143,256 @@ struct Block {
   }
 };
 
+// What forward writes.
 template <class S>
-void forward(const Block<S>& block, const Tensor& dwconv_weight, const Tensor& dwconv_bias, const Tensor& pwconv2_bias,
-             S* y, S* u, Compute<S>* moments, Compute<S>* energy, S* kept_hidden) {
+struct Outputs {
+  S *y, *u;
+  Compute<S>*moments, *energy;
+  S* hidden;  // or null
+};
+
+// W2 beta + b2: beta passes through the second GEMM once, as part of its bias.
+template <class S>
+std::vector<Compute<S>> output_shift(const Block<S>& block, const Compute<S>* pwconv2_bias) {
+  using A = Compute<S>;
+  std::vector<A> shift(pwconv2_bias, pwconv2_bias + block.channels);
+  if (std::all_of(block.beta, block.beta + block.hidden, [](A value) { return value == 0; })) return shift;
+  parallel_for(0, block.channels, 16, [&](int64_t begin, int64_t end) {
+    std::vector<A> row(block.hidden);
+    for (int64_t c = begin; c < end; ++c) {
+      kernels<S>().widen(block.w2.at + c * block.hidden, block.hidden, row.data());
+      for (int64_t j = 0; j < block.hidden; ++j) shift[c] += row[j] * block.beta[j];
+    }
+  });
+  return shift;
+}
+
+template <class S>
+void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>& conv,
+                   const std::vector<Compute<S>>& shift, const Outputs<S>& out, S* v, S* h) {
   using A = Compute<S>;
   const Kernels<S>& k = kernels<S>();
   const int64_t C = block.channels, H = block.hidden, sites = block.tile * block.tile;
-  const std::vector<A> taps = taps_first<S>(dwconv_weight, false);
-  const Depthwise<S> conv{block.halo, block.table, C, block.x, 0, taps.data(), data<A>(dwconv_bias), nullptr, u, 0};
-  const int64_t longest_chunk = longest(block.chunks);
-  const Scratch<S> v(longest_chunk * C), h(longest_chunk * H);
+  const int64_t rows = chunk.end - chunk.begin;
+  S* hidden = out.hidden != nullptr ? out.hidden + chunk.begin * H : h;
+  block.for_tiles(chunk, [&](int64_t first, int64_t last) {
+    k.depthwise(conv, first, last);
+    const int64_t row = first * sites, count = (last - first) * sites;
+    A* moments = out.moments + 2 * row;
+    k.moments(out.u + row * C, count, C, static_cast<A>(block.eps), moments);
+    k.normalise(out.u + row * C, moments, block.norm_weight, block.norm_bias, count, C, v + (row - chunk.begin) * C);
+  });
+  gemm<S>(hidden, {v, rows, C}, block.w1.t());
 
-  // beta passes through the second GEMM once, as part of its bias.
-  std::vector<A> shift(C);
-  for (int64_t c = 0; c < C; ++c) {
-    double sum = data<A>(pwconv2_bias)[c];
-    shift[c] = static_cast<A>(sum);
-  }
-  if (std::any_of(block.beta, block.beta + H, [](A value) { return value != 0; })) {
-    std::vector<A> row(H);
-    for (int64_t c = 0; c < C; ++c) {
-      k.widen(block.w2.at + c * H, H, row.data());
-      A sum = 0;
-      for (int64_t j = 0; j < H; ++j) sum += row[j] * block.beta[j];
-      shift[c] += sum;
-    }
-  }
-
-  std::fill_n(energy, block.segments * H, A(0));
-  for (const Chunk& chunk : block.chunks) {
-    const int64_t rows = chunk.end - chunk.begin;
-    S* hidden = kept_hidden != nullptr ? kept_hidden + chunk.begin * H : h.data();
-    block.for_tiles(chunk, [&](int64_t first, int64_t last) {
-      k.depthwise(conv, first, last);
-      const int64_t row = first * sites, count = (last - first) * sites;
-      k.moments(u + row * C, count, C, static_cast<A>(block.eps), moments + 2 * row);
-      k.normalise(u + row * C, moments + 2 * row, block.norm_weight, block.norm_bias, count, C,
-                  v.data() + (row - chunk.begin) * C);
-    });
-    gemm<S>(hidden, {v.data(), rows, C}, block.w1.t());
-
-    const std::vector<RowBlock> blocks = split_rows(block.splits, chunk.first_segment, chunk.last_segment, H);
-    BlockSums<A> sums(blocks.size(), H);
-    for_blocks(blocks, [&](int64_t i) {
-      const int64_t at = (blocks[i].begin - chunk.begin) * H;
-      k.gelu_energy(hidden + at, block.pwconv1_bias, blocks[i].end - blocks[i].begin, H, h.data() + at, sums.at(i));
-    });
-    std::vector<std::vector<A>> scale(chunk.last_segment - chunk.first_segment);
-    for_segments(blocks, [&](int64_t segment, int64_t first, int64_t last) {
-      sums.add_to(energy + segment * H, first, last);
-      scale[segment - chunk.first_segment] = GrnResponse<A>(energy + segment * H, block.gamma, H, block.eps).scale;
-    });
-    for_blocks(blocks, [&](int64_t i) {
-      const RowBlock b = blocks[i];
-      S* at = h.data() + (b.begin - chunk.begin) * H;
-      k.affine(at, scale[b.segment - chunk.first_segment].data(), nullptr, block.row_scale_at(b.begin),
-               b.end - b.begin, H, at);
-      k.add_shift(block.x + b.begin * C, shift.data(), block.row_scale_at(b.begin), b.end - b.begin, C,
-                  y + b.begin * C);
-    });
-    gemm_add<S>(y + chunk.begin * C, {h.data(), rows, H}, block.w2.t());
-  }
+  const std::vector<RowBlock> blocks = split_rows(block.splits, chunk.first_segment, chunk.last_segment, H);
+  BlockSums<A> sums(blocks.size(), H);
+  for_blocks(blocks, [&](int64_t i) {
+    const int64_t at = (blocks[i].begin - chunk.begin) * H;
+    k.gelu_energy(hidden + at, block.pwconv1_bias, blocks[i].end - blocks[i].begin, H, h + at, sums.at(i));
+  });
+  std::vector<std::vector<A>> scale(chunk.last_segment - chunk.first_segment);
+  for_segments(blocks, [&](int64_t segment, int64_t first, int64_t last) {
+    A* energy = out.energy + segment * H;
+    sums.add_to(energy, first, last);
+    scale[segment - chunk.first_segment] = GrnResponse<A>(energy, block.gamma, H, block.eps).scale;
+  });
+  for_blocks(blocks, [&](int64_t i) {
+    const RowBlock b = blocks[i];
+    const A* d = block.row_scale_at(b.begin);
+    S* at = h + (b.begin - chunk.begin) * H;
+    k.affine(at, scale[b.segment - chunk.first_segment].data(), nullptr, d, b.end - b.begin, H, at);
+    k.add_shift(block.x + b.begin * C, shift.data(), d, b.end - b.begin, C, out.y + b.begin * C);
+  });
+  gemm_add<S>(out.y + chunk.begin * C, {h, rows, H}, block.w2.t());
 }
 
-// Sums of the gradients of per-channel parameters, in the computing type.
+template <class S>
+void forward(const Block<S>& block, const Tensor& dwconv_weight, const Tensor& dwconv_bias, const Tensor& pwconv2_bias,
+             const Outputs<S>& out) {
+  using A = Compute<S>;
+  const std::vector<A> taps = taps_first<S>(dwconv_weight, false);
+  const Depthwise<S> conv{block.halo, block.table, block.channels, block.x, 0, taps.data(), data<A>(dwconv_bias),
+                          nullptr,    out.u,       0};
+  const std::vector<A> shift = output_shift(block, data<A>(pwconv2_bias));
+  std::fill_n(out.energy, block.segments * block.hidden, A(0));
+  block.for_workers([&](int64_t worker) {
+    const int64_t rows = longest(block.work[worker]);
+    const Scratch<S> v(rows * block.channels), h(rows * block.hidden);
+    for (const Chunk& chunk : block.work[worker]) forward_chunk(block, chunk, conv, shift, out, v.data(), h.data());
+  });
+}
+
+// What forward kept, and the gradient that comes in.
+template <class S>
+struct Kept {
+  const S *grad, *u;
+  const Compute<S>*moments, *energy;
+  const S* hidden;  // or null
+};
+
+// Sums of the gradients of per-channel parameters.
 template <class A>
 struct VectorGrads {
-  A *dwconv_bias, *norm_weight, *norm_bias, *pwconv1_bias, *gamma, *beta, *pwconv2_bias;
+  std::vector<A> dwconv_bias, norm_weight, norm_bias, pwconv1_bias, gamma, beta, pwconv2_bias;
+
+  VectorGrads(int64_t channels, int64_t hidden)
+      : dwconv_bias(channels),
+        norm_weight(channels),
+        norm_bias(channels),
+        pwconv1_bias(hidden),
+        gamma(hidden),
+        beta(hidden),
+        pwconv2_bias(channels) {}
+};
+
+// One worker's gradients of the parameters, and the memory for its chunks.
+template <class S>
+struct BackwardWorker {
+  using A = Compute<S>;
+
+  GemmSum<S> w1, w2;
+  WeightGradSum<S> taps;
+  VectorGrads<A> vectors;
+  Scratch<S> v, du, t, h, slope, scaled;
+  int64_t slabs;
+
+  BackwardWorker(const Block<S>& block, int64_t rows, A* w1_grad, A* w2_grad)
+      : w1(w1_grad, block.hidden, block.channels),
+        w2(w2_grad, block.channels, block.hidden),
+        taps(block.halo, block.channels),
+        vectors(block.channels, block.hidden),
+        v(rows * block.channels),
+        du(rows * block.channels),
+        t(rows * block.hidden),
+        h(rows * block.hidden),
+        slope(rows * block.hidden),
+        scaled(rows * block.hidden),
+        slabs(block.work.size() == 1 ? torch::stable::get_num_threads() : 1) {}
 };
 
 template <class S>
-void backward(const Block<S>& block, const Tensor& dwconv_weight, const S* g, const S* u, const Compute<S>* moments,
-              const Compute<S>* energy, const S* kept_hidden, S* x_grad, S* dwconv_weight_grad, S* w1_grad, S* w2_grad,
-              const VectorGrads<Compute<S>>& grads) {
+void backward_chunk(const Block<S>& block, const Chunk& chunk, const std::vector<Compute<S>>& adjoint_taps,
+                    const Kept<S>& kept, S* x_grad, BackwardWorker<S>& worker) {
   using A = Compute<S>;
   const Kernels<S>& k = kernels<S>();
-  const int64_t C = block.channels, H = block.hidden;
+  const int64_t C = block.channels, H = block.hidden, sites = block.tile * block.tile;
+  const int64_t rows = chunk.end - chunk.begin, segments = chunk.last_segment - chunk.first_segment;
+  const std::vector<RowBlock> blocks = split_rows(block.splits, chunk.first_segment, chunk.last_segment, H);
+  const Matrix<S> g{const_cast<S*>(kept.grad) + chunk.begin * C, rows, C};
+  const Matrix<S> v{worker.v.data(), rows, C}, t{worker.t.data(), rows, H}, scaled{worker.scaled.data(), rows, H};
+  S* du = worker.du.data();
+
+  for_blocks(blocks, [&](int64_t i) {
+    const RowBlock b = blocks[i];
+    k.normalise(kept.u + b.begin * C, kept.moments + 2 * b.begin, block.norm_weight, block.norm_bias, b.end - b.begin,
+                C, v.at + (b.begin - chunk.begin) * C);
+  });
+  S *h = worker.h.data(), *slope = worker.slope.data();
+  const S* hidden = kept.hidden != nullptr ? kept.hidden + chunk.begin * H : h;
+  if (kept.hidden == nullptr) gemm<S>(h, v, block.w1.t());
+  gemm<S>(t.at, g, block.w2);
+
+  std::vector<GrnResponse<A>> response;
+  for (int64_t n = 0; n < segments; ++n)
+    response.emplace_back(kept.energy + (chunk.first_segment + n) * H, block.gamma, H, block.eps);
+  BlockSums<A> scale_sums(blocks.size(), H), beta_sums(blocks.size(), H), bias2_sums(blocks.size(), C);
+  for_blocks(blocks, [&](int64_t i) {
+    const RowBlock b = blocks[i];
+    const int64_t at = (b.begin - chunk.begin) * H, count = b.end - b.begin;
+    const A* d = block.row_scale_at(b.begin);
+    k.gelu_grn_sums(hidden + at, block.pwconv1_bias, t.at + at, response[b.segment - chunk.first_segment].scale.data(),
+                    block.beta, d, count, H, h + at, slope + at, scaled.at + at, scale_sums.at(i), beta_sums.at(i));
+    k.column_sum(kept.grad + b.begin * C, d, count, C, bias2_sums.at(i));
+  });
+  beta_sums.add_to(worker.vectors.beta.data());
+  bias2_sums.add_to(worker.vectors.pwconv2_bias.data());
+  std::vector<std::vector<A>> p(segments);
+  for_segments(blocks, [&](int64_t segment, int64_t first, int64_t last) {
+    std::vector<A> scale_grad(H, A(0));
+    scale_sums.add_to(scale_grad.data(), first, last);
+    const int64_t n = segment - chunk.first_segment;
+    p[n] = response[n].backward(scale_grad.data(), block.gamma, worker.vectors.gamma.data());
+  });
+  worker.w2.add(g.t(), scaled);
+
+  BlockSums<A> bias1_sums(blocks.size(), H);
+  for_blocks(blocks, [&](int64_t i) {
+    const RowBlock b = blocks[i];
+    const int64_t at = (b.begin - chunk.begin) * H, n = b.segment - chunk.first_segment;
+    k.gelu_grn_backward(h + at, slope + at, t.at + at, response[n].scale.data(), p[n].data(),
+                        block.row_scale_at(b.begin), b.end - b.begin, H, bias1_sums.at(i));
+  });
+  bias1_sums.add_to(worker.vectors.pwconv1_bias.data());
+  worker.w1.add(t.t(), v);
+  gemm<S>(du, t, block.w1);
+
+  BlockSums<A> weight_sums(blocks.size(), C), norm_bias_sums(blocks.size(), C), bias_sums(blocks.size(), C);
+  for_blocks(blocks, [&](int64_t i) {
+    const RowBlock b = blocks[i];
+    S* at = du + (b.begin - chunk.begin) * C;
+    k.layer_norm_backward(at, kept.u + b.begin * C, kept.moments + 2 * b.begin, block.norm_weight, b.end - b.begin, C,
+                          at, weight_sums.at(i), norm_bias_sums.at(i));
+    k.column_sum(at, nullptr, b.end - b.begin, C, bias_sums.at(i));
+  });
+  weight_sums.add_to(worker.vectors.norm_weight.data());
+  norm_bias_sums.add_to(worker.vectors.norm_bias.data());
+  bias_sums.add_to(worker.vectors.dwconv_bias.data());
+
+  const int64_t first_tile = chunk.begin / sites;
+  const Depthwise<S> adjoint{block.halo,          block.table, C,         du,     first_tile,
+                             adjoint_taps.data(), nullptr,     kept.grad, x_grad, 0};
+  block.for_tiles(chunk, [&](int64_t first, int64_t last) { k.depthwise(adjoint, first, last); });
+  worker.taps.add({block.halo, block.table, C, block.x, du, first_tile}, first_tile, chunk.end / sites, worker.slabs);
+}
+
+// What backward writes, in the order of the block's parameters.
+template <class S>
+struct Grads {
+  S *x, *dwconv_weight, *w1, *w2;
+  std::array<Compute<S>*, 7> vectors;  // as in VectorGrads
+};
+
+template <class S>
+void backward(const Block<S>& block, const Tensor& dwconv_weight, const Kept<S>& kept, const Grads<S>& out) {
+  using A = Compute<S>;
   const std::vector<A> adjoint_taps = taps_first<S>(dwconv_weight, true);
-  const int64_t longest_chunk = longest(block.chunks);
-  const Scratch<S> v(longest_chunk * C), du(longest_chunk * C), t(longest_chunk * H), scaled(longest_chunk * H);
-  const Scratch<S> recomputed(kept_hidden == nullptr ? longest_chunk * H : 0);
-  GemmSum<S> dw1(H, C), dw2(C, H);
-  WeightGradSum<S> dtaps(block.halo, C);
-
-  for (const Chunk& chunk : block.chunks) {
-    const int64_t rows = chunk.end - chunk.begin, first_tile = chunk.begin / (block.tile * block.tile);
-    const std::vector<RowBlock> blocks = split_rows(block.splits, chunk.first_segment, chunk.last_segment, H);
-    const Matrix<S> g_rows{const_cast<S*>(g) + chunk.begin * C, rows, C};
-    for_blocks(blocks, [&](int64_t i) {
-      const RowBlock b = blocks[i];
-      k.normalise(u + b.begin * C, moments + 2 * b.begin, block.norm_weight, block.norm_bias, b.end - b.begin, C,
-                  v.data() + (b.begin - chunk.begin) * C);
-    });
-    const S* hidden = kept_hidden != nullptr ? kept_hidden + chunk.begin * H : recomputed.data();
-    if (kept_hidden == nullptr) gemm<S>(recomputed.data(), {v.data(), rows, C}, block.w1.t());
-    gemm<S>(t.data(), g_rows, block.w2);
-
-    const int64_t segments = chunk.last_segment - chunk.first_segment;
-    std::vector<std::vector<A>> scale(segments), p(segments);
-    {
-      BlockSums<A> scale_sums(blocks.size(), H), beta_sums(blocks.size(), H), bias_sums(blocks.size(), C);
-      for (int64_t n = 0; n < segments; ++n)
-        scale[n] = GrnResponse<A>(energy + (chunk.first_segment + n) * H, block.gamma, H, block.eps).scale;
-      for_blocks(blocks, [&](int64_t i) {
-        const RowBlock b = blocks[i];
-        const int64_t at = (b.begin - chunk.begin) * H, count = b.end - b.begin;
-        k.gelu_grn_sums(hidden + at, block.pwconv1_bias, t.data() + at, scale[b.segment - chunk.first_segment].data(),
-                        block.beta, block.row_scale_at(b.begin), count, H, scaled.data() + at, scale_sums.at(i),
-                        beta_sums.at(i));
-        k.column_sum(g + b.begin * C, block.row_scale_at(b.begin), count, C, bias_sums.at(i));
-      });
-      beta_sums.add_to(grads.beta);
-      bias_sums.add_to(grads.pwconv2_bias);
-      for_segments(blocks, [&](int64_t segment, int64_t first, int64_t last) {
-        std::vector<A> scale_grad(H, A(0));
-        scale_sums.add_to(scale_grad.data(), first, last);
-        const GrnResponse<A> response(energy + segment * H, block.gamma, H, block.eps);
-        p[segment - chunk.first_segment] = response.backward(scale_grad.data(), block.gamma, grads.gamma);
-      });
-    }
-    dw2.add(g_rows.t(), {scaled.data(), rows, H});
-
-    BlockSums<A> bias1_sums(blocks.size(), H);
-    for_blocks(blocks, [&](int64_t i) {
-      const RowBlock b = blocks[i];
-      const int64_t at = (b.begin - chunk.begin) * H, n = b.segment - chunk.first_segment;
-      k.gelu_grn_backward(hidden + at, block.pwconv1_bias, t.data() + at, scale[n].data(), p[n].data(),
-                          block.row_scale_at(b.begin), b.end - b.begin, H, bias1_sums.at(i));
-    });
-    bias1_sums.add_to(grads.pwconv1_bias);
-    const Matrix<S> da{t.data(), rows, H};
-    dw1.add(da.t(), {v.data(), rows, C});
-    gemm<S>(du.data(), da, block.w1);
-
-    BlockSums<A> weight_sums(blocks.size(), C), norm_bias_sums(blocks.size(), C), dw_bias_sums(blocks.size(), C);
-    for_blocks(blocks, [&](int64_t i) {
-      const RowBlock b = blocks[i];
-      S* at = du.data() + (b.begin - chunk.begin) * C;
-      k.layer_norm_backward(at, u + b.begin * C, moments + 2 * b.begin, block.norm_weight, b.end - b.begin, C, at,
-                            weight_sums.at(i), norm_bias_sums.at(i));
-      k.column_sum(at, nullptr, b.end - b.begin, C, dw_bias_sums.at(i));
-    });
-    weight_sums.add_to(grads.norm_weight);
-    norm_bias_sums.add_to(grads.norm_bias);
-    dw_bias_sums.add_to(grads.dwconv_bias);
-
-    const Depthwise<S> adjoint{block.halo,          block.table, C, du.data(), first_tile,
-                               adjoint_taps.data(), nullptr,     g, x_grad,    0};
-    block.for_tiles(chunk, [&](int64_t first, int64_t last) { k.depthwise(adjoint, first, last); });
-    dtaps.add({block.halo, block.table, C, block.x, du.data(), first_tile}, first_tile,
-              chunk.end / (block.tile * block.tile));
+  const int64_t workers = static_cast<int64_t>(block.work.size()), matrix = block.hidden * block.channels;
+  // The first worker sums where the result goes, if that is in the computing type already.
+  constexpr bool kInPlace = std::is_same_v<S, A>;
+  std::vector<Scratch<A>> sums;
+  for (int64_t i = 0; i < 2 * workers; ++i) sums.emplace_back(kInPlace && i < 2 ? 0 : matrix);
+  std::vector<A*> w1{reinterpret_cast<A*>(out.w1)}, w2{reinterpret_cast<A*>(out.w2)};
+  if (!kInPlace) {
+    w1[0] = sums[0].data();
+    w2[0] = sums[1].data();
   }
-  dtaps.store(dwconv_weight_grad);
-  dw1.store(w1_grad);
-  dw2.store(w2_grad);
+  for (int64_t i = 1; i < workers; ++i) {
+    w1.push_back(sums[2 * i].data());
+    w2.push_back(sums[2 * i + 1].data());
+  }
+
+  std::vector<BackwardWorker<S>> states;
+  states.reserve(workers);
+  for (int64_t i = 0; i < workers; ++i) states.emplace_back(block, longest(block.work[i]), w1[i], w2[i]);
+  block.for_workers([&](int64_t i) {
+    for (const Chunk& chunk : block.work[i]) backward_chunk(block, chunk, adjoint_taps, kept, out.x, states[i]);
+    states[i].w1.finish();
+    states[i].w2.finish();
+  });
+
+  add_up<S>(w1[0], {w1.begin() + 1, w1.end()}, matrix, out.w1);
+  add_up<S>(w2[0], {w2.begin() + 1, w2.end()}, matrix, out.w2);
+  for (int64_t i = 0; i < workers; ++i) {
+    if (i > 0) states[0].taps.add(states[i].taps);
+    const VectorGrads<A>& from = states[i].vectors;
+    const std::vector<A>* all[] = {&from.dwconv_bias, &from.norm_weight, &from.norm_bias,   &from.pwconv1_bias,
+                                   &from.gamma,       &from.beta,        &from.pwconv2_bias};
+    for (size_t j = 0; j < out.vectors.size(); ++j) {
+      for (size_t c = 0; c < all[j]->size(); ++c)
+        out.vectors[j][c] = (i > 0 ? out.vectors[j][c] : A(0)) + (*all[j])[c];
+    }
+  }
+  states[0].taps.store(out.dwconv_weight);
 }
 
 }  // namespace
@@ -297,8 +415,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> convnextv2_block(
                          pwconv2_weight, row_scale, table, segments, tile, eps);
     parameter<A>(dwconv_bias, "dwconv_bias", block.channels, x);
     parameter<A>(pwconv2_bias, "pwconv2_bias", block.channels, x);
-    forward<S>(block, dwconv_weight, dwconv_bias, pwconv2_bias, data<S>(y), data<S>(u), data<A>(moments),
-               data<A>(energy), keep_hidden ? data<S>(hidden) : nullptr);
+    forward<S>(block, dwconv_weight, dwconv_bias, pwconv2_bias,
+               {data<S>(y), data<S>(u), data<A>(moments), data<A>(energy), keep_hidden ? data<S>(hidden) : nullptr});
   });
   return {y, u, moments, energy, hidden};
 }
@@ -317,7 +435,6 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
   std::array<Tensor, 7> vectors{empty_like(dwconv_bias), empty_like(norm_weight), empty_like(norm_bias),
                                 empty_like(pwconv1_bias), empty_like(grn_gamma), empty_like(grn_beta),
                                 empty_like(pwconv2_bias)};
-  for (Tensor& vector : vectors) torch::stable::zero_(vector);
   check_dense(grad, "grad", x.numel());
   check_dtype(grad, "grad", x.scalar_type());
   check_dense(u, "u", x.numel());
@@ -330,11 +447,11 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
     using A = Compute<S>;
     const Block<S> block(x, dwconv_weight, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma, grn_beta,
                          pwconv2_weight, row_scale, table, segments, tile, eps);
-    const VectorGrads<A> grads{data<A>(vectors[0]), data<A>(vectors[1]), data<A>(vectors[2]), data<A>(vectors[3]),
-                               data<A>(vectors[4]), data<A>(vectors[5]), data<A>(vectors[6])};
-    backward<S>(block, dwconv_weight, data<S>(grad), data<S>(u), data<A>(moments), data<A>(energy),
-                kept ? data<S>(hidden) : nullptr, data<S>(x_grad), data<S>(dwconv_weight_grad), data<S>(w1_grad),
-                data<S>(w2_grad), grads);
+    Grads<S> grads{data<S>(x_grad), data<S>(dwconv_weight_grad), data<S>(w1_grad), data<S>(w2_grad), {}};
+    for (size_t i = 0; i < vectors.size(); ++i) grads.vectors[i] = data<A>(vectors[i]);
+    backward<S>(block, dwconv_weight,
+                {data<S>(grad), data<S>(u), data<A>(moments), data<A>(energy), kept ? data<S>(hidden) : nullptr},
+                grads);
   });
   return {x_grad,     dwconv_weight_grad, vectors[0], vectors[1], vectors[2], w1_grad,
           vectors[3], vectors[4],         vectors[5], w2_grad,    vectors[6]};

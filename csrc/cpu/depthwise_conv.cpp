@@ -54,7 +54,8 @@ Tensor depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Ten
   for_dtype(x, [&](auto tag) {
     using S = typename decltype(tag)::type;
     WeightGradSum<S> sum(halo, channels);
-    sum.add({halo, data<int32_t>(table), channels, data<S>(x), data<S>(grad), 0}, 0, tiles);
+    sum.add({halo, data<int32_t>(table), channels, data<S>(x), data<S>(grad), 0}, 0, tiles,
+            torch::stable::get_num_threads());
     sum.store(data<S>(out));
   });
   return out;

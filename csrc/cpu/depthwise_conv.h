@@ -1,8 +1,6 @@
 // Pieces of the depthwise convolution that the fused block uses too.
 #pragma once
 
-#include <memory>
-
 #include "op.h"
 
 namespace sparsecnx {
@@ -29,46 +27,47 @@ std::vector<Compute<S>> taps_first(const Tensor& weight, bool flipped) {
   return out;
 }
 
-// Gradient of the weight, summed over calls of `add`; every slab of tiles and channels is summed by one thread.
+// Gradient of the weight, summed over calls of `add`, as the kernels write it: (kernel_h * kernel_w, channels).
 template <class S>
 class WeightGradSum {
   using A = Compute<S>;
 
  public:
   WeightGradSum(const Halo& halo, int64_t channels)
-      : channels_(channels), taps_(halo.kernel_h * halo.kernel_w), slabs_(torch::stable::get_num_threads()) {
-    sum_.assign(slabs_ * taps_ * channels_, A(0));
-  }
+      : channels_(channels), taps_(halo.kernel_h * halo.kernel_w), sum_(taps_ * channels, A(0)) {}
 
-  // Adds the contribution of tiles [begin, end).
-  void add(const DepthwiseWeightGrad<S>& job, int64_t begin, int64_t end) {
+  // Adds the contribution of tiles [begin, end). Each slab of tiles and slice of channels is summed by one thread.
+  void add(const DepthwiseWeightGrad<S>& job, int64_t begin, int64_t end, int64_t slabs) {
     constexpr int64_t kSlice = 64;  // channels of a task
-    const int64_t slices = (channels_ + kSlice - 1) / kSlice;
-    parallel_for(0, slabs_ * slices, 1, [&](int64_t first, int64_t last) {
+    const int64_t slices = (channels_ + kSlice - 1) / kSlice, count = end - begin;
+    std::vector<A> partial((slabs - 1) * taps_ * channels_, A(0));  // of all slabs but the first
+    parallel_for(0, slabs * slices, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        const int64_t slab = task % slabs_, from = task / slabs_ * kSlice;
-        const int64_t count = end - begin;
-        kernels<S>().depthwise_weight_grad(job, begin + count * slab / slabs_, begin + count * (slab + 1) / slabs_,
-                                           from, std::min(from + kSlice, channels_),
-                                           sum_.data() + slab * taps_ * channels_);
+        const int64_t slab = task % slabs, from = task / slabs * kSlice;
+        A* out = slab == 0 ? sum_.data() : partial.data() + (slab - 1) * taps_ * channels_;
+        kernels<S>().depthwise_weight_grad(job, begin + count * slab / slabs, begin + count * (slab + 1) / slabs, from,
+                                           std::min(from + kSlice, channels_), out);
       }
     });
+    for (int64_t slab = 1; slab < slabs; ++slab) add_from(partial.data() + (slab - 1) * taps_ * channels_);
   }
+  void add(const WeightGradSum& other) { add_from(other.sum_.data()); }
 
-  // The sum, in torch's layout (channels, 1, kernel_h, kernel_w).
-  void store(S* out) {
-    std::vector<A> total(taps_ * channels_, A(0));
-    for (int64_t slab = 0; slab < slabs_; ++slab) {
-      const A* at = sum_.data() + slab * taps_ * channels_;
-      for (int64_t k = 0; k < taps_; ++k) {
-        for (int64_t c = 0; c < channels_; ++c) total[c * taps_ + k] += at[k * channels_ + c];
-      }
+  // The sum in torch's layout (channels, 1, kernel_h, kernel_w).
+  void store(S* out) const {
+    std::vector<A> total(sum_.size());
+    for (int64_t k = 0; k < taps_; ++k) {
+      for (int64_t c = 0; c < channels_; ++c) total[c * taps_ + k] = sum_[k * channels_ + c];
     }
     kernels<S>().narrow(total.data(), total.size(), out);
   }
 
  private:
-  int64_t channels_, taps_, slabs_;
+  void add_from(const A* other) {
+    for (size_t i = 0; i < sum_.size(); ++i) sum_[i] += other[i];
+  }
+
+  int64_t channels_, taps_;
   std::vector<A> sum_;
 };
 

@@ -74,12 +74,13 @@ struct Kernels {
   // The elementwise parts of the fused block, see convnextv2_block.cpp; `hidden` is before bias and activation.
   // h = gelu(hidden + bias), energy (channels) += h^2
   void (*gelu_energy)(const S* hidden, const A* bias, int64_t rows, int64_t channels, S* h, A* energy);
-  // scaled = d (h s + beta), scale_grad += d t h, beta_grad += d t, with d = row_scale (1 if null)
+  // h = gelu(hidden + bias), slope = gelu'(hidden + bias), scaled = d (h s + beta); scale_grad += d t h and
+  // beta_grad += d t, with d = row_scale (1 if null). h may be hidden.
   void (*gelu_grn_sums)(const S* hidden, const A* bias, const S* t, const A* s, const A* beta, const A* row_scale,
-                        int64_t rows, int64_t channels, S* scaled, A* scale_grad, A* beta_grad);
-  // t <- gelu'(hidden + bias) (d t s + h p), bias_grad += t
-  void (*gelu_grn_backward)(const S* hidden, const A* bias, S* t, const A* s, const A* p, const A* row_scale,
-                            int64_t rows, int64_t channels, A* bias_grad);
+                        int64_t rows, int64_t channels, S* h, S* slope, S* scaled, A* scale_grad, A* beta_grad);
+  // t <- slope (d t s + h p), bias_grad += t
+  void (*gelu_grn_backward)(const S* h, const S* slope, S* t, const A* s, const A* p, const A* row_scale, int64_t rows,
+                            int64_t channels, A* bias_grad);
 
   // Rows of columns (rows, taps * channels) = x[map[r, k]] (0 where -1), and its adjoint for channels [from, to).
   void (*gather)(const S* x, const int32_t* map, int64_t rows, int64_t taps, int64_t channels, S* columns);

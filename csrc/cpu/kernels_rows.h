@@ -161,30 +161,35 @@ void gelu_energy(const S* hidden, const Compute<S>* bias, int64_t rows, int64_t 
 
 template <class S>
 void gelu_grn_sums(const S* hidden, const Compute<S>* bias, const S* t, const Compute<S>* s, const Compute<S>* beta,
-                   const Compute<S>* row_scale, int64_t rows, int64_t channels, S* scaled, Compute<S>* scale_grad,
-                   Compute<S>* beta_grad) {
-  for (int64_t r = 0; r < rows; ++r, hidden += channels, t += channels, scaled += channels) {
+                   const Compute<S>* row_scale, int64_t rows, int64_t channels, S* h, S* slope, S* scaled,
+                   Compute<S>* scale_grad, Compute<S>* beta_grad) {
+  for (int64_t r = 0; r < rows; ++r) {
     const Compute<S> d = row_factor(row_scale, r);
+    const int64_t row = r * channels;
     for_columns<S>(channels, [&](int64_t c, int64_t n) {
-      const Vec<Compute<S>> h = gelu(load(hidden + c, n) + load(bias + c, n)).value;
-      const Vec<Compute<S>> g = load(t + c, n) * d;
-      store(scaled + c, (h * load(s + c, n) + load(beta + c, n)) * d, n);
-      accumulate(scale_grad + c, g * h, n);
+      const int64_t at = row + c;
+      const Gelu<Compute<S>> activation = gelu(load(hidden + at, n) + load(bias + c, n));
+      const Vec<Compute<S>> g = load(t + at, n) * d;
+      store(h + at, activation.value, n);
+      store(slope + at, activation.slope, n);
+      store(scaled + at, (activation.value * load(s + c, n) + load(beta + c, n)) * d, n);
+      accumulate(scale_grad + c, g * activation.value, n);
       accumulate(beta_grad + c, g, n);
     });
   }
 }
 
 template <class S>
-void gelu_grn_backward(const S* hidden, const Compute<S>* bias, S* t, const Compute<S>* s, const Compute<S>* p,
+void gelu_grn_backward(const S* h, const S* slope, S* t, const Compute<S>* s, const Compute<S>* p,
                        const Compute<S>* row_scale, int64_t rows, int64_t channels, Compute<S>* bias_grad) {
-  for (int64_t r = 0; r < rows; ++r, hidden += channels, t += channels) {
+  for (int64_t r = 0; r < rows; ++r) {
     const Compute<S> d = row_factor(row_scale, r);
+    const int64_t row = r * channels;
     for_columns<S>(channels, [&](int64_t c, int64_t n) {
-      const Gelu<Compute<S>> h = gelu(load(hidden + c, n) + load(bias + c, n));
+      const int64_t at = row + c;
       const Vec<Compute<S>> g =
-          h.slope * (load(t + c, n) * (load(s + c, n) * d) + h.value * load(p + c, n));
-      store(t + c, g, n);
+          load(slope + at, n) * (load(t + at, n) * (load(s + c, n) * d) + load(h + at, n) * load(p + c, n));
+      store(t + at, g, n);
       accumulate(bias_grad + c, g, n);
     });
   }

@@ -3,8 +3,64 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>  // C functions, ABI-stable like the rest
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace sparsecnx {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kKept = int64_t{128} << 20;  // bytes a thread keeps between operators
+
+// A stack of memory. What does not fit is allocated apart, and the stack grows to that size once it is empty.
+class ScratchStack {
+ public:
+  ~ScratchStack() { std::free(base_); }
+
+  void* push(int64_t bytes) {
+    wanted_ += bytes;
+    highest_ = std::max(highest_, wanted_);
+    if (used_ + bytes <= capacity_) {
+      used_ += bytes;
+      return base_ + used_ - bytes;
+    }
+    void* apart = std::aligned_alloc(kAlignment, bytes);
+    STD_TORCH_CHECK(apart != nullptr, "sparsecnx: cannot allocate ", bytes, " bytes of scratch memory");
+    return apart;
+  }
+
+  void pop(void* at, int64_t bytes) {
+    wanted_ -= bytes;
+    if (base_ <= at && at < base_ + capacity_) {
+      used_ -= bytes;
+    } else {
+      std::free(at);
+    }
+    if (wanted_ == 0 && highest_ > capacity_ && highest_ <= kKept) {
+      std::free(base_);
+      base_ = static_cast<char*>(std::aligned_alloc(kAlignment, highest_));
+      capacity_ = base_ == nullptr ? 0 : highest_;
+    }
+    if (wanted_ == 0) highest_ = 0;
+  }
+
+ private:
+  char* base_ = nullptr;
+  int64_t capacity_ = 0, used_ = 0;     // of the stack itself
+  int64_t wanted_ = 0, highest_ = 0;  // including what was allocated apart
+};
+
+thread_local ScratchStack scratch_stack;
+
+}  // namespace
+
+ScratchBytes::ScratchBytes(int64_t bytes)
+    : bytes_((std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment) {
+  at_ = scratch_stack.push(bytes_);
+}
+
+ScratchBytes::~ScratchBytes() {
+  if (at_ != nullptr) scratch_stack.pop(at_, bytes_);
+}
 
 std::vector<RowBlock> split_rows(const int64_t* splits, int64_t first, int64_t last, int64_t channels) {
   const int64_t size = std::clamp<int64_t>((int64_t{1} << 15) / std::max<int64_t>(channels, 1), 8, 512);

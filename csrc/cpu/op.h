@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <vector>
@@ -174,32 +175,79 @@ void gemm_add(T* out, Matrix<T> a, Matrix<T> b) {
   gemm_raw(out, a.at, a.transposed, b.at, b.transposed, a.rows, a.columns, b.columns, kDtype<T>, true);
 }
 
-// Sum of products that is kept in the computing type: 16-bit products are rounded once each, never their sum.
+// out (rows, columns) = a sum of products, in the computing type: 16-bit products are rounded once each, never
+// their sum. The memory belongs to the caller; it need not be cleared.
 template <class S>
 class GemmSum {
   using A = Compute<S>;
 
  public:
-  GemmSum(int64_t rows, int64_t columns) : sum_(rows * columns, A(0)) {}
+  GemmSum(A* out, int64_t rows, int64_t columns) : out_(out), count_(rows * columns) {}
   void add(Matrix<S> a, Matrix<S> b) {
-    if (a.columns == 0) return;
     if constexpr (std::is_same_v<S, A>) {
-      gemm_add(sum_.data(), a, b);
+      empty_ ? gemm(out_, a, b) : gemm_add(out_, a, b);
     } else {
-      product_.resize(sum_.size());
-      widened_.resize(sum_.size());
+      product_.resize(count_);
+      widened_.resize(count_);
       gemm(product_.data(), a, b);
-      kernels<S>().widen(product_.data(), product_.size(), widened_.data());
-      for (size_t i = 0; i < sum_.size(); ++i) sum_[i] += widened_[i];
+      kernels<S>().widen(product_.data(), count_, empty_ ? out_ : widened_.data());
+      for (int64_t i = 0; !empty_ && i < count_; ++i) out_[i] += widened_[i];
     }
+    empty_ = false;
   }
-  void store(S* out) { kernels<S>().narrow(sum_.data(), sum_.size(), out); }
+  // Clears the sum if nothing was added.
+  void finish() {
+    if (empty_) std::fill_n(out_, count_, A(0));
+    empty_ = false;
+  }
 
  private:
-  std::vector<A> sum_;
+  A* out_;
+  int64_t count_;
+  bool empty_ = true;
   std::vector<S> product_;
   std::vector<A> widened_;
 };
+
+// Uninitialised memory that an operator needs while it runs. It comes from a stack that the calling thread keeps
+// between calls, up to a limit, so that steady training does not pay for fresh pages at every operator. An object
+// must be destroyed by the thread that made it, before anything older is and with nothing new made in between, as
+// local variables are.
+class ScratchBytes {
+ public:
+  explicit ScratchBytes(int64_t bytes);
+  ~ScratchBytes();
+  ScratchBytes(ScratchBytes&& other) noexcept : at_(other.at_), bytes_(other.bytes_) { other.at_ = nullptr; }
+  ScratchBytes(const ScratchBytes&) = delete;
+  ScratchBytes& operator=(const ScratchBytes&) = delete;
+  void* data() const { return at_; }
+
+ private:
+  void* at_;
+  int64_t bytes_;
+};
+
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : bytes_(count * static_cast<int64_t>(sizeof(T))) {}
+  T* data() const { return static_cast<T*>(bytes_.data()); }
+
+ private:
+  ScratchBytes bytes_;
+};
+
+// total = total + rest, element by element and in order, in parallel; then narrowed into out (which may be total).
+template <class S>
+void add_up(Compute<S>* total, const std::vector<const Compute<S>*>& rest, int64_t count, S* out) {
+  parallel_for(0, count, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (const Compute<S>* other : rest) {
+      for (int64_t i = begin; i < end; ++i) total[i] += other[i];
+    }
+    if (static_cast<void*>(total) != static_cast<void*>(out))
+      kernels<S>().narrow(total + begin, end - begin, out + begin);
+  });
+}
 
 // Storage values in the computing type.
 template <class S>

@@ -10,6 +10,10 @@ namespace sparsecnx {
 
 using torch::stable::Tensor;
 
+Tensor gather_tiles(const Tensor& dense, const Tensor& index, int64_t tile);
+Tensor scatter_tiles(const Tensor& rows, const Tensor& fill, const Tensor& index, int64_t batch, int64_t height,
+                     int64_t width, int64_t tile);
+
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& table,
                       int64_t tile);
 Tensor depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& table, int64_t tile,

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx.ops.depthwise_conv.reference import CONV
-from sparsecnx.tensor import SparseTensor, gather_rows
+from sparsecnx.packing import gather_rows
+from sparsecnx.tensor import SparseTensor
 
 
 def conv(

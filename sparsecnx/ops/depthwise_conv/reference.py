@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecnx.tensor import SparseTensor, gather_rows
+from sparsecnx.packing import gather_rows
+from sparsecnx.tensor import SparseTensor
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

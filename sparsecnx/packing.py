@@ -1,0 +1,91 @@
+"""Between dense tensors and the rows of their visible sites: gather and scatter, each the other's adjoint."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecnx import _extension
+from sparsecnx.layout import Layout, rows_to_tile, tile_to_rows
+
+
+def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
+    """Rows `(layout.rows, C)` of a dense tensor `(B, C, *spatial)`. Masked sites are never read."""
+    if _compiled(dense, layout):
+        return torch.ops.sparsecnx.gather_tiles(dense, layout.tiles.index, layout.tile)
+    ndim, tile = layout.ndim, layout.tile
+    split = [part for size in layout.tiles.grid for part in (size, tile)]
+    cells = dense.reshape(dense.shape[0], dense.shape[1], *split)
+    by_tile = cells.permute(
+        0, *(2 + 2 * d for d in range(ndim)), *(3 + 2 * d for d in range(ndim)), 1
+    )
+    return tile_to_rows(by_tile[layout.tiles.positions()], ndim)
+
+
+def scatter_rows(rows: Tensor, layout: Layout, fill: Tensor) -> Tensor:
+    """Dense tensor `(B, C, *spatial)` of rows `(layout.rows, C)`; inactive sites hold `fill (C,)`."""
+    tiles, ndim, channels = layout.tiles, layout.ndim, rows.shape[1]
+    if _compiled(rows, layout):
+        return torch.ops.sparsecnx.scatter_tiles(
+            rows.contiguous(), fill.contiguous(), tiles.index, layout.batch, *layout.shape, layout.tile
+        )
+    by_tile = rows_to_tile(rows, layout.tile, ndim).reshape(tiles.count, layout.sites_per_tile * channels)
+    blank = fill.repeat(layout.sites_per_tile).expand(layout.batch * math.prod(tiles.grid), -1)
+    full = blank.index_copy(0, tiles.index, by_tile)
+    full = full.reshape(layout.batch, *tiles.grid, *([layout.tile] * ndim), channels)
+    interleave = [axis for d in range(ndim) for axis in (1 + d, 1 + ndim + d)]
+    full = full.permute(0, 1 + 2 * ndim, *interleave)
+    return full.reshape(layout.batch, channels, *layout.shape)
+
+
+def _compiled(values: Tensor, layout: Layout) -> bool:
+    """Whether the compiled kernels of `csrc/cpu/packing.cpp` take these values."""
+    return _extension.loaded and values.device.type == "cpu" and layout.ndim == 2
+
+
+if _extension.loaded:
+
+    @torch.library.register_fake("sparsecnx::gather_tiles")
+    def _(dense: Tensor, index: Tensor, tile: int) -> Tensor:
+        return dense.new_empty(index.shape[0] * tile**2, dense.shape[1])
+
+    @torch.library.register_fake("sparsecnx::scatter_tiles")
+    def _(
+        rows: Tensor, fill: Tensor, index: Tensor, batch: int, height: int, width: int, tile: int
+    ) -> Tensor:
+        return rows.new_empty(batch, rows.shape[1], height, width)
+
+    def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        dense, index, ctx.tile = inputs
+        ctx.save_for_backward(index)
+        ctx.shape = dense.shape
+
+    def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        batch, channels, height, width = ctx.shape
+        grad_dense = torch.ops.sparsecnx.scatter_tiles(
+            grad.contiguous(), grad.new_zeros(channels), index, batch, height, width, ctx.tile
+        )
+        return grad_dense, None, None
+
+    def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+        ctx.tile = inputs[-1]
+
+    def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        grad_rows = torch.ops.sparsecnx.gather_tiles(grad, index, ctx.tile)
+        grad_fill = None
+        if ctx.needs_input_grad[1]:
+            grad_fill = grad.sum((0, 2, 3)) - grad_rows.sum(0)
+        return grad_rows, grad_fill, None, None, None, None, None
+
+    torch.library.register_autograd(
+        "sparsecnx::gather_tiles", _gather_backward, setup_context=_gather_context
+    )
+    torch.library.register_autograd(
+        "sparsecnx::scatter_tiles", _scatter_backward, setup_context=_scatter_context
+    )
