@@ -16,8 +16,7 @@ std::string cpu_isa() { return sparsecnx::cpu_isa(); }
 STABLE_TORCH_LIBRARY(sparsecnx, m) {
   m.def("cpu_isa() -> str");
   m.def("gather_tiles(Tensor dense, Tensor index, int tile) -> Tensor");
-  m.def(
-      "scatter_tiles(Tensor rows, Tensor fill, Tensor index, int batch, int height, int width, int tile) -> Tensor");
+  m.def("scatter_tiles(Tensor rows, Tensor fill, Tensor index, int batch, int height, int width, int tile) -> Tensor");
   m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor table, int tile) -> Tensor");
   m.def(
       "depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor table, int tile, int kernel_h, int kernel_w) -> "
@@ -29,8 +28,7 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
       "grn_backward(Tensor grad, Tensor x, Tensor gamma, Tensor segments, Tensor energy, float eps) -> "
       "(Tensor, Tensor, Tensor)");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)");
-  m.def(
-      "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor moments) -> (Tensor, Tensor, Tensor)");
+  m.def("layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor moments) -> (Tensor, Tensor, Tensor)");
   m.def("scale_rows(Tensor x, Tensor scale, Tensor splits) -> Tensor");
   m.def(
       "convnextv2_block(Tensor x, Tensor dwconv_weight, Tensor dwconv_bias, Tensor norm_weight, Tensor norm_bias, "

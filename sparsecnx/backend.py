@@ -99,9 +99,7 @@ class Operator:
         if self.name in _warned:
             return
         _warned.add(self.name)
-        reasons = "; ".join(
-            f"{name}: {self.refusal(name, x)}" for name in self.implementations if name != "reference"
-        )
+        reasons = "; ".join(f"{name}: {self.refusal(name, x)}" for name in self.implementations if name != "reference")
         warnings.warn(
             f"{self.name} runs on the slow dense reference ({reasons}). `sparsecnx doctor` says what to do.",
             stacklevel=4,

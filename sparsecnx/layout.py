@@ -341,7 +341,6 @@ def infer_grid(mask: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], i
         )
     if tile == 0 or any(size != cells * tile for size, cells in zip(shape, grid, strict=True)):
         raise ValueError(
-            f"mask is {tuple(mask.shape)}: no grid of square tiles with that many cells divides "
-            f"{extent} sites evenly"
+            f"mask is {tuple(mask.shape)}: no grid of square tiles with that many cells divides {extent} sites evenly"
         )
     return grid, tile

@@ -19,9 +19,7 @@ def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
     ndim, tile = layout.ndim, layout.tile
     split = [part for size in layout.tiles.grid for part in (size, tile)]
     cells = dense.reshape(dense.shape[0], dense.shape[1], *split)
-    by_tile = cells.permute(
-        0, *(2 + 2 * d for d in range(ndim)), *(3 + 2 * d for d in range(ndim)), 1
-    )
+    by_tile = cells.permute(0, *(2 + 2 * d for d in range(ndim)), *(3 + 2 * d for d in range(ndim)), 1)
     return tile_to_rows(by_tile[layout.tiles.positions()], ndim)
 
 
@@ -53,9 +51,7 @@ if _extension.loaded:
         return dense.new_empty(index.shape[0] * tile**2, dense.shape[1])
 
     @torch.library.register_fake("sparsecnx::scatter_tiles")
-    def _(
-        rows: Tensor, fill: Tensor, index: Tensor, batch: int, height: int, width: int, tile: int
-    ) -> Tensor:
+    def _(rows: Tensor, fill: Tensor, index: Tensor, batch: int, height: int, width: int, tile: int) -> Tensor:
         return rows.new_empty(batch, rows.shape[1], height, width)
 
     def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,9 +79,5 @@ if _extension.loaded:
             grad_fill = grad.sum((0, 2, 3)) - grad_rows.sum(0)
         return grad_rows, grad_fill, None, None, None, None, None
 
-    torch.library.register_autograd(
-        "sparsecnx::gather_tiles", _gather_backward, setup_context=_gather_context
-    )
-    torch.library.register_autograd(
-        "sparsecnx::scatter_tiles", _scatter_backward, setup_context=_scatter_context
-    )
+    torch.library.register_autograd("sparsecnx::gather_tiles", _gather_backward, setup_context=_gather_context)
+    torch.library.register_autograd("sparsecnx::scatter_tiles", _scatter_backward, setup_context=_scatter_context)

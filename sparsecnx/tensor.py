@@ -126,4 +126,3 @@ class SparseTensor:
             f"SparseTensor(shape={self.shape}, rows={self.layout.rows}, tile={self.layout.tile}, "
             f"stride={self.layout.stride}, dtype={self.dtype}, device={self.device})"
         )
-

@@ -59,7 +59,8 @@ std::vector<std::vector<Chunk>> split_work(const int64_t* splits, int64_t segmen
     bounds.push_back(at);
   }
   // Uneven shares would leave threads waiting at the end: a fifth is what sharing every step costs.
-  if (threads == 1 || 5 * rows < 4 * largest * threads) return {split_chunks(splits, 0, segments, chunk_rows * threads)};
+  if (threads == 1 || 5 * rows < 4 * largest * threads)
+    return {split_chunks(splits, 0, segments, chunk_rows * threads)};
   std::vector<std::vector<Chunk>> work;
   for (int64_t worker = 0; worker < threads; ++worker)
     work.push_back(split_chunks(splits, bounds[worker], bounds[worker + 1], chunk_rows));
@@ -211,8 +212,8 @@ void forward(const Block<S>& block, const Tensor& dwconv_weight, const Tensor& d
              const Outputs<S>& out) {
   using A = Compute<S>;
   const std::vector<A> taps = taps_first<S>(dwconv_weight, false);
-  const Depthwise<S> conv{block.halo, block.table, block.channels, block.x, 0, taps.data(), data<A>(dwconv_bias),
-                          nullptr,    out.u,       0};
+  const Depthwise<S> conv{block.halo,  block.table,          block.channels, block.x, 0,
+                          taps.data(), data<A>(dwconv_bias), nullptr,        out.u,   0};
   const std::vector<A> shift = output_shift(block, data<A>(pwconv2_bias));
   std::fill_n(out.energy, block.segments * block.hidden, A(0));
   block.for_workers([&](int64_t worker) {
@@ -388,8 +389,7 @@ void backward(const Block<S>& block, const Tensor& dwconv_weight, const Kept<S>&
     const std::vector<A>* all[] = {&from.dwconv_bias, &from.norm_weight, &from.norm_bias,   &from.pwconv1_bias,
                                    &from.gamma,       &from.beta,        &from.pwconv2_bias};
     for (size_t j = 0; j < out.vectors.size(); ++j) {
-      for (size_t c = 0; c < all[j]->size(); ++c)
-        out.vectors[j][c] = (i > 0 ? out.vectors[j][c] : A(0)) + (*all[j])[c];
+      for (size_t c = 0; c < all[j]->size(); ++c) out.vectors[j][c] = (i > 0 ? out.vectors[j][c] : A(0)) + (*all[j])[c];
     }
   }
   states[0].taps.store(out.dwconv_weight);
@@ -432,8 +432,8 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
   using torch::stable::empty_like;
   Tensor x_grad = empty_like(x), dwconv_weight_grad = empty_like(dwconv_weight);
   Tensor w1_grad = empty_like(pwconv1_weight), w2_grad = empty_like(pwconv2_weight);
-  std::array<Tensor, 7> vectors{empty_like(dwconv_bias), empty_like(norm_weight), empty_like(norm_bias),
-                                empty_like(pwconv1_bias), empty_like(grn_gamma), empty_like(grn_beta),
+  std::array<Tensor, 7> vectors{empty_like(dwconv_bias),  empty_like(norm_weight), empty_like(norm_bias),
+                                empty_like(pwconv1_bias), empty_like(grn_gamma),   empty_like(grn_beta),
                                 empty_like(pwconv2_bias)};
   check_dense(grad, "grad", x.numel());
   check_dtype(grad, "grad", x.scalar_type());

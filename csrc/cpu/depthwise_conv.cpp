@@ -14,8 +14,8 @@ int64_t check_table(const Tensor& table, const Halo& halo, int64_t rows) {
 }
 
 std::array<int64_t, 2> check_kernel(const Tensor& weight, int64_t channels) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1,
-                  "sparsecnx: weight must be (", channels, ", 1, kh, kw)");
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1, "sparsecnx: weight must be (",
+                  channels, ", 1, kh, kw)");
   check_dense(weight, "weight", weight.numel());
   STD_TORCH_CHECK(weight.size(2) % 2 == 1 && weight.size(3) % 2 == 1, "sparsecnx: kernel sizes must be odd");
   return {weight.size(2), weight.size(3)};
@@ -35,8 +35,8 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional
     using A = Compute<S>;
     const std::vector<A> taps = taps_first<S>(weight, false);
     const A* offset = bias ? parameter<A>(*bias, "bias", channels, x) : nullptr;
-    const Depthwise<S> job{halo, data<int32_t>(table), channels, data<S>(x), 0,
-                           taps.data(), offset, nullptr, data<S>(out), 0};
+    const Depthwise<S> job{halo,    data<int32_t>(table), channels, data<S>(x), 0, taps.data(), offset,
+                           nullptr, data<S>(out),         0};
     parallel_for(0, tiles, tiles_per_call(tile),
                  [&](int64_t begin, int64_t end) { kernels<S>().depthwise(job, begin, end); });
   });

@@ -84,8 +84,8 @@ struct Kernels {
 
   // Rows of columns (rows, taps * channels) = x[map[r, k]] (0 where -1), and its adjoint for channels [from, to).
   void (*gather)(const S* x, const int32_t* map, int64_t rows, int64_t taps, int64_t channels, S* columns);
-  void (*scatter_add)(const S* columns, const int32_t* map, int64_t rows, int64_t taps, int64_t channels,
-                      int64_t from, int64_t to, A* x);
+  void (*scatter_add)(const S* columns, const int32_t* map, int64_t rows, int64_t taps, int64_t channels, int64_t from,
+                      int64_t to, A* x);
   // Between storage and computing type.
   void (*widen)(const S* x, int64_t count, A* out);
   void (*narrow)(const A* x, int64_t count, S* out);

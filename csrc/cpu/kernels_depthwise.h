@@ -5,6 +5,8 @@
 // row then slides along the kernel row: OB + KW - 1 loads serve OB * KW multiply-adds.
 #pragma once
 
+#include <vector>
+
 #include "kernels.h"
 #include "vec.h"
 
@@ -17,16 +19,39 @@ constexpr int kOutputs = 8;
 constexpr int kOutputs = 4;
 #endif
 
+// Where the rows of each neighbouring tile begin. A masked tile reads a row of zeros, for all of its sites: no
+// branch depends on the mask, which is random and would be mispredicted.
 template <class S>
-void fill_halo(const Halo& halo, const int32_t* neighbours, const S* x, int64_t channels, int64_t n,
-               Vec<Compute<S>>* square) {
-  const int64_t sites = halo.tile * halo.tile;
-  const int64_t count = halo.height * halo.width;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t tile = neighbours[halo.slot[i]];
-    square[i] = tile < 0 ? Vec<Compute<S>>{} : load(x + (tile * sites + halo.site[i]) * channels, n);
+class Neighbours {
+ public:
+  Neighbours(const Halo& halo, int64_t channels)
+      : halo_(halo), channels_(channels), zeros_(channels), begin_(halo.table_width), step_(halo.table_width) {}
+
+  // The neighbours of one tile; x is row 0 of tile 0.
+  void visit(const int32_t* tiles, const S* x) {
+    const int64_t size = halo_.tile * halo_.tile * channels_;
+    for (int64_t i = 0; i < halo_.table_width; ++i) {
+      begin_[i] = tiles[i] < 0 ? zeros_.data() : x + tiles[i] * size;
+      step_[i] = tiles[i] < 0 ? 0 : channels_;
+    }
   }
-}
+
+  // The square of sites that the tile's outputs see, n channels from `channel` on.
+  void fill(int64_t channel, int64_t n, Vec<Compute<S>>* square) const {
+    const int64_t count = halo_.height * halo_.width;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t slot = halo_.slot[i];
+      square[i] = load(begin_[slot] + halo_.site[i] * step_[slot] + channel, n);
+    }
+  }
+
+ private:
+  const Halo& halo_;
+  int64_t channels_;
+  std::vector<S> zeros_;
+  std::vector<const S*> begin_;
+  std::vector<int64_t> step_;
+};
 
 // acc[o] += sum over the kernel of weight * square, for OB outputs whose kernels start at `square`. KW = 0: any width.
 template <class A, int OB, int KW>
@@ -53,6 +78,34 @@ inline void slide(const Vec<A>* square, int64_t width, const Vec<A>* weight, int
   }
 }
 
+// The same for outputs of two rows, one below the other, which share the inputs they load: where few outputs stand
+// side by side, this keeps enough independent sums in flight.
+template <class A, int OB, int KW>
+inline void slide_two_rows(const Vec<A>* square, int64_t width, const Vec<A>* weight, int64_t kernel_h,
+                           Vec<A> (&upper)[OB], Vec<A> (&lower)[OB]) {
+  for (int64_t row = 0; row <= kernel_h; ++row, square += width) {
+    Vec<A> in[OB + KW - 1];
+#pragma GCC unroll 16
+    for (int i = 0; i < OB + KW - 1; ++i) in[i] = square[i];
+    if (row < kernel_h) {
+#pragma GCC unroll 16
+      for (int kx = 0; kx < KW; ++kx) {
+        const Vec<A> w = weight[row * KW + kx];
+#pragma GCC unroll 16
+        for (int o = 0; o < OB; ++o) upper[o] += w * in[o + kx];
+      }
+    }
+    if (row > 0) {
+#pragma GCC unroll 16
+      for (int kx = 0; kx < KW; ++kx) {
+        const Vec<A> w = weight[(row - 1) * KW + kx];
+#pragma GCC unroll 16
+        for (int o = 0; o < OB; ++o) lower[o] += w * in[o + kx];
+      }
+    }
+  }
+}
+
 // acc[kx] += sum over OB outputs of grad * square, for one kernel row.
 template <class A, int OB, int KW>
 inline void correlate(const Vec<A>* square, const Vec<A>* grad, Vec<A>* acc, int64_t kernel_w) {
@@ -73,20 +126,70 @@ inline void correlate(const Vec<A>* square, const Vec<A>* grad, Vec<A>* acc, int
   }
 }
 
-template <class S, int OB, int KW>
-inline void outputs(const Depthwise<S>& job, const Vec<Compute<S>>* square, const Vec<Compute<S>>* weight,
-                    Vec<Compute<S>> bias, int64_t tile, int64_t y, int64_t x, int64_t channel, int64_t n) {
+// One tile, one register of channels.
+template <class S>
+struct TileOutput {
   using A = Compute<S>;
-  const Halo& halo = job.halo;
-  Vec<A> acc[OB];
+
+  const Depthwise<S>& job;
+  const Vec<A>*square, *weight;
+  Vec<A> bias;
+  int64_t tile, channel, n;
+
+  template <int OB>
+  void write(const Vec<A> (&acc)[OB], int64_t y, int64_t x) const {
+    const Halo& halo = job.halo;
+    const int64_t rows = (tile - job.out_first) * halo.tile * halo.tile;
 #pragma GCC unroll 16
-  for (int o = 0; o < OB; ++o) acc[o] = bias;
-  slide<A, OB, KW>(square + y * halo.width + x, halo.width, weight, halo.kernel_h, halo.kernel_w, acc);
-  const int64_t rows = (tile - job.out_first) * halo.tile * halo.tile;
+    for (int o = 0; o < OB; ++o) {
+      const int64_t at = (rows + halo.output[y * halo.tile + x + o]) * job.channels + channel;
+      store(job.out + at, job.residual != nullptr ? acc[o] + load(job.residual + at, n) : acc[o], n);
+    }
+  }
+
+  // OB outputs of row y from column x on.
+  template <int OB, int KW>
+  void row(int64_t y, int64_t x) const {
+    const Halo& halo = job.halo;
+    Vec<A> acc[OB];
 #pragma GCC unroll 16
-  for (int o = 0; o < OB; ++o) {
-    const int64_t at = (rows + halo.output[y * halo.tile + x + o]) * job.channels + channel;
-    store(job.out + at, job.residual != nullptr ? acc[o] + load(job.residual + at, n) : acc[o], n);
+    for (int o = 0; o < OB; ++o) acc[o] = bias;
+    slide<A, OB, KW>(square + y * halo.width + x, halo.width, weight, halo.kernel_h, halo.kernel_w, acc);
+    write(acc, y, x);
+  }
+
+  // The same for rows y and y + 1.
+  template <int OB, int KW>
+  void two_rows(int64_t y, int64_t x) const {
+    const Halo& halo = job.halo;
+    Vec<A> upper[OB], lower[OB];
+#pragma GCC unroll 16
+    for (int o = 0; o < OB; ++o) upper[o] = lower[o] = bias;
+    slide_two_rows<A, OB, KW>(square + y * halo.width + x, halo.width, weight, halo.kernel_h, upper, lower);
+    write(upper, y, x);
+    write(lower, y + 1, x);
+  }
+};
+
+// All outputs of a tile, in blocks that fit its side.
+template <class S, int KW>
+void tile_outputs(const TileOutput<S>& out) {
+  const int64_t side = out.job.halo.tile;
+  if constexpr (KW > 0) {
+    if (side == 4 || side == 2) {
+      for (int64_t y = 0; y < side; y += 2)
+        side == 4 ? out.template two_rows<4, KW>(y, 0) : out.template two_rows<2, KW>(y, 0);
+      return;
+    }
+  }
+  for (int64_t y = 0; y < side; ++y) {
+    int64_t x = 0;
+    for (; x + kOutputs <= side; x += kOutputs) out.template row<kOutputs, KW>(y, x);
+    if constexpr (kOutputs > 4) {
+      for (; x + 4 <= side; x += 4) out.template row<4, KW>(y, x);
+    }
+    for (; x + 2 <= side; x += 2) out.template row<2, KW>(y, x);
+    if (x < side) out.template row<1, KW>(y, x);
   }
 }
 
@@ -112,30 +215,34 @@ void depthwise_tiles(const Depthwise<S>& job, int64_t begin, int64_t end) {
   using A = Compute<S>;
   constexpr int64_t W = kLanes<S>;
   const Halo& halo = job.halo;
-  const int64_t tile = halo.tile, taps = halo.kernel_h * halo.kernel_w;
+  const int64_t taps = halo.kernel_h * halo.kernel_w;
+  const S* x = job.x - job.x_first * halo.tile * halo.tile * job.channels;
   Registers<A> weight(taps), square(halo.height * halo.width);
+  Neighbours<S> neighbours(halo, job.channels);
   for (int64_t c = 0; c < job.channels; c += W) {
     const int64_t n = std::min(W, job.channels - c);
     for (int64_t k = 0; k < taps; ++k) weight[k] = load(job.weight + k * job.channels + c, n);
     const Vec<A> bias = job.bias != nullptr ? load(job.bias + c, n) : Vec<A>{};
     for (int64_t t = begin; t < end; ++t) {
-      if (tile == 1) {
+      if (halo.tile == 1) {
         depthwise_site(job, weight.data(), bias, t, c, n);
         continue;
       }
-      fill_halo(halo, job.table + t * halo.table_width, job.x - job.x_first * tile * tile * job.channels + c,
-                job.channels, n, square.data());
-      for (int64_t y = 0; y < tile; ++y) {
-        int64_t x = 0;
-        for (; x + kOutputs <= tile; x += kOutputs)
-          outputs<S, kOutputs, KW>(job, square.data(), weight.data(), bias, t, y, x, c, n);
-        if constexpr (kOutputs > 4) {
-          for (; x + 4 <= tile; x += 4) outputs<S, 4, KW>(job, square.data(), weight.data(), bias, t, y, x, c, n);
-        }
-        for (; x + 2 <= tile; x += 2) outputs<S, 2, KW>(job, square.data(), weight.data(), bias, t, y, x, c, n);
-        if (x < tile) outputs<S, 1, KW>(job, square.data(), weight.data(), bias, t, y, x, c, n);
-      }
+      neighbours.visit(job.table + t * halo.table_width, x);
+      neighbours.fill(c, n, square.data());
+      tile_outputs<S, KW>({job, square.data(), weight.data(), bias, t, c, n});
     }
+  }
+}
+
+// For one kernel row: sums[kx] += sum over the sites of a tile of grad * square.
+template <class A, int KW>
+inline void correlate_tile(const Vec<A>* square, const Vec<A>* grad, const Halo& halo, Vec<A>* sums) {
+  for (int64_t y = 0; y < halo.tile; ++y, square += halo.width, grad += halo.tile) {
+    int64_t x = 0;
+    for (; x + 4 <= halo.tile; x += 4) correlate<A, 4, KW>(square + x, grad + x, sums, halo.kernel_w);
+    for (; x + 2 <= halo.tile; x += 2) correlate<A, 2, KW>(square + x, grad + x, sums, halo.kernel_w);
+    if (x < halo.tile) correlate<A, 1, KW>(square + x, grad + x, sums, halo.kernel_w);
   }
 }
 
@@ -145,37 +252,42 @@ void depthwise_weight_grad_tiles(const DepthwiseWeightGrad<S>& job, int64_t begi
   using A = Compute<S>;
   constexpr int64_t W = kLanes<S>;
   const Halo& halo = job.halo;
-  const int64_t tile = halo.tile, sites = tile * tile, taps = halo.kernel_h * halo.kernel_w;
-  Registers<A> acc(taps), square(halo.height * halo.width), grad(sites);
+  const int64_t sites = halo.tile * halo.tile, seen = halo.height * halo.width;
+  const int64_t taps = halo.kernel_h * halo.kernel_w;
+  // Small tiles are taken several at a time, so that a kernel row's sums stay in registers for longer.
+  const int64_t together = std::max<int64_t>(1, 16 / sites);
+  Registers<A> acc(taps), square(together * seen), grad(together * sites);
+  Neighbours<S> neighbours(halo, job.channels);
   for (int64_t c = from; c < to; c += W) {
     const int64_t n = std::min(W, to - c);
     std::fill_n(acc.data(), taps, Vec<A>{});
-    for (int64_t t = begin; t < end; ++t) {
-      const int32_t* neighbours = job.table + t * halo.table_width;
+    for (int64_t t = begin; t < end; t += together) {
+      const int64_t tiles = std::min(together, end - t);
       const S* g = job.grad + (t - job.grad_first) * sites * job.channels + c;
-      if (tile == 1) {
-        const Vec<A> value = load(g, n);
-        for (int64_t k = 0; k < taps; ++k) {
-          const int64_t row = neighbours[halo.slot[k]];
-          if (row >= 0) acc[k] += value * load(job.x + row * job.channels + c, n);
+      if (halo.tile == 1) {
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int32_t* rows = job.table + (t + i) * halo.table_width;
+          const Vec<A> value = load(g + i * job.channels, n);
+          for (int64_t k = 0; k < taps; ++k) {
+            const int64_t row = rows[halo.slot[k]];
+            if (row >= 0) acc[k] += value * load(job.x + row * job.channels + c, n);
+          }
         }
         continue;
       }
-      fill_halo(halo, neighbours, job.x + c, job.channels, n, square.data());
-      for (int64_t i = 0; i < sites; ++i) grad[i] = load(g + halo.output[i] * job.channels, n);
+      for (int64_t i = 0; i < tiles; ++i) {
+        neighbours.visit(job.table + (t + i) * halo.table_width, job.x);
+        neighbours.fill(c, n, square.data() + i * seen);
+        for (int64_t site = 0; site < sites; ++site)
+          grad[i * sites + site] = load(g + (i * sites + halo.output[site]) * job.channels, n);
+      }
       for (int64_t ky = 0; ky < halo.kernel_h; ++ky) {
-        // A fixed-size copy of the kernel row's sums stays in registers over the tile.
+        // A fixed-size copy of the kernel row's sums stays in registers.
         Vec<A> local[KW > 0 ? KW : 1];
         if constexpr (KW > 0) std::copy_n(&acc[ky * KW], KW, local);
         Vec<A>* sums = KW > 0 ? local : &acc[ky * halo.kernel_w];
-        for (int64_t y = 0; y < tile; ++y) {
-          const Vec<A>* row = square.data() + (y + ky) * halo.width;
-          const Vec<A>* g_row = grad.data() + y * tile;
-          int64_t x = 0;
-          for (; x + 4 <= tile; x += 4) correlate<A, 4, KW>(row + x, g_row + x, sums, halo.kernel_w);
-          for (; x + 2 <= tile; x += 2) correlate<A, 2, KW>(row + x, g_row + x, sums, halo.kernel_w);
-          if (x < tile) correlate<A, 1, KW>(row + x, g_row + x, sums, halo.kernel_w);
-        }
+        for (int64_t i = 0; i < tiles; ++i)
+          correlate_tile<A, KW>(square.data() + i * seen + ky * halo.width, grad.data() + i * sites, halo, sums);
         if constexpr (KW > 0) std::copy_n(local, KW, &acc[ky * KW]);
       }
     }

@@ -59,8 +59,8 @@ void normalise(const S* x, const Compute<S>* moments, const Compute<S>* weight, 
 
 // dx = rstd (w g - mean(w g) - xhat mean(w g xhat))
 template <class S>
-void layer_norm_backward(const S* grad, const S* x, const Compute<S>* moments, const Compute<S>* weight,
-                         int64_t rows, int64_t channels, S* out, Compute<S>* weight_grad, Compute<S>* bias_grad) {
+void layer_norm_backward(const S* grad, const S* x, const Compute<S>* moments, const Compute<S>* weight, int64_t rows,
+                         int64_t channels, S* out, Compute<S>* weight_grad, Compute<S>* bias_grad) {
   using A = Compute<S>;
   for (int64_t r = 0; r < rows; ++r, grad += channels, x += channels, out += channels) {
     const A mean = moments[2 * r], rstd = moments[2 * r + 1];
@@ -109,8 +109,7 @@ void add_shift(const S* x, const Compute<S>* shift, const Compute<S>* row_scale,
                S* out) {
   for (int64_t r = 0; r < rows; ++r, x += channels, out += channels) {
     const Compute<S> d = row_factor(row_scale, r);
-    for_columns<S>(channels,
-                   [&](int64_t c, int64_t n) { store(out + c, load(x + c, n) + load(shift + c, n) * d, n); });
+    for_columns<S>(channels, [&](int64_t c, int64_t n) { store(out + c, load(x + c, n) + load(shift + c, n) * d, n); });
   }
 }
 

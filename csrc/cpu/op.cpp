@@ -45,7 +45,7 @@ class ScratchStack {
 
  private:
   char* base_ = nullptr;
-  int64_t capacity_ = 0, used_ = 0;     // of the stack itself
+  int64_t capacity_ = 0, used_ = 0;   // of the stack itself
   int64_t wanted_ = 0, highest_ = 0;  // including what was allocated apart
 };
 

@@ -8,7 +8,7 @@ namespace {
 
 struct Shape {
   int64_t batch, channels, height, width, tile, tiles;
-  const int64_t* index;             // (tiles): image * cells + raster position, ascending
+  const int64_t* index;              // (tiles): image * cells + raster position, ascending
   std::vector<int64_t> row, column;  // of each site of a tile, in nested order
 
   int64_t cells_y() const { return height / tile; }

@@ -67,9 +67,7 @@ inline void store_some(A* p, Vec<A> v, int64_t n) {
 }
 
 #if defined(SPARSECNX_AVX512)
-inline __mmask16 first(int64_t n) {
-  return static_cast<__mmask16>((1u << n) - 1);
-}
+inline __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 template <>
 inline Vec<float> load_some(const float* p, int64_t n) {
   return (Vec<float>)_mm512_maskz_loadu_ps(first(n), p);
@@ -135,7 +133,7 @@ inline Vec<float> load(const bfloat16* p, int64_t n = kLanes<float>) {
 inline void store(bfloat16* p, Vec<float> v, int64_t n = kLanes<float>) {
   const Bits32 bits = (Bits32)v;
   const Bits32 rounded = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;  // to nearest, ties to even
-  const Bits32 nan = (bits >> 16) | 0x40u;                                  // rounding must not carry a NaN away
+  const Bits32 nan = (bits >> 16) | 0x40u;                                // rounding must not carry a NaN away
   const Bits32 is_nan = (Bits32)(v != v);
   store_bits(p, __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), Bits16), n);
 }

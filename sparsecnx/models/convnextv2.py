@@ -71,14 +71,13 @@ class ConvNeXtV2Encoder(nn.Module):
         grn_scope: str = "sample",
     ) -> None:
         super().__init__()
+        self.in_chans = in_chans
         self.dims = tuple(dims)
         self.downsample_layers = nn.ModuleList(
             [nn.Sequential(Conv2d(in_chans, dims[0], 4, stride=4), LayerNorm2d(dims[0]))]
         )
-        for dim, wider in zip(dims[:-1], dims[1:], strict=True):
-            self.downsample_layers.append(
-                nn.Sequential(LayerNorm2d(dim), Conv2d(dim, wider, 2, stride=2))
-            )
+        for dim, wider in itertools.pairwise(dims):
+            self.downsample_layers.append(nn.Sequential(LayerNorm2d(dim), Conv2d(dim, wider, 2, stride=2)))
         last = max(sum(depths) - 1, 1)
         rates = (drop_path_rate * index / last for index in itertools.count())
         self.stages = nn.ModuleList(
@@ -91,9 +90,7 @@ class ConvNeXtV2Encoder(nn.Module):
         """The last stage's output, at stride 32: see `forward_features`."""
         return self.forward_features(images, mask, visible)[-1]
 
-    def forward_features(
-        self, images: Tensor, mask: Tensor | None = None, visible: int | None = None
-    ) -> list[Any]:
+    def forward_features(self, images: Tensor, mask: Tensor | None = None, visible: int | None = None) -> list[Any]:
         """Outputs of the four stages, at strides 4, 8, 16 and 32, finest first.
 
         Args:
@@ -108,7 +105,7 @@ class ConvNeXtV2Encoder(nn.Module):
         Raises:
             TypeError, ValueError: `images` or `mask` does not fit, see `SparseTensor.from_dense`.
         """
-        check_images(images, self.downsample_layers[0][0].in_channels)
+        check_images(images, self.in_chans)
         x: Any = images
         if mask is not None:
             x = SparseTensor.from_dense(images, mask, visible)
@@ -162,9 +159,7 @@ def check_images(images: Tensor, channels: int) -> None:
     if images.ndim != 4 or images.shape[1] != channels or images.shape[0] == 0:
         raise ValueError(f"images is {tuple(images.shape)}: expected (B, {channels}, H, W) with B >= 1")
     if images.shape[2] % STRIDE or images.shape[3] % STRIDE or 0 in images.shape:
-        raise ValueError(
-            f"images is {tuple(images.shape)}: height and width must be multiples of {STRIDE}"
-        )
+        raise ValueError(f"images is {tuple(images.shape)}: height and width must be multiples of {STRIDE}")
 
 
 def create_convnextv2(size: str, **options: Any) -> ConvNeXtV2:

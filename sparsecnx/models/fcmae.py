@@ -46,7 +46,7 @@ class FCMAE(nn.Module):
         self.patch_size = patch_size
         self.norm_pix_loss = norm_pix_loss
         self.encoder = encoder
-        self.in_chans = encoder.downsample_layers[0][0].in_channels
+        self.in_chans = encoder.in_chans
         self.proj = Conv2d(encoder.dims[-1], decoder_dim, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1))
         self.decoder = nn.Sequential(*(ConvNeXtV2Block(decoder_dim) for _ in range(decoder_depth)))

@@ -6,6 +6,8 @@ the sparsity. Here it is the truth the sparse encoder is tested against and the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ def forward_features(encoder: ConvNeXtV2Encoder, images: Tensor, mask: Tensor) -
     """
     keep = (~mask).to(images.dtype)[:, None]
     x, outputs = images, []
+    stage: Any
     for downsample, stage in zip(encoder.downsample_layers, encoder.stages, strict=True):
         x = downsample(x)
         factor = x.shape[-1] // mask.shape[-1]

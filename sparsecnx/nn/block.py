@@ -21,9 +21,7 @@ class ConvNeXtV2Block(nn.Module):
         kernel_size: of the depthwise convolution, odd.
     """
 
-    def __init__(
-        self, dim: int, drop_path: float = 0.0, grn_scope: str = "sample", kernel_size: int = 7
-    ) -> None:
+    def __init__(self, dim: int, drop_path: float = 0.0, grn_scope: str = "sample", kernel_size: int = 7) -> None:
         super().__init__()
         self.dwconv = Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.norm = LayerNorm(dim)
@@ -39,9 +37,7 @@ class ConvNeXtV2Block(nn.Module):
 
     def _sparse(self, x: SparseTensor) -> SparseTensor:
         survival = ops.draw_survival(x, self.drop_path.p, self.training)
-        return ops.convnextv2_block(
-            x, self.parameters_by_name(), survival, scope=self.grn.scope, eps=self.norm.eps
-        )
+        return ops.convnextv2_block(x, self.parameters_by_name(), survival, scope=self.grn.scope, eps=self.norm.eps)
 
     def _dense(self, x: Tensor) -> Tensor:
         branch = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
@@ -50,6 +46,7 @@ class ConvNeXtV2Block(nn.Module):
 
     def parameters_by_name(self) -> ops.BlockParameters:
         """The block's parameters as `ops.convnextv2_block` takes them."""
+        assert self.dwconv.bias is not None  # for the type checker: the constructor asks for one
         return ops.BlockParameters(
             self.dwconv.weight,
             self.dwconv.bias,

@@ -37,16 +37,16 @@ def check_same_dtype(x: SparseTensor, name: str, value: Tensor) -> None:
         raise TypeError(f"{name} is {value.dtype}: x is {x.dtype}, expected the same")
 
 
-def autocast(x: SparseTensor, *weights: Tensor) -> tuple[SparseTensor, *tuple[Tensor, ...]]:
+def autocast(x: SparseTensor, *weights: Tensor) -> tuple[SparseTensor, list[Tensor]]:
     """Features and weights in the autocast dtype of their device, unchanged where autocast is off.
 
     float64 is left alone, as `torch.autocast` does.
     """
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return (x, *weights)
+        return x, list(weights)
     dtype = torch.get_autocast_dtype(kind)
-    return (x.to(dtype), *(weight.to(dtype) for weight in weights))
+    return x.to(dtype), [weight.to(dtype) for weight in weights]
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -53,31 +53,25 @@ def conv(
     check_sparse(x)
     channels, ndim = x.features.shape[1], x.layout.ndim
     if weight.ndim != 2 + ndim or weight.shape[1] != channels:
-        raise ValueError(
-            f"weight is {tuple(weight.shape)}: expected (C_out, {channels}{', k' * ndim})"
-        )
+        raise ValueError(f"weight is {tuple(weight.shape)}: expected (C_out, {channels}{', k' * ndim})")
     kernel = tuple(weight.shape[2:])
     layout = x.layout.coarsen(stride)
     offsets = _padding(padding, kernel, stride)
     check_device(weight, "weight", x)
     if bias is not None:
         check_vector(bias, "bias", weight.shape[0], x)
-    x, weight = autocast(x, weight)
+    x, (weight,) = autocast(x, weight)
     check_same_dtype(x, "weight", weight)
     if gemm.applies(x, kernel, stride, offsets):
         return x.with_features(gemm.conv(x, weight, bias, stride), layout)
     return x.with_features(operator(x, weight, bias, stride, offsets), layout)
 
 
-def _padding(
-    padding: int | tuple[int, ...] | None, kernel: tuple[int, ...], stride: int
-) -> tuple[int, ...]:
+def _padding(padding: int | tuple[int, ...] | None, kernel: tuple[int, ...], stride: int) -> tuple[int, ...]:
     """Zeros before the first site of each axis; raises ValueError if they do not fit the kernel."""
     if padding is None:
-        return tuple(
-            0 if size == stride else size // 2 if size % 2 else max(size - stride, 0) // 2 for size in kernel
-        )
+        return tuple(0 if size == stride else size // 2 if size % 2 else max(size - stride, 0) // 2 for size in kernel)
     given = (padding,) * len(kernel) if isinstance(padding, int) else tuple(padding)
-    if len(given) != len(kernel) or any(not 0 <= p < k for p, k in zip(given, kernel)):
+    if len(given) != len(kernel) or any(not 0 <= p < k for p, k in zip(given, kernel, strict=True)):
         raise ValueError(f"padding is {padding}: expected 0 to k - 1 for each axis of a kernel {kernel}")
     return given

@@ -11,9 +11,7 @@ from sparsecnx import _extension
 from sparsecnx.tensor import SparseTensor
 
 
-def conv(
-    x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]
-) -> Tensor:
+def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]) -> Tensor:
     """Features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`."""
     kernel_map = x.layout.kernel_map(tuple(weight.shape[2:]), stride, padding)
     taps = weight.flatten(2).movedim(1, 2).reshape(weight.shape[0], -1)  # (C_out, K * C_in)

@@ -61,13 +61,9 @@ def convnextv2_block(
     channels, ndim = x.features.shape[1], x.layout.ndim
     kernel = tuple(p.dwconv_weight.shape[2:])
     if p.dwconv_weight.shape[:2] != (channels, 1) or len(kernel) != ndim:
-        raise ValueError(
-            f"dwconv_weight is {tuple(p.dwconv_weight.shape)}: expected ({channels}, 1{', k' * ndim})"
-        )
+        raise ValueError(f"dwconv_weight is {tuple(p.dwconv_weight.shape)}: expected ({channels}, 1{', k' * ndim})")
     if any(size % 2 == 0 for size in kernel):
-        raise ValueError(
-            f"dwconv_weight is {tuple(p.dwconv_weight.shape)}: kernel sizes must be odd"
-        )
+        raise ValueError(f"dwconv_weight is {tuple(p.dwconv_weight.shape)}: kernel sizes must be odd")
     hidden = p.pwconv1_weight.shape[0]
     for name, expected in (("pwconv1_weight", (hidden, channels)), ("pwconv2_weight", (channels, hidden))):
         if tuple(getattr(p, name).shape) != expected:
@@ -81,7 +77,7 @@ def convnextv2_block(
             raise ValueError(f"survival is {tuple(survival.shape)}: expected ({x.layout.batch},)")
         check_device(survival, "survival", x)
 
-    x, *matrices = autocast(x, p.dwconv_weight, p.pwconv1_weight, p.pwconv2_weight)
+    x, matrices = autocast(x, p.dwconv_weight, p.pwconv1_weight, p.pwconv2_weight)
     dtype = statistics_dtype(x.dtype)
     vectors = {name: value.flatten().to(dtype) for name, value in p._asdict().items()}
     vectors |= zip(("dwconv_weight", "pwconv1_weight", "pwconv2_weight"), matrices, strict=True)

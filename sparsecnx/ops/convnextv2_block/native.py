@@ -72,6 +72,4 @@ if _extension.loaded:
         )
         return *grads, *[None] * 6
 
-    torch.library.register_autograd(
-        "sparsecnx::convnextv2_block", _backward, setup_context=_setup_context
-    )
+    torch.library.register_autograd("sparsecnx::convnextv2_block", _backward, setup_context=_setup_context)

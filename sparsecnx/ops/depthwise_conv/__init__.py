@@ -50,7 +50,7 @@ def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None = None) 
     if any(size % 2 == 0 for size in weight.shape[2:]):
         raise ValueError(f"weight is {tuple(weight.shape)}: kernel sizes must be odd")
     check_device(weight, "weight", x)
-    x, weight = autocast(x, weight)
+    x, (weight,) = autocast(x, weight)
     check_same_dtype(x, "weight", weight)
     if bias is not None:
         check_vector(bias, "bias", channels, x)

@@ -16,9 +16,7 @@ def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tens
     """Features `(rows, C)` of the convolution of `x` with `weight (C, 1, kh, kw)`."""
     table = neighbour_table(x.layout, weight.shape[2:])
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.sparsecnx.depthwise_conv(
-        x.features.contiguous(), weight.contiguous(), bias, table, x.layout.tile
-    )
+    return torch.ops.sparsecnx.depthwise_conv(x.features.contiguous(), weight.contiguous(), bias, table, x.layout.tile)
 
 
 def neighbour_table(layout: Layout, kernel: tuple[int, ...]) -> Tensor:
@@ -34,9 +32,7 @@ if _extension.loaded:
         return torch.empty_like(x)
 
     @torch.library.register_fake("sparsecnx::depthwise_conv_weight_grad")
-    def _(
-        grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel_h: int, kernel_w: int
-    ) -> Tensor:
+    def _(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel_h: int, kernel_w: int) -> Tensor:
         return x.new_empty(x.shape[1], 1, kernel_h, kernel_w)
 
     def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -54,13 +50,9 @@ if _extension.loaded:
             flipped = weight.flip(2, 3)
             grad_x = torch.ops.sparsecnx.depthwise_conv(grad, flipped, None, table, ctx.tile)
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.ops.sparsecnx.depthwise_conv_weight_grad(
-                grad, x, table, ctx.tile, *weight.shape[2:]
-            )
+            grad_weight = torch.ops.sparsecnx.depthwise_conv_weight_grad(grad, x, table, ctx.tile, *weight.shape[2:])
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_bias = grad.sum(0, dtype=ctx.bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
-    torch.library.register_autograd(
-        "sparsecnx::depthwise_conv", _backward, setup_context=_setup_context
-    )
+    torch.library.register_autograd("sparsecnx::depthwise_conv", _backward, setup_context=_setup_context)

@@ -37,9 +37,7 @@ if _extension.loaded:
 
     def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, segments, energy = ctx.saved_tensors
-        grads = torch.ops.sparsecnx.grn_backward(
-            grad.contiguous(), x, gamma, segments, energy, ctx.eps
-        )
+        grads = torch.ops.sparsecnx.grn_backward(grad.contiguous(), x, gamma, segments, energy, ctx.eps)
         return *grads, None, None
 
     torch.library.register_autograd("sparsecnx::grn", _backward, setup_context=_setup_context)
