@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -99,8 +100,13 @@ class FCMAE(nn.Module):
 
     def forward_decoder(self, encoded: SparseTensor) -> Tensor:
         """The last stage's SparseTensor to predictions `(B, patch_size**2 * C, gh, gw)`."""
-        token = self.mask_token.flatten()
-        return self.pred(self.decoder(self.proj(encoded).dense(fill=token)))
+        x = self.proj(encoded).dense(fill=self.mask_token.flatten())
+        # The decoder sees every site. Its blocks run on a SparseTensor without a mask: the fused operator is
+        # faster than the dense sequence and keeps less for backward.
+        layout = encoded.layout
+        nothing = torch.zeros(layout.batch, *layout.shape, dtype=torch.bool, device=x.device)
+        x = SparseTensor.from_dense(x, nothing, visible=math.prod(layout.shape))
+        return self.pred(self.decoder(x).dense())
 
     def reconstruction_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error of the patches' pixels, averaged over masked patches; 0 where none is masked.
