@@ -16,8 +16,9 @@ from sparsecnx.ops.convnextv2_block.parameters import BlockParameters
 from sparsecnx.ops.depthwise_conv.native import neighbour_table
 from sparsecnx.tensor import SparseTensor
 
-# Recomputing the hidden layer costs one GEMM in seven; up to this width it is done to save memory.
-RECOMPUTE_CHANNELS = 128
+# Recomputing the hidden layer costs one GEMM in seven. Up to this width, the first stage of Atto to Pico, it is done:
+# without it they would keep a fifth of what the compiled dense encoder keeps (benchmarks/encoder.py, saved_bytes).
+RECOMPUTE_CHANNELS = 64
 
 
 def convnextv2_block(
