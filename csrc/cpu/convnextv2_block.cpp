@@ -2,7 +2,7 @@
 //
 //   u = dwconv(x) + b      v = LN(u)      a = v W1'      h = gelu(a + b1)
 //   energy[n] = sum over rows of segment n of h^2,  s[n] = 1 + gamma N(energy[n])
-//   y = x + d (h s[n] W2' + (W2 beta + b2))                              d: stochastic depth of the row's image
+//   y = x + d ((h s[n] + beta) W2' + b2)                                 d: stochastic depth of the row's image
 //
 // Rows go through all of it in chunks of whole segments, sized so that a chunk's hidden layer (rows, H) stays in
 // cache between the GEMMs and the elementwise passes around them. Where there are segments for every thread, each
@@ -152,25 +152,9 @@ struct Outputs {
   S* hidden;  // or null
 };
 
-// W2 beta + b2: beta passes through the second GEMM once, as part of its bias.
 template <class S>
-std::vector<Compute<S>> output_shift(const Block<S>& block, const Compute<S>* pwconv2_bias) {
-  using A = Compute<S>;
-  std::vector<A> shift(pwconv2_bias, pwconv2_bias + block.channels);
-  if (std::all_of(block.beta, block.beta + block.hidden, [](A value) { return value == 0; })) return shift;
-  parallel_for(0, block.channels, 16, [&](int64_t begin, int64_t end) {
-    std::vector<A> row(block.hidden);
-    for (int64_t c = begin; c < end; ++c) {
-      kernels<S>().widen(block.w2.at + c * block.hidden, block.hidden, row.data());
-      for (int64_t j = 0; j < block.hidden; ++j) shift[c] += row[j] * block.beta[j];
-    }
-  });
-  return shift;
-}
-
-template <class S>
-void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>& conv,
-                   const std::vector<Compute<S>>& shift, const Outputs<S>& out, S* v, S* h) {
+void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>& conv, const Compute<S>* pwconv2_bias,
+                   const Outputs<S>& out, S* v, S* h) {
   using A = Compute<S>;
   const Kernels<S>& k = kernels<S>();
   const int64_t C = block.channels, H = block.hidden, sites = block.tile * block.tile;
@@ -201,8 +185,8 @@ void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>
     const RowBlock b = blocks[i];
     const A* d = block.row_scale_at(b.begin);
     S* at = h + (b.begin - chunk.begin) * H;
-    k.affine(at, scale[b.segment - chunk.first_segment].data(), nullptr, d, b.end - b.begin, H, at);
-    k.add_shift(block.x + b.begin * C, shift.data(), d, b.end - b.begin, C, out.y + b.begin * C);
+    k.affine(at, scale[b.segment - chunk.first_segment].data(), block.beta, d, b.end - b.begin, H, at);
+    k.add_shift(block.x + b.begin * C, pwconv2_bias, d, b.end - b.begin, C, out.y + b.begin * C);
   });
   gemm_add<S>(out.y + chunk.begin * C, {h, rows, H}, block.w2.t());
 }
@@ -214,12 +198,12 @@ void forward(const Block<S>& block, const Tensor& dwconv_weight, const Tensor& d
   const std::vector<A> taps = taps_first<S>(dwconv_weight, false);
   const Depthwise<S> conv{block.halo,  block.table,          block.channels, block.x, 0,
                           taps.data(), data<A>(dwconv_bias), nullptr,        out.u,   0};
-  const std::vector<A> shift = output_shift(block, data<A>(pwconv2_bias));
   std::fill_n(out.energy, block.segments * block.hidden, A(0));
   block.for_workers([&](int64_t worker) {
     const int64_t rows = longest(block.work[worker]);
     const Scratch<S> v(rows * block.channels), h(rows * block.hidden);
-    for (const Chunk& chunk : block.work[worker]) forward_chunk(block, chunk, conv, shift, out, v.data(), h.data());
+    for (const Chunk& chunk : block.work[worker])
+      forward_chunk(block, chunk, conv, data<A>(pwconv2_bias), out, v.data(), h.data());
   });
 }
 

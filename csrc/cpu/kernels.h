@@ -57,7 +57,7 @@ struct Kernels {
 
   // energy (channels) += x^2
   void (*energy)(const S* x, int64_t rows, int64_t channels, A* energy);
-  // out = x * scale[c] * row_scale[r] + shift[c]; row_scale and shift may be null.
+  // out = (x * scale[c] + shift[c]) * row_scale[r]; row_scale may be null.
   void (*affine)(const S* x, const A* scale, const A* shift, const A* row_scale, int64_t rows, int64_t channels,
                  S* out);
   // out = x + shift[c] * row_scale[r]; row_scale may be null.

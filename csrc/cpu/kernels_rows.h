@@ -97,8 +97,7 @@ void affine(const S* x, const Compute<S>* scale, const Compute<S>* shift, const 
   for (int64_t r = 0; r < rows; ++r, x += channels, out += channels) {
     const Compute<S> d = row_factor(row_scale, r);
     for_columns<S>(channels, [&](int64_t c, int64_t n) {
-      Vec<Compute<S>> value = load(x + c, n) * (load(scale + c, n) * d);
-      if (shift != nullptr) value += load(shift + c, n);
+      const Vec<Compute<S>> value = (load(x + c, n) * load(scale + c, n) + load(shift + c, n)) * d;
       store(out + c, value, n);
     });
   }

@@ -62,10 +62,11 @@ if _extension.loaded:
         row_scale, table, segments, tile, eps, _ = inputs[11:]
         _, *saved = output
         ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # zeros in the shape of the hidden layer, which nobody reads
         ctx.save_for_backward(x, *parameters, row_scale, table, segments, *saved)
         ctx.tile, ctx.eps = tile, eps
 
-    def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
         parameters, (row_scale, table, segments), saved = rest[:10], rest[10:13], rest[13:]
         grads = torch.ops.sparsecnx.convnextv2_block_backward(

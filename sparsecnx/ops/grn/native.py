@@ -32,10 +32,11 @@ if _extension.loaded:
     def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, gamma, _, segments, eps = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, gamma, segments, output[1])
         ctx.eps = eps
 
-    def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         x, gamma, segments, energy = ctx.saved_tensors
         grads = torch.ops.sparsecnx.grn_backward(grad.contiguous(), x, gamma, segments, energy, ctx.eps)
         return *grads, None, None

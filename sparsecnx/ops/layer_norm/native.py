@@ -30,9 +30,10 @@ if _extension.loaded:
     def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, _, _ = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, output[1])
 
-    def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         x, weight, moments = ctx.saved_tensors
         grads = torch.ops.sparsecnx.layer_norm_backward(grad.contiguous(), x, weight, moments)
         return *grads, None
