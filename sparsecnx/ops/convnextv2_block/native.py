@@ -66,7 +66,9 @@ if _extension.loaded:
         ctx.save_for_backward(x, *parameters, row_scale, table, segments, *saved)
         ctx.tile, ctx.eps = tile, eps
 
-    def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 17
         x, *rest = ctx.saved_tensors
         parameters, (row_scale, table, segments), saved = rest[:10], rest[10:13], rest[13:]
         grads = torch.ops.sparsecnx.convnextv2_block_backward(

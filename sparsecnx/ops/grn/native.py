@@ -1,4 +1,4 @@
-"""Global Response Normalization by the compiled CPU kernel (`csrc/cpu/grn.h`)."""
+"""Global Response Normalization by the compiled CPU kernel (`csrc/cpu/grn.cpp`)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ if _extension.loaded:
         ctx.save_for_backward(x, gamma, segments, output[1])
         ctx.eps = eps
 
-    def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None, None
         x, gamma, segments, energy = ctx.saved_tensors
         grads = torch.ops.sparsecnx.grn_backward(grad.contiguous(), x, gamma, segments, energy, ctx.eps)
         return *grads, None, None

@@ -1,4 +1,4 @@
-"""Layer normalization by the compiled CPU kernel (`csrc/cpu/layer_norm.h`)."""
+"""Layer normalization by the compiled CPU kernel (`csrc/cpu/layer_norm.cpp`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ if _extension.loaded:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, output[1])
 
-    def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
         x, weight, moments = ctx.saved_tensors
         grads = torch.ops.sparsecnx.layer_norm_backward(grad.contiguous(), x, weight, moments)
         return *grads, None

@@ -1,0 +1,172 @@
+"""Random geometries, and the comparison of an operator with its float64 dense reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsecnx import Layout, SparseTensor, _extension, use_backend
+
+needs_native = pytest.mark.skipif(not _extension.loaded, reason=f"needs the compiled operators: {_extension.why_not}")
+BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+
+# Largest ||out - ref|| / ||ref|| by dtype.
+BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+DTYPES = pytest.mark.parametrize("dtype", list(BOUNDS), ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+TILES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
+
+
+def name(value: object) -> str:
+    """An id that spells the value."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def draw_mask(kind: str, batch: int, grid: tuple[int, ...], seed: int) -> Tensor:
+    """bool `(batch, *grid)`, True = masked."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(batch, math.prod(grid), generator=generator)
+    if kind == "all visible":
+        mask = torch.zeros_like(noise, dtype=torch.bool)
+    elif kind == "none visible":
+        mask = torch.ones_like(noise, dtype=torch.bool)
+    elif kind == "equal counts":
+        kept = 1 + seed % math.prod(grid)
+        mask = noise.argsort(dim=1).argsort(dim=1) >= kept
+    else:
+        mask = noise < 0.5
+        if kind == "an empty and a full image":
+            mask[0], mask[-1] = True, False
+    return mask.view(batch, *grid)
+
+
+MASKS = ("random counts", "equal counts", "an empty and a full image", "all visible", "none visible")
+
+
+@st.composite
+def masks(draw: Any, ndim: int = 2, sites: int = 16, tiles: tuple[int, ...] = TILES) -> tuple[Tensor, int]:
+    """A mask `(B, *grid)` and the tile side, at most about `sites` sites along an axis."""
+    tile = draw(st.sampled_from([tile for tile in tiles if tile <= sites]))
+    side = st.integers(1, max(1, min(5, sites // tile)))
+    grid = tuple(draw(side) for _ in range(ndim))
+    batch = draw(st.integers(1, 3))
+    return draw_mask(draw(st.sampled_from(MASKS)), batch, grid, draw(st.integers(0, 999))), tile
+
+
+@st.composite
+def layouts(draw: Any, ndim: int = 2, sites: int = 16, tiles: tuple[int, ...] = TILES) -> Layout:
+    mask, tile = draw(masks(ndim, sites, tiles))
+    return Layout.from_mask(mask, tuple(size * tile for size in mask.shape[1:]))
+
+
+def make_layout(mask: Tensor, tile: int) -> Layout:
+    return Layout.from_mask(mask, tuple(size * tile for size in mask.shape[1:]))
+
+
+def example_layout(batch: int = 2, grid: tuple[int, ...] = (3, 2), tile: int = 4) -> Layout:
+    """A small layout whose images differ in how much is visible."""
+    return make_layout(draw_mask("random counts", batch, grid, seed=1), tile)
+
+
+def random_sparse(layout: Layout, channels: int, dtype: torch.dtype = torch.float64) -> SparseTensor:
+    return SparseTensor(torch.randn(layout.rows, channels, dtype=torch.float64).to(dtype), layout)
+
+
+def site_mask(layout: Layout, dtype: torch.dtype = torch.float64) -> Tensor:
+    """1 at visible sites, else 0: `(B, 1, *spatial)`."""
+    keep = (~layout.tiles.mask()).to(dtype).view(layout.batch, 1, *layout.tiles.grid)
+    for axis in range(layout.ndim):
+        keep = keep.repeat_interleave(layout.tile, 2 + axis)
+    return keep
+
+
+def relative_error(out: Tensor, ref: Tensor) -> float:
+    """||out - ref|| / ||ref||; ||out|| where the reference is zero."""
+    assert out.shape == ref.shape
+    scale = ref.double().norm().item()
+    return (out.double() - ref.double()).norm().item() / (scale or 1.0)
+
+
+def assert_close(out: Tensor, ref: Tensor, bound: float = 1e-11) -> None:
+    error = relative_error(out, ref)
+    assert error < bound, f"relative error {error:.2e}, expected below {bound:.0e}"
+
+
+Operator = Callable[..., SparseTensor]
+
+
+def incoming_gradient(shape: torch.Size, mean: float = 1.0) -> Tensor:
+    """A random gradient, float64, always the same. With a mean, its sums over rows do not cancel."""
+    return mean + torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def outputs_and_gradients(
+    run: Operator,
+    x: SparseTensor,
+    parameters: dict[str, Tensor],
+    rounding: torch.dtype | None = None,
+    mean: float = 1.0,
+) -> dict[str, Tensor]:
+    """The features of `run(x, **parameters)` and the gradients of x and of all parameters, by name.
+
+    The gradient that comes in is `incoming_gradient(mean=mean)`, rounded to `rounding`.
+    """
+    features = x.features.detach().requires_grad_()
+    leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+    out = run(x.with_features(features), **leaves).features
+    assert out.dtype == x.dtype
+    cotangent = incoming_gradient(out.shape, mean).to(rounding or out.dtype).to(out.dtype)
+    gradients = torch.autograd.grad(out, [features, *leaves.values()], cotangent)
+    for gradient, leaf in zip(gradients, [features, *leaves.values()], strict=True):
+        assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
+    return {"output": out.detach(), **dict(zip(["gradient of x", *leaves], gradients, strict=True))}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+    """All tensors of the same names are closer than `bound`."""
+    assert found.keys() == expected.keys()
+    errors = {name: relative_error(found[name], expected[name]) for name in expected}
+    wrong = {name: f"{error:.2e}" for name, error in errors.items() if not error < bound}
+    assert not wrong, f"relative errors {wrong}, expected below {bound:.0e}"
+
+
+def assert_matches_reference(
+    run: Operator,
+    x: SparseTensor,
+    parameters: dict[str, Tensor],
+    dtype: torch.dtype,
+    *,
+    statistics: tuple[str, ...] = (),
+    backend: str = "native",
+    mean: float = 1.0,
+) -> None:
+    """`run(x, **parameters)` and every gradient in `dtype` against the reference backend in float64.
+
+    Inputs are float64 and rounded to `dtype` first (those named in `statistics` to float32 at least), and the
+    reference gets the same rounded values.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    rounded = {name: value.to(wide if name in statistics else dtype) for name, value in parameters.items()}
+    exact = {name: value.double() for name, value in rounded.items()}
+    with use_backend("reference"):
+        expected = outputs_and_gradients(run, x.to(dtype).to(torch.float64), exact, dtype, mean)
+    with use_backend(backend):
+        found = outputs_and_gradients(run, x.to(dtype), rounded, mean=mean)
+    assert_same(found, expected, BOUNDS[dtype])
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    previous = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)

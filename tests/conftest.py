@@ -1,0 +1,46 @@
+"""What every test shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, register_random, settings
+
+from sparsecnx import backend
+
+settings.register_profile(
+    "sparsecnx",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=20,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("sparsecnx")
+
+
+class TorchRandom:
+    """torch's generator, which hypothesis seeds before every example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+torch_random = TorchRandom()
+register_random(torch_random)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings() -> Iterator[None]:
+    """Every test sees the once-per-process warnings anew, and leaves no trace in the next."""
+    backend._warned.clear()
+    yield
+    backend._warned.clear()

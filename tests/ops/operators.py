@@ -1,0 +1,124 @@
+"""Every public operator with realistic arguments, for the properties that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsecnx import SparseTensor, ops
+
+Parameters = dict[str, Tensor]
+
+
+def conv_parameters(out: int, channels: int, *kernel: int) -> Parameters:
+    """Weight `(out, channels, *kernel)` that keeps the variance, and a bias, float64."""
+    weight = torch.randn(out, channels, *kernel, dtype=torch.float64)
+    return {"weight": weight / weight[0].numel() ** 0.5, "bias": torch.randn(out, dtype=torch.float64)}
+
+
+def channel_parameters(channels: int, *names: str) -> Parameters:
+    return {name: torch.randn(channels, dtype=torch.float64) for name in names}
+
+
+def block_parameters(channels: int, *kernel: int) -> Parameters:
+    """Parameters of a ConvNeXt V2 block, none of them zero, float64."""
+    hidden = 4 * channels
+    conv, first, second = (
+        conv_parameters(*shape) for shape in [(channels, 1, *kernel), (hidden, channels), (channels, hidden)]
+    )
+    values = ops.BlockParameters(
+        conv["weight"],
+        conv["bias"],
+        1 + 0.3 * torch.randn(channels, dtype=torch.float64),
+        torch.randn(channels, dtype=torch.float64),
+        first["weight"],
+        first["bias"],
+        *channel_parameters(hidden, "gamma", "beta").values(),
+        second["weight"],
+        second["bias"],
+    )
+    return values._asdict()
+
+
+BLOCK_VECTORS = tuple(
+    name for name in ops.BlockParameters._fields if not name.endswith("weight") or name == "norm_weight"
+)
+
+
+def survival(batch: int) -> Tensor:
+    """Stochastic-depth scales: some images dropped, some kept."""
+    return torch.tensor([1.25, 0.0, 2.5] * batch)[:batch]
+
+
+def block(*, survive: bool = False, **options: object) -> Callable[..., SparseTensor]:
+    def run(x: SparseTensor, **p: Tensor) -> SparseTensor:
+        scale = survival(x.layout.batch) if survive and isinstance(x, SparseTensor) else None
+        return ops.convnextv2_block(x, ops.BlockParameters(**p), scale, **options)
+
+    return run
+
+
+def patchify(stride: int) -> Callable[..., SparseTensor]:
+    return lambda x, **p: ops.conv(x, **p, stride=stride)
+
+
+def half_of_the_images(x: SparseTensor) -> SparseTensor:
+    return ops.stochastic_depth(x, 0.5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call an operator.
+
+    Attributes:
+        operator: its name in `sparsecnx.ops`.
+        run: calls it, `run(x, **parameters)`.
+        parameters: float64 parameters for C channels.
+        statistics: parameters that are float32 at least.
+        follows_autocast: whether autocast changes the dtype of the output.
+    """
+
+    operator: str
+    run: Callable[..., SparseTensor]
+    parameters: Callable[[int], Parameters]
+    statistics: tuple[str, ...] = ()
+    follows_autocast: bool = True
+
+
+CASES = {
+    "depthwise_conv-7x7": Case(
+        "depthwise_conv", ops.depthwise_conv, lambda c: conv_parameters(c, 1, 7, 7), statistics=("bias",)
+    ),
+    "conv-1x1": Case("conv", patchify(1), lambda c: conv_parameters(5, c, 1, 1)),
+    "conv-2x2-stride2": Case("conv", patchify(2), lambda c: conv_parameters(5, c, 2, 2)),
+    "conv-3x3": Case("conv", patchify(1), lambda c: conv_parameters(5, c, 3, 3)),
+    "conv-3x3-stride2": Case("conv", patchify(2), lambda c: conv_parameters(5, c, 3, 3)),
+    "grn-sample": Case(
+        "grn", ops.grn, lambda c: channel_parameters(c, "gamma", "beta"), ("gamma", "beta"), follows_autocast=False
+    ),
+    "grn-batch": Case(
+        "grn",
+        lambda x, **p: ops.grn(x, **p, scope="batch"),
+        lambda c: channel_parameters(c, "gamma", "beta"),
+        ("gamma", "beta"),
+        follows_autocast=False,
+    ),
+    "layer_norm": Case(
+        "layer_norm",
+        ops.layer_norm,
+        lambda c: channel_parameters(c, "weight", "bias"),
+        ("weight", "bias"),
+        follows_autocast=False,
+    ),
+    "stochastic_depth": Case("stochastic_depth", half_of_the_images, lambda c: {}, follows_autocast=False),
+    "block-recompute": Case(
+        "convnextv2_block", block(recompute=True), lambda c: block_parameters(c, 7, 7), BLOCK_VECTORS
+    ),
+    "block-keep-survival": Case(
+        "convnextv2_block", block(recompute=False, survive=True), lambda c: block_parameters(c, 7, 7), BLOCK_VECTORS
+    ),
+    "block-batch": Case("convnextv2_block", block(scope="batch"), lambda c: block_parameters(c, 3, 3), BLOCK_VECTORS),
+}

@@ -1,0 +1,245 @@
+"""`ops.convnextv2_block`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    BACKENDS,
+    DTYPES,
+    assert_close,
+    assert_matches_reference,
+    draw_mask,
+    example_layout,
+    layouts,
+    make_layout,
+    needs_native,
+    outputs_and_gradients,
+    random_sparse,
+    relative_error,
+    site_mask,
+    threads,
+)
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from operators import BLOCK_VECTORS, block, block_parameters, survival
+
+from sparsecnx import ops, use_backend
+
+
+def dense_block(x, keep, p, scale, eps=1e-6):
+    """Figure 5 of arXiv 2301.00808 on a masked dense tensor, image by image."""
+    images = []
+    for image, active, factor in zip(x, keep, scale, strict=True):
+        size = p.dwconv_weight.shape[-1]
+        u = F.conv2d((image * active)[None], p.dwconv_weight, p.dwconv_bias, padding=size // 2, groups=len(image))
+        v = F.layer_norm(u[0].permute(1, 2, 0), (len(image),), p.norm_weight, p.norm_bias, eps)
+        h = F.gelu(v @ p.pwconv1_weight.T + p.pwconv1_bias) * active.permute(1, 2, 0)
+        norm = torch.linalg.norm(h.flatten(0, 1), dim=0)
+        h = p.grn_gamma * (h * (norm / (norm.mean() + eps))) + p.grn_beta + h
+        branch = (h @ p.pwconv2_weight.T + p.pwconv2_bias).permute(2, 0, 1)
+        images.append((image + factor * branch) * active)
+    return torch.stack(images)
+
+
+@given(layout=layouts(sites=12), kernel=st.sampled_from([3, 7]))
+def test_reference_is_the_published_block_image_by_image(layout, kernel):
+    x, p = random_sparse(layout, 4), ops.BlockParameters(**block_parameters(4, kernel, kernel))
+    scale = survival(layout.batch)
+    expected = dense_block(x.dense(), site_mask(layout), p, scale.double())
+    with use_backend("reference"):
+        assert_close(ops.convnextv2_block(x, p, scale).dense(), expected)
+
+
+OPTIONS = {
+    "scope": st.sampled_from(["sample", "batch"]),
+    "survive": st.booleans(),
+    "recompute": st.sampled_from([True, False, None]),
+}
+
+
+# A gradient of a parameter is a sum over rows of terms with either sign. In bfloat16 every term has an error of some
+# 4e-3, of torch's operators as of ours, and where few sums of few rows happen to cancel it grows. So 1e-2 is asked of
+# 32 rows and channels or more; below, what is narrower is held to the accuracy of torch's own operators.
+CHANNELS = {torch.bfloat16: [32, 48, 64]}
+
+
+@needs_native
+@DTYPES
+@settings(max_examples=30)
+@given(data=st.data(), kernel=st.sampled_from([(3, 3), (5, 5), (7, 7), (9, 3)]), options=st.fixed_dictionaries(OPTIONS))
+def test_native_equals_reference(dtype, data, kernel, options):
+    layout = data.draw(layouts(tiles=(1, 2, 3, 4, 6, 8)))
+    assume(dtype != torch.bfloat16 or layout.rows == 0 or layout.rows >= 32)
+    channels = data.draw(st.sampled_from(CHANNELS.get(dtype, [4, 7, 16, 40])))
+    x, p = random_sparse(layout, channels), block_parameters(channels, *kernel)
+    assert_matches_reference(block(**options), x, p, dtype, statistics=BLOCK_VECTORS)
+
+
+@needs_native
+@DTYPES
+@pytest.mark.parametrize("channels", [32, 64, 96])
+def test_native_equals_reference_where_sums_of_gradients_cancel(dtype, channels):
+    x, p = random_sparse(example_layout(grid=(4, 4)), channels), block_parameters(channels, 7, 7)
+    assert_matches_reference(block(), x, p, dtype, statistics=BLOCK_VECTORS, mean=0.0)
+
+
+@needs_native
+def test_narrow_blocks_in_bfloat16_are_as_accurate_as_torch():
+    """Errors over many shapes and all parameters, beside those of torch's operators in bfloat16."""
+    errors = {"native": [], "reference": []}
+    for seed in range(40):
+        torch.manual_seed(seed)
+        layout = make_layout(draw_mask("random counts", 3, (3, 2), seed), (1, 2, 4)[seed % 3])
+        x, p = random_sparse(layout, 4 + seed % 8), block_parameters(4 + seed % 8, 3, 3)
+        low = {name: value.float() if name in BLOCK_VECTORS else value.bfloat16() for name, value in p.items()}
+        high = {name: value.double() for name, value in low.items()}
+        with use_backend("reference"):
+            exact = outputs_and_gradients(
+                block(), x.to(torch.bfloat16).to(torch.float64), high, torch.bfloat16, mean=0.0
+            )
+        for backend, found in errors.items():
+            with use_backend(backend):
+                got = outputs_and_gradients(block(), x.to(torch.bfloat16), low, mean=0.0)
+            found += [relative_error(got[name], exact[name]) for name in exact]
+    native, reference = (torch.tensor(found) for found in errors.values())
+    assert native.median() < 4e-3
+    assert native.mean() < reference.mean()
+
+
+@needs_native
+@pytest.mark.parametrize("tile", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
+def test_native_equals_reference_at_every_tile_side(tile):
+    layout = make_layout(draw_mask("random counts", 2, (2, 3), seed=tile), tile)
+    assert_matches_reference(block(), random_sparse(layout, 6), block_parameters(6, 7, 7), torch.float32)
+
+
+# Rows go through the native kernel in chunks of whole images, and threads either take images of their own or share
+# each chunk: as many images, of such sizes, that each way is taken.
+WORK = {
+    "one-large-image": [36],
+    "images-for-every-thread": [20, 20, 20, 20],
+    "one-image-has-nearly-all": [1, 36, 0, 2],
+    "many-small-images": [1, 2, 3, 0, 1, 2] * 4,
+    "last-image-empty": [12, 12, 0],
+}
+
+
+@needs_native
+@pytest.mark.parametrize("scope", ["sample", "batch"])
+@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
+@pytest.mark.parametrize("visible", WORK.values(), ids=list(WORK))
+def test_work_split_in_every_way(visible, recompute, scope):
+    mask = torch.ones(len(visible), 36, dtype=torch.bool)
+    for image, count in enumerate(visible):
+        mask[image, torch.randperm(36)[:count]] = False
+    layout = make_layout(mask.view(-1, 6, 6), 8)
+    channels = 64  # 2304 rows of 256 hidden values in a full image: more than a chunk of 2**19
+    x, p = random_sparse(layout, channels), block_parameters(channels, 3, 3)
+    run = block(recompute=recompute, scope=scope, survive=True)
+    for count in (1, 2, 3):
+        with threads(count):
+            assert_matches_reference(run, x, p, torch.float32, statistics=BLOCK_VECTORS)
+
+
+@needs_native
+def test_hidden_layer_is_kept_only_where_it_is_wanted():
+    layout, channels = example_layout(), 8
+
+    def saved(recompute):
+        x = random_sparse(layout, channels, torch.float32)
+        p = {name: value.float().requires_grad_() for name, value in block_parameters(channels, 7, 7).items()}
+        parameters = {value.data_ptr() for value in p.values()}
+        values = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda value: values.append(value) or value, lambda value: value):
+            block(recompute=recompute)(x, **p)
+        activations = {v.data_ptr(): v for v in values if v.is_floating_point() and v.data_ptr() not in parameters}
+        return sum(value.numel() for value in activations.values()) / layout.rows
+
+    # x, u and two moments a row, and a few hidden values an image; the hidden layer is four times as wide.
+    per_image = 4 * channels * layout.batch / layout.rows
+    assert saved(recompute=True) <= 2 * channels + 2 + per_image
+    assert saved(recompute=False) == pytest.approx(saved(recompute=True) + 4 * channels, abs=0.1)
+
+
+@needs_native
+def test_recomputing_changes_no_bit():
+    x = random_sparse(example_layout(), 8, torch.float32)
+    p = {name: value.float() for name, value in block_parameters(8, 7, 7).items()}
+    kept, recomputed = (outputs_and_gradients(block(recompute=choice), x, p) for choice in (False, True))
+    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_dropped_image_is_unchanged(backend):
+    layout = example_layout(batch=3)
+    x = random_sparse(layout, 4, torch.float32)
+    p = {name: value.float() for name, value in block_parameters(4, 3, 3).items()}
+    with use_backend(backend):
+        out = ops.convnextv2_block(x, ops.BlockParameters(**p), torch.tensor([1.0, 0.0, 1.0]))
+    same = (out.features == x.features).all(dim=1)
+    assert torch.equal(same, layout.row_image() == 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hidden", [1, 5, 40])
+def test_any_hidden_width(backend, hidden):
+    x = random_sparse(example_layout(), 6)
+    p = block_parameters(6, 3, 3)
+    for name in ("pwconv1_weight", "pwconv1_bias", "grn_gamma", "grn_beta"):
+        p[name] = torch.randn(hidden, *p[name].shape[1:], dtype=torch.float64)
+    p["pwconv2_weight"] = torch.randn(6, hidden, dtype=torch.float64)
+    expected = dense_block(x.dense(), site_mask(x.layout), ops.BlockParameters(**p), [1, 1])
+    with use_backend(backend):
+        assert_close(ops.convnextv2_block(x, ops.BlockParameters(**p)).dense(), expected)
+
+
+WRONG = {
+    "dwconv_weight": [((3, 1, 7, 7), r"expected \(4, 1, k, k\)"), ((4, 1, 7), r"expected \(4, 1, k, k\)")],
+    "dwconv_bias": [((3,), r"expected \(4,\)")],
+    "norm_weight": [((3,), r"expected \(4,\)")],
+    "norm_bias": [((3,), r"expected \(4,\)")],
+    "pwconv1_weight": [((16, 3), r"expected \(16, 4\)"), ((16,), r"expected \(16, 4\)")],
+    "pwconv1_bias": [((15,), r"expected \(16,\)")],
+    "grn_gamma": [((15,), r"expected \(16,\)")],
+    "grn_beta": [((15,), r"expected \(16,\)")],
+    "pwconv2_weight": [((4, 15), r"expected \(4, 16\)")],
+    "pwconv2_bias": [((3,), r"expected \(4,\)")],
+}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shape", "expected"),
+    [(name, *case) for name, cases in WRONG.items() for case in cases],
+    ids=lambda value: value if isinstance(value, str) and value in WRONG else "",
+)
+def test_parameter_of_another_shape(wrong, shape, expected):
+    p = block_parameters(4, 7, 7) | {wrong: torch.zeros(shape).double()}
+    with pytest.raises(ValueError, match=rf"{wrong} is \({', '.join(map(str, shape))},?\): {expected}"):
+        ops.convnextv2_block(random_sparse(example_layout(), 4), ops.BlockParameters(**p))
+
+
+def test_kernel_that_is_even():
+    p = block_parameters(4, 7, 7) | {"dwconv_weight": torch.zeros(4, 1, 4, 4).double()}
+    with pytest.raises(ValueError, match=r"dwconv_weight is \(4, 1, 4, 4\): kernel sizes must be odd"):
+        ops.convnextv2_block(random_sparse(example_layout(), 4), ops.BlockParameters(**p))
+
+
+@pytest.mark.parametrize("shape", [(3,), (), (1, 2)], ids=str)
+def test_survival_of_another_shape(shape):
+    p = ops.BlockParameters(**block_parameters(4, 3, 3))
+    with pytest.raises(ValueError, match=r"survival is \(.*\): expected \(2,\)"):
+        ops.convnextv2_block(random_sparse(example_layout(batch=2), 4), p, torch.ones(shape))
+
+
+def test_survival_on_another_device():
+    p = ops.BlockParameters(**block_parameters(4, 3, 3))
+    with pytest.raises(ValueError, match="survival is on meta: x is on cpu"):
+        ops.convnextv2_block(random_sparse(example_layout(), 4), p, torch.ones(2, device="meta"))
+
+
+def test_unknown_scope():
+    p = ops.BlockParameters(**block_parameters(4, 3, 3))
+    with pytest.raises(ValueError, match="scope is 'image': expected 'sample' or 'batch'"):
+        ops.convnextv2_block(random_sparse(example_layout(), 4), p, scope="image")

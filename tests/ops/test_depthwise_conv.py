@@ -1,0 +1,103 @@
+"""`ops.depthwise_conv`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    DTYPES,
+    assert_close,
+    assert_matches_reference,
+    draw_mask,
+    example_layout,
+    layouts,
+    make_layout,
+    needs_native,
+    random_sparse,
+    site_mask,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operators import conv_parameters
+
+from sparsecnx import ops, use_backend
+
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@given(data=st.data())
+def test_reference_is_a_dense_convolution_of_the_masked_input(ndim, data):
+    layout = data.draw(layouts(ndim, sites=(24, 16, 8)[ndim - 1]))
+    kernel = data.draw(st.tuples(*[st.sampled_from([1, 3, 5, 7])] * ndim))
+    p = conv_parameters(3, 1, *kernel)
+    keep = site_mask(layout)
+    x = random_sparse(layout, 3)
+    dense = x.dense() + torch.randn(x.shape, dtype=torch.float64) * (1 - keep)
+    padding = tuple(size // 2 for size in kernel)
+    expected = CONV[ndim](dense * keep, p["weight"], p["bias"], padding=padding, groups=3) * keep
+    with use_backend("reference"):
+        assert_close(ops.depthwise_conv(x, **p).dense(), expected)
+
+
+@needs_native
+@DTYPES
+@settings(max_examples=30)
+@given(
+    layout=layouts(),
+    channels=st.sampled_from([1, 7, 16, 37, 80]),
+    kernel=st.sampled_from([(1, 1), (3, 3), (5, 5), (7, 7), (9, 9), (1, 7), (5, 3), (3, 11)]),
+    bias=st.booleans(),
+)
+def test_native_equals_reference(dtype, layout, channels, kernel, bias):
+    p = conv_parameters(channels, 1, *kernel)
+    if not bias:
+        del p["bias"]
+    assert_matches_reference(ops.depthwise_conv, random_sparse(layout, channels), p, dtype, statistics=("bias",))
+
+
+@needs_native
+@pytest.mark.parametrize("tile", range(1, 25))
+def test_native_equals_reference_at_every_tile_side(tile):
+    layout = make_layout(draw_mask("random counts", 2, (2, 3), seed=tile), tile)
+    assert_matches_reference(ops.depthwise_conv, random_sparse(layout, 5), conv_parameters(5, 1, 7, 7), torch.float32)
+
+
+@needs_native
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9, 11, 15, 31])
+def test_native_equals_reference_for_every_kernel(kernel):
+    layout = example_layout(grid=(4, 3))
+    p = conv_parameters(20, 1, kernel, kernel)
+    assert_matches_reference(ops.depthwise_conv, random_sparse(layout, 20), p, torch.float32)
+
+
+def test_gradients_only_where_they_are_wanted():
+    x = random_sparse(example_layout(), 4)
+    weight, bias = conv_parameters(4, 1, 3, 3).values()
+    for wanted in (weight, bias):
+        wanted.requires_grad_()
+        ops.depthwise_conv(x, weight, bias).features.sum().backward()
+        assert wanted.grad is not None
+        wanted.requires_grad_(False)
+    assert x.features.grad is None
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ((5, 1, 7, 7), r"weight is \(5, 1, 7, 7\): expected \(4, 1, k, k\)"),
+        ((4, 4, 7, 7), r"weight is \(4, 4, 7, 7\): expected \(4, 1, k, k\)"),
+        ((4, 1, 7), r"weight is \(4, 1, 7\): expected \(4, 1, k, k\)"),
+        ((4, 1, 7, 6), r"weight is \(4, 1, 7, 6\): kernel sizes must be odd"),
+    ],
+)
+def test_weight_of_another_shape(weight, message):
+    with pytest.raises(ValueError, match=message):
+        ops.depthwise_conv(random_sparse(example_layout(), 4), torch.zeros(weight).double())
+
+
+def test_bias_of_another_shape():
+    weight = torch.zeros(4, 1, 3, 3).double()
+    with pytest.raises(ValueError, match=r"bias is \(3,\): expected \(4,\)"):
+        ops.depthwise_conv(random_sparse(example_layout(), 4), weight, torch.zeros(3))
