@@ -6,45 +6,21 @@ the fastest that can run on the input; a backend asked for by name runs or raise
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from sparsecnx.selection import selected
 from sparsecnx.tensor import SparseTensor
 
-BACKENDS = ("auto", "reference", "native", "triton", "minkowski")
-
-_selected = "auto"
 _warned: set[str] = set()
 
 
 class BackendError(RuntimeError):
     """The backend asked for cannot run this operator on this input."""
-
-
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run operators inside the `with` block on one backend. Process-wide, like `torch.backends` flags.
-
-    Args:
-        name: `auto` (default), `reference`, `native`, `triton` or `minkowski`.
-
-    Raises:
-        ValueError: `name` is none of these.
-    """
-    global _selected
-    if name not in BACKENDS:
-        raise ValueError(f"backend is {name!r}: expected one of {', '.join(BACKENDS)}")
-    previous = _selected
-    _selected = name
-    try:
-        yield
-    finally:
-        _selected = previous
 
 
 @dataclass(frozen=True)
@@ -76,11 +52,12 @@ class Operator:
         Raises:
             BackendError: the backend selected by `use_backend` cannot.
         """
-        if _selected != "auto":
-            refusal = self.refusal(_selected, x)
+        asked = selected()
+        if asked != "auto":
+            refusal = self.refusal(asked, x)
             if refusal is not None:
-                raise BackendError(f"backend {_selected!r} cannot run {self.name}: {refusal}")
-            return _selected
+                raise BackendError(f"backend {asked!r} cannot run {self.name}: {refusal}")
+            return asked
         for name in self.implementations:
             if self.refusal(name, x) is None:
                 if name == "reference" and not torch.compiler.is_compiling():

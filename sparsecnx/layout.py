@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,25 +144,26 @@ class TileSet:
         Entries are positions in `index`, -1 where the neighbour is masked or outside the image. The table
         is built once per radius and shared by all stages and layers.
         """
-        if radius not in self._tables:
-            # Slots of a grid padded by `radius` on every side, so that no offset leaves its image.
-            padded = [size + 2 * radius for size in self.grid]
-            image, *place = self.positions()
-            centre = image
-            for coordinate, size in zip(place, padded, strict=True):
-                centre = centre * size + coordinate + radius
-            slots = torch.full((self.batch * math.prod(padded),), -1, dtype=torch.int32, device=self.device)
-            order = torch.arange(self.count, dtype=torch.int32, device=self.device)
-            slots = slots.index_copy(0, centre, order)
-            offsets = []
-            for step in itertools.product(range(-radius, radius + 1), repeat=self.ndim):
-                flat = 0
-                for delta, size in zip(step, padded, strict=True):
-                    flat = flat * size + delta
-                offsets.append(flat)
-            shift = torch.tensor(offsets, device=self.device)
-            self._tables[radius] = slots[centre[:, None] + shift]
-        return self._tables[radius]
+        return remember(self._tables, radius, lambda: self._build_neighbours(radius))
+
+    def _build_neighbours(self, radius: int) -> Tensor:
+        # Slots of a grid padded by `radius` on every side, so that no offset leaves its image.
+        padded = [size + 2 * radius for size in self.grid]
+        image, *place = self.positions()
+        centre = image
+        for coordinate, size in zip(place, padded, strict=True):
+            centre = centre * size + coordinate + radius
+        slots = torch.full((self.batch * math.prod(padded),), -1, dtype=torch.int32, device=self.device)
+        order = torch.arange(self.count, dtype=torch.int32, device=self.device)
+        slots = slots.index_copy(0, centre, order)
+        offsets = []
+        for step in itertools.product(range(-radius, radius + 1), repeat=self.ndim):
+            flat = 0
+            for delta, size in zip(step, padded, strict=True):
+                flat = flat * size + delta
+            offsets.append(flat)
+        shift = torch.tensor(offsets, device=self.device)
+        return slots[centre[:, None] + shift]
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,9 +227,7 @@ class Layout:
     @property
     def row_splits(self) -> Tensor:
         """int64 `(batch + 1,)`: the rows of image `n` are `row_splits[n]:row_splits[n + 1]`."""
-        if () not in self._maps:
-            self._maps[()] = self.tiles.splits * self.sites_per_tile
-        return self._maps[()]
+        return remember(self._maps, (), lambda: self.tiles.splits * self.sites_per_tile)
 
     def coarsen(self, factor: int) -> Layout:
         """The layout after a convolution with stride `factor`.
@@ -263,30 +264,31 @@ class Layout:
             ValueError: `stride` does not divide the tile side.
         """
         key = (kernel, stride, padding)
-        if key not in self._maps:
-            coarse = self.coarsen(stride)
-            site = tile_sites(coarse.tile, self.ndim, self.device) * stride
-            taps = torch.tensor(list(itertools.product(*map(range, kernel))), device=self.device)
-            taps = taps - torch.tensor(padding, device=self.device)
-            # Position of the site that is read, relative to the corner of the output site's own tile.
-            reads = site[:, None, :] + taps[None, :, :]
-            tile_step = reads.div(self.tile, rounding_mode="floor")
-            inside = reads - tile_step * self.tile
-            reach = max(
-                max(math.ceil(p / self.tile), (self.tile - stride - p + k - 1) // self.tile)
-                for k, p in zip(kernel, padding, strict=True)
-            )
-            width = 2 * reach + 1
-            step_index = torch.zeros_like(tile_step[..., 0])
-            raster = torch.zeros_like(step_index)
-            for d in range(self.ndim):
-                step_index = step_index * width + tile_step[..., d] + reach
-                raster = raster * self.tile + inside[..., d]
-            neighbour = self.tiles.neighbours(reach)[:, step_index]
-            rows = neighbour * self.sites_per_tile + self._raster_to_nested()[raster].to(torch.int32)
-            table = torch.where(neighbour >= 0, rows, -1)
-            self._maps[key] = table.flatten(0, 1)
-        return self._maps[key]
+        return remember(self._maps, key, lambda: self._build_kernel_map(*key))
+
+    def _build_kernel_map(self, kernel: tuple[int, ...], stride: int, padding: tuple[int, ...]) -> Tensor:
+        coarse = self.coarsen(stride)
+        site = tile_sites(coarse.tile, self.ndim, self.device) * stride
+        taps = torch.tensor(list(itertools.product(*map(range, kernel))), device=self.device)
+        taps = taps - torch.tensor(padding, device=self.device)
+        # Position of the site that is read, relative to the corner of the output site's own tile.
+        reads = site[:, None, :] + taps[None, :, :]
+        tile_step = reads.div(self.tile, rounding_mode="floor")
+        inside = reads - tile_step * self.tile
+        reach = max(
+            max(math.ceil(p / self.tile), (self.tile - stride - p + k - 1) // self.tile)
+            for k, p in zip(kernel, padding, strict=True)
+        )
+        width = 2 * reach + 1
+        step_index = torch.zeros_like(tile_step[..., 0])
+        raster = torch.zeros_like(step_index)
+        for d in range(self.ndim):
+            step_index = step_index * width + tile_step[..., d] + reach
+            raster = raster * self.tile + inside[..., d]
+        neighbour = self.tiles.neighbours(reach)[:, step_index]
+        rows = neighbour * self.sites_per_tile + self._raster_to_nested()[raster].to(torch.int32)
+        table = torch.where(neighbour >= 0, rows, -1)
+        return table.flatten(0, 1)
 
     def _raster_to_nested(self) -> Tensor:
         """int64 `(T**ndim,)`: nested index of each site of a tile, listed in raster order."""
@@ -295,6 +297,21 @@ class Layout:
         for d in range(self.ndim):
             raster = raster * self.tile + sites[:, d]
         return raster.argsort()
+
+
+def remember(tables: dict[Any, Tensor], key: Any, build: Callable[[], Tensor]) -> Tensor:
+    """The table of that key, built on first use. What is kept serves later calls in any mode: tables are ordinary
+    tensors also under inference mode, and those of fake tensors are not kept."""
+    if key in tables:
+        return tables[key]
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            table = build()
+    else:
+        table = build()
+    if type(table) is Tensor:
+        tables[key] = table
+    return table
 
 
 def check_mask(mask: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsecnx import _extension
 from sparsecnx.layout import Layout, rows_to_tile, tile_to_rows
+from sparsecnx.selection import selected
 
 
 def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
@@ -40,8 +41,8 @@ def scatter_rows(rows: Tensor, layout: Layout, fill: Tensor) -> Tensor:
 
 
 def _compiled(values: Tensor, layout: Layout) -> bool:
-    """Whether the compiled kernels of `csrc/cpu/packing.cpp` take these values."""
-    return _extension.loaded and values.device.type == "cpu" and layout.ndim == 2
+    """Whether the compiled kernels of `csrc/cpu/packing.cpp` take these values; the reference does without."""
+    return selected() != "reference" and _extension.loaded and values.device.type == "cpu" and layout.ndim == 2
 
 
 if _extension.loaded:
@@ -76,7 +77,14 @@ if _extension.loaded:
         grad_rows = torch.ops.sparsecnx.gather_tiles(grad, index, ctx.tile)
         grad_fill = None
         if ctx.needs_input_grad[1]:
-            grad_fill = grad.sum((0, 2, 3)) - grad_rows.sum(0)
+            # Masked sites alone: the sum of all less that of the visible ones would cancel.
+            batch, _, height, width = grad.shape
+            grid = (batch, 1, height // ctx.tile, width // ctx.tile)
+            masked = torch.ones(math.prod(grid), dtype=torch.bool, device=grad.device)
+            masked = masked.index_fill(0, index, False).view(grid)
+            masked = masked.repeat_interleave(ctx.tile, 2).repeat_interleave(ctx.tile, 3)
+            total = torch.where(masked, grad, 0).sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
+            grad_fill = total.to(grad.dtype)
         return grad_rows, grad_fill, None, None, None, None, None
 
     torch.library.register_autograd("sparsecnx::gather_tiles", _gather_backward, setup_context=_gather_context)

@@ -40,6 +40,9 @@ class SparseTensor:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"SparseTensor is immutable: cannot set {name!r}; use with_features()")
 
+    def __reduce__(self) -> tuple[type[SparseTensor], tuple[Tensor, Layout]]:
+        return SparseTensor, (self.features, self.layout)  # to copy and pickle in spite of being immutable
+
     @classmethod
     def from_dense(cls, dense: Tensor, mask: Tensor, visible: int | None = None) -> SparseTensor:
         """Pack the visible sites of a dense tensor. Masked sites are never read.

@@ -18,6 +18,7 @@ Shape check(const Tensor& x, const Tensor& weight, const Tensor& kernel_map) {
   STD_TORCH_CHECK(kernel_map.dim() == 2, "sparsecnx: kernel_map must be (rows_out, taps)");
   check_dense(kernel_map, "kernel_map", kernel_map.numel());
   check_dtype(kernel_map, "kernel_map", ScalarType::Int);
+  check_range(kernel_map, "kernel_map", rows);
   const int64_t taps = kernel_map.size(1);
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == taps * channels, "sparsecnx: weight must be (C_out, ",
                   taps * channels, ")");

@@ -44,8 +44,12 @@ std::vector<Chunk> split_chunks(const int64_t* splits, int64_t first, int64_t la
   return chunks;
 }
 
-// The chunks of each worker. One worker: threads work inside its chunks. Several: each is a thread's own.
-std::vector<std::vector<Chunk>> split_work(const int64_t* splits, int64_t segments, int64_t hidden) {
+// Bytes that workers may hold beside the chunks, all together: their own sums of the matrices' gradients.
+constexpr int64_t kWorkerBytes = int64_t{64} << 20;
+
+// The chunks of each worker. One worker: threads work inside its chunks. Several: each is a thread's own, and needs
+// `bytes` of memory besides its chunks.
+std::vector<std::vector<Chunk>> split_work(const int64_t* splits, int64_t segments, int64_t hidden, int64_t bytes) {
   const int64_t threads = torch::stable::get_num_threads(), rows = splits[segments];
   const int64_t chunk_rows = std::max<int64_t>(1, kChunkValues / std::max<int64_t>(hidden, 1));
   std::vector<int64_t> bounds{0};  // segments where a worker begins: nearest to an equal share of the rows
@@ -59,7 +63,8 @@ std::vector<std::vector<Chunk>> split_work(const int64_t* splits, int64_t segmen
     bounds.push_back(at);
   }
   // Uneven shares would leave threads waiting at the end: a fifth is what sharing every step costs.
-  if (threads == 1 || 5 * rows < 4 * largest * threads)
+  const bool uneven = 5 * rows < 4 * largest * threads;
+  if (threads == 1 || uneven || (threads - 1) * bytes > kWorkerBytes)
     return {split_chunks(splits, 0, segments, chunk_rows * threads)};
   std::vector<std::vector<Chunk>> work;
   for (int64_t worker = 0; worker < threads; ++worker)
@@ -91,14 +96,14 @@ struct Block {
   Block(const Tensor& x_, const Tensor& dwconv_weight, const Tensor& norm_weight_, const Tensor& norm_bias_,
         const Tensor& pwconv1_weight, const Tensor& pwconv1_bias_, const Tensor& gamma_, const Tensor& beta_,
         const Tensor& pwconv2_weight, const std::optional<Tensor>& row_scale_, const Tensor& table_,
-        const Tensor& segments_, int64_t tile_, double eps_)
+        const Tensor& segments_, int64_t tile_, double eps_, int64_t worker_bytes)
       : rows(feature_shape(x_, "x")[0]),
         channels(feature_shape(x_, "x")[1]),
         hidden(pwconv1_weight.size(0)),
         segments(segments_.numel() - 1),
         tile(tile_),
         eps(eps_),
-        halo(tile_, check_kernel(dwconv_weight, channels)[0], check_kernel(dwconv_weight, channels)[1]),
+        halo(check_halo(tile_, check_kernel(dwconv_weight, channels)[0], check_kernel(dwconv_weight, channels)[1])),
         x(data<S>(x_)),
         norm_weight(parameter<A>(norm_weight_, "norm_weight", channels, x_)),
         norm_bias(parameter<A>(norm_bias_, "norm_bias", channels, x_)),
@@ -110,13 +115,13 @@ struct Block {
         w2{data<S>(pwconv2_weight), channels, hidden},
         table(data<int32_t>(table_)),
         splits(check_splits(segments_, "segments", rows)),
-        work(split_work(splits, segments, hidden)) {
+        work(split_work(splits, segments, hidden, worker_bytes)) {
     tiles = check_table(table_, halo, rows);
     check_dtype(dwconv_weight, "dwconv_weight", x_.scalar_type());
     check_dtype(pwconv1_weight, "pwconv1_weight", x_.scalar_type());
     check_dtype(pwconv2_weight, "pwconv2_weight", x_.scalar_type());
-    check_dense(pwconv1_weight, "pwconv1_weight", hidden * channels);
-    check_dense(pwconv2_weight, "pwconv2_weight", hidden * channels);
+    check_matrix(pwconv1_weight, "pwconv1_weight", hidden, channels);
+    check_matrix(pwconv2_weight, "pwconv2_weight", channels, hidden);
     for (int64_t n = 0; n <= segments; ++n)
       STD_TORCH_CHECK(splits[n] % (tile * tile) == 0, "sparsecnx: segments must be whole tiles of ", tile * tile,
                       " rows");
@@ -396,7 +401,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> convnextv2_block(
     using S = typename decltype(tag)::type;
     using A = Compute<S>;
     const Block<S> block(x, dwconv_weight, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma, grn_beta,
-                         pwconv2_weight, row_scale, table, segments, tile, eps);
+                         pwconv2_weight, row_scale, table, segments, tile, eps, 0);
     parameter<A>(dwconv_bias, "dwconv_bias", block.channels, x);
     parameter<A>(pwconv2_bias, "pwconv2_bias", block.channels, x);
     forward<S>(block, dwconv_weight, dwconv_bias, pwconv2_bias,
@@ -422,7 +427,11 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
   check_dense(grad, "grad", x.numel());
   check_dtype(grad, "grad", x.scalar_type());
   check_dense(u, "u", x.numel());
+  check_dtype(u, "u", x.scalar_type());
   check_dense(moments, "moments", 2 * x.size(0));
+  check_dtype(moments, "moments", compute_dtype(x));
+  check_dtype(energy, "energy", compute_dtype(x));
+  check_dtype(hidden, "hidden", x.scalar_type());
   check_dense(energy, "energy", (segments.numel() - 1) * pwconv1_weight.size(0));
   const bool kept = x.size(0) == 0 || hidden.size(0) > 0;
   check_dense(hidden, "hidden", kept ? x.size(0) * pwconv1_weight.size(0) : 0);
@@ -430,7 +439,10 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
     using S = typename decltype(tag)::type;
     using A = Compute<S>;
     const Block<S> block(x, dwconv_weight, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma, grn_beta,
-                         pwconv2_weight, row_scale, table, segments, tile, eps);
+                         pwconv2_weight, row_scale, table, segments, tile, eps,
+                         2 * w1_grad.numel() * int64_t{sizeof(A)});
+    parameter<A>(dwconv_bias, "dwconv_bias", block.channels, x);
+    parameter<A>(pwconv2_bias, "pwconv2_bias", block.channels, x);
     Grads<S> grads{data<S>(x_grad), data<S>(dwconv_weight_grad), data<S>(w1_grad), data<S>(w2_grad), {}};
     for (size_t i = 0; i < vectors.size(); ++i) grads.vectors[i] = data<A>(vectors[i]);
     backward<S>(block, dwconv_weight,

@@ -5,11 +5,19 @@
 
 namespace sparsecnx {
 
+Halo check_halo(int64_t tile, int64_t kernel_h, int64_t kernel_w) {
+  STD_TORCH_CHECK(tile >= 1, "sparsecnx: tile is ", tile, ", expected at least 1");
+  STD_TORCH_CHECK(kernel_h > 0 && kernel_w > 0 && kernel_h % 2 == 1 && kernel_w % 2 == 1, "sparsecnx: the kernel is ",
+                  kernel_h, "x", kernel_w, ", expected odd sizes");
+  return Halo(tile, kernel_h, kernel_w);
+}
+
 int64_t check_table(const Tensor& table, const Halo& halo, int64_t rows) {
   const int64_t sites = halo.tile * halo.tile, tiles = rows / sites;
   STD_TORCH_CHECK(rows % sites == 0, "sparsecnx: x has ", rows, " rows, expected a multiple of tile^2 = ", sites);
   check_dense(table, "table", tiles * halo.table_width);
   check_dtype(table, "table", ScalarType::Int);
+  check_range(table, "table", tiles);
   return tiles;
 }
 
@@ -17,7 +25,6 @@ std::array<int64_t, 2> check_kernel(const Tensor& weight, int64_t channels) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1, "sparsecnx: weight must be (",
                   channels, ", 1, kh, kw)");
   check_dense(weight, "weight", weight.numel());
-  STD_TORCH_CHECK(weight.size(2) % 2 == 1 && weight.size(3) % 2 == 1, "sparsecnx: kernel sizes must be odd");
   return {weight.size(2), weight.size(3)};
 }
 
@@ -25,9 +32,8 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional
                       int64_t tile) {
   const auto [rows, channels] = feature_shape(x, "x");
   check_dtype(weight, "weight", x.scalar_type());
-  STD_TORCH_CHECK(tile >= 1, "sparsecnx: tile is ", tile, ", expected at least 1");
   const auto [kernel_h, kernel_w] = check_kernel(weight, channels);
-  const Halo halo(tile, kernel_h, kernel_w);
+  const Halo halo = check_halo(tile, kernel_h, kernel_w);
   const int64_t tiles = check_table(table, halo, rows);
   Tensor out = torch::stable::empty_like(x);
   for_dtype(x, [&](auto tag) {
@@ -48,7 +54,7 @@ Tensor depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Ten
   const auto [rows, channels] = feature_shape(x, "x");
   check_dense(grad, "grad", x.numel());
   check_dtype(grad, "grad", x.scalar_type());
-  const Halo halo(tile, kernel_h, kernel_w);
+  const Halo halo = check_halo(tile, kernel_h, kernel_w);
   const int64_t tiles = check_table(table, halo, rows);
   Tensor out = empty({channels, 1, kernel_h, kernel_w}, x.scalar_type());
   for_dtype(x, [&](auto tag) {

@@ -8,6 +8,9 @@ namespace sparsecnx {
 // Tiles that one call of the kernel takes: about 64 rows, so that they are still in cache for what follows.
 inline int64_t tiles_per_call(int64_t tile) { return std::max<int64_t>(1, 64 / (tile * tile)); }
 
+// The geometry of a kernel of odd sizes on tiles of that side, checked.
+Halo check_halo(int64_t tile, int64_t kernel_h, int64_t kernel_w);
+
 // Number of tiles in a neighbour table int32 (tiles, halo.table_width) for `rows` rows, checked.
 int64_t check_table(const Tensor& table, const Halo& halo, int64_t rows);
 

@@ -50,6 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor
   const int64_t* splits = check_splits(segments, "segments", rows);
   const int64_t count = segments.numel() - 1;
   check_dense(energy, "energy", count * channels);
+  check_dtype(energy, "energy", compute_dtype(x));
   Tensor x_grad = torch::stable::empty_like(x);
   Tensor gamma_grad = torch::stable::empty_like(gamma), beta_grad = torch::stable::empty_like(gamma);
   for_dtype(x, [&](auto tag) {

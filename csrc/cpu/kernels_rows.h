@@ -34,14 +34,11 @@ void moments(const S* x, int64_t rows, int64_t channels, Compute<S> eps, Compute
     const A mean = sum<A>(total) / channels;
     Vec<A> square{};
     for_columns<S>(channels, [&](int64_t c, int64_t n) {
-      const Vec<A> centred = load(x + c, n) - mean;
+      const Vec<A> centred = only(load(x + c, n) - mean, n);
       square += centred * centred;
     });
-    // Lanes beyond the last channel were loaded as 0 and counted as (0 - mean)^2.
-    const int64_t beyond = (kLanes<S> - channels % kLanes<S>) % kLanes<S>;
-    const A variance = (sum<A>(square) - beyond * mean * mean) / channels;
     moments[2 * r] = mean;
-    moments[2 * r + 1] = A(1) / std::sqrt(std::max(variance, A(0)) + eps);
+    moments[2 * r + 1] = A(1) / std::sqrt(sum<A>(square) / channels + eps);
   }
 }
 

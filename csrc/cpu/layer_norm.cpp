@@ -31,6 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
   check_dense(grad, "grad", x.numel());
   check_dtype(grad, "grad", x.scalar_type());
   check_dense(moments, "moments", 2 * rows);
+  check_dtype(moments, "moments", compute_dtype(x));
   Tensor x_grad = torch::stable::empty_like(x);
   Tensor weight_grad = torch::stable::empty_like(weight), bias_grad = torch::stable::empty_like(weight);
   for_dtype(x, [&](auto tag) {

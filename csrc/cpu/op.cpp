@@ -17,15 +17,17 @@ class ScratchStack {
   ~ScratchStack() { std::free(base_); }
 
   void* push(int64_t bytes) {
+    void* at = nullptr;
+    if (used_ + bytes <= capacity_) {
+      at = base_ + used_;
+      used_ += bytes;
+    } else {
+      at = std::aligned_alloc(kAlignment, bytes);
+      STD_TORCH_CHECK(at != nullptr, "sparsecnx: cannot allocate ", bytes, " bytes of scratch memory");
+    }
     wanted_ += bytes;
     highest_ = std::max(highest_, wanted_);
-    if (used_ + bytes <= capacity_) {
-      used_ += bytes;
-      return base_ + used_ - bytes;
-    }
-    void* apart = std::aligned_alloc(kAlignment, bytes);
-    STD_TORCH_CHECK(apart != nullptr, "sparsecnx: cannot allocate ", bytes, " bytes of scratch memory");
-    return apart;
+    return at;
   }
 
   void pop(void* at, int64_t bytes) {
@@ -60,6 +62,17 @@ ScratchBytes::ScratchBytes(int64_t bytes)
 
 ScratchBytes::~ScratchBytes() {
   if (at_ != nullptr) scratch_stack.pop(at_, bytes_);
+}
+
+void check_range(const Tensor& table, const char* name, int64_t count) {
+  const int32_t* at = data<int32_t>(table);
+  int32_t low = -1, high = -1;
+  for (int64_t i = 0; i < table.numel(); ++i) {
+    low = std::min(low, at[i]);
+    high = std::max(high, at[i]);
+  }
+  STD_TORCH_CHECK(low == -1 && high < count, "sparsecnx: ", name, " has entries from ", low, " to ", high,
+                  ", expected -1 to ", count - 1);
 }
 
 std::vector<RowBlock> split_rows(const int64_t* splits, int64_t first, int64_t last, int64_t channels) {

@@ -56,10 +56,20 @@ inline void check_dense(const Tensor& x, const char* name, int64_t numel) {
   STD_TORCH_CHECK(x.numel() == numel, "sparsecnx: ", name, " has ", x.numel(), " elements, expected ", numel);
 }
 
+// Raises unless x is a contiguous (rows, columns) CPU tensor.
+inline void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, "sparsecnx: ", name, " must be (", rows,
+                  ", ", columns, ")");
+  check_dense(x, name, rows * columns);
+}
+
 inline void check_dtype(const Tensor& x, const char* name, ScalarType expected) {
   STD_TORCH_CHECK(x.scalar_type() == expected, "sparsecnx: ", name, " is ",
                   torch::headeronly::toString(x.scalar_type()), ", expected ", torch::headeronly::toString(expected));
 }
+
+// Raises unless all entries of an int32 table are -1 or positions below `count`.
+void check_range(const Tensor& table, const char* name, int64_t count);
 
 // Dtype of per-channel parameters and statistics.
 inline ScalarType compute_dtype(const Tensor& x) {
@@ -211,8 +221,8 @@ class GemmSum {
 
 // Uninitialised memory that an operator needs while it runs. It comes from a stack that the calling thread keeps
 // between calls, up to a limit, so that steady training does not pay for fresh pages at every operator. An object
-// must be destroyed by the thread that made it, before anything older is and with nothing new made in between, as
-// local variables are.
+// must be destroyed by the thread that made it; neighbours in the stack go in any order, so long as nothing new is
+// made between the first and the last of them.
 class ScratchBytes {
  public:
   explicit ScratchBytes(int64_t bytes);

@@ -166,10 +166,17 @@ inline void store(half* p, Vec<float> v, int64_t n = kLanes<float>) {
 // --- reductions and functions ------------------------------------------------------------------------------
 
 template <class A>
-inline A sum(Vec<A> v, int64_t n = kLanes<A>) {
+inline A sum(Vec<A> v) {
   A total = 0;
-  for (int64_t i = 0; i < n; ++i) total += v[i];
+  for (int64_t i = 0; i < kLanes<A>; ++i) total += v[i];
   return total;
+}
+
+// The first n lanes, zeros in the others.
+template <class V>
+inline V only(V v, int64_t n) {
+  for (int64_t i = n; i < static_cast<int64_t>(sizeof(V) / sizeof(v[0])); ++i) v[i] = 0;
+  return v;
 }
 
 inline Vec<double> exp(Vec<double> x) {

@@ -33,6 +33,11 @@ class Conv2d(torch.nn.Conv2d):
         if set(self.dilation) != {1} or self.padding_mode != "zeros" or len(set(self.stride)) > 1:
             raise ValueError(f"{self} on a SparseTensor: expected dilation 1, zero padding, one stride")
         padding = self._leading_padding()
+        if self.padding != "same" and any(
+            not size - self.stride[0] <= 2 * before <= size - 1
+            for size, before in zip(self.kernel_size, padding, strict=True)
+        ):
+            raise ValueError(f"{self} on a SparseTensor: expected a padding that gives H / stride outputs per axis")
         if self.groups == 1:
             return ops.conv(input, self.weight, self.bias, self.stride[0], padding)
         centred = padding == tuple(size // 2 for size in self.kernel_size)

@@ -43,7 +43,7 @@ def autocast(x: SparseTensor, *weights: Tensor) -> tuple[SparseTensor, list[Tens
     float64 is left alone, as `torch.autocast` does.
     """
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return x, list(weights)
     dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), [weight.to(dtype) for weight in weights]

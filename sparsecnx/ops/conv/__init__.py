@@ -14,6 +14,7 @@ from sparsecnx.ops.common import (
 )
 from sparsecnx.ops.conv import gemm, native, reference
 from sparsecnx.ops.native import refusal
+from sparsecnx.selection import selected
 from sparsecnx.tensor import SparseTensor
 
 operator = Operator(
@@ -62,7 +63,7 @@ def conv(
         check_vector(bias, "bias", weight.shape[0], x)
     x, (weight,) = autocast(x, weight)
     check_same_dtype(x, "weight", weight)
-    if gemm.applies(x, kernel, stride, offsets):
+    if selected() in ("auto", "native") and gemm.applies(x, kernel, stride, offsets):
         return x.with_features(gemm.conv(x, weight, bias, stride), layout)
     return x.with_features(operator(x, weight, bias, stride, offsets), layout)
 

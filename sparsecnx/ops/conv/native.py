@@ -1,4 +1,4 @@
-"""General submanifold convolution by the compiled CPU kernel (`csrc/cpu/conv.h`): chunks of gathered rows and GEMMs."""
+"""General submanifold convolution by the compiled CPU kernel (`csrc/cpu/conv.cpp`): gathered rows and GEMMs, in chunks."""
 
 from __future__ import annotations
 

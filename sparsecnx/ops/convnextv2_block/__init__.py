@@ -43,7 +43,8 @@ def convnextv2_block(
     Args:
         x: features `(rows, C)`.
         parameters: see `BlockParameters`; matrices and kernel in the dtype of `x`.
-        survival: stochastic-depth scale of each image, `(B,)`, see `draw_survival`; None for 1.
+        survival: stochastic-depth scale of each image, `(B,)`, see `draw_survival`; None for 1. A constant: no
+            gradient flows to it.
         scope: groups of GRN, `"sample"` or `"batch"`, see `ops.grn`.
         eps: of LayerNorm and GRN.
         recompute: whether backward computes the hidden layer `(rows, 4C)` again rather than keeping it;
@@ -86,6 +87,6 @@ def convnextv2_block(
         check_device(getattr(p, name), name, x)
         check_same_dtype(x, name, getattr(p, name))
     if survival is not None:
-        survival = survival.to(dtype)
+        survival = survival.detach().to(dtype)
     features = operator(x, p, survival, segments(x.layout, scope), eps, recompute)
     return x.with_features(features)

@@ -1,4 +1,4 @@
-"""Submanifold depthwise convolution by the compiled CPU kernel (`csrc/cpu/depthwise_conv.h`)."""
+"""Submanifold depthwise convolution by the compiled CPU kernel (`csrc/cpu/kernels_depthwise.h`)."""
 
 from __future__ import annotations
 
