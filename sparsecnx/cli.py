@@ -2,7 +2,7 @@
 
 Exit codes:
     0    done
-    1    a run stopped: loss not finite, or checkpoint not saved; its last good checkpoint is there
+    1    a run stopped: loss not finite, images gone, checkpoint or log not written; its last good one is there
     2    an argument or an installation that cannot work; nothing was changed
     130  stopped by Ctrl-C, 143 by SIGTERM; `pretrain` saves first, and `--resume` goes on
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from sparsecnx import doctor
 from sparsecnx.models import SIZES
-from sparsecnx.train.errors import InputError, MissingExtra, TrainingStopped, require_train_extra
+from sparsecnx.train.errors import InputError, MissingExtra, TrainingStopped, printable, require_train_extra
 from sparsecnx.train.recipe import DTYPES, Recipe
 
 
@@ -146,7 +146,7 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
         mask_ratio=arguments.mask_ratio,
         seed=arguments.seed,
     )
-    print(f"{arguments.out}: loss {loss:.4f} on the masked patches")
+    print(printable(f"{arguments.out}: loss {loss:.4f} on the masked patches"))
     return 0
 
 

@@ -112,7 +112,7 @@ def _triton() -> Check:
     problem = _import_problem("triton")
     if problem is not None:
         return Check("Triton", False, problem, f"Install a CUDA build of torch, which brings it: {CUDA_BUILDS}")
-    version = importlib.metadata.version("triton")
+    version = _version("triton", "triton")
     if not torch.cuda.is_available():
         return Check("Triton", False, f"{version}, but there is no GPU to run it on", "See GPU.")
     return Check("Triton", True, version)
@@ -128,9 +128,8 @@ def _cpu_operators() -> Check:
     if facts["version"] != sparsecnx.__version__:
         detail = f"compiled from sparsecnx {facts['version']}"
         return Check(name, False, detail, _extension.reinstall())
-    isa = torch.ops.sparsecnx.cpu_isa() if hasattr(torch.ops.sparsecnx, "cpu_isa") else "any CPU"
     detail = (
-        f"running on {isa}; compiled by {facts['compiler']} ({facts['flags']})"
+        f"running on {torch.ops.sparsecnx.cpu_isa()}; compiled by {facts['compiler']} ({facts['flags']})"
         f" with torch {facts['torch']} for {facts['oldest_torch']} and later"
     )
     return Check(name, True, detail)
@@ -149,14 +148,14 @@ def _minkowski() -> Check:
     if problem is not None:
         remedy = "Only for comparisons. Version 0.5.4 builds on the CPU; its CUDA part needs CUDA 11."
         return Check("MinkowskiEngine", False, problem, remedy)
-    return Check("MinkowskiEngine", True, importlib.metadata.version("MinkowskiEngine"))
+    return Check("MinkowskiEngine", True, _version("MinkowskiEngine", "MinkowskiEngine"))
 
 
 def _train() -> Iterator[Check]:
     for distribution, module in TRAIN.items():
         problem = _import_problem(module)
         if problem is None:
-            yield Check(distribution, True, importlib.metadata.version(distribution))
+            yield Check(distribution, True, _version(distribution, module))
         elif problem == NOT_INSTALLED:
             yield Check(distribution, False, problem, "pip install 'sparsecnx[train]'")
         elif distribution == "torchvision":
@@ -164,6 +163,14 @@ def _train() -> Iterator[Check]:
             yield Check(distribution, False, problem, remedy)
         else:
             yield Check(distribution, False, problem, f"pip install --force-reinstall --no-deps {distribution}")
+
+
+def _version(distribution: str, module: str) -> str:
+    """Version of a module that imports; other distributions bring it too, such as pillow-simd and pytorch-triton."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(importlib.import_module(module), "__version__", "version unknown"))
 
 
 def _import_problem(module: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import re
 from types import ModuleType
 
@@ -92,3 +93,16 @@ def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found.ok
     assert found.detail == "not installed"
     assert found.remedy is not None and "CUDA build of torch" in found.remedy
+
+
+def test_version_of_a_module_that_another_distribution_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(distribution: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(distribution)
+
+    modules = {"triton": ModuleType("triton"), "MinkowskiEngine": ModuleType("MinkowskiEngine")}
+    modules["MinkowskiEngine"].__version__ = "0.5.4"  # type: ignore[attr-defined]
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    original = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name: modules.get(name) or original(name))
+    assert check("Triton").detail.startswith("version unknown")
+    assert check("MinkowskiEngine").detail == "0.5.4"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,13 @@ def read(path: str | Path) -> dict[str, Any]:
         raise CheckpointError("a folder; expected a file in it" if path.exists() else "no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"truncated or damaged ({reason})") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError("not a checkpoint: it holds more than tensors and plain values") from error
+    except Exception as error:  # what damaged bytes make the unpickler raise has no end
+        # torch puts advice to load the file without safety around what the unpickler said.
+        said = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
+        reason = next(iter(str(said or error).splitlines()), "") or type(error).__name__
+        if said is not None and "Unsupported global" in reason and zipfile.is_zipfile(path):
+            raise CheckpointError("not a checkpoint: it holds more than tensors and plain values") from error
+        raise CheckpointError(f"truncated or damaged, or not a checkpoint ({reason})") from error
     missing = sorted(_PARTS - state.keys() if isinstance(state, dict) else _PARTS)
     if missing:
         raise CheckpointError(f"not a checkpoint of sparsecnx pretrain: it lacks {', '.join(missing)}")

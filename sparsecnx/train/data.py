@@ -63,11 +63,13 @@ class ImageSet(NamedTuple):
 
     def fingerprint(self) -> str:
         """Equal for the same files in the same order, wherever the folder is."""
-        return hashlib.blake2b("\n".join(self.names).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(os.fsencode("\n".join(self.names)), digest_size=16).hexdigest()
 
 
 def find_images(folder: str | Path) -> ImageSet:
     """All image files below `folder`, class folders or not, links followed, sorted by path.
+
+    A folder that can be reached in several ways, such as by a link to its parent, is listed once.
 
     Raises:
         InputError: `folder` does not exist, is not a folder, or holds no image file.
@@ -77,13 +79,27 @@ def find_images(folder: str | Path) -> ImageSet:
         raise InputError("data", folder, "not a folder" if root.exists() else "no such folder; expected images in one")
     names = [
         Path(parent, file).relative_to(root).as_posix()
-        for parent, _, files in os.walk(root, followlinks=True)
+        for parent, files in _walk(root)
         for file in files
         if file.lower().endswith(IMG_EXTENSIONS)
     ]
     if not names:
         raise InputError("data", folder, f"holds no images; expected files ending in {', '.join(IMG_EXTENSIONS)}")
     return ImageSet(str(root), tuple(sorted(names)), small=False)
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder below `root`, itself included, and the files in it; links followed, no folder twice."""
+    visited: set[tuple[int, int]] = set()
+    for parent, folders, files in os.walk(root, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        # Folders before links to them, so that the names do not depend on the order on disk.
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        yield parent, files
 
 
 def wheel_photographs() -> ImageSet:
@@ -107,8 +123,14 @@ def wheel_photographs() -> ImageSet:
 def read_image(path: str) -> Tensor:
     """Decode a file to RGB, uint8 `(3, H, W)`. Raises whatever the decoder raises."""
     with Image.open(path) as image:
-        pixels: Tensor = v2.functional.pil_to_tensor(image.convert("RGB"))
+        eight_bits = _to_eight_bits(image) if image.mode.startswith("I") else image
+        pixels: Tensor = v2.functional.pil_to_tensor(eight_bits.convert("RGB"))
     return pixels
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 0 to 65535 as grey of 0 to 255; Pillow's own conversion clips."""
+    return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -137,10 +159,17 @@ class Unreadable(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """uint8 images `(B, 3, S, S)`, and the files met while making it that could not be read."""
+    """uint8 images `(B, 3, S, S)`, and the files met while making it that could not be read.
+
+    Attributes:
+        images: none of them where `problem` is set.
+        unreadable: the files passed over.
+        problem: why there is no batch. A worker must not raise it: it would arrive as a traceback in words.
+    """
 
     images: Tensor
     unreadable: list[Unreadable]
+    problem: InputError | None = None
 
 
 class Crops(Dataset[Any]):
@@ -159,8 +188,11 @@ class Crops(Dataset[Any]):
         )
         self.decoded: dict[int, Tensor] = {}
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, list[Unreadable]]:
-        pixels, unreadable = self.read(draw.image)
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, list[Unreadable]] | InputError:
+        try:
+            pixels, unreadable = self.read(draw.image)
+        except InputError as error:
+            return error
         with seeded(draw.seed):
             return self.augment(pixels), unreadable
 
@@ -246,10 +278,15 @@ def load_batches(crops: Crops, recipe: Recipe, *, start: int, workers: int, pin_
     )
 
 
-def collate(samples: list[tuple[Tensor, list[Unreadable]]]) -> Batch:
+def collate(samples: list[tuple[Tensor, list[Unreadable]] | InputError]) -> Batch:
     """Stack crops; join what could not be read."""
-    images = torch.stack([image for image, _ in samples])
-    return Batch(images, [file for _, unreadable in samples for file in unreadable])
+    images, unreadable = [], []
+    for sample in samples:
+        if isinstance(sample, InputError):
+            return Batch(torch.empty(0), [], sample)
+        images.append(sample[0])
+        unreadable += sample[1]
+    return Batch(torch.stack(images), unreadable)
 
 
 def leave_signals_to_parent(worker: int) -> None:

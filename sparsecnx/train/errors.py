@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 
 class InputError(ValueError):
@@ -16,7 +17,10 @@ class InputError(ValueError):
     def __init__(self, argument: str, value: object, problem: str) -> None:
         self.argument = argument
         self.problem = f"is {value}: {problem}"
-        super().__init__(f"{argument} {self.problem}")
+        super().__init__(argument, str(value), problem)  # what unpickling calls the constructor with
+
+    def __str__(self) -> str:
+        return f"{self.argument} {self.problem}"
 
 
 class TrainingStopped(RuntimeError):
@@ -25,6 +29,12 @@ class TrainingStopped(RuntimeError):
 
 class MissingExtra(ImportError):
     """A library of the extra `[train]` is not installed."""
+
+
+def printable(text: str) -> str:
+    """`text` with what standard output cannot encode, such as a file name in another encoding, escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def require_train_extra() -> None:

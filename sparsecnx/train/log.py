@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -12,7 +14,13 @@ from typing import NamedTuple
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from sparsecnx.train.errors import printable
+
 LOG = "log.jsonl"
+
+
+class LogError(Exception):
+    """A log that could not be written; the message names the file and says why."""
 
 
 class StepRecord(NamedTuple):
@@ -43,13 +51,20 @@ class RunLog:
         step: steps already done; later lines of an earlier attempt are dropped.
         total_steps: of the whole run.
         images_per_step: effective batch.
+
+    Raises:
+        LogError: here, in `write` and on leaving: no space, or another failure of the file system.
     """
 
     def __init__(self, folder: Path, *, step: int, total_steps: int, images_per_step: int) -> None:
         self.images_per_step = images_per_step
-        _keep_steps_up_to(step, folder / LOG)
-        self.lines = open(folder / LOG, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
-        self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+        self.path = folder / LOG
+        with _writing(self.path):
+            _keep_steps_up_to(step, self.path)
+            self.lines = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
+        self.events = folder / "events.out.tfevents.*"  # the writer does not tell the rest
+        with _writing(self.events):
+            self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
         self.bar = tqdm(
             total=total_steps * images_per_step,
             initial=step * images_per_step,
@@ -69,21 +84,38 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         self.bar.close()
-        self.tensorboard.close()
-        self.lines.close()
+        # A run that stops for another reason says that one.
+        with suppress(*(() if error is None else (LogError,))):
+            try:
+                with _writing(self.events):
+                    self.tensorboard.close()
+            finally:
+                with _writing(self.path):
+                    self.lines.close()
 
     def write(self, record: StepRecord) -> None:
         """Log one step."""
-        self.lines.write(json.dumps(record._asdict()) + "\n")
-        for name in ("loss", "lr", "grad_norm", "images_per_s", "epoch"):
-            self.tensorboard.add_scalar(f"pretrain/{name}", getattr(record, name), record.step)
+        with _writing(self.path):
+            self.lines.write(json.dumps(record._asdict()) + "\n")
+        with _writing(self.events):
+            for name in ("loss", "lr", "grad_norm", "images_per_s", "epoch"):
+                self.tensorboard.add_scalar(f"pretrain/{name}", getattr(record, name), record.step)
         self.bar.set_postfix(loss=f"{record.loss:.4f}", lr=f"{record.lr:.2e}", refresh=False)
         self.bar.update(self.images_per_step)
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
-        self.bar.write(line)
+        self.bar.write(printable(line))
         sys.stdout.flush()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Name `path` in what the file system says."""
+    try:
+        yield
+    except OSError as error:
+        raise LogError(f"{path} could not be written ({error})") from error
 
 
 def _keep_steps_up_to(step: int, path: Path) -> None:

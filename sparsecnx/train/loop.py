@@ -30,7 +30,7 @@ from sparsecnx.train.data import (
     wheel_photographs,
 )
 from sparsecnx.train.errors import InputError, TrainingStopped
-from sparsecnx.train.log import LOG, RunLog, StepRecord
+from sparsecnx.train.log import LOG, LogError, RunLog, StepRecord
 from sparsecnx.train.recipe import BETAS, DTYPES, Recipe, build_model, learning_rate, param_groups
 
 
@@ -83,7 +83,8 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
 
     Raises:
         InputError: an argument cannot work; nothing was changed on disk.
-        TrainingStopped: the loss is not finite, or a checkpoint could not be saved.
+        TrainingStopped: the loss is not finite, no image can be read any more, or a checkpoint or a log
+            could not be written.
     """
     folder, source = _place(options)
     state = _read_resumed(source) if source else None
@@ -210,6 +211,12 @@ class Trainer:
     def run(self) -> int:
         """Train to the end of the recipe. Returns and raises as `pretrain`."""
         self._make_folder()
+        try:
+            return self._run()
+        except LogError as error:
+            raise TrainingStopped(f"step {self.step}: {error}, {self._last_good()}") from error
+
+    def _run(self) -> int:
         with (
             _caught_signals() as signals,
             RunLog(
@@ -257,7 +264,8 @@ class Trainer:
         """One optimizer step over `grad_accum_steps` batches.
 
         Raises:
-            TrainingStopped: loss or gradient is not finite; the parameters are as before the step.
+            TrainingStopped: loss or gradient is not finite, or no image can be read any more; the parameters
+                are as before the step.
         """
         recipe, start = self.recipe, time.perf_counter()
         lr = learning_rate(
@@ -273,6 +281,8 @@ class Trainer:
         losses = []
         for i in range(recipe.grad_accum_steps):
             batch = next(batches)
+            if batch.problem is not None:
+                raise TrainingStopped(f"step {self.step + 1}: {batch.problem}, {self._last_good()}")
             self._note_unreadable(batch, log)
             loss = self._loss(batch.images, self.step * recipe.grad_accum_steps + i)
             (loss / recipe.grad_accum_steps).backward()
@@ -364,7 +374,8 @@ class Trainer:
 
 def default_workers() -> int:
     """One process per two cores this process may use, at most 8: the others compute."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // 2))
 
 
 def _epoch_line(epoch: int, epochs: int, records: list[StepRecord]) -> str:

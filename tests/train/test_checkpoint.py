@@ -151,3 +151,16 @@ def test_other_files_are_refused(tmp_path):
         checkpoint.read(tmp_path / "missing.pt")
     with pytest.raises(CheckpointError, match="a folder"):
         checkpoint.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"}" * 9, b"a", b"0", b"G1", b"J", b"cos\nsystem\n", b"\x80\x02" + bytes(range(256)), b"# notes\n"],
+    ids=repr,
+)
+def test_garbage_is_refused_and_not_called_code(garbage, tmp_path):
+    (tmp_path / "last.pt").write_bytes(garbage)
+    with pytest.raises(CheckpointError, match="truncated or damaged, or not a checkpoint") as error:
+        checkpoint.read(tmp_path / "last.pt")
+    assert "more than tensors" not in str(error.value)
+    assert "weights_only" not in str(error.value)

@@ -1,4 +1,5 @@
 import os
+import pickle
 
 import pytest
 import torch
@@ -129,3 +130,24 @@ def test_no_readable_file_at_all(tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"")
     with pytest.raises(InputError, match=r"none of its 2 image files can be read, first b\.jpg"):
         Crops(find_images(tmp_path), 64).read(1)
+
+
+def test_a_link_to_a_parent_is_not_followed_round_and_round(photos):
+    before = find_images(photos)
+    os.symlink(photos, photos / "cat" / "round")
+    assert find_images(photos) == before
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    ramp = torch.arange(65536, dtype=torch.int32).to(torch.uint16).numpy().reshape(256, 256)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    pixels = read_image(str(tmp_path / "ramp.png")).float()
+    assert pixels.shape == (3, 256, 256)
+    assert pixels.min() == 0
+    assert pixels.max() == 255
+    assert abs(pixels.mean() - 127.5) < 0.1
+
+
+def test_an_input_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(InputError("data", "here", "gone")))
+    assert (str(error), error.argument, error.problem) == ("data is here: gone", "data", "is here: gone")

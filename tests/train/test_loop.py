@@ -2,6 +2,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -235,3 +237,68 @@ def test_a_run_goes_on_in_another_output_and_with_moved_images(photos, tmp_path)
 def test_options_out_of_range_are_named(field, value):
     with pytest.raises(InputError, match=f"{field} is {value}: expected"):
         Options(**{field: value})
+
+
+@pytest.mark.parametrize("target", ["log", "events"])
+def test_a_log_that_cannot_be_written_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypatch, target):
+    write = RunLog.write
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class FullFile:
+        write = close = full
+
+    def full_at_step_6(log, record):
+        if record.step == 6 and target == "log":
+            log.lines.close()
+            log.lines = FullFile()
+        elif record.step == 6:
+            log.tensorboard.add_scalar = full
+        write(log, record)
+
+    monkeypatch.setattr(RunLog, "write", full_at_step_6)
+    name = {"log": "log.jsonl", "events": "events.out.tfevents"}[target]
+    good = "last good checkpoint: .*checkpoint-00000004.pt"
+    with pytest.raises(TrainingStopped, match=f"step 6: .*{name}.*No space left on device.*{good}"):
+        train(photos, tmp_path / "run")
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_vanish_stop_the_run(photos, tmp_path, monkeypatch, workers):
+    batches = Trainer.batches
+
+    def vanish(trainer):
+        for file in photos.rglob("*.png"):
+            file.unlink()
+        return batches(trainer)
+
+    monkeypatch.setattr(Trainer, "batches", vanish)
+    with pytest.raises(TrainingStopped, match=r"^step 1: data is .*none of its 8 image files.*no checkpoint yet$"):
+        train(photos, tmp_path / "run", workers=workers)
+
+
+def test_file_names_in_another_encoding(photos, tmp_path):
+    """Named where they are skipped, on a terminal that cannot show them; the run is resumed."""
+    folder = os.fsdecode(os.fsencode(photos) + b"/caf\xe9")
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    for name in ("bad", "worse"):
+        with open(f"{folder}/{name}.png", "wb") as file:
+            file.write(b"no image")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from small_runs import train; from pathlib import Path\n"
+    code += "p = Path(sys.argv[2]); r = p.parent / 'run'\n"
+    code += "train(p, r, batch_size=10, epochs=1, model='atto'); train(None, r, resume='auto')"
+    command = [sys.executable, "-c", code, os.path.dirname(__file__), str(photos)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert r"skipped unreadable image caf\udce9/bad.png" in done.stdout
+
+
+def test_default_workers_where_affinity_is_unknown(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert loop.default_workers() == 3
