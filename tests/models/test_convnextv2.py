@@ -1,0 +1,231 @@
+"""`sparsecnx.models.convnextv2`: sizes, dense and sparse results, initialisation, errors."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from cases import BACKENDS, assert_close, assert_same, draw_mask
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparsecnx import models, use_backend
+from sparsecnx.models import masked_dense
+from sparsecnx.nn import ConvNeXtV2Block
+
+SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+
+# Parameters in millions and multiply-adds in billions at 224 x 224, as printed in arXiv 2301.00808.
+PUBLISHED = {
+    "atto": ("3.7", "0.55"),
+    "femto": ("5.2", "0.78"),
+    "pico": ("9.1", "1.37"),
+    "nano": ("15.6", "2.45"),
+    "tiny": ("28.6", "4.46"),  # printed as 4.47, with 5 operations per normalised number
+    "base": ("89", "15.4"),
+    "large": ("198", "34.4"),
+    "huge": ("660", "115"),
+}
+
+
+def randomise_grn(model):
+    """GRN starts as the identity, which would hide its errors."""
+    for name, parameter in model.named_parameters():
+        if ".grn." in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def small_encoder(**options):
+    return randomise_grn(models.ConvNeXtV2Encoder(**SMALL, **options)).double()
+
+
+def images(batch: int = 3, channels: int = 3):
+    return torch.randn(batch, channels, 64, 96, dtype=torch.float64)
+
+
+def assert_printed(value: float, printed: str) -> None:
+    digits = len(printed.partition(".")[2])
+    assert f"{value:.{digits}f}" == printed
+
+
+def test_every_published_size_is_there():
+    assert list(models.SIZES) == list(PUBLISHED)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_parameters_and_flops_are_the_published_ones(size):
+    parameters, flops = PUBLISHED[size]
+    with torch.device("meta"):
+        model = getattr(models, f"convnextv2_{size}")()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            assert model(torch.empty(1, 3, 224, 224)).shape == (1, 1000)
+    assert_printed(sum(p.numel() for p in model.parameters()) / 1e6, parameters)
+    assert_printed(counter.get_total_flops() / 2 / 1e9, flops)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["random counts", "equal counts", "an empty and a full image"])
+def test_sparse_encoder_and_its_gradients_are_the_masked_dense_ones(kind, backend):
+    encoder, x, mask = small_encoder(), images(), draw_mask(kind, 3, (2, 3), seed=2)
+    parameters = dict(encoder.named_parameters())
+    expected = masked_dense.forward_features(encoder, x, mask)
+    cotangents = [torch.randn_like(stage) for stage in expected]
+    with use_backend(backend):
+        stages = encoder.forward_features(x, mask)
+        assert [stage.layout.tile for stage in stages] == [8, 4, 2, 1]
+        assert [stage.layout.stride for stage in stages] == [4, 8, 16, 32]
+        found = [stage.dense() for stage in stages]
+        found_gradients = torch.autograd.grad(found, list(parameters.values()), cotangents)
+    for out, ref in zip(found, expected, strict=True):
+        assert_close(out, ref)
+    expected_gradients = torch.autograd.grad(expected, list(parameters.values()), cotangents)
+    names = list(parameters)
+    assert_same(
+        dict(zip(names, found_gradients, strict=True)), dict(zip(names, expected_gradients, strict=True)), 1e-10
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (3, 2, 3)], ids=["flat mask", "grid mask"])
+def test_everything_visible_is_the_dense_encoder(shape):
+    encoder, x = small_encoder(), images()
+    sparse = encoder.forward_features(x, torch.zeros(shape, dtype=torch.bool))
+    dense = encoder.forward_features(x)
+    assert [tuple(stage.shape) for stage in dense] == [(3, 8, 16, 24), (3, 8, 8, 12), (3, 16, 4, 6), (3, 16, 2, 3)]
+    for out, ref in zip(sparse, dense, strict=True):
+        assert_close(out.dense(), ref)
+    assert_close(encoder(x), dense[-1])
+
+
+def test_masked_pixels_are_never_read():
+    encoder, x, mask = small_encoder(), images(), draw_mask("equal counts", 3, (2, 3), seed=2)
+    hidden = mask[:, None].repeat_interleave(32, 2).repeat_interleave(32, 3)
+    poisoned = x.masked_fill(hidden, torch.nan)
+    assert torch.equal(encoder(poisoned, mask).features, encoder(x, mask).features)
+
+
+@pytest.mark.parametrize("scope", ["sample", "batch"])
+def test_images_depend_on_each_other_only_with_batch_scope(scope):
+    encoder, x, mask = small_encoder(grn_scope=scope), images(2), draw_mask("equal counts", 2, (2, 3), seed=2)
+    alone, together = encoder(x[:1], mask[:1]).dense(), encoder(x, mask).dense()[:1]
+    assert torch.allclose(alone, together) == (scope == "sample")
+
+
+def timm_name(name: str) -> str:
+    """timm's name of a parameter of the classifier."""
+    name = re.sub(r"^downsample_layers\.0\.", "stem.", name)
+    name = re.sub(r"^downsample_layers\.(\d)\.", r"stages.\1.downsample.", name)
+    name = re.sub(r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2.", name)
+    for ours, theirs in {
+        ".dwconv.": ".conv_dw.",
+        ".pwconv1.": ".mlp.fc1.",
+        ".pwconv2.": ".mlp.fc2.",
+        ".grn.gamma": ".mlp.grn.weight",
+        ".grn.beta": ".mlp.grn.bias",
+    }.items():
+        name = name.replace(ours, theirs)
+    return re.sub(r"^norm\.", "head.norm.", re.sub(r"^head\.", "head.fc.", name))
+
+
+def test_classifier_is_that_of_timm():
+    timm = pytest.importorskip("timm")
+    theirs = randomise_grn(timm.create_model("convnextv2_atto", num_classes=5)).double().eval()
+    ours = models.convnextv2_atto(num_classes=5).double().eval()
+    state = theirs.state_dict()
+    assert sorted(map(timm_name, ours.state_dict())) == sorted(state)
+    # timm keeps the linear layers as 1x1 convolutions and GRN as vectors.
+    ours.load_state_dict({name: state[timm_name(name)].view_as(p) for name, p in ours.state_dict().items()})
+    x = images(2)
+    with torch.no_grad():
+        assert_close(ours(x), theirs(x), 1e-9)
+
+
+def test_classifier_takes_the_weights_of_the_encoder():
+    encoder, classifier = small_encoder(), models.ConvNeXtV2(num_classes=5, **SMALL).double()
+    missing, unexpected = classifier.load_state_dict(encoder.state_dict(), strict=False)
+    assert not unexpected
+    assert set(missing) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    x = images()
+    assert_close(classifier(x), classifier.head(classifier.norm(encoder(x).mean(dim=(2, 3)))))
+
+
+def test_state_dict_has_the_published_names():
+    prefixes = {re.sub(r"\.(weight|bias|gamma|beta)$", "", name) for name in small_encoder().state_dict()}
+    assert prefixes == {f"downsample_layers.{i}.{j}" for i in range(4) for j in range(2)} | {
+        f"stages.{i}.0.{layer}" for i in range(4) for layer in ("dwconv", "norm", "pwconv1", "grn", "pwconv2")
+    }
+
+
+@pytest.mark.parametrize("depths", [(1, 2, 3, 1), (1, 1, 1, 1)])
+def test_drop_path_grows_linearly_over_the_blocks(depths):
+    encoder = models.ConvNeXtV2Encoder(depths=depths, dims=SMALL["dims"], drop_path_rate=0.3)
+    rates = [block.drop_path.p for block in encoder.modules() if isinstance(block, ConvNeXtV2Block)]
+    assert rates == pytest.approx(torch.linspace(0, 0.3, sum(depths)).tolist())
+
+
+def test_initial_weights():
+    model = models.create_convnextv2("atto", num_classes=100)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "gamma", "beta")):
+            assert not parameter.any(), name
+        elif parameter.ndim == 1:
+            assert (parameter == 1).all(), name
+        else:
+            assert abs(parameter.mean().item()) < 0.02 * 5 / parameter.numel() ** 0.5, name
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
+
+
+def test_initial_head_is_scaled():
+    model = models.ConvNeXtV2(num_classes=1000, head_init_scale=0.001, **SMALL)
+    assert model.head.weight.std().item() == pytest.approx(0.02e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("create", [models.create_convnextv2, models.create_fcmae])
+def test_unknown_size(create):
+    with pytest.raises(ValueError, match="size is 'mini': expected one of atto, femto"):
+        create("mini")
+
+
+@pytest.mark.parametrize(
+    "value, error, message",
+    [
+        (torch.zeros(2, 3, 64, 80), ValueError, r"images is \(2, 3, 64, 80\): .* multiples of 32"),
+        (torch.zeros(2, 3, 48, 64), ValueError, r"images is \(2, 3, 48, 64\): .* multiples of 32"),
+        (torch.zeros(2, 3, 0, 64), ValueError, r"images is \(2, 3, 0, 64\)"),
+        (torch.zeros(2, 4, 64, 64), ValueError, r"images is \(2, 4, 64, 64\): expected \(B, 3, H, W\)"),
+        (torch.zeros(3, 64, 64), ValueError, r"images is \(3, 64, 64\): expected \(B, 3, H, W\)"),
+        (torch.zeros(0, 3, 64, 64), ValueError, r"images is \(0, 3, 64, 64\): .* B >= 1"),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), TypeError, r"images is torch.uint8: expected a floating"),
+        ([[1.0]], TypeError, "images is list"),
+    ],
+    ids=["width", "height", "no pixels", "channels", "no batch dimension", "empty batch", "uint8", "list"],
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "masked"])
+def test_images_that_do_not_fit(value, error, message, masked):
+    mask = torch.zeros(2, 2, 2, dtype=torch.bool) if masked else None
+    with pytest.raises(error, match=message):
+        models.ConvNeXtV2Encoder(**SMALL)(value, mask)
+
+
+@pytest.mark.parametrize(
+    "mask, error, message",
+    [
+        (torch.zeros(3, 2, 3), TypeError, "mask is torch.float32: expected torch.bool"),
+        (torch.zeros(3, 6, dtype=torch.int64), TypeError, "mask is torch.int64: expected torch.bool"),
+        (torch.zeros(3, 5, dtype=torch.bool), ValueError, r"mask is \(3, 5\)"),
+        (torch.zeros(3, 3, 2, dtype=torch.bool), ValueError, r"mask is \(3, 3, 2\)"),
+        (torch.zeros(2, 2, 3, dtype=torch.bool), ValueError, r"mask is \(2, 2, 3\): dense holds 3 images"),
+        (torch.zeros(3, 4, 6, dtype=torch.bool), ValueError, r"mask is \(3, 4, 6\): its patches of 16 pixels"),
+        (torch.zeros(6, dtype=torch.bool), ValueError, r"mask is \(6,\)"),
+        ([True] * 6, TypeError, "mask is a list"),
+    ],
+    ids=["float", "int", "cells", "grid", "batch", "patches of 16 pixels", "no batch dimension", "list"],
+)
+def test_masks_that_do_not_fit(mask, error, message):
+    with pytest.raises(error, match=message):
+        small_encoder()(images(), mask)
+
+
+def test_visible_that_is_not_the_count():
+    with pytest.raises((ValueError, RuntimeError), match="visible"):
+        small_encoder()(images(), torch.zeros(3, 6, dtype=torch.bool), visible=4)

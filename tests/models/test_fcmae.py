@@ -1,0 +1,261 @@
+"""`sparsecnx.models.FCMAE`: loss, masks, gradients, compilation, autocast, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BACKENDS, assert_close, assert_same, draw_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsecnx import models, use_backend
+from sparsecnx.models import masked_dense
+
+
+def small_model(patch_size: int = 32, **options):
+    """A model with four blocks in the encoder, one in the decoder, and a GRN that is not the identity."""
+    encoder = models.ConvNeXtV2Encoder(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    model = models.FCMAE(encoder, patch_size=patch_size, decoder_dim=16, **options)
+    for name, parameter in model.named_parameters():
+        if ".grn." in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def images(batch: int = 2, height: int = 64, width: int = 96, dtype: torch.dtype = torch.float64):
+    return torch.randn(batch, 3, height, width, dtype=dtype)
+
+
+def some_mask(kind: str = "equal counts", batch: int = 2, grid: tuple[int, int] = (2, 3)):
+    return draw_mask(kind, batch, grid, seed=2)
+
+
+def expected_prediction(model, x, mask):
+    """Everything dense, the mask token written over the hidden sites: `(B, patch**2 * 3, gh, gw)`."""
+    hidden = mask[:, None].repeat_interleave(model.patch_size // 32, 2).repeat_interleave(model.patch_size // 32, 3)
+    encoded = model.proj(masked_dense.forward_features(model.encoder, x, mask)[-1])
+    return model.pred(model.decoder(torch.where(hidden, model.mask_token, encoded)))
+
+
+def expected_loss(x, prediction, mask, patch: int, normalise: bool):
+    """Patch by patch: the mean squared error of each hidden patch, averaged over them."""
+    errors = []
+    for image, row, column in mask.nonzero().tolist():
+        pixels = x[image, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+        target = torch.stack([pixels[colour] for colour in range(3)], dim=-1).flatten()  # row, column, colour
+        if normalise:
+            centred = target - target.mean()
+            target = centred / (centred.square().sum() / (target.numel() - 1) + 1e-6).sqrt()
+        errors.append((prediction[image, :, row, column] - target).square().mean())
+    return torch.stack(errors).mean()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["equal counts", "random counts"])
+@pytest.mark.parametrize(
+    "patch, normalise", [(32, True), (32, False), (64, True)], ids=["32 px", "32 px, raw pixels", "64 px"]
+)
+def test_loss_and_gradients_are_those_of_the_definition(patch, normalise, kind, backend):
+    model = small_model(patch, norm_pix_loss=normalise).double()
+    x, mask = images(2, 2 * patch, 3 * patch), some_mask(kind)
+    prediction = expected_prediction(model, x, mask)
+    expected = expected_loss(x, prediction, mask, patch, normalise)
+    with use_backend(backend):
+        loss, found, returned = model(x, mask=mask)
+        parameters = dict(model.named_parameters())
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+    assert torch.equal(returned, mask.flatten(1))
+    assert_close(found, prediction)
+    assert_close(loss, expected)
+    references = torch.autograd.grad(expected, list(parameters.values()))
+    assert_same(dict(zip(parameters, gradients, strict=True)), dict(zip(parameters, references, strict=True)), 1e-9)
+
+
+def test_gradient_reaches_every_parameter():
+    model = small_model()
+    model(images(dtype=torch.float32))[0].backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not silent
+    assert model.mask_token.grad.any()
+
+
+@pytest.mark.parametrize("patch, grid", [(32, (4, 6)), (64, (2, 3))], ids=["32 px", "64 px"])
+def test_patches_hold_pixels_by_row_column_and_colour(patch, grid):
+    model, x = small_model(patch), images(2, 128, 192)
+    patches = model.patchify(x)
+    assert patches.shape == (2, grid[0] * grid[1], patch * patch * 3)
+    assert torch.equal(model.unpatchify(patches, grid), x)
+    for image, row, column, y, x_, colour in [(0, 0, 0, 0, 0, 1), (1, 1, 2, 5, 7, 0), (1, grid[0] - 1, 1, 31, 0, 2)]:
+        found = patches[image, row * grid[1] + column, (y * patch + x_) * 3 + colour]
+        assert found == x[image, colour, row * patch + y, column * patch + x_]
+
+
+def test_unpatchify_rejects_another_number_of_patches():
+    model = small_model()
+    with pytest.raises(ValueError, match=r"patches is \(2, 6, 3072\): a 2x2 grid has 4 patches"):
+        model.unpatchify(model.patchify(images()), (2, 2))
+
+
+def test_normalised_target_uses_the_unbiased_variance():
+    model, x = small_model().double(), images(1, 32, 64)
+    patches = model.patchify(x)
+    target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True, correction=1) + 1e-6).sqrt()
+    prediction, mask = target.mT.reshape(1, -1, 1, 2), torch.tensor([[True, False]])
+    assert model.reconstruction_loss(x, prediction, mask).item() < 1e-24
+    biased = target * (target.shape[-1] / (target.shape[-1] - 1)) ** 0.5
+    assert model.reconstruction_loss(x, biased.mT.reshape(1, -1, 1, 2), mask).item() > 1e-9
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["(B, L)", "(B, gh, gw)"])
+def test_given_mask(flat):
+    model, x, mask = small_model().double(), images(), some_mask("random counts")
+    counts = mask.flatten(1).sum(1)
+    assert counts[0] != counts[1]
+    loss, prediction, returned = model(x, mask=mask.flatten(1) if flat else mask)
+    assert torch.equal(returned, mask.flatten(1))
+    assert prediction.shape == (2, 3072, 2, 3)
+    assert_close(loss, expected_loss(x, prediction, mask, 32, True))
+
+
+def test_random_mask_hides_the_ratio_and_follows_the_generator():
+    model, x = small_model(), images(dtype=torch.float32)
+
+    def draw(seed):
+        return model(x, mask_ratio=0.6, generator=torch.Generator().manual_seed(seed))
+
+    first, again, other = draw(1), draw(1), draw(3)
+    assert first[2].shape == (2, 6) and first[2].dtype == torch.bool
+    assert (first[2].sum(1) == 6 - int(6 * 0.4)).all()
+    assert torch.equal(first[2], again[2]) and torch.equal(first[0], again[0])
+    assert not torch.equal(first[2], other[2])
+
+
+def test_nothing_hidden_costs_nothing():
+    model = small_model()
+    loss, _, _ = model(images(dtype=torch.float32), mask=torch.zeros(2, 6, dtype=torch.bool))
+    assert loss.item() == 0
+    loss.backward()
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", ["an empty and a full image", "none visible"])
+def test_image_with_nothing_visible_is_predicted_from_the_token(kind):
+    model, x, mask = small_model().double(), images(), some_mask(kind)
+    loss, prediction, _ = model(x, mask=mask)
+    assert_close(prediction, expected_prediction(model, x, mask))
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert model.mask_token.grad.any()
+
+
+@pytest.mark.parametrize(
+    "ratio, message",
+    [
+        (0.0, r"mask_ratio is 0.0: it leaves no patch to reconstruct"),
+        (1.0, r"ratio is 1.0"),
+        (-0.5, r"ratio is -0.5"),
+        (1.5, r"ratio is 1.5"),
+        (0.9, r"ratio is 0.9: it leaves none of the 6 patches visible"),
+    ],
+)
+def test_mask_ratio_that_does_not_fit(ratio, message):
+    with pytest.raises(ValueError, match=message):
+        small_model()(images(dtype=torch.float32), mask_ratio=ratio)
+
+
+@pytest.mark.parametrize("patch", [0, 16, 48, -32])
+def test_patch_size_that_does_not_fit(patch):
+    with pytest.raises(ValueError, match=f"patch_size is {patch}: expected a multiple of 32"):
+        small_model(patch)
+
+
+@pytest.mark.parametrize(
+    "x, error, message",
+    [
+        (torch.zeros(2, 3, 64, 96), ValueError, r"images is \(2, 3, 64, 96\): .* patch size, 64"),
+        (torch.zeros(2, 3, 64, 80), ValueError, r"images is \(2, 3, 64, 80\)"),
+        (torch.zeros(2, 1, 64, 64), ValueError, r"images is \(2, 1, 64, 64\)"),
+        (torch.zeros(0, 3, 64, 64), ValueError, r"images is \(0, 3, 64, 64\)"),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.int64), TypeError, "images is torch.int64"),
+    ],
+    ids=["patch size", "stride", "channels", "empty batch", "int64"],
+)
+def test_images_that_do_not_fit(x, error, message):
+    with pytest.raises(error, match=message):
+        small_model(64)(x)
+
+
+@pytest.mark.parametrize(
+    "mask, error, message",
+    [
+        (torch.zeros(2, 6), TypeError, "mask is torch.float32: expected torch.bool"),
+        (torch.zeros(2, 5, dtype=torch.bool), ValueError, r"mask is \(2, 5\): a 2x3 grid needs \(2, 6\)"),
+        (torch.zeros(2, 3, 2, dtype=torch.bool), ValueError, r"mask is \(2, 3, 2\): a 2x3 grid needs"),
+        (torch.zeros(3, 6, dtype=torch.bool), ValueError, r"mask is \(3, .*2 images"),
+        ([[True] * 6] * 2, TypeError, "mask is a list"),
+    ],
+    ids=["float", "cells", "grid", "batch", "list"],
+)
+def test_masks_that_do_not_fit(mask, error, message):
+    with pytest.raises(error, match=message):
+        small_model()(images(dtype=torch.float32), mask=mask)
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the operators that ran, and dtypes of the numbers that were read back."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+        self.reads = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition(".")[0]
+        self.names.add(name)
+        if name == "aten::_local_scalar_dense":
+            self.reads.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_masks_read_nothing_back_from_the_device(backend):
+    model, x = small_model(), images(dtype=torch.float32)
+    with use_backend(backend), Recorder() as recorder:
+        model(x, mask_ratio=0.6)[0].backward()
+    assert "aten::rand" in recorder.names and len(recorder.names) > 20
+    assert not recorder.names & {"aten::nonzero", "aten::masked_select", "aten::unique_dim"}
+    # On the CPU alone, where a read waits for nothing, `visible` is checked at once: of the encoder's mask and the
+    # decoder's. Elsewhere that is an asynchronous assertion.
+    assert recorder.reads == [torch.bool, torch.bool]
+
+
+def test_recorder_sees_a_mask_that_is_counted():
+    with Recorder() as recorder:
+        small_model()(images(dtype=torch.float32), mask=some_mask())
+    assert "aten::nonzero" in recorder.names
+
+
+def test_compiled_model_is_the_eager_one():
+    model, x, mask = small_model(), images(dtype=torch.float32), some_mask()
+    visible = int((~mask[0]).sum())
+    parameters = dict(model.named_parameters())
+
+    def run(call):
+        loss, prediction, _ = call(x, mask=mask, visible=visible)
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        return {"loss": loss, "prediction": prediction, **dict(zip(parameters, gradients, strict=True))}
+
+    torch.compiler.reset()
+    assert_same(run(torch.compile(model, fullgraph=True, backend="aot_eager")), run(model), 1e-5)
+
+
+def test_bfloat16_autocast_is_close_and_keeps_float32_gradients():
+    model, x, mask = small_model(), images(dtype=torch.float32), some_mask()
+    exact = model(x, mask=mask)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(x, mask=mask)[0]
+    assert loss.isfinite() and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.isfinite().all(), name

@@ -1,0 +1,223 @@
+"""`sparsecnx.nn`: each module against its torch counterpart, and on a SparseTensor against the masked dense layer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import assert_close, draw_mask, make_layout, random_sparse, site_mask
+
+from sparsecnx import SparseTensor, nn
+from sparsecnx.models import masked_dense
+
+CHANNELS = 6
+
+# Ours, torch's, and the dense input both take.
+IMAGES = (2, CHANNELS, 16, 24)
+COUNTERPARTS = {
+    "conv 1x1": (lambda m: m.Conv2d(CHANNELS, 8, 1), IMAGES),
+    "conv patchify": (lambda m: m.Conv2d(CHANNELS, 8, 4, stride=4), IMAGES),
+    "conv 3x3": (lambda m: m.Conv2d(CHANNELS, 8, 3, padding=1), IMAGES),
+    "conv 3x3 same": (lambda m: m.Conv2d(CHANNELS, 8, 3, padding="same"), IMAGES),
+    "conv 3x3 without bias": (lambda m: m.Conv2d(CHANNELS, 8, 3, padding=1, bias=False), IMAGES),
+    "conv 3x3 stride 2": (lambda m: m.Conv2d(CHANNELS, 8, 3, stride=2, padding=1), IMAGES),
+    "depthwise 7x7": (lambda m: m.Conv2d(CHANNELS, CHANNELS, 7, padding=3, groups=CHANNELS), IMAGES),
+    "linear": (lambda m: m.Linear(CHANNELS, 8), (2, 5, CHANNELS)),
+    "linear without bias": (lambda m: m.Linear(CHANNELS, 8, bias=False), (2, 5, CHANNELS)),
+    "gelu": (lambda m: m.GELU(), (2, 5, CHANNELS)),
+    "gelu tanh": (lambda m: m.GELU(approximate="tanh"), (2, 5, CHANNELS)),
+    "layer norm": (lambda m: m.LayerNorm(CHANNELS, eps=1e-6), (2, 5, CHANNELS)),
+}
+each_counterpart = pytest.mark.parametrize("make, shape", list(COUNTERPARTS.values()), ids=list(COUNTERPARTS))
+each_conv = pytest.mark.parametrize(
+    "make", [make for key, (make, _) in COUNTERPARTS.items() if "conv" in key or "depthwise" in key], ids=str
+)
+each_mask = pytest.mark.parametrize("kind", ["random counts", "equal counts", "an empty and a full image"])
+
+
+def randomise(module):
+    """Every parameter random, so that none hides an error by being zero or one; float64."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module.double()
+
+
+def example(kind: str = "random counts", channels: int = CHANNELS) -> SparseTensor:
+    """Three images of 16 x 24 sites in tiles of 8."""
+    return random_sparse(make_layout(draw_mask(kind, 3, (2, 3), seed=1), 8), channels)
+
+
+def channels_last(module, x):
+    """Apply a module over the last dimension of images."""
+    return module(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@each_counterpart
+def test_parameters_and_results_are_those_of_torch(make, shape):
+    ours, theirs = make(nn).double(), randomise(make(torch.nn))
+    assert {name: p.shape for name, p in ours.named_parameters()} == {
+        name: p.shape for name, p in theirs.named_parameters()
+    }
+    ours.load_state_dict(theirs.state_dict())
+    make(torch.nn).double().load_state_dict(ours.state_dict())
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+
+
+def test_layer_norm_2d_is_torch_over_the_channels_of_images():
+    ours, theirs = nn.LayerNorm2d(CHANNELS).double(), randomise(torch.nn.LayerNorm(CHANNELS, eps=1e-6))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(IMAGES, dtype=torch.float64)
+    assert_close(ours(x), channels_last(theirs, x))
+
+
+def test_grn_starts_as_the_identity_with_the_published_shapes():
+    grn = nn.GRN(CHANNELS)
+    assert {name: tuple(p.shape) for name, p in grn.named_parameters()} == {
+        "gamma": (1, 1, 1, CHANNELS),
+        "beta": (1, 1, 1, CHANNELS),
+    }
+    x = torch.randn(2, 4, 4, CHANNELS)
+    assert torch.equal(grn(x), x)
+
+
+@each_mask
+@each_conv
+def test_sparse_convolution_is_the_masked_dense_one(make, kind):
+    conv, x = randomise(make(nn)), example(kind)
+    found = conv(x)
+    assert_close(found.dense(), conv(x.dense()) * site_mask(found.layout))
+
+
+@each_mask
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.Linear(CHANNELS, 8), nn.GELU, lambda: nn.LayerNorm(CHANNELS)],
+    ids=["linear", "gelu", "layer norm"],
+)
+def test_sparse_pointwise_module_is_the_masked_dense_one(make, kind):
+    module, x = randomise(make()), example(kind)
+    found = module(x)
+    assert found.layout is x.layout
+    assert_close(found.dense(), channels_last(module, x.dense()) * site_mask(x.layout))
+
+
+@each_mask
+def test_sparse_layer_norm_2d_is_the_masked_dense_one(kind):
+    norm, x = randomise(nn.LayerNorm2d(CHANNELS)), example(kind)
+    assert_close(norm(x).dense(), norm(x.dense()) * site_mask(x.layout))
+
+
+@each_mask
+def test_sparse_grn_per_sample_is_the_masked_dense_one(kind):
+    grn, x = randomise(nn.GRN(CHANNELS)), example(kind)
+    assert_close(grn(x).dense(), channels_last(grn, x.dense()) * site_mask(x.layout))
+
+
+@each_mask
+def test_sparse_grn_per_batch_takes_its_norm_over_all_images(kind):
+    grn, x = randomise(nn.GRN(CHANNELS, scope="batch")), example(kind)
+    dense = x.dense()
+    side_by_side = torch.cat(list(dense), dim=-1)[None]  # one image that holds the whole batch
+    expected = torch.cat(channels_last(grn, side_by_side).split(dense.shape[-1], dim=-1))
+    assert_close(grn(x).dense(), expected * site_mask(x.layout))
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_stochastic_depth_is_the_identity_in_evaluation(p, sparse):
+    module = nn.StochasticDepth(p).train(p == 0.0)
+    x = example() if sparse else torch.randn(IMAGES)
+    assert module(x) is x
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_stochastic_depth_drops_whole_images_and_scales_the_others(sparse):
+    batch, p = 64, 0.2
+    x = torch.rand(batch, 3, 4, 4, dtype=torch.float64) + 1
+    mask = draw_mask("equal counts", batch, (2, 2), seed=1)
+    module = nn.StochasticDepth(p)
+    found = module(SparseTensor.from_dense(x, mask)).dense() if sparse else module(x)
+    visible = site_mask(make_layout(mask, 2)).expand_as(x).bool() if sparse else torch.ones_like(x, dtype=torch.bool)
+    scales = [(out / image)[seen] for out, image, seen in zip(found, x, visible, strict=True)]
+    for scale in scales:
+        torch.testing.assert_close(scale, scale[:1].expand_as(scale))
+    kept = [scale[0].item() for scale in scales if scale[0] != 0]
+    assert kept == pytest.approx([1 / (1 - p)] * len(kept))
+    assert 0 < batch - len(kept) < batch / 2
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, math.nan])
+def test_stochastic_depth_rejects_an_impossible_probability(p):
+    with pytest.raises(ValueError, match=f"p is {p}"):
+        nn.StochasticDepth(p)
+
+
+def test_block_has_the_published_names_and_shapes():
+    shapes = {name: tuple(p.shape) for name, p in nn.ConvNeXtV2Block(4).named_parameters()}
+    assert shapes == {
+        "dwconv.weight": (4, 1, 7, 7),
+        "dwconv.bias": (4,),
+        "norm.weight": (4,),
+        "norm.bias": (4,),
+        "pwconv1.weight": (16, 4),
+        "pwconv1.bias": (16,),
+        "grn.gamma": (1, 1, 1, 16),
+        "grn.beta": (1, 1, 1, 16),
+        "pwconv2.weight": (4, 16),
+        "pwconv2.bias": (4,),
+    }
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_dense_block_is_the_sparse_one_with_everything_visible(kernel):
+    block, x = randomise(nn.ConvNeXtV2Block(CHANNELS, kernel_size=kernel)), example("all visible")
+    assert_close(block(x).dense(), block(x.dense()))
+
+
+@each_mask
+def test_sparse_block_is_the_masked_dense_one(kind):
+    block, x = randomise(nn.ConvNeXtV2Block(CHANNELS)), example(kind)
+    assert_close(block(x).dense(), masked_dense.masked_block(block, x.dense(), site_mask(x.layout)))
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
+def test_block_drops_the_branch_of_whole_images(sparse):
+    block = randomise(nn.ConvNeXtV2Block(2, drop_path=0.5))
+    x = random_sparse(make_layout(draw_mask("all visible", 32, (2, 2), seed=0), 2), 2)
+    branch = block.eval()(x).dense() - x.dense()
+    block.train()
+    found = (block(x).dense() if sparse else block(x.dense())) - x.dense()
+    dropped = found.flatten(1).abs().amax(1) < 1e-12
+    assert 0 < dropped.sum() < 32
+    assert_close(found[~dropped], 2 * branch[~dropped])
+
+
+UNSUPPORTED = {
+    "dilation": ({"dilation": 2, "padding": 2}, "dilation=.* expected dilation 1"),
+    "padding mode": ({"padding": 1, "padding_mode": "reflect"}, "padding_mode=reflect.* zero padding"),
+    "two strides": ({"stride": (1, 2), "padding": 1}, r"stride=\(1, 2\).* one stride"),
+    "two groups": ({"groups": 2, "padding": 1}, "groups=2.* expected groups=1"),
+    "depthwise off centre": ({"groups": CHANNELS, "padding": 0}, "groups=6.* on a SparseTensor: expected"),
+    "depthwise stride 2": ({"groups": CHANNELS, "padding": 1, "stride": 2}, "expected groups=1"),
+    "padding wider than the kernel": ({"padding": 3}, r"padding.*\(3, 3\).*expected"),
+    "stride that leaves the tile": ({"stride": 3}, "stride is 3: it must divide the tile side, 8"),
+}
+
+
+@pytest.mark.parametrize("options, message", list(UNSUPPORTED.values()), ids=list(UNSUPPORTED))
+def test_convolution_without_submanifold_counterpart_is_an_error(options, message):
+    conv = nn.Conv2d(CHANNELS, CHANNELS, 3, **options).double()
+    with pytest.raises(ValueError, match=message):
+        conv(example())
+
+
+def test_convolution_rejects_other_channels():
+    with pytest.raises(ValueError, match=r"weight is \(8, 4, 3, 3\): expected \(C_out, 6"):
+        nn.Conv2d(4, 8, 3, padding=1).double()(example())
+
+
+def test_grn_rejects_an_unknown_scope():
+    with pytest.raises(ValueError, match="scope is 'image'"):
+        nn.GRN(CHANNELS, scope="image").double()(example())
