@@ -79,7 +79,7 @@ class Operator:
         reasons = "; ".join(f"{name}: {self.refusal(name, x)}" for name in self.implementations if name != "reference")
         warnings.warn(
             f"{self.name} runs on the slow dense reference ({reasons}). `sparsecnx doctor` says what to do.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -136,7 +136,7 @@ class TileSet:
     def mask(self) -> Tensor:
         """The mask these tiles came from: bool `(B, prod(grid))`, True = masked."""
         flat = torch.ones(self.batch * math.prod(self.grid), dtype=torch.bool, device=self.device)
-        return flat.index_fill(0, self.index, False).view(self.batch, -1)
+        return flat.index_fill(0, self.index, False).view(self.batch, math.prod(self.grid))
 
     def neighbours(self, radius: int) -> Tensor:
         """Neighbouring tiles of each tile, int32 `(tiles, (2 * radius + 1)**ndim)`, raster order of offsets.
@@ -304,7 +304,7 @@ def remember(tables: dict[Any, Tensor], key: Any, build: Callable[[], Tensor]) -
     tensors also under inference mode, and those of fake tensors are not kept."""
     if key in tables:
         return tables[key]
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             table = build()
     else:

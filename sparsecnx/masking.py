@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 
-def visible_count(cells: int, ratio: float) -> int:
-    """Tiles kept of `cells` at a mask ratio: `int(cells * (1 - ratio))`, 19 of 49 at 0.6.
+def visible_count(cells: int, ratio: float, name: str = "ratio") -> int:
+    """Tiles kept of `cells` at a mask ratio: `int(cells * (1 - ratio))`, 19 of 49 at 0.6. Errors call it `name`.
 
     Raises:
         ValueError: `ratio` is outside [0, 1), or no tile would be left.
     """
     if not 0.0 <= ratio < 1.0:
-        raise ValueError(f"ratio is {ratio}: expected 0 <= ratio < 1, the fraction of patches removed")
+        raise ValueError(f"{name} is {ratio}: expected 0 <= {name} < 1, the fraction of patches removed")
     kept = int(cells * (1 - ratio))
     if kept == 0:
-        raise ValueError(f"ratio is {ratio}: it leaves none of the {cells} patches visible")
+        raise ValueError(f"{name} is {ratio}: it leaves none of the {cells} patches visible")
     return kept
 
 

@@ -87,7 +87,7 @@ class FCMAE(nn.Module):
         """
         grid = self.grid(images)
         if mask is None:
-            visible = visible_count(grid[0] * grid[1], mask_ratio)
+            visible = visible_count(grid[0] * grid[1], mask_ratio, "mask_ratio")
             if visible == grid[0] * grid[1]:
                 raise ValueError(f"mask_ratio is {mask_ratio}: it leaves no patch to reconstruct")
             device = images.device if generator is None else generator.device

@@ -21,7 +21,7 @@ PUBLISHED = {
     "femto": ("5.2", "0.78"),
     "pico": ("9.1", "1.37"),
     "nano": ("15.6", "2.45"),
-    "tiny": ("28.6", "4.46"),  # printed as 4.47, with 5 operations per normalised number
+    "tiny": ("28.6", "4.47"),
     "base": ("89", "15.4"),
     "large": ("198", "34.4"),
     "huge": ("660", "115"),
@@ -44,9 +44,9 @@ def images(batch: int = 3, channels: int = 3):
     return torch.randn(batch, channels, 64, 96, dtype=torch.float64)
 
 
-def assert_printed(value: float, printed: str) -> None:
-    digits = len(printed.partition(".")[2])
-    assert f"{value:.{digits}f}" == printed
+def as_printed(value: float, printed: str) -> str:
+    """A value with as many digits as its printed form has."""
+    return f"{value:.{len(printed.partition('.')[2])}f}"
 
 
 def test_every_published_size_is_there():
@@ -56,12 +56,19 @@ def test_every_published_size_is_there():
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_parameters_and_flops_are_the_published_ones(size):
     parameters, flops = PUBLISHED[size]
+    normalised = []
     with torch.device("meta"):
         model = getattr(models, f"convnextv2_{size}")()
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.register_forward_hook(lambda _, inputs, output: normalised.append(output.numel()))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             assert model(torch.empty(1, 3, 224, 224)).shape == (1, 1000)
-    assert_printed(sum(p.numel() for p in model.parameters()) / 1e6, parameters)
-    assert_printed(counter.get_total_flops() / 2 / 1e9, flops)
+    assert as_printed(sum(p.numel() for p in model.parameters()) / 1e6, parameters) == parameters
+    # The published table mixes two ways of counting: products alone, or (Tiny, taken over from the first ConvNeXt)
+    # with 5 operations for each normalised number besides.
+    products = counter.get_total_flops() / 2
+    assert flops in (as_printed(count / 1e9, flops) for count in (products, products + 5 * sum(normalised)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -151,10 +151,10 @@ def test_image_with_nothing_visible_is_predicted_from_the_token(kind):
     "ratio, message",
     [
         (0.0, r"mask_ratio is 0.0: it leaves no patch to reconstruct"),
-        (1.0, r"ratio is 1.0"),
-        (-0.5, r"ratio is -0.5"),
-        (1.5, r"ratio is 1.5"),
-        (0.9, r"ratio is 0.9: it leaves none of the 6 patches visible"),
+        (1.0, r"mask_ratio is 1.0"),
+        (-0.5, r"mask_ratio is -0.5"),
+        (1.5, r"mask_ratio is 1.5"),
+        (0.9, r"mask_ratio is 0.9: it leaves none of the 6 patches visible"),
     ],
 )
 def test_mask_ratio_that_does_not_fit(ratio, message):

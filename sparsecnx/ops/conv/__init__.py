@@ -63,7 +63,7 @@ def conv(
         check_vector(bias, "bias", weight.shape[0], x)
     x, (weight,) = autocast(x, weight)
     check_same_dtype(x, "weight", weight)
-    if selected() in ("auto", "native") and gemm.applies(x, kernel, stride, offsets):
+    if gemm.applies(x, kernel, stride, offsets) and (selected() == "auto" or operator.choose(x) == "native"):
         return x.with_features(gemm.conv(x, weight, bias, stride), layout)
     return x.with_features(operator(x, weight, bias, stride, offsets), layout)
 

@@ -1,4 +1,4 @@
-"""General submanifold convolution by the compiled CPU kernel (`csrc/cpu/conv.cpp`): gathered rows and GEMMs, in chunks."""
+"""General submanifold convolution by the compiled CPU kernel (`csrc/cpu/conv.cpp`): gathered rows, chunked GEMMs."""
 
 from __future__ import annotations
 
