@@ -39,6 +39,15 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they bring on tensors this small; tests of threads ask for theirs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
 def forget_warnings() -> Iterator[None]:
     """Every test sees the once-per-process warnings anew, and leaves no trace in the next."""
     backend._warned.clear()

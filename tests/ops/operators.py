@@ -23,9 +23,9 @@ def channel_parameters(channels: int, *names: str) -> Parameters:
     return {name: torch.randn(channels, dtype=torch.float64) for name in names}
 
 
-def block_parameters(channels: int, *kernel: int) -> Parameters:
-    """Parameters of a ConvNeXt V2 block, none of them zero, float64."""
-    hidden = 4 * channels
+def block_parameters(channels: int, *kernel: int, hidden: int | None = None) -> Parameters:
+    """Parameters of a ConvNeXt V2 block, none of them zero, float64; 4C hidden channels unless said otherwise."""
+    hidden = hidden or 4 * channels
     conv, first, second = (
         conv_parameters(*shape) for shape in [(channels, 1, *kernel), (hidden, channels), (channels, hidden)]
     )

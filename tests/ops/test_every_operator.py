@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from cases import (
@@ -17,6 +19,7 @@ from cases import (
     threads,
 )
 from operators import CASES
+from torch._subclasses import FakeTensorMode
 
 from sparsecnx import Layout, SparseTensor, ops, use_backend
 
@@ -194,6 +197,42 @@ def test_compiled_with_a_layout_from_outside():
         case.run(other, **q)
         again = torch.compile(lambda x=other, p=q: case.run(x, **p).features, fullgraph=True, backend="aot_eager")
         assert_close(again(), case.run(other, **q).features, 1e-6)
+
+
+@needs_native
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
+def test_compiled_by_inductor():
+    """What `torch.compile` does by default: a gather, a convolution, the fused block, a scatter, and gradients."""
+    torch._dynamo.reset()
+    mask = torch.tensor([[True, False, False, True], [False, False, True, True]])
+    stem = {name: value.float() for name, value in CASES["conv-2x2-stride2"].parameters(3).items()}
+    p = {name: value.float() for name, value in CASES["block-recompute"].parameters(5).items()}
+
+    def step(dense, **p):
+        x = ops.conv(SparseTensor.from_dense(dense, mask, visible=2), **stem, stride=2)
+        return ops.convnextv2_block(x, ops.BlockParameters(**p)).dense()
+
+    def run(function):
+        dense = torch.ones(2, 3, 8, 8).cumsum(-1).requires_grad_()
+        leaves = [value.clone().requires_grad_() for value in p.values()]
+        out = function(dense, **dict(zip(p, leaves, strict=True)))
+        gradients = torch.autograd.grad(out.sin().sum(), [dense, *leaves])
+        return {"output": out.detach(), **dict(zip(["dense", *p], gradients, strict=True))}
+
+    assert_same(run(torch.compile(step, fullgraph=True)), run(step), 1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, FakeTensorMode], ids=lambda mode: mode.__name__)
+@EVERY
+def test_a_layout_serves_training_after_any_other_use(mode, case):
+    """Tables are built on first use and kept: those of evaluation, or of a trace, must not get in the way."""
+    x, p = arguments(case)
+    with mode(**({"allow_non_fake_inputs": True} if mode is FakeTensorMode else {})):
+        seeded(case)(x, **p)
+    fresh = make_layout(x.layout.tiles.mask().view(3, *x.layout.tiles.grid), x.layout.tile)
+    found = outputs_and_gradients(seeded(case), x, p)
+    expected = outputs_and_gradients(seeded(case), SparseTensor(x.features, fresh), p)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @EVERY

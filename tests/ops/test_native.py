@@ -1,0 +1,247 @@
+"""The compiled operators, `torch.ops.sparsecnx.*`: registration, instruction sets, number formats, wrong arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_close, example_layout, needs_native, outputs_and_gradients, random_sparse
+from operators import CASES
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsecnx import SparseTensor, ops, use_backend
+
+pytestmark = needs_native
+
+REGISTERED = sorted(
+    name.removeprefix("sparsecnx::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("sparsecnx::") and name != "sparsecnx::cpu_isa"
+)
+INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]  # each has all of the one before
+
+
+class Calls(TorchDispatchMode):
+    """Keeps the arguments of every call of a compiled operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: dict[str, list[tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sparsecnx":
+            self.by_name.setdefault(func._opname, []).append(args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def calls() -> dict[str, list[tuple[Any, ...]]]:
+    """Every compiled operator's calls in a forward and backward pass of all that is public."""
+    torch.manual_seed(0)
+    recorder = Calls()
+    with use_backend("native"), recorder:
+        layout = example_layout(2, (2, 2), tile=2)
+        mask = layout.tiles.mask()
+        dense = torch.randn(2, 4, 4, 4, requires_grad=True)
+        fill = torch.randn(4, requires_grad=True)
+        SparseTensor.from_dense(dense, mask).dense(fill).sum().backward()
+        for case in CASES.values():
+            p = {name: value.float() for name, value in case.parameters(4).items()}
+            outputs_and_gradients(case.run, random_sparse(layout, 4, torch.float32), p)
+    return recorder.by_name
+
+
+def test_operators_are_registered():
+    assert "depthwise_conv" in REGISTERED and "convnextv2_block_backward" in REGISTERED
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_opcheck(name, calls):
+    """Schema, fake kernel, autograd and AOT dispatch, on the arguments of a real call."""
+    operator = getattr(torch.ops.sparsecnx, name).default
+    with_autograd = not name.endswith(("_backward", "_weight_grad"))
+    assert calls[name], "no public function led to this operator"
+    distinct = {str([None if a is None else getattr(a, "shape", a) for a in args]): args for args in calls[name]}
+    for args in distinct.values():
+
+        def fresh(value):
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.detach().clone().requires_grad_(with_autograd and value.is_floating_point())
+
+        # The scale of an image is a constant, and so is what else the tables hold.
+        arguments = [fresh(value) for value in args]
+        for position, argument in enumerate(operator._schema.arguments):
+            if argument.name in ("scale", "row_scale") and arguments[position] is not None:
+                arguments[position].requires_grad_(False)
+        torch.library.opcheck(operator, tuple(arguments))
+
+
+def test_saved_statistics_carry_no_gradient(calls):
+    for name in ("grn", "layer_norm", "convnextv2_block"):
+        args = [
+            a.detach().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in calls[name][0]
+        ]
+        out, *statistics = getattr(torch.ops.sparsecnx, name)(*args)
+        assert out.requires_grad
+        assert not any(value.requires_grad for value in statistics)
+
+
+# Run in a process of its own, since the instruction set is chosen once. Prints the set, and the largest error of
+# outputs and gradients by dtype and case.
+SCRIPT = """
+import json
+import torch
+from cases import BOUNDS, draw_mask, make_layout, outputs_and_gradients, random_sparse, relative_error
+from operators import CASES
+from sparsecnx import use_backend
+
+def run(case):
+    def run(x, **p):
+        torch.manual_seed(3)
+        return case.run(x, **p)
+    return run
+
+torch.set_num_threads(1)
+errors = {}
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, case in CASES.items():
+        for channels, tile in ((37, 4), (32, 2)):
+            torch.manual_seed(channels)
+            x = random_sparse(make_layout(draw_mask("equal counts", 2, (3, 2), 3), tile), channels, dtype)
+            p = {k: v.to(wide if k in case.statistics else dtype) for k, v in case.parameters(channels).items()}
+            with use_backend("reference"):
+                exact = {k: v.double() for k, v in p.items()}
+                expected = outputs_and_gradients(run(case), x.to(torch.float64), exact, dtype)
+            with use_backend("native"):
+                found = outputs_and_gradients(run(case), x, p)
+            worst = max(relative_error(found[k], expected[k]) for k in expected)
+            key = f"{name} {dtype}"
+            errors[key] = max(errors.get(key, 0), worst / BOUNDS[dtype])
+
+def products(dtype, factor):
+    '''Every 16-bit number times a factor, by the compiled operator and by torch.'''
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[:, None]
+    splits = torch.tensor([0, len(x)])
+    found = torch.ops.sparsecnx.scale_rows(x, torch.tensor([factor]), splits)
+    return found, (x.float() * factor).to(dtype)
+
+wrong = []
+for dtype in (torch.float16, torch.bfloat16):
+    for factor in (1.0, 1.001, 0.3, 2.0**-9, 3000.0):
+        found, expected = products(dtype, factor)
+        same = (found.view(torch.int16) == expected.view(torch.int16)) | (found.isnan() & expected.isnan())
+        if not same.all():
+            wrong.append(f"{dtype} times {factor}: {(~same).sum().item()} differ")
+
+print(json.dumps({"isa": torch.ops.sparsecnx.cpu_isa(), "errors": errors, "wrong": wrong}))
+"""
+
+
+def run_with(isa: str) -> dict[str, Any]:
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path, "SPARSECNX_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_every_instruction_set_gives_the_reference(isa):
+    result = run_with(isa)
+    asked = INSTRUCTION_SETS.index(isa)
+    if "SPARSECNX_CPU_ISA" in os.environ:
+        assert result["isa"] in INSTRUCTION_SETS[: asked + 1]
+    else:
+        machine = INSTRUCTION_SETS.index(torch.ops.sparsecnx.cpu_isa())
+        assert result["isa"] == INSTRUCTION_SETS[min(machine, asked)]
+    # By how much the bound of the dtype is used up.
+    assert {key: error for key, error in result["errors"].items() if not error < 1} == {}
+    assert result["wrong"] == []
+
+
+def test_gelu_over_the_whole_range():
+    """The activation and its slope, value by value: the block with W1 = 0, W2 = identity, x = 0 returns gelu(b1)."""
+    bias = torch.cat([torch.linspace(-13, 13, 2001), torch.tensor([-1e30, -1e4, -60.0, 60.0, 1e4])])
+    size = len(bias)
+    layout = example_layout(1, (1, 2), tile=1)
+    zeros = torch.zeros(size)
+    p = ops.BlockParameters(
+        torch.zeros(size, 1, 1, 1),
+        zeros,
+        zeros,
+        zeros,
+        torch.zeros(size, size),
+        bias,
+        zeros,
+        zeros,
+        torch.eye(size),
+        zeros,
+    )
+    p.pwconv1_bias.requires_grad_()
+    exact = bias.detach().double().requires_grad_()
+    expected = torch.nn.functional.gelu(exact)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    with use_backend("native"):
+        out = ops.convnextv2_block(SparseTensor(torch.zeros(layout.rows, size), layout), p).features
+    (gradient,) = torch.autograd.grad(out[0].sum(), p.pwconv1_bias)
+    torch.testing.assert_close(out[0].double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), slope, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_rounds_like_torch():
+    x = random_sparse(example_layout(), 40)
+    low = x.to(torch.bfloat16)
+    weight = torch.randn(40, 1, 1, 1).bfloat16()  # a 1x1 depthwise kernel: one product, rounded once
+    with use_backend("native"):
+        out = ops.depthwise_conv(low, weight).features
+    assert torch.equal(out, low.features * weight.flatten())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("depthwise_conv", {"x": lambda x: x.t()}, "x must be a contiguous CPU tensor"),
+        ("depthwise_conv", {"x": lambda x: x[None]}, "x must be"),
+        ("depthwise_conv", {"x": lambda x: x[:-1].contiguous()}, "x has 15 rows, expected a multiple of tile"),
+        ("depthwise_conv", {"weight": lambda w: w.double()}, "weight is Double, expected Float"),
+        ("depthwise_conv", {"weight": lambda w: w[:-1].contiguous()}, "weight must be"),
+        ("depthwise_conv", {"table": lambda t: t[:, :-1].contiguous()}, "table has .* elements, expected"),
+        ("depthwise_conv", {"table": lambda t: t.long()}, "table is Long, expected Int"),
+        ("conv", {"kernel_map": lambda m: m.long()}, "kernel_map is Long, expected Int"),
+        ("conv", {"weight": lambda w: w[:, :-1].contiguous()}, "weight must be"),
+        ("grn", {"gamma": lambda g: g[:-1].contiguous()}, "gamma has 3 elements, expected 4"),
+        ("grn", {"segments": lambda s: s[:-1].contiguous()}, "segments must ascend from 0 to the number of rows"),
+        ("layer_norm", {"weight": lambda w: w.double()}, "weight is Double, expected Float"),
+        ("scale_rows", {"splits": lambda s: s.flip(0)}, "splits must ascend from 0 to the number of rows"),
+        ("convnextv2_block", {"pwconv2_weight": lambda w: w.bfloat16()}, "pwconv2_weight is BFloat16, expected Float"),
+        ("convnextv2_block", {"segments": lambda s: s.int()}, "segments is Int, expected Long"),
+    ],
+)
+def test_compiled_operators_check_what_they_read(name, change, message, calls):
+    operator = getattr(torch.ops.sparsecnx, name).default
+    args = {argument.name: value for argument, value in zip(operator._schema.arguments, calls[name][0], strict=False)}
+    operator(**args)
+    args |= {key: change[key](args[key]) for key in change}
+    with pytest.raises(RuntimeError, match=f"sparsecnx: {message}"):
+        operator(**args)
+
+
+def test_native_gradients_do_not_depend_on_what_else_is_wanted():
+    x = random_sparse(example_layout(), 4, torch.float32)
+    weight = torch.randn(4, 1, 3, 3, requires_grad=True)
+    with use_backend("native"):
+        alone = torch.autograd.grad(ops.depthwise_conv(x, weight).features.sum(), weight)[0]
+        features = x.features.clone().requires_grad_()
+        both = torch.autograd.grad(
+            ops.depthwise_conv(x.with_features(features), weight).features.sum(), [weight, features]
+        )
+    assert_close(both[0], alone, 1e-7)
