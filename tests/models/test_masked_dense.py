@@ -1,0 +1,90 @@
+"""`sparsecnx.models.masked_dense`, the encoder that the sparse one is held to, and the sparse one in training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BACKENDS, assert_close, draw_mask
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
+
+from sparsecnx import models, use_backend
+from sparsecnx.models import masked_dense
+
+SMALL = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
+
+
+def small_encoder(**options):
+    encoder = models.ConvNeXtV2Encoder(**SMALL, **options)
+    for name, parameter in encoder.named_parameters():
+        if ".grn." in name:
+            torch.nn.init.normal_(parameter)
+    return encoder.double()
+
+
+def images():
+    return torch.randn(3, 3, 64, 96, dtype=torch.float64)
+
+
+def test_outputs_are_zero_at_masked_sites_alone():
+    mask = draw_mask("random counts", 3, (2, 3), seed=2)
+    for stage in masked_dense.forward_features(small_encoder(), images(), mask):
+        factor = stage.shape[-1] // 3
+        hidden = mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        assert torch.equal((stage == 0).all(dim=1), hidden)
+
+
+def test_everything_visible_is_the_plain_encoder():
+    encoder, x = small_encoder(), images()
+    found = masked_dense.forward_features(encoder, x, torch.zeros(3, 2, 3, dtype=torch.bool))
+    for out, ref in zip(found, encoder.forward_features(x), strict=True):
+        assert_close(out, ref)
+
+
+def test_masked_pixels_do_not_matter():
+    encoder, x, mask = small_encoder(), images(), draw_mask("random counts", 3, (2, 3), seed=2)
+    hidden = mask[:, None].repeat_interleave(32, 2).repeat_interleave(32, 3)
+    other = torch.where(hidden, 100 * torch.randn_like(x), x)
+    for one, two in zip(
+        masked_dense.forward_features(encoder, x, mask),
+        masked_dense.forward_features(encoder, other, mask),
+        strict=True,
+    ):
+        assert_close(one, two)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_drops_the_same_branches_of_the_same_images(backend):
+    """Dense or sparse, stochastic depth takes one random number an image and block."""
+    encoder, x, mask = small_encoder(drop_path_rate=0.8), images(), draw_mask("equal counts", 3, (2, 3), seed=2)
+    results = []
+    for forward in (encoder.forward_features, lambda x, mask: masked_dense.forward_features(encoder, x, mask)):
+        torch.manual_seed(4)
+        with use_backend(backend):
+            results.append(forward(x, mask))
+    sparse, dense = results
+    for out, ref in zip(sparse, dense, strict=True):
+        assert_close(out.dense(), ref)
+    evaluated = masked_dense.forward_features(encoder.eval(), x, mask)
+    assert not torch.allclose(evaluated[-1], dense[-1])
+
+
+def on_an_imitated_gpu(run):
+    """Run a model on fake tensors of a GPU: whatever reads a value back, or has a shape that depends on one, raises."""
+    mask = draw_mask("equal counts", 2, (2, 3), seed=2)
+    model = models.FCMAE(models.ConvNeXtV2Encoder(**SMALL), decoder_dim=16)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        return run(model.to("cuda"), torch.randn(2, 3, 64, 96, device="cuda"), mode.from_tensor(mask).to("cuda"))
+
+
+def test_equal_counts_read_nothing_back_from_a_gpu():
+    visible = 6 - int(draw_mask("equal counts", 2, (2, 3), seed=2)[0].sum())
+    encoded = on_an_imitated_gpu(lambda model, x, mask: model.encoder(x, mask, visible=visible))
+    assert encoded.features.shape == (2 * visible, 16) and encoded.device.type == "cuda"
+    loss, prediction, _ = on_an_imitated_gpu(lambda model, x, mask: model(x, mask_ratio=0.6))
+    assert loss.shape == () and prediction.shape == (2, 3072, 2, 3)
+
+
+def test_counting_a_mask_reads_from_a_gpu():
+    with pytest.raises(DynamicOutputShapeException):
+        on_an_imitated_gpu(lambda model, x, mask: model.encoder(x, mask))
