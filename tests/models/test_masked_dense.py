@@ -88,3 +88,20 @@ def test_equal_counts_read_nothing_back_from_a_gpu():
 def test_counting_a_mask_reads_from_a_gpu():
     with pytest.raises(DynamicOutputShapeException):
         on_an_imitated_gpu(lambda model, x, mask: model.encoder(x, mask))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_known_counts_change_no_bit(backend):
+    """What `visible` saves is a read; the tiles it finds are the same."""
+    x, mask = images(), draw_mask("equal counts", 3, (2, 3), seed=2)
+    visible = int((~mask[0]).sum())
+    encoder = small_encoder()
+    model = models.FCMAE(encoder, decoder_dim=16).double()
+    with use_backend(backend):
+        counted, known = encoder.forward_features(x, mask), encoder.forward_features(x, mask, visible)
+        assert counted[0].layout.tiles.visible == known[0].layout.tiles.visible == visible
+        assert all(torch.equal(one.features, two.features) for one, two in zip(counted, known, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(model(x, mask=mask), model(x, mask=mask, visible=visible), strict=True)
+        )
+        assert all(torch.equal(one.dense(), two.dense()) for one, two in zip(counted, known, strict=True))
