@@ -1,0 +1,44 @@
+"""What the Triton kernels can take, and how an operator gets its Triton room."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from sparsecnx import _triton
+from sparsecnx.backend import Implementation
+from sparsecnx.selection import selected
+from sparsecnx.tensor import SparseTensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refusal(x: SparseTensor) -> str | None:
+    """Why the Triton kernels cannot run on `x`; None where they can."""
+    if x.dtype not in DTYPES:
+        return f"Triton kernels take float32, bfloat16 and float16, x is {x.dtype}"
+    if x.device.type == "cpu" and selected() != "triton":
+        return "Triton kernels run on the CPU only when asked for by name, under TRITON_INTERPRET=1"
+    return _triton.refusal(x.device)
+
+
+def refusal_2d(x: SparseTensor) -> str | None:
+    """As `refusal`, for kernels that are written for two spatial dimensions."""
+    if x.layout.ndim != 2:
+        return f"Triton kernel is two-dimensional, x has {x.layout.ndim} spatial dimensions"
+    return refusal(x)
+
+
+def implementation(
+    package: str, function: str, rule: Callable[[SparseTensor], str | None] = refusal
+) -> Implementation:
+    """`function` of the room `triton.py` in an operator's `package`, imported only where Triton is installed."""
+    if not _triton.available:
+        return Implementation(_unavailable, rule)
+    return Implementation(getattr(importlib.import_module(f"{package}.triton"), function), rule)
+
+
+def _unavailable(*_: object) -> None:
+    raise AssertionError("refused")  # `refusal` keeps every call away
