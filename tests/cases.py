@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +13,17 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsecnx import Layout, SparseTensor, _extension, use_backend
+from sparsecnx import Layout, SparseTensor, _extension, _triton, use_backend
+from sparsecnx.backend import Operator as Dispatcher
+from sparsecnx.layout import TileSet
+
+# Where Triton kernels run: on a GPU, or in the interpreter (see conftest.py). The other backends run on the CPU.
+DEVICE = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 needs_native = pytest.mark.skipif(not _extension.loaded, reason=f"needs the compiled operators: {_extension.why_not}")
-BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+needs_triton = pytest.mark.skipif(_triton.refusal(DEVICE) is not None, reason=f"{_triton.refusal(DEVICE)}")
+needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+BACKENDS = {"reference": (), "native": needs_native, "triton": needs_triton}
 
 # Largest ||out - ref|| / ||ref|| by dtype.
 BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -79,6 +87,70 @@ def random_sparse(layout: Layout, channels: int, dtype: torch.dtype = torch.floa
     return SparseTensor(torch.randn(layout.rows, channels, dtype=torch.float64).to(dtype), layout)
 
 
+def backends(*operators: str) -> list[Any]:
+    """Parameters of a test: the names of the backends that offer all of these operators."""
+    return [
+        pytest.param(backend, marks=marks)
+        for backend, marks in BACKENDS.items()
+        if all(backend in dispatcher(operator).implementations for operator in operators)
+    ]
+
+
+def dispatcher(operator: str) -> Dispatcher:
+    """The `Operator` behind a public function of `sparsecnx.ops`."""
+    found = importlib.import_module(f"sparsecnx.ops.{operator}").operator
+    assert isinstance(found, Dispatcher)
+    return found
+
+
+# Those that run a whole model.
+MODEL_BACKENDS = backends("conv", "convnextv2_block", "layer_norm")
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend's tensors lie."""
+    return DEVICE if backend == "triton" else torch.device("cpu")
+
+
+def widest(backend: str) -> torch.dtype:
+    """The most exact dtype that a backend takes."""
+    return torch.float32 if backend == "triton" else torch.float64
+
+
+def dtypes_of(backend: str) -> list[torch.dtype]:
+    """What a backend takes."""
+    return [dtype for dtype in BOUNDS if backend != "triton" or dtype != torch.float64]
+
+
+def bound(backend: str) -> float:
+    """What `assert_close` may ask of results in the dtype `widest(backend)`."""
+    return BOUNDS[widest(backend)]
+
+
+def move(x: SparseTensor, device: torch.device) -> SparseTensor:
+    """The same tensor and geometry on another device; itself where it is there already."""
+    if x.device == device:
+        return x
+    tiles = x.layout.tiles
+    there = TileSet(tiles.batch, tiles.grid, tiles.index.to(device), tiles.splits.to(device), tiles.visible)
+    return SparseTensor(x.features.to(device), Layout(there, x.layout.tile, x.layout.stride))
+
+
+def suit(
+    backend: str, x: SparseTensor, parameters: dict[str, Tensor], dtype: torch.dtype | None = None
+) -> tuple[SparseTensor, dict[str, Tensor]]:
+    """Features and parameters where a backend takes them, in `dtype`, or where none is given in the widest it takes
+    of theirs."""
+    device = device_of(backend)
+
+    def suited(value: Tensor) -> Tensor:
+        narrow = value.dtype == torch.float64 and widest(backend) != torch.float64
+        return value.to(device, dtype or (widest(backend) if narrow else value.dtype))
+
+    x = move(x, device)
+    return x.with_features(suited(x.features)), {name: suited(value) for name, value in parameters.items()}
+
+
 def site_mask(layout: Layout, dtype: torch.dtype = torch.float64) -> Tensor:
     """1 at visible sites, else 0: `(B, 1, *spatial)`."""
     keep = (~layout.tiles.mask()).to(dtype).view(layout.batch, 1, *layout.tiles.grid)
@@ -91,7 +163,7 @@ def relative_error(out: Tensor, ref: Tensor) -> float:
     """||out - ref|| / ||ref||; ||out|| where the reference is zero."""
     assert out.shape == ref.shape
     scale = ref.double().norm().item()
-    return (out.double() - ref.double()).norm().item() / (scale or 1.0)
+    return (out.cpu().double() - ref.cpu().double()).norm().item() / (scale or 1.0)
 
 
 def assert_close(out: Tensor, ref: Tensor, bound: float = 1e-11) -> None:
@@ -122,7 +194,7 @@ def outputs_and_gradients(
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
     out = run(x.with_features(features), **leaves).features
     assert out.dtype == x.dtype
-    cotangent = incoming_gradient(out.shape, mean).to(rounding or out.dtype).to(out.dtype)
+    cotangent = incoming_gradient(out.shape, mean).to(rounding or out.dtype).to(out.device, out.dtype)
     gradients = torch.autograd.grad(out, [features, *leaves.values()], cotangent)
     for gradient, leaf in zip(gradients, [features, *leaves.values()], strict=True):
         assert gradient.dtype == leaf.dtype and gradient.shape == leaf.shape
@@ -157,8 +229,10 @@ def assert_matches_reference(
     exact = {name: value.double() for name, value in rounded.items()}
     with use_backend("reference"):
         expected = outputs_and_gradients(run, x.to(dtype).to(torch.float64), exact, dtype, mean)
+    device = device_of(backend)
+    there = {name: value.to(device) for name, value in rounded.items()}
     with use_backend(backend):
-        found = outputs_and_gradients(run, x.to(dtype), rounded, mean=mean)
+        found = outputs_and_gradients(run, move(x.to(dtype), device), there, mean=mean)
     assert_same(found, expected, BOUNDS[dtype])
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, register_random, settings
+
+# Without a GPU the Triton kernels run on CPU tensors in Triton's interpreter. It is chosen when `triton.jit` meets a
+# kernel, so before sparsecnx is imported; processes that tests start inherit it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from sparsecnx import backend
 

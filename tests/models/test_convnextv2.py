@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from cases import BACKENDS, assert_close, assert_same, draw_mask
+from cases import MODEL_BACKENDS, assert_close, assert_same, draw_mask
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsecnx import models, use_backend
@@ -71,7 +71,7 @@ def test_parameters_and_flops_are_the_published_ones(size):
     assert flops in (as_printed(count / 1e9, flops) for count in (products, products + 5 * sum(normalised)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MODEL_BACKENDS)
 @pytest.mark.parametrize("kind", ["random counts", "equal counts", "an empty and a full image"])
 def test_sparse_encoder_and_its_gradients_are_the_masked_dense_ones(kind, backend):
     encoder, x, mask = small_encoder(), images(), draw_mask(kind, 3, (2, 3), seed=2)

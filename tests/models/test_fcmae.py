@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKENDS, assert_close, assert_same, draw_mask
+from cases import MODEL_BACKENDS, assert_close, assert_same, draw_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import models, use_backend
@@ -49,7 +49,7 @@ def expected_loss(x, prediction, mask, patch: int, normalise: bool):
     return torch.stack(errors).mean()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MODEL_BACKENDS)
 @pytest.mark.parametrize("kind", ["equal counts", "random counts"])
 @pytest.mark.parametrize(
     "patch, normalise", [(32, True), (32, False), (64, True)], ids=["32 px", "32 px, raw pixels", "64 px"]
@@ -216,7 +216,7 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MODEL_BACKENDS)
 def test_random_masks_read_nothing_back_from_the_device(backend):
     model, x = small_model(), images(dtype=torch.float32)
     with use_backend(backend), Recorder() as recorder:

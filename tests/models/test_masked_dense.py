@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKENDS, assert_close, draw_mask
+from cases import MODEL_BACKENDS, assert_close, draw_mask
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
@@ -53,7 +53,7 @@ def test_masked_pixels_do_not_matter():
         assert_close(one, two)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MODEL_BACKENDS)
 def test_training_drops_the_same_branches_of_the_same_images(backend):
     """Dense or sparse, stochastic depth takes one random number an image and block."""
     encoder, x, mask = small_encoder(drop_path_rate=0.8), images(), draw_mask("equal counts", 3, (2, 3), seed=2)
@@ -90,7 +90,7 @@ def test_counting_a_mask_reads_from_a_gpu():
         on_an_imitated_gpu(lambda model, x, mask: model.encoder(x, mask))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MODEL_BACKENDS)
 def test_known_counts_change_no_bit(backend):
     """What `visible` saves is a read; the tiles it finds are the same."""
     x, mask = images(), draw_mask("equal counts", 3, (2, 3), seed=2)

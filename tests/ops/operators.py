@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsecnx import SparseTensor, ops
+from sparsecnx.ops.common import statistics_dtype
+from sparsecnx.ops.stochastic_depth import operator as scale_images
 
 Parameters = dict[str, Tensor]
 
@@ -55,7 +57,7 @@ def survival(batch: int) -> Tensor:
 
 def block(*, survive: bool = False, **options: object) -> Callable[..., SparseTensor]:
     def run(x: SparseTensor, **p: Tensor) -> SparseTensor:
-        scale = survival(x.layout.batch) if survive and isinstance(x, SparseTensor) else None
+        scale = survival(x.layout.batch).to(x.device) if survive and isinstance(x, SparseTensor) else None
         return ops.convnextv2_block(x, ops.BlockParameters(**p), scale, **options)
 
     return run
@@ -67,6 +69,13 @@ def patchify(stride: int) -> Callable[..., SparseTensor]:
 
 def half_of_the_images(x: SparseTensor) -> SparseTensor:
     return ops.stochastic_depth(x, 0.5)
+
+
+def scaled_images(x: SparseTensor) -> SparseTensor:
+    """Stochastic depth with given scales: what is drawn differs between devices and dtypes."""
+    x = ops.stochastic_depth(x, 0.0)
+    scale = survival(x.layout.batch).to(x.device, statistics_dtype(x.dtype))
+    return x.with_features(scale_images(x, scale))
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,8 @@ CASES = {
         ("weight", "bias"),
         follows_autocast=False,
     ),
-    "stochastic_depth": Case("stochastic_depth", half_of_the_images, lambda c: {}, follows_autocast=False),
+    "stochastic_depth": Case("stochastic_depth", scaled_images, lambda c: {}, follows_autocast=False),
+    "stochastic_depth-drawn": Case("stochastic_depth", half_of_the_images, lambda c: {}, follows_autocast=False),
     "block-recompute": Case(
         "convnextv2_block", block(recompute=True), lambda c: block_parameters(c, 7, 7), BLOCK_VECTORS
     ),

@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
-    BACKENDS,
     DTYPES,
     assert_close,
     assert_matches_reference,
     assert_same,
+    backends,
+    bound,
     draw_mask,
     example_layout,
     layouts,
@@ -22,6 +23,7 @@ from cases import (
     random_sparse,
     relative_error,
     site_mask,
+    suit,
     threads,
 )
 from hypothesis import assume, given, settings
@@ -177,25 +179,24 @@ def test_recomputing_changes_no_bit():
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("convnextv2_block"))
 def test_a_dropped_image_is_unchanged(backend):
     layout = example_layout(batch=3)
-    x = random_sparse(layout, 4, torch.float32)
-    p = {name: value.float() for name, value in block_parameters(4, 3, 3).items()}
+    x, p = suit(backend, random_sparse(layout, 4), block_parameters(4, 3, 3), torch.float32)
     with use_backend(backend):
-        out = ops.convnextv2_block(x, ops.BlockParameters(**p), torch.tensor([1.0, 0.0, 1.0]))
-    same = (out.features == x.features).all(dim=1)
+        out = ops.convnextv2_block(x, ops.BlockParameters(**p), torch.tensor([1.0, 0.0, 1.0]).to(x.device))
+    same = (out.features == x.features).all(dim=1).cpu()
     assert torch.equal(same, layout.row_image() == 1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("convnextv2_block"))
 @pytest.mark.parametrize("hidden", [1, 5, 40])
 def test_any_hidden_width(backend, hidden):
-    x = random_sparse(example_layout(), 6)
-    p = block_parameters(6, 3, 3, hidden=hidden)
+    x, p = random_sparse(example_layout(), 6), block_parameters(6, 3, 3, hidden=hidden)
     expected = dense_block(x.dense(), site_mask(x.layout), ops.BlockParameters(**p), [1, 1])
+    x, p = suit(backend, x, p)
     with use_backend(backend):
-        assert_close(ops.convnextv2_block(x, ops.BlockParameters(**p)).dense(), expected)
+        assert_close(ops.convnextv2_block(x, ops.BlockParameters(**p)).dense(), expected, bound(backend))
 
 
 WRONG = {

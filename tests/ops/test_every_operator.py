@@ -7,15 +7,17 @@ import shutil
 import pytest
 import torch
 from cases import (
-    BACKENDS,
     assert_close,
     assert_same,
+    backends,
+    device_of,
     example_layout,
     incoming_gradient,
     make_layout,
     needs_native,
     outputs_and_gradients,
     random_sparse,
+    suit,
     threads,
 )
 from operators import CASES
@@ -27,12 +29,24 @@ EVERY = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 CHANNELS = 20
 
 
-def arguments(case, dtype=torch.float32, layout=None):
-    """Features and parameters in `dtype`, statistics in float32 at least."""
+def on_every_backend(cases):
+    """Each case with each backend that offers its operator."""
+    return pytest.mark.parametrize(
+        ("backend", "case"),
+        [
+            pytest.param(*backend.values, case, marks=backend.marks, id=f"{backend.values[0]}-{name}")
+            for name, case in cases.items()
+            for backend in backends(case.operator)
+        ],
+    )
+
+
+def arguments(case, dtype=torch.float32, layout=None, backend="native"):
+    """Features and parameters in `dtype`, statistics in float32 at least, where the backend takes them."""
     x = random_sparse(example_layout(3, tile=4) if layout is None else layout, CHANNELS, dtype)
     wide = torch.promote_types(dtype, torch.float32)
     p = case.parameters(CHANNELS)
-    return x, {name: value.to(wide if name in case.statistics else dtype) for name, value in p.items()}
+    return suit(backend, x, {name: value.to(wide if name in case.statistics else dtype) for name, value in p.items()})
 
 
 def seeded(case):
@@ -102,11 +116,10 @@ def shifted(value):
     return moved
 
 
-@EVERY
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_backend(CASES)
 @pytest.mark.parametrize("layout", [strided, shifted])
 def test_any_memory_layout(layout, backend, case):
-    x, p = arguments(case)
+    x, p = arguments(case, backend=backend)
 
     def run(x, **p):
         return seeded(case)(x.with_features(layout(x.features)), **{name: layout(value) for name, value in p.items()})
@@ -131,12 +144,10 @@ def test_incoming_gradient_of_any_memory_layout(case):
     assert_close(broadcast, torch.autograd.grad(out, leaves[:1], torch.ones_like(out))[0], 1e-6)
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if not name.endswith("batch")])
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_backend({name: case for name, case in CASES.items() if not name.endswith("batch")})
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_an_image_that_is_not_finite_leaves_the_others_alone(bad, backend, case):
-    case = CASES[case]
-    x, p = arguments(case)
+    x, p = arguments(case, backend=backend)
     features = x.features.clone()
     features[: x.layout.row_splits[1]][::3, ::2] = bad
     with use_backend(backend):
@@ -149,10 +160,9 @@ def test_an_image_that_is_not_finite_leaves_the_others_alone(bad, backend, case)
         assert torch.equal(spoilt[name][others:], clean[name][others:])
 
 
-@EVERY
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_backend(CASES)
 def test_nothing_visible_at_all(backend, case):
-    x, p = arguments(case, layout=make_layout(torch.ones(2, 2, 3, dtype=torch.bool), 4))
+    x, p = arguments(case, layout=make_layout(torch.ones(2, 2, 3, dtype=torch.bool), 4), backend=backend)
     assert x.layout.rows == 0
     with use_backend(backend):
         found = outputs_and_gradients(seeded(case), x, p)
@@ -160,20 +170,21 @@ def test_nothing_visible_at_all(backend, case):
     assert all((found[name] == 0).all() for name in p)
 
 
-@EVERY
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_backend(CASES)
 def test_compiled_whole(backend, case):
     """fullgraph=True: no graph break and no value read back, geometry and all."""
     torch._dynamo.reset()
-    mask = torch.tensor([[True, False, False, True, False, True], [False, False, True, True, True, False]])
-    p = {name: value.float() for name, value in case.parameters(CHANNELS).items()}
+    device = device_of(backend)
+    mask = torch.tensor([[True, False, False, True, False, True], [False, False, True, True, True, False]]).to(device)
+    p = {name: value.to(device, torch.float32) for name, value in case.parameters(CHANNELS).items()}
 
     def step(dense, **p):
         x = SparseTensor.from_dense(dense, mask.view(2, 3, 2), visible=3)
         return case.run(x, **p).dense()
 
     def run(function):
-        dense = torch.randn(2, CHANNELS, 12, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        dense = torch.randn(2, CHANNELS, 12, 8, generator=torch.Generator().manual_seed(1))
+        dense = dense.to(device).requires_grad_()
         leaves = {name: value.clone().requires_grad_() for name, value in p.items()}
         torch.manual_seed(3)
         out = function(dense, **leaves)
@@ -235,17 +246,16 @@ def test_a_layout_serves_training_after_any_other_use(mode, case):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@EVERY
-@pytest.mark.parametrize("backend", BACKENDS)
+@on_every_backend({name: case for name, case in CASES.items() if not name.endswith("drawn")})
 def test_autocast_to_bfloat16(backend, case):
-    x, p = arguments(case, torch.float32)
+    x, p = arguments(case, torch.float32, backend=backend)
     p = {name: value.float() for name, value in p.items()}
     features = x.features.requires_grad_()
     leaves = {name: value.requires_grad_() for name, value in p.items()}
-    with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+    with use_backend(backend), torch.autocast(x.device.type, torch.bfloat16):
         out = seeded(case)(x, **leaves).features
     assert out.dtype == (torch.bfloat16 if case.follows_autocast else torch.float32)
-    incoming = incoming_gradient(out.shape).bfloat16()
+    incoming = incoming_gradient(out.shape).bfloat16().to(out.device)
     gradients = torch.autograd.grad(out, [features, *leaves.values()], incoming.to(out.dtype))
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
     with use_backend("reference"):

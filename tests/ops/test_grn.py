@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 from cases import (
-    BACKENDS,
     DTYPES,
     assert_close,
     assert_matches_reference,
+    backends,
     example_layout,
     incoming_gradient,
     layouts,
@@ -18,6 +18,7 @@ from cases import (
     needs_native,
     outputs_and_gradients,
     random_sparse,
+    suit,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,27 +57,26 @@ def test_native_equals_reference(dtype, scope, layout, channels):
     assert_matches_reference(lambda x, **p: ops.grn(x, **p, scope=scope), x, p, dtype, statistics=("gamma", "beta"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("grn"))
 @SCOPES
 def test_a_channel_that_is_zero_everywhere(backend, scope):
     """G = 0 there: its output is beta, the gradient of its input is as if N were constant."""
     x = random_sparse(example_layout(), 4)
     features = x.features.clone()
     features[:, 1] = 0
-    p = channel_parameters(4, "gamma", "beta")
+    x, p = suit(backend, x.with_features(features), channel_parameters(4, "gamma", "beta"))
     with use_backend(backend):
-        found = outputs_and_gradients(lambda x, **p: ops.grn(x, **p, scope=scope), x.with_features(features), p)
+        found = outputs_and_gradients(lambda x, **p: ops.grn(x, **p, scope=scope), x, p)
     assert all(value.isfinite().all() for value in found.values())
     assert (found["output"][:, 1] == p["beta"][1]).all()
-    assert torch.equal(found["gradient of x"][:, 1], incoming_gradient(features.shape)[:, 1])
+    assert torch.equal(found["gradient of x"][:, 1], incoming_gradient(features.shape).to(x.features)[:, 1])
     assert found["gamma"][1] == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("grn"))
 @SCOPES
 def test_an_image_that_is_zero_everywhere(backend, scope):
-    x = random_sparse(example_layout(), 4)
-    p = channel_parameters(4, "gamma", "beta")
+    x, p = suit(backend, random_sparse(example_layout(), 4), channel_parameters(4, "gamma", "beta"))
     with use_backend(backend):
         found = outputs_and_gradients(
             lambda x, **p: ops.grn(x, **p, scope=scope), x.with_features(torch.zeros_like(x.features)), p
@@ -96,11 +96,11 @@ def test_sums_of_squares_do_not_overflow_in_16_bits(dtype):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("grn"))
 def test_scope_decides_whether_images_depend_on_each_other(backend):
-    layout = example_layout()
-    x, (gamma, beta) = random_sparse(layout, 4), channel_parameters(4, "gamma", "beta").values()
-    first = slice(0, layout.row_splits[1].item())
+    x, p = suit(backend, random_sparse(example_layout(), 4), channel_parameters(4, "gamma", "beta"))
+    gamma, beta = p.values()
+    first = slice(0, x.layout.row_splits[1].item())
     changed = x.features.clone()
     changed[first.stop :] *= 2
     with use_backend(backend):
@@ -110,11 +110,10 @@ def test_scope_decides_whether_images_depend_on_each_other(backend):
             assert torch.equal(before, after) == same
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("grn"))
 @pytest.mark.parametrize("shape", [(4,), (1, 4), (1, 1, 1, 4)], ids=str)
 def test_parameters_of_every_published_shape(backend, shape):
-    x = random_sparse(example_layout(), 4, torch.float32)
-    p = {name: value.float() for name, value in channel_parameters(4, "gamma", "beta").items()}
+    x, p = suit(backend, random_sparse(example_layout(), 4), channel_parameters(4, "gamma", "beta"), torch.float32)
     with use_backend(backend):
         flat = outputs_and_gradients(ops.grn, x, p)
         shaped = outputs_and_gradients(ops.grn, x, {name: value.view(shape) for name, value in p.items()})
@@ -123,13 +122,14 @@ def test_parameters_of_every_published_shape(backend, shape):
     assert torch.equal(flat["gamma"], shaped["gamma"].flatten())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("grn"))
 def test_eps_is_added_to_the_mean(backend):
     layout = make_layout(torch.zeros(1, 1, 1, dtype=torch.bool), 1)
     x = SparseTensor(torch.tensor([[3.0, 1.0]]), layout)
+    x, p = suit(backend, x, {"gamma": torch.ones(2), "beta": torch.zeros(2)})
     with use_backend(backend):
-        out = ops.grn(x, torch.ones(2), torch.zeros(2), eps=2.0)
-    torch.testing.assert_close(out.features, torch.tensor([[3 + 9 / 4.0, 1 + 1 / 4.0]]))
+        out = ops.grn(x, **p, eps=2.0)
+    torch.testing.assert_close(out.features.cpu(), torch.tensor([[3 + 9 / 4.0, 1 + 1 / 4.0]]))
 
 
 @pytest.mark.parametrize("scope", ["image", "", None])

@@ -6,16 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
-    BACKENDS,
     DTYPES,
     assert_close,
     assert_matches_reference,
+    backends,
     example_layout,
     layouts,
     needs_native,
     outputs_and_gradients,
     random_sparse,
     site_mask,
+    suit,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,26 +54,27 @@ def test_rows_far_from_zero(channels):
     assert_matches_reference(ops.layer_norm, x, p, torch.float32, statistics=("weight", "bias"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("layer_norm"))
 @pytest.mark.parametrize("channels", [1, 4, 33])
 def test_constant_rows_become_the_bias(backend, channels):
     x = random_sparse(example_layout(), 1, torch.float32)
-    weight, bias = torch.randn(channels), torch.randn(channels)
     rows = x.features.expand(-1, channels).round()  # integers: their mean is exact
+    x, p = suit(backend, x.with_features(rows), channel_parameters(channels, "weight", "bias"), torch.float32)
     with use_backend(backend):
-        found = outputs_and_gradients(ops.layer_norm, x.with_features(rows), {"weight": weight, "bias": bias})
-    assert (found["output"] == bias).all()
+        found = outputs_and_gradients(ops.layer_norm, x, p)
+    assert (found["output"] == p["bias"]).all()
     assert found["weight"].abs().max() < 1e-2  # the deviations are 0, or a rounding error times 1 / sqrt(eps) = 1000
     assert found["gradient of x"].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("layer_norm"))
 def test_eps_is_added_to_the_biased_variance(backend):
     x = random_sparse(example_layout(), 2, torch.float32)
     x = x.with_features(torch.tensor([1.0, 3.0]).expand(x.features.shape))  # mean 2, biased variance 1
+    x, p = suit(backend, x, {"weight": torch.ones(2), "bias": torch.zeros(2)})
     with use_backend(backend):
-        out = ops.layer_norm(x, torch.ones(2), torch.zeros(2), eps=3.0)
-    assert (out.features == torch.tensor([-0.5, 0.5])).all()
+        out = ops.layer_norm(x, **p, eps=3.0)
+    assert (out.features.cpu() == torch.tensor([-0.5, 0.5])).all()
 
 
 @pytest.mark.parametrize("wrong", ["weight", "bias"])

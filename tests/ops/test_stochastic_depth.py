@@ -6,39 +6,55 @@ import itertools
 
 import pytest
 import torch
-from cases import BACKENDS, DTYPES, draw_mask, example_layout, layouts, make_layout, random_sparse
+from cases import (
+    backends,
+    draw_mask,
+    dtypes_of,
+    example_layout,
+    layouts,
+    make_layout,
+    random_sparse,
+    suit,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsecnx import ops, use_backend
+from sparsecnx import SparseTensor, ops, use_backend
 from sparsecnx.ops.stochastic_depth import operator
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@DTYPES
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        pytest.param(*backend.values, dtype, marks=backend.marks)
+        for backend in backends("stochastic_depth")
+        for dtype in dtypes_of(*backend.values)
+    ],
+    ids=str,
+)
 @settings(max_examples=10)
 @given(layout=layouts(), channels=st.sampled_from([1, 7, 40]))
 def test_rows_are_scaled_image_by_image(backend, dtype, layout, channels):
-    x = random_sparse(layout, channels, dtype)
+    x, _ = suit(backend, random_sparse(layout, channels, dtype), {})
     scale = torch.tensor([0.0, 1.25, 2.5])[: layout.batch]
     cotangent = torch.randn(layout.rows, channels).to(dtype)
     features = x.features.requires_grad_()
     with use_backend(backend):
-        out = operator(x, scale.double() if dtype == torch.float64 else scale)
-    (gradient,) = torch.autograd.grad(out, features, cotangent)
-    for value, source in ((out.detach(), x.features.detach()), (gradient, cotangent)):
+        out = operator(x, scale.to(x.device, torch.promote_types(dtype, torch.float32)))
+    (gradient,) = torch.autograd.grad(out, features, cotangent.to(x.device))
+    for value, source in ((out.detach().cpu(), x.features.detach().cpu()), (gradient.cpu(), cotangent)):
         splits = layout.row_splits.tolist()
         images = [source[a:b] for a, b in itertools.pairwise(splits)]
         expected = [image.double() * factor for image, factor in zip(images, scale.tolist(), strict=True)]
         assert torch.equal(value, torch.cat(expected).to(dtype))  # the product, rounded once
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends("stochastic_depth"))
 def test_images_are_dropped_or_scaled_up(backend):
     layout = make_layout(draw_mask("random counts", 64, (2, 2), seed=0), 1)
-    x = random_sparse(layout, 3, torch.float32).with_features(torch.ones(layout.rows, 3))
+    x, _ = suit(backend, SparseTensor(torch.ones(layout.rows, 3), layout), {})
     with use_backend(backend):
-        out = ops.stochastic_depth(x, 0.25).features
+        out = ops.stochastic_depth(x, 0.25).features.cpu()
     images = [out[layout.row_image() == image] for image in range(64)]
     assert all(image.unique().numel() <= 1 for image in images)  # an image is kept or dropped whole
     torch.testing.assert_close(out.unique(), torch.tensor([0, 1 / 0.75]))
