@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def spread_bits(value, LEVELS: tl.constexpr):  # noqa: N803
+def spread_bits(value, LEVELS: tl.constexpr):
     """Bit b of a number below 2**LEVELS moved to bit 2b: half of a Morton index."""
     out = value & 0
     for bit in tl.static_range(LEVELS):
@@ -16,7 +16,7 @@ def spread_bits(value, LEVELS: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def nested_line(y, TILE: tl.constexpr, LEVELS: tl.constexpr):  # noqa: N803
+def nested_line(y, TILE: tl.constexpr, LEVELS: tl.constexpr):
     """The part that row y of a tile has in the nested index of a site, see `sparsecnx.layout`: the index of site
     (y, x) is `nested_line(y) + nested_column(x)`. TILE is `odd * 2**LEVELS`."""
     odd: tl.constexpr = TILE >> LEVELS
@@ -24,7 +24,7 @@ def nested_line(y, TILE: tl.constexpr, LEVELS: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def nested_column(x, TILE: tl.constexpr, LEVELS: tl.constexpr):  # noqa: N803
+def nested_column(x, TILE: tl.constexpr, LEVELS: tl.constexpr):
     """The part that column x of a tile has in the nested index of a site."""
     odd: tl.constexpr = TILE >> LEVELS
     return (x >> LEVELS) * (TILE * TILE // (odd * odd)) + spread_bits(x & ((1 << LEVELS) - 1), LEVELS)

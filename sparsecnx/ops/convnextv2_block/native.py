@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsecnx import _extension
 from sparsecnx.ops.convnextv2_block.parameters import BlockParameters
-from sparsecnx.ops.depthwise_conv.native import neighbour_table
+from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
 from sparsecnx.tensor import SparseTensor
 
 # Recomputing the hidden layer costs one GEMM in seven. Up to this width, the first stage of Atto to Pico, it is done:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparsecnx.backend import Implementation, Operator, always
+from sparsecnx.ops import triton
 from sparsecnx.ops.common import (
     autocast,
     check_device,
@@ -20,6 +21,7 @@ from sparsecnx.tensor import SparseTensor
 operator = Operator(
     "depthwise_conv",
     native=Implementation(native.depthwise_conv, refusal_2d),
+    triton=triton.implementation(__name__, "depthwise_conv", triton.refusal_2d),
     reference=Implementation(reference.depthwise_conv, always),
 )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsecnx import _extension
-from sparsecnx.layout import Layout
+from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
 from sparsecnx.tensor import SparseTensor
 
 
@@ -17,12 +17,6 @@ def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tens
     table = neighbour_table(x.layout, weight.shape[2:])
     bias = None if bias is None else bias.contiguous()
     return torch.ops.sparsecnx.depthwise_conv(x.features.contiguous(), weight.contiguous(), bias, table, x.layout.tile)
-
-
-def neighbour_table(layout: Layout, kernel: tuple[int, ...]) -> Tensor:
-    """The tiles that a kernel of this size reaches from each tile, see `TileSet.neighbours`."""
-    reach = max(size // 2 for size in kernel)
-    return layout.tiles.neighbours(-(-reach // layout.tile))
 
 
 if _extension.loaded:
