@@ -1,11 +1,14 @@
 """Which implementation of an operator runs, and why.
 
 Every operator has a reference implementation (dense, any device, any dtype) and faster ones. `auto` takes
-the fastest that can run on the input; a backend asked for by name runs or raises with the reason.
+the fastest that can run on the input; a backend asked for by name runs or raises with the reason. `Operator.explain`
+says what was taken and why, and so does the logger `sparsecnx` at level INFO, once for each operator, backend, kind of
+device and dtype.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +19,14 @@ import torch
 from sparsecnx.selection import selected
 from sparsecnx.tensor import SparseTensor
 
+FASTEST = "the fastest that can run"
+SLOWER = "can run, slower"
+ASKED_FOR = "asked for"
+NOT_ASKED_FOR = "can run, not asked for"
+
 _warned: set[str] = set()
+_logged: set[tuple[str, str, str, torch.dtype]] = set()
+_logger = logging.getLogger("sparsecnx")
 
 
 class BackendError(RuntimeError):
@@ -30,10 +40,34 @@ class Implementation:
     Attributes:
         function: takes the `SparseTensor` and the operator's checked arguments.
         refusal: why it cannot run on a given input, or None where it can.
+        detail: how it runs on a given input, for those who ask; None where there is nothing to choose.
     """
 
     function: Callable[..., Any]
     refusal: Callable[[SparseTensor], str | None]
+    detail: Callable[[SparseTensor], str] | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an operator runs on, and why.
+
+    Attributes:
+        operator: its name.
+        backend: name of the backend that runs.
+        reasons: for every backend that the operator offers, fastest first, why it was taken or not.
+        detail: how the backend runs it on that input; empty where it has no choice.
+    """
+
+    operator: str
+    backend: str
+    reasons: dict[str, str]
+    detail: str = ""
+
+    def __str__(self) -> str:
+        detail = f", {self.detail}" if self.detail else ""
+        others = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items() if name != self.backend)
+        return f"{self.operator} runs on {self.backend}, {self.reasons[self.backend]}{detail} ({others or 'no other'})"
 
 
 class Operator:
@@ -52,6 +86,38 @@ class Operator:
         Raises:
             BackendError: the backend selected by `use_backend` cannot.
         """
+        name = self._first(x)
+        if not torch.compiler.is_compiling():
+            if name == "reference" and selected() == "auto":
+                self._warn_slow(x)
+            if _logger.isEnabledFor(logging.INFO):
+                self._log(x, name)
+        return name
+
+    def explain(self, x: SparseTensor) -> Choice:
+        """The backend that runs on `x` under the current selection, and why each of them is taken or not.
+
+        Raises:
+            BackendError: the backend selected by `use_backend` cannot.
+        """
+        taken, automatic = self._first(x), selected() == "auto"
+        reasons = {}
+        for name in self.implementations:
+            if name == taken:
+                reasons[name] = FASTEST if automatic else ASKED_FOR
+            else:
+                reasons[name] = self.refusal(name, x) or (SLOWER if automatic else NOT_ASKED_FOR)
+        detail = self.implementations[taken].detail
+        return Choice(self.name, taken, reasons, "" if detail is None else detail(x))
+
+    def refusal(self, backend: str, x: SparseTensor) -> str | None:
+        """Why `backend` cannot run this operator on `x`; None where it can."""
+        implementation = self.implementations.get(backend)
+        if implementation is None:
+            return f"this version offers {', '.join(self.implementations)}"
+        return implementation.refusal(x)
+
+    def _first(self, x: SparseTensor) -> str:
         asked = selected()
         if asked != "auto":
             refusal = self.refusal(asked, x)
@@ -60,17 +126,14 @@ class Operator:
             return asked
         for name in self.implementations:
             if self.refusal(name, x) is None:
-                if name == "reference" and not torch.compiler.is_compiling():
-                    self._warn_slow(x)
                 return name
         raise BackendError(f"no backend can run {self.name} on {x!r}")
 
-    def refusal(self, backend: str, x: SparseTensor) -> str | None:
-        """Why `backend` cannot run this operator on `x`; None where it can."""
-        implementation = self.implementations.get(backend)
-        if implementation is None:
-            return f"this version offers {', '.join(self.implementations)}"
-        return implementation.refusal(x)
+    def _log(self, x: SparseTensor, name: str) -> None:
+        kind = (self.name, name, x.device.type, x.dtype)
+        if kind not in _logged:
+            _logged.add(kind)
+            _logger.info("%s on %s: %s", str(x.dtype).removeprefix("torch."), x.device, self.explain(x))
 
     def _warn_slow(self, x: SparseTensor) -> None:
         if self.name in _warned:

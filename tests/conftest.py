@@ -54,8 +54,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def forget_warnings() -> Iterator[None]:
-    """Every test sees the once-per-process warnings anew, and leaves no trace in the next."""
+def forget_messages() -> Iterator[None]:
+    """Every test sees the once-per-process messages anew, and leaves no trace in the next."""
     backend._warned.clear()
+    backend._logged.clear()
     yield
     backend._warned.clear()
+    backend._logged.clear()

@@ -32,12 +32,17 @@ def refusal_2d(x: SparseTensor) -> str | None:
 
 
 def implementation(
-    package: str, function: str, rule: Callable[[SparseTensor], str | None] = refusal
+    package: str,
+    function: str,
+    rule: Callable[[SparseTensor], str | None] = refusal,
+    detail: str | None = None,
 ) -> Implementation:
-    """`function` of the room `triton.py` in an operator's `package`, imported only where Triton is installed."""
+    """`function` of the room `triton.py` in an operator's `package`, imported only where Triton is installed; `detail`
+    is the room's function that says how it runs on a given input, see `Implementation`."""
     if not _triton.available:
         return Implementation(_unavailable, rule)
-    return Implementation(getattr(importlib.import_module(f"{package}.triton"), function), rule)
+    room = importlib.import_module(f"{package}.triton")
+    return Implementation(getattr(room, function), rule, None if detail is None else getattr(room, detail))
 
 
 def _unavailable(*_: object) -> None:

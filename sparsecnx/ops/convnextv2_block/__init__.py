@@ -23,7 +23,7 @@ __all__ = ["BlockParameters", "convnextv2_block", "operator"]
 
 operator = Operator(
     "convnextv2_block",
-    native=Implementation(native.convnextv2_block, refusal_2d),
+    native=Implementation(native.convnextv2_block, refusal_2d, native.detail),
     reference=Implementation(reference.convnextv2_block, always),
 )
 

@@ -31,7 +31,7 @@ def convnextv2_block(
 ) -> Tensor:
     """Features `(rows, C)` of the block; `recompute=None` decides by C."""
     if recompute is None:
-        recompute = x.features.shape[1] <= RECOMPUTE_CHANNELS
+        recompute = _recomputes(x)
     keep_hidden = not recompute and torch.is_grad_enabled()
     row_scale = None if survival is None else survival[x.layout.row_image()]
     table = neighbour_table(x.layout, p.dwconv_weight.shape[2:])
@@ -40,6 +40,16 @@ def convnextv2_block(
         features, *parameters, row_scale, table, segments, x.layout.tile, eps, keep_hidden
     )
     return out
+
+
+def detail(x: SparseTensor) -> str:
+    """What `recompute=None` decides for `x`."""
+    done = "recomputed in backward" if _recomputes(x) else "kept for backward"
+    return f"the hidden layer is {done}: it is recomputed up to {RECOMPUTE_CHANNELS} channels"
+
+
+def _recomputes(x: SparseTensor) -> bool:
+    return x.features.shape[1] <= RECOMPUTE_CHANNELS
 
 
 if _extension.loaded:
