@@ -10,11 +10,13 @@ from sparsecnx.layout import Layout
 from sparsecnx.ops.common import check_sparse, check_vector, statistics_dtype
 from sparsecnx.ops.grn import native, reference
 from sparsecnx.ops.native import refusal
+from sparsecnx.ops.triton import implementation
 from sparsecnx.tensor import SparseTensor
 
 operator = Operator(
     "grn",
     native=Implementation(native.grn, refusal),
+    triton=implementation(__name__, "grn"),
     reference=Implementation(reference.grn, always),
 )
 
