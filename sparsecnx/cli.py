@@ -13,10 +13,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from sparsecnx import doctor
+import torch
+
+from sparsecnx import doctor, explain
 from sparsecnx.models import SIZES
 from sparsecnx.train.errors import InputError, MissingExtra, TrainingStopped, printable, require_train_extra
 from sparsecnx.train.recipe import DTYPES, Recipe
+
+# What `doctor --explain` can be asked about: the default first.
+EXPLAINED = {
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": tuple(explain.DTYPES),
+    "model": ("tiny", *(size for size in SIZES if size != "tiny")),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_pretrain(commands.add_parser("pretrain", help="pretrain ConvNeXt V2 as a masked autoencoder"))
     _add_reconstruct(commands.add_parser("reconstruct", help="draw what a checkpoint makes of masked images"))
     checkup = commands.add_parser("doctor", help="print what is available, and for what is missing why")
-    checkup.set_defaults(run=lambda arguments: doctor.run())
+    _add_doctor(checkup)
     return parser
 
 
@@ -147,6 +156,38 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     print(printable(f"{arguments.out}: loss {loss:.4f} on the masked patches"))
+    return 0
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Print what is available here, and for what is missing why, and what to do about it. With --explain print "
+        "instead which implementation each operator takes at the stages of a model, and why not the others."
+    )
+    parser.set_defaults(run=_doctor)
+    parser.add_argument("--explain", action="store_true", help="print which implementation runs, and why")
+    chosen = parser.add_argument_group("what to explain")
+    for name, (default, *others) in EXPLAINED.items():
+        chosen.add_argument(
+            f"--{name}", metavar=name.upper(), help=f"{', '.join([default, *others])} (default: {default})"
+        )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    given = {name: value for name in EXPLAINED if (value := getattr(arguments, name)) is not None}
+    for name, value in given.items():
+        if not arguments.explain:
+            raise InputError(name, value, "expected together with --explain")
+        if value not in EXPLAINED[name]:
+            raise InputError(name, value, f"expected one of {', '.join(EXPLAINED[name])}")
+    if not arguments.explain:
+        return doctor.run()
+    device, dtype, model = (given.get(name, choices[0]) for name, choices in EXPLAINED.items())
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device", device, "this torch sees no CUDA device; expected auto or cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(explain.report(torch.device(device), explain.DTYPES[dtype], model))
     return 0
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import sparsecnx
-from sparsecnx import _extension
+from sparsecnx import _extension, _triton
 
 CUDA_BUILDS = "https://pytorch.org/get-started/locally"
 TORCHVISION_RELEASES = "https://github.com/pytorch/vision#installation"
@@ -53,7 +53,7 @@ def checks() -> list[Check]:
         _python(),
         _torch(),
         _gpu(),
-        _triton(),
+        _triton_kernels(),
         _cpu_operators(),
         _cuda_operators(),
         _minkowski(),
@@ -108,14 +108,22 @@ def _gpu() -> Check:
     return Check("GPU", False, "torch finds no CUDA device", remedy)
 
 
-def _triton() -> Check:
+def _triton_kernels() -> Check:
+    name = "Triton"
     problem = _import_problem("triton")
     if problem is not None:
-        return Check("Triton", False, problem, f"Install a CUDA build of torch, which brings it: {CUDA_BUILDS}")
+        return Check(name, False, problem, f"Install a CUDA build of torch, which brings it: {CUDA_BUILDS}")
     version = _version("triton", "triton")
+    if _triton.interpreting:
+        detail = f"{version}, kernels run in its interpreter: on the CPU, slowly, where `triton` is asked for by name"
+        return Check(name, True, detail, "Unset TRITON_INTERPRET to run them on a GPU.")
     if not torch.cuda.is_available():
-        return Check("Triton", False, f"{version}, but there is no GPU to run it on", "See GPU.")
-    return Check("Triton", True, version)
+        return Check(name, False, f"{version}, but there is no GPU to run its kernels on", "See GPU.")
+    refusals = [_triton.refusal(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    if all(refusals):
+        return Check(name, False, f"{version}, but {refusals[0]}", "Its kernels need a newer GPU.")
+    refused = "".join(f"; {refusal}" for refusal in refusals if refusal)
+    return Check(name, True, f"{version}, kernels run on the GPU, compiled on first use{refused}")
 
 
 def _cpu_operators() -> Check:
@@ -139,7 +147,7 @@ def _cuda_operators() -> Check:
     facts = _extension.build_info()
     if facts is not None and facts["cuda"] is not None:
         return Check("CUDA operators", True, f"CUDA {facts['cuda']}, architectures {facts['cuda_architectures']}")
-    detail = "not part of this version: tensors on a GPU go through the dense reference"
+    detail = "not part of this version: tensors on a GPU go through the Triton kernels"
     return Check("CUDA operators", False, detail)
 
 

@@ -85,6 +85,33 @@ def test_doctor_returns_what_the_checkup_finds(monkeypatch):
     assert main(["doctor"]) == 5
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--explain", "--device", "tpu"], "--device is tpu: expected one of auto, cpu, cuda"),
+        (["--explain", "--dtype", "int8"], "--dtype is int8: expected one of float32, bfloat16, float16, float64"),
+        (["--explain", "--model", "giant"], "--model is giant: expected one of tiny, atto, "),
+        (["--model", "tiny"], "--model is tiny: expected together with --explain"),
+    ],
+)
+def test_doctor_refuses_in_one_line(arguments, message, capsys):
+    assert refused(["doctor", *arguments], capsys).startswith(f"sparsecnx doctor: error: {message}")
+
+
+def test_doctor_does_not_explain_a_gpu_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    line = refused(["doctor", "--explain", "--device", "cuda"], capsys)
+    assert line == "sparsecnx doctor: error: --device is cuda: this torch sees no CUDA device; expected auto or cpu\n"
+
+
+def test_doctor_explains(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["doctor", "--explain", "--dtype", "float16", "--model", "base"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("What runs on cpu in float16, in the four stages of ConvNeXt V2 Base\n")
+    assert "convnextv2_block" in out and "1024" in out
+
+
 def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit) as leaving:
         main(["--help"])

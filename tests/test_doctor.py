@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+from itertools import product
 from types import ModuleType
 
 import pytest
 import torch
+from cases import needs_triton
 
 import sparsecnx
-from sparsecnx import _extension, doctor
+from sparsecnx import _extension, _triton, doctor, explain, ops
 
 
 def check(name: str) -> doctor.Check:
@@ -93,6 +95,84 @@ def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found.ok
     assert found.detail == "not installed"
     assert found.remedy is not None and "CUDA build of torch" in found.remedy
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+    """As on a machine with GPUs of these compute capabilities and without Triton's interpreter."""
+    monkeypatch.setattr(_triton, "interpreting", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capabilities", "ok", "detail"),
+    [
+        ((), False, ", but there is no GPU to run its kernels on"),
+        (((9, 0),), True, ", kernels run on the GPU, compiled on first use"),
+        (((7, 5),), False, ", but Triton kernels need compute capability 8.0, cuda:0 has 7.5"),
+        (
+            ((8, 0), (7, 5)),
+            True,
+            ", kernels run on the GPU, compiled on first use; Triton kernels need compute capability 8.0, "
+            "cuda:1 has 7.5",
+        ),
+    ],
+    ids=["no GPU", "new", "old", "both"],
+)
+def test_triton_kernels_need_a_new_enough_gpu(
+    monkeypatch: pytest.MonkeyPatch, capabilities: tuple[tuple[int, int], ...], ok: bool, detail: str
+) -> None:
+    gpus(monkeypatch, *capabilities)
+    found = doctor._triton_kernels()
+    assert found.ok == ok and (found.remedy is None) == ok
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*" + re.escape(detail), found.detail)
+
+
+@needs_triton
+def test_triton_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "interpreting", True)
+    found = doctor._triton_kernels()
+    assert found.ok and "interpreter" in found.detail
+    assert found.remedy is not None and "TRITON_INTERPRET" in found.remedy
+
+
+def test_what_runs_without_cuda_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "build_info", lambda: None)
+    detail = check("CUDA operators").detail
+    assert detail == "not part of this version: tensors on a GPU go through the Triton kernels"
+
+
+def test_explanation_covers_every_operator_at_every_stage() -> None:
+    public = set(ops.__all__) - {"BlockParameters", "draw_survival"}
+    assert {operator.name for operator in explain.OPERATORS} == public
+    cpu = torch.device("cpu")
+    lines = explain.report(cpu, torch.float32, "tiny").splitlines()
+    table = lines[3 : lines.index("", 2)]
+    fast = "native" if _extension.loaded else "reference"
+    found = [tuple(line.split()[:4]) for line in table]
+    stages = zip(("96", "192", "384", "768"), ("8", "4", "2", "1"), strict=True)
+    assert found == [(operator.name, *stage, fast) for operator, stage in product(explain.OPERATORS, stages)]
+    assert all("the fastest that can run" in line for line in table)
+
+
+@pytest.mark.skipif(not _extension.loaded, reason=f"{_extension.why_not}")
+def test_explanation_of_the_hidden_layer() -> None:
+    pico, tiny = (explain.report(torch.device("cpu"), torch.float32, size) for size in ("pico", "tiny"))
+    blocks = [line for line in pico.splitlines() if line.startswith("convnextv2_block ")]
+    assert ["recomputed in backward" in line for line in blocks] == [True, False, False, False]
+    assert "recomputed in backward" not in tiny
+
+
+def test_explanation_says_why_the_others_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "loaded", False)
+    monkeypatch.setattr(_extension, "why_not", "no C++ compiler")
+    report = explain.report(torch.device("cpu"), torch.bfloat16, "atto")
+    everything = ", ".join(operator.name for operator in explain.OPERATORS)
+    assert f"native: no C++ compiler\n    {everything}" in report
+    assert "triton: Triton kernels run on the CPU only when asked for by name" in report
+    assert "What runs on cpu in bfloat16, in the four stages of ConvNeXt V2 Atto" in report
 
 
 def test_version_of_a_module_that_another_distribution_brings(monkeypatch: pytest.MonkeyPatch) -> None:

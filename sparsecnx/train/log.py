@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -75,6 +76,7 @@ class RunLog:
         )
 
     def __enter__(self) -> RunLog:
+        self.choices = _Choices(self)
         return self
 
     def __exit__(
@@ -83,6 +85,7 @@ class RunLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.choices.close()
         self.bar.close()
         # A run that stops for another reason says that one.
         with suppress(*(() if error is None else (LogError,))):
@@ -107,6 +110,26 @@ class RunLog:
         """Print a line above the progress bar."""
         self.bar.write(printable(line))
         sys.stdout.flush()
+
+
+class _Choices(logging.Handler):
+    """Says which implementation each operator runs on, see `sparsecnx.backend`, until it is closed."""
+
+    def __init__(self, log: RunLog) -> None:
+        super().__init__(logging.INFO)
+        self.log = log
+        self.logger = logging.getLogger("sparsecnx")
+        self.level_before = self.logger.level
+        self.logger.setLevel(logging.INFO)
+        self.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.log.say(record.getMessage())
+
+    def close(self) -> None:
+        self.logger.removeHandler(self)
+        self.logger.setLevel(self.level_before)
+        super().close()
 
 
 @contextmanager

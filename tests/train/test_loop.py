@@ -1,5 +1,6 @@
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -113,6 +114,16 @@ def test_clipping_limits_the_gradient_and_the_log_keeps_its_norm(photos, tmp_pat
     train(photos, tmp_path / "run", epochs=1, clip_grad=1e-3)
     assert used == pytest.approx([1e-3] * 4, rel=1e-2)
     assert all(line["grad_norm"] > 2e-3 for line in logged(tmp_path / "run"))
+
+
+def test_the_terminal_says_once_which_implementation_runs(photos, tmp_path, capsys):
+    logger = logging.getLogger("sparsecnx")
+    before = logger.level, list(logger.handlers)
+    assert train(photos, tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    for operator in ("convnextv2_block", "layer_norm"):
+        assert out.count(f"float32 on cpu: {operator} runs on ") == 1
+    assert (logger.level, logger.handlers) == before
 
 
 def test_unreadable_images_are_named_once_and_counted(photos, tmp_path, capsys):

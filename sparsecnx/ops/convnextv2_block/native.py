@@ -44,8 +44,9 @@ def convnextv2_block(
 
 def detail(x: SparseTensor) -> str:
     """What `recompute=None` decides for `x`."""
-    done = "recomputed in backward" if _recomputes(x) else "kept for backward"
-    return f"the hidden layer is {done}: it is recomputed up to {RECOMPUTE_CHANNELS} channels"
+    if _recomputes(x):
+        return f"hidden layer recomputed in backward (up to {RECOMPUTE_CHANNELS} channels)"
+    return f"hidden layer kept for backward (above {RECOMPUTE_CHANNELS} channels)"
 
 
 def _recomputes(x: SparseTensor) -> bool:
