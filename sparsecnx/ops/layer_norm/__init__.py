@@ -8,11 +8,13 @@ from sparsecnx.backend import Implementation, Operator, always
 from sparsecnx.ops.common import check_sparse, check_vector, statistics_dtype
 from sparsecnx.ops.layer_norm import native, reference
 from sparsecnx.ops.native import refusal
+from sparsecnx.ops.triton import implementation
 from sparsecnx.tensor import SparseTensor
 
 operator = Operator(
     "layer_norm",
     native=Implementation(native.layer_norm, refusal),
+    triton=implementation(__name__, "layer_norm"),
     reference=Implementation(reference.layer_norm, always),
 )
 

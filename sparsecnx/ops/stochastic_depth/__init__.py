@@ -9,11 +9,13 @@ from sparsecnx.backend import Implementation, Operator, always
 from sparsecnx.ops.common import check_sparse, statistics_dtype
 from sparsecnx.ops.native import refusal
 from sparsecnx.ops.stochastic_depth import native, reference
+from sparsecnx.ops.triton import implementation
 from sparsecnx.tensor import SparseTensor
 
 operator = Operator(
     "stochastic_depth",
     native=Implementation(native.scale_images, refusal),
+    triton=implementation(__name__, "scale_images"),
     reference=Implementation(reference.scale_images, always),
 )
 
