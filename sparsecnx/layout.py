@@ -156,13 +156,11 @@ class TileSet:
         slots = torch.full((self.batch * math.prod(padded),), -1, dtype=torch.int32, device=self.device)
         order = torch.arange(self.count, dtype=torch.int32, device=self.device)
         slots = slots.index_copy(0, centre, order)
-        offsets = []
-        for step in itertools.product(range(-radius, radius + 1), repeat=self.ndim):
-            flat = 0
-            for delta, size in zip(step, padded, strict=True):
-                flat = flat * size + delta
-            offsets.append(flat)
-        shift = torch.tensor(offsets, device=self.device)
+        # On the device throughout: a copy from the host could not be captured in a CUDA graph.
+        step = torch.arange(-radius, radius + 1, device=self.device)
+        shift = torch.zeros(1, dtype=torch.int64, device=self.device)
+        for size in padded:
+            shift = (shift[:, None] * size + step).flatten()
         return slots[centre[:, None] + shift]
 
 
