@@ -11,7 +11,6 @@ them, so that the `2**ndim` children of a site are consecutive rows at every lev
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -74,7 +73,7 @@ class TileSet:
     index: Tensor
     splits: Tensor
     visible: int | None
-    _tables: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _tables: dict[int | str, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_mask(cls, mask: Tensor, grid: tuple[int, ...], visible: int | None = None) -> TileSet:
@@ -138,6 +137,10 @@ class TileSet:
         flat = torch.ones(self.batch * math.prod(self.grid), dtype=torch.bool, device=self.device)
         return flat.index_fill(0, self.index, False).view(self.batch, math.prod(self.grid))
 
+    def slots(self) -> Tensor:
+        """int32 `(batch * prod(grid),)`: position in `index` of each tile, -1 where it is masked."""
+        return remember(self._tables, "slots", lambda: self._number(self.index, self.batch * math.prod(self.grid)))
+
     def neighbours(self, radius: int) -> Tensor:
         """Neighbouring tiles of each tile, int32 `(tiles, (2 * radius + 1)**ndim)`, raster order of offsets.
 
@@ -153,15 +156,18 @@ class TileSet:
         centre = image
         for coordinate, size in zip(place, padded, strict=True):
             centre = centre * size + coordinate + radius
-        slots = torch.full((self.batch * math.prod(padded),), -1, dtype=torch.int32, device=self.device)
-        order = torch.arange(self.count, dtype=torch.int32, device=self.device)
-        slots = slots.index_copy(0, centre, order)
-        # On the device throughout: a copy from the host could not be captured in a CUDA graph.
-        step = torch.arange(-radius, radius + 1, device=self.device)
+        slots = self._number(centre, self.batch * math.prod(padded))
+        # Computed on the device: a list of offsets would be copied there.
         shift = torch.zeros(1, dtype=torch.int64, device=self.device)
+        steps = torch.arange(-radius, radius + 1, device=self.device)
         for size in padded:
-            shift = (shift[:, None] * size + step).flatten()
+            shift = (shift[:, None] * size + steps).flatten()
         return slots[centre[:, None] + shift]
+
+    def _number(self, places: Tensor, count: int) -> Tensor:
+        """int32 `(count,)`: the position of each visible tile at its place, int64 `(tiles,)`; -1 elsewhere."""
+        blank = torch.full((count,), -1, dtype=torch.int32, device=self.device)
+        return blank.index_copy(0, places, torch.arange(self.count, dtype=torch.int32, device=self.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,7 +256,7 @@ class Layout:
 
     def row_image(self) -> Tensor:
         """int64 `(rows,)`: the image each row belongs to."""
-        return self.tiles.positions()[0].repeat_interleave(self.sites_per_tile)
+        return self.tiles.positions()[0][:, None].expand(-1, self.sites_per_tile).flatten()
 
     def kernel_map(self, kernel: tuple[int, ...], stride: int, padding: tuple[int, ...]) -> Tensor:
         """Input row read by each output row of a convolution, int32 `(rows_out, prod(kernel))`.
@@ -267,8 +273,9 @@ class Layout:
     def _build_kernel_map(self, kernel: tuple[int, ...], stride: int, padding: tuple[int, ...]) -> Tensor:
         coarse = self.coarsen(stride)
         site = tile_sites(coarse.tile, self.ndim, self.device) * stride
-        taps = torch.tensor(list(itertools.product(*map(range, kernel))), device=self.device)
-        taps = taps - torch.tensor(padding, device=self.device)
+        # Offsets of the taps, computed on the device: a list of them would be copied there.
+        axes = [torch.arange(-p, k - p, device=self.device) for k, p in zip(kernel, padding, strict=True)]
+        taps = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
         # Position of the site that is read, relative to the corner of the output site's own tile.
         reads = site[:, None, :] + taps[None, :, :]
         tile_step = reads.div(self.tile, rounding_mode="floor")

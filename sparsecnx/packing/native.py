@@ -1,4 +1,4 @@
-"""Between dense tensors and the rows of their visible sites: gather and scatter, each the other's adjoint."""
+"""Gather and scatter by the compiled CPU kernels (`csrc/cpu/packing.cpp`)."""
 
 from __future__ import annotations
 
@@ -9,40 +9,19 @@ import torch
 from torch import Tensor
 
 from sparsecnx import _extension
-from sparsecnx.layout import Layout, rows_to_tile, tile_to_rows
-from sparsecnx.selection import selected
+from sparsecnx.layout import Layout
 
 
 def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
-    """Rows `(layout.rows, C)` of a dense tensor `(B, C, *spatial)`. Masked sites are never read."""
-    if _compiled(dense, layout):
-        return torch.ops.sparsecnx.gather_tiles(dense, layout.tiles.index, layout.tile)
-    ndim, tile = layout.ndim, layout.tile
-    split = [part for size in layout.tiles.grid for part in (size, tile)]
-    cells = dense.reshape(dense.shape[0], dense.shape[1], *split)
-    by_tile = cells.permute(0, *(2 + 2 * d for d in range(ndim)), *(3 + 2 * d for d in range(ndim)), 1)
-    return tile_to_rows(by_tile[layout.tiles.positions()], ndim)
+    """Rows `(layout.rows, C)` of a dense tensor `(B, C, H, W)`."""
+    return torch.ops.sparsecnx.gather_tiles(dense, layout.tiles.index, layout.tile)
 
 
 def scatter_rows(rows: Tensor, layout: Layout, fill: Tensor) -> Tensor:
-    """Dense tensor `(B, C, *spatial)` of rows `(layout.rows, C)`; inactive sites hold `fill (C,)`."""
-    tiles, ndim, channels = layout.tiles, layout.ndim, rows.shape[1]
-    if _compiled(rows, layout):
-        return torch.ops.sparsecnx.scatter_tiles(
-            rows.contiguous(), fill.contiguous(), tiles.index, layout.batch, *layout.shape, layout.tile
-        )
-    by_tile = rows_to_tile(rows, layout.tile, ndim).reshape(tiles.count, layout.sites_per_tile * channels)
-    blank = fill.repeat(layout.sites_per_tile).expand(layout.batch * math.prod(tiles.grid), -1)
-    full = blank.index_copy(0, tiles.index, by_tile)
-    full = full.reshape(layout.batch, *tiles.grid, *([layout.tile] * ndim), channels)
-    interleave = [axis for d in range(ndim) for axis in (1 + d, 1 + ndim + d)]
-    full = full.permute(0, 1 + 2 * ndim, *interleave)
-    return full.reshape(layout.batch, channels, *layout.shape)
-
-
-def _compiled(values: Tensor, layout: Layout) -> bool:
-    """Whether the compiled kernels of `csrc/cpu/packing.cpp` take these values; the reference does without."""
-    return selected() != "reference" and _extension.loaded and values.device.type == "cpu" and layout.ndim == 2
+    """Dense tensor `(B, C, H, W)` of rows `(layout.rows, C)`, `fill (C,)` elsewhere."""
+    return torch.ops.sparsecnx.scatter_tiles(
+        rows.contiguous(), fill.contiguous(), layout.tiles.index, layout.batch, *layout.shape, layout.tile
+    )
 
 
 if _extension.loaded:
