@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from atomic import write
 
 import sparsecnx
 
@@ -28,14 +30,15 @@ class Results:
 
     Args:
         path: read where it exists, made with its folder otherwise.
+        run: the run that cases added belong to, where it spans several processes; by default a new one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, run: str | None = None) -> None:
         self.path = path
         self.content: dict[str, Any] = {"runs": {}, "cases": {}}
         if path.exists():
             self.content = json.loads(path.read_text())
-        self.run = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.run = run or datetime.now(timezone.utc).isoformat(timespec="seconds")
 
     def add(self, key: str, case: dict[str, Any]) -> None:
         """Add a case of this run, forget runs of which no case is left, and write the file.
@@ -55,17 +58,6 @@ class Results:
         write(self.path, text + "\n")
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def description(date: str) -> dict[str, Any]:
     """When, how and on what this process measures."""
     script = Path(sys.argv[0]).resolve()
@@ -77,10 +69,19 @@ def description(date: str) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
+            **{name: version(name) for name in ("triton", "transformers")},
             "sparsecnx": sparsecnx.__version__,
             "commit": commit(),
         },
     }
+
+
+def version(package: str) -> str | None:
+    """Version of an installed package; None where it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def machine() -> dict[str, Any]:

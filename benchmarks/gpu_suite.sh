@@ -1,0 +1,166 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on a machine with nothing but Python, torch, Triton and, for the CPU operators, g++:
+#
+#     benchmarks/gpu_suite.sh OUT
+#
+# from the repository's root. In this order, each part in its time:
+#
+#     build     the CPU operators, in place, while parity runs; without a compiler the package stays pure Python
+#     parity    every Triton operator against its float64 reference (gpu_parity.py)
+#     kernels   every kernel's time against its floor (kernels.py)
+#     encoder   the encoder's forward + backward, sparse and dense (encoder_step.py)
+#     fcmae     a pretraining step, and a ViT's (fcmae_step.py)
+#     tests     the tests that use a GPU, where pytest and hypothesis are installed
+#
+# OUT gets summary.md, which says everything in tables, a JSON file of every part, parts.tsv and log.txt. Each result
+# is written as soon as it is known. A part that fails or runs out of time does not stop the next ones; the exit code
+# is 0 only if all went well, and 2 without a GPU.
+#
+#     SPARSECNX_SUITE_SECONDS  time for all of it, 530 by default
+#     SPARSECNX_SUITE_PARTS    the parts to run, all of the above by default
+#     SPARSECNX_SUITE_DEVICE   cpu: every part in a few seconds at toy sizes, kernels in Triton's interpreter, which
+#                              shows that the suite works and measures nothing
+#     PYTHON                   python3 by default
+
+set -uo pipefail
+
+out=${1:?usage: benchmarks/gpu_suite.sh OUT}
+device=${SPARSECNX_SUITE_DEVICE:-cuda}
+total=${SPARSECNX_SUITE_SECONDS:-530}
+parts=${SPARSECNX_SUITE_PARTS:-build parity kernels encoder fcmae tests}
+python=${PYTHON:-python3}
+here=$(dirname "${BASH_SOURCE[0]}")
+failed=0
+
+cd "$here/.." || exit 2
+mkdir -p "$out" || exit 2
+out=$(cd "$out" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
+
+say() {
+  printf '[%3d s] %s\n' "$SECONDS" "$*" | tee -a "$out/log.txt"
+}
+
+# record NAME STATUS SECONDS WORDS: a line for the summary.
+record() {
+  printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" >>"$out/parts.tsv"
+  [[ $2 == ok || $2 == skipped ]] || failed=1
+  say "$1: $2${4:+, $4}"
+  "$python" benchmarks/gpu_summary.py "$out" || failed=1
+  rm -f "$out"/.*.tmp
+}
+
+wanted() {
+  [[ " $parts " == *" $1 "* ]]
+}
+
+# limit SECONDS: that many, or what is left.
+limit() {
+  local left=$((total - SECONDS))
+  echo $((left < $1 ? left : $1))
+}
+
+# part NAME SECONDS COMMAND...: run a command for at most that long; SECONDS_LEFT in it stands for its own deadline.
+part() {
+  local name=$1 seconds begin code status words=
+  seconds=$(limit "$2")
+  shift 2
+  wanted "$name" || return 0
+  if ((seconds < 15)); then
+    record "$name" timeout 0 "no time was left"
+    return 0
+  fi
+  say "$name: at most $seconds s"
+  begin=$SECONDS
+  timeout -k 5 "$seconds" "${@//SECONDS_LEFT/$((seconds - 5))}" 2>&1 | tee -a "$out/log.txt"
+  code=${PIPESTATUS[0]}
+  case $code in
+    0) status=ok ;;
+    124 | 137) status=timeout words="ended after $seconds s; what was known by then is written" ;;
+    3) status=incomplete words="nothing wrong, but not everything ran" ;;
+    *) status=failed words="exit code $code" ;;
+  esac
+  record "$name" "$status" $((SECONDS - begin)) "$words"
+}
+
+: >"$out/log.txt"
+: >"$out/parts.tsv"
+facts='
+import platform, sys, torch
+if sys.argv[1] == "cuda" and not torch.cuda.is_available():
+    sys.exit("no CUDA device")
+import triton
+p = torch.cuda.get_device_properties(0) if sys.argv[1] == "cuda" else None
+name = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, capability {p.major}.{p.minor}" if p else "CPU, Triton interpreter"
+print(f"{name}; Python {platform.python_version()}, torch {torch.__version__}, Triton {triton.__version__}")
+'
+if ! machine=$("$python" -c "$facts" "$device" 2>&1); then
+  say "${machine##*$'\n'}"
+  exit 2
+fi
+say "$machine"
+printf 'machine\tok\t%s\t%s\n' "$SECONDS" "$machine" >>"$out/parts.tsv"
+
+if [[ $device == cpu ]]; then
+  export TRITON_INTERPRET=1
+  small=(--device cpu --size atto --image 64 --ratio 0.5 --batch 2)
+  parity=("${small[@]}" --dims 8 8 8 8 --stage 4 --dtypes float32 --jobs 1)
+  kernels=("${small[@]}" --dims 8 8 8 8 --stage 4 --dtype float32 --programs layer_norm)
+  encoder=("${small[@]}" --dtype float32 --compiler eager --repeat-seconds 0.1)
+  fcmae=("${small[@]}" --dtype float32 --compiler eager --repeat-seconds 0.1 --variants sparse dense)
+  tests=(tests/test_masking.py)
+else
+  parity=() kernels=() encoder=() fcmae=()
+  tests=(tests -k "triton or cuda or gpu")
+fi
+
+if wanted build; then
+  say "build: in the background"
+  build_begin=$SECONDS
+  # Politely: parity compiles kernels on the same cores.
+  SPARSECNX_BUILD=cpu MAX_JOBS=6 nice -n 19 timeout -k 5 "$(limit 240)" \
+    "$python" setup.py build_ext --inplace >"$work/build.txt" 2>&1 &
+  build=$!
+fi
+
+part parity 105 "$python" benchmarks/gpu_parity.py "${parity[@]}" --seconds SECONDS_LEFT --out "$out/parity.json"
+
+if wanted build; then
+  # Nothing may compile while kernels are timed.
+  until=$((SECONDS + 30))
+  while kill -0 "$build" 2>/dev/null && ((SECONDS < until)); do sleep 1; done
+  kill "$build" 2>/dev/null
+  wait "$build"
+  code=$?
+  tail -n 20 "$work/build.txt" >>"$out/log.txt"
+  if ((code == 0)); then
+    record build ok $((SECONDS - build_begin)) ""
+  else
+    why=$(grep -iE 'error|no C\+\+ compiler|Python\.h' "$work/build.txt" | tail -n 1 | cut -c1-200 | tr '\t' ' ')
+    record build failed $((SECONDS - build_begin)) "pure Python without the CPU operators: exit code $code; $why"
+  fi
+fi
+
+part kernels 100 "$python" benchmarks/kernels.py "${kernels[@]}" --seconds SECONDS_LEFT --out "$out/kernels.json"
+part encoder 165 "$python" benchmarks/encoder_step.py "${encoder[@]}" --seconds SECONDS_LEFT --out "$out/encoder.json"
+part fcmae 95 "$python" benchmarks/fcmae_step.py "${fcmae[@]}" --seconds SECONDS_LEFT --out "$out/fcmae.json"
+
+if wanted tests; then
+  missing=$("$python" -c '
+import importlib.util
+print(*(name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None))')
+  if [[ -n $missing ]]; then
+    record tests skipped 0 "not installed: $missing"
+  else
+    # Several processes, since most of a test's time goes into compiling; ended politely, so that pytest sums up.
+    workers=()
+    if [[ $device == cuda ]] && "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
+    part tests 200 timeout -s INT -k 10 SECONDS_LEFT "$python" -m pytest -q -rfE -p no:cacheprovider \
+      "${workers[@]}" "${tests[@]}"
+  fi
+fi
+
+say "done: $out/summary.md"
+exit $failed

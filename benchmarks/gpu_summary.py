@@ -1,0 +1,220 @@
+"""The results of gpu_suite.sh as tables: OUT/summary.md from what is in OUT by now.
+
+python benchmarks/gpu_summary.py OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from atomic import write
+
+LEAST_SHARE = 0.005  # of a program's time, below which a kernel is summed up with others
+VIT = ("vit", "vit_torch")
+DENSE = ("dense", "dense_cast", "dense_whole")
+LOG_LINES = 40
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], words: int = 1) -> Iterator[str]:
+    """A Markdown table whose first columns are words and the others numbers."""
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'|'.join('---' if index < words else '---:' for index in range(len(head)))}|"
+    for row in rows:
+        yield f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |"
+    yield ""
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A JSON file; nothing where there is none."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def parts(folder: Path) -> Iterator[str]:
+    """What ran and how it ended."""
+    lines = (folder / "parts.tsv").read_text().splitlines() if (folder / "parts.tsv").exists() else []
+    yield from table(["part", "status", "seconds", ""], [line.split("\t") for line in lines], 2)
+
+
+def parity(found: dict[str, Any]) -> Iterator[str]:
+    """The largest error by operator and dtype, and all that is wrong."""
+    worst: dict[str, dict[str, float]] = {}
+    wrong: list[tuple[str, str, str]] = []
+    for stage, result in found.get("stages", {}).items():
+        dtype = stage.split()[-1]
+        if "operators" not in result:
+            error = result["error"].strip().splitlines()
+            wrong.append((stage, "", f"{result['status']}: {error[-1] if error else ''}"))
+        for operator, one in result.get("operators", {}).items():
+            errors = one.get("errors", {})
+            if not one["agrees"]:
+                text = one.get("error") or ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+                wrong.append((stage, operator, text + ("" if one.get("same_bits", True) else "; other bits again")))
+            elif errors:
+                by_dtype = worst.setdefault(operator, {})
+                by_dtype[dtype] = max(by_dtype.get(dtype, 0.0), *errors.values())
+    dtypes = list(found.get("bounds", {}))
+    rows = [[name, *(f"{by[dtype]:.1e}" if dtype in by else "-" for dtype in dtypes)] for name, by in worst.items()]
+    bounds = ", ".join(f"{bound:g} in {dtype}" for dtype, bound in found["bounds"].items())
+    yield f"Largest relative error of an output or gradient against float64, where all agree (bounds: {bounds}):"
+    yield ""
+    yield from table(["operator", *dtypes], rows)
+    if wrong:
+        yield f"**{len(wrong)} do not agree or did not run:**"
+        yield ""
+        yield from table(["stage", "operator", "what"], wrong, 3)
+
+
+def kernels(found: dict[str, Any]) -> Iterator[str]:
+    """Programs, then every kernel of every program."""
+    cases = list(found.get("cases", {}).values())
+    if not cases:
+        return
+    rates = cases[0]["rates"]
+    yield (
+        f"Measured: copies {rates['copy_bytes_per_s'] / 1e12:.2f} TB/s, matrix products "
+        f"{rates['matrix_flops_per_s'] / 1e12:.0f} TFLOP/s in {cases[0]['dtype']}, float32 FMAs "
+        f"{rates['vector_flops_per_s'] / 1e12:.1f} TFLOP/s, a kernel that does nothing "
+        f"{1e3 * rates['empty_ms']:.1f} us."
+    )
+    yield ""
+    order = sorted(cases, key=lambda case: (case["program"] != "block", case["size"], case["stage"]))
+    rows = [
+        [
+            f"{c['size']} stage {c['stage']}, {c['program']}",
+            c["channels"],
+            c["batch"],
+            f"{c['ms']:.3f}",
+            f"{c['queued_ms']:.3f}",
+            f"{c['gap_ms']:.3f}",
+            f"{c['sum_ms']:.3f}",
+            f"{sum(k['floor_ms'] * k['launches'] for k in c['kernels']) / c['sum_ms']:.2f}" if c["sum_ms"] else "-",
+        ]
+        for c in order
+    ]
+    head = ["forward + backward", "C", "batch", "ms", "queued", "gap", "sum of kernels", "floor / sum"]
+    yield from table(head, rows)
+    for c in order:
+        yield f"**{c['size']} stage {c['stage']}, {c['program']}**, C {c['channels']}, batch {c['batch']}"
+        yield ""
+        rows, rest, rest_share = [], 0, 0.0
+        for k in c["kernels"]:
+            if k["share"] < LEAST_SHARE:
+                rest += k["launches"]
+                rest_share += k["share"]
+                continue
+            rows.append(
+                [
+                    k["name"],
+                    k["launches"],
+                    f"{1e3 * k['ms']:.1f}",
+                    f"{k['bytes'] / 2**20:.1f}",
+                    f"{k['matrix_flops'] / 1e9:.2f}",
+                    f"{k['vector_flops'] / 1e9:.2f}",
+                    f"{1e3 * k['floor_ms']:.1f}",
+                    k["bound"],
+                    f"{k['fraction']:.2f}",
+                    f"{100 * k['share']:.1f}%",
+                ]
+            )
+        if rest:
+            rows.append([f"{rest} small launches", "", "", "", "", "", "", "", "", f"{100 * rest_share:.1f}%"])
+        head = ["kernel", "launches", "us", "MiB", "matrix GF", "vector GF", "floor us", "bound", "fraction", "share"]
+        yield from table(head, rows)
+
+
+def steps(found: dict[str, Any], baselines: Sequence[str], rival: Sequence[str] = ()) -> Iterator[str]:
+    """Variants of every case, against the fastest of the baselines there; time per image against a rival of another
+    case, where one of those names was measured."""
+    rows = []
+    speeds = [
+        v["images_per_s"]
+        for case in found.get("cases", {}).values()
+        for name, v in case["variants"].items()
+        if name in rival and "ms" in v
+    ]
+    for key, case in found.get("cases", {}).items():
+        measured = {name: v for name, v in case["variants"].items() if "ms" in v}
+        base = min((measured[name]["ms"]["median"] for name in baselines if name in measured), default=None)
+        names = [name for name in baselines if name in measured]
+        least = {
+            field: min((measured[name][field] for name in names if field in measured[name]), default=None)
+            for field in ("peak_bytes", "saved_bytes")
+        }
+        for name, v in case["variants"].items():
+            if "ms" not in v:
+                rows.append([key, name, f"{v['status']}: {v['error']}", *[""] * (9 if speeds else 8)])
+                continue
+            rows.append(
+                [
+                    key,
+                    name + ("" if v.get("agrees", True) else " **wrong**"),
+                    f"{v['ms']['median']:.2f}",
+                    f"{v['images_per_s']:.0f}",
+                    ratio(v["ms"]["median"], base),
+                    gib(v.get("peak_bytes")),
+                    ratio(v.get("peak_bytes"), least["peak_bytes"]),
+                    gib(v.get("saved_bytes")),
+                    ratio(v.get("saved_bytes"), least["saved_bytes"]),
+                    gib(v.get("total_bytes")),
+                    f"{v['first_s']:.1f}",
+                    *([ratio(max(speeds), v["images_per_s"])] if speeds else []),
+                ]
+            )
+    head = ["case", "variant", "ms", "images/s", "/ dense", "peak GiB", "/ dense", "saved GiB", "/ dense", "all GiB"]
+    yield from table([*head, "first step s", *(["s per image / ViT"] if speeds else [])], rows, 2)
+    wrong = [
+        [key, name, json.dumps(v.get("errors", {k: v[k] for k in ("loss",) if k in v}))]
+        for key, case in found.get("cases", {}).items()
+        for name, v in case["variants"].items()
+        if not v.get("agrees", True)
+    ]
+    if wrong:
+        yield "**Wrong:**"
+        yield ""
+        yield from table(["case", "variant", "errors"], wrong, 3)
+
+
+def ratio(value: float | None, base: float | None) -> str:
+    """A quotient in words."""
+    return f"{value / base:.3f}" if value is not None and base else "-"
+
+
+def gib(value: float | None) -> str:
+    """Bytes in GiB."""
+    return "-" if value is None else f"{value / 2**30:.2f}"
+
+
+def summary(folder: Path) -> str:
+    """All that is known, as Markdown."""
+    lines = ["# GPU suite", "", *parts(folder)]
+    sections = {
+        "Parity": ("parity.json", parity),
+        "Kernels": ("kernels.json", kernels),
+        "Encoder, forward + backward": ("encoder.json", lambda found: steps(found, DENSE)),
+        "Pretraining step": ("fcmae.json", lambda found: steps(found, DENSE, VIT)),
+    }
+    for title, (name, section) in sections.items():
+        if (found := load(folder / name)) and (found.get("cases") or found.get("stages")):
+            lines += [f"## {title}", "", *section(found)]
+    log = folder / "log.txt"
+    if log.exists():
+        lines += ["## End of the log", "", "```", *log.read_text(errors="replace").splitlines()[-LOG_LINES:], "```", ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write OUT/summary.md.")
+    parser.add_argument("out", type=Path)
+    folder = parser.parse_args().out
+    write(folder / "summary.md", summary(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
