@@ -17,6 +17,8 @@ from sparsecnx.ops.convnextv2_block import native, reference
 from sparsecnx.ops.convnextv2_block.parameters import BlockParameters
 from sparsecnx.ops.grn import segments
 from sparsecnx.ops.native import refusal_2d
+from sparsecnx.ops.triton import implementation as triton_room
+from sparsecnx.ops.triton import refusal_2d as triton_refusal_2d
 from sparsecnx.tensor import SparseTensor
 
 __all__ = ["BlockParameters", "convnextv2_block", "operator"]
@@ -24,6 +26,7 @@ __all__ = ["BlockParameters", "convnextv2_block", "operator"]
 operator = Operator(
     "convnextv2_block",
     native=Implementation(native.convnextv2_block, refusal_2d, native.detail),
+    triton=triton_room(__name__, "convnextv2_block", triton_refusal_2d, "detail"),
     reference=Implementation(reference.convnextv2_block, always),
 )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparsecnx.backend import Implementation, Operator, always
-from sparsecnx.ops import triton
 from sparsecnx.ops.common import (
     autocast,
     check_device,
@@ -16,12 +15,14 @@ from sparsecnx.ops.common import (
 )
 from sparsecnx.ops.depthwise_conv import native, reference
 from sparsecnx.ops.native import refusal_2d
+from sparsecnx.ops.triton import implementation as triton_room
+from sparsecnx.ops.triton import refusal_2d as triton_refusal_2d
 from sparsecnx.tensor import SparseTensor
 
 operator = Operator(
     "depthwise_conv",
     native=Implementation(native.depthwise_conv, refusal_2d),
-    triton=triton.implementation(__name__, "depthwise_conv", triton.refusal_2d),
+    triton=triton_room(__name__, "depthwise_conv", triton_refusal_2d),
     reference=Implementation(reference.depthwise_conv, always),
 )
 

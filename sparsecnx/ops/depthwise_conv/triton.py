@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecnx import _triton
-from sparsecnx._triton_functions import nested_column, nested_line
+from sparsecnx._triton_functions import nested_column, nested_line, rounded
 from sparsecnx.layout import nested_factors
 from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
 from sparsecnx.tensor import SparseTensor
@@ -133,11 +133,11 @@ def depthwise_conv_kernel(
             writable = known[:, None] & inside[None, :]
             if HAS_RESIDUAL:
                 out += tl.load(residual_ptr + place, mask=writable, other=0.0).to(tl.float32)
-            rounded = out.to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + place, rounded, mask=writable)
+            stored = rounded(out, out_ptr.dtype.element_ty)
+            tl.store(out_ptr + place, stored, mask=writable)
             if NORMALISE:
                 # Moments of this block of channels, merged with those before (Chan, Golub, LeVeque 1979).
-                values = rounded.to(tl.float32)
+                values = stored.to(tl.float32)
                 count = tl.minimum(BLOCK_C, C - c0).to(tl.float32)
                 mean = tl.sum(tl.where(inside[None, :], values, 0.0), axis=1) / count
                 centred = tl.where(inside[None, :], values - mean[:, None], 0.0)
@@ -168,7 +168,7 @@ def depthwise_conv_kernel(
                 place = (row * C)[:, None] + channel[None, :]
                 values = tl.load(out_ptr + place, mask=writable, other=0.0).to(tl.float32)
                 out = (values - means[s][:, None]) * scales[s][:, None]
-                tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=writable)
+                tl.store(out_ptr + place, rounded(out, out_ptr.dtype.element_ty), mask=writable)
 
 
 @triton.jit
