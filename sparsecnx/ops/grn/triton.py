@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecnx import _triton
+from sparsecnx._triton_functions import rounded
 from sparsecnx.layout import Layout, remember
 from sparsecnx.tensor import SparseTensor
 
@@ -114,7 +115,7 @@ def apply_kernel(
     scale = tl.load(scale_ptr + group[:, None] * channels + c[None, :], inside, 0.0)
     beta = tl.load(beta_ptr + c, c < channels, 0.0)
     out = x * scale + beta[None, :]
-    tl.store(out_ptr + base + offset, out.to(out_ptr.dtype.element_ty), inside)
+    tl.store(out_ptr + base + offset, rounded(out, out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -144,7 +145,7 @@ def apply_backward_kernel(
     scale = tl.load(scale_ptr + group[:, None] * channels + c[None, :], inside, 0.0)
     grad_energy = tl.load(grad_energy_ptr + group[:, None] * channels + c[None, :], inside, 0.0)
     grad_x = grad * scale + 2.0 * x * grad_energy
-    tl.store(grad_x_ptr + base + offset, grad_x.to(grad_x_ptr.dtype.element_ty), inside)
+    tl.store(grad_x_ptr + base + offset, rounded(grad_x, grad_x_ptr.dtype.element_ty), inside)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecnx import _triton
+from sparsecnx._triton_functions import rounded
 from sparsecnx.tensor import SparseTensor
 
 VALUES_PER_THREAD = 16
@@ -48,7 +49,7 @@ def layer_norm_kernel(
     weight = tl.load(weight_ptr + c, c < channels, 0.0)
     bias = tl.load(bias_ptr + c, c < channels, 0.0)
     out = deviation * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(out_ptr + base + offset, out.to(out_ptr.dtype.element_ty), inside)
+    tl.store(out_ptr + base + offset, rounded(out, out_ptr.dtype.element_ty), inside)
     tl.store(moments_ptr + row0.to(tl.int64) * 2 + 2 * r, mean, known)
     tl.store(moments_ptr + row0.to(tl.int64) * 2 + 2 * r + 1, rstd, known)
 
@@ -97,7 +98,7 @@ def layer_norm_backward_kernel(
         weight_sum += grad * normalised
         bias_sum += grad
         grad_x = tangent(grad * weight[None, :], normalised, channels) * rstd[:, None]
-        tl.store(grad_x_ptr + base + offset, grad_x.to(grad_x_ptr.dtype.element_ty), inside)
+        tl.store(grad_x_ptr + base + offset, rounded(grad_x, grad_x_ptr.dtype.element_ty), inside)
     out = tl.program_id(0).to(tl.int64) * channels + c
     tl.store(weight_partial_ptr + out, tl.sum(weight_sum, axis=0), c < channels)
     tl.store(bias_partial_ptr + out, tl.sum(bias_sum, axis=0), c < channels)
@@ -126,7 +127,7 @@ def normalised_backward_kernel(
     normalised = tl.load(normalised_ptr + base + offset, inside, 0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + row0 + r, known, 0.0)
     grad_x = tangent(grad, normalised, channels) * rstd[:, None]
-    tl.store(grad_x_ptr + base + offset, grad_x.to(grad_x_ptr.dtype.element_ty), inside)
+    tl.store(grad_x_ptr + base + offset, rounded(grad_x, grad_x_ptr.dtype.element_ty), inside)
 
 
 def normalised_backward(grad: Tensor, normalised: Tensor, rstd: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecnx import _triton
+from sparsecnx._triton_functions import rounded
 from sparsecnx.ops.grn.triton import row_groups
 from sparsecnx.tensor import SparseTensor
 
@@ -41,7 +42,7 @@ def scale_rows_kernel(
     scale = tl.load(scale_ptr + image, known, 0.0).to(tl.float32)
     x = tl.load(x_ptr + base + offset, inside, 0.0).to(tl.float32)
     out = x * scale[:, None]
-    tl.store(out_ptr + base + offset, out.to(out_ptr.dtype.element_ty), inside)
+    tl.store(out_ptr + base + offset, rounded(out, out_ptr.dtype.element_ty), inside)
 
 
 def scale_images(x: SparseTensor, scale: Tensor) -> Tensor:
