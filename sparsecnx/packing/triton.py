@@ -126,7 +126,7 @@ def scatter_kernel(
 
 
 @triton.jit
-def masked_sum_kernel(
+def fill_grad_kernel(
     dense_ptr,  # (B, C, H, W) of any strides
     slots_ptr,  # int32 (B * cells,)
     sums_ptr,  # float32 (B, C), out: sum over the masked sites of each image
@@ -229,14 +229,14 @@ def scatter_tiles(
     return dense
 
 
-@torch.library.custom_op("sparsecnx_triton::masked_sum", mutates_args=())
-def masked_sum(dense: Tensor, slots: Tensor, tile: int) -> Tensor:
+@torch.library.custom_op("sparsecnx_triton::scatter_tiles_fill_grad", mutates_args=())
+def scatter_fill_grad(dense: Tensor, slots: Tensor, tile: int) -> Tensor:
     """Sum of dense `(B, C, H, W)` over the sites that `slots` says are masked, `(C,)`."""
     batch, channels, height, width = dense.shape
     sums = torch.empty(batch, channels, dtype=torch.float32, device=dense.device)
     block_c = min(32, triton.next_power_of_2(channels))
     _triton.launch(
-        masked_sum_kernel,
+        fill_grad_kernel,
         (batch * _triton.blocks(channels, block_c),),
         dense,
         slots,
@@ -270,7 +270,7 @@ def _(
     return rows.new_empty(batch, rows.shape[1], height, width)
 
 
-@masked_sum.register_fake
+@scatter_fill_grad.register_fake
 def _(dense: Tensor, slots: Tensor, tile: int) -> Tensor:
     return dense.new_empty(dense.shape[1])
 
@@ -296,7 +296,7 @@ def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     index, slots = ctx.saved_tensors
     grad_rows = gather_tiles(grad, index, slots, ctx.tile) if ctx.needs_input_grad[0] else None
-    grad_fill = masked_sum(grad, slots, ctx.tile) if ctx.needs_input_grad[1] else None
+    grad_fill = scatter_fill_grad(grad, slots, ctx.tile) if ctx.needs_input_grad[1] else None
     return grad_rows, grad_fill, None, None, None, None, None, None
 
 

@@ -14,7 +14,7 @@ def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, segments: Tensor, eps: flo
     group = torch.bucketize(torch.arange(values.shape[0], device=x.device), segments[1:], right=True)
     energy = values.new_zeros(segments.shape[0] - 1, values.shape[1]).index_add(0, group, values.square())
     # torch.norm's subgradient at a channel that is zero everywhere is 0; sqrt alone would give nan.
-    positive = energy > 0
-    norm = torch.where(positive, energy, 1.0).sqrt() * positive
+    silent = energy == 0
+    norm = torch.where(silent, 1.0, energy).sqrt() * ~silent
     response = norm / (norm.mean(dim=1, keepdim=True) + eps)
     return (gamma * (values * response[group]) + beta + values).to(x.dtype)
