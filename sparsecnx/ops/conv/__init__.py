@@ -14,12 +14,14 @@ from sparsecnx.ops.common import (
 )
 from sparsecnx.ops.conv import gemm, native, reference
 from sparsecnx.ops.native import refusal
+from sparsecnx.ops.triton import implementation
 from sparsecnx.selection import selected
 from sparsecnx.tensor import SparseTensor
 
 operator = Operator(
     "conv",
     native=Implementation(native.conv, refusal),
+    triton=implementation(__name__, "conv"),
     reference=Implementation(reference.conv, always),
 )
 
@@ -63,7 +65,7 @@ def conv(
         check_vector(bias, "bias", weight.shape[0], x)
     x, (weight,) = autocast(x, weight)
     check_same_dtype(x, "weight", weight)
-    if gemm.applies(x, kernel, stride, offsets) and (selected() == "auto" or operator.choose(x) == "native"):
+    if gemm.applies(x, kernel, stride, offsets) and (selected() == "auto" or operator.choose(x) != "reference"):
         return x.with_features(gemm.conv(x, weight, bias, stride), layout)
     return x.with_features(operator(x, weight, bias, stride, offsets), layout)
 
