@@ -89,6 +89,9 @@ def operators(channels: int, layout: Layout) -> dict[str, tuple[Run, Callable[[]
     def depthwise_conv(x: SparseTensor, a: Inputs) -> Tensor:
         return ops.depthwise_conv(x, a["weight"], a.get("bias_vector")).features
 
+    def conv(x: SparseTensor, a: Inputs) -> Tensor:
+        return ops.conv(x, a["weight"], a["bias_vector"]).features
+
     def layer_norm(x: SparseTensor, a: Inputs) -> Tensor:
         return ops.layer_norm(x, a["weight_vector"], a["bias_vector"]).features
 
@@ -115,6 +118,14 @@ def operators(channels: int, layout: Layout) -> dict[str, tuple[Run, Callable[[]
             lambda: {
                 "x": rows(channels),
                 "weight": draw(channels, 1, 7, 7, scale=1 / 7),
+                "bias_vector": draw(channels),
+            },
+        ),
+        "conv": (
+            conv,
+            lambda: {
+                "x": rows(channels),
+                "weight": draw(channels, channels, 3, 3, scale=(9 * channels) ** -0.5),
                 "bias_vector": draw(channels),
             },
         ),

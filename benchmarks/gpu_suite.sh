@@ -68,7 +68,7 @@ part() {
   seconds=$(limit "$2")
   shift 2
   wanted "$name" || return 0
-  if ((seconds < 15)); then
+  if ((seconds < 6)); then
     record "$name" timeout 0 "no time was left"
     return 0
   fi

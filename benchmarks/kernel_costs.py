@@ -144,7 +144,13 @@ def gather(a: Arguments) -> Cost:
     return Cost(2 * size(a["rows_ptr"]) + size(a["index_ptr"]))
 
 
-def masked_sum(a: Arguments) -> Cost:
+def gather_columns(a: Arguments) -> Cost:
+    """Rows that several taps read are read once; a chunk of the output may need fewer than all."""
+    columns = size(a["columns_ptr"])
+    return Cost(min(size(a["x_ptr"]), columns) + size(a["map_ptr"]) + columns)
+
+
+def fill_grad(a: Arguments) -> Cost:
     """Of the dense tensor only what is masked."""
     slots, dense = a["slots_ptr"], a["dense_ptr"]
     masked = int((slots < 0).sum()) * dense.numel() // slots.numel()
@@ -170,7 +176,8 @@ COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "response_backward_kernel": elementwise("partial_ptr", 1),
     "gather_kernel": gather,
     "scatter_kernel": elementwise("rows_ptr", 0),
-    "masked_sum_kernel": masked_sum,
+    "fill_grad_kernel": fill_grad,
+    "gather_columns_kernel": gather_columns,
     "scale_rows_kernel": elementwise("x_ptr", 1),
 }
 

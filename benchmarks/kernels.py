@@ -45,7 +45,7 @@ from sparsecnx.models.convnextv2 import STRIDE
 
 NAMESPACE = "sparsecnx_triton"  # of the operators that launch kernels
 STAGES = (1, 2, 3, 4)
-PROGRAMS = ("block", "depthwise_conv", "layer_norm", "grn", "stochastic_depth", "gather", "scatter")
+PROGRAMS = ("block", "depthwise_conv", "layer_norm", "grn", "stochastic_depth", "gather", "scatter", "conv")
 WARM_UP = 3
 SECONDS = 0.12  # to repeat a kernel
 LEAST_REPEATS, MOST_REPEATS = 10, 100
@@ -277,7 +277,11 @@ def programs(case: dict[str, Any], batch: int) -> dict[str, Callable[[], Call]]:
         x, fill = rows(), leaf(channels)
         return program(lambda: x.dense(fill), x.features, fill)
 
-    makers = (block, depthwise_conv, layer_norm, grn, stochastic_depth, gather, scatter)
+    def conv() -> Call:
+        x, weight, bias = rows(), leaf(channels, channels, 3, 3, scale=(9 * channels) ** -0.5), vector()
+        return program(lambda: ops.conv(x, weight, bias).features, x.features, weight, bias)
+
+    makers = (block, depthwise_conv, layer_norm, grn, stochastic_depth, gather, scatter, conv)
     return dict(zip(PROGRAMS, makers, strict=True))
 
 

@@ -1,0 +1,573 @@
+"""benchmarks/gpu_suite.sh and what it runs, as far as that shows without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsecnx import Layout, SparseTensor, _triton, ops, use_backend
+from sparsecnx.models import SIZES
+from sparsecnx.models.convnextv2 import Size
+from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+SMALL = ["--device", "cpu", "--size", "atto", "--image", "64", "--ratio", "0.5", "--batch", "2"]
+
+needs_triton = pytest.mark.skipif(not _triton.available, reason="needs Triton")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """Imports a benchmark as a module; atto has the fewest channels."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setitem(SIZES, "atto", Size((1, 1, 1, 1), (8, 8, 16, 16)))
+    yield importlib.import_module
+
+
+# The suite, with a Python that plays the parts.
+
+FAKE = """#!/usr/bin/env bash
+# Instead of Python: a part does what FAKE_<part> says, all else is done by the real one.
+case $1 in
+  benchmarks/gpu_summary.py) exec "$REAL" "$@" ;;
+  benchmarks/gpu_parity.py) part=parity ;;
+  benchmarks/encoder_step.py) part=encoder ;;
+  benchmarks/fcmae_step.py) part=fcmae ;;
+  benchmarks/kernels.py) part=kernels ;;
+  setup.py) part=build ;;
+  -m) part=tests ;;
+  -c) case $2 in *properties*) echo "a fake GPU"; exit ;; *xdist*) exit 1 ;; *) exec "$REAL" "$@" ;; esac ;;
+esac
+echo "$part got $*"
+todo=FAKE_$part
+eval "${!todo:-true}"
+"""
+
+
+class Suite:
+    """Runs gpu_suite.sh with `FAKE` for Python."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out = folder / "out"
+        self.python = folder / "python"
+        self.python.write_text(FAKE)
+        self.python.chmod(self.python.stat().st_mode | stat.S_IXUSR)
+
+    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+        variables = {**os.environ, "PYTHON": str(self.python), "REAL": sys.executable, **environment}
+        command = ["bash", str(BENCHMARKS / "gpu_suite.sh"), str(self.out)]
+        return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+
+    def statuses(self) -> dict[str, str]:
+        lines = (self.out / "parts.tsv").read_text().splitlines()
+        return {name: status for name, status, *_ in (line.split("\t") for line in lines)}
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Suite:
+    return Suite(tmp_path)
+
+
+def test_all_parts_run_in_turn_within_the_limits_on_what_comes_back(suite: Suite) -> None:
+    done = suite.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = ["machine", "parity", "build", "kernels", "encoder", "fcmae", "tests"]
+    assert suite.statuses() == dict.fromkeys(names, "ok")
+    assert {path.name for path in suite.out.iterdir()} == {"log.txt", "parts.tsv", "summary.md"}
+    out = str(suite.out.resolve())
+    assert f"parity got benchmarks/gpu_parity.py --seconds 100 --out {out}/parity.json" in done.stdout
+    assert "tests got -m pytest" in done.stdout
+    summary = (suite.out / "summary.md").read_text()
+    assert "| machine | ok | " in summary
+    assert "a fake GPU" in summary
+    assert done.stdout.splitlines()[-1].endswith("summary.md")
+
+
+def test_a_part_that_fails_stops_no_other_and_is_not_forgotten(suite: Suite) -> None:
+    done = suite.run(FAKE_parity="echo oh; exit 1", FAKE_kernels="exit 3", FAKE_encoder="kill -9 $$")
+    assert done.returncode == 1
+    found = suite.statuses()
+    assert (found["parity"], found["kernels"]) == ("failed", "incomplete")
+    assert found["encoder"] != "ok"
+    assert (found["fcmae"], found["tests"]) == ("ok", "ok")
+    assert "oh" in (suite.out / "log.txt").read_text()
+
+
+def test_without_a_compiler_it_goes_on_and_says_so(suite: Suite) -> None:
+    done = suite.run(FAKE_build="echo 'error: no C++ compiler: found none of c++'; exit 1")
+    assert done.returncode == 1
+    assert suite.statuses()["build"] == "failed"
+    assert suite.statuses()["kernels"] == "ok"
+    assert "pure Python without the CPU operators: exit code 1; error: no C++ compiler" in done.stdout
+
+
+def test_time_that_runs_out_ends_a_part_and_the_rest(suite: Suite) -> None:
+    begin = time.monotonic()
+    done = suite.run(SPARSECNX_SUITE_SECONDS="6", SPARSECNX_SUITE_PARTS="parity kernels", FAKE_parity="sleep 40")
+    assert time.monotonic() - begin < 30
+    assert done.returncode == 1
+    assert suite.statuses() == {"machine": "ok", "parity": "timeout", "kernels": "timeout"}
+    assert "no time was left" in done.stdout
+
+
+def test_no_pytest_is_said(suite: Suite) -> None:
+    found = suite.python.read_text().replace('*) exec "$REAL" "$@" ;; esac', "*) echo hypothesis; exit ;; esac")
+    suite.python.write_text(found)
+    done = suite.run(SPARSECNX_SUITE_PARTS="tests")
+    assert done.returncode == 0
+    assert suite.statuses()["tests"] == "skipped"
+    assert "not installed: hypothesis" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_no_gpu_is_said_at_once(suite: Suite) -> None:
+    done = suite.run(PYTHON=sys.executable)
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stdout
+
+
+@needs_triton
+def test_a_part_runs_for_real_at_toy_sizes(suite: Suite) -> None:
+    done = suite.run(PYTHON=sys.executable, SPARSECNX_SUITE_DEVICE="cpu", SPARSECNX_SUITE_PARTS="kernels")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert suite.statuses()["kernels"] == "ok"
+    (case,) = json.loads((suite.out / "kernels.json").read_text())["cases"].values()
+    assert {kernel["name"] for kernel in case["kernels"]} >= {"layer_norm_kernel", "layer_norm_backward_kernel"}
+    assert "| layer_norm_kernel | 1 | " in (suite.out / "summary.md").read_text()
+
+
+# Processes of their own.
+
+
+def _answer(value: int) -> int:
+    return value + 1
+
+
+def _raise() -> None:
+    raise ValueError("wrong\nin two lines")
+
+
+def test_outcomes(load: Any) -> None:
+    isolated = load("isolated")
+    tasks = [
+        isolated.Task("answer", _answer, (1,)),
+        isolated.Task("raise", _raise),
+        isolated.Task("die", _die),
+        isolated.Task("hang", time.sleep, (60,), seconds=0.5),
+        isolated.Task("after", _answer, (2,)),
+    ]
+    found = {outcome.task.name: outcome for outcome in isolated.outcomes(tasks)}
+    assert list(found) == ["answer", "raise", "die", "hang", "after"]
+    assert [outcome.status for outcome in found.values()] == ["done", "failed", "failed", "timeout", "done"]
+    assert (found["answer"].value, found["after"].value) == (2, 3)
+    assert isolated.last_line(found["raise"].error) == "ValueError: wrong"
+    assert "signal 11" in found["die"].error
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_outcomes_of_several_at_a_time_and_a_deadline(load: Any) -> None:
+    isolated = load("isolated")
+    begin = time.monotonic()
+    tasks = [isolated.Task(str(index), time.sleep, (0.5,)) for index in range(4)]
+    tasks += [isolated.Task("slow", time.sleep, (60,)), isolated.Task("never", time.sleep, (0,))]
+    found = {o.task.name: o.status for o in isolated.outcomes(tasks, jobs=2, deadline=begin + 2.5)}
+    assert time.monotonic() - begin < 10
+    assert [found[str(index)] for index in range(4)] == ["done"] * 4
+    assert found["slow"] == "timeout"
+    assert found["never"] == "done"  # beside the slow one
+
+
+# Costs.
+
+
+@needs_triton
+def test_every_kernel_has_a_cost(load: Any) -> None:
+    assert load("kernel_costs").COSTS.keys() == load("launches").entry_points()
+
+
+@needs_triton
+def test_costs_of_a_block_add_up(load: Any) -> None:
+    """At the first stage of Tiny: rows of C values and of 4C, and products of rows x C x 4C."""
+    costs, launches = load("kernel_costs"), load("launches")
+    setting = launches.Setting("tiny", "1", "bfloat16")
+    rows, channels = setting.rows, setting.channels
+    found: list[tuple[str, Any]] = []
+
+    def observe(kernel: Any, grid: Any, arguments: Any, options: Any) -> None:
+        found.append((costs.bound(kernel, arguments, options)[0], costs.cost(kernel, arguments, options)))
+
+    def traced(program: str) -> dict[str, Any]:
+        found.clear()
+        with _triton.observing(observe), use_backend("triton"), launches.WithoutComputing():
+            launches.programs(setting)[program]()
+        assert len(found) > 5
+        return {"matrix": sum(cost.matrix for _, cost in found), "by name": dict(found)}
+
+    product = 2 * rows * channels * 4 * channels
+    kept, again = traced("convnextv2_block"), traced("convnextv2_block, recompute")
+    # Forward two; backward t, and where a is recomputed both of them in both passes. The other three are torch.mm's.
+    assert kept["matrix"] == 3 * product
+    assert again["matrix"] == 6 * product
+    narrow, wide = 2 * rows * channels, 2 * rows * 4 * channels  # bytes
+    forward = again["by name"]["linear_gelu_kernel"].bytes
+    assert narrow + wide < forward < 1.1 * (narrow + wide)
+    assert kept["by name"]["linear_gelu_kernel"].bytes - forward == wide
+    second = kept["by name"]["linear_scaled_kernel"].bytes
+    assert 2 * narrow + wide < second < 1.1 * (2 * narrow + wide)
+    gradients = kept["by name"]["hidden_backward_kernel"].bytes  # the last of its launches
+    assert 4 * wide < gradients < 1.2 * 4 * wide
+
+
+@pytest.mark.parametrize("tile", [1, 2, 4, 7])
+def test_active_taps_are_the_products_of_a_convolution(load: Any, tile: int) -> None:
+    mask = torch.rand(2, 3, 4) < 0.5
+    mask[0, 0, 0] = False
+    layout = Layout.from_mask(mask, (3 * tile, 4 * tile))
+    ones = SparseTensor(torch.ones(layout.rows, 1, dtype=torch.float64), layout)
+    with use_backend("reference"):
+        products = ops.depthwise_conv(ones, torch.ones(1, 1, 7, 5, dtype=torch.float64)).features.sum()
+    table = neighbour_table(layout, (7, 5))
+    assert load("kernel_costs").active_taps(table, tile, (7, 5)) == int(products)
+
+
+def test_the_floor_is_the_largest_of_three(load: Any) -> None:
+    kernels, costs = load("kernels"), load("kernel_costs")
+    rates = {"copy_bytes_per_s": 1e12, "matrix_flops_per_s": 1e14, "vector_flops_per_s": 1e13}
+    assert kernels.floor(costs.Cost(10**9, 10**10, 10**9), rates) == (pytest.approx(1.0), "bytes")
+    assert kernels.floor(costs.Cost(10**9, 10**12, 10**9), rates) == (pytest.approx(10.0), "matrix")
+    assert kernels.floor(costs.Cost(10**9, 10**10, 10**11), rates) == (pytest.approx(10.0), "vector")
+
+
+@needs_triton
+def test_a_recording_holds_all_that_runs_and_can_run_it_again(load: Any) -> None:
+    kernels = load("kernels")
+    layout = Layout.from_mask(torch.zeros(1, 2, 2, dtype=torch.bool), (2, 2))
+    features = torch.randn(layout.rows, 8, requires_grad=True)
+    weight, bias = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
+    matrix = torch.randn(8, 4)
+    seen: list[Tensor] = []
+
+    def run() -> None:
+        out = ops.layer_norm(SparseTensor(features, layout), weight, bias).features
+        seen.append(out.detach())
+        (out @ matrix).sum().backward()
+
+    with use_backend("triton"):
+        calls = kernels.record(run)
+    names = [name for name, *_ in calls]
+    assert names.index("layer_norm_kernel") < names.index("torch.mm") < names.index("layer_norm_backward_kernel")
+    by_name = {name: (call, cost, text) for name, call, cost, text in calls}
+    assert by_name["torch.mm"][1].matrix == 2 * 4 * 8 * 4
+    assert "4x8 8x4" in {text for name, _, _, text in calls if name == "torch.mm"}
+    expected = seen[0].clone()
+    seen[0].zero_()
+    by_name["layer_norm_kernel"][0]()
+    assert torch.equal(seen[0], expected)
+
+
+def test_kernels_of_no_cost_stop_the_benchmark(load: Any) -> None:
+    class Unknown:
+        __name__ = "unknown_kernel"
+        arg_names = ("x_ptr",)
+
+    with pytest.raises(KeyError, match="unknown_kernel has no entry"):
+        load("kernel_costs").cost(Unknown(), (torch.zeros(1),), {})
+
+
+# Parity.
+
+
+@needs_triton
+def test_parity_sees_a_wrong_gradient(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    parity = load("gpu_parity")
+    stage = {"channels": 8, "tile": 1, "image": 64, "batch": 3, "dtype": "float32", "device": "cpu"}
+    every = parity.operators
+    fast = ("layer_norm", "scatter")
+
+    def some(channels: int, layout: Layout) -> dict[str, Any]:
+        return {name: value for name, value in every(channels, layout).items() if name in fast}
+
+    monkeypatch.setattr(parity, "operators", some)
+    found = parity.check_stage(stage)
+    assert set(found) == set(fast)
+    assert all(result["agrees"] for result in found.values())
+    assert set(found["layer_norm"]["errors"]) == {"output", "grad x", "grad weight_vector", "grad bias_vector"}
+
+    right = parity.results
+
+    def wrong(run: Any, inputs: Any, layout: Any, gradient: Any) -> Any:
+        values, gradient = right(run, inputs, layout, gradient)
+        if inputs["x"].dtype == torch.float32 and "grad weight_vector" in values:
+            values["grad weight_vector"] = values["grad weight_vector"] * 1.0001
+        return values, gradient
+
+    monkeypatch.setattr(parity, "results", wrong)
+    found = parity.check_stage(stage)
+    assert not found["layer_norm"]["agrees"]
+    assert found["scatter"]["agrees"]
+
+
+def test_parity_covers_every_operator_that_triton_runs(load: Any) -> None:
+    layout = Layout.from_mask(torch.zeros(1, 1, 1, dtype=torch.bool), (1, 1))
+    checked = {name.split(",")[0] for name in load("gpu_parity").operators(4, layout)}
+    rooms = {path.parent.name for path in (ROOT / "sparsecnx").rglob("triton.py") if path.parent.name != "ops"}
+    names = {"convnextv2_block": {"block"}, "packing": {"gather", "scatter"}}
+    assert checked == set().union(*(names.get(room, {room}) for room in rooms))
+
+
+@pytest.mark.parametrize(("wrong", "unfinished", "code"), [(0, 0, 0), (1, 1, 1), (0, 1, 3)])
+def test_exit_code_of_parity(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: int, unfinished: int, code: int
+) -> None:
+    parity = load("gpu_parity")
+    isolated = load("isolated")
+
+    def outcomes(tasks: Any, jobs: int, deadline: float) -> Iterator[Any]:
+        for index, task in enumerate(tasks):
+            if index < unfinished:
+                yield isolated.Outcome(task, "skipped", error="no time")
+            else:
+                yield isolated.Outcome(
+                    task,
+                    "done",
+                    1.0,
+                    {"grn": {"errors": {"output": 1.0}, "same_bits": True, "agrees": index > unfinished or not wrong}},
+                )
+
+    monkeypatch.setattr(parity.isolated, "outcomes", outcomes)
+    out = tmp_path / "parity.json"
+    assert parity.main([*SMALL, "--dtypes", "float32", "--out", str(out)]) == code
+    content = json.loads(out.read_text())
+    assert (content["wrong"], content["unfinished"]) == (wrong, unfinished)
+
+
+# Steps.
+
+
+@pytest.fixture
+def step_case(load: Any) -> dict[str, Any]:
+    steps = load("steps")
+    options = steps.parsed(
+        steps.arguments("", list(SIZES)), [*SMALL, "--dtype", "float32", "--compiler", "eager", "--out", "x"]
+    )
+    case: dict[str, Any] = steps.settings(options, "atto")
+    return case
+
+
+@pytest.fixture
+def uncompiled(load: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a process of its own would leave behind."""
+    masked_dense = load("sparsecnx.models.masked_dense")
+    monkeypatch.setattr(masked_dense, "masked_block", masked_dense.masked_block)
+    benchmark = torch.backends.cudnn.benchmark
+    yield
+    torch.backends.cudnn.benchmark = benchmark
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["sparse", "dense", "dense_cast", "dense_whole"])
+def test_encoder_variants_agree(load: Any, step_case: Any, uncompiled: None, tmp_path: Path, name: str) -> None:
+    steps, encoder_step = load("steps"), load("encoder_step")
+    variant = encoder_step.variants(step_case)[name]
+    found = steps._measure(variant, 2, tmp_path / "e.json", "now", 0.01)
+    assert found["agrees"], found
+    assert found["errors"]["output"] < 1e-5
+    assert found["ms"]["median"] > 0
+    assert found["saved_bytes"] > 0
+    (case,) = json.loads((tmp_path / "e.json").read_text())["cases"].values()
+    assert case["variants"][name]["images_per_s"] == found["images_per_s"]
+    assert (case["batch"], case["run"]) == (2, "now")
+
+
+def test_a_wrong_sparse_encoder_is_timed_and_said_to_be_wrong(
+    load: Any, step_case: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    steps, encoder_step = load("steps"), load("encoder_step")
+    right = encoder_step.Work.sparse
+
+    def wrong(work: Any, images: Tensor, mask: Tensor) -> SparseTensor:
+        out = right(work, images, mask)
+        return out.with_features(1.001 * out.features)
+
+    monkeypatch.setattr(encoder_step.Work, "sparse", wrong)
+    found = steps._measure(encoder_step.variants(step_case)["sparse"], 2, tmp_path / "e.json", "now", 0.01)
+    assert found["agrees"] is False
+    assert found["errors"]["output"] == pytest.approx(1e-3, rel=0.01)
+    assert found["ms"]["median"] > 0
+
+
+@pytest.mark.parametrize("name", ["sparse", "dense"])
+def test_pretraining_steps_agree(load: Any, step_case: Any, uncompiled: None, name: str) -> None:
+    fcmae_step = load("fcmae_step")
+    step = fcmae_step.variants(step_case)[name].build(2)
+    before = [parameter.clone() for parameter in step.inputs[1:]]
+    step.reset()
+    step.run()
+    assert step.check()["agrees"], step.check()
+    assert step.check()["errors"]["loss"] < 1e-5
+    changed = [not torch.equal(a, b) for a, b in zip(before, step.inputs[1:], strict=True)]
+    assert sum(changed) > 0.9 * len(changed)
+
+
+def test_mae_of_torch_modules(load: Any) -> None:
+    fcmae_step = load("fcmae_step")
+    model = fcmae_step.TorchMAE(64, dim=32, depth=1, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    loss = model(torch.randn(2, 3, 64, 64))
+    loss.backward()
+    assert 0.5 < float(loss.detach()) < 5
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained)
+
+
+def test_mae_of_torch_modules_is_as_large_as_a_vit_b(load: Any) -> None:
+    with torch.device("meta"):
+        model = load("fcmae_step").TorchMAE(224)
+    millions = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
+    assert millions == pytest.approx(111.7, rel=0.005)  # ViT-B/16 and the paper's decoder
+
+
+def _out_of_memory(least: int, batch: int) -> Any:
+    if batch > least:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+    raise ZeroDivisionError("wrong")
+
+
+def _fits(steps: ModuleType, batch: int) -> Any:
+    if batch > 2:
+        raise RuntimeError("backend failed: CUDA out of memory")
+    return steps.Step(lambda: None, lambda: None, [], dict)
+
+
+def test_the_largest_batch_that_fits_is_used(load: Any, step_case: Any, tmp_path: Path) -> None:
+    steps = load("steps")
+    out = tmp_path / "steps.json"
+    runner = steps.Runner(out, float("inf"), 0.01, 30)
+    assert runner.measure(steps.Variant("a", step_case, functools.partial(_fits, steps)), [8, 4, 2, 1]) == 2
+    assert not runner.failed
+    assert runner.measure(steps.Variant("b", step_case, functools.partial(_out_of_memory, 4)), [8, 4]) is None
+    assert runner.failed
+    cases = json.loads(out.read_text())["cases"]
+    assert set(cases) == {"atto-mask0.5-batch2-64px-float32-cpu", "atto-mask0.5-batch4-64px-float32-cpu"}
+    failure = cases["atto-mask0.5-batch4-64px-float32-cpu"]["variants"]["b"]
+    assert (failure["status"], failure["error"]) == ("failed", "ZeroDivisionError: wrong")
+
+
+def test_batches_far_too_large_are_not_tried(load: Any) -> None:
+    tried = load("steps").batches_to_try
+    assert tried([32, 256, 128], 2.0, 400) == [128, 32]
+    assert tried([32, 256, 128], 2.0, 0) == [256, 128, 32]
+    assert tried([32, 256, 128], 2.0, 10) == [32]
+
+
+def test_steps_queue_up_on_a_gpu(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between events; the device is waited for before the first and after the last alone."""
+    steps, order = load("steps"), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = len(order)
+            order.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return float(end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    times = steps.timed(lambda: order.append("run"), lambda: order.append("reset"), torch.device("cuda"), 2)
+    assert order == ["wait", "event", "reset", "run", "event", "reset", "run", "event", "wait"]
+    assert times == [3.0, 3.0]
+
+
+def test_kernels_are_timed_behind_a_flush_with_the_device_waiting(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, order = load("kernels"), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            order.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 0.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"), raising=False)
+    call, flush = (lambda: order.append("call")), (lambda: order.append("flush"))
+    times = kernels.queued(call, torch.device("cuda"), 2, flush)
+    once = ["flush", "event", "call", "event"]
+    assert order == ["wait", "sleep", *once, *once, "wait"]
+    assert times == [0.5, 0.5]
+
+
+# The summary.
+
+
+def test_summary_of_what_is_there(load: Any, tmp_path: Path) -> None:
+    summary = load("gpu_summary")
+    (tmp_path / "parts.tsv").write_text("machine\tok\t4\tH100\nparity\tfailed\t9\texit code 1\n")
+    (tmp_path / "log.txt").write_text("".join(f"line {index}\n" for index in range(99)))
+    wrong = {"errors": {"output": 0.5}, "same_bits": True, "agrees": False}
+    stages = {
+        "tiny stage 1 float32": {"operators": {"grn": {"errors": {"output": 2e-7}, "same_bits": True, "agrees": True}}},
+        "tiny stage 2 float32": {"operators": {"grn": wrong, "block": {"error": "RuntimeError: no", "agrees": False}}},
+        "tiny stage 3 float32": {"status": "timeout", "error": "ended after 9 s"},
+    }
+    (tmp_path / "parity.json").write_text(json.dumps({"bounds": {"float32": 1e-5}, "stages": stages}))
+
+    def variant(ms: float, peak: int, **more: Any) -> dict[str, Any]:
+        return {
+            "ms": {"median": ms},
+            "images_per_s": 1e3 / ms,
+            "peak_bytes": peak,
+            "total_bytes": peak,
+            "first_s": 1,
+            **more,
+        }
+
+    variants = {
+        "dense": variant(100.0, 2**31),
+        "dense_whole": variant(80.0, 2**30),
+        "sparse": variant(20.0, 2**28, agrees=False, errors={"output": 9.0}),
+        "sparse_graph": {"status": "failed", "error": "RuntimeError: not while capturing"},
+    }
+    (tmp_path / "encoder.json").write_text(json.dumps({"cases": {"base": {"variants": variants}}}))
+    cases = {"vit": {"variants": {"vit": variant(40.0, 1)}}, "base": {"variants": {"sparse": variant(20.0, 1)}}}
+    (tmp_path / "fcmae.json").write_text(json.dumps({"cases": cases}))
+    text = summary.summary(tmp_path)
+    assert "| parity | failed | 9 | exit code 1 |" in text
+    assert "| grn | 2.0e-07 |" in text
+    assert "**3 do not agree or did not run:**" in text
+    assert "| tiny stage 2 float32 | block | RuntimeError: no |" in text
+    assert "| base | sparse **wrong** | 20.00 | 50 | 0.250 | 0.25 | 0.250 |" in text
+    assert "| base | sparse_graph | failed: RuntimeError: not while capturing |" in text
+    assert "| base | sparse | 20.00 | 50 | - | 0.00 | - | - | - | 0.00 | 1.0 | 0.500 |" in text
+    assert "line 98" in text
+    assert "line 50\n" not in text
+    widths = [
+        [line.count("|") for line in block.splitlines()] for block in text.split("\n\n") if block.startswith("| ")
+    ]
+    assert all(len(set(block)) == 1 for block in widths)
