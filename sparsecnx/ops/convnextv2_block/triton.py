@@ -17,7 +17,7 @@ layer twice, since the gradient of GRN's sums needs all rows of a group before a
     torch.mm                  the gradients of both matrices and of û
     layer_norm, depthwise     û -> u -> x, taps and bias
 
-The gradients of LayerNorm's scale and shift follow from those of the first matrix, without another look at the rows.
+`triton_folding.py` folds, and finds the gradients of LayerNorm's scale and shift in those of the matrix.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from torch import Tensor
 from sparsecnx import _triton
 from sparsecnx._triton_functions import dot, gelu, gelu_and_slope, grouped_blocks, rounded
 from sparsecnx.ops.convnextv2_block.parameters import BlockParameters
+from sparsecnx.ops.convnextv2_block.triton_folding import fold, unfold
 from sparsecnx.ops.depthwise_conv import triton as depthwise
 from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
 from sparsecnx.ops.grn import triton as grn
@@ -426,17 +427,6 @@ def _block_rows(x: Tensor) -> int:
     return 64 if x.dtype == torch.float32 else 128
 
 
-class _Folded:
-    """What is constant over the rows, folded into the matrices of a block."""
-
-    def __init__(self, p: BlockParameters) -> None:
-        self.first = p.pwconv1_weight.float()  # (4C, C)
-        self.second = p.pwconv2_weight.float()  # (C, 4C)
-        self.weight1 = (self.first * p.norm_weight).to(p.pwconv1_weight.dtype)
-        self.bias1 = torch.addmv(p.pwconv1_bias, self.first, p.norm_bias)
-        self.bias2 = torch.addmv(p.pwconv2_bias, self.second, p.grn_beta)
-
-
 def forward(
     x: Tensor,
     p: BlockParameters,
@@ -449,13 +439,14 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """Output of the block, and what backward needs: normalised, rstd, energy, pre (no rows without `keep`)."""
-    folded = _Folded(p)
+    weight1, bias1 = fold(p.pwconv1_weight, p.norm_weight, p.norm_bias, p.pwconv1_bias)
+    weight2, bias2 = fold(p.pwconv2_weight, None, p.grn_beta, p.pwconv2_bias)
     taps, kernel = depthwise.tap_rows(p.dwconv_weight), (p.dwconv_weight.shape[2], p.dwconv_weight.shape[3])
     normalised, rstd = depthwise.convolve(x, taps, p.dwconv_bias, table, tile, kernel, normalise=eps)
     groups = segments.shape[0] - 1
-    hidden, pre, partial = linear_gelu(normalised, folded.weight1, folded.bias1, row_group, groups, keep)
+    hidden, pre, partial = linear_gelu(normalised, weight1, bias1, row_group, groups, keep)
     energy, scale = grn.response(partial, segments, _block_rows(x), p.grn_gamma, eps)
-    out = linear_scaled(hidden, scale, p.pwconv2_weight, folded.bias2, x, row_scale, row_group)
+    out = linear_scaled(hidden, scale, weight2, bias2, x, row_scale, row_group)
     return out, normalised, rstd, energy, pre
 
 
@@ -475,27 +466,26 @@ def backward(
     pre: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of x and of the ten parameters."""
-    folded = _Folded(p)
+    folded = fold(p.pwconv1_weight, p.norm_weight, p.norm_bias, p.pwconv1_bias)
     grad_pre, scaled, grad_gamma, grad_bias1 = hidden_backward(
         grad, p, folded, row_scale, row_group, segments, eps, normalised, energy, pre
     )
-    dtype = x.dtype
-    # pwconv2: scaled carries the scale of the rows. Its input is h s + beta.
+    # pwconv2, whose input is h s + beta: `scaled` is h s times the scale of the rows.
     grad_bias2 = column_sums(grad, row_scale)
-    grad_second = torch.mm(grad.t(), scaled).float().addr_(grad_bias2, p.grn_beta).to(dtype)
-    grad_beta = torch.mv(folded.second.t(), grad_bias2)
+    product = torch.mm(grad.t(), scaled)
+    grad_second, _, grad_beta = unfold(product, p.pwconv2_weight, grad_bias2, None, p.grn_beta)
     del scaled
-    # pwconv1 and LayerNorm: the input of pwconv1 is û * norm_weight + norm_bias.
-    outer = torch.mm(grad_pre.t(), normalised).float()
-    grad_norm_weight = (outer * folded.first).sum(0)
-    grad_norm_bias = torch.mv(folded.first.t(), grad_bias1)
-    grad_first = (outer * p.norm_weight).addr_(grad_bias1, p.norm_bias).to(dtype)
-    grad_normalised = torch.mm(grad_pre, folded.weight1)
+    # pwconv1, whose input is û * norm_weight + norm_bias.
+    product = torch.mm(grad_pre.t(), normalised)
+    grad_first, grad_norm_weight, grad_norm_bias = unfold(
+        product, p.pwconv1_weight, grad_bias1, p.norm_weight, p.norm_bias
+    )
+    grad_normalised = torch.mm(grad_pre, folded[0])
     del grad_pre
     grad_conv = layer_norm.normalised_backward(grad_normalised, normalised, rstd)
     kernel = (p.dwconv_weight.shape[2], p.dwconv_weight.shape[3])
     taps, grad_conv_bias = depthwise.weight_grad(grad_conv, x, table, tile, kernel)
-    grad_taps = taps.t().reshape(p.dwconv_weight.shape).to(dtype)
+    grad_taps = taps.t().reshape(p.dwconv_weight.shape).to(x.dtype)
     flipped = depthwise.tap_rows(p.dwconv_weight)
     grad_x, _ = depthwise.convolve(grad_conv, flipped, None, table, tile, kernel, residual=grad, flip=True)
     return (
@@ -516,7 +506,7 @@ def backward(
 def hidden_backward(
     grad: Tensor,
     p: BlockParameters,
-    folded: _Folded,
+    folded: tuple[Tensor, Tensor],
     row_scale: Tensor | None,
     row_group: Tensor,
     segments: Tensor,
@@ -526,6 +516,9 @@ def hidden_backward(
     pre: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Backward through the second matrix, GRN and GELU.
+
+    Args:
+        folded: W1' and b1'.
 
     Returns:
         grad_pre: gradient of what GELU was applied to, `(rows, 4C)`.
@@ -538,7 +531,7 @@ def hidden_backward(
     kept = pre.shape[0] == rows
     options = {"KEPT": kept, "HAS_ROW_SCALE": row_scale is not None}
     product = grad.new_empty(rows if kept else 0, hidden)
-    first = (grad, p.pwconv2_weight, normalised, folded.weight1, folded.bias1, row_scale, row_group, pre, product)
+    first = (grad, p.pwconv2_weight, normalised, *folded, row_scale, row_group, pre, product)
     height = _block_rows(grad)
     partial = grn.partial_sums(rows, groups, hidden, height, grad)
     nothing = (None,) * 4
