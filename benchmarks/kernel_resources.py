@@ -109,7 +109,8 @@ def compile_and_read(specialisation: Specialisation, arch: int) -> Facts:
     if cached.exists():
         return json.loads(cached.read_text())
     usage, sass = disassemble(compiled.asm["cubin"])
-    parameters = [name for name, kind in specialisation.signature if kind != "constexpr"]
+    arguments = [(name, kind) for name, kind in specialisation.signature if kind != "constexpr"]
+    pointers = {index: name for index, (name, kind) in enumerate(arguments) if kind.startswith("*")}
     found = {
         "warps": compiled.metadata.num_warps * compiled.metadata.num_ctas,
         "registers": usage["REG"],
@@ -117,7 +118,7 @@ def compile_and_read(specialisation: Specialisation, arch: int) -> Facts:
         "shared": compiled.metadata.shared,
         "spills": sum(count for name, count in sass.items() if name.startswith(("LDL", "STL"))),
         "sass": {name: count for name, count in sorted(sass.items()) if sass_width(name)},
-        "accesses": read_ptx(compiled.asm["ptx"], parameters),
+        "accesses": read_ptx(compiled.asm["ptx"], pointers),
     }
     write(cached, json.dumps(found))
     return found
@@ -152,12 +153,12 @@ PTX_TYPE = re.compile(r"(?:\.v(\d))?\.[a-z]+(\d+)(?:x2)?$")
 REGISTER = re.compile(r"%\w+")
 
 
-def read_ptx(ptx: str, parameters: Sequence[str]) -> list[dict[str, Any]]:
+def read_ptx(ptx: str, pointers: dict[int, str]) -> list[dict[str, Any]]:
     """Global accesses of a kernel, those alike counted together.
 
     Args:
         ptx: its code.
-        parameters: names of its parameters; those that Triton adds come after them.
+        pointers: names of the parameters that are pointers, by position.
 
     Returns:
         `kind` (ld, st, cp, atom, red), `bytes` per thread, `arguments` whose memory it may be, `line` of the source,
@@ -176,8 +177,8 @@ def read_ptx(ptx: str, parameters: Sequence[str]) -> list[dict[str, Any]]:
             if opcode.startswith("ld.param"):
                 number = re.search(r"_param_(\d+)", sources)
                 assert number, operands
-                index = int(number[1])
-                found = frozenset([parameters[index] if index < len(parameters) else "scratch"])
+                name = pointers.get(int(number[1]))
+                found = frozenset([name] if name else [])
             elif opcode.startswith(("ld.", "atom.")):
                 continue  # what memory holds is no address
             else:
@@ -302,7 +303,7 @@ def row(specialisation: Specialisation, use: Use, arch: int, facts: Facts) -> Fa
 
 def table(rows: Sequence[Facts], arches: Sequence[int]) -> str:
     """One line for each specialisation, architectures side by side."""
-    head = ["kernel", "channels", "tile", "type", "warps"]
+    head = ["kernel", "launched by", "C", "tile", "type", "warps"]
     head += [f"sm_{arch} registers, KiB, occupancy" for arch in arches]
     lines = []
     for _, group in itertools.groupby(rows, lambda row: (row["kernel"], row["constants"], row["options"], row["uses"])):
@@ -310,14 +311,15 @@ def table(rows: Sequence[Facts], arches: Sequence[int]) -> str:
         first = by_arch[arches[0]]
         cells = [
             first["kernel"].removesuffix("_kernel"),
-            _range(first["channels"]),
-            _range(first["tiles"]),
+            _programs(list(first["uses"])),
+            " ".join(map(str, first["channels"])),
+            " ".join(map(str, first["tiles"])),
             " ".join(DTYPES[dtype] for dtype in first["dtypes"]),
             str(first.get("warps", "-")),
         ]
         cells += [_cell(by_arch[arch]) for arch in arches]
         lines.append(cells)
-    rows_of_text = [head, ["-" * len(name) for name in head], *sorted(lines, key=lambda cells: cells[0])]
+    rows_of_text = [head, ["-" * len(name) for name in head], *sorted(lines, key=_order)]
     widths = [max(map(len, column)) for column in zip(*rows_of_text, strict=True)]
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
@@ -325,8 +327,14 @@ def table(rows: Sequence[Facts], arches: Sequence[int]) -> str:
     )
 
 
-def _range(values: Sequence[int]) -> str:
-    return str(values[0]) if len(values) == 1 else " ".join(map(str, values))
+def _order(cells: Sequence[str]) -> tuple[Any, ...]:
+    kernel, programs, channels, _, dtypes, *_ = cells
+    return kernel, programs, list(DTYPES.values()).index(dtypes.split()[0]), int(channels.split()[0])
+
+
+def _programs(names: Sequence[str]) -> str:
+    """The program, or the operators of several programs."""
+    return names[0] if len(names) == 1 else "; ".join(dict.fromkeys(name.partition(",")[0] for name in names))
 
 
 def _cell(row: Facts) -> str:

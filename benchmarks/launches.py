@@ -122,7 +122,7 @@ def trace(settings: Iterable[Setting]) -> dict[Specialisation, Use]:
     uses: dict[Specialisation, Use] = {}
     current: tuple[Setting, str]
 
-    def observe(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def observe(kernel: Any, grid: _triton.Grid, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         setting, program = current
         for found, wide in specialisations(kernel, arguments, options, setting):
             use = uses.setdefault(found, Use())
@@ -266,18 +266,20 @@ def configurations(
 
 
 def is_wide(value: Tensor, setting: Setting) -> bool:
-    """Whether a tensor holds channels of every row, or is one of the block's matrices, and its rows are a multiple of
-    16 bytes long: then kernels can and must move 16 bytes at a time.
+    """Whether a tensor holds the channels of every row, C or 4C of them, or is one of the block's matrices, and its
+    rows are a multiple of 16 bytes long: then kernels can and must move 16 bytes at a time.
 
     All traffic that grows with rows times channels goes through these. Not through vectors (one number a channel or
     a row), tables of integers, images (whose channels are not side by side), partial sums and the kernel's taps.
     """
     channels, rows, elements = setting.channels, setting.rows, value.numel()
-    of_rows = elements > 0 and elements % rows == 0 and elements // rows % channels == 0
-    of_block = sorted(value.shape) == [channels, 4 * channels]
-    width = elements // rows if of_rows else value.shape[-1] if of_block else 0
-    contiguous = value.ndim < 4 and value.stride(-1) == 1
-    return value.is_floating_point() and contiguous and width > 0 and width * value.element_size() % 16 == 0
+    if not value.is_floating_point() or value.ndim == 0 or value.stride(-1) != 1:
+        return False
+    widths = (channels, 4 * channels)
+    of_rows = value.shape[-1] in (*widths, elements) and elements in [rows * width for width in widths]
+    of_block = sorted(value.shape) == list(widths)
+    width = elements // rows if of_rows else value.shape[-1]
+    return (of_rows or of_block) and width * value.element_size() % 16 == 0
 
 
 class WithoutComputing(TorchDispatchMode):
