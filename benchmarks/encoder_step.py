@@ -57,9 +57,10 @@ class Work:
         self.dtype = getattr(torch, case["dtype"])
         size, side = SIZES[case["size"]], case["image"] // STRIDE
         self.visible = visible_count(side * side, case["ratio"])
-        self.model = ConvNeXtV2Encoder(size.depths, size.dims)
+        torch.backends.cudnn.allow_tf32 = False  # what is checked against is float32
+        with self.device:  # drawing Huge's weights takes a CPU half a minute
+            self.model = ConvNeXtV2Encoder(size.depths, size.dims)
         encoder.randomize(self.model)
-        self.model.to(self.device)
         # Drawn on the CPU: the same on every device, and the first images the same at every batch.
         generator = torch.Generator().manual_seed(0)
         mask = random_mask(batch, (side, side), case["ratio"], generator=generator)

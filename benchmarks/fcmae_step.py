@@ -48,9 +48,10 @@ class Work:
     def __init__(self, case: dict[str, Any], batch: int) -> None:
         torch.manual_seed(0)
         self.case, self.device = case, torch.device(case["device"])
-        self.model = create_fcmae(case["size"])
+        torch.backends.cudnn.allow_tf32 = False  # what is checked against is float32
+        with self.device:
+            self.model = create_fcmae(case["size"])
         encoder.randomize(self.model.encoder)
-        self.model.to(self.device)
         side = case["image"] // self.model.patch_size
         self.visible = visible_count(side * side, case["ratio"])
         mask = random_mask(batch, (side, side), case["ratio"], generator=torch.Generator().manual_seed(0))

@@ -113,7 +113,7 @@ if [[ $device == cpu ]]; then
   tests=(tests/test_masking.py)
 else
   parity=() kernels=() encoder=() fcmae=()
-  tests=(tests -k "triton or cuda or gpu")
+  tests=(tests/ops tests/models tests/nn tests/test_packing.py -k "triton or cuda or graph or stream")
 fi
 
 if wanted build; then
@@ -157,7 +157,7 @@ print(*(name for name in ("pytest", "hypothesis") if importlib.util.find_spec(na
     # Several processes, since most of a test's time goes into compiling; ended politely, so that pytest sums up.
     workers=()
     if [[ $device == cuda ]] && "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
-    part tests 200 timeout -s INT -k 10 SECONDS_LEFT "$python" -m pytest -q -rfE -p no:cacheprovider \
+    part tests 200 env -u PYTHONWARNINGS timeout -s INT -k 10 SECONDS_LEFT "$python" -m pytest -q -rfE -p no:cacheprovider \
       "${workers[@]}" "${tests[@]}"
   fi
 fi

@@ -139,6 +139,18 @@ def hidden_backward(a: Arguments) -> Cost:
     return Cost(moved, matrix=2 * products * values * a["K"], vector=per_value * values)
 
 
+def fold(a: Arguments) -> Cost:
+    """Without a scale the matrix stays what it is."""
+    written = size(a["scale_ptr"], a["folded_ptr"]) if a["HAS_SCALE"] else 0
+    read = size(a["weight_ptr"], a["shift_ptr"], a["bias_ptr"], a["out_ptr"])
+    return Cost(read + written, vector=(3 if a["HAS_SCALE"] else 2) * a["weight_ptr"].numel())
+
+
+def unfold(a: Arguments) -> Cost:
+    """In place: the product is read and written."""
+    return Cost(everything(a) + size(a["product_ptr"]), vector=(7 if a["HAS_SCALE"] else 4) * a["weight_ptr"].numel())
+
+
 def gather(a: Arguments) -> Cost:
     """Of the dense tensor only what is visible."""
     return Cost(2 * size(a["rows_ptr"]) + size(a["index_ptr"]))
@@ -163,6 +175,8 @@ COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "linear_gelu_kernel": linear_gelu,
     "linear_scaled_kernel": linear_scaled,
     "hidden_backward_kernel": hidden_backward,
+    "fold_kernel": fold,
+    "unfold_kernel": unfold,
     "column_sums_kernel": elementwise("values_ptr", 1),
     "layer_norm_kernel": elementwise("x_ptr", 8),
     "layer_norm_backward_kernel": elementwise("x_ptr", 13),

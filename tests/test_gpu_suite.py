@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DEVICE
 from torch import Tensor
 
 from sparsecnx import Layout, SparseTensor, _triton, ops, use_backend
@@ -201,7 +202,10 @@ def test_outcomes_of_several_at_a_time_and_a_deadline(load: Any) -> None:
 
 @needs_triton
 def test_every_kernel_has_a_cost(load: Any) -> None:
-    assert load("kernel_costs").COSTS.keys() == load("launches").entry_points()
+    costs = load("kernel_costs").COSTS
+    assert costs.keys() >= load("launches").entry_points()
+    sources = "".join(path.read_text() for path in (ROOT / "sparsecnx").rglob("*.py"))
+    assert [name for name in costs if f"def {name}(" not in sources] == []
 
 
 @needs_triton
@@ -260,10 +264,11 @@ def test_the_floor_is_the_largest_of_three(load: Any) -> None:
 @needs_triton
 def test_a_recording_holds_all_that_runs_and_can_run_it_again(load: Any) -> None:
     kernels = load("kernels")
-    layout = Layout.from_mask(torch.zeros(1, 2, 2, dtype=torch.bool), (2, 2))
-    features = torch.randn(layout.rows, 8, requires_grad=True)
-    weight, bias = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
-    matrix = torch.randn(8, 4)
+    layout = Layout.from_mask(torch.zeros(1, 2, 2, dtype=torch.bool, device=DEVICE), (2, 2))
+    with DEVICE:
+        features = torch.randn(layout.rows, 8, requires_grad=True)
+        weight, bias = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
+        matrix = torch.randn(8, 4)
     seen: list[Tensor] = []
 
     def run() -> None:
@@ -299,7 +304,7 @@ def test_kernels_of_no_cost_stop_the_benchmark(load: Any) -> None:
 @needs_triton
 def test_parity_sees_a_wrong_gradient(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     parity = load("gpu_parity")
-    stage = {"channels": 8, "tile": 1, "image": 64, "batch": 3, "dtype": "float32", "device": "cpu"}
+    stage = {"channels": 8, "tile": 1, "image": 64, "batch": 3, "dtype": "float32", "device": str(DEVICE)}
     every = parity.operators
     fast = ("layer_norm", "scatter")
 
@@ -457,8 +462,11 @@ def _fits(steps: ModuleType, batch: int) -> Any:
     return steps.Step(lambda: None, lambda: None, [], dict)
 
 
-def test_the_largest_batch_that_fits_is_used(load: Any, step_case: Any, tmp_path: Path) -> None:
+def test_the_largest_batch_that_fits_is_used(
+    load: Any, step_case: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     steps = load("steps")
+    monkeypatch.setattr(load("record"), "machine", dict)  # a GPU that this process uses is none of its forks'
     out = tmp_path / "steps.json"
     runner = steps.Runner(out, float("inf"), 0.01, 30)
     assert runner.measure(steps.Variant("a", step_case, functools.partial(_fits, steps)), [8, 4, 2, 1]) == 2
@@ -521,6 +529,37 @@ def test_kernels_are_timed_behind_a_flush_with_the_device_waiting(load: Any, mon
     once = ["flush", "event", "call", "event"]
     assert order == ["wait", "sleep", *once, *once, "wait"]
     assert times == [0.5, 0.5]
+
+
+def test_the_process_that_forks_never_touches_the_gpu(tmp_path: Path) -> None:
+    """What it forks could not use the GPU any more."""
+    program = f"""
+import sys, torch
+sys.path.insert(0, {str(BENCHMARKS)!r})
+def touched(*_):
+    raise SystemExit("touched the GPU")
+torch._C._cuda_getDeviceCount = torch.cuda._lazy_init = torch.cuda.is_available = touched
+import encoder_step, fcmae_step, gpu_parity, isolated, kernels
+facts = {{"name": "a GPU", "memory_bytes": 2**36}}
+def outcomes(tasks, jobs=1, deadline=0.0):
+    for task in tasks:
+        known = {{"device": facts, "rates": {{"copy_bytes_per_s": 1.0}}}}
+        if task.name in known:
+            yield isolated.Outcome(task, "done", 1.0, known[task.name])
+        else:
+            seen.append(task.name)
+            yield isolated.Outcome(task, "failed", 1.0, error="not here")
+isolated.outcomes = outcomes
+for module in (encoder_step, fcmae_step, gpu_parity, kernels):
+    seen = []
+    assert module.main(["--out", {str(tmp_path / "out.json")!r}]) == 1
+    print(module.__name__, len(seen))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = dict(line.split() for line in done.stdout.splitlines())
+    assert int(counts["encoder_step"]) == 2 * 3 * 5  # each variant of each size fails, and that is noted
+    assert int(counts["kernels"]) == 3 * 4 + 4
 
 
 # The summary.
