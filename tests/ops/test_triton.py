@@ -1,0 +1,580 @@
+"""The Triton kernels, in Triton's interpreter where there is no GPU: every shape, number format, and what surrounds
+them: registration, launches, tracing, and on a GPU streams, graphs and large tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    DEVICE,
+    TILES,
+    assert_close,
+    assert_matches_reference,
+    assert_same,
+    backends,
+    draw_mask,
+    dtypes_of,
+    example_layout,
+    incoming_gradient,
+    layouts,
+    make_layout,
+    move,
+    needs_gpu,
+    needs_triton,
+    outputs_and_gradients,
+    random_sparse,
+    suit,
+)
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from operators import BLOCK_VECTORS, CASES, block, block_parameters, channel_parameters, conv_parameters, scaled_images
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsecnx import BackendError, SparseTensor, _triton, models, ops, use_backend
+
+pytestmark = needs_triton
+
+OPERATORS = ("conv", "convnextv2_block", "depthwise_conv", "grn", "layer_norm", "stochastic_depth")
+OFFERED = [name for name in OPERATORS if any(backend.values == ("triton",) for backend in backends(name))]
+REGISTERED = sorted(
+    name.removeprefix("sparsecnx_triton::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("sparsecnx_triton::")
+)
+DTYPES = pytest.mark.parametrize("dtype", dtypes_of("triton"), ids=str)
+
+# Every case with kernels of 3x3: the interpreter takes seconds for what a GPU does in microseconds, and more the more
+# taps a kernel has. Kernels of other sizes have tests of their own.
+LIGHT = {name: case for name, case in CASES.items() if case.operator in OFFERED}
+for name, parameters in {
+    "depthwise_conv-7x7": lambda c: conv_parameters(c, 1, 3, 3),
+    "block-recompute": lambda c: block_parameters(c, 3, 3),
+    "block-keep-survival": lambda c: block_parameters(c, 3, 3),
+}.items():
+    if name in LIGHT:
+        LIGHT[name] = dataclasses.replace(LIGHT[name], parameters=parameters)
+EVERY = pytest.mark.parametrize("case", list(LIGHT))
+
+SMALL_KERNELS = [(1, 1), (3, 3), (5, 5), (7, 7), (1, 7), (7, 3), (3, 5)]
+LARGE_KERNELS = [(9, 9), (11, 11), (3, 11), (9, 5), (1, 13)]
+FEW_CHANNELS = [8, 20, 33, 40]
+MANY_CHANNELS = [80, 96, 130]
+
+Drawn = tuple[Callable[..., SparseTensor], dict[str, torch.Tensor], tuple[str, ...]]
+
+
+def draw_depthwise_conv(draw: Any, channels: int) -> Drawn:
+    p = conv_parameters(channels, 1, *draw(st.sampled_from(SMALL_KERNELS)))
+    if draw(st.booleans()):
+        del p["bias"]
+    return ops.depthwise_conv, p, ("bias",)
+
+
+def draw_grn(draw: Any, channels: int) -> Drawn:
+    scope = draw(st.sampled_from(["sample", "batch"]))
+    names = ("gamma", "beta")
+    return lambda x, **p: ops.grn(x, **p, scope=scope), channel_parameters(channels, *names), names
+
+
+def draw_layer_norm(draw: Any, channels: int) -> Drawn:
+    return ops.layer_norm, channel_parameters(channels, "weight", "bias"), ("weight", "bias")
+
+
+def draw_stochastic_depth(draw: Any, channels: int) -> Drawn:
+    return scaled_images, {}, ()
+
+
+def draw_block(draw: Any, channels: int) -> Drawn:
+    hidden = draw(st.sampled_from([None, None, 36]))
+    options = {
+        "scope": draw(st.sampled_from(["sample", "batch"])),
+        "survive": draw(st.booleans()),
+        "recompute": draw(st.sampled_from([True, False, None])),
+    }
+    kernel = draw(st.sampled_from([(3, 3), (1, 3), (5, 3), (7, 7)]))
+    return block(**options), block_parameters(channels, *kernel, hidden=hidden), BLOCK_VECTORS
+
+
+def draw_conv(draw: Any, channels: int) -> Drawn:
+    kernel, stride, padding = draw(
+        st.sampled_from(
+            [((1, 1), 1, 0), ((3, 3), 1, 1), ((2, 2), 2, 0), ((3, 3), 2, 1), ((3, 1), 1, (2, 0)), ((4, 4), 1, 1)]
+        )
+    )
+    p = conv_parameters(draw(st.sampled_from([5, 16])), channels, *kernel)
+    return lambda x, **p: ops.conv(x, **p, stride=stride if x.layout.tile % stride == 0 else 1, padding=padding), p, ()
+
+
+DRAWN = {
+    "conv": draw_conv,
+    "convnextv2_block": draw_block,
+    "depthwise_conv": draw_depthwise_conv,
+    "grn": draw_grn,
+    "layer_norm": draw_layer_norm,
+    "stochastic_depth": draw_stochastic_depth,
+}
+
+
+def on_device(case: str, channels: int = 20, layout: Any = None) -> tuple[SparseTensor, dict[str, torch.Tensor]]:
+    x = random_sparse(example_layout(3, (2, 2), tile=2) if layout is None else layout, channels)
+    return suit("triton", x, LIGHT[case].parameters(channels), torch.float32)
+
+
+def run_seeded(case: str) -> Callable[..., SparseTensor]:
+    def run(x: SparseTensor, **p: torch.Tensor) -> SparseTensor:
+        torch.manual_seed(3)
+        return LIGHT[case].run(x, **p)
+
+    return run
+
+
+def test_every_operator_has_triton_kernels():
+    assert list(OPERATORS) == OFFERED
+
+
+@DTYPES
+@pytest.mark.parametrize("operator", OFFERED)
+@settings(max_examples=8)
+@given(data=st.data())
+def test_triton_equals_reference(operator, dtype, data):
+    convolves = operator in ("convnextv2_block", "depthwise_conv")
+    layout = data.draw(layouts(sites=4 if convolves else 12))
+    channels = data.draw(st.sampled_from(FEW_CHANNELS if convolves else FEW_CHANNELS + MANY_CHANNELS))
+    # As in test_convnextv2_block.py: what is narrower than this has no defined accuracy in bfloat16.
+    narrow = channels < 32 or 0 < layout.rows < 32
+    assume(not (narrow and dtype == torch.bfloat16 and operator == "convnextv2_block"))
+    run, p, statistics = DRAWN[operator](data.draw, channels)
+    assert_matches_reference(run, random_sparse(layout, channels), p, dtype, statistics=statistics, backend="triton")
+
+
+def assert_case_matches(case: str, layout: Any, channels: int, dtype: torch.dtype = torch.float32) -> None:
+    run, statistics = LIGHT[case].run, LIGHT[case].statistics
+    if LIGHT[case].operator == "stochastic_depth":
+        run = scaled_images
+    x, p = random_sparse(layout, channels), LIGHT[case].parameters(channels)
+    assert_matches_reference(run, x, p, dtype, statistics=statistics, backend="triton")
+
+
+@EVERY
+@pytest.mark.parametrize("channels", MANY_CHANNELS)
+def test_many_channels(case, channels):
+    assert_case_matches(case, example_layout(2, (2, 1), tile=2), channels)
+
+
+CONVOLUTION = pytest.mark.skipif("depthwise_conv" not in OFFERED, reason="no Triton depthwise convolution")
+
+
+@CONVOLUTION
+@pytest.mark.parametrize("kernel", LARGE_KERNELS, ids=str)
+def test_large_kernels(kernel):
+    x = random_sparse(make_layout(draw_mask("random counts", 1, (3, 3), seed=4), 2), 8)
+    p = conv_parameters(8, 1, *kernel)
+    assert_matches_reference(ops.depthwise_conv, x, p, torch.float32, statistics=("bias",), backend="triton")
+
+
+@CONVOLUTION
+@pytest.mark.parametrize("tile", TILES)
+def test_every_tile_side(tile):
+    x = random_sparse(make_layout(draw_mask("random counts", 1, (2, 2), seed=tile), tile), 8)
+    p = conv_parameters(8, 1, 3, 3)
+    assert_matches_reference(ops.depthwise_conv, x, p, torch.float32, statistics=("bias",), backend="triton")
+
+
+@CONVOLUTION
+@DTYPES
+@pytest.mark.parametrize(("tile", "grid"), [(8, (2, 1)), (4, (2, 2)), (2, (3, 3)), (1, (5, 5))])
+def test_the_kernel_of_the_network_at_its_tile_sides(tile, grid, dtype):
+    x = random_sparse(make_layout(draw_mask("random counts", 1, grid, seed=5), tile), 40)
+    p = conv_parameters(40, 1, 7, 7)
+    assert_matches_reference(ops.depthwise_conv, x, p, dtype, statistics=("bias",), backend="triton")
+
+
+@EVERY
+def test_same_bits_twice(case):
+    x, p = on_device(case)
+    with use_backend("triton"):
+        first, second = (outputs_and_gradients(run_seeded(case), x, p) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in ("conv-3x3", "grn-sample", "grn-batch", "layer_norm", "block-batch") if case in LIGHT],
+)
+def test_more_rows_than_a_block(case):
+    """Sums over rows go in two stages."""
+    layout = make_layout(draw_mask("random counts", 4, (4, 4), seed=7), 4)
+    assert layout.rows > 256
+    assert_case_matches(case, layout, 8)
+
+
+def finite(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.isfinite().cpu() for name, value in values.items()}
+
+
+@EVERY
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["features", "incoming gradient"])
+def test_what_is_not_finite_spreads_as_in_the_reference(where, bad, case):
+    """One value of the second image of three, far from the border of a block and of a tile."""
+    layout = make_layout(torch.tensor([[[0, 1], [0, 0]], [[0, 0], [1, 0]], [[1, 0], [0, 0]]]).bool(), 2)
+    row, channel = int(layout.row_splits[1]) + 5, 3
+    x, p = random_sparse(layout, 8, torch.float32), {k: v.float() for k, v in LIGHT[case].parameters(8).items()}
+    if where == "features":
+        x = x.with_features(x.features.index_put((torch.tensor(row), torch.tensor(channel)), torch.tensor(bad)))
+
+    def spread(backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        there, q = suit(backend, x, p, dtype)
+        leaves = [there.features.requires_grad_(), *(value.requires_grad_() for value in q.values())]
+        run = scaled_images if LIGHT[case].operator == "stochastic_depth" else LIGHT[case].run
+        with use_backend(backend):
+            out = run(there, **q).features
+            gradient = incoming_gradient(out.shape).to(out)
+            if where == "incoming gradient":
+                gradient[row % len(out), channel % out.shape[1]] = bad
+            gradients = torch.autograd.grad(out, leaves, gradient)
+        return finite({"output": out.detach(), **dict(zip(["gradient of x", *p], gradients, strict=True))})
+
+    expected, found = spread("reference", torch.float64), spread("triton", torch.float32)
+    for name in ("output", "gradient of x") if where == "features" else ("output",):
+        if name == "output" or not case.startswith(("grn", "block")):
+            assert torch.equal(found[name], expected[name]), name
+    for name in expected:
+        # The reference is dense: there also what is multiplied by a masked zero is lost.
+        assert (found[name] | ~expected[name]).all(), name
+    assert not all(value.all() for value in found.values())
+
+
+@EVERY
+def test_nothing_visible(case):
+    layout = make_layout(torch.ones(2, 2, 3, dtype=torch.bool), 4)
+    x, p = on_device(case, layout=layout)
+    with use_backend("triton"):
+        found = outputs_and_gradients(run_seeded(case), x, p)
+    assert found["output"].shape == (0, found["output"].shape[1])
+    assert all((found[name] == 0).all() for name in p)
+
+
+@EVERY
+def test_images_with_nothing_visible(case):
+    """The first, one in the middle, the last."""
+    masked = torch.tensor([[True] * 4, [False, True, False, True], [True] * 4, [False] * 4, [True] * 4])
+    assert_case_matches(case, make_layout(masked.view(5, 2, 2), 2), 20)
+
+
+@EVERY
+def test_gradients_only_where_they_are_wanted(case):
+    """Each gradient alone has the bits that it has among the others."""
+    x, p = on_device(case)
+    with use_backend("triton"):
+        everything = outputs_and_gradients(run_seeded(case), x, p)
+        for wanted in list(dict.fromkeys(["gradient of x", *list(p)[:2], *list(p)[-1:]])):
+            features = x.features.detach().clone()
+            values = {name: value.detach().clone() for name, value in p.items()}
+            leaf = features if wanted == "gradient of x" else values[wanted]
+            leaf.requires_grad_()
+            out = run_seeded(case)(x.with_features(features), **values).features
+            (gradient,) = torch.autograd.grad(out, leaf, incoming_gradient(out.shape).to(out))
+            assert torch.equal(gradient, everything[wanted]), wanted
+
+
+class Calls(TorchDispatchMode):
+    """Keeps the arguments of every call of a Triton operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: dict[str, list[tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sparsecnx_triton":
+            self.by_name.setdefault(func._opname, []).append(args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def calls() -> dict[str, list[tuple[Any, ...]]]:
+    """Every Triton operator's calls in a forward and backward pass of all that is public."""
+    torch.manual_seed(0)
+    recorder = Calls()
+    with use_backend("triton"), recorder:
+        layout = example_layout(2, (2, 2), tile=2)
+        mask = layout.tiles.mask().to(DEVICE)
+        dense = torch.randn(2, 4, 4, 4, device=DEVICE, requires_grad=True)
+        fill = torch.randn(4, device=DEVICE, requires_grad=True)
+        SparseTensor.from_dense(dense, mask).dense(fill).sum().backward()
+        for case in LIGHT:
+            x, p = on_device(case, 4, layout)
+            outputs_and_gradients(LIGHT[case].run, x, p)
+    return recorder.by_name
+
+
+def differentiable(name: str) -> bool:
+    """Whether an operator has a registered gradient; those that compute gradients have none."""
+    keys = torch._C._dispatch_dump(f"sparsecnx_triton::{name}")
+    return "Autograd" in keys and not name.endswith(("_backward", "_grad"))
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_opcheck(name, calls):
+    """Schema, fake kernel, autograd and AOT dispatch, on the arguments of a real call."""
+    operator = getattr(torch.ops.sparsecnx_triton, name).default
+    assert calls.get(name), "no public function led to this operator"
+    distinct = {str([None if a is None else getattr(a, "shape", a) for a in args]): args for args in calls[name]}
+    for args in distinct.values():
+
+        def fresh(value, argument):
+            if not isinstance(value, torch.Tensor):
+                return value
+            wanted = differentiable(name) and value.is_floating_point() and "scale" not in argument.name
+            return value.detach().clone().requires_grad_(wanted)
+
+        schema = operator._schema.arguments
+        torch.library.opcheck(operator, tuple(fresh(*pair) for pair in zip(args, schema, strict=False)))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
+@pytest.mark.parametrize("case", [case for case in ("depthwise_conv-7x7", "block-recompute") if case in LIGHT])
+def test_compiled_by_inductor(case):
+    """What `torch.compile` does by default: a gather, an operator, a scatter, and gradients."""
+    torch._dynamo.reset()
+    mask = torch.tensor([[True, False, False, True], [False, False, True, True]]).to(DEVICE)
+    p = {name: value.to(DEVICE, torch.float32) for name, value in LIGHT[case].parameters(8).items()}
+
+    def step(dense, **p):
+        return LIGHT[case].run(SparseTensor.from_dense(dense, mask, visible=2), **p).dense()
+
+    def run(function):
+        dense = torch.ones(2, 8, 8, 8, device=DEVICE).cumsum(-1).requires_grad_()
+        leaves = [value.clone().requires_grad_() for value in p.values()]
+        out = function(dense, **dict(zip(p, leaves, strict=True)))
+        gradients = torch.autograd.grad(out.sin().sum(), [dense, *leaves])
+        return {"output": out.detach(), **dict(zip(["dense", *p], gradients, strict=True))}
+
+    with use_backend("triton"):
+        assert_same(run(torch.compile(step, fullgraph=True)), run(step), 1e-5)
+
+
+def no_launch(kernel: Any, *_: Any) -> None:
+    pytest.fail(f"{kernel} was launched")
+
+
+@pytest.mark.parametrize("case", [case for case in LIGHT if case not in ("conv-1x1", "conv-2x2-stride2")])
+def test_a_call_launches(case):
+    """What the absence of a launch below is worth. Products alone are the library's."""
+    x, p = on_device(case)
+    launched = []
+    with use_backend("triton"), _triton.observing(lambda kernel, *_: launched.append(kernel)):
+        run_seeded(case)(x, **p)
+    assert launched
+
+
+WRONG = [(case, name) for case in LIGHT for name in LIGHT[case].parameters(2)]
+
+
+@pytest.mark.parametrize(("case", "name"), WRONG, ids=str)
+@pytest.mark.parametrize("wrong", ["shape", "device"])
+def test_wrong_arguments_raise_before_any_launch(wrong, case, name):
+    x, p = on_device(case)
+    short = p[name][:-1] if p[name].ndim == 1 else p[name][:, :-1]
+    p[name] = short if wrong == "shape" else p[name].to("meta")
+    with use_backend("triton"), _triton.observing(no_launch), pytest.raises(ValueError, match=f"^{name} is "):
+        LIGHT[case].run(x, **p)
+
+
+@pytest.mark.parametrize(
+    ("case", "name"), [(case, name) for case, name in WRONG if name not in ("bias", *LIGHT[case].statistics)], ids=str
+)
+def test_mixed_dtypes_raise_before_any_launch(case, name):
+    x, p = on_device(case)
+    p[name] = p[name].bfloat16()
+    with use_backend("triton"), _triton.observing(no_launch), pytest.raises(TypeError, match=f"^{name} is "):
+        LIGHT[case].run(x, **p)
+
+
+@EVERY
+def test_float64_raises_before_any_launch(case):
+    x = random_sparse(move(random_sparse(example_layout(), 4), DEVICE).layout, 4, torch.float32)
+    p = {name: value.to(DEVICE) for name, value in LIGHT[case].parameters(4).items()}
+    x = x.to(torch.float64)
+    message = r"take float32, bfloat16 and float16, x is torch\.float64"
+    with use_backend("triton"), _triton.observing(no_launch), pytest.raises(BackendError, match=message):
+        LIGHT[case].run(x, **p)
+
+
+SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+
+
+class Transfers(TorchDispatchMode):
+    """Names every copy between devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls += 1
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
+        kinds = {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim}
+        if len(kinds) > 1:
+            self.found.append(func.name())
+        return out
+
+
+def test_a_training_step_copies_nothing_between_host_and_gpu(monkeypatch):
+    """On an imitated GPU: what a CUDA graph could not capture. `Transfers` sees the copies that are there."""
+    monkeypatch.setattr(_triton, "interpreting", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    model = models.FCMAE(models.ConvNeXtV2Encoder(**SMALL), decoder_dim=16)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model, images = model.to("cuda"), torch.randn(2, 3, 64, 96, device="cuda")
+        with Transfers() as transfers:
+            torch.zeros(3).to("cuda")
+        assert transfers.found == ["aten::_to_copy"]
+        with Transfers() as transfers:
+            model(images, mask_ratio=0.6)
+    assert transfers.calls > 100 and not transfers.found
+
+
+def training_step(
+    model: models.FCMAE, optimizer: torch.optim.Optimizer, images: torch.Tensor, mask: torch.Tensor, visible: int
+) -> torch.Tensor:
+    optimizer.zero_grad(set_to_none=True)
+    loss = model(images, mask=mask, visible=visible)[0]
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def equal_masks(batch: int, count: int) -> tuple[list[torch.Tensor], int]:
+    """Masks with equally many visible patches in every image of a 2x3 grid, and their number."""
+    noise = torch.rand(count, batch, 6).argsort(dim=-1)
+    return [(mask >= 3).to(DEVICE) for mask in noise], 3
+
+
+@needs_gpu
+def test_cuda_graph_of_a_training_step():
+    """Captured once and replayed with other images and masks, it leaves the weights that eager steps leave."""
+    results = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model = models.FCMAE(models.ConvNeXtV2Encoder(**SMALL, drop_path_rate=0.0), decoder_dim=16).to(DEVICE)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        batches = torch.randn(6, 4, 3, 64, 96).to(DEVICE)
+        masks, visible = equal_masks(4, 6)
+        if not captured:
+            losses = [training_step(model, optimizer, *pair, visible) for pair in zip(batches, masks, strict=True)]
+        else:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                losses = [
+                    training_step(model, optimizer, *pair, visible) for pair in zip(batches[:3], masks[:3], strict=True)
+                ]
+            torch.cuda.current_stream().wait_stream(side)
+            images, mask, graph = batches[0].clone(), masks[0].clone(), torch.cuda.CUDAGraph()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.cuda.graph(graph):
+                loss = training_step(model, optimizer, images, mask, visible)
+            for batch, drawn in zip(batches[3:], masks[3:], strict=True):
+                images.copy_(batch)
+                mask.copy_(drawn)
+                graph.replay()
+                losses.append(loss.clone())
+        torch.cuda.synchronize()
+        results.append({"losses": torch.stack(losses), **{k: v.detach() for k, v in model.named_parameters()}})
+    eager, replayed = results
+    assert_same(replayed, eager, 1e-5)
+
+
+@needs_gpu
+@EVERY
+def test_streams_do_not_disturb_each_other(case):
+    """Two streams at once, each with its own tensors, give the bits of one after the other."""
+    inputs = [on_device(case) for _ in range(2)]
+    run = run_seeded(case)
+    with use_backend("triton"):
+        expected = [outputs_and_gradients(run, *pair) for pair in inputs]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in inputs]
+        found = []
+        for stream, pair in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(10_000_000)  # what is launched on another stream by mistake comes too early
+                found.append(outputs_and_gradients(run, *pair))
+        torch.cuda.synchronize()
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@EVERY
+def test_device_that_is_not_the_current_one(case):
+    x, p = on_device(case)
+    run, second = run_seeded(case), torch.device("cuda", (torch.cuda.current_device() + 1) % torch.cuda.device_count())
+    with use_backend("triton"):
+        expected = outputs_and_gradients(run, x, p)
+        found = outputs_and_gradients(run, move(x, second), {name: value.to(second) for name, value in p.items()})
+    assert all(value.device == second for value in found.values())
+    if not case.endswith("drawn"):
+        assert_same(found, expected, 1e-6)
+
+
+@needs_gpu
+@EVERY
+def test_deterministic_algorithms_are_honoured(case, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    layout = make_layout(draw_mask("random counts", 16, (7, 7), seed=3), 8)
+    x, p = on_device(case, 40, layout)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with use_backend("triton"):
+            first, second = (outputs_and_gradients(run_seeded(case), x, p) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@needs_gpu
+@pytest.mark.skipif(
+    DEVICE.type != "cuda" or torch.cuda.get_device_properties(DEVICE).total_memory < 40 * 2**30,
+    reason="needs a GPU with 40 GB",
+)
+@pytest.mark.parametrize("case", [name for name in ("depthwise_conv-7x7", "layer_norm", "grn-sample") if name in LIGHT])
+def test_offsets_beyond_32_bits(case):
+    """More than 2**31 values: the last images give what they give alone. bfloat16, 4.3 GB a tensor."""
+    channels, tile, grid, last = 2048, 8, (7, 7), 2
+    rows = tile**2 * grid[0] * grid[1]
+    batch = 2**31 // (rows * channels) + 1 + last
+    whole = make_layout(torch.zeros(batch, *grid, dtype=torch.bool, device=DEVICE), tile)
+    alone = make_layout(torch.zeros(last, *grid, dtype=torch.bool, device=DEVICE), tile)
+    assert (whole.rows - alone.rows) * channels > 2**31
+    p = {
+        name: value.to(DEVICE, torch.float32 if name in LIGHT[case].statistics else torch.bfloat16)
+        for name, value in LIGHT[case].parameters(channels).items()
+    }
+    generator = torch.Generator(DEVICE).manual_seed(1)
+
+    def random() -> torch.Tensor:
+        return torch.randn(whole.rows, channels, generator=generator, dtype=torch.bfloat16, device=DEVICE)
+
+    features, incoming = random(), random()
+
+    def run(layout: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = features[-layout.rows :].clone().requires_grad_()
+        with use_backend("triton"):
+            out = LIGHT[case].run(SparseTensor(leaf, layout), **p).features
+            (gradient,) = torch.autograd.grad(out, leaf, incoming[-layout.rows :])
+        return out.detach()[-alone.rows :].clone(), gradient[-alone.rows :].clone()
+
+    for large, small in zip(run(whole), run(alone), strict=True):
+        assert_close(large, small, 1e-3)
+    torch.cuda.empty_cache()
