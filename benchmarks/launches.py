@@ -179,6 +179,10 @@ def programs(setting: Setting) -> dict[str, Callable[[], None]]:
         x, parameters = rows(), [leaf(channels, 1, 7, 7), *([vector()] if bias else [])]
         backward(ops.depthwise_conv(x, *parameters).features, x.features, *parameters)
 
+    def conv() -> None:
+        x, weight, bias = rows(), leaf(channels, channels, 3, 3), vector()
+        backward(ops.conv(x, weight, bias).features, x.features, weight, bias)
+
     def layer_norm() -> None:
         x, weight, bias = rows(), vector(), vector()
         backward(ops.layer_norm(x, weight, bias).features, x.features, weight, bias)
@@ -203,6 +207,7 @@ def programs(setting: Setting) -> dict[str, Callable[[], None]]:
     found: dict[str, Callable[[], None]] = {
         "depthwise_conv": lambda: depthwise_conv(bias=True),
         "depthwise_conv, no bias": lambda: depthwise_conv(bias=False),
+        "conv, 3x3": conv,
         "layer_norm": layer_norm,
         "grn": lambda: grn("sample"),
         "grn, batch": lambda: grn("batch"),
@@ -266,8 +271,8 @@ def configurations(
 
 
 def is_wide(value: Tensor, setting: Setting) -> bool:
-    """Whether a tensor holds the channels of every row, C or 4C of them, or is one of the block's matrices, and its
-    rows are a multiple of 16 bytes long: then kernels can and must move 16 bytes at a time.
+    """Whether a tensor holds the channels of every row, C or 4C of them, or those under a 3x3 kernel, or is one of the
+    block's matrices, and its rows are a multiple of 16 bytes long: then kernels can and must move 16 bytes at a time.
 
     All traffic that grows with rows times channels goes through these. Not through vectors (one number a channel or
     a row), tables of integers, images (whose channels are not side by side), partial sums and the kernel's taps.
@@ -277,9 +282,10 @@ def is_wide(value: Tensor, setting: Setting) -> bool:
         return False
     widths = (channels, 4 * channels)
     of_rows = value.shape[-1] in (*widths, elements) and elements in [rows * width for width in widths]
+    of_taps = value.ndim == 2 and value.shape[1] == 9 * channels
     of_block = sorted(value.shape) == list(widths)
     width = elements // rows if of_rows else value.shape[-1]
-    return (of_rows or of_block) and width * value.element_size() % 16 == 0
+    return (of_rows or of_taps or of_block) and width * value.element_size() % 16 == 0
 
 
 class WithoutComputing(TorchDispatchMode):
