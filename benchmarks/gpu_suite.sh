@@ -125,7 +125,7 @@ if wanted build; then
   build=$!
 fi
 
-part parity 105 "$python" benchmarks/gpu_parity.py "${parity[@]}" --seconds SECONDS_LEFT --out "$out/parity.json"
+part parity 130 "$python" benchmarks/gpu_parity.py "${parity[@]}" --seconds SECONDS_LEFT --out "$out/parity.json"
 
 if wanted build; then
   # Nothing may compile while kernels are timed.
@@ -143,9 +143,9 @@ if wanted build; then
   fi
 fi
 
-part kernels 100 "$python" benchmarks/kernels.py "${kernels[@]}" --seconds SECONDS_LEFT --out "$out/kernels.json"
-part encoder 165 "$python" benchmarks/encoder_step.py "${encoder[@]}" --seconds SECONDS_LEFT --out "$out/encoder.json"
-part fcmae 95 "$python" benchmarks/fcmae_step.py "${fcmae[@]}" --seconds SECONDS_LEFT --out "$out/fcmae.json"
+part kernels 95 "$python" benchmarks/kernels.py "${kernels[@]}" --seconds SECONDS_LEFT --out "$out/kernels.json"
+part encoder 155 "$python" benchmarks/encoder_step.py "${encoder[@]}" --seconds SECONDS_LEFT --out "$out/encoder.json"
+part fcmae 90 "$python" benchmarks/fcmae_step.py "${fcmae[@]}" --seconds SECONDS_LEFT --out "$out/fcmae.json"
 
 if wanted tests; then
   missing=$("$python" -c '

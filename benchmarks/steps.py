@@ -335,6 +335,7 @@ def compile_blocks(model: ConvNeXtV2Encoder, case: dict[str, Any]) -> None:
 
     For good: what does this has its process for itself.
     """
+    torch._dynamo.config.recompile_limit = 64
     masked_dense.masked_block = compiled(masked_dense.masked_block, case)
     for layer in model.downsample_layers:
         layer.compile(dynamic=False, fullgraph=True, backend=case["compiler"])
