@@ -41,7 +41,7 @@ from sparsecnx.tensor import SparseTensor
 
 # Up to this width the hidden layer is computed again in backward: it costs one matrix product more and saves keeping
 # 4C of the 6C values a row would keep. By counts of bytes and FLOPs, not measured yet: see docs/kernels.md.
-RECOMPUTE_CHANNELS = 128
+RECOMPUTE_CHANNELS = 192
 
 GROUP = 8  # block rows that share the second operand
 KEPT_ROWS = 32  # of a block of the second pass over a hidden layer that was kept: elementwise, no matrix product
