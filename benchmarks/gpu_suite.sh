@@ -64,7 +64,7 @@ limit() {
 
 # part NAME SECONDS COMMAND...: run a command for at most that long; SECONDS_LEFT in it stands for its own deadline.
 part() {
-  local name=$1 seconds begin code status words=
+  local name=$1 seconds own begin code status words=
   seconds=$(limit "$2")
   shift 2
   wanted "$name" || return 0
@@ -72,9 +72,11 @@ part() {
     record "$name" timeout 0 "no time was left"
     return 0
   fi
+  # Its own deadline counts from when Python has imported everything.
+  own=$((seconds > 30 ? seconds - 15 : seconds / 2))
   say "$name: at most $seconds s"
   begin=$SECONDS
-  timeout -k 5 "$seconds" "${@//SECONDS_LEFT/$((seconds - 5))}" 2>&1 | tee -a "$out/log.txt"
+  timeout -k 5 "$seconds" "${@//SECONDS_LEFT/$own}" 2>&1 | tee -a "$out/log.txt"
   code=${PIPESTATUS[0]}
   case $code in
     0) status=ok ;;

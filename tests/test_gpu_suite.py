@@ -92,7 +92,7 @@ def test_all_parts_run_in_turn_within_the_limits_on_what_comes_back(suite: Suite
     assert suite.statuses() == dict.fromkeys(names, "ok")
     assert {path.name for path in suite.out.iterdir()} == {"log.txt", "parts.tsv", "summary.md"}
     out = str(suite.out.resolve())
-    assert f"parity got benchmarks/gpu_parity.py --seconds 125 --out {out}/parity.json" in done.stdout
+    assert f"parity got benchmarks/gpu_parity.py --seconds 115 --out {out}/parity.json" in done.stdout
     assert "tests got -m pytest" in done.stdout
     summary = (suite.out / "summary.md").read_text()
     assert "| machine | ok | " in summary
