@@ -103,8 +103,12 @@ def dispatcher(operator: str) -> Dispatcher:
     return found
 
 
-# Those that run a whole model.
-MODEL_BACKENDS = backends("conv", "convnextv2_block", "layer_norm")
+# Those that run a whole model, and those that do so in seconds: Triton's interpreter takes minutes.
+EVERY_MODEL_BACKEND = backends("conv", "convnextv2_block", "layer_norm")
+MODEL_BACKENDS = [
+    pytest.param(*backend.values, marks=needs_gpu) if backend.values == ("triton",) else backend
+    for backend in EVERY_MODEL_BACKEND
+]
 
 
 def device_of(backend: str) -> torch.device:
