@@ -29,6 +29,8 @@ LONGEST_STRIP = 8  # output rows, and with them accumulators, of a program
 MOST_TAPS = 7  # rows of the kernel that are held in registers at once
 WARPS = 4
 CHANNEL_BLOCKS = (128, 64, 32)
+# Registers a thread may use where ptxas, left alone, spills one to get by with fewer: by rows of sites of a program.
+REGISTERS = {1: 96, 5: 255, 6: 255, 7: 255, 8: 255}
 
 
 @triton.jit
@@ -92,8 +94,10 @@ def depthwise_conv_kernel(
                 tap = (ky0 + j) * KERNEL_W + kx
                 if FLIP:
                     tap = KERNEL_H * KERNEL_W - 1 - tap
-                row = tl.load(weight_ptr + tap * C + channel, mask=inside, other=0.0)
-                weights = weights + (row.to(tl.float32)[None, :],)
+                # Loaded by every thread in the layout it needs: threads of a column share the address.
+                pointers = tl.broadcast_to((weight_ptr + tap * C + channel)[None, :], (POSITIONS, BLOCK_C))
+                row = tl.load(pointers, mask=inside[None, :], other=0.0)
+                weights = weights + (row.to(tl.float32),)
             starts = ()
             present = ()
             if whole:
@@ -306,6 +310,8 @@ def convolve(
     tiles = rows // tile**2
     per_program = channels if normalise is not None else block
     grid = (_triton.blocks(tiles * tile, positions), tile // strip, _triton.blocks(channels, per_program))
+    limited = normalise is not None and strip in REGISTERS and torch.version.hip is None
+    options = {"maxnreg": REGISTERS[strip]} if limited else {}
     _triton.launch(
         depthwise_conv_kernel,
         grid,
@@ -334,6 +340,7 @@ def convolve(
         HAS_RESIDUAL=residual is not None,
         NORMALISE=normalise is not None,
         num_warps=WARPS,
+        **options,
     )
     return out, rstd
 
