@@ -17,8 +17,8 @@ for every architecture, and the machine code is read. It ends with an error wher
     launched      every kernel of the package is launched by what was run
 
 Which tensor an access belongs to is followed in the PTX, from the kernel's parameters through all arithmetic on
-addresses. The assembler does not split accesses; that the narrowest of the machine code is none that the PTX lacks
-is checked too. Nothing here is a measurement of speed.
+addresses. That the assembler leaves wide accesses wide is checked where a kernel has no others of the same kind.
+Nothing here is a measurement of speed.
 """
 
 from __future__ import annotations
@@ -148,6 +148,7 @@ def sass_width(mnemonic: str) -> int:
     return 4
 
 
+SASS_KIND = {"ld": re.compile("LDG(?!STS)"), "st": re.compile("STG"), "cp": re.compile("LDGSTS")}
 ACCESS = re.compile(r"^(ld|st|atom|red|cp)\.(?:[\w:]+\.)*global[\w:.]*$")
 PTX_TYPE = re.compile(r"(?:\.v(\d))?\.[a-z]+(\d+)(?:x2)?$")
 REGISTER = re.compile(r"%\w+")
@@ -244,9 +245,11 @@ def judge(facts: Facts, wide: Iterable[str], arch: int) -> list[str]:
         if names and access["bytes"] < WIDTH:
             name = " or ".join(sorted(names))
             broken.append(f"wide: {access['kind']} of {access['bytes']} bytes, {name}, at {access['line']}")
-    read = [access["bytes"] for access in facts["accesses"]]
-    if facts["sass"] and min(map(sass_width, facts["sass"])) < min(read, default=0):
-        broken.append(f"wide: machine code has narrower accesses than the PTX: {facts['sass']}")
+    for kind, mnemonic in SASS_KIND.items():
+        widths = [access["bytes"] for access in facts["accesses"] if access["kind"] == kind]
+        split = [name for name in facts["sass"] if mnemonic.match(name) and sass_width(name) < WIDTH]
+        if split and widths and min(widths) >= WIDTH:
+            broken.append(f"wide: the assembler has made {' '.join(split)} of wide accesses")
     return broken
 
 
