@@ -128,13 +128,13 @@ def test_any_memory_layout(layout, backend, case):
         assert_same(outputs_and_gradients(run, x, p), outputs_and_gradients(seeded(case), x, p), 1e-6)
 
 
-@needs_native
-@EVERY
-def test_incoming_gradient_of_any_memory_layout(case):
-    x, p = arguments(case)
+@on_every_backend(CASES)
+def test_incoming_gradient_of_any_memory_layout(backend, case):
+    x, p = arguments(case, layout=example_layout(3, (2, 2), tile=2), backend=backend)
     leaves = [value.requires_grad_() for value in (x.features, *p.values())]
-    out = seeded(case)(x, **p).features
-    gradient = incoming_gradient(out.shape).float()
+    with use_backend(backend):
+        out = seeded(case)(x, **p).features
+    gradient = incoming_gradient(out.shape).to(out)
     expected = torch.autograd.grad(out, leaves, gradient, retain_graph=True)
     for layout in (strided, shifted):
         found = torch.autograd.grad(out, leaves, layout(gradient), retain_graph=True)
