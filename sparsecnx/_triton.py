@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -146,6 +147,12 @@ def observing(observer: Observer) -> Iterator[None]:
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
+
+
+def alignment(*sizes: int) -> int:
+    """What all of them are multiples of, up to 16. Triton knows by itself which integers are multiples of 16; with
+    this, and `aligned` in the kernel, rows of 8 or 40 channels are also moved 16 bytes at a time."""
+    return math.gcd(16, *sizes)
 
 
 def blocks(count: int, size: int) -> int:

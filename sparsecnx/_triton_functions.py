@@ -11,6 +11,12 @@ INTERPRETING = tl.constexpr(_triton.interpreting)
 
 
 @triton.jit
+def aligned(value, ALIGN: tl.constexpr):
+    """The same value, known to be a multiple of ALIGN."""
+    return value // ALIGN * ALIGN
+
+
+@triton.jit
 def spread_bits(value, LEVELS: tl.constexpr):
     """Bit b of a number below 2**LEVELS moved to bit 2b: half of a Morton index."""
     out = value & 0

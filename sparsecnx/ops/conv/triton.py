@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecnx import _triton
+from sparsecnx._triton_functions import aligned
 from sparsecnx.tensor import SparseTensor
 
 COLUMN_VALUES = 2**28  # of a chunk of gathered rows
@@ -30,8 +31,10 @@ def gather_columns_kernel(
     C,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """columns = the rows of x that the entries of the map name, zeros for -1."""
+    C = aligned(C, ALIGN)  # noqa: N806
     first = tl.program_id(0).to(tl.int64) * BLOCK_E
     entry = tl.arange(0, BLOCK_E)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -61,6 +64,7 @@ def gather_columns(x: Tensor, kernel_map: Tensor) -> Tensor:
         channels,
         BLOCK_E=block_e,
         BLOCK_C=block_c,
+        ALIGN=_triton.alignment(channels),
         num_warps=4,
     )
     return columns

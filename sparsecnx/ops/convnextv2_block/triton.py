@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecnx import _triton
-from sparsecnx._triton_functions import dot, gelu, gelu_and_slope, grouped_blocks, rounded
+from sparsecnx._triton_functions import aligned, dot, gelu, gelu_and_slope, grouped_blocks, rounded
 from sparsecnx.ops.convnextv2_block.parameters import BlockParameters
 from sparsecnx.ops.convnextv2_block.triton_folding import fold, unfold
 from sparsecnx.ops.depthwise_conv import triton as depthwise
@@ -44,28 +44,31 @@ from sparsecnx.tensor import SparseTensor
 RECOMPUTE_CHANNELS = 192
 
 GROUP = 8  # block rows that share the second operand
-KEPT_ROWS = 32  # of a block of the second pass over a hidden layer that was kept: elementwise, no matrix product
+# Rows of a block of the second pass over the hidden layer: elementwise where it was kept, else two products.
+GRADIENT_ROWS = {True: 32, False: 64}
 
 
 ONE_PRODUCT = [
     triton.Config({"BLOCK_N": 128}, num_warps=8, num_stages=3),
-    triton.Config({"BLOCK_N": 64}, num_warps=4, num_stages=4),
+    triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=3),
 ]
 TWO_PRODUCTS = [triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=3)]
 NO_PRODUCT = [triton.Config({"BLOCK_N": 128}, num_warps=4, num_stages=1)]
 FLOAT32 = [triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=2)]
+TWO_FLOAT32 = [triton.Config({"BLOCK_N": 32}, num_warps=8, num_stages=2)]
 
 
 def _configurations(configs: list[Any], arguments: dict[str, Any], **options: Any) -> list[Any]:
     """Those that fit into the registers: float32 is multiplied in three parts, two products have two accumulators."""
-    if options.get("GRADIENTS") and options["KEPT"]:
+    kept = options.get("KEPT", True)
+    if options.get("GRADIENTS") and kept:
         return NO_PRODUCT
     if next(iter(arguments.values())).dtype == torch.float32:
-        return FLOAT32
-    return ONE_PRODUCT if options.get("KEPT", True) else TWO_PRODUCTS
+        return FLOAT32 if kept else TWO_FLOAT32
+    return ONE_PRODUCT if kept else TWO_PRODUCTS
 
 
-tuned = _triton.tuned([*ONE_PRODUCT, *TWO_PRODUCTS, *NO_PRODUCT, *FLOAT32], ["N", "K"], _configurations)
+tuned = _triton.tuned([*ONE_PRODUCT, *TWO_PRODUCTS, *NO_PRODUCT, *FLOAT32, *TWO_FLOAT32], ["N", "K"], _configurations)
 
 
 @tuned
@@ -87,9 +90,11 @@ def linear_gelu_kernel(
     KEEP: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """a = x @ weight.T + bias, h = gelu(a), staircase sums of h^2; a is written with KEEP alone."""
+    N, K = aligned(N, ALIGN), aligned(K, ALIGN)  # noqa: N806
     block_m, block_n = grouped_blocks(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     first = block_m.to(tl.int64) * BLOCK_M
     row = tl.arange(0, BLOCK_M)
@@ -131,9 +136,11 @@ def linear_scaled_kernel(
     HAS_ROW_SCALE: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """out = residual + row_scale * ((hidden * scale[group]) @ weight.T + bias)."""
+    N, K = aligned(N, ALIGN), aligned(K, ALIGN)  # noqa: N806
     block_m, block_n = grouped_blocks(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     first = block_m.to(tl.int64) * BLOCK_M
     row = tl.arange(0, BLOCK_M)
@@ -196,9 +203,11 @@ def hidden_backward_kernel(
     HAS_ROW_SCALE: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """A pass over the hidden layer in backward, see the top of this file."""
+    N, K = aligned(N, ALIGN), aligned(K, ALIGN)  # noqa: N806
     block_m, block_n = grouped_blocks(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     first = block_m.to(tl.int64) * BLOCK_M
     row = tl.arange(0, BLOCK_M)
@@ -259,9 +268,11 @@ def column_sums_kernel(
     rows_per_program,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
 ):
     """Sums of the rows of a range, each times its scale."""
+    C = aligned(C, ALIGN)  # noqa: N806
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin = tl.program_id(1).to(tl.int64) * rows_per_program
     sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -393,6 +404,7 @@ def column_sums(values: Tensor, row_scale: Tensor | None) -> Tensor:
         per_program,
         BLOCK_M=height,
         BLOCK_C=block_c,
+        ALIGN=_triton.alignment(channels),
         HAS_ROW_SCALE=row_scale is not None,
         num_warps=4,
     )
@@ -417,6 +429,7 @@ def _launch(kernel: Any, rows: int, outputs: int, channels: int, tensors: tuple[
         BLOCK_K=block_k,
         EVEN_K=channels % block_k == 0,
         PRECISION="tf32x3" if exact else "tf32",
+        ALIGN=_triton.alignment(outputs, channels),
         GROUP=GROUP,
         **options,
     )
@@ -548,7 +561,7 @@ def hidden_backward(
     grad_gamma, grad_energy = grn.response_backward(partial, segments, height, energy, p.grn_gamma, eps)
     norm = energy.sqrt()
     scale = torch.addcmul(torch.ones_like(norm), p.grn_gamma, norm / (norm.mean(1, keepdim=True) + eps))
-    height = KEPT_ROWS if kept else height
+    height = GRADIENT_ROWS[kept]
     grad_pre, scaled = grad.new_empty(rows, hidden), grad.new_empty(rows, hidden)
     partial = torch.empty(_triton.blocks(rows, height), hidden, dtype=torch.float32, device=grad.device)
     _launch(

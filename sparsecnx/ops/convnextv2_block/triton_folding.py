@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecnx import _triton
-from sparsecnx._triton_functions import rounded
+from sparsecnx._triton_functions import aligned, rounded
 
 THREADS = 128
 
@@ -36,9 +36,11 @@ def fold_kernel(
     columns,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
     """folded = weight * scale, out = bias + weight @ shift."""
+    columns = aligned(columns, ALIGN)
     first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = tl.arange(0, BLOCK_ROWS)
     known = row < rows - first
@@ -70,9 +72,11 @@ def unfold_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     STEPS: tl.constexpr,
+    ALIGN: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
     """P becomes P * scale + r shift'; sums over the rows of a block of P * weight and of r * weight."""
+    columns = aligned(columns, ALIGN)
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     there = column < columns
     shift = tl.load(shift_ptr + column, mask=there, other=0.0)[None, :]
@@ -119,6 +123,7 @@ def fold(weight: Tensor, scale: Tensor | None, shift: Tensor, bias: Tensor) -> t
         columns,
         BLOCK_ROWS=height,
         BLOCK_COLUMNS=width,
+        ALIGN=_triton.alignment(columns),
         HAS_SCALE=scale is not None,
         num_warps=THREADS // 32,
     )
@@ -153,6 +158,7 @@ def unfold(
         columns,
         BLOCK_ROWS=height,
         BLOCK_COLUMNS=width,
+        ALIGN=_triton.alignment(columns),
         STEPS=steps,
         HAS_SCALE=scale is not None,
         num_warps=THREADS // 32,

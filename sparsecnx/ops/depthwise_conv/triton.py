@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecnx import _triton
-from sparsecnx._triton_functions import nested_column, nested_line, rounded
+from sparsecnx._triton_functions import aligned, nested_column, nested_line, rounded
 from sparsecnx.layout import nested_factors
 from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
 from sparsecnx.tensor import SparseTensor
@@ -55,6 +55,7 @@ def depthwise_conv_kernel(
     TAPS: tl.constexpr,
     POSITIONS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
     FLIP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -64,6 +65,7 @@ def depthwise_conv_kernel(
     sites: tl.constexpr = TILE * TILE
     # Where the strip is the whole tile and all taps of a column are held, the rows that are read are known.
     whole: tl.constexpr = STRIP == TILE and TAPS == KERNEL_H
+    C = aligned(C, ALIGN)  # noqa: N806
     position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
     tile = position // TILE
     x0 = position % TILE
@@ -193,10 +195,12 @@ def depthwise_conv_weight_grad_kernel(
     TAPS: tl.constexpr,
     POSITIONS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Sums of grad * shifted x over a range of sites, for TAPS taps of a column; the sum of grad beside the first."""
     sites: tl.constexpr = TILE * TILE
     whole: tl.constexpr = STRIP == TILE and TAPS == KERNEL_H
+    C = aligned(C, ALIGN)  # noqa: N806
     column_of_taps = tl.program_id(0)
     kx = column_of_taps % KERNEL_W
     ky0 = (column_of_taps // KERNEL_W) * TAPS
@@ -335,6 +339,7 @@ def convolve(
         TAPS=height,
         POSITIONS=positions,
         BLOCK_C=block,
+        ALIGN=_triton.alignment(channels),
         FLIP=flip,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
@@ -376,6 +381,7 @@ def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: tuple
         TAPS=height,
         POSITIONS=positions,
         BLOCK_C=block,
+        ALIGN=_triton.alignment(channels),
         num_warps=WARPS,
     )
     sums = partial.sum(0)
