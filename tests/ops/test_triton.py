@@ -329,6 +329,8 @@ def test_opcheck(name, calls):
     for args in distinct.values():
 
         def fresh(value, argument):
+            if isinstance(value, list):
+                return [fresh(entry, argument) for entry in value]
             if not isinstance(value, torch.Tensor):
                 return value
             wanted = differentiable(name) and value.is_floating_point() and "scale" not in argument.name

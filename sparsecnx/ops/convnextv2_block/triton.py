@@ -497,14 +497,13 @@ def backward(
     del grad_pre
     grad_conv = layer_norm.normalised_backward(grad_normalised, normalised, rstd)
     kernel = (p.dwconv_weight.shape[2], p.dwconv_weight.shape[3])
-    taps, grad_conv_bias = depthwise.weight_grad(grad_conv, x, table, tile, kernel)
-    grad_taps = taps.t().reshape(p.dwconv_weight.shape).to(x.dtype)
+    grad_taps, grad_conv_bias = depthwise.weight_grad(grad_conv, x, table, tile, kernel)
     flipped = depthwise.tap_rows(p.dwconv_weight)
     grad_x, _ = depthwise.convolve(grad_conv, flipped, None, table, tile, kernel, residual=grad, flip=True)
     return (
         grad_x,
         grad_taps,
-        grad_conv_bias.clone(),
+        grad_conv_bias,
         grad_norm_weight,
         grad_norm_bias,
         grad_first,

@@ -351,7 +351,8 @@ def convolve(
 
 
 def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Gradients of taps, float32 `(kh * kw, C)`, and bias, float32 `(C,)`, from `grad` and `x`, `(rows, C)`."""
+    """Gradients of the weight, `(C, 1, kh, kw)` in the dtype of `x`, and of the bias, float32 `(C,)`, from `grad` and
+    `x`, `(rows, C)`."""
     rows, channels = x.shape
     strip, height, block, positions = _blocks(x, tile, kernel)
     columns = kernel[0] // height * kernel[1]
@@ -385,7 +386,7 @@ def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: tuple
         num_warps=WARPS,
     )
     sums = partial.sum(0)
-    return sums[:-1], sums[-1]
+    return sums[:-1].t().to(x.dtype).contiguous().view(channels, 1, *kernel), sums[-1].clone()
 
 
 def tap_rows(weight: Tensor) -> Tensor:
@@ -423,8 +424,7 @@ def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tenso
 def _depthwise_conv_weight_grad(
     grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel_h: int, kernel_w: int
 ) -> tuple[Tensor, Tensor]:
-    taps, bias = weight_grad(grad, x, table, tile, (kernel_h, kernel_w))
-    return taps.t().reshape(x.shape[1], 1, kernel_h, kernel_w).to(x.dtype), bias.clone()
+    return weight_grad(grad, x, table, tile, (kernel_h, kernel_w))
 
 
 @_depthwise_conv.register_fake
