@@ -25,7 +25,7 @@ BLOCK_ROWS = 64  # a float32 partial row for 64 rows of x: 1/32 of the bytes of 
 BLOCK_CHANNELS = 64  # 128 bytes of a row in 16 bits; 32 values of a block for each thread of 4 warps
 FINALISER_VALUES = 4096  # partial sums that a finaliser of one group holds at a time
 FINALISER_SLOTS = 64  # slots per group, on average, above which they are summed by many programs first
-ONE_SLOT_EACH = 1 << 62  # as block_rows: all rows in one block, so that the slot of group g is g
+ONE_SLOT_EACH = 2**31 - 1  # as block_rows: all rows in one block, so that the slot of group g is g
 
 
 @triton.jit
@@ -162,12 +162,12 @@ def sum_slots(
     BLOCK_C: tl.constexpr,
 ):
     """Sum over part of the slots of a group, `(BLOCK_C,)`; 0 for a group without rows."""
-    begin = tl.load(splits_ptr + group)
-    end = tl.load(splits_ptr + group + 1)
+    begin = tl.load(splits_ptr + group).to(tl.int32)  # rows are numbered in 32 bits: divisions in 64 are slow
+    end = tl.load(splits_ptr + group + 1).to(tl.int32)
     first = begin // block_rows
-    slots = tl.where(end > begin, (end - 1) // block_rows - first + 1, 0).to(tl.int32)
+    slots = tl.where(end > begin, (end - 1) // block_rows - first + 1, 0)
     share = tl.cdiv(slots, parts)
-    base = (first + group) * channels
+    base = (first + group).to(tl.int64) * channels
     total = tl.zeros((BLOCK_C,), tl.float32)
     for slot0 in range(part * share, tl.minimum((part + 1) * share, slots), SLOTS):
         slot = slot0 + tl.arange(0, SLOTS)
@@ -407,7 +407,14 @@ def _finaliser(slots: int, channels: int) -> dict[str, int]:
     block_c = min(triton.next_power_of_2(channels), FINALISER_VALUES)
     at_once = min(triton.next_power_of_2(slots), FINALISER_VALUES // block_c)
     warps = max(1, at_once * block_c // 512)
-    return {"SLOTS": at_once, "BLOCK_C": block_c, "ALIGN": math.gcd(channels, 16), "num_warps": warps}
+    # Without a bound ptxas spills a register to get along with a few less than it needs.
+    return {
+        "SLOTS": at_once,
+        "BLOCK_C": block_c,
+        "ALIGN": math.gcd(channels, 16),
+        "num_warps": warps,
+        "maxnreg": 128,
+    }
 
 
 def _row_blocks(rows: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
