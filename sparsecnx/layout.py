@@ -73,7 +73,8 @@ class TileSet:
     index: Tensor
     splits: Tensor
     visible: int | None
-    _tables: dict[int | str, Tensor] = field(default_factory=dict, repr=False)
+    _tables: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    _captured: bool = field(default_factory=lambda: _capturing(), repr=False)
 
     @classmethod
     def from_mask(cls, mask: Tensor, grid: tuple[int, ...], visible: int | None = None) -> TileSet:
@@ -139,7 +140,7 @@ class TileSet:
 
     def slots(self) -> Tensor:
         """int32 `(batch * prod(grid),)`: position in `index` of each tile, -1 where it is masked."""
-        return remember(self._tables, "slots", lambda: self._number(self.index, self.batch * math.prod(self.grid)))
+        return remember(self, "slots", lambda: self._number(self.index, self.batch * math.prod(self.grid)))
 
     def neighbours(self, radius: int) -> Tensor:
         """Neighbouring tiles of each tile, int32 `(tiles, (2 * radius + 1)**ndim)`, raster order of offsets.
@@ -147,7 +148,7 @@ class TileSet:
         Entries are positions in `index`, -1 where the neighbour is masked or outside the image. The table
         is built once per radius and shared by all stages and layers.
         """
-        return remember(self._tables, radius, lambda: self._build_neighbours(radius))
+        return remember(self, radius, lambda: self._build_neighbours(radius))
 
     def _build_neighbours(self, radius: int) -> Tensor:
         # Slots of a grid padded by `radius` on every side, so that no offset leaves its image.
@@ -183,7 +184,8 @@ class Layout:
     tiles: TileSet
     tile: int
     stride: int = 1
-    _maps: dict[tuple[object, ...], Tensor] = field(default_factory=dict, repr=False)
+    _tables: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    _captured: bool = field(default_factory=lambda: _capturing(), repr=False)
 
     @classmethod
     def from_mask(cls, mask: Tensor, shape: tuple[int, ...], visible: int | None = None) -> Layout:
@@ -231,7 +233,7 @@ class Layout:
     @property
     def row_splits(self) -> Tensor:
         """int64 `(batch + 1,)`: the rows of image `n` are `row_splits[n]:row_splits[n + 1]`."""
-        return remember(self._maps, (), lambda: self.tiles.splits * self.sites_per_tile)
+        return remember(self, (), lambda: self.tiles.splits * self.sites_per_tile)
 
     def coarsen(self, factor: int) -> Layout:
         """The layout after a convolution with stride `factor`.
@@ -268,7 +270,7 @@ class Layout:
             ValueError: `stride` does not divide the tile side.
         """
         key = (kernel, stride, padding)
-        return remember(self._maps, key, lambda: self._build_kernel_map(*key))
+        return remember(self, key, lambda: self._build_kernel_map(*key))
 
     def _build_kernel_map(self, kernel: tuple[int, ...], stride: int, padding: tuple[int, ...]) -> Tensor:
         coarse = self.coarsen(stride)
@@ -304,19 +306,35 @@ class Layout:
         return raster.argsort()
 
 
-def remember(tables: dict[Any, Tensor], key: Any, build: Callable[[], Tensor]) -> Tensor:
+def remember(owner: TileSet | Layout, key: Any, build: Callable[[], Tensor]) -> Tensor:
     """The table of that key, built on first use. What is kept serves later calls in any mode: tables are ordinary
-    tensors also under inference mode, and those of fake tensors are not kept."""
-    if key in tables:
-        return tables[key]
+    tensors also under inference mode, those of fake tensors are not kept, each stream of a GPU has its own, and what
+    a CUDA graph computes is kept only by a geometry that the graph computes too."""
+    key = key, _stream(owner.device)
+    if key in owner._tables:
+        return owner._tables[key]
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             table = build()
     else:
         table = build()
-    if type(table) is Tensor:
-        tables[key] = table
+    if type(table) is Tensor and owner._captured == _capturing():
+        owner._tables[key] = table
     return table
+
+
+def _capturing() -> bool:
+    """Whether what is launched now becomes part of a CUDA graph."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int:
+    """The stream in which a device works now; 0 where there is only one."""
+    if torch.compiler.is_compiling() or device.type != "cuda" or not torch.cuda.is_initialized():
+        return 0
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def check_mask(mask: Tensor, grid: tuple[int, ...]) -> Tensor:

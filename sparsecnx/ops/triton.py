@@ -12,6 +12,7 @@ from sparsecnx.backend import Implementation
 from sparsecnx.selection import selected
 from sparsecnx.tensor import SparseTensor
 
+MOST_CHANNELS = 2**16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -19,6 +20,8 @@ def refusal(x: SparseTensor) -> str | None:
     """Why the Triton kernels cannot run on `x`; None where they can."""
     if x.dtype not in DTYPES:
         return f"Triton kernels take float32, bfloat16 and float16, x is {x.dtype}"
+    if not 1 <= x.features.shape[1] <= MOST_CHANNELS:
+        return f"Triton kernels take 1 to {MOST_CHANNELS} channels, x has {x.features.shape[1]}"
     if x.device.type == "cpu" and selected() != "triton":
         return "Triton kernels run on the CPU only when asked for by name, under TRITON_INTERPRET=1"
     return _triton.refusal(x.device)

@@ -116,11 +116,14 @@ def _conv(x: Tensor, weight: Tensor, kernel_map: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("sparsecnx_triton::conv_backward", mutates_args=())
-def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, kernel_map: Tensor) -> tuple[Tensor, Tensor]:
+def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, kernel_map: Tensor, needs_x: bool) -> tuple[Tensor, Tensor]:
+    grad_weight = weight_grad(grad, x, kernel_map)
+    if not needs_x:
+        return x.new_empty(0), grad_weight
     outputs, taps = weight.shape[0], kernel_map.shape[1]
     back = weight.view(outputs, taps, -1).permute(2, 1, 0).reshape(-1, taps * outputs)  # (C_in, taps * C_out)
     grad_x = convolve(grad, back, turned(kernel_map, x.shape[0]))
-    return grad_x, weight_grad(grad, x, kernel_map)
+    return grad_x, grad_weight
 
 
 @_conv.register_fake
@@ -129,8 +132,8 @@ def _(x: Tensor, weight: Tensor, kernel_map: Tensor) -> Tensor:
 
 
 @_conv_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, kernel_map: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
+def _(grad: Tensor, x: Tensor, weight: Tensor, kernel_map: Tensor, needs_x: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x) if needs_x else x.new_empty(0), torch.empty_like(weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -139,7 +142,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, kernel_map = ctx.saved_tensors
-    return *_conv_backward(grad.contiguous(), x, weight, kernel_map), None
+    needs_x = ctx.needs_input_grad[0]
+    grad_x, grad_weight = _conv_backward(grad.contiguous(), x, weight, kernel_map, needs_x)
+    return grad_x if needs_x else None, grad_weight, None
 
 
 _conv.register_autograd(_backward, setup_context=_setup_context)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from sparsecnx.backend import Implementation, Operator, always
@@ -37,7 +39,7 @@ def convnextv2_block(
     survival: Tensor | None = None,
     scope: str = "sample",
     eps: float = 1e-6,
-    recompute: bool | None = None,
+    recompute: bool | Literal["auto"] = "auto",
 ) -> SparseTensor:
     """One ConvNeXt V2 block on visible sites (arXiv 2301.00808, figure 5):
 
@@ -51,16 +53,18 @@ def convnextv2_block(
         scope: groups of GRN, `"sample"` or `"batch"`, see `ops.grn`.
         eps: of LayerNorm and GRN.
         recompute: whether backward computes the hidden layer `(rows, 4C)` again rather than keeping it;
-            None lets the backend decide by C.
+            "auto" lets the backend decide by C.
 
     Returns:
         The layout of `x` with features `(rows, C)`.
 
     Raises:
         TypeError: `x` is not a SparseTensor, or dtypes differ outside autocast.
-        ValueError: a shape does not fit, the kernel is even, `scope` is unknown, or devices differ.
+        ValueError: a shape does not fit, the kernel is even, `scope` or `recompute` is unknown, or devices differ.
     """
     check_sparse(x)
+    if recompute not in (True, False, "auto"):
+        raise ValueError(f"recompute is {recompute!r}: expected True, False or 'auto'")
     p = BlockParameters(*parameters)
     channels, ndim = x.features.shape[1], x.layout.ndim
     kernel = tuple(p.dwconv_weight.shape[2:])
@@ -91,5 +95,5 @@ def convnextv2_block(
         check_same_dtype(x, name, getattr(p, name))
     if survival is not None:
         survival = survival.detach().to(dtype)
-    features = operator(x, p, survival, segments(x.layout, scope), eps, recompute)
+    features = operator(x, p, survival, segments(x.layout, scope), eps, None if recompute == "auto" else recompute)
     return x.with_features(features)

@@ -39,9 +39,9 @@ from sparsecnx.ops.grn import triton as grn
 from sparsecnx.ops.layer_norm import triton as layer_norm
 from sparsecnx.tensor import SparseTensor
 
-# Up to this width the hidden layer is computed again in backward: it costs one matrix product more and saves keeping
-# 4C of the 6C values a row would keep. By counts of bytes and FLOPs, not measured yet: see docs/kernels.md.
-RECOMPUTE_CHANNELS = 192
+# Up to this width the hidden layer is computed again in backward, three matrix products more, rather than keeping 4C of
+# the 6C values a row would keep. By counts, not measured: docs/kernels.md.
+RECOMPUTE_CHANNELS = 512
 
 GROUP = 8  # block rows that share the second operand
 # Rows of a block of the second pass over the hidden layer: elementwise where it was kept, else two products.
@@ -417,7 +417,7 @@ def _launch(kernel: Any, rows: int, outputs: int, channels: int, tensors: tuple[
         return
     dtype = tensors[0].dtype
     block_k = 64 if dtype != torch.float32 and channels % 64 == 0 else 32
-    exact = dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
     high = _triton.blocks(rows, options["BLOCK_M"])
     _triton.launch(
         kernel,
@@ -557,11 +557,9 @@ def hidden_backward(
         GRADIENTS=False,
         **options,
     )
-    grad_gamma, grad_energy = grn.response_backward(partial, segments, height, energy, p.grn_gamma, eps)
-    norm = energy.sqrt()
-    scale = torch.addcmul(torch.ones_like(norm), p.grn_gamma, norm / (norm.mean(1, keepdim=True) + eps))
+    grad_gamma, grad_energy, scale = grn.response_backward(partial, segments, height, energy, p.grn_gamma, eps)
     height = GRADIENT_ROWS[kept]
-    grad_pre, scaled = grad.new_empty(rows, hidden), grad.new_empty(rows, hidden)
+    grad_pre, scaled = product if kept else grad.new_empty(rows, hidden), grad.new_empty(rows, hidden)
     partial = torch.empty(_triton.blocks(rows, height), hidden, dtype=torch.float32, device=grad.device)
     _launch(
         hidden_backward_kernel,
@@ -595,8 +593,10 @@ def convnextv2_block(
     recompute: bool | None,
 ) -> Tensor:
     """Features `(rows, C)` of the block; `recompute=None` decides by C."""
-    keep = not recomputes(x, recompute) and torch.is_grad_enabled()
-    row_scale = None if survival is None else survival[x.layout.row_image()]
+    depthwise.check_kernel(p.dwconv_weight, "dwconv_weight")
+    wanted = torch.is_grad_enabled() and any(value.requires_grad for value in (x.features, *p))
+    keep = wanted and not recomputes(x, recompute)
+    row_scale = None if survival is None else survival[grn.row_groups(x.layout, "sample")]
     row_group = grn.row_groups(x.layout, grn.scope_of(x.layout, segments))
     table = neighbour_table(x.layout, p.dwconv_weight.shape[2:])
     features, parameters = x.features.contiguous(), [value.contiguous() for value in p]

@@ -6,8 +6,8 @@ input sites is loaded once for each horizontal tap and serves every output row t
 products of a column under a 7x7 kernel at tile side 8. Where an input site lies follows from the table of
 neighbouring tiles and the arithmetic of nested order.
 
-Weight gradients: a program takes one column of taps and a range of sites, and leaves a partial sum over them; the
-partial sums are added up in a second stage, in a fixed order.
+Weight gradients: a program goes over a range of sites once for each column of taps, and leaves partial sums over it;
+those are added up in a second stage, in a fixed order.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
 from sparsecnx.tensor import SparseTensor
 
 LONGEST_STRIP = 8  # output rows, and with them accumulators, of a program
+SITES_IN_L1 = 1024  # of a range of the weight gradient; 128 KiB of x and its gradient at 32 channels in 16 bits
+LARGEST_KERNEL = 63  # sites; the table of neighbours of a single site then has 63 * 63 entries
 MOST_TAPS = 7  # rows of the kernel that are held in registers at once
 WARPS = 4
 CHANNEL_BLOCKS = (128, 64, 32)
@@ -72,8 +74,9 @@ def depthwise_conv_kernel(
     known = tile < tiles
     strip = tl.program_id(1) * STRIP
     first_site = tile.to(tl.int64) * sites + nested_column(x0, TILE, LEVELS)
-    first_channel = tl.program_id(2) * channels_per_program
+    first_channel = tl.program_id(2) * aligned(channels_per_program, ALIGN)
     last_channel = tl.minimum(first_channel + channels_per_program, C)
+    neighbours = table_ptr + tile.to(tl.int64) * ((2 * REACH + 1) * (2 * REACH + 1))
     means = ()
     deviations = ()
     for _ in tl.static_range(STRIP):
@@ -104,7 +107,7 @@ def depthwise_conv_kernel(
             present = ()
             if whole:
                 for step_y in tl.static_range(2 * REACH + 1):
-                    start, there = _neighbour(table_ptr, tile, known, step_y, step_x, in_line, C, REACH, sites)
+                    start, there = _neighbour(neighbours, known, step_y, step_x, in_line, C, REACH, sites)
                     starts = starts + (start,)
                     present = present + (there,)
             for i in tl.static_range(STRIP + TAPS - 1):
@@ -114,7 +117,7 @@ def depthwise_conv_kernel(
                     line = nested_line((i - KERNEL_H // 2 + TILE * REACH) % TILE, TILE, LEVELS)
                 else:
                     step_y, y_inside = _seek(strip + i + ky0 - KERNEL_H // 2, TILE, REACH)
-                    start, there = _neighbour(table_ptr, tile, known, step_y, step_x, in_line, C, REACH, sites)
+                    start, there = _neighbour(neighbours, known, step_y, step_x, in_line, C, REACH, sites)
                     line = nested_line(y_inside, TILE, LEVELS)
                 pointers = x_ptr + (start + line * C)[:, None] + channel[None, :]
                 values = tl.load(pointers, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
@@ -197,70 +200,72 @@ def depthwise_conv_weight_grad_kernel(
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Sums of grad * shifted x over a range of sites, for TAPS taps of a column; the sum of grad beside the first."""
+    """Sums over a range of sites of grad * shifted x for every tap, and of grad."""
+    C = aligned(C, ALIGN)  # noqa: N806
     sites: tl.constexpr = TILE * TILE
     whole: tl.constexpr = STRIP == TILE and TAPS == KERNEL_H
-    C = aligned(C, ALIGN)  # noqa: N806
-    column_of_taps = tl.program_id(0)
-    kx = column_of_taps % KERNEL_W
-    ky0 = (column_of_taps // KERNEL_W) * TAPS
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < C
-    begin = tl.program_id(2) * positions_per_program
+    begin = tl.program_id(1) * positions_per_program
     end = tl.minimum(begin + positions_per_program, tiles * TILE)
-    sums = ()
-    for _ in tl.static_range(TAPS):
-        sums = sums + (tl.zeros((POSITIONS, BLOCK_C), tl.float32),)
-    total = tl.zeros((POSITIONS, BLOCK_C), tl.float32)
+    partial = partial_ptr + tl.program_id(1).to(tl.int64) * (KERNEL_H * KERNEL_W + 1) * C + channel
+    # The range is short enough to stay in L1 while one column of taps after the other goes over it.
+    for column_of_taps in range(0, (KERNEL_H // TAPS) * KERNEL_W):
+        kx = column_of_taps % KERNEL_W
+        ky0 = (column_of_taps // KERNEL_W) * TAPS
+        sums = ()
+        for _ in tl.static_range(TAPS):
+            sums = sums + (tl.zeros((POSITIONS, BLOCK_C), tl.float32),)
+        total = tl.zeros((POSITIONS, BLOCK_C), tl.float32)
 
-    for first in range(begin, end, POSITIONS):
-        position = first + tl.arange(0, POSITIONS)
-        known = position < end
-        tile = position // TILE
-        x0 = position % TILE
-        first_site = tile.to(tl.int64) * sites + nested_column(x0, TILE, LEVELS)
-        step_x, site_column = _seek(x0 + kx - KERNEL_W // 2, TILE, REACH)
-        in_line = nested_column(site_column, TILE, LEVELS)
-        starts = ()
-        present = ()
-        if whole:
-            for step_y in tl.static_range(2 * REACH + 1):
-                start, there = _neighbour(table_ptr, tile, known, step_y, step_x, in_line, C, REACH, sites)
-                starts = starts + (start,)
-                present = present + (there,)
-        for strip in range(0, TILE, STRIP):
-            grads = ()
-            for s in tl.static_range(STRIP):
-                row = first_site + nested_line(strip + s, TILE, LEVELS)
-                pointers = grad_ptr + (row * C)[:, None] + channel[None, :]
-                grad = tl.load(pointers, mask=known[:, None] & inside[None, :], other=0.0).to(tl.float32)
-                grads = grads + (grad,)
-                if column_of_taps == 0:
-                    total += grad
-            for i in tl.static_range(STRIP + TAPS - 1):
-                if whole:
-                    start = starts[(i - KERNEL_H // 2 + TILE * REACH) // TILE]
-                    there = present[(i - KERNEL_H // 2 + TILE * REACH) // TILE]
-                    line = nested_line((i - KERNEL_H // 2 + TILE * REACH) % TILE, TILE, LEVELS)
-                else:
-                    step_y, y_inside = _seek(strip + i + ky0 - KERNEL_H // 2, TILE, REACH)
-                    start, there = _neighbour(table_ptr, tile, known, step_y, step_x, in_line, C, REACH, sites)
-                    line = nested_line(y_inside, TILE, LEVELS)
-                pointers = x_ptr + (start + line * C)[:, None] + channel[None, :]
-                values = tl.load(pointers, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-                updated = ()
-                for j in tl.static_range(TAPS):
-                    if i - j >= 0 and i - j < STRIP:
-                        updated = updated + (sums[j] + values * grads[i - j],)
+        for first in range(begin, end, POSITIONS):
+            position = first + tl.arange(0, POSITIONS)
+            known = position < end
+            tile = position // TILE
+            x0 = position % TILE
+            first_site = tile.to(tl.int64) * sites + nested_column(x0, TILE, LEVELS)
+            neighbours = table_ptr + tile.to(tl.int64) * ((2 * REACH + 1) * (2 * REACH + 1))
+            step_x, site_column = _seek(x0 + kx - KERNEL_W // 2, TILE, REACH)
+            in_line = nested_column(site_column, TILE, LEVELS)
+            starts = ()
+            present = ()
+            if whole:
+                for step_y in tl.static_range(2 * REACH + 1):
+                    start, there = _neighbour(neighbours, known, step_y, step_x, in_line, C, REACH, sites)
+                    starts = starts + (start,)
+                    present = present + (there,)
+            for strip in range(0, TILE, STRIP):
+                grads = ()
+                for s in tl.static_range(STRIP):
+                    row = first_site + nested_line(strip + s, TILE, LEVELS)
+                    pointers = grad_ptr + (row * C)[:, None] + channel[None, :]
+                    grad = tl.load(pointers, mask=known[:, None] & inside[None, :], other=0.0).to(tl.float32)
+                    grads = grads + (grad,)
+                    if column_of_taps == 0:
+                        total += grad
+                for i in tl.static_range(STRIP + TAPS - 1):
+                    if whole:
+                        start = starts[(i - KERNEL_H // 2 + TILE * REACH) // TILE]
+                        there = present[(i - KERNEL_H // 2 + TILE * REACH) // TILE]
+                        line = nested_line((i - KERNEL_H // 2 + TILE * REACH) % TILE, TILE, LEVELS)
                     else:
-                        updated = updated + (sums[j],)
-                sums = updated
+                        step_y, y_inside = _seek(strip + i + ky0 - KERNEL_H // 2, TILE, REACH)
+                        start, there = _neighbour(neighbours, known, step_y, step_x, in_line, C, REACH, sites)
+                        line = nested_line(y_inside, TILE, LEVELS)
+                    pointers = x_ptr + (start + line * C)[:, None] + channel[None, :]
+                    values = tl.load(pointers, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+                    updated = ()
+                    for j in tl.static_range(TAPS):
+                        if i - j >= 0 and i - j < STRIP:
+                            updated = updated + (sums[j] + values * grads[i - j],)
+                        else:
+                            updated = updated + (sums[j],)
+                    sums = updated
 
-    partial = partial_ptr + tl.program_id(2) * (KERNEL_H * KERNEL_W + 1) * C + channel
-    for j in tl.static_range(TAPS):
-        tl.store(partial + ((ky0 + j) * KERNEL_W + kx) * C, tl.sum(sums[j], axis=0), mask=inside)
-    if column_of_taps == 0:
-        tl.store(partial + KERNEL_H * KERNEL_W * C, tl.sum(total, axis=0), mask=inside)
+        for j in tl.static_range(TAPS):
+            tl.store(partial + ((ky0 + j) * KERNEL_W + kx) * C, tl.sum(sums[j], axis=0), mask=inside)
+        if column_of_taps == 0:
+            tl.store(partial + KERNEL_H * KERNEL_W * C, tl.sum(total, axis=0), mask=inside)
 
 
 @triton.jit
@@ -272,10 +277,9 @@ def _seek(coordinate, TILE: tl.constexpr, REACH: tl.constexpr):
 
 
 @triton.jit
-def _neighbour(table_ptr, tile, known, step_y, step_x, in_line, C, REACH: tl.constexpr, SITES: tl.constexpr):
+def _neighbour(neighbours, known, step_y, step_x, in_line, C, REACH: tl.constexpr, SITES: tl.constexpr):
     """Offset of the features of line 0 in a neighbouring tile, int64, and whether the tile is visible."""
-    span: tl.constexpr = 2 * REACH + 1
-    there = tl.load(table_ptr + tile * (span * span) + step_y * span + step_x, mask=known, other=-1)
+    there = tl.load(neighbours + (step_y * (2 * REACH + 1) + step_x), mask=known, other=-1)
     return (there.to(tl.int64) * SITES + in_line) * C, there >= 0
 
 
@@ -355,17 +359,17 @@ def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: tuple
     `x`, `(rows, C)`."""
     rows, channels = x.shape
     strip, height, block, positions = _blocks(x, tile, kernel)
-    columns = kernel[0] // height * kernel[1]
     wide = _triton.blocks(channels, block)
     total = rows // tile  # of the positions of all tiles
-    # Enough programs to fill the device a few times over, each with enough sites to be worth its final sum.
-    ranges = max(1, min(4 * _triton.processors(x.device) // (columns * wide) + 1, total // (8 * positions)))
+    # Ranges short enough for L1 and for enough programs, long enough for the partial sums to be few beside the rows.
+    ranges = max(_triton.blocks(rows, SITES_IN_L1), _triton.blocks(4 * _triton.processors(x.device), wide))
+    ranges = max(1, min(ranges, total // (4 * positions)))
     per_program = _triton.blocks(_triton.blocks(total, ranges), positions) * positions
     ranges = max(1, _triton.blocks(total, per_program)) if total else 1
     partial = torch.empty(ranges, kernel[0] * kernel[1] + 1, channels, dtype=torch.float32, device=x.device)
     _triton.launch(
         depthwise_conv_weight_grad_kernel,
-        (columns, wide, ranges),
+        (wide, ranges),
         grad,
         x,
         partial,
@@ -394,6 +398,12 @@ def tap_rows(weight: Tensor) -> Tensor:
     return weight.flatten(1).t().contiguous()
 
 
+def check_kernel(weight: Tensor, name: str) -> None:
+    """Raises ValueError where a kernel is larger than the kernels below go."""
+    if max(weight.shape[2:]) > LARGEST_KERNEL:
+        raise ValueError(f"{name} is {tuple(weight.shape)}: Triton kernels go to {LARGEST_KERNEL} sites a side")
+
+
 def _blocks(x: Tensor, tile: int, kernel: tuple[int, int]) -> tuple[int, int, int, int]:
     """Rows of sites and rows of taps of a program, its channels and its positions."""
     strip = max(size for size in range(1, LONGEST_STRIP + 1) if tile % size == 0)
@@ -410,6 +420,7 @@ def _reach(table: Tensor) -> int:
 
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Features `(rows, C)` of the convolution of `x` with `weight (C, 1, kh, kw)`."""
+    check_kernel(weight, "weight")
     table = neighbour_table(x.layout, weight.shape[2:])
     bias = None if bias is None else bias.contiguous()
     return _depthwise_conv(x.features.contiguous(), weight, bias, table, x.layout.tile)

@@ -241,6 +241,7 @@ def response_backward_kernel(
     grad_scale_ptr,  # float32 (groups, C), out: ds
     grad_gamma_ptr,  # float32 (groups, C), out: ds N, each group's part of the gradient of gamma
     grad_energy_ptr,  # float32 (groups, C), out: dq
+    scale_ptr,  # float32 (groups, C), out: 1 + gamma N, as in forward
     C,
     block_rows,
     eps,
@@ -276,6 +277,7 @@ def response_backward_kernel(
         grad_energy = grad_norm / (2.0 * tl.where(silent, 1.0, norm))
         tl.store(grad_gamma_ptr + base + c, tl.where(silent, 0.0, grad_scale * norm * inverse), c < channels)
         tl.store(grad_energy_ptr + base + c, tl.where(silent, 0.0, grad_energy), c < channels)
+        tl.store(scale_ptr + base + c, 1.0 + gamma * tl.where(silent, 0.0, norm * inverse), c < channels)
 
 
 def row_groups(layout: Layout, scope: str) -> Tensor:
@@ -286,7 +288,7 @@ def row_groups(layout: Layout, scope: str) -> Tensor:
             return layout.row_image().to(torch.int32)
         return torch.zeros(layout.rows, dtype=torch.int32, device=layout.device)
 
-    return remember(layout._maps, ("row groups", scope), build)
+    return remember(layout, ("row groups", scope), build)
 
 
 def scope_of(layout: Layout, splits: Tensor) -> str:
@@ -357,7 +359,7 @@ def response(partial: Tensor, splits: Tensor, block_rows: int, gamma: Tensor, ep
 
 def response_backward(
     partial: Tensor, splits: Tensor, block_rows: int, energy: Tensor, gamma: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `response` from staircase sums of the gradient of the scale, ds.
 
     Args:
@@ -367,9 +369,10 @@ def response_backward(
     Returns:
         grad_gamma: float32 `(C,)`, sum over the groups of ds N.
         grad_energy: float32 `(groups, C)`, 0 where the energy is 0.
+        scale: float32 `(groups, C)`, as `response` returned it.
     """
     groups, channels = energy.shape
-    grad_scale, grad_gamma, grad_energy = (torch.empty_like(energy) for _ in range(3))
+    grad_scale, grad_gamma, grad_energy, scale = (torch.empty_like(energy) for _ in range(4))
     partial, block_rows = _few_slots(partial, splits, block_rows)
     options = _finaliser(_slots(partial, groups), channels)
     _triton.launch(
@@ -382,12 +385,13 @@ def response_backward(
         grad_scale,
         grad_gamma,
         grad_energy,
+        scale,
         channels,
         block_rows,
         eps,
         **options,
     )
-    return grad_gamma.sum(0), grad_energy
+    return grad_gamma.sum(0), grad_energy, scale
 
 
 def _slots(partial: Tensor, groups: int) -> int:
@@ -428,15 +432,15 @@ def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, segments: Tensor, eps: flo
     """Features `(rows, C)`; `segments (S + 1,)`, of `ops.grn.segments`, splits the rows into the groups normalised
     together."""
     groups = row_groups(x.layout, scope_of(x.layout, segments))
-    out, _, _ = grn_forward(x.features.contiguous(), gamma.contiguous(), beta.contiguous(), groups, segments, eps)
+    out, _ = grn_forward(x.features.contiguous(), gamma.contiguous(), beta.contiguous(), groups, segments, eps)
     return out
 
 
 @torch.library.custom_op("sparsecnx_triton::grn", mutates_args=())
 def grn_forward(
     x: Tensor, gamma: Tensor, beta: Tensor, row_group: Tensor, splits: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Features `(rows, C)`, and by group and channel the energy and the scale `(groups, C)`."""
+) -> tuple[Tensor, Tensor]:
+    """Features `(rows, C)`, and the energy of every group and channel, `(groups, C)`."""
     (rows, channels), groups = x.shape, splits.shape[0] - 1
     grid, options = _row_blocks(rows, channels)
     partial = partial_sums(rows, groups, channels, BLOCK_ROWS, x)
@@ -444,15 +448,12 @@ def grn_forward(
     energy, scale = response(partial, splits, BLOCK_ROWS, gamma, eps)
     out = torch.empty_like(x)
     _triton.launch(apply_kernel, grid, x, scale, beta, row_group, out, rows, channels, **options)
-    return out, energy, scale
+    return out, energy
 
 
 @grn_forward.register_fake
-def _(
-    x: Tensor, gamma: Tensor, beta: Tensor, row_group: Tensor, splits: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    groups = splits.shape[0] - 1
-    return torch.empty_like(x), gamma.new_empty(groups, x.shape[1]), gamma.new_empty(groups, x.shape[1])
+def _(x: Tensor, gamma: Tensor, beta: Tensor, row_group: Tensor, splits: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), gamma.new_empty(splits.shape[0] - 1, x.shape[1])
 
 
 @torch.library.custom_op("sparsecnx_triton::grn_backward", mutates_args=())
@@ -463,7 +464,6 @@ def grn_backward(
     row_group: Tensor,
     splits: Tensor,
     energy: Tensor,
-    scale: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, gamma and beta."""
@@ -472,7 +472,7 @@ def grn_backward(
     partial = partial_sums(rows, groups, channels, BLOCK_ROWS, x)
     bias_partial = partial_sums(rows, 0, channels, BLOCK_ROWS, x)
     _triton.launch(gradient_sums_kernel, grid, grad, x, row_group, partial, bias_partial, rows, channels, **options)
-    grad_gamma, grad_energy = response_backward(partial, splits, BLOCK_ROWS, energy, gamma, eps)
+    grad_gamma, grad_energy, scale = response_backward(partial, splits, BLOCK_ROWS, energy, gamma, eps)
     grad_x = torch.empty_like(x)
     _triton.launch(
         apply_backward_kernel, grid, grad, x, scale, grad_energy, row_group, grad_x, rows, channels, **options
@@ -485,12 +485,12 @@ def _(grad: Tensor, x: Tensor, gamma: Tensor, *_: Any) -> tuple[Tensor, Tensor, 
     return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, gamma, _, row_group, splits, eps = inputs
-    _, energy, scale = output
-    ctx.mark_non_differentiable(energy, scale)
+    _, energy = output
+    ctx.mark_non_differentiable(energy)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, gamma, row_group, splits, energy, scale)
+    ctx.save_for_backward(x, gamma, row_group, splits, energy)
     ctx.eps = eps
 
 
