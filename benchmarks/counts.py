@@ -4,11 +4,13 @@
 
 Needs no GPU: nothing is timed. Sparse: every launch of the fused block's Triton operators, and torch's matrix
 products, costed by kernel_costs.py. Dense: `masked_dense.masked_block` through torch.compile, bytes as inductor counts
-them for the kernels it made. Each is counted at two batch sizes; the difference is what a row costs, whatever the
-weights cost beside it. Widths are in values of C: a row of x read once is 1 C.
+them for the kernels it made, and the FLOPs of its six matrix products. Each is counted at two batch sizes; the
+difference is what a row costs, whatever the weights cost beside it. Widths are in values of C: a row of x read once is
+1 C. Kept is what autograd saves for backward.
 
 The floor of a kernel is the larger of bytes / bandwidth and FLOPs / rate, at rates given on the command line; the
-defaults are round numbers for an H200 in bfloat16. They are assumptions, not measurements.
+defaults are round numbers for an H200 in bfloat16. They are assumptions, not measurements. Of the dense block only the
+whole is known: its floor is the larger of all bytes and all FLOPs, less than the sum over its kernels would be.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import kernel_costs
 import torch
 from kernel_costs import Cost
 from kernels import NAMESPACE, programs
+from measure import saved_bytes
 from record import Results
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +40,7 @@ from sparsecnx.nn import ConvNeXtV2Block
 
 TILES = (8, 4, 2, 1)
 BATCHES = (2, 4)
+PRODUCTS = 6  # of a block: two forward, four backward, 2 * 4C * C FLOPs a site each
 
 
 class Products(TorchDispatchMode):
@@ -62,8 +66,8 @@ def add(costs: dict[str, Cost], name: str, cost: Cost) -> None:
     costs[name] = Cost(before.bytes + cost.bytes, before.matrix + cost.matrix, before.vector + cost.vector)
 
 
-def sparse(size: str, stage: int, ratio: float, image: int, batch: int) -> dict[str, Cost]:
-    """Costs of a block of a stage by kernel."""
+def sparse(size: str, stage: int, ratio: float, image: int, batch: int) -> tuple[dict[str, Cost], int]:
+    """Costs of a block of a stage by kernel, and the bytes it keeps for backward."""
     costs: dict[str, Cost] = {}
 
     def observe(kernel: Any, grid: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -81,33 +85,31 @@ def sparse(size: str, stage: int, ratio: float, image: int, batch: int) -> dict[
         run = programs(case, batch)["block"]()
         costs.clear()  # of the forward pass that sets the gradient's shape
         with Products(costs):
-            run()
-    return costs
+            kept = saved_bytes(run, ())
+    return costs, kept
 
 
-def sparse_per_row(size: str, stage: int, ratio: float, image: int) -> dict[str, dict[str, float]]:
-    """What each kernel of a block costs per row: `bytes`, `matrix` and `vector` FLOPs."""
+def sparse_per_row(size: str, stage: int, ratio: float, image: int) -> tuple[dict[str, dict[str, float]], float]:
+    """What each kernel of a block costs per row, `bytes`, `matrix` and `vector` FLOPs, and the bytes kept per row."""
     rows = visible_count((image // STRIDE) ** 2, ratio) * TILES[stage - 1] ** 2
-    few, more = (sparse(size, stage, ratio, image, batch) for batch in BATCHES)
+    (few, kept_by_few), (more, kept) = (sparse(size, stage, ratio, image, batch) for batch in BATCHES)
     steps = rows * (BATCHES[1] - BATCHES[0])
-    return {
-        name: {
-            part: (getattr(more[name], part) - getattr(few[name], part)) / steps
-            for part in ("bytes", "matrix", "vector")
-        }
-        for name in more
+    parts = ("bytes", "matrix", "vector")
+    costs = {
+        name: {part: (getattr(more[name], part) - getattr(few[name], part)) / steps for part in parts} for name in more
     }
+    return costs, (kept - kept_by_few) / steps
 
 
-def dense_bytes_per_site(channels: int, side: int) -> float:
-    """Bytes that the compiled dense block moves per site, forward and backward, bfloat16, channels_last."""
-    return (dense_bytes(channels, side, BATCHES[1]) - dense_bytes(channels, side, BATCHES[0])) / (
-        side * side * (BATCHES[1] - BATCHES[0])
-    )
+def dense_per_site(channels: int, side: int) -> tuple[float, float]:
+    """Bytes that the compiled dense block moves and keeps per site, forward and backward, bfloat16, channels_last."""
+    few, more = (dense(channels, side, batch) for batch in BATCHES)
+    sites = side * side * (BATCHES[1] - BATCHES[0])
+    return (more[0] - few[0]) / sites, (more[1] - few[1]) / sites
 
 
-def dense_bytes(channels: int, side: int, batch: int) -> int:
-    """Bytes as inductor counts them."""
+def dense(channels: int, side: int, batch: int) -> tuple[int, int]:
+    """Bytes moved, as inductor counts them, and bytes kept for backward."""
     from torch._inductor import metrics
 
     torch.compiler.reset()
@@ -117,11 +119,12 @@ def dense_bytes(channels: int, side: int, batch: int) -> int:
     x = torch.randn(shape, dtype=torch.bfloat16).to(memory_format=torch.channels_last).requires_grad_()
     active = (torch.rand(batch, 1, side, side) < 0.4).to(torch.bfloat16)
     compiled = torch.compile(masked_dense.masked_block, dynamic=False, fullgraph=True)
-    out: Tensor = compiled(block, x, active)
-    out.backward(torch.randn_like(out))
+    outputs: list[Tensor] = []
+    kept = saved_bytes(lambda: outputs.append(compiled(block, x, active)), block.parameters())
+    outputs[0].backward(torch.randn_like(outputs[0]))
     if not metrics.num_bytes_accessed:
         raise RuntimeError("inductor counted no bytes: its metrics are off in this version of torch")
-    return metrics.num_bytes_accessed
+    return metrics.num_bytes_accessed, kept
 
 
 def floor(cost: dict[str, float], options: argparse.Namespace) -> float:
@@ -131,18 +134,19 @@ def floor(cost: dict[str, float], options: argparse.Namespace) -> float:
     )
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
+def count(options: argparse.Namespace) -> dict[str, Any]:
     """The case of a model: every stage, and all blocks together."""
     size = SIZES[options.size]
     side = options.image // STRIDE
-    kept = visible_count(side * side, options.ratio) / side**2
+    visible = visible_count(side * side, options.ratio) / side**2
     stages = []
     for stage, channels in enumerate(size.dims, 1):
-        costs = sparse_per_row(options.size, stage, options.ratio, options.image)
+        costs, kept = sparse_per_row(options.size, stage, options.ratio, options.image)
         for cost in costs.values():
             cost["C"] = cost["bytes"] / (2 * channels)
             cost["floor_ns"] = floor(cost, options)
-        dense = dense_bytes_per_site(channels, side * TILES[stage - 1])
+        moved, dense_kept = dense_per_site(channels, side * TILES[stage - 1])
+        products = PRODUCTS * 2 * 4 * channels**2
         stages.append(
             {
                 "stage": stage,
@@ -152,14 +156,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     name: {part: round(value, 3) for part, value in cost.items()} for name, cost in costs.items()
                 },
                 "sparse_C": round(sum(cost["C"] for cost in costs.values()), 2),
-                "dense_C": round(dense / (2 * channels), 2),
+                "sparse_kept_C": round(kept / (2 * channels), 2),
                 "sparse_floor_ns": round(sum(cost["floor_ns"] for cost in costs.values()), 3),
-                "dense_bytes_ns": round(1e9 * dense / options.bandwidth, 3),
+                "dense_C": round(moved / (2 * channels), 2),
+                "dense_kept_C": round(dense_kept / (2 * channels), 2),
+                "dense_floor_ns": round(floor({"bytes": moved, "matrix": products, "vector": 0}, options), 3),
             }
         )
     sites = [depth * (side * tile) ** 2 for depth, tile in zip(size.depths, TILES, strict=True)]
-    sparse_ns = kept * sum(count * stage["sparse_floor_ns"] for count, stage in zip(sites, stages, strict=True))
-    dense_ns = sum(count * stage["dense_bytes_ns"] for count, stage in zip(sites, stages, strict=True))
+
+    def total(field: str, by_width: bool = False) -> float:
+        widths = [stage["channels"] if by_width else 1 for stage in stages]
+        return sum(n * width * stage[field] for n, width, stage in zip(sites, widths, stages, strict=True))
+
     return {
         "size": options.size,
         "ratio": options.ratio,
@@ -170,9 +179,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "vector_rate": options.vector_rate,
         },
         "stages": stages,
-        "sparse_floor_us_per_image": round(sparse_ns / 1e3, 2),
-        "dense_bytes_us_per_image": round(dense_ns / 1e3, 2),
-        "sparse_floor_to_dense_bytes": round(sparse_ns / dense_ns, 4),
+        "sparse_floor_us_per_image": round(visible * total("sparse_floor_ns") / 1e3, 2),
+        "dense_floor_us_per_image": round(total("dense_floor_ns") / 1e3, 2),
+        "floor_ratio": round(visible * total("sparse_floor_ns") / total("dense_floor_ns"), 4),
+        "kept_ratio": round(visible * total("sparse_kept_C", True) / total("dense_kept_C", True), 4),
     }
 
 
@@ -188,9 +198,11 @@ def table(case: dict[str, Any]) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     for label, width, time in (
         ("**sparse, all kernels**", "sparse_C", "sparse_floor_ns"),
-        ("**dense, compiled, bytes alone**", "dense_C", "dense_bytes_ns"),
+        ("**dense, compiled, per site**", "dense_C", "dense_floor_ns"),
     ):
         lines.append(f"| {label} | " + " | ".join(f"{s[width]:.1f} ({s[time]:.2f})" for s in stages) + " |")
+    for label, width in (("kept for backward, sparse", "sparse_kept_C"), ("kept for backward, dense", "dense_kept_C")):
+        lines.append(f"| {label} | " + " | ".join(f"{s[width]:.1f}" for s in stages) + " |")
     return "\n".join(lines)
 
 
@@ -212,14 +224,14 @@ def main(given: Sequence[str] | None = None) -> int:
     torch._logging.set_logs(inductor_metrics=True)  # only then does inductor count
     logging.getLogger("torch._inductor").handlers.clear()
     torch._inductor.config.force_disable_caches = True
-    case = measure(options)
+    case = count(options)
     if options.out:
         Results(options.out).add(f"{options.size}-mask{options.ratio:g}-{options.image}px", case)
     if options.table:
         print(table(case))
     print(
         f"{options.size}: floor of the sparse blocks {case['sparse_floor_us_per_image']} us an image, "
-        f"{case['sparse_floor_to_dense_bytes']:.2f} of the compiled dense blocks' bytes at the same bandwidth"
+        f"{case['floor_ratio']:.2f} of the compiled dense blocks'; kept for backward {case['kept_ratio']:.3f} of theirs"
     )
     return 0
 

@@ -29,7 +29,8 @@ def scatter_rows(rows: Tensor, layout: Layout, fill: Tensor) -> Tensor:
 
 
 def _room(values: Tensor, layout: Layout) -> Any:
-    """The module that moves these values: compiled or Triton kernels where they can, else the reference."""
+    """The module that moves these values: compiled or Triton kernels where they can, else the reference. Moving rounds
+    nothing, so of the backends that `use_backend` asks for by name only the reference is insisted on."""
     if selected() == "reference" or layout.ndim != 2:
         return reference
     on_cpu = values.device.type == "cpu"
