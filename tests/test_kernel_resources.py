@@ -43,7 +43,7 @@ def run(script: Path, *arguments: str, path: Sequence[Path] = ()) -> subprocess.
 
 def jitted() -> set[str]:
     """Names of the kernels of the package: by convention they end in `_kernel`."""
-    text = "".join(path.read_text() for path in (ROOT / "sparsecnx").rglob("triton.py"))
+    text = "".join(path.read_text() for path in (ROOT / "sparsecnx").rglob("triton*.py"))
     return set(re.findall(r"@triton\.jit[^\n]*\ndef (\w+_kernel)\(", text))
 
 

@@ -60,7 +60,7 @@ def test_reference_is_the_published_block_image_by_image(layout, kernel):
 OPTIONS = {
     "scope": st.sampled_from(["sample", "batch"]),
     "survive": st.booleans(),
-    "recompute": st.sampled_from([True, False, None]),
+    "recompute": st.sampled_from([True, False, "auto"]),
 }
 
 

@@ -95,7 +95,7 @@ def draw_block(draw: Any, channels: int) -> Drawn:
     options = {
         "scope": draw(st.sampled_from(["sample", "batch"])),
         "survive": draw(st.booleans()),
-        "recompute": draw(st.sampled_from([True, False, None])),
+        "recompute": draw(st.sampled_from([True, False, "auto"])),
     }
     kernel = draw(st.sampled_from([(3, 3), (1, 3), (5, 3)]))
     return block(**options), block_parameters(channels, *kernel, hidden=hidden), BLOCK_VECTORS

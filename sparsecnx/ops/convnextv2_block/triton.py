@@ -55,20 +55,23 @@ ONE_PRODUCT = [
 TWO_PRODUCTS = [triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=3)]
 NO_PRODUCT = [triton.Config({"BLOCK_N": 128}, num_warps=4, num_stages=1)]
 FLOAT32 = [triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=2)]
-TWO_FLOAT32 = [triton.Config({"BLOCK_N": 32}, num_warps=8, num_stages=2)]
+NARROW_FLOAT32 = [triton.Config({"BLOCK_N": 32}, num_warps=8, num_stages=2)]
 
 
 def _configurations(configs: list[Any], arguments: dict[str, Any], **options: Any) -> list[Any]:
-    """Those that fit into the registers: float32 is multiplied in three parts, two products have two accumulators."""
+    """Those that fit into the registers. float32 is multiplied in three parts, two products have two accumulators, and
+    backward has more to hold beside them."""
     kept = options.get("KEPT", True)
     if options.get("GRADIENTS") and kept:
         return NO_PRODUCT
     if next(iter(arguments.values())).dtype == torch.float32:
-        return FLOAT32 if kept else TWO_FLOAT32
+        return NARROW_FLOAT32 if "KEPT" in options else FLOAT32
     return ONE_PRODUCT if kept else TWO_PRODUCTS
 
 
-tuned = _triton.tuned([*ONE_PRODUCT, *TWO_PRODUCTS, *NO_PRODUCT, *FLOAT32, *TWO_FLOAT32], ["N", "K"], _configurations)
+tuned = _triton.tuned(
+    [*ONE_PRODUCT, *TWO_PRODUCTS, *NO_PRODUCT, *FLOAT32, *NARROW_FLOAT32], ["N", "K"], _configurations
+)
 
 
 @tuned
