@@ -53,6 +53,7 @@ ONE_PRODUCT = [
     triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=3),
 ]
 TWO_PRODUCTS = [triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=3)]
+TWO_PRODUCTS_AND_SUMS = [triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=3, maxnreg=168)]
 NO_PRODUCT = [triton.Config({"BLOCK_N": 128}, num_warps=4, num_stages=1)]
 FLOAT32 = [triton.Config({"BLOCK_N": 64}, num_warps=8, num_stages=2)]
 NARROW_FLOAT32 = [triton.Config({"BLOCK_N": 32}, num_warps=8, num_stages=2)]
@@ -66,7 +67,9 @@ def _configurations(configs: list[Any], arguments: dict[str, Any], **options: An
         return NO_PRODUCT
     if next(iter(arguments.values())).dtype == torch.float32:
         return NARROW_FLOAT32 if "KEPT" in options else FLOAT32
-    return ONE_PRODUCT if kept else TWO_PRODUCTS
+    if kept:
+        return ONE_PRODUCT
+    return TWO_PRODUCTS if options["GRADIENTS"] else TWO_PRODUCTS_AND_SUMS
 
 
 tuned = _triton.tuned(

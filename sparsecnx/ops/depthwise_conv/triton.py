@@ -32,7 +32,7 @@ MOST_TAPS = 7  # rows of the kernel that are held in registers at once
 WARPS = 4
 CHANNEL_BLOCKS = (128, 64, 32)
 # Registers a thread may use where ptxas, left alone, spills one to get by with fewer: by rows of sites of a program.
-REGISTERS = {1: 96, 5: 255, 6: 255, 7: 255, 8: 255}
+REGISTERS = {1: 96, 4: 168, 5: 255, 6: 255, 7: 255, 8: 255}
 
 
 @triton.jit
@@ -318,8 +318,6 @@ def convolve(
     tiles = rows // tile**2
     per_program = channels if normalise is not None else block
     grid = (_triton.blocks(tiles * tile, positions), tile // strip, _triton.blocks(channels, per_program))
-    limited = normalise is not None and strip in REGISTERS and torch.version.hip is None
-    options = {"maxnreg": REGISTERS[strip]} if limited else {}
     _triton.launch(
         depthwise_conv_kernel,
         grid,
@@ -349,7 +347,7 @@ def convolve(
         HAS_RESIDUAL=residual is not None,
         NORMALISE=normalise is not None,
         num_warps=WARPS,
-        **options,
+        **_registers(strip, normalise is not None or x.dtype == torch.float32),
     )
     return out, rstd
 
@@ -388,6 +386,7 @@ def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: tuple
         BLOCK_C=block,
         ALIGN=_triton.alignment(channels),
         num_warps=WARPS,
+        **_registers(strip, x.dtype == torch.float32),
     )
     sums = partial.sum(0)
     return sums[:-1].t().to(x.dtype).contiguous().view(channels, 1, *kernel), sums[-1].clone()
@@ -411,6 +410,11 @@ def _blocks(x: Tensor, tile: int, kernel: tuple[int, int]) -> tuple[int, int, in
     # The widest block that pads the channels least; a thread's part of a row is 16 bytes.
     block = min(CHANNEL_BLOCKS, key=lambda size: (_triton.blocks(x.shape[1], size) * size, -size))
     return strip, taps, block, WARPS * 32 * 16 // x.element_size() // block
+
+
+def _registers(strip: int, tight: bool) -> dict[str, int]:
+    """The launch option that names them, where it is needed."""
+    return {"maxnreg": REGISTERS[strip]} if tight and strip in REGISTERS and torch.version.hip is None else {}
 
 
 def _reach(table: Tensor) -> int:
