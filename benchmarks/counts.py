@@ -37,6 +37,7 @@ from sparsecnx.masking import visible_count
 from sparsecnx.models import SIZES, masked_dense
 from sparsecnx.models.convnextv2 import STRIDE
 from sparsecnx.nn import ConvNeXtV2Block
+from sparsecnx.ops.convnextv2_block import triton as block_room
 
 TILES = (8, 4, 2, 1)
 BATCHES = (2, 4)
@@ -214,6 +215,12 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bandwidth", type=float, default=4.0e12, help="bytes per second (default: %(default)g)")
     parser.add_argument("--matrix-rate", type=float, default=7.9e14, help="FLOP/s of products (default: %(default)g)")
     parser.add_argument("--vector-rate", type=float, default=6.0e13, help="FLOP/s otherwise (default: %(default)g)")
+    parser.add_argument(
+        "--recompute-channels",
+        type=int,
+        metavar="C",
+        help="recompute the hidden layer up to this width (default: the rule)",
+    )
     parser.add_argument("--out", type=Path, help="results file to add the case to")
     parser.add_argument("--table", action="store_true", help="print a markdown table")
     return parser.parse_args(given)
@@ -221,6 +228,8 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
 
 def main(given: Sequence[str] | None = None) -> int:
     options = parse(given)
+    if options.recompute_channels is not None:
+        block_room.RECOMPUTE_CHANNELS = options.recompute_channels
     torch._logging.set_logs(inductor_metrics=True)  # only then does inductor count
     logging.getLogger("torch._inductor").handlers.clear()
     torch._inductor.config.force_disable_caches = True
