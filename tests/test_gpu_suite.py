@@ -626,3 +626,16 @@ def test_summary_of_what_is_there(load: Any, tmp_path: Path) -> None:
         [line.count("|") for line in block.splitlines()] for block in text.split("\n\n") if block.startswith("| ")
     ]
     assert all(len(set(block)) == 1 for block in widths)
+
+
+@needs_triton
+@pytest.mark.parametrize(("limit", "kept"), [(0, 6), (10_000, 2)])
+def test_counts_of_a_block(load: Any, monkeypatch: pytest.MonkeyPatch, limit: int, kept: int) -> None:
+    """What docs/kernels.md says a row moves and keeps; sums over images are what is beyond the whole numbers."""
+    counts = load("counts")
+    monkeypatch.setattr(counts.block_room, "RECOMPUTE_CHANNELS", limit)
+    costs, kept_bytes = counts.sparse_per_row("tiny", 1, 0.6, 224)
+    width = 2 * 96
+    assert kept <= kept_bytes / width < kept + 0.5
+    assert 2 <= costs["depthwise_conv_kernel, forward"]["bytes"] / width < 2.5
+    assert sum(cost["matrix"] for cost in costs.values()) == (9 if limit else 6) * 8 * 96**2
