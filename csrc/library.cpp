@@ -43,6 +43,27 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
+// Of the GPU, where shapes and arguments are not quite those of the CPU; implemented by csrc/cuda.
+STABLE_TORCH_LIBRARY(sparsecnx_cuda, m) {
+  m.def("gather_tiles(Tensor dense, Tensor index, Tensor slots, int tile) -> Tensor");
+  m.def(
+      "scatter_tiles(Tensor rows, Tensor fill, Tensor index, Tensor slots, int batch, int height, int width, "
+      "int tile) -> Tensor");
+  m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor table, int tile) -> Tensor");
+  m.def(
+      "depthwise_conv_fused(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor table, int tile, "
+      "bool flip, float? eps) -> (Tensor, Tensor)");
+  m.def(
+      "depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor table, int tile, int kernel_h, int kernel_w) -> "
+      "(Tensor, Tensor)");
+  m.def("grn(Tensor x, Tensor gamma, Tensor beta, Tensor segments, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "grn_backward(Tensor grad, Tensor x, Tensor gamma, Tensor segments, Tensor energy, float eps) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def("tile_index(Tensor mask, int count, int visible) -> (Tensor, Tensor, Tensor)");
+  m.def("neighbour_table(Tensor index, Tensor slots, int[] grid, int radius) -> Tensor");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CPU, m) {

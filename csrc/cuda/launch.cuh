@@ -1,0 +1,39 @@
+// The one door through which kernels are launched. Every status is checked.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace sparsecnx::cuda {
+
+// Raises with the name of what was tried where CUDA reports an error.
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("sparsecnx: ") + what + ": " + cudaGetErrorString(status) + " (" +
+                             cudaGetErrorName(status) + ")");
+  }
+}
+
+constexpr size_t kSharedWithoutAsking = 48 * 1024;  // bytes of shared memory that every kernel may use
+
+// Launches kernel(arguments...) in a stream. A grid without blocks is nothing to do.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes,
+            cudaStream_t stream, Arguments... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared_bytes > kSharedWithoutAsking) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          name);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
+}
+
+}  // namespace sparsecnx::cuda

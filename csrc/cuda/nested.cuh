@@ -1,0 +1,57 @@
+// Nested order of the sites of a tile, see sparsecnx/layout.py: the index of site (y, x) is
+// nested_line(y) + nested_column(x). A tile side is odd * 2^levels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace sparsecnx::cuda {
+
+struct TileSide {
+  int side, levels;
+
+  explicit TileSide(int64_t tile) : side(static_cast<int>(tile)), levels(0) {
+    while (side % (2 << levels) == 0) ++levels;
+  }
+  __host__ __device__ int sites() const { return side * side; }
+  __host__ __device__ int odd() const { return side >> levels; }
+};
+
+// Bit b of a number below 2^15 moved to bit 2b.
+inline __host__ __device__ int spread_bits(int value) {
+  value = (value | value << 8) & 0x00ff00ff;
+  value = (value | value << 4) & 0x0f0f0f0f;
+  value = (value | value << 2) & 0x33333333;
+  return (value | value << 1) & 0x55555555;
+}
+
+// Undoes it; odd bits are dropped.
+inline __host__ __device__ int collect_bits(int value) {
+  value &= 0x55555555;
+  value = (value | value >> 1) & 0x33333333;
+  value = (value | value >> 2) & 0x0f0f0f0f;
+  value = (value | value >> 4) & 0x00ff00ff;
+  return (value | value >> 8) & 0x0000ffff;
+}
+
+inline __host__ __device__ int nested_line(TileSide tile, int y) {
+  const int below = (1 << tile.levels) - 1;
+  return ((y >> tile.levels) * tile.odd() << 2 * tile.levels) + 2 * spread_bits(y & below);
+}
+
+inline __host__ __device__ int nested_column(TileSide tile, int x) {
+  const int below = (1 << tile.levels) - 1;
+  return ((x >> tile.levels) << 2 * tile.levels) + spread_bits(x & below);
+}
+
+// Row and column of the site with that nested index.
+inline __host__ __device__ int site_line(TileSide tile, int site) {
+  return ((site >> 2 * tile.levels) / tile.odd() << tile.levels) + (collect_bits(site >> 1) & ((1 << tile.levels) - 1));
+}
+
+inline __host__ __device__ int site_column(TileSide tile, int site) {
+  return ((site >> 2 * tile.levels) % tile.odd() << tile.levels) + (collect_bits(site) & ((1 << tile.levels) - 1));
+}
+
+}  // namespace sparsecnx::cuda

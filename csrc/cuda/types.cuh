@@ -1,0 +1,65 @@
+// Storage types of features on the GPU: all arithmetic is float32, rows are moved 16 bytes at a time.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace sparsecnx::cuda {
+
+inline __device__ float widen(float x) { return x; }
+inline __device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+inline __device__ float widen(__half x) { return __half2float(x); }
+
+// The nearest value of T, ties to even.
+template <class T>
+__device__ T narrow(float x);
+template <>
+inline __device__ float narrow<float>(float x) {
+  return x;
+}
+template <>
+inline __device__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+inline __device__ __half narrow<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+// Values that move together: 16 bytes at a multiple of 16 bytes.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(T);
+  T at[kSize];
+};
+
+// Calls f(Tag<T>()) with the storage type of a dtype.
+template <class T>
+struct Tag {
+  using type = T;
+};
+template <class F>
+void for_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return f(Tag<float>());
+    case Dtype::kBFloat16:
+      return f(Tag<__nv_bfloat16>());
+    case Dtype::kFloat16:
+      return f(Tag<__half>());
+  }
+}
+
+// Dynamic shared memory of the block, at a multiple of 16 bytes.
+template <class T>
+__device__ T* shared_memory() {
+  extern __shared__ uint4 sparsecnx_shared_memory[];
+  return reinterpret_cast<T*>(sparsecnx_shared_memory);
+}
+
+}  // namespace sparsecnx::cuda
