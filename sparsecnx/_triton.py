@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsecnx import _cuda
+
 available = importlib.util.find_spec("triton") is not None
 interpreting = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -36,19 +38,13 @@ def refusal(device: torch.device) -> str | None:
     if device.type == "cuda":
         if interpreting:
             return "TRITON_INTERPRET=1 is set: the interpreter is for tensors on the CPU"
-        capability = _capability(device)
+        capability = _cuda.capability(device)
         if torch.version.hip is None and capability < OLDEST_CAPABILITY:
             return f"Triton kernels need compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
         return None
     if device.type == "cpu" and (interpreting or _observer is not None):
         return None
     return f"Triton kernels run on a GPU, x is on {device} (on the CPU under TRITON_INTERPRET=1, slowly, for tests)"
-
-
-@torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU: what torch.compile may ask while tracing, but cannot put into a graph."""
-    return torch.cuda.get_device_capability(device)
 
 
 def launch(kernel: Any, grid: Grid, *arguments: Any, **options: Any) -> None:

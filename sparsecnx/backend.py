@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from sparsecnx.choices import Comparison
 from sparsecnx.selection import selected
 from sparsecnx.tensor import SparseTensor
 
 FASTEST = "the fastest that can run"
 SLOWER = "can run, slower"
 ASKED_FOR = "asked for"
+NOT_MEASURED = "can run, not measured"
 NOT_ASKED_FOR = "can run, not asked for"
 
 _warned: set[str] = set()
@@ -41,11 +43,14 @@ class Implementation:
         function: takes the `SparseTensor` and the operator's checked arguments.
         refusal: why it cannot run on a given input, or None where it can.
         detail: how it runs on a given input, for those who ask; None where there is nothing to choose.
+        compare: of a CUDA implementation, how its time compares with that of Triton on the `SparseTensor` and the
+            operator's arguments, or without them on what the published models give it; None where that is never asked.
     """
 
     function: Callable[..., Any]
     refusal: Callable[[SparseTensor], str | None]
     detail: Callable[[SparseTensor], str] | None = None
+    compare: Callable[..., Comparison] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,42 +76,47 @@ class Choice:
 
 
 class Operator:
-    """An operator's implementations by backend name, fastest first."""
+    """An operator's implementations by backend name, fastest first; CUDA and Triton change places by measurement."""
 
     def __init__(self, name: str, **implementations: Implementation) -> None:
         self.name = name
         self.implementations = implementations
 
     def __call__(self, x: SparseTensor, *args: Any) -> Any:
-        return self.implementations[self.choose(x)].function(x, *args)
+        return self.implementations[self.choose(x, *args)].function(x, *args)
 
-    def choose(self, x: SparseTensor) -> str:
-        """Name of the backend that runs on `x` under the current selection.
+    def choose(self, x: SparseTensor, *args: Any) -> str:
+        """Name of the backend that runs on `x` and the operator's arguments under the current selection. Without
+        arguments: on those that the published models give.
 
         Raises:
             BackendError: the backend selected by `use_backend` cannot.
         """
-        name = self._first(x)
+        name, _ = self._first(x, args)
         if not torch.compiler.is_compiling():
             if name == "reference" and selected() == "auto":
                 self._warn_slow(x)
             if _logger.isEnabledFor(logging.INFO):
-                self._log(x, name)
+                self._log(x, args, name)
         return name
 
-    def explain(self, x: SparseTensor) -> Choice:
-        """The backend that runs on `x` under the current selection, and why each of them is taken or not.
+    def explain(self, x: SparseTensor, *args: Any) -> Choice:
+        """The backend that `choose` takes, and why each of them is taken or not.
 
         Raises:
             BackendError: the backend selected by `use_backend` cannot.
         """
-        taken, automatic = self._first(x), selected() == "auto"
+        taken, comparison = self._first(x, args)
+        automatic = selected() == "auto"
+        fastest = FASTEST if comparison is None else comparison.reason
+        cuda = SLOWER if comparison is None or comparison.measured else NOT_MEASURED
         reasons = {}
         for name in self.implementations:
             if name == taken:
-                reasons[name] = FASTEST if automatic else ASKED_FOR
+                reasons[name] = fastest if automatic else ASKED_FOR
             else:
-                reasons[name] = self.refusal(name, x) or (SLOWER if automatic else NOT_ASKED_FOR)
+                can = cuda if name == "cuda" else SLOWER
+                reasons[name] = self.refusal(name, x) or (can if automatic else NOT_ASKED_FOR)
         detail = self.implementations[taken].detail
         return Choice(self.name, taken, reasons, "" if detail is None else detail(x))
 
@@ -117,23 +127,32 @@ class Operator:
             return f"this version offers {', '.join(self.implementations)}"
         return implementation.refusal(x)
 
-    def _first(self, x: SparseTensor) -> str:
+    def _first(self, x: SparseTensor, args: tuple[Any, ...]) -> tuple[str, Comparison | None]:
+        """The backend that is taken, and the measurement that decided where one was asked."""
         asked = selected()
         if asked != "auto":
             refusal = self.refusal(asked, x)
             if refusal is not None:
                 raise BackendError(f"backend {asked!r} cannot run {self.name}: {refusal}")
-            return asked
+            return asked, None
         for name in self.implementations:
             if self.refusal(name, x) is None:
-                return name
+                comparison = self._compare(x, args) if name == "triton" else None
+                return (name if comparison is None else comparison.backend), comparison
         raise BackendError(f"no backend can run {self.name} on {x!r}")
 
-    def _log(self, x: SparseTensor, name: str) -> None:
+    def _compare(self, x: SparseTensor, args: tuple[Any, ...]) -> Comparison | None:
+        """CUDA beside Triton; None where CUDA cannot run."""
+        cuda = self.implementations.get("cuda")
+        if cuda is None or cuda.compare is None or cuda.refusal(x) is not None:
+            return None
+        return cuda.compare(x, *args)
+
+    def _log(self, x: SparseTensor, args: tuple[Any, ...], name: str) -> None:
         kind = (self.name, name, x.device.type, x.dtype)
         if kind not in _logged:
             _logged.add(kind)
-            _logger.info("%s on %s: %s", str(x.dtype).removeprefix("torch."), x.device, self.explain(x))
+            _logger.info("%s on %s: %s", str(x.dtype).removeprefix("torch."), x.device, self.explain(x, *args))
 
     def _warn_slow(self, x: SparseTensor) -> None:
         if self.name in _warned:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-BACKENDS = ("auto", "reference", "native", "triton", "minkowski")
+BACKENDS = ("auto", "reference", "native", "cuda", "triton", "minkowski")
 
 _selected = "auto"
 
@@ -20,7 +20,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run operators inside the `with` block on one backend. Process-wide, like `torch.backends` flags.
 
     Args:
-        name: `auto` (default), `reference`, `native`, `triton` or `minkowski`.
+        name: `auto` (default), `reference`, `native`, `cuda`, `triton` or `minkowski`.
 
     Raises:
         ValueError: `name` is none of these.

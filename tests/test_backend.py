@@ -17,7 +17,7 @@ from sparsecnx.ops.depthwise_conv import operator as depthwise_conv
 from sparsecnx.ops.grn import operator as grn
 
 CHANNELS = 4
-BACKENDS = ("auto", "reference", "native", "triton", "minkowski")
+BACKENDS = ("auto", "reference", "native", "cuda", "triton", "minkowski")
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -56,9 +56,9 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> str:
     return "built as pure Python because: no C++ compiler"
 
 
-@pytest.mark.parametrize("name", ["cuda", "", "Native", None])
+@pytest.mark.parametrize("name", ["gpu", "", "Native", None])
 def test_unknown_name(name: str) -> None:
-    message = f"backend is {name!r}: expected one of auto, reference, native, triton, minkowski"
+    message = f"backend is {name!r}: expected one of auto, reference, native, cuda, triton, minkowski"
     with pytest.raises(ValueError, match=re.escape(message)), use_backend(name):
         pytest.fail("entered the block")
     assert selection() == "auto"
@@ -332,5 +332,5 @@ def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_prefers_native_on_the_cpu_also_in_the_interpreter(x: SparseTensor) -> None:
     choice = depthwise_conv.explain(x.to(torch.float32))
     assert choice.backend == "native"
-    assert list(choice.reasons) == ["native", "triton", "reference"]
+    assert list(choice.reasons) == ["native", "triton", "cuda", "reference"]
     assert "only when asked for by name" in choice.reasons["triton"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparsecnx.backend import Implementation, Operator, always
+from sparsecnx.choices import Comparison, compare
 from sparsecnx.ops.common import (
     autocast,
     check_device,
@@ -13,16 +14,27 @@ from sparsecnx.ops.common import (
     check_vector,
     statistics_dtype,
 )
+from sparsecnx.ops.cuda import implementation as cuda_room
+from sparsecnx.ops.cuda import refusal_2d as cuda_refusal_2d
 from sparsecnx.ops.depthwise_conv import native, reference
 from sparsecnx.ops.native import refusal_2d
 from sparsecnx.ops.triton import implementation as triton_room
 from sparsecnx.ops.triton import refusal_2d as triton_refusal_2d
 from sparsecnx.tensor import SparseTensor
 
+
+def _compare(x: SparseTensor, weight: Tensor | None = None, _: Tensor | None = None) -> Comparison:
+    """CUDA beside Triton, forward and backward; the published models have 7x7 kernels."""
+    kernel = (7, 7) if weight is None else tuple(weight.shape[2:])
+    steps = ("depthwise_conv", "depthwise_conv", "depthwise_conv_weight_grad")
+    return compare(steps, x.device, x.dtype, x.features.shape[1], x.layout.tile, kernel)
+
+
 operator = Operator(
     "depthwise_conv",
     native=Implementation(native.depthwise_conv, refusal_2d),
     triton=triton_room(__name__, "depthwise_conv", triton_refusal_2d),
+    cuda=cuda_room(__name__, "depthwise_conv", cuda_refusal_2d, _compare),
     reference=Implementation(reference.depthwise_conv, always),
 )
 

@@ -6,17 +6,26 @@ import torch
 from torch import Tensor
 
 from sparsecnx.backend import Implementation, Operator, always
+from sparsecnx.choices import Comparison, compare
 from sparsecnx.layout import Layout
+from sparsecnx.ops import cuda
 from sparsecnx.ops.common import check_sparse, check_vector, statistics_dtype
 from sparsecnx.ops.grn import native, reference
 from sparsecnx.ops.native import refusal
 from sparsecnx.ops.triton import implementation
 from sparsecnx.tensor import SparseTensor
 
+
+def _compare(x: SparseTensor, *_: object) -> Comparison:
+    """CUDA beside Triton, forward and backward."""
+    return compare(("grn", "grn_backward"), x.device, x.dtype, x.features.shape[1])
+
+
 operator = Operator(
     "grn",
     native=Implementation(native.grn, refusal),
     triton=implementation(__name__, "grn"),
+    cuda=cuda.implementation(__name__, "grn", compare=_compare),
     reference=Implementation(reference.grn, always),
 )
 

@@ -1,0 +1,63 @@
+"""Whether the compiled GPU operators, `torch.ops.sparsecnx_cuda.*`, can run here."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from sparsecnx import _extension
+
+# Set by the tests once their emulator has registered the operators for tensors on the CPU.
+emulated: bool = False
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why the GPU operators cannot run on tensors of that device; None where they can."""
+    if device.type == "cpu" and emulated:
+        return None
+    if device.type != "cuda":
+        return f"CUDA operators run on a GPU, x is on {device}"
+    if not getattr(_extension, "cuda_loaded", False):
+        return getattr(_extension, "cuda_why_not", "not compiled")
+    return _why_unserved(device)
+
+
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU: what torch.compile may ask while tracing, but cannot put into a graph."""
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def _why_unserved(device: torch.device) -> str | None:
+    return _unserved(device)
+
+
+@functools.cache
+def _unserved(device: torch.device) -> str | None:
+    """Why none of the architectures that were built runs on a GPU; None where one does."""
+    facts = _extension.build_info() or {}
+    architectures, found = facts.get("cuda_architectures") or "", torch.cuda.get_device_capability(device)
+    if serves(architectures, found):
+        return None
+    return f"CUDA operators are built for {architectures}, {device} has compute capability {found[0]}.{found[1]}"
+
+
+def serves(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether what was built for `architectures`, as TORCH_CUDA_ARCH_LIST spells them ("8.0;9.0+PTX"), runs on a GPU.
+
+    Machine code serves later GPUs of its major version, that of an architecture with a letter ("9.0a") that GPU alone;
+    PTX serves all later ones.
+    """
+    for name in architectures.replace(" ", ";").replace(",", ";").split(";"):
+        number, _, ptx = name.partition("+")
+        if not number:
+            continue
+        major, minor = (int(part) for part in number.rstrip("abcdefghijklmnopqrstuvwxyz").split("."))
+        specific = number[-1].isalpha()
+        if capability == (major, minor):
+            return True
+        if not specific and (capability[0] == major or ptx) and capability > (major, minor):
+            return True
+    return False
