@@ -83,10 +83,12 @@ def kernels(found: dict[str, Any]) -> Iterator[str]:
         f"{1e3 * rates['empty_ms']:.1f} us."
     )
     yield ""
-    order = sorted(cases, key=lambda case: (case["program"] != "block", case["size"], case["stage"]))
+    yield from depthwise(cases)
+    yield from side_by_side(cases)
+    order = sorted(cases, key=lambda c: (c["program"] != "block", c["program"], c["size"], c["stage"], c["backend"]))
     rows = [
         [
-            f"{c['size']} stage {c['stage']}, {c['program']}",
+            title(c),
             c["channels"],
             c["batch"],
             f"{c['ms']:.3f}",
@@ -100,7 +102,7 @@ def kernels(found: dict[str, Any]) -> Iterator[str]:
     head = ["forward + backward", "C", "batch", "ms", "queued", "gap", "sum of kernels", "floor / sum"]
     yield from table(head, rows)
     for c in order:
-        yield f"**{c['size']} stage {c['stage']}, {c['program']}**, C {c['channels']}, batch {c['batch']}"
+        yield f"**{title(c)}**, C {c['channels']}, batch {c['batch']}"
         yield ""
         rows, rest, rest_share = [], 0, 0.0
         for k in c["kernels"]:
@@ -125,6 +127,88 @@ def kernels(found: dict[str, Any]) -> Iterator[str]:
         if rest:
             rows.append([f"{rest} small launches", "", "", "", "", "", "", "", "", f"{100 * rest_share:.1f}%"])
         head = ["kernel", "launches", "us", "MiB", "matrix GF", "vector GF", "floor us", "bound", "fraction", "share"]
+        yield from table(head, rows)
+
+
+def title(case: dict[str, Any]) -> str:
+    """What a case of kernels.py measured."""
+    images = f" of {case['images']}" if "images" in case else ""
+    return f"{case['size']} stage {case['stage']}, {case['program']}{images}, {case['backend']}"
+
+
+DIRECTIONS = ("forward", "input gradient", "weight gradient")
+WEIGHT_GRADIENT = ("torch.sum", "sum_partials_kernel")  # beside what has it in its name: its second stage
+
+
+def direction(kernel: dict[str, Any]) -> str | None:
+    """What a kernel of program `depthwise_conv` computes; None of what only prepares it."""
+    name = kernel["name"]
+    if "weight_grad" in name or (kernel["phase"] == "backward" and name in WEIGHT_GRADIENT):
+        return DIRECTIONS[2]
+    if "depthwise_conv" not in name:
+        return None
+    return DIRECTIONS[0] if kernel["phase"] == "forward" else DIRECTIONS[1]
+
+
+def depthwise(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The depthwise convolution on every backend, and torch's dense one."""
+    columns = {
+        "Triton": ("depthwise_conv", "triton", None),
+        "CUDA": ("depthwise_conv", "cuda", None),
+        "dense, equal sites": ("dense_depthwise_conv", "torch", "equal sites"),
+        "dense, whole batch": ("dense_depthwise_conv", "torch", "whole batch"),
+    }
+    places = sorted({(c["size"], c["stage"], c["channels"], c["dtype"]) for c in cases if "depthwise" in c["program"]})
+    rows = []
+    for size, stage, channels, dtype in places:
+        here = {
+            (c["program"], c["backend"], c.get("images")): c["kernels"]
+            for c in cases
+            if (c["size"], c["stage"], c["channels"], c["dtype"]) == (size, stage, channels, dtype)
+        }
+        for wanted in DIRECTIONS:
+            times = {}
+            cells = []
+            for name, key in columns.items():
+                kernels = [k for k in here.get(key, ()) if direction(k) == wanted]
+                times[name] = sum(k["ms"] * k["launches"] for k in kernels)
+                least = sum(k["floor_ms"] * k["launches"] for k in kernels)
+                cells.append(f"{1e3 * times[name]:.1f} ({least / times[name]:.2f})" if times[name] else "-")
+            cells.append(ratio(times["CUDA"] or None, times["Triton"]))
+            cells.append(ratio(times["CUDA"] or None, times["dense, equal sites"]))
+            rows.append([f"{size} stage {stage}", wanted, channels, *cells])
+    if rows:
+        yield "Depthwise convolution 7x7, microseconds and in brackets the fraction of the floor:"
+        yield ""
+        yield from table(["where", "", "C", *columns, "CUDA / Triton", "CUDA / dense, equal sites"], rows, 2)
+
+
+def side_by_side(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Programs that were measured on more than one backend: the sums of their kernels."""
+    found: dict[tuple[str, int, str, str, int], dict[str, dict[str, Any]]] = {}
+    for c in cases:
+        if "images" not in c:
+            key = (c["size"], c["stage"], c["program"], c["dtype"], c["batch"])
+            found.setdefault(key, {})[c["backend"]] = c
+    rows = []
+    for (size, stage, program, _, batch), by_backend in sorted(found.items()):
+        if "cuda" not in by_backend or len(by_backend) < 2:
+            continue
+        cuda = by_backend.pop("cuda")
+        ((name, other),) = by_backend.items()
+        rows.append(
+            [
+                f"{size} stage {stage}, {program}",
+                cuda["channels"],
+                batch,
+                f"{other['sum_ms']:.3f} ({name})",
+                f"{cuda['sum_ms']:.3f}",
+                ratio(cuda["sum_ms"], other["sum_ms"]),
+                ratio(cuda["queued_ms"], other["queued_ms"]),
+            ]
+        )
+    if rows:
+        head = ["forward + backward", "C", "batch", "other ms", "CUDA ms", "ratio of kernels", "ratio of queued"]
         yield from table(head, rows)
 
 

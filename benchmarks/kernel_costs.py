@@ -4,12 +4,15 @@ Bytes: every element that the result depends on read once, every element of the 
 matrix products, which tensor cores do, and all other, in float32; an exponential, a root or a division counts as one
 operation, so that counts of elementwise work are low. Buffers of partial sums count as they are: they are the price
 of the two-stage reductions, but the kernels have no other way to hand their sums on.
+
+A CUDA operator is one entry, whatever kernels it launches. It counts what a Triton kernel of the same purpose does, so
+that fractions of the two can be compared, but for its buffers of partial sums, which nobody else sees.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,6 +197,86 @@ COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "gather_columns_kernel": gather_columns,
     "scale_rows_kernel": elementwise("x_ptr", 1),
 }
+
+
+def cuda_depthwise_conv(a: Arguments) -> Cost:
+    """Also of the fused operator, whose statistics cost a few operations per value."""
+    kernel = (int(a["weight"].shape[-2]), int(a["weight"].shape[-1]))
+    taps = active_taps(a["table"], a["tile"], kernel)
+    values = a["x"].numel()
+    return Cost(everything(a), vector=2 * taps * a["x"].shape[1] + (8 * values if a.get("eps") is not None else 0))
+
+
+def cuda_depthwise_conv_weight_grad(a: Arguments) -> Cost:
+    taps = active_taps(a["table"], a["tile"], (a["kernel_h"], a["kernel_w"]))
+    return Cost(everything(a), vector=2 * taps * a["x"].shape[1] + a["grad"].numel())
+
+
+def cuda_grn(a: Arguments) -> Cost:
+    """No row can be written before the sums over its image are known: rows are read twice."""
+    return Cost(everything(a) + size(a["x"]), vector=4 * a["x"].numel())
+
+
+def cuda_grn_backward(a: Arguments) -> Cost:
+    """As above, with two tensors of rows to read."""
+    return Cost(everything(a) + size(a["grad"], a["x"]), vector=7 * a["x"].numel())
+
+
+def cuda_gather(a: Arguments) -> Cost:
+    """Of the dense tensor only what is visible."""
+    return Cost(2 * size(a["output 0"]) + size(a["index"]))
+
+
+def cuda_scatter(a: Arguments) -> Cost:
+    """All of the dense tensor, visible or not, is written."""
+    return Cost(size(a["rows"], a["fill"], a["slots"], a["output 0"]))
+
+
+def integers(a: Arguments) -> Cost:
+    """Tables: their arithmetic is nothing beside the time of a launch."""
+    return Cost(everything(a))
+
+
+CUDA_COSTS: dict[str, Callable[[Arguments], Cost]] = {
+    "depthwise_conv": cuda_depthwise_conv,
+    "depthwise_conv_fused": cuda_depthwise_conv,
+    "depthwise_conv_weight_grad": cuda_depthwise_conv_weight_grad,
+    "grn": cuda_grn,
+    "grn_backward": cuda_grn_backward,
+    "gather_tiles": cuda_gather,
+    "scatter_tiles": cuda_scatter,
+    "tile_index": integers,
+    "neighbour_table": integers,
+}
+
+
+def cuda_cost(operator: Any, arguments: Sequence[Any], options: dict[str, Any], outputs: Sequence[Any]) -> Cost:
+    """The cost of an operator of namespace `sparsecnx_cuda`.
+
+    Args:
+        operator: the overload that was called.
+        arguments, options: what it was called with.
+        outputs: what it returned, a flat list.
+
+    Raises:
+        KeyError: the operator is not in `CUDA_COSTS`.
+    """
+    name = operator._schema.name.split("::")[1]
+    if name not in CUDA_COSTS:
+        raise KeyError(f"{name} has no entry among the CUDA operators of benchmarks/kernel_costs.py")
+    found = {argument.name: value for argument, value in zip(operator._schema.arguments, arguments, strict=False)}
+    return CUDA_COSTS[name]({**found, **options, **{f"output {index}": out for index, out in enumerate(outputs)}})
+
+
+def dense_depthwise_conv(batch: int, channels: int, shape: tuple[int, int], kernel: tuple[int, int]) -> int:
+    """FLOPs of a dense depthwise convolution, taps outside the image not counted."""
+
+    def pairs(sites: int, taps: int) -> int:
+        """Pairs of a coordinate and a tap that reads inside."""
+        return sum(max(0, sites - abs(step)) for step in range(-(taps // 2), taps // 2 + 1))
+
+    lines, columns = (pairs(*axis) for axis in zip(shape, kernel, strict=True))
+    return 2 * batch * channels * lines * columns
 
 
 def operator_cost(name: str, arguments: Any, output: Any) -> Cost:

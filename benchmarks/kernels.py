@@ -1,11 +1,11 @@
 """Every kernel of the operators on a GPU: its time, and how much of what the machine can do that is.
 
     python benchmarks/kernels.py --out kernels.json
-    python benchmarks/kernels.py --size tiny --stage 1 --programs block --out kernels.json
+    python benchmarks/kernels.py --size tiny --stage 1 --programs block --backend cuda --out kernels.json
 
-Operators run forward and backward at the stages of a model. Every launch that they make is recorded with its
-arguments, Triton's kernels and torch's own operators alike, and then made again by itself, many times, each time
-after reading a buffer that pushes everything else out of the L2 cache. A kernel's floor is
+Operators run forward and backward at the stages of a model, on Triton and on CUDA. Every launch that they make is
+recorded with its arguments, Triton's kernels, CUDA operators and torch's own alike, and then made again by itself, many
+times, each time after reading a buffer that pushes everything else out of the L2 cache. A kernel's floor is
 
     max(bytes / copy bandwidth, matrix FLOPs / rate of matrix products, other FLOPs / rate of float32 FMAs)
 
@@ -14,11 +14,17 @@ with its least work after kernel_costs.py and the three rates measured in the sa
 What else a case holds: `ms`, the whole program as training runs it, the device never waited for, forward and
 backward; `queued_ms`, the same with everything launched before the device begins: without gaps, and with data still
 in the cache; `sum_ms`, of the kernels by themselves; `gap_ms` = ms - queued_ms, what launching costs.
+
+Program `dense_depthwise_conv` is what the depthwise convolution is compared with: torch's own on dense tensors in
+channels_last, which cuDNN computes: forward, gradient of the input and gradient of the weight. Once at equal work, on
+as many whole images as come closest to the number of visible rows, and once on all images of the batch, which is what a
+dense network computes. `sites` says how many those are.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import math
 import statistics
@@ -43,9 +49,22 @@ from sparsecnx.masking import visible_count
 from sparsecnx.models import SIZES
 from sparsecnx.models.convnextv2 import STRIDE
 
-NAMESPACE = "sparsecnx_triton"  # of the operators that launch kernels
+CUDA_NAMESPACE = "sparsecnx_cuda"  # of the operators that are kernels themselves
+BACKENDS = ("triton", "cuda")
+DENSE = "dense_depthwise_conv"
 STAGES = (1, 2, 3, 4)
-PROGRAMS = ("block", "depthwise_conv", "layer_norm", "grn", "stochastic_depth", "gather", "scatter", "conv")
+PROGRAMS = (
+    "depthwise_conv",
+    "block",
+    "layer_norm",
+    "grn",
+    "stochastic_depth",
+    "gather",
+    "scatter",
+    "conv",
+    "layout",
+)
+ON_CUDA = ("depthwise_conv", "block", "grn", "gather", "scatter", "layout")  # the others have no CUDA kernels
 WARM_UP = 3
 SECONDS = 0.12  # to repeat a kernel
 LEAST_REPEATS, MOST_REPEATS = 10, 100
@@ -56,18 +75,38 @@ Rates = dict[str, float]
 Call = Callable[[], object]
 
 
-class Recording(TorchDispatchMode):
-    """Collects what an operator runs: launches of Triton kernels, and torch's operators that compute something.
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A launch that was recorded.
 
     Attributes:
-        calls: name, what makes the launch again, its least work, its arguments in words.
+        name: of the kernel, or of the operator: `torch.mm`, `cuda.grn`.
+        call: makes it again.
+        cost: its least work.
+        text: its arguments in words.
+        phase: `forward` or `backward`.
+    """
+
+    name: str
+    call: Call
+    cost: Cost
+    text: str
+    phase: str
+
+
+class Recording(TorchDispatchMode):
+    """Collects what an operator runs: launches of Triton kernels, CUDA operators, and torch's operators that compute
+    something.
+
+    Attributes:
+        calls: in their order.
     """
 
     FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh")
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[str, Call, Cost, str]] = []
+        self.calls: list[Launch] = []
         self._launching = False
 
     def __enter__(self) -> Recording:
@@ -76,19 +115,27 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == NAMESPACE:
-            # Entered, so that what it calls in turn is seen.
-            implementation = torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn
+        definition = torch._library.custom_ops.OPDEFS.get(func._schema.name)
+        if definition is not None:
+            # Written in Python: entered, so that what it calls in turn is seen.
             with self:
-                return implementation(*args, **kwargs)
+                return definition._init_fn(*args, **kwargs)
         out = func(*args, **kwargs)
         if not self._launching and not func.is_view and func._schema.name.split("::")[1] not in self.FREE:
-            inputs = tree_leaves((args, kwargs))
-            name = func._schema.name.replace("aten::", "torch.")
-            found = kernel_costs.operator_cost(name, inputs, tree_leaves(out))
+            inputs, outputs = tree_leaves((args, kwargs)), tree_leaves(out)
+            if func.namespace == CUDA_NAMESPACE:
+                name = func._schema.name.replace(f"{CUDA_NAMESPACE}::", "cuda.")
+                found = kernel_costs.cuda_cost(func, args, kwargs, outputs)
+            else:
+                name = func._schema.name.replace("aten::", "torch.").replace("::", ".")
+                found = kernel_costs.operator_cost(name, inputs, outputs)
             if found.bytes:
-                self.calls.append((name, functools.partial(func, *args, **kwargs), found, words(inputs)))
+                self._add(name, functools.partial(func, *args, **kwargs), found, words(inputs))
         return out
+
+    def _add(self, name: str, call: Call, cost: Cost, text: str) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1
+        self.calls.append(Launch(name, call, cost, text, "backward" if in_backward else "forward"))
 
     def observe(self, kernel: Any, grid: _triton.Grid, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """An observer for `_triton.observing`."""
@@ -103,7 +150,7 @@ class Recording(TorchDispatchMode):
         constants = {key: value for key, value in by_name.items() if key.isupper() and len(key) > 1}
         where = "" if callable(grid) else f"grid {grid}, "
         text = where + ", ".join([words(arguments), *(f"{key}={value}" for key, value in constants.items())])
-        self.calls.append((name, call, found, text))
+        self._add(name, call, found, text)
 
 
 def words(values: Sequence[Any]) -> str:
@@ -112,7 +159,7 @@ def words(values: Sequence[Any]) -> str:
     return " ".join(shape or "scalar" for shape in shapes)
 
 
-def record(run: Call) -> list[tuple[str, Call, Cost, str]]:
+def record(run: Call) -> list[Launch]:
     """All that `run` launches."""
     recording = Recording()
     with _triton.observing(recording.observe), recording:
@@ -281,18 +328,85 @@ def programs(case: dict[str, Any], batch: int) -> dict[str, Callable[[], Call]]:
         x, weight, bias = rows(), leaf(channels, channels, 3, 3, scale=(9 * channels) ** -0.5), vector()
         return program(lambda: ops.conv(x, weight, bias).features, x.features, weight, bias)
 
-    makers = (block, depthwise_conv, layer_norm, grn, stochastic_depth, gather, scatter, conv)
+    def layout_tables() -> Call:
+        def run() -> None:
+            built = Layout.from_mask(mask, (side * tile, side * tile), visible)
+            built.tiles.slots()
+            for radius in (1, 2, 3):
+                built.tiles.neighbours(radius)
+
+        return run
+
+    makers = (depthwise_conv, block, layer_norm, grn, stochastic_depth, gather, scatter, conv, layout_tables)
     return dict(zip(PROGRAMS, makers, strict=True))
 
 
-def measure_program(run: Call, device: torch.device, rates: Rates) -> dict[str, Any]:
-    """Times of a program, and of every kernel in it."""
+def dense_depthwise_conv(case: dict[str, Any], images: int) -> list[Launch]:
+    """torch's own depthwise convolution of the stage on whole images, and its gradients, each by itself."""
+    device, dtype, channels = torch.device(case["device"]), getattr(torch, case["dtype"]), case["channels"]
+    side = case["image"] // STRIDE * case["tile"]
+    torch.backends.cudnn.benchmark = True
+    x, grad = (
+        torch.randn(images, channels, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    weight = torch.randn(channels, 1, 7, 7, device=device, dtype=dtype) / 7
+    bias = torch.randn(channels, device=device, dtype=dtype)
+    geometry = ([1, 1], [3, 3], [1, 1], False, [0, 0], channels)  # stride, padding, dilation, transposed, ..., groups
+    flops = kernel_costs.dense_depthwise_conv(images, channels, (side, side), (7, 7))
+    operators = torch.ops.aten
+    found = [
+        Launch(
+            "torch.depthwise_conv",
+            functools.partial(operators.convolution.default, x, weight, bias, *geometry),
+            Cost(kernel_costs.size(x, weight, bias, x), vector=flops),
+            words((x, weight, bias)),
+            "forward",
+        )
+    ]
+    for name, wanted in (("input_grad", x), ("weight_grad", weight)):
+        mask = [wanted is x, wanted is weight, False]
+        backward = operators.convolution_backward.default
+        found.append(
+            Launch(
+                f"torch.depthwise_conv_{name}",
+                functools.partial(backward, grad, x, weight, [channels], *geometry, mask),
+                # The operand that a gradient does not depend on is not read: the gradient is as large as the other.
+                Cost(kernel_costs.size(x, grad, weight), vector=flops),
+                words((grad, x, weight)),
+                "backward",
+            )
+        )
+    return found
+
+
+def measure_dense(case: dict[str, Any], batch: int, device: torch.device, rates: Rates) -> Iterator[dict[str, Any]]:
+    """The cases of program `dense_depthwise_conv`."""
+    side = case["image"] // STRIDE
+    sites = (side * case["tile"]) ** 2
+    rows = batch * visible_count(side * side, case["ratio"]) * case["tile"] ** 2
+    for name, images in (("equal sites", max(1, round(rows / sites))), ("whole batch", batch)):
+        calls = dense_depthwise_conv(case, images)
+        run = functools.partial(run_all, calls)
+        yield {"sites": images * sites, "rows": rows, "images": name, **measure_program(run, device, rates, calls)}
+        del calls, run
+
+
+def run_all(calls: Sequence[Launch]) -> None:
+    for launch in calls:
+        launch.call()
+
+
+def measure_program(
+    run: Call, device: torch.device, rates: Rates, calls: Sequence[Launch] | None = None
+) -> dict[str, Any]:
+    """Times of a program, and of every kernel in it: of `calls` where they are known, otherwise they are recorded."""
     begin = time.perf_counter()
     run()
     steps.synchronize(device)
     result: dict[str, Any] = {"first_s": round(time.perf_counter() - begin, 2)}
     run()
-    calls = record(run)
+    calls = record(run) if calls is None else calls
     (once,) = steps.timed(run, lambda: None, device, 1)
     repeats = max(5, min(30, int(500 / max(once, 1e-3)))) if device.type == "cuda" else 1
     result["ms"] = round(statistics.median(steps.timed(run, lambda: None, device, repeats)), 4)
@@ -314,18 +428,19 @@ def sleep(device: torch.device) -> None:
 
 
 def measured_kernels(
-    calls: Sequence[tuple[str, Call, Cost, str]], device: torch.device, rates: Rates, flush: Call
+    calls: Sequence[Launch], device: torch.device, rates: Rates, flush: Call
 ) -> Iterator[dict[str, Any]]:
     """Every kernel with its time and floor; launches alike in everything are measured once."""
-    alike: dict[tuple[str, Cost, str], list[Call]] = {}
-    for name, call, cost, text in calls:
-        alike.setdefault((name, cost, text), []).append(call)
-    for (name, cost, text), launches in alike.items():
+    alike: dict[tuple[str, Cost, str, str], list[Call]] = {}
+    for launch in calls:
+        alike.setdefault((launch.name, launch.cost, launch.text, launch.phase), []).append(launch.call)
+    for (name, cost, text, phase), launches in alike.items():
         times = repeated(launches[0], device, flush)
         milliseconds = statistics.median(times)
         least, by = floor(cost, rates)
         yield {
             "name": name,
+            "phase": phase,
             "launches": len(launches),
             "ms": round(milliseconds, 5),
             "min_ms": round(min(times), 5),
@@ -340,34 +455,57 @@ def measured_kernels(
 
 
 def measure_stage(
-    case: dict[str, Any], names: Sequence[str], batches: Sequence[int], rates: Rates, path: Any, run: str
+    case: dict[str, Any],
+    names: Sequence[str],
+    backends: Sequence[str],
+    batches: Sequence[int],
+    rates: Rates,
+    path: Any,
+    run: str,
 ) -> dict[str, str]:
-    """Measure programs of a stage at the largest batch that fits, and write each to the results file.
+    """Measure programs of a stage on every backend at the largest batch that fits, and write each to the results file.
 
     Returns:
-        By program what went wrong, where something did.
+        By program and backend what went wrong, where something did.
     """
     device = torch.device(case["device"])
     problems = {}
     for name in names:
-        for batch in batches:
-            torch.manual_seed(0)
-            try:
-                with use_backend("triton"):
-                    found = measure_program(programs(case, batch)[name](), device, rates)
-            except Exception as error:
-                problems[name] = isolated.reason(error)
-                if "out of memory" not in str(error):
-                    break
-                continue
-            finally:
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-            problems.pop(name, None)
-            key = f"{case['size']}-stage{case['stage']}-{name}-batch{batch}-{case['dtype']}-{case['device']}"
-            Results(path, run).add(key, {**case, "batch": batch, "program": name, "rates": rates, **found})
-            break
+        for backend in offered(name, backends):
+            label = f"{name} on {backend}"
+            for batch in batches:
+                torch.manual_seed(0)
+                try:
+                    if name == DENSE:
+                        found = list(measure_dense(case, batch, device, rates))
+                    else:
+                        with use_backend("reference" if backend == "torch" else backend):
+                            found = [measure_program(programs(case, batch)[name](), device, rates)]
+                except Exception as error:
+                    problems[label] = isolated.reason(error)
+                    if "out of memory" not in str(error):
+                        break
+                    continue
+                finally:
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+                problems.pop(label, None)
+                for result in found:
+                    parts = [f"{case['size']}-stage{case['stage']}-{name}", f"batch{batch}", case["dtype"]]
+                    parts += [case["device"], backend, *result.get("images", "").split()]
+                    content = {**case, "batch": batch, "program": name, "backend": backend, "rates": rates, **result}
+                    Results(path, run).add("-".join(parts), content)
+                break
     return problems
+
+
+def offered(name: str, backends: Sequence[str]) -> list[str]:
+    """The backends to measure a program on: those asked for that have kernels of their own for it, or torch."""
+    if name == DENSE:
+        return ["torch"]
+    if name == "layout":
+        return [*(["torch"] if "triton" in backends else []), *(["cuda"] if "cuda" in backends else [])]
+    return [backend for backend in backends if backend != "cuda" or name in ON_CUDA]
 
 
 def cases(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -390,7 +528,9 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser = steps.arguments("Time every kernel of the operators.", list(SIZES))
     parser.add_argument("--stage", nargs="+", type=int, choices=STAGES, default=list(STAGES))
     parser.add_argument("--dims", nargs=4, type=int, metavar="C", help="channels of the stages, instead of a size's")
-    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, help="by default all at the first size, then block")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    help = "by default all at the first size, the first three at the others"
+    parser.add_argument("--programs", nargs="+", choices=(DENSE, *PROGRAMS), help=help)
     return steps.parsed(parser, given)
 
 
@@ -404,15 +544,16 @@ def main(given: Sequence[str] | None = None) -> int:
     rates = outcome.value
     print("  " + ", ".join(f"{name} {value:.4g}" for name, value in rates.items()), file=sys.stderr, flush=True)
     batches, tasks = sorted(options.batch, reverse=True), []
-    others = [name for name in PROGRAMS if name != "block"]
-    # First the block everywhere, which is what a network runs.
-    for names in (["block"], others):
+    first = (DENSE, "depthwise_conv", "block")  # everywhere: what a network runs, and what it is compared with
+    for names in (first, [name for name in PROGRAMS if name not in first]):
         for case in cases(options):
-            first = case["size"] == options.size[0]
-            chosen = [name for name in names if name in (options.programs or (PROGRAMS if first else ["block"]))]
+            wanted = options.programs or (PROGRAMS if case["size"] == options.size[0] else ())
+            chosen = [name for name in names if name in (options.programs or (*first, *wanted))]
+            if case["stage"] != min(options.stage) and "layout" in chosen:
+                chosen.remove("layout")  # the same tables serve all stages
             if chosen:
                 name = f"{case['size']} stage {case['stage']}: {', '.join(chosen)}"
-                arguments = (case, chosen, batches, rates, options.out, run)
+                arguments = (case, chosen, options.backend, batches, rates, options.out, run)
                 tasks.append(Task(name, measure_stage, arguments, options.limit))
     failed = False
     for outcome in isolated.outcomes(tasks, deadline=options.deadline):

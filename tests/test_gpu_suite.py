@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -278,15 +279,50 @@ def test_a_recording_holds_all_that_runs_and_can_run_it_again(load: Any) -> None
 
     with use_backend("triton"):
         calls = kernels.record(run)
-    names = [name for name, *_ in calls]
+    names = [launch.name for launch in calls]
     assert names.index("layer_norm_kernel") < names.index("torch.mm") < names.index("layer_norm_backward_kernel")
-    by_name = {name: (call, cost, text) for name, call, cost, text in calls}
-    assert by_name["torch.mm"][1].matrix == 2 * 4 * 8 * 4
-    assert "4x8 8x4" in {text for name, _, _, text in calls if name == "torch.mm"}
+    by_name = {launch.name: launch for launch in calls}
+    assert by_name["torch.mm"].cost.matrix == 2 * 4 * 8 * 4
+    assert "4x8 8x4" in {launch.text for launch in calls if launch.name == "torch.mm"}
+    assert (by_name["layer_norm_kernel"].phase, by_name["layer_norm_backward_kernel"].phase) == ("forward", "backward")
     expected = seen[0].clone()
     seen[0].zero_()
-    by_name["layer_norm_kernel"][0]()
+    by_name["layer_norm_kernel"].call()
     assert torch.equal(seen[0], expected)
+
+
+def test_every_cuda_operator_has_a_cost(load: Any) -> None:
+    schemas = re.findall(r'"(\w+)\(', (ROOT / "csrc" / "library.cpp").read_text().partition("sparsecnx_cuda, m")[2])
+    registered = re.findall(r'm\.impl\("(\w+)"', (ROOT / "csrc" / "cuda" / "implement.h").read_text())
+    costs = load("kernel_costs").CUDA_COSTS
+    assert costs.keys() == set(registered)
+    assert costs.keys() <= set(schemas)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (2, 5), (1, 1)])
+def test_flops_of_a_dense_depthwise_convolution(load: Any, shape: tuple[int, int]) -> None:
+    ones = torch.ones(2, 3, *shape, dtype=torch.float64)
+    weight = torch.ones(3, 1, 7, 5, dtype=torch.float64)
+    products = torch.nn.functional.conv2d(ones, weight, padding=(3, 2), groups=3).sum()
+    assert load("kernel_costs").dense_depthwise_conv(2, 3, shape, (7, 5)) == 2 * int(products)
+
+
+def test_the_dense_depthwise_convolution_is_torchs_own(load: Any) -> None:
+    """Its three calls against autograd, on as many images as come close to the visible rows."""
+    kernels = load("kernels")
+    case = {"channels": 4, "tile": 2, "image": 128, "ratio": 0.5, "dtype": "float32", "device": "cpu"}
+    forward, grad_x, grad_weight = kernels.dense_depthwise_conv(case, 3)
+    x, weight, bias = (value.detach() for value in forward.call.args[:3])
+    grad = grad_x.call.args[0]
+    leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
+    out = torch.nn.functional.conv2d(*leaves, padding=3, groups=4)
+    expected = torch.autograd.grad(out, leaves[:2], grad)
+    torch.testing.assert_close(forward.call(), out.detach())
+    torch.testing.assert_close(grad_x.call()[0], expected[0])
+    torch.testing.assert_close(grad_weight.call()[1], expected[1])
+    rates = {"copy_bytes_per_s": 1e9, "matrix_flops_per_s": 1e9, "vector_flops_per_s": 1e9}
+    equal, whole = kernels.measure_dense(case, 4, torch.device("cpu"), rates)
+    assert (equal["sites"], whole["sites"], equal["rows"]) == (2 * 64, 4 * 64, 4 * 8 * 4)
 
 
 def test_kernels_of_no_cost_stop_the_benchmark(load: Any) -> None:
@@ -555,7 +591,7 @@ sys.path.insert(0, {str(BENCHMARKS)!r})
 def touched(*_):
     raise SystemExit("touched the GPU")
 torch._C._cuda_getDeviceCount = torch.cuda._lazy_init = torch.cuda.is_available = touched
-import encoder_step, fcmae_step, gpu_parity, isolated, kernels
+import choices, encoder_step, fcmae_step, gpu_parity, isolated, kernels
 facts = {{"name": "a GPU", "memory_bytes": 2**36}}
 def outcomes(tasks, jobs=1, deadline=0.0):
     for task in tasks:
@@ -566,7 +602,7 @@ def outcomes(tasks, jobs=1, deadline=0.0):
             seen.append(task.name)
             yield isolated.Outcome(task, "failed", 1.0, error="not here")
 isolated.outcomes = outcomes
-for module in (encoder_step, fcmae_step, gpu_parity, kernels):
+for module in (choices, encoder_step, fcmae_step, gpu_parity, kernels):
     seen = []
     assert module.main(["--out", {str(tmp_path / "out.json")!r}]) == 1
     print(module.__name__, len(seen))
@@ -576,6 +612,7 @@ for module in (encoder_step, fcmae_step, gpu_parity, kernels):
     counts = dict(line.split() for line in done.stdout.splitlines())
     assert int(counts["encoder_step"]) == 2 * 3 * 5  # each variant of each size fails, and that is noted
     assert int(counts["kernels"]) == 3 * 4 + 4
+    assert int(counts["choices"]) > 30
 
 
 # The summary.
