@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from sparsecnx.backend import Implementation, Operator, always
+from sparsecnx.choices import Comparison, compare
 from sparsecnx.ops.common import (
     autocast,
     check_device,
@@ -15,7 +16,7 @@ from sparsecnx.ops.common import (
     check_vector,
     statistics_dtype,
 )
-from sparsecnx.ops.convnextv2_block import native, reference
+from sparsecnx.ops.convnextv2_block import cuda, native, reference
 from sparsecnx.ops.convnextv2_block.parameters import BlockParameters
 from sparsecnx.ops.grn import segments
 from sparsecnx.ops.native import refusal_2d
@@ -25,10 +26,19 @@ from sparsecnx.tensor import SparseTensor
 
 __all__ = ["BlockParameters", "convnextv2_block", "operator"]
 
+
+def _compare(x: SparseTensor, p: BlockParameters | None = None, *_: object) -> Comparison:
+    """CUDA beside Triton in the depthwise steps, forward and backward; the published models have 7x7 kernels."""
+    kernel = (7, 7) if p is None else tuple(p.dwconv_weight.shape[2:])
+    steps = ("depthwise_conv_fused", "depthwise_conv", "depthwise_conv_weight_grad")
+    return compare(steps, x.device, x.dtype, x.features.shape[1], x.layout.tile, kernel)
+
+
 operator = Operator(
     "convnextv2_block",
     native=Implementation(native.convnextv2_block, refusal_2d, native.detail),
     triton=triton_room(__name__, "convnextv2_block", triton_refusal_2d, "detail"),
+    cuda=Implementation(cuda.convnextv2_block, cuda.refusal, cuda.detail, _compare),
     reference=Implementation(reference.convnextv2_block, always),
 )
 

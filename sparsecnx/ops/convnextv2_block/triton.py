@@ -3,7 +3,7 @@
 With u = dwconv(x), û = (u - mean) / sqrt(var + eps) and everything that is constant over the rows folded into the
 matrices (LayerNorm's scale and shift into the first, GRN's beta into the second bias):
 
-    depthwise_conv_kernel     x -> û, rstd
+    depthwise convolution     x -> û, rstd
     linear_gelu_kernel        a = û W1' + b1,  h = gelu(a), and for GRN the sums of h^2 over the rows of each group
     grn.response              the sums -> s = 1 + gamma N, one scale per group and channel
     linear_scaled_kernel      y = x + d ((h s) W2' + b2)
@@ -17,11 +17,15 @@ layer twice, since the gradient of GRN's sums needs all rows of a group before a
     torch.mm                  the gradients of both matrices and of û
     layer_norm, depthwise     û -> u -> x, taps and bias
 
+The depthwise steps are Triton's or those of CUDA C++, one or the other in forward and backward.
+
 `triton_folding.py` folds, and finds the gradients of LayerNorm's scale and shift in those of the matrix.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from typing import Any
 
 import torch
@@ -29,11 +33,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecnx import _triton
+from sparsecnx import _extension, _triton
 from sparsecnx._triton_functions import aligned, dot, gelu, gelu_and_slope, grouped_blocks, rounded
 from sparsecnx.ops.convnextv2_block.parameters import BlockParameters
 from sparsecnx.ops.convnextv2_block.triton_folding import fold, unfold
-from sparsecnx.ops.depthwise_conv import triton as depthwise
+from sparsecnx.ops.depthwise_conv import triton as depthwise_triton
 from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
 from sparsecnx.ops.grn import triton as grn
 from sparsecnx.ops.layer_norm import triton as layer_norm
@@ -47,6 +51,10 @@ GROUP = 8  # block rows that share the second operand
 # Rows of a block of the second pass over the hidden layer: elementwise where it was kept, else two products.
 GRADIENT_ROWS = {True: 32, False: 64}
 
+# The rooms whose kernels can do the depthwise steps.
+DEPTHWISE: dict[str, Any] = {"triton": depthwise_triton}
+if _extension.loaded and importlib.util.find_spec("sparsecnx.ops.depthwise_conv.cuda"):
+    DEPTHWISE["cuda"] = importlib.import_module("sparsecnx.ops.depthwise_conv.cuda")
 
 ONE_PRODUCT = [
     triton.Config({"BLOCK_N": 128}, num_warps=8, num_stages=3),
@@ -455,13 +463,14 @@ def forward(
     segments: Tensor,
     tile: int,
     eps: float,
+    depthwise: str,
     keep: bool,
 ) -> tuple[Tensor, ...]:
     """Output of the block, and what backward needs: normalised, rstd, energy, pre (no rows without `keep`)."""
     weight1, bias1 = fold(p.pwconv1_weight, p.norm_weight, p.norm_bias, p.pwconv1_bias)
     weight2, bias2 = fold(p.pwconv2_weight, None, p.grn_beta, p.pwconv2_bias)
-    taps, kernel = depthwise.tap_rows(p.dwconv_weight), (p.dwconv_weight.shape[2], p.dwconv_weight.shape[3])
-    normalised, rstd = depthwise.convolve(x, taps, p.dwconv_bias, table, tile, kernel, normalise=eps)
+    convolve = DEPTHWISE[depthwise].convolve
+    normalised, rstd = convolve(x, p.dwconv_weight, p.dwconv_bias, table, tile, normalise=eps)
     groups = segments.shape[0] - 1
     hidden, pre, partial = linear_gelu(normalised, weight1, bias1, row_group, groups, keep)
     energy, scale = grn.response(partial, segments, _block_rows(x), p.grn_gamma, eps)
@@ -479,6 +488,7 @@ def backward(
     segments: Tensor,
     tile: int,
     eps: float,
+    depthwise: str,
     normalised: Tensor,
     rstd: Tensor,
     energy: Tensor,
@@ -503,9 +513,9 @@ def backward(
     del grad_pre
     grad_conv = layer_norm.normalised_backward(grad_normalised, normalised, rstd)
     kernel = (p.dwconv_weight.shape[2], p.dwconv_weight.shape[3])
-    grad_taps, grad_conv_bias = depthwise.weight_grad(grad_conv, x, table, tile, kernel)
-    flipped = depthwise.tap_rows(p.dwconv_weight)
-    grad_x, _ = depthwise.convolve(grad_conv, flipped, None, table, tile, kernel, residual=grad, flip=True)
+    room = DEPTHWISE[depthwise]
+    grad_taps, grad_conv_bias = room.weight_grad(grad_conv, x, table, tile, kernel)
+    grad_x, _ = room.convolve(grad_conv, p.dwconv_weight, None, table, tile, residual=grad, flip=True)
     return (
         grad_x,
         grad_taps,
@@ -597,16 +607,18 @@ def convnextv2_block(
     segments: Tensor,
     eps: float,
     recompute: bool | None,
+    depthwise: str = "triton",
 ) -> Tensor:
-    """Features `(rows, C)` of the block; `recompute=None` decides by C."""
-    depthwise.check_kernel(p.dwconv_weight, "dwconv_weight")
+    """Features `(rows, C)` of the block; `recompute=None` decides by C, `depthwise` is one of `DEPTHWISE`."""
+    DEPTHWISE[depthwise].check_kernel(p.dwconv_weight, "dwconv_weight")
     wanted = torch.is_grad_enabled() and any(value.requires_grad for value in (x.features, *p))
     keep = wanted and not recomputes(x, recompute)
     row_scale = None if survival is None else survival[grn.row_groups(x.layout, "sample")]
     row_group = grn.row_groups(x.layout, grn.scope_of(x.layout, segments))
     table = neighbour_table(x.layout, p.dwconv_weight.shape[2:])
     features, parameters = x.features.contiguous(), [value.contiguous() for value in p]
-    out, *_ = _block(features, *parameters, row_scale, row_group, table, segments, x.layout.tile, eps, keep)
+    places = row_scale, row_group, table, segments
+    out, *_ = _block(features, *parameters, *places, x.layout.tile, eps, depthwise, keep)
     return out
 
 
@@ -629,6 +641,7 @@ def _block(
     segments: Tensor,
     tile: int,
     eps: float,
+    depthwise: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     p = BlockParameters(
@@ -643,7 +656,9 @@ def _block(
         pwconv2_weight,
         pwconv2_bias,
     )
-    out, normalised, rstd, energy, pre = forward(x, p, row_scale, row_group, table, segments, tile, eps, keep)
+    out, normalised, rstd, energy, pre = forward(
+        x, p, row_scale, row_group, table, segments, tile, eps, depthwise, keep
+    )
     return out, normalised, rstd, energy, pre
 
 
@@ -658,6 +673,7 @@ def _block_backward(
     segments: Tensor,
     tile: int,
     eps: float,
+    depthwise: str,
     normalised: Tensor,
     rstd: Tensor,
     energy: Tensor,
@@ -665,13 +681,13 @@ def _block_backward(
 ) -> list[Tensor]:
     saved = normalised, rstd, energy, pre
     p = BlockParameters(*parameters)
-    return list(backward(grad, x, p, row_scale, row_group, table, segments, tile, eps, *saved))
+    return list(backward(grad, x, p, row_scale, row_group, table, segments, tile, eps, depthwise, *saved))
 
 
 @_block.register_fake
 def _(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     p = BlockParameters(*rest[:10])
-    segments, keep = rest[13], rest[16]
+    segments, keep = rest[13], rest[17]
     rows, hidden = x.shape[0], p.pwconv1_weight.shape[0]
     rstd = x.new_empty(rows, dtype=torch.float32)
     energy = x.new_empty(segments.shape[0] - 1, hidden, dtype=torch.float32)
@@ -685,7 +701,7 @@ def _(grad: Tensor, x: Tensor, parameters: list[Tensor], *_: Any) -> list[Tensor
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, *parameters = inputs[:11]
-    row_scale, row_group, table, segments, ctx.tile, ctx.eps, _ = inputs[11:]
+    row_scale, row_group, table, segments, ctx.tile, ctx.eps, ctx.depthwise, _ = inputs[11:]
     _, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)  # zeros in the shape of the hidden layer, which nobody reads
@@ -694,11 +710,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 18
+        return (None,) * 19
     x, *rest = ctx.saved_tensors
     parameters, places, saved = rest[:10], rest[10:14], rest[14:]
-    grads = _block_backward(grad.contiguous(), x, parameters, *places, ctx.tile, ctx.eps, *saved)
-    return *grads, *[None] * 7
+    grads = _block_backward(grad.contiguous(), x, parameters, *places, ctx.tile, ctx.eps, ctx.depthwise, *saved)
+    return *grads, *[None] * 8
 
 
 _block.register_autograd(_backward, setup_context=_setup_context)

@@ -285,11 +285,10 @@ def _neighbour(neighbours, known, step_y, step_x, in_line, C, REACH: tl.constexp
 
 def convolve(
     x: Tensor,
-    taps: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
     table: Tensor,
     tile: int,
-    kernel: tuple[int, int],
     *,
     residual: Tensor | None = None,
     flip: bool = False,
@@ -299,11 +298,10 @@ def convolve(
 
     Args:
         x: `(rows, C)`.
-        taps: `(kh * kw, C)`, see `tap_rows`.
+        weight: `(C, 1, kh, kw)`.
         bias: float32 `(C,)` or None.
         table: of neighbouring tiles.
         tile: sites per tile side.
-        kernel: `(kh, kw)`.
         residual: `(rows, C)`, added to the output.
         flip: with the kernel rotated by half a turn, as the gradient needs it.
         normalise: eps of a LayerNorm without scale and shift over the output, None for none.
@@ -312,6 +310,7 @@ def convolve(
         `(rows, C)`, and of the normalisation `1 / sqrt(variance + eps)`, float32 `(rows,)`, empty without it.
     """
     rows, channels = x.shape
+    kernel = weight.shape[2], weight.shape[3]
     out = torch.empty_like(x)
     rstd = x.new_empty(rows if normalise is not None else 0, dtype=torch.float32)
     strip, height, block, positions = _blocks(x, tile, kernel)
@@ -322,7 +321,7 @@ def convolve(
         depthwise_conv_kernel,
         grid,
         x,
-        taps,
+        _tap_rows(weight),
         bias,
         residual,
         out,
@@ -392,7 +391,7 @@ def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: tuple
     return sums[:-1].t().to(x.dtype).contiguous().view(channels, 1, *kernel), sums[-1].clone()
 
 
-def tap_rows(weight: Tensor) -> Tensor:
+def _tap_rows(weight: Tensor) -> Tensor:
     """Weight `(C, 1, kh, kw)` as the kernels read it: `(kh * kw, C)`, channels next to each other."""
     return weight.flatten(1).t().contiguous()
 
@@ -432,7 +431,7 @@ def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 @torch.library.custom_op("sparsecnx_triton::depthwise_conv", mutates_args=())
 def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, tile: int) -> Tensor:
-    return convolve(x, tap_rows(weight), bias, table, tile, (weight.shape[2], weight.shape[3]))[0]
+    return convolve(x, weight, bias, table, tile)[0]
 
 
 @torch.library.custom_op("sparsecnx_triton::depthwise_conv_weight_grad", mutates_args=())
