@@ -17,13 +17,16 @@ from sparsecnx import Layout, SparseTensor, _extension, _triton, use_backend
 from sparsecnx.backend import Operator as Dispatcher
 from sparsecnx.layout import TileSet
 
-# Where Triton kernels run: on a GPU, or in the interpreter (see conftest.py). The other backends run on the CPU.
+# Where Triton's and CUDA's kernels run: on a GPU, or in the interpreter and the emulator (see conftest.py). The other
+# backends run on the CPU.
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 needs_native = pytest.mark.skipif(not _extension.loaded, reason=f"needs the compiled operators: {_extension.why_not}")
 needs_triton = pytest.mark.skipif(_triton.refusal(DEVICE) is not None, reason=f"{_triton.refusal(DEVICE)}")
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
-BACKENDS = {"reference": (), "native": needs_native, "triton": needs_triton}
+needs_cuda = pytest.mark.needs_cuda  # see conftest.py
+BACKENDS = {"reference": (), "native": needs_native, "triton": needs_triton, "cuda": needs_cuda}
+ON_GPU = ("triton", "cuda")
 
 # Largest ||out - ref|| / ||ref|| by dtype.
 BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -113,17 +116,17 @@ MODEL_BACKENDS = [
 
 def device_of(backend: str) -> torch.device:
     """Where a backend's tensors lie."""
-    return DEVICE if backend == "triton" else torch.device("cpu")
+    return DEVICE if backend in ON_GPU else torch.device("cpu")
 
 
 def widest(backend: str) -> torch.dtype:
     """The most exact dtype that a backend takes."""
-    return torch.float32 if backend == "triton" else torch.float64
+    return torch.float32 if backend in ON_GPU else torch.float64
 
 
 def dtypes_of(backend: str) -> list[torch.dtype]:
     """What a backend takes."""
-    return [dtype for dtype in BOUNDS if backend != "triton" or dtype != torch.float64]
+    return [dtype for dtype in BOUNDS if backend not in ON_GPU or dtype != torch.float64]
 
 
 def bound(backend: str) -> float:

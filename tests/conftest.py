@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, register_random, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from sparsecnx import backend
+import cuda_emulator
+
+from sparsecnx import _cuda, backend
 
 settings.register_profile(
     "sparsecnx",
@@ -61,3 +63,21 @@ def forget_messages() -> Iterator[None]:
     yield
     backend._warned.clear()
     backend._logged.clear()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs_cuda: runs CUDA kernels, on a GPU or else in the emulator")
+
+
+@pytest.fixture(autouse=True)
+def cuda_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the tests that are marked so: the operators on a GPU, without one the emulator's."""
+    if request.node.get_closest_marker("needs_cuda") is None:
+        return
+    gpu = torch.cuda.is_available()
+    refusal = _cuda.refusal(torch.device("cuda")) if gpu else cuda_emulator.refusal()
+    if refusal is not None:
+        pytest.skip(refusal)
+    if not gpu:
+        cuda_emulator.load()
+        monkeypatch.setattr(_cuda, "emulated", True)

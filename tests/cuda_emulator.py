@@ -1,0 +1,209 @@
+"""The CUDA kernels without a GPU: csrc/cuda compiled with g++ against tests/emulator/include, where a block's threads
+are fibers on the CPU. Loading the library gives the operators `sparsecnx_cuda::*` an implementation for CPU tensors.
+
+    python tests/cuda_emulator.py              build it all
+    python tests/cuda_emulator.py grn packing  only csrc/cuda/grn* and csrc/cuda/packing*
+
+SPARSECNX_EMULATOR_ONLY="grn packing" asks for the same of tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import os
+import re
+import shutil
+import subprocess
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+HERE = ROOT / "tests" / "emulator"
+KERNELS = ROOT / "csrc" / "cuda"
+BUILT = ROOT / "build" / "emulator"
+TORCH = Path(torch.__file__).parent
+
+INCLUDE = [HERE / "include", KERNELS, TORCH / "include"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS += ["-U_FORTIFY_SOURCE"]  # which takes a change of stacks for an error
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+# Undefined behaviour of kernels, misaligned accesses among it, traps; the emulator makes an error of it.
+TRAPS = ["-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error"]
+LINK = ["-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic"]
+
+
+class DoesNotCompile(Exception):
+    """With what the compiler says."""
+
+
+def compiler() -> str | None:
+    return shutil.which("g++")
+
+
+def refusal() -> str | None:
+    """Why there is no emulator here; None where there is."""
+    from sparsecnx import _extension
+
+    if compiler() is None:
+        return "the emulator of CUDA kernels needs g++"
+    if not _extension.loaded:
+        return (
+            f"the emulator of CUDA kernels needs the compiled operators, which define the schemas: {_extension.why_not}"
+        )
+    return None
+
+
+def run(command: list[str]) -> None:
+    outcome = subprocess.run(command, capture_output=True, text=True)
+    if outcome.returncode != 0:
+        raise DoesNotCompile(f"{' '.join(command)}\n{outcome.stderr}")
+    if outcome.stderr:
+        print(outcome.stderr, file=sys.stderr)
+
+
+def digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+@cache
+def headers() -> bytes:
+    """All that a compilation depends on beside its source and flags."""
+    assert compiler() is not None
+    version = subprocess.run([str(compiler()), "--version"], capture_output=True, check=True).stdout
+    files = sorted(path for folder in (HERE / "include", KERNELS) for path in folder.glob("*.*h"))
+    return b"\0".join([version, torch.__version__.encode(), *(path.read_bytes() for path in files)])
+
+
+def compile_one(source: Path) -> Path:
+    """The object file of a source, compiled unless that was done before."""
+    flags = [*FLAGS, *(TRAPS if source.suffix == ".cu" else [])]
+    key = digest(headers(), source.name.encode(), source.read_bytes(), " ".join(flags).encode())
+    built = BUILT / f"{source.stem}-{key}.o"
+    if not built.exists():
+        unfinished = built.with_suffix(f".{os.getpid()}.o")
+        include = [f"-I{folder}" for folder in INCLUDE]
+        run([str(compiler()), *flags, *include, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
+        unfinished.replace(built)
+    return built
+
+
+def build(sources: list[Path], link: list[str]) -> Path:
+    """A shared library of these sources, beside the emulator itself."""
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        objects = list(pool.map(compile_one, [HERE / "emulator.cpp", *sources]))
+    library = BUILT / f"{digest(*(path.name.encode() for path in objects), ' '.join(link).encode())}.so"
+    if not library.exists():
+        unfinished = library.with_suffix(f".{os.getpid()}.so")
+        run([str(compiler()), *LINK, *map(str, objects), "-o", str(unfinished), *link])
+        unfinished.replace(library)
+    return library
+
+
+def build_operators(only: list[str]) -> Path:
+    """The library of the operators in csrc/cuda, or of those files there whose names begin with one of `only`."""
+    sources = [
+        path
+        for path in sorted(KERNELS.iterdir())
+        if path.suffix in (".cu", ".cpp") and path.name not in ("library.cpp", "stream.cpp")
+        if not only or any(path.name.startswith(name) for name in only)
+    ]
+    torch_libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    return build([HERE / "library.cpp", HERE / "absent.cpp", *sources], torch_libraries)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+
+
+class Emulator:
+    """What a library that is loaded tells of its kernels."""
+
+    def __init__(self, library: Path) -> None:
+        self.path = library
+        self.library = ctypes.CDLL(str(library))
+        self.library.emulator_launches.restype = ctypes.c_size_t
+        self.library.emulator_launch.restype = ctypes.c_size_t
+        self.library.emulator_launch.argtypes = [ctypes.c_size_t, ctypes.POINTER(ctypes.c_uint64)]
+        self.library.emulator_seed.argtypes = [ctypes.c_uint64]
+        self._names: dict[int, str] | None = None
+
+    def seed(self, seed: int) -> None:
+        """Another order of threads and blocks."""
+        self.library.emulator_seed(seed)
+
+    def forget_launches(self) -> None:
+        self.library.emulator_forget_launches()
+
+    def launches(self) -> list[Launch]:
+        """Since `forget_launches`."""
+        found = []
+        numbers = (ctypes.c_uint64 * 7)()
+        for index in range(self.library.emulator_launches()):
+            name = self._name(self.library.emulator_launch(index, numbers))
+            x, y, z, threads_x, threads_y, threads_z, shared_bytes = numbers
+            found.append(Launch(name, (x, y, z), (threads_x, threads_y, threads_z), shared_bytes))
+        return found
+
+    def _name(self, address: int) -> str:
+        """Of the kernel at an address of the library, template arguments included."""
+        if self._names is None:
+            listed = subprocess.run(["nm", "-C", self.path], capture_output=True, text=True, check=True).stdout
+            symbols = re.findall(r"^([0-9a-f]+) [tTwW] (.+)$", listed, re.MULTILINE)
+            self._names = {int(start, 16): symbol for start, symbol in symbols}
+        return self._names.get(address, hex(address))
+
+
+@cache
+def load() -> Emulator:
+    """Build the operators where that was not done before, and give them to torch."""
+    library = build_operators(os.environ.get("SPARSECNX_EMULATOR_ONLY", "").split())
+    torch.ops.load_library(str(library))
+    return Emulator(library)
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy of a CPU tensor that begins at a multiple of 16 bytes, as on a GPU, and ends where the memory ends.
+
+    Reading on is an error; where its size is no multiple of 16 bytes, from the next multiple on.
+    """
+    if tensor.numel() == 0:
+        return tensor.clone()
+    size = -(-tensor.numel() * tensor.element_size() // 16) * 16
+    page = mmap.PAGESIZE
+    whole = (-(-size // page) + 1) * page
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    start = libc.mmap(None, whole, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    no_access = 0
+    if start in (None, ctypes.c_void_p(-1).value) or libc.mprotect(start + whole - page, page, no_access) != 0:
+        raise OSError(ctypes.get_errno(), "no guarded memory")
+    buffer = (ctypes.c_char * size).from_address(start + whole - page - size)
+    weakref.finalize(buffer, libc.munmap, start, whole)
+    copy = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
+    return copy.copy_(tensor.detach())
+
+
+if __name__ == "__main__":
+    try:
+        print(build_operators(sys.argv[1:]))
+    except DoesNotCompile as error:
+        sys.exit(str(error))
