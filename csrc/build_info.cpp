@@ -17,11 +17,13 @@ PYBIND11_MODULE(_build_info, module) {
   facts["torch"] = SPARSECNX_TORCH;                // compiled with
   facts["oldest_torch"] = SPARSECNX_OLDEST_TORCH;  // runs on this and every later one
 #ifdef SPARSECNX_CUDA
-  facts["cuda"] = SPARSECNX_CUDA;
+  facts["cuda"] = SPARSECNX_CUDA;  // version of the toolkit
   facts["cuda_architectures"] = SPARSECNX_CUDA_ARCHITECTURES;
+  facts["cuda_flags"] = SPARSECNX_CUDA_FLAGS;
 #else
   facts["cuda"] = py::none();
   facts["cuda_architectures"] = py::none();
+  facts["cuda_flags"] = py::none();
 #endif
   module.attr("facts") = facts;
 }

@@ -1,6 +1,7 @@
-"""Loads the compiled operators, `torch.ops.sparsecnx.*`; where they are missing, knows why and what to do.
+"""Loads the compiled operators; where they are missing, knows why and what to do.
 
-`sparsecnx._C` is a plain shared library, no Python module: loading it registers its operators with torch.
+`sparsecnx._C` (CPU: `torch.ops.sparsecnx.*`) and `sparsecnx._C_cuda` (GPU: `torch.ops.sparsecnx_cuda.*`, whose schemas
+are in `_C`) are plain shared libraries, no Python modules: loading them registers their operators with torch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 OLDEST_TORCH = "2.11"  # torch.__version__ compares as a version, not as a string
+CUDA_BUILDS = "https://pytorch.org/get-started/locally"
 PACKAGE = Path(__file__).parent
 
 
@@ -24,9 +26,11 @@ class Missing:
     remedy: str
 
 
-def reinstall(package: Path = PACKAGE) -> str:
-    """The command that installs this package anew."""
+def reinstall(package: Path = PACKAGE, build: str = "auto") -> str:
+    """The command that installs this package anew, with that SPARSECNX_BUILD."""
     command = "pip install --force-reinstall --no-deps --no-cache-dir"
+    if build != "auto":
+        command = f"SPARSECNX_BUILD={build} {command}"
     source = package.parent
     if (source / "setup.py").exists():
         return f"{command} -e {shlex.quote(str(source))}"
@@ -34,8 +38,8 @@ def reinstall(package: Path = PACKAGE) -> str:
 
 
 def load(package: Path = PACKAGE) -> Missing | None:
-    """Load the operators that lie in the folder `package`; None where that worked."""
-    library = next(iter(sorted(package.glob("_C.*so"))), None)
+    """Load the operators of the CPU that lie in the folder `package`; None where that worked."""
+    library = find("_C", package)
     if library is None:
         note = package / "_build_failure.txt"
         if not note.exists():
@@ -49,16 +53,43 @@ def load(package: Path = PACKAGE) -> Missing | None:
             f"the compiled operators need torch {OLDEST_TORCH} or later, this is {torch.__version__}",
             "pip install --upgrade torch",
         )
+    return register(library, reinstall(package))
+
+
+def load_cuda(package: Path = PACKAGE) -> Missing | None:
+    """Load the operators of the GPU, once those of the CPU are loaded; None where that worked."""
+    if torch.version.cuda is None:
+        return Missing("this torch is built for CPU only", f"Install a CUDA build of torch: {CUDA_BUILDS}")
+    anew = reinstall(package, build="cuda")
+    library = find("_C_cuda", package)
+    if library is None:
+        note = package / "_build_failure_cuda.txt"
+        if not note.exists():
+            return Missing("not compiled: installed without them, or a source folder never installed", anew)
+        reason, _, remedy = note.read_text().strip().partition("\n")
+        return Missing(f"not compiled because: {reason}", f"{remedy} Then: {anew}")
+    return register(library, anew)
+
+
+def find(name: str, package: Path = PACKAGE) -> Path | None:
+    """The shared library with that name, whatever its suffix."""
+    return next(iter(sorted(package.glob(f"{name}.*so"))), None)
+
+
+def register(library: Path, remedy: str) -> Missing | None:
+    """Load a shared library into torch; None where that worked."""
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        return Missing(f"{library.name} does not load into torch {torch.__version__}: {error}", reinstall(package))
+        reason = error.__cause__ or error  # what the loader says, before torch's "Could not load this library"
+        return Missing(f"{library.name} does not load into torch {torch.__version__}: {reason}", remedy)
     return None
 
 
 def build_info() -> dict[str, str | None] | None:
     """How the operators were built: `version`, `compiler`, `flags`, `torch` (compiled with), `oldest_torch`,
-    `cuda` and `cuda_architectures` (None without CUDA operators). None where nothing is compiled."""
+    and of the GPU operators (None without them) `cuda` (version of the toolkit), `cuda_architectures` (as in
+    TORCH_CUDA_ARCH_LIST) and `cuda_flags`. None where nothing is compiled."""
     try:
         facts: dict[str, str | None] = importlib.import_module("sparsecnx._build_info").facts
     except ImportError:
@@ -70,3 +101,8 @@ _missing = load()
 loaded = _missing is None
 why_not = None if _missing is None else _missing.reason
 remedy = None if _missing is None else _missing.remedy
+
+_cuda_missing = load_cuda() if _missing is None else _missing
+cuda_loaded = _cuda_missing is None
+cuda_why_not = None if _cuda_missing is None else _cuda_missing.reason
+cuda_remedy = None if _cuda_missing is None else _cuda_missing.remedy

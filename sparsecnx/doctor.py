@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import platform
@@ -12,9 +13,8 @@ from dataclasses import dataclass
 import torch
 
 import sparsecnx
-from sparsecnx import _extension, _triton
+from sparsecnx import _cuda, _extension, _triton
 
-CUDA_BUILDS = "https://pytorch.org/get-started/locally"
 TORCHVISION_RELEASES = "https://github.com/pytorch/vision#installation"
 NOT_INSTALLED = "not installed"
 
@@ -102,7 +102,7 @@ def _gpu() -> Check:
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         return Check("GPU", True, ", ".join(f"{device.name}, sm_{device.major}{device.minor}" for device in devices))
     if torch.version.cuda is None:
-        remedy = f"With an NVIDIA GPU, install a CUDA build of torch: {CUDA_BUILDS}"
+        remedy = f"With an NVIDIA GPU, install a CUDA build of torch: {_extension.CUDA_BUILDS}"
         return Check("GPU", False, "this torch is built for CPU only", remedy)
     remedy = "With an NVIDIA GPU, install or update its driver until `nvidia-smi` lists it."
     return Check("GPU", False, "torch finds no CUDA device", remedy)
@@ -112,7 +112,7 @@ def _triton_kernels() -> Check:
     name = "Triton"
     problem = _import_problem("triton")
     if problem is not None:
-        return Check(name, False, problem, f"Install a CUDA build of torch, which brings it: {CUDA_BUILDS}")
+        return Check(name, False, problem, f"Install a CUDA build of torch, which brings it: {_extension.CUDA_BUILDS}")
     version = _version("triton", "triton")
     if _triton.interpreting:
         detail = f"{version}, kernels run in its interpreter: on the CPU, slowly, where `triton` is asked for by name"
@@ -144,11 +144,47 @@ def _cpu_operators() -> Check:
 
 
 def _cuda_operators() -> Check:
+    name = "CUDA operators"
+    if not _extension.cuda_loaded:
+        return Check(name, False, f"{_extension.cuda_why_not}", _extension.cuda_remedy)
     facts = _extension.build_info()
-    if facts is not None and facts["cuda"] is not None:
-        return Check("CUDA operators", True, f"CUDA {facts['cuda']}, architectures {facts['cuda_architectures']}")
-    detail = "not part of this version: tensors on a GPU go through the Triton kernels"
-    return Check("CUDA operators", False, detail)
+    anew = _extension.reinstall(build="cuda")
+    if facts is None:
+        return Check(name, False, "compiled, but for another Python", anew)
+    if facts["version"] != sparsecnx.__version__:
+        return Check(name, False, f"compiled from sparsecnx {facts['version']}", anew)
+    if facts["cuda"] is None:
+        return Check(name, False, "left from another build than the CPU operators", anew)
+    detail = (
+        f"architectures {facts['cuda_architectures']}; compiled by nvcc {facts['cuda']} ({facts['cuda_flags']})"
+        f" with torch {facts['torch']} for {facts['oldest_torch']} and later"
+    )
+    if not torch.cuda.is_available():
+        return Check(name, True, f"{detail}; there is no GPU to run them on")
+    driver = driver_version()
+    if driver is not None and driver[0] < int(facts["cuda"].partition(".")[0]):
+        detail = f"{detail}; the driver is for CUDA {driver[0]}.{driver[1]}, which is too old for them"
+        remedy = f"Update the NVIDIA driver, or compile with the CUDA {driver[0]} toolkit: {anew}"
+        return Check(name, False, detail, remedy)
+    refusals = [_cuda.refusal(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    refused = "".join(f"; {refusal}" for refusal in refusals if refusal)
+    if not refused:
+        return Check(name, True, f"{detail}; they run on the GPU")
+    capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    architectures = ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
+    return Check(name, not all(refusals), f"{detail}{refused}", f"TORCH_CUDA_ARCH_LIST='{architectures}' {anew}")
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the NVIDIA driver runs, (major, minor); None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def _minkowski() -> Check:
