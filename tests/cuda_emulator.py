@@ -33,7 +33,16 @@ BUILT = ROOT / "build" / "emulator"
 TORCH = Path(torch.__file__).parent
 
 INCLUDE = [HERE / "include", KERNELS, TORCH / "include"]
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fno-strict-aliasing",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+]
 FLAGS += ["-U_FORTIFY_SOURCE"]  # which takes a change of stacks for an error
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Undefined behaviour of kernels, misaligned accesses among it, traps; the emulator makes an error of it.

@@ -503,16 +503,18 @@ void copy_async(void* to, const void* from, size_t size, size_t zeros) {
 
 void commit_copies() { ++running->batches; }
 
+// All other threads have a turn before the copies arrive: those that still read what was there before see poison.
 void wait_for_copies(size_t batches_left) {
   auto& copies = running->copies;
   const long done = running->batches - static_cast<long>(batches_left);
-  size_t count = 0;
-  for (; count < copies.size() && copies[count].batch < done; ++count) {
-    const Copy& copy = copies[count];
-    std::memcpy(copy.to, copy.from, copy.size - copy.zeros);
-    std::memset(static_cast<char*>(copy.to) + copy.size - copy.zeros, 0, copy.zeros);
+  const auto end = std::find_if(copies.begin(), copies.end(), [&](const Copy& copy) { return copy.batch >= done; });
+  if (end == copies.begin()) return;
+  back_to_scheduler();
+  for (auto copy = copies.begin(); copy != end; ++copy) {
+    std::memcpy(copy->to, copy->from, copy->size - copy->zeros);
+    std::memset(static_cast<char*>(copy->to) + copy->size - copy->zeros, 0, copy->zeros);
   }
-  copies.erase(copies.begin(), copies.begin() + static_cast<ptrdiff_t>(count));
+  copies.erase(copies.begin(), end);
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* state) {
