@@ -1,6 +1,7 @@
-"""Every Triton operator, forward and every gradient, against its dense reference in float64, at real shapes.
+"""Every operator of a backend, forward and every gradient, against its dense reference in float64, at real shapes.
 
     python benchmarks/gpu_parity.py --out parity.json
+    python benchmarks/gpu_parity.py --backend cuda --out parity-cuda.json
 
 Needs torch, Triton and the package, nothing else: no test runner. Per stage of a model and dtype, on fresh random
 inputs: images of which one is wholly masked, one wholly visible and the others in between; blocks that keep their
@@ -39,6 +40,8 @@ DROPPED = 0.5
 
 Inputs = dict[str, Tensor]
 Run = Callable[[SparseTensor, Inputs], Tensor]
+
+ON_CUDA = ("block", "depthwise_conv", "grn", "gather", "scatter")  # the others have no CUDA kernels
 
 
 def mask(side: int, batch: int) -> Tensor:
@@ -159,7 +162,13 @@ def results(run: Run, inputs: Inputs, layout: Layout, gradient: Tensor | None) -
     return found, gradient
 
 
-def check(name: str, channels: int, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:
+def offered(backend: str, channels: int, layout: Layout) -> list[str]:
+    """Names of the operators that a backend has kernels for."""
+    names = operators(channels, layout)
+    return [name for name in names if backend != "cuda" or name.split(",")[0] in ON_CUDA]
+
+
+def check(name: str, channels: int, layout: Layout, dtype: torch.dtype, backend: str) -> dict[str, Any]:
     """Errors of one operator in one dtype, by output and gradient, and whether it gives the same bits twice."""
     run, draw = operators(channels, layout)[name]
     torch.manual_seed(sum(map(ord, name)))
@@ -169,7 +178,7 @@ def check(name: str, channels: int, layout: Layout, dtype: torch.dtype) -> dict[
         _, gradient = results(run, exact, layout, None)
         gradient = gradient.to(dtype)
         expected, _ = results(run, exact, layout, gradient.double())
-    with use_backend("triton"):
+    with use_backend(backend):
         found, _ = results(run, rounded, layout, gradient)
         again, _ = results(run, rounded, layout, gradient)
     errors = {}
@@ -187,9 +196,9 @@ def check_stage(stage: dict[str, Any]) -> dict[str, dict[str, Any]]:
     side, tile = stage["image"] // STRIDE, stage["tile"]
     layout = Layout.from_mask(mask(side, stage["batch"]).to(device), (side * tile, side * tile))
     found: dict[str, dict[str, Any]] = {}
-    for name in operators(stage["channels"], layout):
+    for name in offered(stage["backend"], stage["channels"], layout):
         try:
-            result = check(name, stage["channels"], layout, dtype)
+            result = check(name, stage["channels"], layout, dtype, stage["backend"])
             within = all(error < BOUNDS[stage["dtype"]] for error in result["errors"].values())  # nan is not
             found[name] = {**result, "agrees": within and result["same_bits"]}
         except Exception as error:
@@ -207,15 +216,17 @@ def stages(sizes: Sequence[str], dtypes: Sequence[str], options: Any) -> list[di
                 channels, tile = (options.dims or SIZES[size].dims)[stage - 1], 2 ** (4 - stage)
                 case = {"size": size, "stage": stage, "channels": channels, "tile": tile, "dtype": dtype}
                 case |= {"image": options.image, "batch": options.batch[0], "device": options.device}
+                case |= {"backend": options.backend}
                 found.setdefault((channels, tile, dtype), case)
     return list(found.values())
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    parser = steps.arguments("Hold every Triton operator against its reference.", list(SIZES))
+    parser = steps.arguments("Hold every operator of a backend against its reference.", list(SIZES))
     parser.set_defaults(batch=[BATCH])
     parser.add_argument("--stage", nargs="+", type=int, choices=(1, 2, 3, 4), default=[1, 2, 3, 4])
     parser.add_argument("--dims", nargs=4, type=int, metavar="C", help="channels of the stages, instead of a size's")
+    parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
     parser.add_argument("--dtypes", nargs="+", choices=list(BOUNDS), default=["bfloat16", "float32", "float16"])
     parser.add_argument("--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)), help="at a time")
     options = steps.parsed(parser, given)

@@ -1,25 +1,33 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a machine with nothing but Python, torch, Triton and, for the CPU operators, g++:
+# Everything that needs a GPU, on a machine with nothing but Python, torch, Triton and, to compile operators, g++ and nvcc:
 #
 #     benchmarks/gpu_suite.sh OUT
 #
 # from the repository's root. In this order, each part in its time:
 #
-#     build     the CPU operators, in place, while parity runs; without a compiler the package stays pure Python
+#     build     the CPU and the CUDA operators, in place, while parity runs: for this GPU alone. Where nvcc is missing or
+#               fails, the CUDA operators are taken from a wheel in dist/ or build/ that was brought along, if there is one
 #     parity    every Triton operator against its float64 reference (gpu_parity.py)
-#     kernels   every kernel's time against its floor (kernels.py)
+#     cuda      every CUDA operator likewise
+#     kernels   every kernel's time against its floor, Triton beside CUDA beside torch's dense depthwise (kernels.py)
+#     choices   both timed step by step, for the table from which auto chooses (choices.py), which is put in its place
+#               for the parts that follow
 #     encoder   the encoder's forward + backward, sparse and dense (encoder_step.py)
+#     overhead  how busy a small model keeps the GPU, eagerly and as a CUDA graph (launch_overhead.py)
 #     fcmae     a pretraining step, and a ViT's (fcmae_step.py)
+#     memcheck  every CUDA operator at small shapes under compute-sanitizer, where that is installed (sanitizer_run.py)
+#     racecheck likewise, for races in shared memory
 #     tests     the tests that use a GPU, where pytest and hypothesis are installed
 #
 # OUT gets summary.md, which says everything in tables, a JSON file of every part, parts.tsv and log.txt. Each result
 # is written as soon as it is known. A part that fails or runs out of time does not stop the next ones; the exit code
-# is 0 only if all went well, and 2 without a GPU.
+# is 0 only if all went well, and 2 without a GPU. All parts together fit the time only if none needs all of its own:
+# with two runs, ask for "build parity cuda kernels choices" first and for "build encoder ..." after.
 #
 #     SPARSECNX_SUITE_SECONDS  time for all of it, 530 by default
 #     SPARSECNX_SUITE_PARTS    the parts to run, all of the above by default
 #     SPARSECNX_SUITE_DEVICE   cpu: every part in a few seconds at toy sizes, kernels in Triton's interpreter, which
-#                              shows that the suite works and measures nothing
+#                              shows that the suite works and measures nothing; those of CUDA alone are skipped
 #     PYTHON                   python3 by default
 
 set -uo pipefail
@@ -27,7 +35,7 @@ set -uo pipefail
 out=${1:?usage: benchmarks/gpu_suite.sh OUT}
 device=${SPARSECNX_SUITE_DEVICE:-cuda}
 total=${SPARSECNX_SUITE_SECONDS:-530}
-parts=${SPARSECNX_SUITE_PARTS:-build parity kernels encoder fcmae tests}
+parts=${SPARSECNX_SUITE_PARTS:-build parity cuda kernels choices encoder overhead fcmae memcheck racecheck tests}
 python=${PYTHON:-python3}
 here=$(dirname "${BASH_SOURCE[0]}")
 failed=0
@@ -104,50 +112,123 @@ if ! machine=$("$python" -c "$facts" "$device" 2>&1); then
 fi
 say "$machine"
 printf 'machine\tok\t%s\t%s\n' "$SECONDS" "$machine" >>"$out/parts.tsv"
+if [[ $machine =~ capability\ ([0-9]+\.[0-9]+) ]]; then
+  export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${BASH_REMATCH[1]}}
+fi
 
 if [[ $device == cpu ]]; then
   export TRITON_INTERPRET=1
   small=(--device cpu --size atto --image 64 --ratio 0.5 --batch 2)
   parity=("${small[@]}" --dims 8 8 8 8 --stage 4 --dtypes float32 --jobs 1)
-  kernels=("${small[@]}" --dims 8 8 8 8 --stage 4 --dtype float32 --programs layer_norm)
+  kernels=("${small[@]}" --dims 8 8 8 8 --stage 4 --dtype float32 --programs layer_norm --backend triton)
   encoder=("${small[@]}" --dtype float32 --compiler eager --repeat-seconds 0.1)
+  overhead=("${small[@]}" --dtype float32 --repeat-seconds 0.1)
   fcmae=("${small[@]}" --dtype float32 --compiler eager --repeat-seconds 0.1 --variants sparse dense)
   tests=(tests/test_masking.py)
 else
-  parity=() kernels=() encoder=() fcmae=()
+  parity=() kernels=() encoder=() overhead=() fcmae=()
   tests=(tests/ops tests/models tests/nn tests/test_packing.py -k "triton or cuda or graph or stream")
 fi
+
+# operators: yes, or why there are no CUDA operators.
+operators() {
+  "$python" -c 'from sparsecnx import _extension as e
+print("yes" if e.cuda_loaded else e.cuda_why_not)' 2>&1 | tail -n 1
+}
+
+# unpack WHEEL: its compiled operators into the package.
+unpack() {
+  "$python" -c '
+import sys, zipfile
+with zipfile.ZipFile(sys.argv[1]) as wheel:
+    names = [name for name in wheel.namelist() if name.startswith("sparsecnx/_") and name.endswith(".so")]
+    wheel.extractall(".", names)
+print(*names)' "$1"
+}
 
 if wanted build; then
   say "build: in the background"
   build_begin=$SECONDS
   # Politely: parity compiles kernels on the same cores.
-  SPARSECNX_BUILD=cpu MAX_JOBS=6 nice -n 19 timeout -k 5 "$(limit 240)" \
+  MAX_JOBS=6 nice -n 19 timeout -k 5 "$(limit 240)" \
     "$python" setup.py build_ext --inplace >"$work/build.txt" 2>&1 &
   build=$!
 fi
 
-part parity 130 "$python" benchmarks/gpu_parity.py "${parity[@]}" --seconds SECONDS_LEFT --out "$out/parity.json"
+part parity 120 "$python" benchmarks/gpu_parity.py "${parity[@]}" --seconds SECONDS_LEFT --out "$out/parity.json"
 
+cuda=$(operators)
 if wanted build; then
   # Nothing may compile while kernels are timed.
-  until=$((SECONDS + 30))
+  until=$((SECONDS + 90))
   while kill -0 "$build" 2>/dev/null && ((SECONDS < until)); do sleep 1; done
   kill "$build" 2>/dev/null
   wait "$build"
   code=$?
+  build_seconds=$((SECONDS - build_begin))
   tail -n 20 "$work/build.txt" >>"$out/log.txt"
-  if ((code == 0)); then
-    record build ok $((SECONDS - build_begin)) ""
-  else
+  why=
+  if ((code != 0)); then
     why=$(grep -iE 'error|no C\+\+ compiler|Python\.h' "$work/build.txt" | tail -n 1 | cut -c1-200 | tr '\t' ' ')
-    record build failed $((SECONDS - build_begin)) "pure Python without the CPU operators: exit code $code; $why"
+    why="exit code $code; $why"
+  fi
+  cuda=$(operators)
+  if [[ $cuda != yes ]]; then
+    why="${why:+$why; }$cuda"
+    wheel=$(find dist build -maxdepth 2 -name 'sparsecnx-*.whl' 2>/dev/null | sort | tail -n 1)
+    if [[ -n $wheel ]]; then
+      say "build: unpacking $wheel: $(unpack "$wheel" 2>&1 | tail -n 1)"
+      cuda=$(operators)
+    fi
+    if [[ -n $wheel && $cuda == yes ]]; then
+      record build ok $build_seconds "CUDA operators of $wheel, compiling them here failed: $why"
+    elif [[ $device == cpu && $code == 0 ]]; then
+      record build ok $build_seconds "without CUDA operators: $why"
+    else
+      record build failed $build_seconds "without CUDA operators: $why${wheel:+; with those of $wheel: $cuda}"
+    fi
+  elif ((code != 0)); then
+    record build failed $build_seconds "$why"
+  else
+    record build ok $build_seconds "CPU and CUDA operators compiled here, beside parity"
   fi
 fi
 
-part kernels 95 "$python" benchmarks/kernels.py "${kernels[@]}" --seconds SECONDS_LEFT --out "$out/kernels.json"
-part encoder 155 "$python" benchmarks/encoder_step.py "${encoder[@]}" --seconds SECONDS_LEFT --out "$out/encoder.json"
-part fcmae 90 "$python" benchmarks/fcmae_step.py "${fcmae[@]}" --seconds SECONDS_LEFT --out "$out/fcmae.json"
+# cuda_part NAME SECONDS COMMAND...: a part that is nothing without the CUDA operators.
+cuda_part() {
+  if [[ $device == cpu ]]; then
+    wanted "$1" && record "$1" skipped 0 "needs a GPU"
+  elif [[ $cuda != yes ]]; then
+    wanted "$1" && record "$1" failed 0 "no CUDA operators: $cuda"
+  else
+    part "$@"
+  fi
+}
+
+cuda_part cuda 60 "$python" benchmarks/gpu_parity.py --backend cuda "${parity[@]}" --seconds SECONDS_LEFT \
+  --out "$out/parity-cuda.json"
+if [[ $device == cuda && $cuda != yes ]]; then kernels+=(--backend triton); fi
+part kernels 110 "$python" benchmarks/kernels.py "${kernels[@]}" --seconds SECONDS_LEFT --out "$out/kernels.json"
+cuda_part choices 60 "$python" benchmarks/choices.py --seconds SECONDS_LEFT --out "$out/gpu_choices.json"
+if [[ -s $out/gpu_choices.json ]] && wanted choices; then
+  cp "$out/gpu_choices.json" sparsecnx/data/gpu_choices.json && say "choices: auto goes by them from here on"
+fi
+part encoder 125 "$python" benchmarks/encoder_step.py "${encoder[@]}" --seconds SECONDS_LEFT --out "$out/encoder.json"
+part overhead 40 "$python" benchmarks/launch_overhead.py "${overhead[@]}" --seconds SECONDS_LEFT --out "$out/overhead.json"
+part fcmae 80 "$python" benchmarks/fcmae_step.py "${fcmae[@]}" --seconds SECONDS_LEFT --out "$out/fcmae.json"
+
+if wanted memcheck || wanted racecheck; then
+  sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null)
+  for tool in memcheck racecheck; do
+    if [[ $device == cuda && -z $sanitizer ]]; then
+      wanted $tool && record $tool skipped 0 "compute-sanitizer is not installed"
+    else
+      # Tensors in allocations of their own, so that reading past one shows; torch's own kernels are not looked at.
+      cuda_part $tool 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool $tool --error-exitcode 1 \
+        --kernel-name kns=sparsecnx --print-limit 20 "$python" benchmarks/sanitizer_run.py
+    fi
+  done
+fi
 
 if wanted tests; then
   missing=$("$python" -c '

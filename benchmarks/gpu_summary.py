@@ -264,6 +264,37 @@ def steps(found: dict[str, Any], baselines: Sequence[str], rival: Sequence[str] 
         yield from table(["case", "variant", "errors"], wrong, 3)
 
 
+def chosen(found: dict[str, Any]) -> Iterator[str]:
+    """CUDA's time as a fraction of Triton's, of the latest run, by step and shape."""
+    run = found["runs"][-1]
+    times: dict[tuple[str, int, str], dict[str, str]] = {}
+    for entry in run["times"]:
+        key = (entry["dtype"], entry["channels"], str(entry["tile"] or "-"))
+        times.setdefault(key, {})[entry["step"]] = f"{entry['cuda_ms'] / entry['triton_ms']:.2f}"
+    names = list(dict.fromkeys(entry["step"] for entry in run["times"]))
+    yield f"CUDA's time over Triton's on {run['gpu']}, below 1 where CUDA is faster:"
+    yield ""
+    rows = [[*key, *(by_step.get(name, "-") for name in names)] for key, by_step in sorted(times.items())]
+    yield from table(["dtype", "C", "tile", *names], rows)
+
+
+def overhead(found: dict[str, Any]) -> Iterator[str]:
+    """How busy the device is in each mode."""
+    rows = [
+        [
+            key,
+            name + ("" if mode.get("agrees", True) else " **wrong**"),
+            f"{mode['ms']['median']:.3f}",
+            *(f"{mode[field]:.3f}" if field in mode else "-" for field in ("kernel_ms", "queued_ms")),
+            f"{mode['launches']:.0f}" if "launches" in mode else "-",
+            f"{mode['busy']:.1%} ({mode['busy_by']})" if "busy" in mode else "-",
+        ]
+        for key, case in found.get("cases", {}).items()
+        for name, mode in case["modes"].items()
+    ]
+    yield from table(["case", "mode", "ms", "kernel ms", "queued ms", "launches", "busy"], rows, 2)
+
+
 def ratio(value: float | None, base: float | None) -> str:
     """A quotient in words."""
     return f"{value / base:.3f}" if value is not None and base else "-"
@@ -278,13 +309,16 @@ def summary(folder: Path) -> str:
     """All that is known, as Markdown."""
     lines = ["# GPU suite", "", *parts(folder)]
     sections = {
-        "Parity": ("parity.json", parity),
+        "Parity, Triton": ("parity.json", parity),
+        "Parity, CUDA": ("parity-cuda.json", parity),
         "Kernels": ("kernels.json", kernels),
+        "Choices": ("gpu_choices.json", chosen),
         "Encoder, forward + backward": ("encoder.json", lambda found: steps(found, DENSE)),
         "Pretraining step": ("fcmae.json", lambda found: steps(found, DENSE, VIT)),
+        "Launch overhead": ("overhead.json", overhead),
     }
     for title, (name, section) in sections.items():
-        if (found := load(folder / name)) and (found.get("cases") or found.get("stages")):
+        if (found := load(folder / name)) and any(found.get(key) for key in ("cases", "stages", "runs")):
             lines += [f"## {title}", "", *section(found)]
     log = folder / "log.txt"
     if log.exists():

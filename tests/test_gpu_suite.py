@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -48,13 +50,22 @@ FAKE = """#!/usr/bin/env bash
 # Instead of Python: a part does what FAKE_<part> says, all else is done by the real one.
 case $1 in
   benchmarks/gpu_summary.py) exec "$REAL" "$@" ;;
-  benchmarks/gpu_parity.py) part=parity ;;
+  benchmarks/gpu_parity.py) part=parity; [[ $* == *"--backend cuda"* ]] && part=cuda ;;
+  benchmarks/choices.py) part=choices ;;
+  benchmarks/launch_overhead.py) part=overhead ;;
   benchmarks/encoder_step.py) part=encoder ;;
   benchmarks/fcmae_step.py) part=fcmae ;;
   benchmarks/kernels.py) part=kernels ;;
   setup.py) part=build ;;
   -m) part=tests ;;
-  -c) case $2 in *properties*) echo "a fake GPU"; exit ;; *xdist*) exit 1 ;; *) exec "$REAL" "$@" ;; esac ;;
+  -c)
+    case $2 in
+      *properties*) echo "a fake GPU, capability 9.0; Python"; exit ;;
+      *cuda_loaded*) eval "${FAKE_operators:-echo yes}"; exit ;;
+      *zipfile*) echo "${@: -1}" >>"$0.unpacked"; exit ;;
+      *xdist*) exit 1 ;;
+      *) exec "$REAL" "$@" ;;
+    esac ;;
 esac
 echo "$part got $*"
 todo=FAKE_$part
@@ -72,7 +83,12 @@ class Suite:
         self.python.chmod(self.python.stat().st_mode | stat.S_IXUSR)
 
     def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
-        variables = {**os.environ, "PYTHON": str(self.python), "REAL": sys.executable, **environment}
+        # A compute-sanitizer that runs what it is given.
+        tool = self.python.with_name("compute-sanitizer")
+        tool.write_text('#!/usr/bin/env bash\necho "$2 with ${*:3}"\n')
+        tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+        path = f"{tool.parent}{os.pathsep}{os.environ['PATH']}"
+        variables = {**os.environ, "PYTHON": str(self.python), "REAL": sys.executable, "PATH": path, **environment}
         command = ["bash", str(BENCHMARKS / "gpu_suite.sh"), str(self.out)]
         return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
 
@@ -89,11 +105,14 @@ def suite(tmp_path: Path) -> Suite:
 def test_all_parts_run_in_turn_within_the_limits_on_what_comes_back(suite: Suite) -> None:
     done = suite.run()
     assert done.returncode == 0, done.stdout + done.stderr
-    names = ["machine", "parity", "build", "kernels", "encoder", "fcmae", "tests"]
+    names = ["machine", "parity", "build", "cuda", "kernels", "choices", "encoder", "overhead", "fcmae"]
+    names += ["memcheck", "racecheck", "tests"]
     assert suite.statuses() == dict.fromkeys(names, "ok")
     assert {path.name for path in suite.out.iterdir()} == {"log.txt", "parts.tsv", "summary.md"}
     out = str(suite.out.resolve())
-    assert f"parity got benchmarks/gpu_parity.py --seconds 115 --out {out}/parity.json" in done.stdout
+    assert f"parity got benchmarks/gpu_parity.py --seconds 105 --out {out}/parity.json" in done.stdout
+    assert f"cuda got benchmarks/gpu_parity.py --backend cuda --seconds 45 --out {out}/parity-cuda.json" in done.stdout
+    assert "racecheck with " in done.stdout
     assert "tests got -m pytest" in done.stdout
     summary = (suite.out / "summary.md").read_text()
     assert "| machine | ok | " in summary
@@ -116,7 +135,47 @@ def test_without_a_compiler_it_goes_on_and_says_so(suite: Suite) -> None:
     assert done.returncode == 1
     assert suite.statuses()["build"] == "failed"
     assert suite.statuses()["kernels"] == "ok"
-    assert "pure Python without the CPU operators: exit code 1; error: no C++ compiler" in done.stdout
+    assert "exit code 1; error: no C++ compiler" in done.stdout
+
+
+def test_without_nvcc_parts_of_cuda_fail_and_the_others_go_on(suite: Suite) -> None:
+    done = suite.run(FAKE_operators="echo 'no nvcc found'")
+    assert done.returncode == 1
+    found = suite.statuses()
+    assert [name for name, status in found.items() if status != "ok"] == [
+        "build",
+        "cuda",
+        "choices",
+        "memcheck",
+        "racecheck",
+    ]
+    assert "without CUDA operators: no nvcc found" in done.stdout
+    assert "kernels got benchmarks/kernels.py --backend triton " in done.stdout
+
+
+def test_a_wheel_that_was_brought_along_stands_in_for_nvcc(suite: Suite, request: pytest.FixtureRequest) -> None:
+    wheel = ROOT / "build" / "sparsecnx-test-none-any.whl"
+    wheel.parent.mkdir(exist_ok=True)
+    wheel.touch()
+    request.addfinalizer(wheel.unlink)
+    done = suite.run(FAKE_operators='if [[ -e $0.unpacked ]]; then echo yes; else echo "no nvcc found"; fi')
+    assert suite.statuses()["build"] == "ok"
+    assert "compiling them here failed: no nvcc found" in done.stdout
+    assert suite.statuses()["cuda"] == "ok"
+    assert done.returncode == 0, done.stdout
+
+
+def test_measured_choices_are_put_in_their_place(suite: Suite, tmp_path: Path) -> None:
+    """In a copy of what the suite needs, so that this one keeps its own."""
+    copy = tmp_path / "copy"
+    (copy / "sparsecnx" / "data").mkdir(parents=True)
+    shutil.copytree(BENCHMARKS, copy / "benchmarks")
+    command = ["bash", str(copy / "benchmarks" / "gpu_suite.sh"), str(suite.out)]
+    environment = {"FAKE_choices": 'echo "{}" >"${@: -1}"', "SPARSECNX_SUITE_PARTS": "choices"}
+    variables = {**os.environ, "PYTHON": str(suite.python), "REAL": sys.executable, **environment}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (copy / "sparsecnx" / "data" / "gpu_choices.json").read_text() == "{}\n"
 
 
 def test_time_that_runs_out_ends_a_part_and_the_rest(suite: Suite) -> None:
@@ -129,7 +188,7 @@ def test_time_that_runs_out_ends_a_part_and_the_rest(suite: Suite) -> None:
 
 
 def test_no_pytest_is_said(suite: Suite) -> None:
-    found = suite.python.read_text().replace('*) exec "$REAL" "$@" ;; esac', "*) echo hypothesis; exit ;; esac")
+    found = suite.python.read_text().replace("*xdist*) exit 1 ;;", "*find_spec*) echo hypothesis; exit ;;")
     suite.python.write_text(found)
     done = suite.run(SPARSECNX_SUITE_PARTS="tests")
     assert done.returncode == 0
@@ -341,6 +400,7 @@ def test_kernels_of_no_cost_stop_the_benchmark(load: Any) -> None:
 def test_parity_sees_a_wrong_gradient(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     parity = load("gpu_parity")
     stage = {"channels": 8, "tile": 1, "image": 64, "batch": 3, "dtype": "float32", "device": str(DEVICE)}
+    stage["backend"] = "triton"
     every = parity.operators
     fast = ("layer_norm", "scatter")
 
@@ -613,6 +673,55 @@ for module in (choices, encoder_step, fcmae_step, gpu_parity, kernels):
     assert int(counts["encoder_step"]) == 2 * 3 * 5  # each variant of each size fails, and that is noted
     assert int(counts["kernels"]) == 3 * 4 + 4
     assert int(counts["choices"]) > 30
+
+
+# Launch overhead.
+
+
+def test_time_covered_by_kernels_counts_once(load: Any) -> None:
+    covered = load("launch_overhead").covered
+    assert covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.75), (3.0, 4.0)]) == 5.0
+    assert covered([]) == 0.0
+
+
+def test_busy_is_what_the_profiler_says_or_else_the_queued_step(load: Any) -> None:
+    busy = load("launch_overhead").busy
+    step = {"ms": {"median": 10.0}}
+    assert busy({**step, "kernel_ms": 9.5, "queued_ms": 9.9}) == {
+        "busy": 0.95,
+        "busy_by": "kernel_ms",
+        "meets_goal": True,
+    }
+    assert busy({**step, "queued_ms": 5.0}) == {"busy": 0.5, "busy_by": "queued_ms", "meets_goal": False}
+    assert busy(step) == {}
+
+
+def test_every_step_of_the_overhead_has_another_mask(load: Any, step_case: Any) -> None:
+    overhead = load("launch_overhead")
+    masks: list[Tensor] = []
+    step = load("encoder_step").sparse(step_case, True, 8)
+    mask = step.inputs[1]
+    renew = overhead.renewal(mask, step_case["ratio"])
+
+    def run() -> None:
+        masks.append(mask.clone())
+        step.run()
+
+    def reset() -> None:
+        step.reset()
+        renew()
+
+    found = overhead.mode(run, reset, torch.device("cpu"), 0.01)
+    assert found["ms"]["median"] > 0
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(masks))
+    assert {int((~one).sum()) for one in masks} == {8 * 2}
+
+    def replay() -> None:
+        step.reset()  # a graph writes gradients and adds to none
+        step.run()
+
+    assert overhead.check(step, replay, renew)["agrees"]
+    assert not overhead.check(step, lambda: None, renew)["agrees"]  # still of the mask before
 
 
 # The summary.
