@@ -96,7 +96,7 @@ def sparse(case: dict[str, Any], graph: bool, batch: int) -> Step:
         out[0].backward(low.to(out[0].dtype))
         out[0] = out[0].detach()
 
-    check = functools.partial(graph_errors, work, out) if graph else functools.partial(sparse_errors, work)
+    check = functools.partial(graph_errors, work, out, low) if graph else functools.partial(sparse_errors, work)
     inputs = [work.images, work.mask, *work.model.parameters()]
     return Step(run, steps.dropping(work.model), inputs, check, forward)
 
@@ -117,13 +117,13 @@ def sparse_errors(work: Work) -> dict[str, Any]:
     return {"backend": backend, **judged(found, expected, work.case)}
 
 
-def graph_errors(work: Work, out: list[Tensor]) -> dict[str, Any]:
-    """Errors of what the replayed graph has just written against the same step run eagerly."""
+def graph_errors(work: Work, out: list[Tensor], grad: Tensor) -> dict[str, Any]:
+    """Errors of what the replayed graph has just written against the same step, with that gradient, run eagerly."""
     found = {"output": out[0].clone(), **{k: v.clone() for k, v in encoder.grads_by_name(work.model).items()}}
     held = {name: parameter.grad for name, parameter in work.model.named_parameters()}
     work.model.zero_grad(set_to_none=True)
     features = work.sparse(work.images, work.mask).features
-    features.backward(work.rows(work.grad, work.mask).to(features.dtype))
+    features.backward(grad.to(features.dtype))
     expected = {"output": features.detach().float(), **encoder.grads_by_name(work.model)}
     for name, parameter in work.model.named_parameters():
         parameter.grad = held[name]  # where the graph writes
