@@ -145,6 +145,10 @@ std::string text(Place place) {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.line);
 }
 
+bool same(Place here, Place there) {
+  return here.line == there.line && (here.file == there.file || std::strcmp(here.file, there.file) == 0);
+}
+
 std::string whereabouts(const Fiber& fiber) {
   if (fiber.state == State::kDone) return text(fiber) + " has ended";
   if (fiber.state == State::kReady) return text(fiber) + " goes on";
@@ -247,8 +251,7 @@ bool open_barrier() {
     if (fiber.state == State::kDone) continue;
     if (fiber.state != State::kWaitsForBlock) return false;
     if (first == nullptr) first = &fiber;
-    const Place &here = fiber.waiting.place, &there = first->waiting.place;
-    if (here.line != there.line || std::strcmp(here.file, there.file) != 0) {
+    if (!same(fiber.waiting.place, first->waiting.place)) {
       record_failure("threads wait at different barriers: " + whereabouts(*first) + ", " + whereabouts(fiber));
       return false;
     }
@@ -464,13 +467,12 @@ uint64_t meet_in_warp(const WarpCall& call) {
     if (warp + other >= block_threads) fail("the mask of " + here() + " names lanes that the block does not have");
     const Fiber& fiber = *fibers[warp + other];
     if (fiber.state == State::kDone) fail("the mask of " + here() + " names " + text(fiber) + ", which has ended");
-    const bool same = fiber.state == State::kWaitsForWarp && fiber.waiting.mask == call.mask &&
-                      fiber.waiting.call == call.call && fiber.waiting.place.line == call.place.line &&
-                      std::strcmp(fiber.waiting.place.file, call.place.file) == 0;
-    if (fiber.state == State::kWaitsForWarp && !same && (fiber.waiting.mask >> lane & 1) != 0) {
+    const bool arrived = fiber.state == State::kWaitsForWarp && fiber.waiting.mask == call.mask &&
+                         fiber.waiting.call == call.call && same(fiber.waiting.place, call.place);
+    if (fiber.state == State::kWaitsForWarp && !arrived && (fiber.waiting.mask >> lane & 1) != 0) {
       fail("waits in " + here() + " while " + whereabouts(fiber));
     }
-    if (!same) {
+    if (!arrived) {
       back_to_scheduler();
       return self.result;
     }
