@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsecnx import _cuda, _extension
+from sparsecnx.selection import selected
+
 
 def nested_factors(tile: int) -> list[int]:
     """Branching of one tile side from coarse to fine: `[odd, 2, 2, ...]` with product `tile`."""
@@ -65,7 +68,7 @@ class TileSet:
         grid: tiles per axis, `(gh, gw)` in two dimensions.
         index: int64 `(tiles,)`, ascending: `image * prod(grid) + raster position` of each visible tile.
         splits: int64 `(batch + 1,)`; the visible tiles of image `n` are `index[splits[n]:splits[n + 1]]`.
-        visible: number of visible tiles in every image, or None where images differ.
+        visible: number of visible tiles in every image, or None where images differ or may differ.
     """
 
     batch: int
@@ -77,34 +80,60 @@ class TileSet:
     _captured: bool = field(default_factory=lambda: _capturing(), repr=False)
 
     @classmethod
-    def from_mask(cls, mask: Tensor, grid: tuple[int, ...], visible: int | None = None) -> TileSet:
+    def from_mask(
+        cls, mask: Tensor, grid: tuple[int, ...], visible: int | None = None, count: int | None = None
+    ) -> TileSet:
         """From a mask as in MAE: bool `(B, prod(grid))` or `(B, *grid)`, True = masked (removed).
 
-        With `visible`, every image is known to keep that many tiles: nothing is read back from the device
-        and no shape depends on data. Without it the mask is counted, one synchronisation on a GPU.
+        With `visible`, every image is known to keep that many tiles, with `count` the whole batch: nothing is read
+        back from the device and no shape depends on data. Without them the mask is counted, one synchronisation on
+        a GPU.
 
         Raises:
             TypeError: `mask` is not a bool tensor.
-            ValueError: its shape does not fit `grid`, or an image does not keep `visible` tiles.
+            ValueError: its shape does not fit `grid`, or it does not keep `visible` or `count` tiles. On a GPU, and
+                where torch.compile compiles, an assertion on the device fails instead.
         """
         flat = check_mask(mask, grid)
         batch, cells = flat.shape
-        if visible is None:
-            counts = (~flat).sum(dim=1)
-            index = (~flat).flatten().nonzero().flatten()
-            splits = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-            known = counts.tolist() if batch else [0]
-            return cls(batch, grid, index, splits, known[0] if min(known) == max(known) else None)
-        if not 0 <= visible <= cells:
-            raise ValueError(f"visible is {visible}: a grid of {cells} tiles keeps 0 to {cells}")
-        matches = ((~flat).sum(dim=1) == visible).all()
-        message = f"mask does not keep visible={visible} tiles in every image"
-        if matches.device.type == "cpu" and not torch.compiler.is_compiling():
-            if not matches:
-                raise ValueError(message)
+        if visible is not None:
+            if not 0 <= visible <= cells:
+                raise ValueError(f"visible is {visible}: a grid of {cells} tiles keeps 0 to {cells}")
+            if count not in (None, batch * visible):
+                raise ValueError(f"count is {count}: {batch} images with visible={visible} keep {batch * visible}")
+            count = batch * visible
+            message = f"mask does not keep visible={visible} tiles in every image"
+        elif count is not None:
+            if not 0 <= count <= batch * cells:
+                raise ValueError(f"count is {count}: {batch} images of {cells} tiles keep 0 to {batch * cells}")
+            message = f"mask does not keep count={count} tiles in all"
         else:
-            torch._assert_async(matches, message)
+            counts = (~flat).sum(dim=1)
+            known = counts.tolist() if batch else [0]
+            visible = known[0] if min(known) == max(known) else None
+            if not _takes_cuda(mask.device, len(grid)):
+                index = (~flat).flatten().nonzero().flatten()
+                return cls(batch, grid, index, torch.nn.functional.pad(counts.cumsum(0), (1, 0)), visible)
+            count, message = sum(known), ""
+
+        if _takes_cuda(mask.device, len(grid)):
+            tile_index = torch.ops.sparsecnx_cuda.tile_index
+            index, splits, slots = tile_index(flat.contiguous(), count, -1 if visible is None else visible)
+            if message:
+                _insist(splits[-1] == count, message)
+            tiles = cls(batch, grid, index, splits, visible)
+            if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+                remember(tiles, "slots", lambda: slots)
+            return tiles
+
         # A stable sort of the mask lists the visible tiles (False) first, in raster order.
+        counts = (~flat).sum(dim=1)
+        if visible is None:
+            _insist(counts.sum() == count, message)
+            index = flat.flatten().to(torch.uint8).sort(stable=True).indices[:count]
+            splits = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+            return cls(batch, grid, index, splits, None)
+        _insist((counts == visible).all(), message)
         kept = flat.to(torch.uint8).sort(dim=1, stable=True).indices[:, :visible]
         image = torch.arange(batch, device=mask.device)
         index = (image[:, None] * cells + kept).flatten()
@@ -151,6 +180,8 @@ class TileSet:
         return remember(self, radius, lambda: self._build_neighbours(radius))
 
     def _build_neighbours(self, radius: int) -> Tensor:
+        if _takes_cuda(self.device, self.ndim):
+            return torch.ops.sparsecnx_cuda.neighbour_table(self.index, self.slots(), self.grid, radius)
         # Slots of a grid padded by `radius` on every side, so that no offset leaves its image.
         padded = [size + 2 * radius for size in self.grid]
         image, *place = self.positions()
@@ -188,7 +219,9 @@ class Layout:
     _captured: bool = field(default_factory=lambda: _capturing(), repr=False)
 
     @classmethod
-    def from_mask(cls, mask: Tensor, shape: tuple[int, ...], visible: int | None = None) -> Layout:
+    def from_mask(
+        cls, mask: Tensor, shape: tuple[int, ...], visible: int | None = None, count: int | None = None
+    ) -> Layout:
         """Layout of a dense tensor with spatial `shape` under `mask`, bool `(B, L)` or `(B, *grid)`.
 
         The tile side follows from the shapes: `shape / grid`, equal along all axes.
@@ -197,7 +230,7 @@ class Layout:
             TypeError, ValueError: as `TileSet.from_mask`, or no square tile fits.
         """
         grid, tile = infer_grid(mask, shape)
-        return cls(TileSet.from_mask(mask, grid, visible), tile)
+        return cls(TileSet.from_mask(mask, grid, visible, count), tile)
 
     @property
     def batch(self) -> int:
@@ -323,6 +356,22 @@ def remember(owner: TileSet | Layout, key: Any, build: Callable[[], Tensor]) -> 
     return table
 
 
+def _takes_cuda(device: torch.device, ndim: int) -> bool:
+    """Whether the GPU operators build the geometry. They round nothing, so of the backends that `use_backend` asks for
+    by name only the reference is insisted on."""
+    if ndim > 3 or selected() == "reference" or (device.type == "cpu" and selected() != "cuda"):
+        return False
+    return _cuda.refusal(device) is None
+
+
+def _insist(holds: Tensor, message: str) -> None:
+    """Raises where a bool `()` is False: ValueError at once on the CPU, else an assertion on the device."""
+    if holds.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(holds, message)
+    elif not holds:
+        raise ValueError(message)
+
+
 def _capturing() -> bool:
     """Whether what is launched now becomes part of a CUDA graph."""
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
@@ -384,3 +433,16 @@ def infer_grid(mask: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], i
             f"mask is {tuple(mask.shape)}: no grid of square tiles with that many cells divides {extent} sites evenly"
         )
     return grid, tile
+
+
+if _extension.loaded:
+
+    @torch.library.register_fake("sparsecnx_cuda::tile_index")
+    def _(mask: Tensor, count: int, visible: int) -> tuple[Tensor, Tensor, Tensor]:
+        batch, cells = mask.shape
+        index, splits = (mask.new_empty(size, dtype=torch.int64) for size in (count, batch + 1))
+        return index, splits, mask.new_empty(batch * cells, dtype=torch.int32)
+
+    @torch.library.register_fake("sparsecnx_cuda::neighbour_table")
+    def _(index: Tensor, slots: Tensor, grid: list[int], radius: int) -> Tensor:
+        return index.new_empty(index.shape[0], (2 * radius + 1) ** len(grid), dtype=torch.int32)

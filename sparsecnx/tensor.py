@@ -44,7 +44,9 @@ class SparseTensor:
         return SparseTensor, (self.features, self.layout)  # to copy and pickle in spite of being immutable
 
     @classmethod
-    def from_dense(cls, dense: Tensor, mask: Tensor, visible: int | None = None) -> SparseTensor:
+    def from_dense(
+        cls, dense: Tensor, mask: Tensor, visible: int | None = None, count: int | None = None
+    ) -> SparseTensor:
         """Pack the visible sites of a dense tensor. Masked sites are never read.
 
         Args:
@@ -53,10 +55,12 @@ class SparseTensor:
                 tiles that divides the spatial shape; `(B, H, W)` is an arbitrary mask of single sites.
             visible: visible tiles per image, where known and equal: then nothing is read back from the
                 device and no shape depends on data.
+            count: visible tiles of the whole batch, where known: the same for images that differ.
 
         Raises:
             TypeError: `dense` is not a tensor, `mask` not a bool tensor.
-            ValueError: shapes or devices do not fit, the batch is empty, or counts differ from `visible`.
+            ValueError: shapes or devices do not fit, the batch is empty, or the mask does not keep `visible` or
+                `count` tiles.
         """
         if not isinstance(dense, Tensor):
             raise TypeError(f"dense is a {type(dense).__name__}: expected a tensor (B, C, *spatial)")
@@ -69,7 +73,7 @@ class SparseTensor:
             raise ValueError(f"mask is on {mask.device}: dense is on {dense.device}")
         if isinstance(mask, Tensor) and mask.ndim and mask.shape[0] != dense.shape[0]:
             raise ValueError(f"mask is {tuple(mask.shape)}: dense holds {dense.shape[0]} images")
-        layout = Layout.from_mask(mask, layout_shape, visible)
+        layout = Layout.from_mask(mask, layout_shape, visible, count)
         return cls(gather_rows(dense, layout), layout)
 
     def dense(self, fill: float | Tensor = 0.0) -> Tensor:

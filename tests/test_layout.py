@@ -7,15 +7,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import cuda_emulator
 import pytest
 import torch
-from cases import MASKS, draw_mask, example_layout, layouts, make_layout, masks
+from cases import DEVICE, MASKS, device_of, draw_mask, example_layout, layouts, make_layout, masks, needs_cuda
+from cuda_emulator import guarded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsecnx import Layout, TileSet
+from sparsecnx import Layout, SparseTensor, TileSet, use_backend
 from sparsecnx.layout import rows_to_tile, tile_sites, tile_to_rows
 
 SIDES = range(1, 25)
@@ -145,6 +147,43 @@ def test_visible_equals_the_counted_path(data: st.DataObject, ndim: int) -> None
         assert torch.equal(found, expected)
 
 
+@given(st.data(), st.integers(1, 3))
+def test_count_equals_the_counted_path(data: st.DataObject, ndim: int) -> None:
+    mask, _ = data.draw(masks(ndim))
+    counted = TileSet.from_mask(mask, tuple(mask.shape[1:]))
+    known = TileSet.from_mask(mask, counted.grid, count=counted.count)
+    assert known.visible is None and known.batch == counted.batch
+    for found, expected in ((known.index, counted.index), (known.splits, counted.splits)):
+        assert found.dtype == expected.dtype == torch.int64
+        assert torch.equal(found, expected)
+    for count in {counted.count - 1, counted.count + 1} & set(range(mask.numel() + 1)):
+        with pytest.raises(ValueError, match=f"mask does not keep count={count} tiles in all"):
+            TileSet.from_mask(mask, counted.grid, count=count)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"count": -1}, "count is -1: 2 images of 6 tiles keep 0 to 12"),
+        ({"count": 13}, "count is 13: 2 images of 6 tiles keep 0 to 12"),
+        ({"visible": 3, "count": 5}, "count is 5: 2 images with visible=3 keep 6"),
+    ],
+    ids=str,
+)
+def test_count_that_cannot_be(numbers: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Layout.from_mask(torch.zeros(2, 6, dtype=torch.bool), (4, 6), **numbers)
+
+
+def test_from_dense_with_count() -> None:
+    mask, dense = draw_mask("random counts", 2, (3, 2), seed=1), torch.randn(2, 5, 12, 8)
+    expected = SparseTensor.from_dense(dense, mask)
+    found = SparseTensor.from_dense(dense, mask, count=int((~mask).sum()))
+    assert torch.equal(found.features, expected.features)
+    with pytest.raises(ValueError, match="mask does not keep count=3 tiles in all"):
+        SparseTensor.from_dense(dense, mask, count=3)
+
+
 @pytest.mark.parametrize("visible", [-1, 7])
 def test_visible_out_of_range(visible: int) -> None:
     with pytest.raises(ValueError, match=rf"visible is {visible}: a grid of 6 tiles keeps 0 to 6"):
@@ -263,32 +302,47 @@ def test_errors_name_the_argument_and_what_was_expected(
         call()
 
 
-def geometry(mask: Tensor) -> tuple[Tensor, ...]:
+def geometry(mask: Tensor, **known: int) -> tuple[Tensor, ...]:
     """All that a network asks of a layout."""
-    layout = Layout.from_mask(mask, (12, 8), visible=3)
+    layout = Layout.from_mask(mask, (12, 8), **known)
     maps = [layout.kernel_map((3, 3), 1, (1, 1)), layout.kernel_map((2, 2), 2, (0, 0))]
     return (layout.tiles.index, layout.row_splits, layout.coordinates(), layout.tiles.mask(), *maps)
 
 
-def test_with_visible_no_shape_depends_on_data() -> None:
-    mask = draw_mask("equal counts", 2, (3, 2), seed=2)
-    with Recorder() as recorder:
-        geometry(mask)
+# What is known of a mask `(2, 3, 2)` that keeps 3 tiles in every image, and what is said where it does not.
+KNOWN = pytest.mark.parametrize(
+    ("known", "message"),
+    [({"visible": 3}, "visible=3 tiles in every image"), ({"count": 6}, "count=6 tiles in all")],
+    ids=["visible", "count"],
+)
+GEOMETRY_BACKENDS = pytest.mark.parametrize("backend", ["auto", pytest.param("cuda", marks=needs_cuda)])
+
+
+@KNOWN
+@GEOMETRY_BACKENDS
+def test_what_is_known_leaves_no_shape_to_data(known: dict[str, int], message: str, backend: str) -> None:
+    mask = draw_mask("equal counts", 2, (3, 2), seed=2).to(device_of(backend))
+    with Recorder() as recorder, use_backend(backend):
+        geometry(mask, **known)
     assert "aten::nonzero" not in recorder.names
-    # In eager mode on the CPU, where reading a number costs nothing, `visible` is checked.
-    assert recorder.names.count("aten::_local_scalar_dense") == 1
+    # In eager mode on the CPU, where reading a number costs nothing, what is said to be known is checked.
+    assert recorder.names.count("aten::_local_scalar_dense") == (mask.device.type == "cpu")
 
     with Recorder() as recorder:
-        geometry(mask.to("meta"))
+        geometry(mask.to("meta"), **known)
     assert not READS_DATA & set(recorder.names)
 
     with Recorder() as recorder:
-        Layout.from_mask(mask, (12, 8))
+        Layout.from_mask(mask.cpu(), (12, 8))
     assert "aten::nonzero" in recorder.names
 
 
-def test_with_visible_compiles_to_one_graph_that_reads_nothing_back() -> None:
-    mask = draw_mask("equal counts", 2, (3, 2), seed=2)
+@KNOWN
+@GEOMETRY_BACKENDS
+def test_what_is_known_compiles_to_one_graph_that_reads_nothing_back(
+    known: dict[str, int], message: str, backend: str
+) -> None:
+    mask = draw_mask("equal counts", 2, (3, 2), seed=2).to(device_of(backend))
     ran: list[str] = []
 
     def recording(graph: Any, _: Any) -> Any:
@@ -300,11 +354,171 @@ def test_with_visible_compiles_to_one_graph_that_reads_nothing_back() -> None:
 
         return run
 
-    for backend in ("eager", recording):
+    def run(mask: Tensor) -> tuple[Tensor, ...]:
+        return geometry(mask, **known)
+
+    expected = run(mask.cpu())
+    for compiler in ("eager", "aot_eager", recording):
         torch.compiler.reset()
-        compiled = torch.compile(geometry, fullgraph=True, backend=backend)
-        for found, expected in zip(compiled(mask), geometry(mask), strict=True):
-            assert torch.equal(found, expected)
-        with pytest.raises(RuntimeError, match="mask does not keep visible=3 tiles in every image"):
-            compiled(torch.zeros_like(mask))
+        compiled = torch.compile(run, fullgraph=True, backend=compiler)
+        with use_backend(backend):
+            for found, wanted in zip(compiled(mask), expected, strict=True):
+                assert torch.equal(found.cpu(), wanted)
+            if mask.device.type == "cpu":  # on a GPU, the assertion that fails is the last thing a process does there
+                with pytest.raises(RuntimeError, match=f"mask does not keep {message}"):
+                    compiled(torch.zeros_like(mask))
     assert ran and not READS_DATA & set(ran)
+    assert ("sparsecnx_cuda::tile_index" in ran) == ("sparsecnx_cuda::neighbour_table" in ran) == (backend == "cuda")
+
+
+def visible_tiles(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `tile_index` gives for a mask `(B, cells)`, in plain torch."""
+    tiles = TileSet.from_mask(mask, (mask.shape[1],))
+    return tiles.index, tiles.splits, tiles.slots()
+
+
+@needs_cuda
+@given(st.data(), st.integers(1, 3))
+def test_tile_index(data: st.DataObject, ndim: int) -> None:
+    mask = data.draw(masks(ndim))[0].flatten(1)
+    tiles, expected = TileSet.from_mask(mask, (mask.shape[1],)), visible_tiles(mask)
+    for visible in {-1, -1 if tiles.visible is None else tiles.visible}:
+        found = torch.ops.sparsecnx_cuda.tile_index(guarded(mask).to(DEVICE), tiles.count, visible)
+        for value, wanted in zip(found, expected, strict=True):
+            assert value.dtype == wanted.dtype and torch.equal(value.cpu(), wanted)
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("images", "cells"),
+    [(0, 9), (1, 0), (3, 0), (1, 1), (700, 1), (300, 49), (2, 4096), (2, 4097), (3, 20_000), (1, 100_000)],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [0.0, 0.6, 0.999, 1.0])
+def test_tile_index_of_any_number_of_cells(images: int, cells: int, masked: float) -> None:
+    mask = torch.rand(images, cells) < masked
+    expected = visible_tiles(mask)
+    found = torch.ops.sparsecnx_cuda.tile_index(mask.to(DEVICE), len(expected[0]), -1)
+    for value, wanted in zip(found, expected, strict=True):
+        assert torch.equal(value.cpu(), wanted)
+
+
+@needs_cuda
+@pytest.mark.parametrize(("images", "cells"), [(4, 7), (2, 5000)], ids=str)
+def test_tile_index_of_a_mask_that_keeps_something_else(images: int, cells: int) -> None:
+    mask = torch.rand(images, cells) < 0.5
+    mask[0, 0], mask[-1, -1] = False, True  # at least one of each
+    index, splits, slots = visible_tiles(mask)
+    kept = len(index)
+    for count in (0, kept - 1, kept + 1, images * cells):
+        found_index, found_splits, found_slots = (
+            value.cpu() for value in torch.ops.sparsecnx_cuda.tile_index(mask.to(DEVICE), count, -1)
+        )
+        shorter = min(count, kept)
+        assert found_splits[-1] == -1
+        assert torch.equal(found_splits[:-1], splits[:-1].clamp(max=count))
+        assert torch.equal(found_index[:shorter], index[:shorter]) and not found_index[shorter:].any()
+        assert torch.equal(found_slots, torch.where(slots < count, slots, -1))
+
+
+@needs_cuda
+def test_tile_index_counts_every_image() -> None:
+    mask = torch.tensor([[False, True, True], [False, False, False]])
+    for visible, end in ((2, -1), (-1, 4)):
+        assert torch.ops.sparsecnx_cuda.tile_index(mask.to(DEVICE), 4, visible)[1].tolist() == [0, 1, end]
+
+
+@needs_cuda
+@given(st.data(), st.integers(1, 3), st.integers(0, 3))
+def test_neighbour_table(data: st.DataObject, ndim: int, radius: int) -> None:
+    mask, _ = data.draw(masks(ndim))
+    tiles = TileSet.from_mask(mask, tuple(mask.shape[1:]))
+    index, slots = guarded(tiles.index).to(DEVICE), guarded(tiles.slots()).to(DEVICE)
+    found = torch.ops.sparsecnx_cuda.neighbour_table(index, slots, tiles.grid, radius)
+    assert found.dtype == torch.int32 and torch.equal(found.cpu(), tiles.neighbours(radius))
+
+
+@needs_cuda
+def test_geometry_operators_pass_opcheck() -> None:
+    mask = draw_mask("equal counts", 3, (3, 4), seed=4).flatten(1).to(DEVICE)
+    tiles = TileSet.from_mask(mask, (3, 4))
+    torch.library.opcheck(torch.ops.sparsecnx_cuda.tile_index.default, (mask, tiles.count, tiles.visible))
+    torch.library.opcheck(torch.ops.sparsecnx_cuda.tile_index.default, (mask, tiles.count, -1))
+    arguments = (tiles.index, tiles.slots(), [3, 4], 2)
+    torch.library.opcheck(torch.ops.sparsecnx_cuda.neighbour_table.default, arguments)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+def test_gpu_operators_build_the_same_geometry(kind: str, ndim: int) -> None:
+    mask = draw_mask(kind, 3, (3, 2, 4)[:ndim], seed=7)
+    with use_backend("reference"):
+        expected = TileSet.from_mask(mask, tuple(mask.shape[1:]))
+        with Recorder() as recorder:
+            neighbours = expected.neighbours(2)
+    assert not [name for name in recorder.names if name.startswith("sparsecnx")]
+    known = {"visible": expected.visible} if kind == "equal counts" else {"count": expected.count}
+    with use_backend("cuda"):
+        counted = TileSet.from_mask(mask.to(DEVICE), expected.grid)
+        assert counted.visible == expected.visible
+        with Recorder() as recorder:
+            told = TileSet.from_mask(mask.to(DEVICE), expected.grid, **known)
+        assert recorder.names.count("sparsecnx_cuda::tile_index") == 1 and "aten::sort" not in recorder.names
+        for tiles in (counted, told):
+            with Recorder() as recorder:
+                slots = tiles.slots()
+                table = tiles.neighbours(2)
+            assert recorder.names == ["sparsecnx_cuda::neighbour_table"]
+            for found, wanted in (
+                (tiles.index, expected.index),
+                (tiles.splits, expected.splits),
+                (slots, expected.slots()),
+                (table, neighbours),
+            ):
+                assert found.dtype == wanted.dtype and torch.equal(found.cpu(), wanted)
+
+
+@needs_cuda
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the emulator counts launches")
+def test_geometry_takes_three_launches() -> None:
+    emulator, mask = cuda_emulator.load(), draw_mask("random counts", 2, (3, 2), seed=1)
+    emulator.forget_launches()
+    with use_backend("cuda"):
+        TileSet.from_mask(mask, (3, 2), count=int((~mask).sum())).neighbours(1)
+    names = [launch.kernel for launch in emulator.launches()]
+    assert len(names) == 3
+    for name, kernel in zip(names, ("count_kernel", "place_kernel", "neighbour_table_kernel"), strict=True):
+        assert kernel in name
+
+
+MASK, PLACES = FLAT.to(DEVICE), torch.tensor([0, 4], device=DEVICE)
+SLOTS = torch.tensor([0, -1, -1, -1, 1, -1], dtype=torch.int32, device=DEVICE)
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda op: op.tile_index(MASK.int(), 1, -1), "mask is Int, expected Bool"),
+        (lambda op: op.tile_index(MASK[0], 1, -1), r"mask must be contiguous, \(images, cells\)"),
+        (lambda op: op.tile_index(MASK.t(), 1, -1), r"mask must be contiguous, \(images, cells\)"),
+        (lambda op: op.tile_index(MASK, 13, -1), "count is 13, expected 0 to 12"),
+        (lambda op: op.tile_index(MASK, -1, -1), "count is -1, expected 0 to 12"),
+        (lambda op: op.tile_index(MASK, 5, 2), "visible is 2, expected -1 or count / images, count is 5"),
+        (lambda op: op.tile_index(MASK, 14, 7), "count is 14, expected 0 to 12"),
+        (lambda op: op.neighbour_table(PLACES[None], SLOTS, [2, 3], 1), r"index must be \(tiles,\)"),
+        (lambda op: op.neighbour_table(PLACES.int(), SLOTS, [2, 3], 1), "index is Int, expected Long"),
+        (lambda op: op.neighbour_table(PLACES, SLOTS.long(), [2, 3], 1), "slots is Long, expected Int"),
+        (lambda op: op.neighbour_table(PLACES, SLOTS, [2, 2], 1), "slots has 6 elements, expected one for each of 4"),
+        (lambda op: op.neighbour_table(PLACES.repeat(4), SLOTS, [2, 3], 1), "index has 8 tiles, slots has 6 cells"),
+        (lambda op: op.neighbour_table(PLACES, SLOTS, [], 1), "grid has 0 axes, expected 1 to 3"),
+        (lambda op: op.neighbour_table(PLACES, SLOTS, [1, 1, 2, 3], 1), "grid has 4 axes, expected 1 to 3"),
+        (lambda op: op.neighbour_table(PLACES, SLOTS, [0, 3], 1), "grid has 0 tiles along axis 0"),
+        (lambda op: op.neighbour_table(PLACES, SLOTS, [2, 3], -1), "radius is -1, expected 0 or more"),
+        (lambda op: op.neighbour_table(PLACES, SLOTS, [2, 3], 3000), "radius is 3000, expected at most"),
+    ],
+)
+def test_geometry_operators_refuse(call: Callable[[Any], object], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.ops.sparsecnx_cuda)
