@@ -33,10 +33,23 @@ inline __device__ __half narrow<__half>(float x) {
 
 // Values that move together: 16 bytes at a multiple of 16 bytes.
 template <class T>
-struct alignas(16) Pack {
+union alignas(16) Pack {
   static constexpr int kSize = 16 / sizeof(T);
+  uint4 bits;
   T at[kSize];
 };
+
+// A pack from memory and to memory in one access, which copying the union does not promise.
+template <class T>
+__device__ Pack<T> load_pack(const T* from) {
+  Pack<T> pack;
+  pack.bits = *reinterpret_cast<const uint4*>(from);
+  return pack;
+}
+template <class T>
+__device__ void store_pack(T* to, const Pack<T>& pack) {
+  *reinterpret_cast<uint4*>(to) = pack.bits;
+}
 
 // Calls f(Tag<T>()) with the storage type of a dtype.
 template <class T>

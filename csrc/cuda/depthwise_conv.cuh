@@ -1,0 +1,337 @@
+// Depthwise convolution on the GPU: what its kernels share.
+//
+// The sites of a tile are cut into squares of S x S, S a power of two: S x S consecutive rows in nested order. A warp
+// takes one square at a time and 32 channels of it, a *slab*, one for each lane: a lane keeps the K x K weights of
+// its channel and the sums of its outputs in registers. Input sites come to shared memory once, 16 bytes at a time
+// and without passing through registers, and every value read from there serves up to K rows and K columns of
+// outputs. Since a warp shares its slab with no other, warps do not wait for each other.
+//
+//   S = 8, 4 (halo.cuh):    the square that the outputs see, (S + K - 1)^2 sites, is gathered from its neighbours.
+//   S = 2, 1 (window.cuh):  squares see many times their own size, so the warp takes several in a row and stages the
+//                           run of rows in which all that they see lies.
+//
+// A neighbour that is masked costs neither loads nor multiplications: which are there is the same for a whole warp.
+#pragma once
+
+#include <cuda_pipeline.h>
+
+#include <type_traits>
+
+#include "depthwise_conv.h"
+#include "nested.cuh"
+#include "types.cuh"
+
+namespace sparsecnx::cuda {
+
+constexpr int kLanes = 32;
+constexpr unsigned kAll = 0xffffffffu;
+constexpr int kSlab = 32;  // channels of a slab
+
+// Warps of a block that share nothing, and such blocks on a multiprocessor at least. In 16 bits 3 blocks of 53 KiB are
+// what the shared memory of sm_80 takes, and 168 registers keep its compiler from spilling; that of sm_90 makes do
+// with 128, so that 4 blocks run there. In 32 bits the halos of 8 warps fill the shared memory.
+constexpr int kThreads = 128;
+template <class T>
+constexpr int kBlocks = sizeof(T) == 2 ? 3 : 2;
+template <class T>
+constexpr int kGradBlocks = sizeof(T) == 2 ? 3 : 1;  // of the weight gradient, which stages a second tensor
+
+// Warps of a block that normalises rows: 168 registers each in 16 bits, since the sums meet the moments there.
+template <class T>
+constexpr int kMostWarps = sizeof(T) == 2 ? 12 : 8;
+
+constexpr int kWindowRows = 144;  // rows of x staged at once: 9 KiB in 16 bits
+
+template <int S>
+constexpr int kSquaresAtOnce = S == 2 ? 8 : 16;
+
+// Squares, as the kernels see them.
+struct Squares {
+  const int32_t* table;
+  int count;          // rows are numbered in 31 bits, so squares are
+  TileSide per_tile;  // squares per tile side
+  int span;
+
+  Squares(const DepthwiseGeometry& g, int side)
+      : table(g.table), count(static_cast<int>(g.rows() / (side * side))), per_tile(g.tile / side), span(g.span) {}
+
+  // A position among the squares, at most their end.
+  __device__ int at(int64_t position) const { return static_cast<int>(min(position, int64_t{count})); }
+
+  // The square dy below and dx right of square q; -1 where it is masked.
+  __device__ int neighbour(int q, int dy, int dx) const {
+    const int tile = q / per_tile.sites(), inside = q % per_tile.sites();
+    const int reach = span / 2, side = per_tile.side;
+    const int y = site_line(per_tile, inside) + dy + reach * side;
+    const int x = site_column(per_tile, inside) + dx + reach * side;
+    const int32_t there = table[int64_t{tile} * (span * span) + y / side * span + x / side];
+    if (there < 0) return -1;
+    return there * per_tile.sites() + nested_line(per_tile, y % side) + nested_column(per_tile, x % side);
+  }
+};
+
+// How far a kernel of side K reaches from a square of side S.
+template <int K, int S>
+struct Reach {
+  static constexpr int kHalo = S + K - 1;               // sites per side that the outputs see
+  static constexpr int kSquares = (K / 2 + S - 1) / S;  // squares to each side
+  static constexpr int kAcross = 2 * kSquares + 1;      // squares per side of the neighbourhood
+  static constexpr int kShift = kSquares * S - K / 2;   // of the halo in the neighbourhood
+  static constexpr int kAround = kAcross * kAcross;
+};
+
+// Site (y, x) of a square, in nested order.
+template <int S>
+__host__ __device__ constexpr int nested_in_square(int y, int x) {
+  static_assert((S & (S - 1)) == 0 && S <= 8);
+  return (y & 1) << 1 | (y & 2) << 2 | (y & 4) << 3 | (x & 1) | (x & 2) << 1 | (x & 4) << 2;
+}
+
+// The slab of one warp.
+template <class T>
+struct Slab {
+  static constexpr int kPerPack = Pack<T>::kSize;
+  static constexpr int kLanesPerRow = kSlab / kPerPack;  // that move a row 16 bytes each
+  static constexpr int kRowsAtOnce = kLanes / kLanesPerRow;
+
+  int channels;  // C
+  int first;     // channel of lane 0
+  bool packs;    // rows of x can be moved 16 bytes at a time
+  int lane;
+
+  __device__ Slab(int channels, int first, bool packs)
+      : channels(channels), first(first), packs(packs), lane(threadIdx.x % kLanes) {}
+
+  __device__ int channel() const { return first + lane; }
+  __device__ bool inside() const { return channel() < channels; }
+  // Offset of the values that this lane moves of a row.
+  __device__ int64_t offset(int64_t row, int part) const { return row * channels + first + part; }
+
+  // Starts to copy rows to shared memory: place i, (kSlab) values, gets row_of(i); where that is negative, nothing.
+  template <class F>
+  __device__ void fetch(T* to, const T* from, int count, const F& row_of) const {
+    if (packs) {
+      const int part = lane % kLanesPerRow * kPerPack;
+      if (first + part < channels) {
+#pragma unroll 4
+        for (int i = lane / kLanesPerRow; i < count; i += kRowsAtOnce) {
+          const int row = row_of(i);
+          if (row >= 0) __pipeline_memcpy_async(to + i * kSlab + part, from + offset(row, part), 16);
+        }
+      }
+    } else if (inside()) {
+      for (int i = 0; i < count; ++i) {
+        const int row = row_of(i);
+        if (row >= 0) to[i * kSlab + lane] = from[offset(row, lane)];
+      }
+    }
+    __pipeline_commit();
+  }
+
+  // Waits until the whole warp's copies have arrived.
+  __device__ void arrive() const {
+    __pipeline_wait_prior(0);
+    __syncwarp();
+  }
+};
+
+// Weights of the lane's channel, 0 outside. `scratch` takes (kSlab * K * K) values: rows of weight are short, and
+// are read in the order of memory.
+template <class T, int K>
+__device__ void load_weights(float (&weights)[K * K], const T* weight, const Slab<T>& slab, bool flip, T* scratch) {
+  const int known = min(kSlab, slab.channels - slab.first) * K * K;
+  const T* from = weight + static_cast<int64_t>(slab.first) * K * K;
+  for (int i = slab.lane; i < known; i += kLanes) scratch[i] = from[i];
+  __syncwarp();
+#pragma unroll
+  for (int k = 0; k < K * K; ++k) {
+    const int tap = flip ? K * K - 1 - k : k;
+    weights[k] = slab.inside() ? widen(scratch[slab.lane * K * K + tap]) : 0.0f;
+  }
+  __syncwarp();
+}
+
+// Mean and sum of squared distances from it, of `count` values.
+struct Moments {
+  float count, mean, squares;
+
+  // With those of other values (Chan, Golub, LeVeque 1979).
+  __device__ Moments merged(Moments other) const {
+    const float total = count + other.count;
+    const float share = total > 0.0f ? other.count / total : 0.0f;
+    const float distance = other.mean - mean;
+    return {total, mean + distance * share, squares + other.squares + distance * distance * count * share};
+  }
+};
+
+// The moments of all lanes of each group of neighbours, in each of them.
+template <int kWidth>
+__device__ Moments merged_across(Moments m) {
+#pragma unroll
+  for (int step = 1; step < kWidth; step *= 2) {
+    const Moments other{__shfl_xor_sync(kAll, m.count, step), __shfl_xor_sync(kAll, m.mean, step),
+                        __shfl_xor_sync(kAll, m.squares, step)};
+    // In the same order in both lanes, so that both get the same bits.
+    m = threadIdx.x & step ? other.merged(m) : m.merged(other);
+  }
+  return m;
+}
+
+// What a lane moves at once: 16 bytes where rows allow it, otherwise a value.
+template <class T>
+struct Sixteen {
+  static constexpr int kValues = Pack<T>::kSize, kLanesPerRow = Slab<T>::kLanesPerRow;
+  static __device__ Pack<T> load(const T* from) { return load_pack(from); }
+  static __device__ void store(T* to, const Pack<T>& pack) { store_pack(to, pack); }
+};
+template <class T>
+struct Single {
+  static constexpr int kValues = 1, kLanesPerRow = kLanes;
+  static __device__ Pack<T> load(const T* from) {
+    Pack<T> pack;
+    pack.at[0] = *from;
+    return pack;
+  }
+  static __device__ void store(T* to, const Pack<T>& pack) { *to = pack.at[0]; }
+};
+
+// The rows of squares that a warp has computed, on their way from shared memory to `out`. place(i) is where the
+// slab's values of row i lie in shared memory.
+template <class T>
+struct Finish {
+  T* out;         // (rows, C)
+  int64_t first;  // row of place 0
+  int count;
+
+  // The values as they are.
+  template <class F>
+  __device__ void store(const Slab<T>& slab, const T* memory, const F& place) const {
+    for_rows(slab, [&](int i, int part, bool known, auto move) {
+      using Move = decltype(move);
+      if (known) {
+        Move::store(out + slab.offset(first + i, part), Move::load(memory + place(i) * kSlab + part));
+      }
+    });
+  }
+
+  // Adds the moments of the slab's values of every row to `moments`.
+  template <class F>
+  __device__ void measure(const Slab<T>& slab, const T* memory, const F& place, Moments* moments) const {
+    for_rows(slab, [&](int i, int part, bool known, auto move) {
+      using Move = decltype(move);
+      Moments m{0.0f, 0.0f, 0.0f};
+      if (known) {
+        const Pack<T> values = Move::load(memory + place(i) * kSlab + part);
+        m.count = Move::kValues;
+#pragma unroll
+        for (int k = 0; k < Move::kValues; ++k) m.mean += widen(values.at[k]);
+        m.mean *= 1.0f / Move::kValues;
+#pragma unroll
+        for (int k = 0; k < Move::kValues; ++k) {
+          m.squares += (widen(values.at[k]) - m.mean) * (widen(values.at[k]) - m.mean);
+        }
+      }
+      m = merged_across<Move::kLanesPerRow>(m);
+      if (slab.lane % Move::kLanesPerRow == 0 && i < count) moments[i] = moments[i].merged(m);
+    });
+  }
+
+  // (value - mean) * rstd, of values in shared memory or, where `memory` is null, stored before by the same lane.
+  template <class F>
+  __device__ void normalise(const Slab<T>& slab, const T* memory, const F& place, const float2* scales) const {
+    for_rows(slab, [&](int i, int part, bool known, auto move) {
+      using Move = decltype(move);
+      if (known) {
+        T* to = out + slab.offset(first + i, part);
+        Pack<T> values = Move::load(memory == nullptr ? to : memory + place(i) * kSlab + part);
+        const float2 scale = scales[i];
+#pragma unroll
+        for (int k = 0; k < Move::kValues; ++k) {
+          values.at[k] = narrow<T>((widen(values.at[k]) - scale.x) * scale.y);
+        }
+        Move::store(to, values);
+      }
+    });
+  }
+
+ private:
+  // f(row, first value of it, whether it is there, how to move values), for a whole warp at a time.
+  template <class F>
+  __device__ void for_rows(const Slab<T>& slab, const F& f) const {
+    if (slab.packs) {
+      rows_by(slab, f, Sixteen<T>());
+    } else {
+      rows_by(slab, f, Single<T>());
+    }
+  }
+
+  template <class F, class Move>
+  __device__ void rows_by(const Slab<T>& slab, const F& f, Move move) const {
+    const int part = slab.lane % Move::kLanesPerRow * Move::kValues;
+#pragma unroll 2
+    for (int i0 = 0; i0 < count; i0 += kLanes / Move::kLanesPerRow) {
+      const int i = i0 + slab.lane / Move::kLanesPerRow;
+      f(i, part, i < count && slab.first + part < slab.channels, move);
+    }
+  }
+};
+
+// Mean and scale of each row from the moments that each warp found, (warps, places). All threads of the block.
+inline __device__ void settle(const Moments* moments, int warps, int places, int count, float eps, float2* scales,
+                              float* rstd) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    Moments m = moments[i];
+    for (int w = 1; w < warps; ++w) m = m.merged(moments[w * places + i]);
+    const float scale = rsqrtf(m.squares / m.count + eps);
+    scales[i] = float2{m.mean, scale};
+    rstd[i] = scale;
+  }
+}
+
+template <class T>
+struct ConvArguments {
+  const T* x;
+  const T* weight;
+  const float* bias;
+  const T* residual;
+  T* out;
+  float* rstd;
+  Squares squares;
+  int channels;
+  int per_warp;  // squares that a warp (or, where rows are normalised, a block) takes one after another
+  float eps;
+  bool flip, packs;
+};
+
+template <class T>
+struct WeightGradArguments {
+  const T* grad;
+  const T* x;
+  float* partial;
+  Squares squares;
+  int channels;
+  int per_range;  // squares of a range
+  bool packs;
+};
+
+// The end of a weight gradient: the sums of all warps of the block, in order, to partial[blockIdx.x]. Every warp has
+// `stride` floats of `scratch`, room for its (K * K + 1, kSlab) sums.
+template <int K, class T>
+__device__ void add_up_warps(const float (&sums)[K * K], float total, const Slab<T>& slab, float* scratch, int stride,
+                             float* partial) {
+  float* own = scratch + threadIdx.x / kLanes * stride;
+#pragma unroll
+  for (int k = 0; k < K * K; ++k) own[k * kSlab + slab.lane] = sums[k];
+  own[K * K * kSlab + slab.lane] = total;
+  __syncthreads();
+  const int warps = blockDim.x / kLanes;
+  for (int i = threadIdx.x; i < (K * K + 1) * kSlab; i += blockDim.x) {
+    float sum = scratch[i];
+    for (int w = 1; w < warps; ++w) sum += scratch[w * stride + i];
+    const int channel = slab.first + i % kSlab;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (K * K + 1) + i / kSlab;
+    if (channel < slab.channels) partial[row * slab.channels + channel] = sum;
+  }
+}
+
+}  // namespace sparsecnx::cuda

@@ -1,0 +1,211 @@
+// Depthwise convolution of squares of 8 x 8 and 4 x 4 sites, see depthwise_conv.cuh. The warp gathers the halo of its
+// square, the (S + K - 1)^2 sites that the outputs see, and slides over its lines: a value is read once for a strip of
+// 4 lines of outputs and serves up to 4 * min(K, S) of them.
+#pragma once
+
+#include "depthwise_conv.cuh"
+
+namespace sparsecnx::cuda {
+
+constexpr int kStrip = 4;  // lines of outputs whose sums are held at once: 4 x 8 of them beside 7 x 7 weights
+
+// Shared memory of a warp.
+template <class T, int K, int S>
+struct HaloMemory {
+  static constexpr int kSites = Reach<K, S>::kHalo * Reach<K, S>::kHalo;
+  static constexpr int kOutputs = S * S;
+
+  alignas(16) T halo[kSites * kSlab];
+  int rows[kSites];  // of x, -1 where the site is masked
+};
+
+// Where the rows of the halo of square q are. Returns which neighbours of the square are visible, a bit for each.
+template <int K, int S>
+__device__ unsigned seek_halo(const Squares& squares, int q, int* rows, int lane) {
+  using R = Reach<K, S>;
+  static_assert(R::kAround <= kLanes);
+  const int dy = lane / R::kAcross - R::kSquares, dx = lane % R::kAcross - R::kSquares;
+  const int around = lane < R::kAround ? squares.neighbour(q, dy, dx) : -1;
+  const unsigned present = __ballot_sync(kAll, around >= 0);
+  constexpr int kSites = R::kHalo * R::kHalo;
+#pragma unroll 1  // or the compiler keeps what depends on the lane alone in registers that the weights need
+  for (int i0 = 0; i0 < kSites; i0 += kLanes) {
+    const int i = min(i0 + lane, kSites - 1);
+    const int y = i / R::kHalo + R::kShift, x = i % R::kHalo + R::kShift;
+    const int square = __shfl_sync(kAll, around, y / S * R::kAcross + x / S);
+    rows[i] = square < 0 ? -1 : square * (S * S) + nested_in_square<S>(y % S, x % S);
+  }
+  __syncwarp();
+  return present;
+}
+
+// f(line, column, value) for every visible site that a strip of outputs sees, lines counted from the first it sees.
+// `column` is the lane's value of the first site of that line; `y0` the strip's first line in the square.
+template <class T, int K, int S, class F>
+__device__ __forceinline__ void for_halo(const T* column, unsigned present, int y0, const F& f) {
+  using R = Reach<K, S>;
+#pragma unroll
+  for (int l = 0; l < kStrip + K - 1; ++l) {
+    const unsigned across = present >> (y0 + l + R::kShift) / S * R::kAcross;
+#pragma unroll
+    for (int square = 0; square < R::kAcross; ++square) {
+      if (across >> square & 1) {
+#pragma unroll
+        for (int i = 0; i < S; ++i) {
+          const int x = square * S - R::kShift + i;
+          if (x >= 0 && x < R::kHalo) f(l, x, widen(column[(l * R::kHalo + x) * kSlab]));
+        }
+      }
+    }
+  }
+}
+
+// f(output line, output column, ky, kx) for every output of the strip that sees the site at (line, column).
+template <int K, int S, class F>
+__device__ __forceinline__ void for_outputs(int line, int column, const F& f) {
+#pragma unroll
+  for (int y = 0; y < kStrip; ++y) {
+#pragma unroll
+    for (int x = 0; x < S; ++x) {
+      const int ky = line - y, kx = column - x;
+      if (ky >= 0 && ky < K && kx >= 0 && kx < K) f(y, x, ky, kx);
+    }
+  }
+}
+
+// Rows to normalise are the work of a block, all of whose warps take the same square and different slabs; otherwise
+// warps take squares of their own and blockIdx.y is the slab.
+template <class T, int K, int S, bool kNormalise>
+__global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads, kNormalise ? 1 : kBlocks<T>)
+    depthwise_halo_kernel(const ConvArguments<T> a) {
+  using R = Reach<K, S>;
+  using Memory = HaloMemory<T, K, S>;
+  const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
+  Memory* memories = shared_memory<Memory>();
+  Memory& memory = memories[warp];
+  Moments* moments = reinterpret_cast<Moments*>(memories + warps);  // (warps, S * S)
+  float2* scales = reinterpret_cast<float2*>(moments + warps * S * S);
+  const int slabs = (a.channels + kSlab - 1) / kSlab;
+  const int first_slab = kNormalise ? warp : blockIdx.y, slab_step = kNormalise ? warps : slabs;
+  const int begin = a.squares.at((kNormalise ? int64_t{blockIdx.x} : int64_t{blockIdx.x} * warps + warp) * a.per_warp);
+  const int end = a.squares.at(int64_t{begin} + a.per_warp);
+  const auto place = [](int i) {
+    return ((i >> 1 & 1) | (i >> 2 & 2) | (i >> 3 & 4)) * R::kHalo + ((i & 1) | (i >> 1 & 2) | (i >> 2 & 4));
+  };
+
+  float weights[K * K];
+  int held = -1;  // slab of the weights
+  for (int q = begin; q < end; ++q) {
+    const Finish<T> finish{a.out, int64_t{q} * (S * S), S * S};
+    if constexpr (kNormalise) {
+      for (int i = lane; i < S * S; i += kLanes) moments[warp * S * S + i] = Moments{0.0f, 0.0f, 0.0f};
+    }
+    const unsigned present = seek_halo<K, S>(a.squares, q, memory.rows, lane);
+    for (int s = first_slab; s < slabs; s += slab_step) {
+      const Slab<T> slab(a.channels, s * kSlab, a.packs);
+      if (held != s) {
+        load_weights<T, K>(weights, a.weight, slab, a.flip, memory.halo);
+        held = s;
+      }
+      slab.fetch(memory.halo, a.x, Memory::kSites, [&](int i) { return memory.rows[i]; });
+      const float bias = a.bias != nullptr && slab.inside() ? a.bias[slab.channel()] : 0.0f;
+      slab.arrive();
+#pragma unroll 1
+      for (int y0 = 0; y0 < S; y0 += kStrip) {
+        float sums[kStrip][S];
+#pragma unroll
+        for (int y = 0; y < kStrip; ++y) {
+#pragma unroll
+          for (int x = 0; x < S; ++x) {
+            sums[y][x] = bias;
+            if (a.residual != nullptr && slab.inside()) {
+              const int row = q * (S * S) + nested_in_square<S>(y0, 0) + nested_in_square<S>(y, x);
+              sums[y][x] += widen(a.residual[slab.offset(row, lane)]);
+            }
+          }
+        }
+        T* column = memory.halo + y0 * R::kHalo * kSlab + lane;
+        for_halo<T, K, S>(column, present, y0, [&](int l, int x, float value) {
+          for_outputs<K, S>(l, x, [&](int oy, int ox, int ky, int kx) {
+            sums[oy][ox] = fmaf(value, weights[ky * K + kx], sums[oy][ox]);
+          });
+        });
+        // Lines of the halo that no later strip sees take the outputs. A lane's column is its own.
+#pragma unroll
+        for (int y = 0; y < kStrip; ++y) {
+#pragma unroll
+          for (int x = 0; x < S; ++x) column[(y * R::kHalo + x) * kSlab] = narrow<T>(sums[y][x]);
+        }
+      }
+      __syncwarp();
+      if (kNormalise) finish.measure(slab, memory.halo, place, moments + warp * S * S);
+      if (!kNormalise || slabs > warps) finish.store(slab, memory.halo, place);
+      __syncwarp();
+    }
+    if constexpr (kNormalise) {
+      __syncthreads();
+      settle(moments, warps, S * S, S * S, a.eps, scales, a.rstd + int64_t{q} * (S * S));
+      __syncthreads();
+      for (int s = first_slab; s < slabs; s += slab_step) {
+        const Slab<T> slab(a.channels, s * kSlab, a.packs);
+        finish.normalise(slab, slabs > warps ? nullptr : memory.halo, place, scales);
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// Shared memory of a warp for the weight gradient: the halo, and the incoming gradient of the square.
+template <class T, int K, int S>
+struct HaloGradMemory {
+  HaloMemory<T, K, S> input;
+  T grad[S * S * kSlab];
+};
+
+// Sums over a range of squares, blockIdx.x, of grad * shifted x for every tap and of grad, for slab blockIdx.y. The
+// sums of all taps stay in registers; those of the warps are added up in order.
+template <class T, int K, int S>
+__global__ void __launch_bounds__(kThreads, kGradBlocks<T>) depthwise_halo_grad_kernel(const WeightGradArguments<T> a) {
+  using R = Reach<K, S>;
+  using Memory = HaloGradMemory<T, K, S>;
+  const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
+  Memory* memories = shared_memory<Memory>();
+  Memory& memory = memories[warp];
+  const Slab<T> slab(a.channels, blockIdx.y * kSlab, a.packs);
+  const int begin = a.squares.at(int64_t{blockIdx.x} * a.per_range);
+  const int end = a.squares.at(int64_t{begin} + a.per_range);
+
+  float sums[K * K];
+#pragma unroll
+  for (int k = 0; k < K * K; ++k) sums[k] = 0.0f;
+  float total = 0.0f;
+  for (int q = begin + warp; q < end; q += warps) {
+    const unsigned present = seek_halo<K, S>(a.squares, q, memory.input.rows, lane);
+    slab.fetch(memory.input.halo, a.x, HaloMemory<T, K, S>::kSites, [&](int i) { return memory.input.rows[i]; });
+    slab.fetch(memory.grad, a.grad, S * S, [&](int i) { return q * (S * S) + i; });
+    slab.arrive();
+#pragma unroll 1
+    for (int y0 = 0; y0 < S; y0 += kStrip) {
+      float grads[kStrip][S];
+#pragma unroll
+      for (int y = 0; y < kStrip; ++y) {
+#pragma unroll
+        for (int x = 0; x < S; ++x) {
+          const int i = nested_in_square<S>(y0, 0) + nested_in_square<S>(y, x);
+          grads[y][x] = widen(memory.grad[i * kSlab + lane]);
+          total += grads[y][x];
+        }
+      }
+      const T* column = memory.input.halo + y0 * R::kHalo * kSlab + lane;
+      for_halo<T, K, S>(column, present, y0, [&](int l, int x, float value) {
+        for_outputs<K, S>(l, x, [&](int oy, int ox, int ky, int kx) {
+          sums[ky * K + kx] = fmaf(value, grads[oy][ox], sums[ky * K + kx]);
+        });
+      });
+    }
+    __syncwarp();
+  }
+  add_up_warps<K>(sums, total, slab, reinterpret_cast<float*>(memories), sizeof(Memory) / sizeof(float), a.partial);
+}
+
+}  // namespace sparsecnx::cuda
