@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsecnx import _extension, _triton
+from sparsecnx import _cuda, _extension, _triton
+from sparsecnx.choices import compare
 from sparsecnx.layout import Layout
-from sparsecnx.packing import native, reference
+from sparsecnx.packing import cuda, native, reference
 from sparsecnx.selection import selected
 
 triton: Any = importlib.import_module("sparsecnx.packing.triton") if _triton.available else None
@@ -29,12 +30,32 @@ def scatter_rows(rows: Tensor, layout: Layout, fill: Tensor) -> Tensor:
 
 
 def _room(values: Tensor, layout: Layout) -> Any:
-    """The module that moves these values: compiled or Triton kernels where they can, else the reference. Moving rounds
-    nothing, so of the backends that `use_backend` asks for by name only the reference is insisted on."""
-    if selected() == "reference" or layout.ndim != 2:
+    """The module that moves these values, of which the second axis are channels: compiled or Triton kernels where they
+    can, else the reference. Moving rounds nothing, so of the backends that `use_backend` asks for by name only the
+    reference is insisted on."""
+    asked = selected()
+    if asked == "reference" or layout.ndim != 2:
         return reference
-    on_cpu = values.device.type == "cpu"
-    takes_triton = _triton.available and values.dtype in TRITON_DTYPES and (not on_cpu or selected() == "triton")
-    if takes_triton and _triton.refusal(values.device) is None:
+    on_gpu = values.device.type != "cpu"
+    triton_can = (on_gpu or asked == "triton") and _takes_triton(values)
+    cuda_can = (on_gpu or asked == "cuda") and _takes_cuda(values)
+    if cuda_can and (asked == "cuda" or not triton_can or (asked == "auto" and _cuda_is_faster(values, layout))):
+        return cuda
+    if triton_can:
         return triton
-    return native if on_cpu and _extension.loaded else reference
+    return native if not on_gpu and _extension.loaded else reference
+
+
+def _takes_triton(values: Tensor) -> bool:
+    return _triton.available and values.dtype in TRITON_DTYPES and _triton.refusal(values.device) is None
+
+
+def _takes_cuda(values: Tensor) -> bool:
+    fits = values.dtype.itemsize <= cuda.LARGEST and values.shape[1] > 0
+    return _extension.loaded and fits and _cuda.refusal(values.device) is None
+
+
+def _cuda_is_faster(values: Tensor, layout: Layout) -> bool:
+    """Than Triton, both ways: each is the gradient of the other."""
+    steps = ("gather_tiles", "scatter_tiles")
+    return compare(steps, values.device, values.dtype, values.shape[1], layout.tile).backend == "cuda"

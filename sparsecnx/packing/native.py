@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from sparsecnx import _extension
 from sparsecnx.layout import Layout
+from sparsecnx.packing.gradients import fill_grad
 
 
 def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
@@ -56,14 +56,10 @@ if _extension.loaded:
         grad_rows = torch.ops.sparsecnx.gather_tiles(grad, index, ctx.tile)
         grad_fill = None
         if ctx.needs_input_grad[1]:
-            # Masked sites alone: the sum of all less that of the visible ones would cancel.
             batch, _, height, width = grad.shape
-            grid = (batch, 1, height // ctx.tile, width // ctx.tile)
-            masked = torch.ones(math.prod(grid), dtype=torch.bool, device=grad.device)
-            masked = masked.index_fill(0, index, False).view(grid)
-            masked = masked.repeat_interleave(ctx.tile, 2).repeat_interleave(ctx.tile, 3)
-            total = torch.where(masked, grad, 0).sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
-            grad_fill = total.to(grad.dtype)
+            cells = batch * (height // ctx.tile) * (width // ctx.tile)
+            masked = torch.ones(cells, dtype=torch.bool, device=grad.device).index_fill(0, index, False)
+            grad_fill = fill_grad(grad, masked, ctx.tile)
         return grad_rows, grad_fill, None, None, None, None, None
 
     torch.library.register_autograd("sparsecnx::gather_tiles", _gather_backward, setup_context=_gather_context)
