@@ -38,13 +38,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import launches
 import triton
 from launches import Setting, Specialisation, Use
+from occupancy import ARCHITECTURES, resident_blocks
 from record import description, write
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -55,30 +55,6 @@ from sparsecnx.models import SIZES
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 WIDTH = 16  # bytes per thread and access
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """Of a multiprocessor (CUDA C++ programming guide, table of technical specifications per compute capability).
-
-    Attributes:
-        block_shared: bytes of shared memory that a block may have.
-        shared: bytes of shared memory, of which every block takes RESERVED more than it asked for.
-    """
-
-    block_shared: int
-    shared: int
-    registers: int = 65536
-    warps: int = 64
-    blocks: int = 32
-
-
-ARCHITECTURES = {
-    80: Architecture(163 * 1024, 164 * 1024),
-    90: Architecture(227 * 1024, 228 * 1024),
-    100: Architecture(227 * 1024, 228 * 1024),
-}
-RESERVED = 1024
-REGISTER_UNIT = 256  # registers are handed to warps in multiples of it
 
 Facts = dict[str, Any]
 
@@ -255,14 +231,7 @@ def judge(facts: Facts, wide: Iterable[str], arch: int) -> list[str]:
 
 def resident(facts: Facts, arch: int) -> int:
     """Blocks that a multiprocessor holds at a time."""
-    limits = ARCHITECTURES[arch]
-    per_warp = -(-facts["registers"] * 32 // REGISTER_UNIT) * REGISTER_UNIT
-    return min(
-        limits.blocks,
-        limits.warps // facts["warps"],
-        limits.registers // per_warp // facts["warps"],
-        limits.shared // (facts["shared"] + RESERVED),
-    )
+    return resident_blocks(arch, facts["warps"], facts["registers"], facts["shared"])
 
 
 def occupancy(facts: Facts, arch: int) -> float:

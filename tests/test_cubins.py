@@ -1,0 +1,180 @@
+"""The machine code of the CUDA kernels: that it loads, spills nothing, is as wide and as resident as designed; and that
+benchmarks/cubin_resources.py, which says so, can say otherwise. No GPU takes part."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsecnx import _extension
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+OPERATORS = re.findall(r'm\.impl\("(\w+)"', (CUDA / "implement.h").read_text())
+
+
+def nvcc() -> str | None:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    return shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ["PATH"]]))
+
+
+pytestmark = [
+    pytest.mark.skipif(
+        not _extension.cuda_loaded and nvcc() is None,
+        reason=f"needs the GPU operators or nvcc to compile them: {_extension.cuda_why_not}",
+    ),
+    pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch"),
+]
+
+
+@pytest.fixture(scope="module")
+def cubins() -> Any:
+    """The benchmark as a module."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module("cubin_resources")
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def tool(cubins: Any) -> None:
+    try:
+        cubins.find_tool("cuobjdump")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def library(cubins: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one that is loaded; compiled for this test where none is."""
+    if _extension.cuda_loaded:
+        return cubins.find_library()
+    folder = tmp_path_factory.mktemp("built")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder)]
+    environment = {**os.environ, "SPARSECNX_BUILD": "cuda"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return cubins.find_library(folder / "sparsecnx")
+
+
+@pytest.fixture(scope="module")
+def kernels(cubins: Any, tool: None, library: Path) -> list[Any]:
+    return cubins.read(library)
+
+
+def test_it_gives_every_operator_a_kernel_for_the_gpu(library: Path) -> None:
+    if not _extension.cuda_loaded:
+        torch.ops.load_library(str(library))
+    missing = [
+        name
+        for name in OPERATORS
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsecnx_cuda::{name}", "CUDA")
+    ]
+    assert OPERATORS
+    assert missing == []
+
+
+def test_every_kernel_of_the_sources_is_there_on_every_architecture(kernels: list[Any]) -> None:
+    sources = "".join(path.read_text() for path in sorted(CUDA.glob("*.cu*")))
+    written = set(re.findall(r"__global__ void\s+(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s+)?(\w+)\(", sources))
+    assert len(written) == sources.count("__global__ void")
+    arches = {kernel.arch for kernel in kernels}
+    assert arches
+    for arch in arches:
+        assert {kernel.name.partition("<")[0] for kernel in kernels if kernel.arch == arch} == written
+
+
+def test_no_kernel_breaks_a_rule(cubins: Any, kernels: list[Any]) -> None:
+    """No spills, room for the blocks it was designed for, 16 bytes at a time where rows allow it."""
+    broken = [f"{kernel.name} sm_{kernel.arch}: {rule}" for kernel in kernels for rule in cubins.judge(kernel)]
+    assert broken == []
+
+
+def test_the_rules_are_about_something(cubins: Any, kernels: list[Any]) -> None:
+    assert {kernel.name.partition("<")[0] for kernel in kernels if cubins.packs(kernel.name)} >= {
+        "apply_kernel",
+        "copy_kernel",
+        "gather_kernel",
+        "scatter_kernel",
+        "depthwise_halo_kernel",
+        "depthwise_window_kernel",
+    }
+    assert all(kernel.threads for kernel in kernels)
+    assert any(kernel.blocks > 1 for kernel in kernels)
+
+
+SPILLING = """
+extern "C" __global__ void __launch_bounds__(1024, 2) spills_kernel(const float* x, float* out) {
+  float at[96];
+#pragma unroll
+  for (int i = 0; i < 96; ++i) at[i] = x[threadIdx.x + 1024 * i];
+  __syncthreads();
+  for (int n = 0; n < 1000; ++n) {
+#pragma unroll
+    for (int i = 0; i < 96; ++i) at[i] = fmaf(at[(i + 1) % 96], at[i], at[(i + 5) % 96]);
+  }
+#pragma unroll
+  for (int i = 0; i < 96; ++i) out[threadIdx.x + 1024 * i] = at[i];
+}
+template <class T, int N>
+__global__ void copy_kernel(const T* x, T* out) {
+  for (int i = 0; i < N; ++i) out[threadIdx.x * N + i] = x[threadIdx.x * N + i];
+}
+template __global__ void copy_kernel<unsigned int, 1>(const unsigned int*, unsigned int*);
+template __global__ void copy_kernel<uint4, 1>(const uint4*, uint4*);
+"""
+
+
+def test_kernels_that_break_the_rules_are_found(cubins: Any, tool: None, tmp_path: Path) -> None:
+    compiler = nvcc()
+    if compiler is None:
+        pytest.skip("needs nvcc")
+    source, built = tmp_path / "spills.cu", tmp_path / "spills.o"
+    source.write_text(SPILLING)
+    architecture = "-gencode=arch=compute_90,code=[sm_90,compute_90]"
+    subprocess.run([compiler, architecture, "-c", str(source), "-o", str(built)], check=True, capture_output=True)
+    by_name = {kernel.name: kernel for kernel in cubins.read(built)}
+    spilling, narrow, wide = (
+        by_name[name] for name in ("spills_kernel", "copy_kernel<32 bits, 1>", "copy_kernel<uint4, 1>")
+    )
+    assert (spilling.threads, spilling.blocks, spilling.arch, spilling.registers) == (1024, 2, 90, 32)
+    assert spilling.spills > 0
+    assert any(rule.startswith("spills: ") for rule in cubins.judge(spilling))
+    assert 0 < spilling.loop_ffma < spilling.loop < spilling.instructions
+    assert (narrow.loads, narrow.stores, wide.loads, wide.stores) == ({4: 1}, {4: 1}, {16: 1}, {16: 1})
+    assert [rule.partition(":")[0] for rule in cubins.judge(narrow)] == ["wide", "wide"]
+    assert cubins.judge(wide) == []
+    assert cubins.main(["--library", str(built)]) == 1
+
+
+def test_registers_and_threads_decide_how_many_blocks_fit(cubins: Any) -> None:
+    kernel = cubins.Kernel("some_kernel", 90, registers=80, stack=0, shared=0, threads=256, blocks=3)
+    assert (kernel.resident, kernel.occupancy, kernel.room) == (3, 0.375, 228 * 1024 // 3 - 1024)
+    assert cubins.judge(kernel) == []
+    kernel.registers = 81
+    assert cubins.judge(kernel) == ["occupancy: 2 blocks of 256 threads with 81 registers fit, designed for 3"]
+
+
+def test_the_hot_loop_is_the_smallest_with_half_of_the_multiply_adds(cubins: Any) -> None:
+    code = [
+        (0, "FFMA", "R0, R0, R0, R0"),
+        (16, "MOV", "R1, R2"),  # the outer loop
+        (32, "FFMA", "R0, R0, R0, R0"),  # the inner loop
+        (48, "FFMA.FTZ", "R0, R0, R0, R0"),
+        (64, "BRA", "0x20"),
+        (80, "BRA", "0x10"),
+        (96, "EXIT", ""),
+        (112, "BRA", "0x70"),
+    ]
+    assert [address for address, *_ in cubins.hot_loop(code)] == [32, 48, 64]
+    assert [address for address, *_ in cubins.hot_loop([*code[:2], code[6]])] == [0, 16, 96]
