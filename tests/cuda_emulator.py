@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import mmap
 import os
 import re
 import shutil
@@ -149,6 +148,8 @@ class Emulator:
         self.library.emulator_launches.restype = ctypes.c_size_t
         self.library.emulator_launch.restype = ctypes.c_size_t
         self.library.emulator_launch.argtypes = [ctypes.c_size_t, ctypes.POINTER(ctypes.c_uint64)]
+        self.library.emulator_allocate.restype = ctypes.c_void_p
+        self.library.emulator_allocate.argtypes = [ctypes.c_size_t, ctypes.c_ubyte]
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
         self._names: dict[int, str] | None = None
 
@@ -169,6 +170,20 @@ class Emulator:
             found.append(Launch(name, (x, y, z), (threads_x, threads_y, threads_z), shared_bytes))
         return found
 
+    def guarded(self, tensor: Tensor) -> Tensor:
+        """A copy of a CPU tensor that begins at a multiple of 16 bytes, as on a GPU, and ends where memory ends.
+
+        A kernel that goes beyond fails; where the size is no multiple of 16 bytes, reads fail from the next one on.
+        """
+        if tensor.numel() == 0:
+            return tensor.detach().clone(memory_format=torch.contiguous_format)
+        size = tensor.numel() * tensor.element_size()
+        start = self.library.emulator_allocate(size, 0xFF)
+        buffer = (ctypes.c_char * size).from_address(start)
+        weakref.finalize(buffer, self.library.emulator_release, ctypes.c_void_p(start))
+        copy = torch.frombuffer(buffer, dtype=tensor.dtype).view(tensor.shape)
+        return copy.copy_(tensor.detach())
+
     def _name(self, address: int) -> str:
         """Of the kernel at an address of the library, template arguments included."""
         if self._names is None:
@@ -184,31 +199,6 @@ def load() -> Emulator:
     library = build_operators(os.environ.get("SPARSECNX_EMULATOR_ONLY", "").split())
     torch.ops.load_library(str(library))
     return Emulator(library)
-
-
-def guarded(tensor: Tensor) -> Tensor:
-    """A copy of a CPU tensor that begins at a multiple of 16 bytes, as on a GPU, and ends where the memory ends.
-
-    Reading on is an error; where its size is no multiple of 16 bytes, from the next multiple on.
-    """
-    if tensor.numel() == 0:
-        return tensor.clone()
-    size = -(-tensor.numel() * tensor.element_size() // 16) * 16
-    page = mmap.PAGESIZE
-    whole = (-(-size // page) + 1) * page
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    start = libc.mmap(None, whole, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-    no_access = 0
-    if start in (None, ctypes.c_void_p(-1).value) or libc.mprotect(start + whole - page, page, no_access) != 0:
-        raise OSError(ctypes.get_errno(), "no guarded memory")
-    buffer = (ctypes.c_char * size).from_address(start + whole - page - size)
-    weakref.finalize(buffer, libc.munmap, start, whole)
-    copy = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
-    return copy.copy_(tensor.detach())
 
 
 if __name__ == "__main__":

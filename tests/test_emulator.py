@@ -10,7 +10,7 @@ import re
 import cuda_emulator
 import pytest
 import torch
-from cuda_emulator import Emulator, Launch, guarded
+from cuda_emulator import Emulator, Launch
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(cuda_emulator.compiler() is None, reason="the emulator of CUDA kernels needs g++")
@@ -174,16 +174,25 @@ def test_writes_beside_shared_memory():
 @pytest.mark.parametrize("numel", [1, 3, 4, 1024, 5000])
 def test_accesses_past_a_guarded_tensor(numel):
     x = torch.randn(numel)
-    inside = guarded(x)
+    inside = emulator().guarded(x)
     assert inside.equal(x) and inside.data_ptr() % 16 == 0
     assert run("read_global_at", inside, argument=numel - 1, size=64)[0] == x[-1]
     with pytest.raises(RuntimeError, match=r"access of global memory that is not there, near checks\.cu"):
         run("read_global_at", inside, argument=-(-numel // 4) * 4, size=64)
 
 
+def test_writes_past_a_guarded_tensor():
+    x = emulator().guarded(torch.zeros(5))
+    run("write_global_at", x, argument=4, size=64)
+    with pytest.raises(RuntimeError, match="write past the end of a tensor of 20 bytes"):
+        run("write_global_at", x, argument=5, size=64)
+    del x
+    run("write_global_at", torch.zeros(5), argument=4, size=64)
+
+
 def test_guarded_tensors_of_any_shape_and_dtype():
     for x in (torch.randn(3, 0), torch.randn(4, 6).t(), torch.arange(7), torch.rand(2, 3, 5) > 0.5):
-        copy = guarded(x)
+        copy = emulator().guarded(x)
         assert copy.equal(x) and copy.dtype == x.dtype and copy.is_contiguous()
 
 

@@ -77,6 +77,12 @@ struct Fiber {
   long batches = 0;  // committed
 };
 
+// Memory that ends where nothing may be read, but for the last bytes of 16.
+struct Allocation {
+  size_t mapped, bytes;
+  unsigned char poison;
+};
+
 struct Launch {
   const void* kernel;
   dim3 grid, block;
@@ -87,6 +93,7 @@ struct Launch {
 std::mutex one_launch;
 std::vector<Launch> launches;
 std::map<const void*, size_t> allowed_shared_bytes;
+std::map<char*, Allocation> allocations;
 std::string message;  // of the last error
 
 jmp_buf scheduler;
@@ -230,17 +237,24 @@ void prepare_fibers() {
   }
 }
 
-// Shared memory with poison in it and around it, ending at the guard but for the last bytes of 16.
-void prepare_shared_memory() {
-  shared_start = shared_end - (shared_bytes + 15) / 16 * 16;
-  std::memset(shared_start - kMarginBytes, kPoison, shared_end - shared_start + kMarginBytes);
+bool is_filled(const char* start, const char* end, unsigned char byte) {
+  return std::all_of(start, end, [&](char found) { return static_cast<unsigned char>(found) == byte; });
 }
 
-bool poisoned(const char* start, const char* end) {
-  for (; start != end; ++start) {
-    if (static_cast<unsigned char>(*start) != kPoison) return false;
+size_t rounded_up(size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+void check_ends_of_allocations() {
+  for (const auto& [start, allocation] : allocations) {
+    if (!is_filled(start + allocation.bytes, start + rounded_up(allocation.bytes), allocation.poison)) {
+      return record_failure("a write past the end of a tensor of " + std::to_string(allocation.bytes) + " bytes");
+    }
   }
-  return true;
+}
+
+// Shared memory with poison in it and around it, ending at the guard but for the last bytes of 16.
+void prepare_shared_memory() {
+  shared_start = shared_end - rounded_up(shared_bytes);
+  std::memset(shared_start - kMarginBytes, kPoison, shared_end - shared_start + kMarginBytes);
 }
 
 // Whether all that have not ended wait at the block's barrier; then they are let go.
@@ -317,8 +331,10 @@ void run_block(uint3 block) {
       return explain_deadlock();
     }
   }
-  if (!poisoned(shared_start - kMarginBytes, shared_start)) return record_failure("a write before its shared memory");
-  if (!poisoned(shared_start + shared_bytes, shared_end)) {
+  if (!is_filled(shared_start - kMarginBytes, shared_start, kPoison)) {
+    return record_failure("a write before its shared memory");
+  }
+  if (!is_filled(shared_start + shared_bytes, shared_end, kPoison)) {
     return record_failure("a write past its " + std::to_string(shared_bytes) + " bytes of shared memory");
   }
 }
@@ -540,6 +556,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     run_block({static_cast<unsigned>(block % gridDim.x), static_cast<unsigned>(block / gridDim.x % gridDim.y),
                static_cast<unsigned>(block / gridDim.x / gridDim.y)});
   }
+  if (!failed) check_ends_of_allocations();
   if (!failed) return cudaSuccess;
   for (int index = 0; index < block_threads; ++index) {
     if (fibers[index]->state != State::kDone) fibers[index]->begun = false;  // its stack is in the midst of the kernel
@@ -636,6 +653,28 @@ cudaError_t cudaMemsetAsync(void* start, int value, size_t bytes, cudaStream_t) 
 // ---- For tests, through ctypes.
 
 extern "C" {
+
+// Memory filled with one byte. Reading or writing past its end is an error of the kernel that does so; within the 16
+// bytes to which its size is rounded up (it begins at a multiple of that, as on a GPU), only writing.
+[[gnu::visibility("default")]] void* emulator_allocate(size_t bytes, unsigned char poison) {
+  const std::scoped_lock lock(emulator::one_launch);
+  const size_t page = sysconf(_SC_PAGESIZE), kept = emulator::rounded_up(bytes);
+  const size_t mapped = (kept + page - 1) / page * page + page;
+  char* end = emulator::reserve(mapped) + mapped - page;
+  emulator::make_unreadable(end, page);
+  std::memset(end - kept, poison, kept);
+  if (kept > 0) emulator::allocations[end - kept] = {mapped, bytes, poison};
+  return end - kept;
+}
+
+[[gnu::visibility("default")]] void emulator_release(void* start) {
+  const std::scoped_lock lock(emulator::one_launch);
+  const auto found = emulator::allocations.find(static_cast<char*>(start));
+  if (found == emulator::allocations.end()) return;
+  const size_t page = sysconf(_SC_PAGESIZE);
+  munmap(found->first + emulator::rounded_up(found->second.bytes) + page - found->second.mapped, found->second.mapped);
+  emulator::allocations.erase(found);
+}
 
 [[gnu::visibility("default")]] size_t emulator_launches() { return emulator::launches.size(); }
 
