@@ -166,13 +166,17 @@ def _cuda_operators() -> Check:
         detail = f"{detail}; the driver is for CUDA {driver[0]}.{driver[1]}, which is too old for them"
         remedy = f"Update the NVIDIA driver, or compile with the CUDA {driver[0]} toolkit: {anew}"
         return Check(name, False, detail, remedy)
-    refusals = [_cuda.refusal(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
-    refused = "".join(f"; {refusal}" for refusal in refusals if refusal)
-    if not refused:
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    refusals = {device: refusal for device in devices if (refusal := _cuda.refusal(device)) is not None}
+    if not refusals:
         return Check(name, True, f"{detail}; they run on the GPU")
-    capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
-    architectures = ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
-    return Check(name, not all(refusals), f"{detail}{refused}", f"TORCH_CUDA_ARCH_LIST='{architectures}' {anew}")
+    detail += "".join(f"; {refusal}" for refusal in refusals.values())
+    remedy = "They are made for compute capability 8.0 and later."
+    if any(torch.cuda.get_device_capability(device) >= (8, 0) for device in refusals):
+        capabilities = sorted({torch.cuda.get_device_capability(device) for device in devices})
+        architectures = ";".join(f"{major}.{minor}" for major, minor in capabilities if major >= 8)
+        remedy = f"TORCH_CUDA_ARCH_LIST='{architectures}' {anew}"
+    return Check(name, len(refusals) < len(devices), detail, remedy)
 
 
 def driver_version() -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ import torch
 from cases import needs_triton
 
 import sparsecnx
-from sparsecnx import _extension, _triton, doctor, explain, ops
+from sparsecnx import _cuda, _extension, _triton, doctor, explain, ops
 
 
 def check(name: str) -> doctor.Check:
@@ -44,7 +44,7 @@ def test_report_covers_everything(capsys: pytest.CaptureFixture[str]) -> None:
 def test_everything_missing_comes_with_a_reason_and_a_remedy() -> None:
     for found in doctor.checks():
         assert found.detail
-        assert found.ok or found.remedy or "not part of this version" in found.detail, found
+        assert found.ok or found.remedy, found
 
 
 def test_lines_are_aligned() -> None:
@@ -138,10 +138,89 @@ def test_triton_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.remedy is not None and "TRITON_INTERPRET" in found.remedy
 
 
-def test_what_runs_without_cuda_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "build_info", lambda: None)
-    detail = check("CUDA operators").detail
-    assert detail == "not part of this version: tensors on a GPU go through the Triton kernels"
+def test_cuda_operators_of_this_install() -> None:
+    found = check("CUDA operators")
+    assert found.ok or not _extension.cuda_loaded or torch.cuda.is_available()
+    if not _extension.cuda_loaded:
+        assert found == doctor.Check("CUDA operators", False, f"{_extension.cuda_why_not}", _extension.cuda_remedy)
+
+
+BUILT = {
+    "version": sparsecnx.__version__,
+    "compiler": "GCC 12.2.0",
+    "flags": "-O3",
+    "torch": "2.99.0",
+    "oldest_torch": "2.11",
+    "cuda": "13.0",
+    "cuda_architectures": "8.0;9.0+PTX",
+    "cuda_flags": "-O3 -std=c++20",
+}
+
+
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As after a build with GPU operators, with a driver for CUDA 13.0."""
+    monkeypatch.setattr(_extension, "cuda_loaded", True)
+    monkeypatch.setattr(_extension, "build_info", lambda: dict(BUILT))
+    monkeypatch.setattr(doctor, "driver_version", lambda: (13, 0))
+    _cuda._unserved.cache_clear()
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "ok", "end"),
+    [
+        ((), True, "; there is no GPU to run them on"),
+        (((8, 9), (9, 0), (12, 0)), True, "; they run on the GPU"),
+        (((7, 5),), False, "; CUDA operators are built for 8.0;9.0+PTX, cuda:0 has compute capability 7.5"),
+        (((9, 0), (7, 5)), True, "; CUDA operators are built for 8.0;9.0+PTX, cuda:1 has compute capability 7.5"),
+    ],
+    ids=["no GPU", "served", "old", "both"],
+)
+def test_gpus_that_the_cuda_operators_serve(
+    with_cuda: pytest.MonkeyPatch, capabilities: tuple[tuple[int, int], ...], ok: bool, end: str
+) -> None:
+    gpus(with_cuda, *capabilities)
+    found = doctor._cuda_operators()
+    assert found.detail == (
+        "architectures 8.0;9.0+PTX; compiled by nvcc 13.0 (-O3 -std=c++20) with torch 2.99.0 for 2.11 and later" + end
+    )
+    assert found.ok == ok
+    assert found.remedy == ("They are made for compute capability 8.0 and later." if "7.5" in end else None)
+
+
+def test_gpus_newer_than_the_machine_code(with_cuda: pytest.MonkeyPatch) -> None:
+    with_cuda.setattr(_extension, "build_info", lambda: {**BUILT, "cuda_architectures": "8.0"})
+    gpus(with_cuda, (9, 0), (8, 6))
+    found = doctor._cuda_operators()
+    assert found.ok and found.detail.endswith("; CUDA operators are built for 8.0, cuda:0 has compute capability 9.0")
+    assert found.remedy == f"TORCH_CUDA_ARCH_LIST='8.6;9.0' {_extension.reinstall(build='cuda')}"
+
+
+def test_cuda_operators_with_an_old_driver(with_cuda: pytest.MonkeyPatch) -> None:
+    gpus(with_cuda, (9, 0))
+    with_cuda.setattr(doctor, "driver_version", lambda: (12, 4))
+    found = doctor._cuda_operators()
+    assert not found.ok and found.detail.endswith("; the driver is for CUDA 12.4, which is too old for them")
+    assert found.remedy is not None and found.remedy.startswith("Update the NVIDIA driver")
+
+
+@pytest.mark.parametrize(
+    ("facts", "detail"),
+    [
+        (None, "compiled, but for another Python"),
+        ({**BUILT, "version": "9.9.9"}, "compiled from sparsecnx 9.9.9"),
+        ({**BUILT, "cuda": None}, "left from another build than the CPU operators"),
+    ],
+    ids=["python", "version", "build"],
+)
+def test_cuda_operators_of_another_build(
+    with_cuda: pytest.MonkeyPatch, facts: dict[str, str | None] | None, detail: str
+) -> None:
+    with_cuda.setattr(_extension, "build_info", lambda: facts)
+    found = doctor._cuda_operators()
+    assert (found.ok, found.detail) == (False, detail)
+    assert found.remedy is not None and found.remedy.startswith("SPARSECNX_BUILD=cuda pip install")
 
 
 def test_explanation_covers_every_operator_at_every_stage() -> None:
