@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import cuda_emulator
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -134,6 +135,13 @@ def bound(backend: str) -> float:
     return BOUNDS[widest(backend)]
 
 
+def place(value: Tensor, backend: str) -> Tensor:
+    """The tensor where a backend takes it; for the emulator such that a kernel that reads on behind it fails."""
+    if backend == "cuda" and DEVICE.type == "cpu":
+        return cuda_emulator.guarded(value)
+    return value.to(device_of(backend))
+
+
 def move(x: SparseTensor, device: torch.device) -> SparseTensor:
     """The same tensor and geometry on another device; itself where it is there already."""
     if x.device == device:
@@ -148,13 +156,12 @@ def suit(
 ) -> tuple[SparseTensor, dict[str, Tensor]]:
     """Features and parameters where a backend takes them, in `dtype`, or where none is given in the widest it takes
     of theirs."""
-    device = device_of(backend)
 
     def suited(value: Tensor) -> Tensor:
         narrow = value.dtype == torch.float64 and widest(backend) != torch.float64
-        return value.to(device, dtype or (widest(backend) if narrow else value.dtype))
+        return place(value.to(dtype or (widest(backend) if narrow else value.dtype)), backend)
 
-    x = move(x, device)
+    x = move(x, device_of(backend))
     return x.with_features(suited(x.features)), {name: suited(value) for name, value in parameters.items()}
 
 
@@ -236,10 +243,10 @@ def assert_matches_reference(
     exact = {name: value.double() for name, value in rounded.items()}
     with use_backend("reference"):
         expected = outputs_and_gradients(run, x.to(dtype).to(torch.float64), exact, dtype, mean)
-    device = device_of(backend)
-    there = {name: value.to(device) for name, value in rounded.items()}
+    x = move(x.to(dtype), device_of(backend))
+    there = {name: place(value, backend) for name, value in rounded.items()}
     with use_backend(backend):
-        found = outputs_and_gradients(run, move(x.to(dtype), device), there, mean=mean)
+        found = outputs_and_gradients(run, x.with_features(place(x.features, backend)), there, mean=mean)
     assert_same(found, expected, BOUNDS[dtype])
 
 

@@ -201,6 +201,11 @@ def load() -> Emulator:
     return Emulator(library)
 
 
+def guarded(tensor: Tensor) -> Tensor:
+    """`Emulator.guarded` for the operators of csrc/cuda."""
+    return load().guarded(tensor)
+
+
 if __name__ == "__main__":
     try:
         print(build_operators(sys.argv[1:]))
