@@ -18,8 +18,8 @@ def refusal(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"CUDA operators run on a GPU, x is on {device}"
-    if not getattr(_extension, "cuda_loaded", False):
-        return getattr(_extension, "cuda_why_not", "not compiled")
+    if not _extension.cuda_loaded:
+        return _extension.cuda_why_not
     return _why_unserved(device)
 
 

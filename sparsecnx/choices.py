@@ -29,6 +29,7 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,7 +157,6 @@ _KINDS: dict[Any, str] = {
 _measurements = read(PATH)
 
 
-@torch.compiler.assume_constant_result
 def compare(
     steps: tuple[str, ...],
     device: torch.device,
@@ -171,7 +171,13 @@ def compare(
         tile: sites per tile side; None where it does not matter to the operator.
         kernel: sites per axis; () where there is none.
     """
-    return _compare(steps, device, dtype, channels, tile, kernel)
+    # Of sizes that torch.compile leaves open, index() takes what they are and guards it; int() would not.
+    return _compare_fixed(steps, device, dtype, index(channels), tile, tuple(index(size) for size in kernel))
+
+
+@torch.compiler.assume_constant_result
+def _compare_fixed(*key: Any) -> Comparison:
+    return _compare(*key)
 
 
 @functools.cache

@@ -5,14 +5,25 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cases import assert_close, example_layout, needs_native, needs_triton, random_sparse
+from cases import (
+    DEVICE,
+    assert_close,
+    dispatcher,
+    example_layout,
+    move,
+    needs_cuda,
+    needs_native,
+    needs_triton,
+    random_sparse,
+)
 
-from sparsecnx import BackendError, SparseTensor, _extension, _triton, ops, use_backend
+from sparsecnx import BackendError, SparseTensor, _cuda, _extension, _triton, ops, use_backend
 from sparsecnx.backend import Choice, Implementation, Operator, always
+from sparsecnx.ops.convnextv2_block import operator as convnextv2_block
 from sparsecnx.ops.depthwise_conv import operator as depthwise_conv
 from sparsecnx.ops.grn import operator as grn
 
@@ -302,6 +313,110 @@ def test_compute_capability_breaks_no_graph(monkeypatch: pytest.MonkeyPatch) -> 
             return value + 1 if _triton.refusal(torch.device("cuda", 0)) is None else value
 
         assert runs(torch.zeros(())).item() == expected
+
+
+@pytest.mark.parametrize(
+    ("architectures", "served", "refused"),
+    [
+        ("8.0;9.0+PTX", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)], [(7, 5)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("8.0+PTX", [(8, 0), (8, 9), (9, 0)], [(7, 5)]),
+        ("9.0a 8.0", [(9, 0), (8, 6)], [(10, 0), (9, 1)]),
+        ("10.0f,12.0", [(10, 0), (12, 1)], [(10, 3), (9, 0)]),
+        ("", [], [(9, 0)]),
+    ],
+    ids=str,
+)
+def test_gpus_that_an_architecture_serves(
+    architectures: str, served: list[tuple[int, int]], refused: list[tuple[int, int]]
+) -> None:
+    assert [gpu for gpu in (*served, *refused) if _cuda.serves(architectures, gpu)] == served
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, tuple[int, int]], None]]:
+    """As on a GPU of some compute capability with operators built for some architectures."""
+
+    def install(architectures: str, capability: tuple[int, int]) -> None:
+        _cuda._unserved.cache_clear()
+        monkeypatch.setattr(_extension, "cuda_loaded", True)
+        monkeypatch.setattr(_extension, "build_info", lambda: {"cuda_architectures": architectures})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+
+    yield install
+    _cuda._unserved.cache_clear()
+
+
+def test_cuda_says_why_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, built: Callable[[str, tuple[int, int]], None]
+) -> None:
+    gpu = torch.device("cuda", 0)
+    built("8.0;9.0+PTX", (9, 0))
+    assert _cuda.refusal(gpu) is None
+    built("8.0;9.0", (12, 0))
+    reason = "CUDA operators are built for 8.0;9.0, cuda:0 has compute capability 12.0"
+    assert _cuda.refusal(gpu) == reason
+    monkeypatch.setattr(_extension, "cuda_loaded", False)
+    monkeypatch.setattr(_extension, "cuda_why_not", "this torch is built for CPU only")
+    assert _cuda.refusal(gpu) == "this torch is built for CPU only"
+
+
+def test_architectures_break_no_graph(built: Callable[[str, tuple[int, int]], None]) -> None:
+    """What a refusal asks of GPU and build while torch.compile traces an operator."""
+    for capability, expected in (((9, 0), 1.0), ((7, 5), 0.0)):
+        built("8.0;9.0", capability)
+        torch._dynamo.reset()
+
+        @torch.compile(fullgraph=True, backend="eager")
+        def runs(value: torch.Tensor) -> torch.Tensor:
+            return value + 1 if _cuda.refusal(torch.device("cuda", 0)) is None else value
+
+        assert runs(torch.zeros(())).item() == expected
+
+
+@pytest.mark.parametrize("operator", ["convnextv2_block", "depthwise_conv", "grn"])
+def test_cuda_runs_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
+    monkeypatch.setattr(_cuda, "emulated", False)
+    x = random_sparse(example_layout(), CHANNELS, torch.float32)
+    message = f"backend 'cuda' cannot run {operator}: CUDA operators run on a GPU, x is on cpu"
+    with use_backend("cuda"), pytest.raises(BackendError, match=message):
+        dispatcher(operator).choose(x)
+
+
+@needs_cuda
+@needs_triton
+def test_cuda_says_what_it_does_not_take(volume: SparseTensor) -> None:
+    x, volume = (move(value, DEVICE) for value in (random_sparse(example_layout(), CHANNELS), volume))
+    for operator in (depthwise_conv, grn, convnextv2_block):
+        assert operator.refusal("cuda", x) == "CUDA kernels take float32, bfloat16 and float16, x is torch.float64"
+    for operator in (depthwise_conv, convnextv2_block):
+        assert operator.refusal("cuda", volume) == "CUDA kernel is two-dimensional, x has 3 spatial dimensions"
+    with use_backend("cuda"):
+        assert grn.choose(volume.to(torch.float32)) == "cuda"
+        for channels in (0, 2**16 + 1):
+            wide = x.with_features(x.features.new_empty(x.layout.rows, channels, dtype=torch.float32))
+            assert grn.refusal("cuda", wide) == f"CUDA kernels take 1 to 65536 channels, x has {channels}"
+
+
+@needs_cuda
+def test_a_block_on_cuda_needs_triton_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "available", False)
+    x = move(random_sparse(example_layout(), CHANNELS, torch.float32), DEVICE)
+    message = "convnextv2_block: all but its depthwise steps are Triton's: Triton is not installed"
+    with use_backend("cuda"), pytest.raises(BackendError, match=message):
+        convnextv2_block.choose(x)
+
+
+@needs_cuda
+@needs_native
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="of the emulator")
+def test_the_emulator_is_taken_only_when_asked_for_by_name(x: SparseTensor) -> None:
+    x = x.to(torch.float32)
+    for operator in (depthwise_conv, grn, convnextv2_block):
+        assert operator.choose(x) == "native"
+        assert operator.explain(x).reasons["cuda"] == "CUDA operators run on a GPU, x is on cpu"
+        with use_backend("cuda"):
+            assert operator.choose(x) == "cuda"
 
 
 @needs_triton

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -44,7 +43,7 @@ def implementation(
 ) -> Implementation:
     """`function` of the room `cuda.py` in an operator's `package`, imported only where the operators' schemas are
     loaded; `compare` says how its time compares with that of Triton, see `Implementation`."""
-    if not _extension.loaded or importlib.util.find_spec(f"{package}.cuda") is None:
+    if not _extension.loaded:
         return Implementation(_unavailable, rule, compare=compare)
     room = importlib.import_module(f"{package}.cuda")
     return Implementation(getattr(room, function), rule, compare=compare)

@@ -25,7 +25,6 @@ The depthwise steps are Triton's or those of CUDA C++, one or the other in forwa
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ GRADIENT_ROWS = {True: 32, False: 64}
 
 # The rooms whose kernels can do the depthwise steps.
 DEPTHWISE: dict[str, Any] = {"triton": depthwise_triton}
-if _extension.loaded and importlib.util.find_spec("sparsecnx.ops.depthwise_conv.cuda"):
+if _extension.loaded:
     DEPTHWISE["cuda"] = importlib.import_module("sparsecnx.ops.depthwise_conv.cuda")
 
 ONE_PRODUCT = [
@@ -610,7 +609,8 @@ def convnextv2_block(
     depthwise: str = "triton",
 ) -> Tensor:
     """Features `(rows, C)` of the block; `recompute=None` decides by C, `depthwise` is one of `DEPTHWISE`."""
-    DEPTHWISE[depthwise].check_kernel(p.dwconv_weight, "dwconv_weight")
+    if depthwise == "triton":
+        depthwise_triton.check_kernel(p.dwconv_weight, "dwconv_weight")
     wanted = torch.is_grad_enabled() and any(value.requires_grad for value in (x.features, *p))
     keep = wanted and not recomputes(x, recompute)
     row_scale = None if survival is None else survival[grn.row_groups(x.layout, "sample")]
