@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -14,11 +15,15 @@ from cases import (
     assert_same,
     backends,
     bound,
+    dispatcher,
     draw_mask,
+    dtypes_of,
     example_layout,
     layouts,
     make_layout,
+    needs_cuda,
     needs_native,
+    needs_triton,
     outputs_and_gradients,
     random_sparse,
     relative_error,
@@ -247,3 +252,80 @@ def test_unknown_scope():
     p = ops.BlockParameters(**block_parameters(4, 3, 3))
     with pytest.raises(ValueError, match="scope is 'image': expected 'sample' or 'batch'"):
         ops.convnextv2_block(random_sparse(example_layout(), 4), p, scope="image")
+
+
+# The depthwise steps of CUDA C++ in the fused block: alone they are tested in test_depthwise_conv.py.
+
+
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize("dtype", dtypes_of("cuda"), ids=str)
+@pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
+def test_cuda_depthwise_steps_match_the_reference(dtype, recompute):
+    x = random_sparse(example_layout(), 8)
+    run = block(recompute=recompute, survive=True)
+    assert_matches_reference(run, x, block_parameters(8, 3, 5), dtype, statistics=BLOCK_VECTORS, backend="cuda")
+
+
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize("tile", [1, 2, 8])
+@pytest.mark.parametrize("channels", [5, 16])
+def test_cuda_depthwise_steps_at_every_stage(tile, channels):
+    x = random_sparse(example_layout(grid=(3, 3), tile=tile), channels)
+    parameters = block_parameters(channels, 7, 7)
+    assert_matches_reference(block(), x, parameters, torch.float32, statistics=BLOCK_VECTORS, backend="cuda")
+
+
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize(("backend", "other"), [("cuda", "triton"), ("triton", "cuda")])
+def test_backward_takes_the_depthwise_kernels_of_forward(monkeypatch, backend, other):
+    """Whatever is selected by then."""
+    room = importlib.import_module("sparsecnx.ops.convnextv2_block.triton")
+    taken = []
+
+    class Watched:
+        def __getattr__(self, name):
+            taken.append(name)
+            return getattr(depthwise, name)
+
+    depthwise = room.DEPTHWISE[backend]
+    monkeypatch.setitem(room.DEPTHWISE, backend, Watched())
+    monkeypatch.setitem(room.DEPTHWISE, other, None)
+    x, p = suit(backend, random_sparse(example_layout(), 8), block_parameters(8, 3, 3))
+    x = x.with_features(x.features.requires_grad_())
+    with use_backend(backend):
+        out = ops.convnextv2_block(x, ops.BlockParameters(**p)).features
+    assert taken == ["convolve"]
+    with use_backend(other):
+        out.sum().backward()
+    assert taken == ["convolve", "weight_grad", "convolve"]
+
+
+@needs_cuda
+@needs_triton
+def test_with_cuda_depthwise_steps_it_compiles_whole():
+    x, p = suit("cuda", random_sparse(example_layout(), 8), block_parameters(8, 3, 3))
+
+    def run(features, *values):
+        return ops.convnextv2_block(x.with_features(features), ops.BlockParameters(*values)).features
+
+    leaves = [value.requires_grad_() for value in (x.features, *p.values())]
+    torch._dynamo.reset()
+    with use_backend("cuda"):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        outs = [function(*leaves) for function in (run, compiled)]
+    expected, found = (torch.autograd.grad(out.square().sum(), leaves) for out in outs)
+    for value, wanted in zip((outs[1], *found), (outs[0], *expected), strict=True):
+        assert_close(value, wanted, 1e-6)
+
+
+@needs_cuda
+@needs_triton
+def test_it_says_what_runs_where():
+    x, _ = suit("cuda", random_sparse(example_layout(), 8), {})
+    with use_backend("cuda"):
+        choice = dispatcher("convnextv2_block").explain(x)
+    assert choice.backend == "cuda"
+    assert choice.detail == "depthwise steps alone, the rest on triton; hidden layer recomputed in backward"
