@@ -33,11 +33,12 @@ from atomic import write
 from isolated import Task
 from torch import Tensor
 
-from sparsecnx import Layout, _extension, choices, ops, random_mask
+from sparsecnx import Layout, _extension, choices, random_mask
 from sparsecnx.masking import visible_count
 from sparsecnx.models import SIZES
 from sparsecnx.models.convnextv2 import STRIDE
 from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
+from sparsecnx.ops.grn import segments as segments_of
 
 SECONDS = 0.05  # to repeat a step, twice
 ROUNDS = 2
@@ -78,7 +79,7 @@ def step_calls(step: str, x: Tensor, layout: Layout) -> tuple[Call, Call]:
             functools.partial(cuda.depthwise_conv_weight_grad, *both),
         )
     if step.startswith("grn"):
-        segments = ops.grn.segments(layout, "sample")
+        segments = segments_of(layout, "sample")
         groups = grn.row_groups(layout, "sample")
         gamma, beta = torch.randn(2, channels, device=device)
         if step == "grn":

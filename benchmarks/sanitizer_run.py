@@ -18,9 +18,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sparsecnx import Layout, _extension, ops
+from sparsecnx import Layout, _extension
 from sparsecnx.layout import TileSet
 from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
+from sparsecnx.ops.grn import segments as segments_of
 
 GRIDS = ((3, 5), (1, 1), (7, 7))
 TILES = (8, 4, 2, 1, 3, 5, 6)
@@ -68,7 +69,7 @@ def run_shape(
         for found in cuda.depthwise_conv_weight_grad(grad, x, table, tile, *kernel):
             yield "depthwise_conv_weight_grad", found
         for scope in ("sample", "batch"):
-            segments = ops.grn.segments(layout, scope)
+            segments = segments_of(layout, scope)
             out, energy = cuda.grn(x, gamma, beta, segments, 1e-6)
             yield from (("grn", out), ("grn", energy))
             for found in cuda.grn_backward(grad, x, gamma, segments, energy, 1e-6):

@@ -21,10 +21,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICE
+from cases import DEVICE, needs_cuda
 from torch import Tensor
 
-from sparsecnx import Layout, SparseTensor, _triton, ops, use_backend
+from sparsecnx import Layout, SparseTensor, _triton, choices, ops, use_backend
 from sparsecnx.models import SIZES
 from sparsecnx.models.convnextv2 import Size
 from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
@@ -384,6 +384,50 @@ def test_the_dense_depthwise_convolution_is_torchs_own(load: Any) -> None:
     assert (equal["sites"], whole["sites"], equal["rows"]) == (2 * 64, 4 * 64, 4 * 8 * 4)
 
 
+TINY = {"size": "atto", "image": 64, "ratio": 0.5, "channels": 8, "tile": 2, "stage": 3, "dtype": "float32"}
+
+
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize(
+    ("program", "kernels"),
+    [
+        ("depthwise_conv", {"cuda.depthwise_conv": "depthwise_conv_kernel"}),
+        ("grn", {"cuda.grn": None, "cuda.grn_backward": None}),
+        ("gather", {"cuda.gather_tiles": "gather_kernel", "cuda.scatter_tiles": "scatter_kernel"}),
+        ("scatter", {"cuda.scatter_tiles": "scatter_kernel", "cuda.gather_tiles": "gather_kernel"}),
+    ],
+)
+def test_a_recording_holds_cuda_operators_at_the_cost_of_tritons(
+    load: Any, program: str, kernels: dict[str, str | None]
+) -> None:
+    benchmark = load("kernels")
+    costs: dict[str, dict[str, Any]] = {}
+    for backend in ("triton", "cuda"):
+        with use_backend(backend):
+            run = benchmark.programs({**TINY, "device": str(DEVICE)}, 2)[program]()
+            costs[backend] = {}
+            for launch in benchmark.record(run):
+                costs[backend].setdefault(launch.name, launch.cost)
+    assert costs["cuda"].keys() >= kernels.keys()
+    for ours, theirs in kernels.items():
+        assert costs["cuda"][ours].bytes > 0
+        if theirs is not None:
+            assert costs["cuda"][ours] == costs["triton"][theirs]
+
+
+def test_backends_measure_what_they_have_kernels_for(load: Any) -> None:
+    kernels = load("kernels")
+    rooms = {path.parent.name for path in (ROOT / "sparsecnx").rglob("cuda.py") if path.parent.name != "ops"}
+    names = {"convnextv2_block": {"block"}, "packing": {"gather", "scatter"}}
+    assert set(kernels.ON_CUDA) == {"layout"}.union(*(names.get(room, {room}) for room in rooms))
+    assert set(load("gpu_parity").ON_CUDA) == set(kernels.ON_CUDA) - {"layout"}
+    assert kernels.offered("conv", ["triton", "cuda"]) == ["triton"]
+    assert kernels.offered("grn", ["triton", "cuda"]) == ["triton", "cuda"]
+    assert kernels.offered("layout", ["cuda"]) == ["cuda"]
+    assert kernels.offered(kernels.DENSE, ["cuda"]) == ["torch"]
+
+
 def test_kernels_of_no_cost_stop_the_benchmark(load: Any) -> None:
     class Unknown:
         __name__ = "unknown_kernel"
@@ -425,6 +469,105 @@ def test_parity_sees_a_wrong_gradient(load: Any, monkeypatch: pytest.MonkeyPatch
     found = parity.check_stage(stage)
     assert not found["layer_norm"]["agrees"]
     assert found["scatter"]["agrees"]
+
+
+@needs_cuda
+def test_parity_of_cuda_operators(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    parity = load("gpu_parity")
+    stage = {"channels": 8, "tile": 2, "image": 64, "batch": 3, "dtype": "bfloat16", "device": str(DEVICE)}
+    every = parity.operators
+
+    def some(channels: int, layout: Layout) -> dict[str, Any]:
+        return {name: value for name, value in every(channels, layout).items() if not name.startswith("block")}
+
+    monkeypatch.setattr(parity, "operators", some)
+    found = parity.check_stage({**stage, "backend": "cuda"})
+    assert set(found) == {"depthwise_conv", "grn, sample", "grn, batch", "gather", "scatter"}
+    assert all(result["agrees"] for result in found.values()), found
+
+
+@needs_cuda
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="compute-sanitizer runs it on a GPU")
+def test_what_the_sanitizer_looks_at_runs_every_operator(
+    load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sanitizer = load("sanitizer_run")
+    monkeypatch.setattr(sanitizer, "TILES", (2, 3))
+    monkeypatch.setattr(sanitizer, "CHANNELS", (8, 7))
+    monkeypatch.setattr(sanitizer, "GRIDS", ((2, 3),))
+    assert sanitizer.main(["--device", "cpu", "--most", "3"]) == 0
+    ran = set(re.findall(r"(\w+) \(\d+ results\)", capsys.readouterr().out))
+    assert ran == load("kernel_costs").CUDA_COSTS.keys()
+
+
+# Choices.
+
+
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize("step", choices.STEPS)
+def test_both_backends_compute_a_step_that_is_timed(load: Any, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    benchmark = load("choices")
+    case = {"step": step, "dtype": "float32", "channels": 8, "tile": 2, "side": 2, "kernel": [], "image": 64}
+    case |= {"ratio": 0.5, "device": str(DEVICE), "batch": 2}
+    entry = benchmark.measure_step(case)
+    assert entry["rows"] == 2 * 2 * 4
+    assert min(entry["triton_ms"], entry["cuda_ms"]) > 0
+
+    right = benchmark.step_calls
+
+    def wrong(*arguments: Any) -> Any:
+        triton, cuda = right(*arguments)
+        return triton, lambda: [1.01 * out for out in benchmark.tensors(cuda())]
+
+    monkeypatch.setattr(benchmark, "step_calls", wrong)
+    with pytest.raises(ArithmeticError, match="CUDA and Triton differ by 1"):
+        benchmark.measure_step(case)
+
+
+def _run(date: str, *times: dict[str, Any]) -> dict[str, Any]:
+    facts = {
+        "gpu": "NVIDIA H200",
+        "capability": [9, 0],
+        "date": date,
+        "torch": "2.11",
+        "triton": "3.6",
+        "toolkit": "13",
+    }
+    return {**facts, "times": list(times)}
+
+
+def test_choices_are_added_to_what_is_known(load: Any, tmp_path: Path) -> None:
+    save, path = load("choices").save, tmp_path / "choices.json"
+    entry = {"step": "grn", "dtype": "bfloat16", "channels": 384, "tile": None, "kernel": [], "rows": 100}
+    entry |= {"triton_ms": 0.2, "cuda_ms": 0.1}
+    save(path, _run("2026-01-01", entry))
+    save(path, _run("2026-01-02", entry))
+    save(path, _run("2026-01-02", entry, {**entry, "step": "grn_backward"}))
+    known = choices.read(path)
+    assert [(one.date, one.step) for one in known] == [
+        ("2026-01-01", "grn"),
+        ("2026-01-02", "grn"),
+        ("2026-01-02", "grn_backward"),
+    ]
+    before = path.read_text()
+    assert '{"step": "grn", "dtype": "bfloat16", "channels": 384' in before
+    with pytest.raises(ValueError, match="cuda_ms"):
+        save(path, _run("2026-01-03", {**entry, "cuda_ms": 0.0}))
+    assert path.read_text() == before
+
+
+def test_shapes_of_choices_cover_every_step_once(load: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load("choices")
+    options = benchmark.parse(["--size", "tiny", "base", "tiny", "--dtypes", "bfloat16", "--out", "x"])
+    cases = [case for shape in benchmark.shapes(options) for case in shape]
+    keys = [(case["step"], case["channels"], case["tile"]) for case in cases]
+    assert len(keys) == len(set(keys)) == 2 * 4 * len(choices.STEPS)
+    assert ("depthwise_conv", 96, 8) in keys
+    assert ("grn", 384, None) in keys
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--device", "cpu"])
+    assert "gpu_choices.json holds measurements of GPUs" in capsys.readouterr().err
 
 
 def test_parity_covers_every_operator_that_triton_runs(load: Any) -> None:
@@ -758,7 +901,44 @@ def test_summary_of_what_is_there(load: Any, tmp_path: Path) -> None:
     (tmp_path / "encoder.json").write_text(json.dumps({"cases": {"base": {"variants": variants}}}))
     cases = {"vit": {"variants": {"vit": variant(40.0, 1)}}, "base": {"variants": {"sparse": variant(20.0, 1)}}}
     (tmp_path / "fcmae.json").write_text(json.dumps({"cases": cases}))
+    kernel = {"launches": 1, "floor_ms": 0.01, "bytes": 1, "matrix_flops": 0, "vector_flops": 1, "bound": "bytes"}
+    kernel |= {"fraction": 0.5, "share": 1.0}
+
+    def measured(program: str, backend: str, *kernels: tuple[str, str, float], **more: str) -> dict[str, Any]:
+        timed = [{**kernel, "name": name, "phase": phase, "ms": ms} for name, phase, ms in kernels]
+        case = {"size": "tiny", "stage": 1, "channels": 96, "batch": 256, "dtype": "bfloat16", "rates": rates}
+        total = sum(ms for *_, ms in kernels)
+        case |= {"ms": 1.0, "queued_ms": total, "gap_ms": 0.0, "sum_ms": total, "kernels": timed, **more}
+        return {**case, "program": program, "backend": backend}
+
+    rates = {"copy_bytes_per_s": 4e12, "matrix_flops_per_s": 8e14, "vector_flops_per_s": 6e13, "empty_ms": 0.002}
+    conv, grad = ("depthwise_conv_kernel", "forward", 0.04), ("depthwise_conv_kernel", "backward", 0.05)
+    weight_grad = [("depthwise_conv_weight_grad_kernel", "backward", 0.06), ("torch.sum", "backward", 0.02)]
+    flip = ("torch.flip", "backward", 0.01)
+    dense = [("torch.depthwise_conv", "forward", 0.5), ("torch.depthwise_conv_weight_grad", "backward", 0.8)]
+    cases = {
+        "t": measured("depthwise_conv", "triton", conv, grad, *weight_grad, flip),
+        "c": measured("depthwise_conv", "cuda", ("cuda.depthwise_conv", "forward", 0.02)),
+        "d": measured("dense_depthwise_conv", "torch", *dense, images="equal sites"),
+    }
+    (tmp_path / "kernels.json").write_text(json.dumps({"cases": cases}))
+    step = {"dtype": "bfloat16", "channels": 96, "tile": 8, "triton_ms": 0.2, "cuda_ms": 0.1}
+    times = [{**step, "step": "depthwise_conv"}, {**step, "step": "grn", "channels": 384, "tile": None}]
+    (tmp_path / "gpu_choices.json").write_text(json.dumps({"runs": [_run("2026-01-01", *times)]}))
+    modes = {
+        "eager": {"ms": {"median": 10.0}, "kernel_ms": 4.0, "busy": 0.4, "busy_by": "kernel_ms", "launches": 500.2},
+        "graph": {"ms": {"median": 4.5}, "agrees": False},
+    }
+    (tmp_path / "overhead.json").write_text(json.dumps({"cases": {"atto": {"modes": modes}}}))
     text = summary.summary(tmp_path)
+    assert "| tiny stage 1 | forward | 96 | 40.0 (0.25) | 20.0 (0.50) | 500.0 (0.02) | - | 0.500 | 0.040 |" in text
+    assert "| tiny stage 1 | input gradient | 96 | 50.0 (0.20) | - | - | - | - | - |" in text
+    assert "| tiny stage 1 | weight gradient | 96 | 80.0 (0.25) | - | 800.0 (0.01) | - | - | - |" in text
+    assert "| tiny stage 1, depthwise_conv | 96 | 256 | 0.180 (triton) | 0.020 | 0.111 | 0.111 |" in text
+    assert "| bfloat16 | 96 | 8 | 0.50 | - |" in text
+    assert "| bfloat16 | 384 | - | - | 0.50 |" in text
+    assert "| atto | eager | 10.000 | 4.000 | - | 500 | 40.0% (kernel_ms) |" in text
+    assert "| atto | graph **wrong** | 4.500 | - | - | - | - |" in text
     assert "| parity | failed | 9 | exit code 1 |" in text
     assert "| grn | 2.0e-07 |" in text
     assert "**3 do not agree or did not run:**" in text
