@@ -14,16 +14,29 @@ template <class T, int K, int S>
 struct HaloMemory {
   static constexpr int kSites = Reach<K, S>::kHalo * Reach<K, S>::kHalo;
   static constexpr int kOutputs = S * S;
+  static constexpr int kBlockBytes = kSites * sizeof(int);  // of `places`, which the warps of a block share
 
   alignas(16) T halo[kSites * kSlab];
   int rows[kSites];  // of x, -1 where the site is masked
 };
 
-// Where the rows of the halo of square q are. Returns which neighbours of the square are visible, a bit for each.
+// For every site of a halo: which neighbour of the square it lies in, times 64, and where there in nested order. The
+// same for all squares, so the block works it out once.
 template <int K, int S>
-__device__ unsigned seek_halo(const Squares& squares, int q, int* rows, int lane) {
+__device__ void find_places(int* places) {
   using R = Reach<K, S>;
-  static_assert(R::kAround <= kLanes);
+  for (int i = threadIdx.x; i < R::kHalo * R::kHalo; i += blockDim.x) {
+    const int y = i / R::kHalo + R::kShift, x = i % R::kHalo + R::kShift;
+    places[i] = (y / S * R::kAcross + x / S) << 6 | nested_in_square<S>(y % S, x % S);
+  }
+  __syncthreads();
+}
+
+// The rows of the halo of square q. Returns which neighbours of the square are visible, a bit for each.
+template <int K, int S>
+__device__ unsigned seek_halo(const Squares& squares, int q, const int* places, int* rows, int lane) {
+  using R = Reach<K, S>;
+  static_assert(R::kAround <= kLanes && S * S <= 64);
   const int dy = lane / R::kAcross - R::kSquares, dx = lane % R::kAcross - R::kSquares;
   const int around = lane < R::kAround ? squares.neighbour(q, dy, dx) : -1;
   const unsigned present = __ballot_sync(kAll, around >= 0);
@@ -31,9 +44,9 @@ __device__ unsigned seek_halo(const Squares& squares, int q, int* rows, int lane
 #pragma unroll 1  // or the compiler keeps what depends on the lane alone in registers that the weights need
   for (int i0 = 0; i0 < kSites; i0 += kLanes) {
     const int i = min(i0 + lane, kSites - 1);
-    const int y = i / R::kHalo + R::kShift, x = i % R::kHalo + R::kShift;
-    const int square = __shfl_sync(kAll, around, y / S * R::kAcross + x / S);
-    rows[i] = square < 0 ? -1 : square * (S * S) + nested_in_square<S>(y % S, x % S);
+    const int place = places[i];
+    const int square = __shfl_sync(kAll, around, place >> 6);
+    rows[i] = square < 0 ? -1 : square * (S * S) + (place & 63);
   }
   __syncwarp();
   return present;
@@ -85,6 +98,8 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
   Memory& memory = memories[warp];
   Moments* moments = reinterpret_cast<Moments*>(memories + warps);  // (warps, S * S)
   float2* scales = reinterpret_cast<float2*>(moments + warps * S * S);
+  int* places = kNormalise ? reinterpret_cast<int*>(scales + S * S) : reinterpret_cast<int*>(memories + warps);
+  find_places<K, S>(places);
   const int slabs = (a.channels + kSlab - 1) / kSlab;
   const int first_slab = kNormalise ? warp : blockIdx.y, slab_step = kNormalise ? warps : slabs;
   const int begin = a.squares.at((kNormalise ? int64_t{blockIdx.x} : int64_t{blockIdx.x} * warps + warp) * a.per_warp);
@@ -100,7 +115,7 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
     if constexpr (kNormalise) {
       for (int i = lane; i < S * S; i += kLanes) moments[warp * S * S + i] = Moments{0.0f, 0.0f, 0.0f};
     }
-    const unsigned present = seek_halo<K, S>(a.squares, q, memory.rows, lane);
+    const unsigned present = seek_halo<K, S>(a.squares, q, places, memory.rows, lane);
     for (int s = first_slab; s < slabs; s += slab_step) {
       const Slab<T> slab(a.channels, s * kSlab, a.packs);
       if (held != s) {
@@ -158,6 +173,8 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
 // Shared memory of a warp for the weight gradient: the halo, and the incoming gradient of the square.
 template <class T, int K, int S>
 struct HaloGradMemory {
+  static constexpr int kBlockBytes = HaloMemory<T, K, S>::kBlockBytes;
+
   HaloMemory<T, K, S> input;
   T grad[S * S * kSlab];
 };
@@ -175,12 +192,15 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks<T>) depthwise_halo_grad_
   const int begin = a.squares.at(int64_t{blockIdx.x} * a.per_range);
   const int end = a.squares.at(int64_t{begin} + a.per_range);
 
+  int* places = reinterpret_cast<int*>(memories + warps);
+  find_places<K, S>(places);
+
   float sums[K * K];
 #pragma unroll
   for (int k = 0; k < K * K; ++k) sums[k] = 0.0f;
   float total = 0.0f;
   for (int q = begin + warp; q < end; q += warps) {
-    const unsigned present = seek_halo<K, S>(a.squares, q, memory.input.rows, lane);
+    const unsigned present = seek_halo<K, S>(a.squares, q, places, memory.input.rows, lane);
     slab.fetch(memory.input.halo, a.x, HaloMemory<T, K, S>::kSites, [&](int i) { return memory.input.rows[i]; });
     slab.fetch(memory.grad, a.grad, S * S, [&](int i) { return q * (S * S) + i; });
     slab.arrive();

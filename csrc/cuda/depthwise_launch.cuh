@@ -73,19 +73,20 @@ void launch_conv(const char* name, Kernel kernel, const DepthwiseConv& job, int 
   const int64_t resident = kThreads / kLanes * kBlocks<T>;  // warps of a multiprocessor
   if (job.normalise) {
     // The warps of a block share its squares: as many as there are slabs, or an equal part of them.
-    const int64_t scales = Memory::kOutputs * sizeof(float2);
+    const int64_t shared = Memory::kOutputs * sizeof(float2) + Memory::kBlockBytes;
     const int64_t bytes = sizeof(Memory) + Memory::kOutputs * sizeof(Moments);
-    const int64_t fit = std::min<int64_t>(kMostWarps<T>, (device.shared_bytes - scales) / bytes);
+    const int64_t fit = std::min<int64_t>(kMostWarps<T>, (device.shared_bytes - shared) / bytes);
     const int64_t warps = blocks_of(slabs, blocks_of(slabs, fit));
     const int64_t blocks = device.processors * std::max<int64_t>(1, resident / warps);
     const int each = squares_each(squares, blocks, 2, most);
-    launch(name, kernel, dim3(blocks_of(squares, each)), dim3(warps * kLanes), warps * bytes + scales, stream,
+    launch(name, kernel, dim3(blocks_of(squares, each)), dim3(warps * kLanes), warps * bytes + shared, stream,
            conv_arguments<T>(job, side, each));
   } else {
-    const int64_t warps = std::min<int64_t>(kThreads / kLanes, device.shared_bytes / sizeof(Memory));
+    const int64_t warps =
+        std::min<int64_t>(kThreads / kLanes, (device.shared_bytes - Memory::kBlockBytes) / sizeof(Memory));
     const int each = squares_each(squares * slabs, device.processors * resident, 2, most);
-    launch(name, kernel, dim3(blocks_of(squares, warps * each), slabs), dim3(warps * kLanes), warps * sizeof(Memory),
-           stream, conv_arguments<T>(job, side, each));
+    launch(name, kernel, dim3(blocks_of(squares, warps * each), slabs), dim3(warps * kLanes),
+           warps * sizeof(Memory) + Memory::kBlockBytes, stream, conv_arguments<T>(job, side, each));
   }
 }
 
@@ -94,7 +95,8 @@ void launch_weight_grad(const char* name, Kernel kernel, const DepthwiseWeightGr
                         cudaStream_t stream) {
   const DepthwiseGeometry& g = job.geometry;
   const Squares squares(g, side);
-  const int64_t warps = std::min<int64_t>(kThreads / kLanes, device.shared_bytes / sizeof(Memory));
+  const int64_t warps =
+      std::min<int64_t>(kThreads / kLanes, (device.shared_bytes - Memory::kBlockBytes) / sizeof(Memory));
   const WeightGradArguments<T> arguments{static_cast<const T*>(job.grad),
                                          static_cast<const T*>(job.x),
                                          job.partial,
@@ -102,8 +104,8 @@ void launch_weight_grad(const char* name, Kernel kernel, const DepthwiseWeightGr
                                          g.channels,
                                          static_cast<int>(std::max<int64_t>(1, blocks_of(squares.count, job.ranges))),
                                          in_packs(g.channels, g.dtype, {job.grad, job.x})};
-  launch(name, kernel, dim3(job.ranges, blocks_of(g.channels, kSlab)), dim3(warps * kLanes), warps * sizeof(Memory),
-         stream, arguments);
+  launch(name, kernel, dim3(job.ranges, blocks_of(g.channels, kSlab)), dim3(warps * kLanes),
+         warps * sizeof(Memory) + Memory::kBlockBytes, stream, arguments);
 }
 
 // f(integral_constant<int, K>) of a specialised kernel size.

@@ -13,6 +13,7 @@ template <class T, int K, int S>
 struct WindowMemory {
   static constexpr int kSquares = kSquaresAtOnce<S>;
   static constexpr int kOutputs = kSquares * S * S;
+  static constexpr int kBlockBytes = 0;
 
   alignas(16) T window[kWindowRows * kSlab];
   T outputs[kOutputs * kSlab];  // of the weight gradient: the incoming gradient

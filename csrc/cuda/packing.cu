@@ -295,8 +295,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     uint4 packs[kPacksOfThread] = {};
     for_packs<U>(cut, part, [&](int k, int site, int c) {
       const int64_t row = row_of(site);
-      const U* from = rows + row * cut.channels + part.first_channel + c;
-      if (row >= 0) packs[k] = *reinterpret_cast<const uint4*>(from);
+      if (row < 0) return;
+      packs[k] = *reinterpret_cast<const uint4*>(rows + row * cut.channels + part.first_channel + c);
     });
     for_packs<U>(cut, part, [&](int k, int site, int c) { put_pack(staging + cut.at(site) + c, packs[k]); });
   } else {
