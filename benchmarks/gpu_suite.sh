@@ -175,7 +175,7 @@ if wanted build; then
   cuda=$(operators)
   if [[ $cuda != yes ]]; then
     why="${why:+$why; }$cuda"
-    wheel=$(find dist build -maxdepth 2 -name 'sparsecnx-*.whl' 2>/dev/null | sort | tail -n 1)
+    wheel=$(find -L dist build -maxdepth 2 -name 'sparsecnx-*.whl' 2>/dev/null | sort | tail -n 1)
     if [[ -n $wheel ]]; then
       say "build: unpacking $wheel: $(unpack "$wheel" 2>&1 | tail -n 1)"
       cuda=$(operators)

@@ -4,6 +4,7 @@ benchmarks/cubin_resources.py, which says so, can say otherwise. No GPU takes pa
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 import shutil
@@ -12,10 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cuda_emulator
 import pytest
 import torch
+from cases import DEVICE, needs_cuda
 
-from sparsecnx import _extension
+from sparsecnx import Layout, _extension
+from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
@@ -111,6 +115,47 @@ def test_the_rules_are_about_something(cubins: Any, kernels: list[Any]) -> None:
     }
     assert all(kernel.threads for kernel in kernels)
     assert any(kernel.blocks > 1 for kernel in kernels)
+
+
+@needs_cuda
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="launches are seen in the emulator, not on a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_launches_leave_room_for_the_blocks_that_are_meant(cubins: Any, kernels: list[Any], dtype: torch.dtype) -> None:
+    """Threads and dynamic shared memory, which the emulator sees, at the widths of Tiny on a GPU like an H200."""
+    by_name = {kernel.name: kernel for kernel in kernels if kernel.arch == 90}
+    if not by_name:
+        pytest.skip("not compiled for sm_90")
+    emulator, cuda = cuda_emulator.load(), torch.ops.sparsecnx_cuda
+    emulator.forget_launches()
+    for tile, channels in ((8, 96), (4, 192), (2, 384), (1, 768)):
+        layout = Layout.from_mask(torch.zeros(1, 1, 2, dtype=torch.bool), (tile, 2 * tile))
+        table = neighbour_table(layout, (7, 7))
+        x = torch.randn(layout.rows, channels, dtype=dtype)
+        weight, bias = torch.randn(channels, 1, 7, 7, dtype=dtype), torch.randn(channels)
+        cuda.depthwise_conv(x, weight, bias, table, tile)
+        cuda.depthwise_conv_fused(x, weight, bias, None, table, tile, False, 1e-6)
+        cuda.depthwise_conv_weight_grad(x, x, table, tile, 7, 7)
+        _, energy = cuda.grn(x, bias, bias, layout.row_splits, 1e-6)
+        cuda.grn_backward(x, x, bias, layout.row_splits, energy, 1e-6)
+        dense = torch.randn(1, channels, *layout.shape, dtype=dtype)
+        index, slots = layout.tiles.index, layout.tiles.slots()
+        cuda.gather_tiles(dense, index, slots, tile)
+        cuda.scatter_tiles(x, x[0], index, slots, 1, *layout.shape, tile)
+    launches = emulator.launches()
+    assert {cubins.short(launch.kernel).partition("<")[0] for launch in launches} >= {
+        "depthwise_halo_kernel",
+        "depthwise_window_kernel",
+        "depthwise_halo_grad_kernel",
+        "depthwise_window_grad_kernel",
+        "apply_kernel",
+        "apply_backward_kernel",
+        "gather_kernel",
+        "scatter_kernel",
+    }
+    for launch in launches:
+        kernel = by_name[cubins.short(launch.kernel)]
+        assert math.prod(launch.block) <= kernel.threads, launch
+        assert launch.shared_bytes <= kernel.room, (launch, kernel.blocks)
 
 
 SPILLING = """
