@@ -480,6 +480,14 @@ def test_gpu_operators_build_the_same_geometry(kind: str, ndim: int) -> None:
 
 
 @needs_cuda
+def test_slots_are_ordinary_tensors_also_under_inference_mode() -> None:
+    mask = draw_mask("random counts", 2, (3, 2), seed=1).to(DEVICE)
+    with use_backend("cuda"), torch.inference_mode():
+        slots = TileSet.from_mask(mask, (3, 2)).slots()
+    assert not slots.is_inference()
+
+
+@needs_cuda
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the emulator counts launches")
 def test_geometry_takes_three_launches() -> None:
     emulator, mask = cuda_emulator.load(), draw_mask("random counts", 2, (3, 2), seed=1)
