@@ -1,0 +1,262 @@
+"""The CUDA depthwise convolution beyond what every backend is held to: what is fused into it, how its work is cut, its
+limits, wrong arguments. On a GPU, or in the emulator."""
+
+from __future__ import annotations
+
+import cuda_emulator
+import pytest
+import torch
+from cases import (
+    BOUNDS,
+    DEVICE,
+    assert_matches_reference,
+    dispatcher,
+    draw_mask,
+    make_layout,
+    move,
+    name,
+    needs_cuda,
+    needs_gpu,
+    place,
+    random_sparse,
+    relative_error,
+)
+from operators import conv_parameters
+from torch import Tensor
+
+from sparsecnx import Layout, SparseTensor, ops, use_backend
+from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
+
+pytestmark = needs_cuda
+
+EPS = 1e-6
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+SHAPES = [
+    # tile, kernel, channels, grid
+    (8, (7, 7), 96, (2, 2)),  # three slabs, all warps at work on one square
+    (8, (7, 7), 500, (1, 2)),  # more slabs than a block has warps
+    (8, (3, 3), 40, (2, 1)),  # a slab that is not full
+    (16, (5, 5), 33, (1, 2)),  # four squares to a tile, rows that no 16 bytes fit
+    (4, (7, 7), 72, (3, 2)),
+    (12, (7, 7), 8, (2, 1)),  # nine squares of 4 x 4 to a tile
+    (2, (7, 7), 64, (4, 5)),
+    (6, (5, 5), 3, (2, 2)),
+    (1, (7, 7), 160, (6, 7)),
+    (1, (7, 7), 8, (16, 50)),  # sites that see further than a window holds
+    (2, (7, 7), 8, (9, 40)),
+    (7, (7, 7), 40, (2, 1)),
+    (1, (3, 3), 1, (5, 5)),
+    (5, (9, 9), 24, (2, 2)),  # sizes without kernels of their own
+    (8, (3, 5), 37, (1, 2)),
+]
+EVERY_SHAPE = pytest.mark.parametrize("tile,kernel,channels,grid", SHAPES, ids=name)
+
+
+class Case:
+    """Random tensors on a geometry, and what the reference makes of them in float64."""
+
+    def __init__(
+        self, tile: int, kernel: tuple[int, int], channels: int, grid: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        from sparsecnx.ops.depthwise_conv import cuda
+
+        self.room, self.tile, self.kernel, self.dtype = cuda, tile, kernel, dtype
+        self.layout = make_layout(draw_mask("equal counts", 2, grid, seed=7), tile)
+        x = random_sparse(self.layout, channels, dtype)
+        grad = 1 + torch.randn(self.layout.rows, channels)
+        residual = torch.randn(self.layout.rows, channels)
+        parameters = conv_parameters(channels, 1, *kernel)
+        weight, bias = parameters["weight"].to(dtype), parameters["bias"].float()
+        self.x, self.grad, self.residual = x.features, grad.to(dtype), residual.to(dtype)
+        self.weight, self.bias = weight, bias
+        exact = [value.double().requires_grad_() for value in (x.features, weight, bias)]
+        with use_backend("reference"):
+            self.out = ops.depthwise_conv(SparseTensor(exact[0], self.layout), *exact[1:]).features
+            self.grads = torch.autograd.grad(self.out, exact, self.grad.double())
+        self.out = self.out.detach()
+
+    def there(self, which: str) -> Tensor:
+        return place(getattr(self, which), "cuda")
+
+    @property
+    def table(self) -> Tensor:
+        return place(neighbour_table(self.layout, self.kernel), "cuda")
+
+    def close(self, found: Tensor, expected: Tensor, bound: float | None = None) -> None:
+        error = relative_error(found, expected)
+        assert error < (bound or BOUNDS[self.dtype]), f"relative error {error:.2e}"
+
+
+@DTYPES
+@EVERY_SHAPE
+def test_convolution_and_gradients(tile, kernel, channels, grid, dtype):
+    case = Case(tile, kernel, channels, grid, dtype)
+    x, weight, grad = case.there("x"), case.there("weight"), case.there("grad")
+    out, rstd = case.room.convolve(x, weight, case.there("bias"), case.table, tile)
+    case.close(out, case.out)
+    assert rstd.numel() == 0
+    grad_x, _ = case.room.convolve(grad, weight, None, case.table, tile, residual=case.there("residual"), flip=True)
+    case.close(grad_x, case.grads[0] + case.residual.double())
+    grad_weight, grad_bias = case.room.weight_grad(grad, x, case.table, tile, kernel)
+    assert grad_weight.dtype == dtype and grad_bias.dtype == torch.float32
+    case.close(grad_weight, case.grads[1])
+    case.close(grad_bias, case.grads[2])
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "tile,kernel,channels,grid",
+    [shape for shape in SHAPES if shape[2] > 1],  # a row of one value is normalised to 0
+    ids=name,
+)
+def test_normalised_rows(tile, kernel, channels, grid, dtype):
+    case = Case(tile, kernel, channels, grid, dtype)
+    found, rstd = case.room.convolve(
+        case.there("x"), case.there("weight"), case.there("bias"), case.table, tile, normalise=EPS
+    )
+    scale = (case.out.var(1, unbiased=False, keepdim=True) + EPS).rsqrt()
+    case.close(found, (case.out - case.out.mean(1, keepdim=True)) * scale)
+    case.close(rstd, scale[:, 0])
+
+
+@pytest.mark.parametrize("tile", [8, 2, 1])
+def test_same_bits_in_any_order_of_threads(tile):
+    case = Case(tile, (7, 7), 72, (2, 3), torch.bfloat16)
+    arguments = case.there("grad"), case.there("x"), case.table, tile, (7, 7)
+    outputs = []
+    for seed in (1, 2):
+        if DEVICE.type == "cpu":
+            cuda_emulator.load().seed(seed)
+        normalised, _ = case.room.convolve(
+            case.there("x"), case.there("weight"), case.there("bias"), case.table, tile, normalise=EPS
+        )
+        outputs.append((normalised, *case.room.weight_grad(*arguments)))
+    for first, second in zip(*outputs, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_no_rows():
+    layout = Layout.from_mask(torch.ones(2, 4, dtype=torch.bool), (16, 16))
+    x = move(random_sparse(layout, 40, torch.bfloat16), DEVICE)
+    p = {which: value.to(DEVICE) for which, value in conv_parameters(40, 1, 7, 7).items()}
+    weight = p["weight"].to(torch.bfloat16).requires_grad_()
+    bias = p["bias"].float().requires_grad_()
+    with use_backend("cuda"):
+        out = ops.depthwise_conv(x, weight, bias)
+    assert out.features.shape == (0, 40)
+    for grad in torch.autograd.grad(out.features.sum(), (weight, bias)):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_gpu_with_little_shared_memory(dtype, monkeypatch):
+    """99 KiB a block, as on sm_86 and sm_89: fewer warps a block."""
+    if DEVICE.type != "cpu":
+        pytest.skip("the emulator can be any GPU, a GPU only itself")
+    monkeypatch.setenv("SPARSECNX_EMULATOR_SHARED_BYTES", str(99 * 1024))
+    test_normalised_rows(8, (7, 7), 160, (2, 1), dtype)
+    test_convolution_and_gradients(8, (7, 7), 160, (2, 1), dtype)
+
+
+@pytest.mark.parametrize(
+    "tile,kernel,expected",
+    [
+        (8, (7, 7), ["depthwise_halo_kernel"]),
+        (4, (3, 3), ["depthwise_halo_kernel"]),
+        (2, (7, 7), ["depthwise_window_kernel"]),
+        (1, (5, 5), ["depthwise_window_kernel"]),
+        (8, (9, 9), ["depthwise_general_kernel", "normalise_rows_kernel"]),
+    ],
+)
+def test_launches(tile, kernel, expected):
+    """Convolution, bias and LayerNorm are one launch, a weight gradient is two."""
+    if DEVICE.type != "cpu":
+        pytest.skip("the emulator tells its launches")
+    emulator = cuda_emulator.load()
+    case = Case(tile, kernel, 40, (2, 2), torch.bfloat16)
+
+    def names() -> list[str]:
+        return [launch.kernel.split("<")[0].split("::")[-1] for launch in emulator.launches()]
+
+    emulator.forget_launches()
+    case.room.convolve(case.there("x"), case.there("weight"), case.there("bias"), case.table, tile, normalise=EPS)
+    assert names() == expected
+    emulator.forget_launches()
+    case.room.weight_grad(case.there("grad"), case.there("x"), case.table, tile, kernel)
+    assert names() == [expected[0].replace("_kernel", "_grad_kernel"), "add_up_ranges_kernel"]
+
+
+def test_opcheck():
+    case = Case(4, (7, 7), 8, (2, 2), torch.float32)
+    x, weight, bias = (case.there(which).requires_grad_() for which in ("x", "weight", "bias"))
+    operators = torch.ops.sparsecnx_cuda
+    torch.library.opcheck(operators.depthwise_conv.default, (x, weight, bias, case.table, 4))
+    x, weight, grad = x.detach(), weight.detach(), case.there("grad")
+    fused = (x, weight, bias.detach(), case.there("residual"), case.table, 4, False, EPS)
+    torch.library.opcheck(operators.depthwise_conv_fused.default, fused)
+    torch.library.opcheck(operators.depthwise_conv_weight_grad.default, (grad, x, case.table, 4, 7, 7))
+
+
+WRONG = {
+    "x of three dimensions": (dict(x=lambda x: x[None]), r"x must be contiguous, \(rows, channels\)"),
+    "x with strides": (dict(x=lambda x: x.t().contiguous().t()), "x must be contiguous"),
+    "x in float64": (dict(x=Tensor.double), "x is Double, expected float32, bfloat16 or float16"),
+    "x without channels": (dict(x=lambda x: x[:, :0]), "x has no channels"),
+    "rows that are no tiles": (dict(x=lambda x: x[:-1]), r"x has \d+ rows, expected a multiple of tile\^2 = 16"),
+    "weight for other channels": (dict(weight=lambda w: w[:4]), "weight has 196 elements, expected 392"),
+    "weight without its second axis": (dict(weight=lambda w: w[:, 0]), r"weight must be \(C, 1, kh, kw\)"),
+    "weight of another dtype": (dict(weight=Tensor.half), "weight is Half, expected Float"),
+    "even kernel": (dict(weight=lambda w: w[..., 1:].contiguous()), "the kernel is 7x6, expected odd sizes"),
+    "bias of another dtype": (dict(bias=Tensor.half), "bias is Half, expected Float"),
+    "bias of another size": (dict(bias=lambda b: b[1:].clone()), "bias has 7 elements, expected 8"),
+    "residual of another size": (dict(residual=lambda r: r[1:].clone()), r"residual has \d+ elements, expected"),
+    "table in int64": (dict(table=Tensor.long), "table is Long, expected Int"),
+    "table of another reach": (dict(table=lambda t: t[:, :1].contiguous()), r"table has \d+ elements, expected"),
+    "tile of no sites": (dict(tile=lambda _: 0), "tile is 0, expected 1 to 32768 sites"),
+}
+
+
+@pytest.mark.parametrize("changes,message", WRONG.values(), ids=WRONG.keys())
+def test_wrong_arguments_are_named(changes, message):
+    case = Case(4, (7, 7), 8, (2, 2), torch.float32)
+    arguments = {
+        **{which: getattr(case, which).to(DEVICE) for which in ("x", "weight", "bias", "residual")},
+        "table": case.table,
+        "tile": 4,
+    }
+    arguments |= {which: change(arguments[which]) for which, change in changes.items()}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.sparsecnx_cuda.depthwise_conv_fused(**arguments, flip=False, eps=EPS)
+
+
+@needs_gpu
+@pytest.mark.parametrize("tile", [8, 1])
+def test_offsets_beyond_32_bits(tile):
+    """More than 2**31 values: the last images give what they give alone. bfloat16, 4.3 GB a tensor."""
+    channels, side, last = 1024, 16 // tile, 2
+    batch = 2**31 // (256 * channels) + 1 + last
+    mask = torch.zeros(batch, side, side, dtype=torch.bool, device=DEVICE)
+    whole, alone = (Layout.from_mask(part, (16, 16)) for part in (mask, mask[:last]))
+    x = torch.randn(whole.rows, channels, dtype=torch.bfloat16, device=DEVICE)
+    weight = torch.randn(channels, 1, 7, 7, dtype=torch.bfloat16, device=DEVICE)
+    with use_backend("cuda"):
+        out = ops.depthwise_conv(SparseTensor(x, whole), weight).features[-alone.rows :]
+        expected = ops.depthwise_conv(SparseTensor(x[-alone.rows :], alone), weight).features
+    assert torch.equal(out, expected)
+
+
+def test_operator_takes_the_room():
+    case = Case(4, (7, 7), 8, (2, 2), torch.float32)
+    x = SparseTensor(case.x, case.layout)
+    with use_backend("cuda"):
+        assert dispatcher("depthwise_conv").choose(move(x, DEVICE)) == "cuda"
+    assert_matches_reference(
+        ops.depthwise_conv,
+        x,
+        {"weight": case.weight, "bias": case.bias},
+        torch.float32,
+        statistics=("bias",),
+        backend="cuda",
+    )
