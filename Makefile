@@ -4,18 +4,28 @@
 #   make test    everything that has to hold before a change is kept
 #
 # Both work in .venv, which they create. Another Python: make test PYTHON=python3.12
+#
+#   make wheel-test    the wheel built with the torch of .venv, tested with another torch
 
 PYTHON ?= python3
 TORCH := torch==2.14.1 torchvision==0.29.2
+TORCH_CUDA := 13
+OTHER_TORCH := torch==2.13.0
 BIN := .venv/bin
 READY := .venv/ready
+OTHER := build/other-torch
 RUN := runs/demo
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP = $(shell find $(1) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(call CPP,csrc)
 
-# A machine that cannot compile is told so; `make demo SPARSECNX_BUILD=none` goes on in pure Python.
-export SPARSECNX_BUILD ?= cpu
+# With an nvcc that fits this torch the GPU operators too. A machine that cannot compile is told so;
+# `make demo SPARSECNX_BUILD=none` goes on in pure Python.
+ifndef SPARSECNX_BUILD
+  SPARSECNX_BUILD := $(if $(findstring release $(TORCH_CUDA).,$(shell nvcc --version 2>&1)),cuda,cpu)
+endif
+export SPARSECNX_BUILD
 
-.PHONY: demo test lint format clean
+.PHONY: demo test wheel-test lint format clean
 
 # The published recipe, but for a learning rate that suits a run of minutes. Interrupted, it goes on.
 demo: $(READY)
@@ -25,19 +35,31 @@ demo: $(READY)
 test: lint
 	$(BIN)/pytest
 
+# One wheel serves every torch. Compiled for one kind of GPU, which is as good for this as for all.
+wheel-test: $(READY)
+	rm -rf build dist
+	TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/pip wheel . --no-deps --no-build-isolation --wheel-dir dist
+	$(BIN)/python -m venv $(OTHER)
+	$(OTHER)/bin/pip install $(OTHER_TORCH) pytest pytest-timeout hypothesis numpy
+	$(OTHER)/bin/pip install --no-deps dist/*.whl
+	$(OTHER)/bin/sparsecnx doctor
+	cd $(OTHER) && bin/python -c 'from sparsecnx import _extension as e; assert e.loaded, e.why_not; print(e.PACKAGE)'
+	$(OTHER)/bin/pytest -k native tests/ops
+
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(call CPP,csrc tests)
 	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(call CPP,csrc tests)
 
 clean:
-	rm -rf .venv build dist *.egg-info $(RUN) sparsecnx/_C.*so sparsecnx/_build_info.*so sparsecnx/_build_failure.txt
+	rm -rf .venv build dist *.egg-info $(RUN)
+	rm -f sparsecnx/_C.*so sparsecnx/_C_cuda.*so sparsecnx/_build_info.*so sparsecnx/_build_failure*.txt
 
 $(READY): $(SOURCES) $(BIN)/python pyproject.toml setup.py
 	$(BIN)/pip install $(TORCH)
