@@ -63,7 +63,7 @@ struct Copy {
   long batch;
 };
 
-enum class State { kReady, kWaitsForBlock, kWaitsForWarp, kDone };
+enum class State { kReady, kWaitsForBlock, kWaitsForWarp, kWaitsForCopies, kDone };
 
 struct Fiber {
   jmp_buf context;
@@ -295,8 +295,45 @@ void explain_deadlock() {
 
 void explain_fault();
 
+// Runs one warp after another until all its threads wait or have ended, each time in another order: so every two
+// accesses that no barrier keeps apart happen now in one order, now in the other. False where all have ended or one has
+// failed.
+bool run_warps() {
+  static uint64_t turn = 0, lane_turn = 0;
+  const int warps = (block_threads + warpSize - 1) / warpSize;
+  const Order order(warps, turn++);
+  for (int position = 0; position < warps; ++position) {
+    const int first = static_cast<int>(order.at(position)) * warpSize;
+    const int lanes = std::min(warpSize, block_threads - first);
+    for (bool progress = true; progress;) {
+      progress = false;
+      const Order lane_order(lanes, lane_turn++);
+      for (int lane = 0; lane < lanes; ++lane) {
+        Fiber& fiber = *fibers[first + lane_order.at(lane)];
+        if (fiber.state != State::kReady) continue;
+        resume(fiber);
+        progress = true;
+        if (fault.signal != 0) explain_fault();
+        if (failed) return false;
+      }
+    }
+  }
+  return std::any_of(fibers.begin(), fibers.begin() + block_threads,
+                     [](const auto& fiber) { return fiber->state != State::kDone; });
+}
+
+// Where all others wait too, those that wait for copies go on.
+bool let_copies_arrive() {
+  bool any = false;
+  for (int index = 0; index < block_threads; ++index) {
+    if (fibers[index]->state != State::kWaitsForCopies) continue;
+    fibers[index]->state = State::kReady;
+    any = true;
+  }
+  return any;
+}
+
 void run_block(uint3 block) {
-  static uint64_t turn = 0;
   blockIdx = block;
   prepare_fibers();
   prepare_shared_memory();
@@ -313,24 +350,13 @@ void run_block(uint3 block) {
       }
     }
   }
-  for (int living = block_threads; living > 0;) {
-    const Order order(block_threads, turn++);
-    bool progress = false;
-    for (int position = 0; position < block_threads; ++position) {
-      Fiber& fiber = *fibers[order.at(position)];
-      if (fiber.state != State::kReady) continue;
-      resume(fiber);
-      progress = true;
-      if (fault.signal != 0) explain_fault();
-      if (failed) return;
-      if (fiber.state == State::kDone) --living;
-    }
-    if (living == 0 || open_barrier() || failed) {
-      if (failed) return;
-    } else if (!progress) {
-      return explain_deadlock();
+  while (run_warps()) {
+    if (!let_copies_arrive() && !open_barrier()) {
+      if (!failed) explain_deadlock();
+      return;
     }
   }
+  if (failed) return;
   if (!is_filled(shared_start - kMarginBytes, shared_start, kPoison)) {
     return record_failure("a write before its shared memory");
   }
@@ -521,12 +547,14 @@ void copy_async(void* to, const void* from, size_t size, size_t zeros) {
 
 void commit_copies() { ++running->batches; }
 
-// All other threads have a turn before the copies arrive: those that still read what was there before see poison.
+// All other threads go on as far as they can before the copies arrive: those that still read what was there before see
+// poison.
 void wait_for_copies(size_t batches_left) {
   auto& copies = running->copies;
   const long done = running->batches - static_cast<long>(batches_left);
   const auto end = std::find_if(copies.begin(), copies.end(), [&](const Copy& copy) { return copy.batch >= done; });
   if (end == copies.begin()) return;
+  running->state = State::kWaitsForCopies;
   back_to_scheduler();
   for (auto copy = copies.begin(); copy != end; ++copy) {
     std::memcpy(copy->to, copy->from, copy->size - copy->zeros);
