@@ -160,6 +160,17 @@ def test_cuda_takes_tensors_from_the_middle_of_memory(offset, channels):
 
 
 @needs_cuda
+def test_cuda_operators_pass_opcheck():
+    layout = layout_on_device("random counts", (2, 2), 2)
+    tables = layout.tiles.index, layout.tiles.slots()
+    dense = torch.randn(2, 3, *layout.shape, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(torch.ops.sparsecnx_cuda.gather_tiles.default, (dense, *tables, 2))
+    rows = torch.randn(layout.rows, 3, device=DEVICE, requires_grad=True)
+    fill = torch.randn(3, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(torch.ops.sparsecnx_cuda.scatter_tiles.default, (rows, fill, *tables, 2, *layout.shape, 2))
+
+
+@needs_cuda
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -19,6 +19,8 @@ void check(const DenseShape& shape, const Tensor& index, const Tensor& slots, co
       kLargestTile);
   STD_TORCH_CHECK(shape.size == 1 || shape.size == 2 || shape.size == 4 || shape.size == 8, "sparsecnx: elements of ",
                   shape.size, " bytes are not supported");
+  STD_TORCH_CHECK(shape.height < kMost && shape.width < kMost, "sparsecnx: images of ", shape.height, "x", shape.width,
+                  " sites: expected fewer than 2^31 along each axis");
   STD_TORCH_CHECK(shape.channels >= 1 && shape.channels < kMost && shape.batch * shape.cells() < kMost,
                   "sparsecnx: ", shape.channels, " channels of ", shape.batch * shape.cells(),
                   " tiles: expected at least one channel and fewer than 2^31 of either");

@@ -59,13 +59,15 @@ struct Squares {
         cells(static_cast<int>(shape.cells())) {}
   __host__ __device__ int of_tile() const { return tile.sites() >> 2 * log_side; }
 
-  // Offset in a dense tensor of a square of the cell, these numbered over all images.
-  __device__ int64_t offset(const Strides& strides, int64_t cell, int square) const {
+  // Offset in a dense tensor of a square of the cell, these numbered over all images. A plane has fewer than 2^31 sites
+  // along each axis, and there are fewer than 2^31 cells: divisions in 64 bits are slow.
+  __device__ int64_t offset(const Strides& strides, int cell, int square) const {
     const int site = square << 2 * log_side;
-    const int place = static_cast<int>(cell % cells);
-    const int64_t y = static_cast<int64_t>(place / cells_x) * tile.side + site_line(tile, site);
-    const int64_t x = static_cast<int64_t>(place % cells_x) * tile.side + site_column(tile, site);
-    return cell / cells * strides.n + y * strides.y + x * strides.x;
+    const int image = cell / cells, place = cell - image * cells;
+    const int line = place / cells_x;
+    const int64_t y = line * tile.side + site_line(tile, site);
+    const int64_t x = (place - line * cells_x) * tile.side + site_column(tile, site);
+    return image * strides.n + y * strides.y + x * strides.x;
   }
 };
 
@@ -105,13 +107,17 @@ struct Place {
   int64_t dense, row;
 };
 
-// Part of the work of a block: its first square, its first channel, and how many squares and channels it has.
+// Part of the work of a block: its first square, in which tile and where in it, its first channel, and how many squares
+// and channels it has.
 struct Part {
   int64_t first_square;
+  int first_tile, within;
   int first_channel, squares, channels;
 
   __device__ Part(const Blocking& cut, int64_t all_squares) {
     first_square = static_cast<int64_t>(blockIdx.x / cut.across) << cut.log_squares();
+    first_tile = static_cast<int>(first_square / cut.squares.of_tile());
+    within = static_cast<int>(first_square % cut.squares.of_tile());
     first_channel = static_cast<int>(blockIdx.x % cut.across) * cut.block_channels;
     squares = static_cast<int>(min(all_squares - first_square, int64_t{1} << cut.log_squares()));
     channels = min(cut.block_channels, cut.channels - first_channel);
@@ -206,9 +212,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   int64_t* offsets = reinterpret_cast<int64_t*>(shared_memory<char>() + staging_bytes);
   const Part part(cut, tiles * cut.squares.of_tile());
   for (int i = static_cast<int>(threadIdx.x); i < part.squares; i += kThreads) {
-    const int64_t square = part.first_square + i;
-    offsets[i] = cut.squares.offset(strides, index[square / cut.squares.of_tile()],
-                                    static_cast<int>(square % cut.squares.of_tile()));
+    const int tile = (part.within + i) / cut.squares.of_tile();
+    offsets[i] = cut.squares.offset(strides, static_cast<int>(index[part.first_tile + tile]),
+                                    part.within + i - tile * cut.squares.of_tile());
   }
   __syncthreads();
   for_pieces<V>(cut, [&](int square, int y, int x, int channel, int step) {
@@ -279,8 +285,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   Place* places = reinterpret_cast<Place*>(shared_memory<char>() + staging_bytes);
   const Part part(cut, tiles * cut.squares.of_tile());
   for (int i = static_cast<int>(threadIdx.x); i < part.squares; i += kThreads) {
-    const int64_t cell = (part.first_square + i) / cut.squares.of_tile();
-    const int square = static_cast<int>((part.first_square + i) % cut.squares.of_tile());
+    const int tile = (part.within + i) / cut.squares.of_tile();
+    const int cell = part.first_tile + tile, square = part.within + i - tile * cut.squares.of_tile();
     const int64_t slot = slots[cell];
     places[i].dense = cut.squares.offset(strides, cell, square);
     places[i].row = slot < 0 ? -1 : slot * cut.squares.tile.sites() + (square << 2 * cut.squares.log_side);
@@ -334,10 +340,12 @@ __global__ void __launch_bounds__(kThreads)
                 uint4* __restrict__ rows) {
   int64_t* offsets = shared_memory<int64_t>();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * block_rows;
+  const int64_t first_tile = first / sites.of_tile();
+  const int within = static_cast<int>(first - first_tile * sites.of_tile());
   const int count = static_cast<int>(min(all_rows - first, static_cast<int64_t>(block_rows)));
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-    const int64_t cell = index[(first + i) / sites.tile.sites()];
-    offsets[i] = sites.offset(strides, cell, static_cast<int>((first + i) % sites.tile.sites()));
+    const int tile = (within + i) / sites.of_tile();
+    offsets[i] = sites.offset(strides, static_cast<int>(index[first_tile + tile]), within + i - tile * sites.of_tile());
   }
   __syncthreads();
   uint4* out = rows + first * width;

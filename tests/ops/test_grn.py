@@ -156,6 +156,16 @@ def test_cuda_takes_16_bytes_at_a_time_where_rows_allow():
 
 
 @needs_cuda
+def test_cuda_operators_pass_opcheck():
+    x, (gamma, beta), grad, splits = (value.to(DEVICE) for value in rows_of_groups([5, 0, 4], 8, torch.float32))
+    energy = torch.rand(3, 8, device=DEVICE)
+    operators = torch.ops.sparsecnx_cuda
+    torch.library.opcheck(operators.grn_backward.default, (grad, x, gamma, splits, energy, 1e-6))
+    leaves = [value.clone().requires_grad_() for value in (x, gamma, beta)]
+    torch.library.opcheck(operators.grn.default, (*leaves, splits, 1e-6))
+
+
+@needs_cuda
 @pytest.mark.parametrize(
     ("change", "message"),
     [
