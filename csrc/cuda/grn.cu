@@ -15,7 +15,8 @@ namespace sparsecnx::cuda {
 namespace {
 
 // 16 bytes of four rows a thread: 64 registers hold them and the sums of one tensor, 80 those of two, so that a
-// multiprocessor has 64 or 96 KB on their way from memory, more than bandwidth times latency of any so far.
+// multiprocessor has 64 or 96 KB on their way from memory. One of an H200's 132 takes 36 bytes a nanosecond of its
+// 4.8 TB/s: that covers a latency of 1.8 microseconds.
 constexpr int kThreads = 256;
 constexpr int kBlocksOfOne = 4;  // of such a block on a multiprocessor, where a kernel reads one tensor
 constexpr int kBlocksOfTwo = 3;
