@@ -1,6 +1,7 @@
 #include "op.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>  // C functions, ABI-stable like the rest
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -116,10 +117,9 @@ void gemm_raw(void* out, const void* a, bool a_transposed, const void* b, bool b
   const Tensor left = view(a, rows, inner, a_transposed, dtype);
   const Tensor right = view(b, inner, columns, b_transposed, dtype);
   if (accumulate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
   }
 }
 

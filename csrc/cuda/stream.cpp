@@ -2,6 +2,7 @@
 #define USE_CUDA  // torch's own name: declares the CUDA part of the C interface
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #undef USE_CUDA
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "op.h"
 
@@ -9,7 +10,7 @@ namespace sparsecnx::cuda {
 
 cudaStream_t current_stream(const Tensor& x) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
