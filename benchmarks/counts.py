@@ -25,7 +25,7 @@ from typing import Any
 import kernel_costs
 import torch
 from kernel_costs import Cost
-from kernels import NAMESPACE, programs
+from kernels import programs
 from measure import saved_bytes
 from record import Results
 from torch import Tensor
@@ -52,10 +52,10 @@ class Products(TorchDispatchMode):
         self.costs = costs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == NAMESPACE:
-            implementation = torch._library.custom_ops.OPDEFS[func._schema.name]._init_fn
+        definition = torch._library.custom_ops.OPDEFS.get(func._schema.name)
+        if definition is not None:
             with self:
-                return implementation(*args, **(kwargs or {}))
+                return definition._init_fn(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if func._schema.name == "aten::mm":
             add(self.costs, "torch.mm", kernel_costs.operator_cost("torch.mm", tree_leaves(args), tree_leaves(out)))
