@@ -1,10 +1,7 @@
 """The CUDA kernels without a GPU: csrc/cuda compiled with g++ against tests/emulator/include, where a block's threads
 are fibers on the CPU. Loading the library gives the operators `sparsecnx_cuda::*` an implementation for CPU tensors.
 
-    python tests/cuda_emulator.py              build it all
-    python tests/cuda_emulator.py grn packing  only csrc/cuda/grn* and csrc/cuda/packing*
-
-SPARSECNX_EMULATOR_ONLY="grn packing" asks for the same of tests.
+    python tests/cuda_emulator.py    build it
 """
 
 from __future__ import annotations
@@ -117,16 +114,15 @@ def build(sources: list[Path], link: list[str]) -> Path:
     return library
 
 
-def build_operators(only: list[str]) -> Path:
-    """The library of the operators in csrc/cuda, or of those files there whose names begin with one of `only`."""
+def build_operators() -> Path:
+    """The library of the operators in csrc/cuda."""
     sources = [
         path
         for path in sorted(KERNELS.iterdir())
         if path.suffix in (".cu", ".cpp") and path.name not in ("library.cpp", "stream.cpp")
-        if not only or any(path.name.startswith(name) for name in only)
     ]
     torch_libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    return build([HERE / "library.cpp", HERE / "absent.cpp", *sources], torch_libraries)
+    return build([HERE / "library.cpp", *sources], torch_libraries)
 
 
 @dataclass(frozen=True)
@@ -196,7 +192,7 @@ class Emulator:
 @cache
 def load() -> Emulator:
     """Build the operators where that was not done before, and give them to torch."""
-    library = build_operators(os.environ.get("SPARSECNX_EMULATOR_ONLY", "").split())
+    library = build_operators()
     torch.ops.load_library(str(library))
     return Emulator(library)
 
@@ -208,6 +204,6 @@ def guarded(tensor: Tensor) -> Tensor:
 
 if __name__ == "__main__":
     try:
-        print(build_operators(sys.argv[1:]))
+        print(build_operators())
     except DoesNotCompile as error:
         sys.exit(str(error))

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> depthwise_conv_fused(const Tensor& x, const Tensor& w
   if (bias) check_dense(*bias, "bias", channels, ScalarType::Float, x);
   if (residual) check_dense(*residual, "residual", rows * channels, x.scalar_type(), x);
   const OnDevice guard(x);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = empty_on(x, {rows, channels}, x.scalar_type());
   Tensor rstd = empty_on(x, {eps ? rows : 0}, ScalarType::Float);
   depthwise_conv(
       {geometry, data(x), data(weight), static_cast<const float*>(data_or_null(bias)), data_or_null(residual),
