@@ -342,28 +342,31 @@ thread, asynchronous copies among the loads. *FFMA* is their share of the instru
 """
 
 
-def toolkit(library: Path) -> str:
-    """Version of the nvcc whose code a library holds."""
-    found = re.search(r"Cuda compilation tools, release ([\d.]+)", dump(library, "-ptx"))
-    return found[1] if found else "(version unknown)"
+def toolkit() -> str:
+    """Version of the CUDA toolkit that the package's operators were compiled with."""
+    from sparsecnx import _extension
+
+    return (_extension.build_info() or {}).get("cuda") or "(of a version that is not known)"
 
 
 def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Read what every compiled CUDA kernel needs.")
-    parser.add_argument("--library", type=Path, help="library or object file, by default that of the package")
+    help = "libraries or object files, by default the library of the package"
+    parser.add_argument("--library", nargs="+", type=Path, metavar="FILE", help=help)
     parser.add_argument("--kernel", default="", metavar="WORD", help="only kernels with this in their name")
     parser.add_argument("--out", type=Path, help="results file (JSON)")
     parser.add_argument("--table", type=Path, help="the table as a file; printed otherwise")
     options = parser.parse_args(given)
-    library = options.library or find_library()
-    kernels = [kernel for kernel in read(library) if options.kernel in kernel.name]
+    libraries = options.library or [find_library()]
+    kernels = [kernel for library in libraries for kernel in read(library) if options.kernel in kernel.name]
+    kernels.sort(key=lambda kernel: (kernel.name, kernel.arch))
     if options.out:
         results: list[dict[str, Any]] = [asdict(kernel) | {"resident": kernel.resident} for kernel in kernels]
         write(options.out, json.dumps(results, indent=1) + "\n")
     if options.table:
         spilling = sum(bool(kernel.spills or kernel.stack) for kernel in kernels)
         spills = f"{spilling} of which spill" if spilling else "none of which spills a register"
-        head = HEADER.format(toolkit=toolkit(library), count=len({kernel.name for kernel in kernels}), spills=spills)
+        head = HEADER.format(toolkit=toolkit(), count=len({kernel.name for kernel in kernels}), spills=spills)
         write(options.table, f"{head}\n{table(kernels)}\n")
     else:
         print(table(kernels))
