@@ -35,7 +35,8 @@ demo: $(READY)
 test: lint
 	$(BIN)/pytest
 
-# One wheel serves every torch. Compiled for one kind of GPU, which is as good for this as for all.
+# One wheel serves every torch. Compiled for one kind of GPU, which is as good for this as for all; tested away from the
+# source folder, whose package would be imported instead.
 wheel-test: $(READY)
 	rm -rf build dist
 	TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/pip wheel . --no-deps --no-build-isolation --wheel-dir dist
@@ -43,8 +44,9 @@ wheel-test: $(READY)
 	$(OTHER)/bin/pip install $(OTHER_TORCH) pytest pytest-timeout hypothesis numpy
 	$(OTHER)/bin/pip install --no-deps dist/*.whl
 	$(OTHER)/bin/sparsecnx doctor
+	cp -r tests pyproject.toml $(OTHER)
 	cd $(OTHER) && bin/python -c 'from sparsecnx import _extension as e; assert e.loaded, e.why_not; print(e.PACKAGE)'
-	$(OTHER)/bin/pytest -k native tests/ops
+	cd $(OTHER) && bin/pytest -k native tests/ops
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -48,6 +48,8 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC
 # they first load it. That is every GPU the kernels are made for (8.0 and later), for the price of two compilations.
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
 
+USUAL_TOOLKIT = Path("/usr/local/cuda")
+
 # What an install leaves in the package folder.
 CPU_FILES = ("_C.*so", "_build_info.*so")
 CUDA_FILES = ("_C_cuda.*so",)
@@ -133,7 +135,7 @@ def import_torch() -> Any:
 def find_nvcc() -> str:
     """Path of nvcc. An environment variable that points to a folder without it is passed over."""
     names = [name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    folders = [*(Path(os.environ[name], "bin") for name in names), Path("/usr/local/cuda/bin")]
+    folders = [*(Path(os.environ[name], "bin") for name in names), USUAL_TOOLKIT / "bin"]
     candidates = [folder / "nvcc" for folder in folders]
     on_path = shutil.which("nvcc")
     if on_path is not None:
@@ -141,7 +143,7 @@ def find_nvcc() -> str:
     for candidate in candidates:
         if os.access(candidate, os.X_OK):
             return str(candidate)
-    looked = ", ".join([*(f"{name}={os.environ[name]}" for name in names), "PATH", "/usr/local/cuda"])
+    looked = ", ".join([*(f"{name}={os.environ[name]}" for name in names), "PATH", str(USUAL_TOOLKIT)])
     raise CannotCompile(f"no nvcc: looked in {looked}")
 
 

@@ -284,15 +284,14 @@ def test_toolkit_behind_a_script_on_the_path(recipe: dict[str, Any], monkeypatch
 
 
 def test_no_toolkit(recipe: dict[str, Any], monkeypatch: Any, tmp_path: Path) -> None:
-    if Path("/usr/local/cuda/bin/nvcc").exists():
-        pytest.skip("this machine has a toolkit where it is always looked for")
+    monkeypatch.setitem(recipe["find_nvcc"].__globals__, "USUAL_TOOLKIT", tmp_path / "usual")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     monkeypatch.delenv("CUDA_PATH", raising=False)
     with pytest.raises(recipe["CannotCompile"]) as error:
         recipe["find_toolkit"](torch_of("13.0"))
     reason, remedy = str(error.value).split("\n")
-    assert reason == "no nvcc: looked in CUDA_HOME=/nowhere, PATH, /usr/local/cuda"
+    assert reason == f"no nvcc: looked in CUDA_HOME=/nowhere, PATH, {tmp_path}/usual"
     assert remedy.startswith("Install the CUDA 13 toolkit") and "set CUDA_HOME" in remedy
 
 
