@@ -1,7 +1,9 @@
 // Depthwise convolution on the GPU: the choice of kernel, kernel sizes without kernels of their own, and the second
 // stage of weight gradients.
 #include "depthwise_conv.h"
+#include "depthwise_halo.cuh"
 #include "depthwise_launch.cuh"
+#include "depthwise_window.cuh"
 
 namespace sparsecnx::cuda {
 namespace {
@@ -89,27 +91,27 @@ __global__ void __launch_bounds__(256) normalise_rows_kernel(const ConvArguments
   }
 }
 
-// The sum of a column of (kGroup, kSlab) threads, in order, in its first thread.
+// The sum of a column of (kGroup, kLanes) threads, in order, in its first thread.
 __device__ float column_sum(float value) {
   float* sums = shared_memory<float>();
   sums[threadIdx.x] = value;
   __syncthreads();
-  if (threadIdx.x < kSlab) {
-    for (int group = 1; group < kGroup; ++group) value += sums[group * kSlab + threadIdx.x];
+  if (threadIdx.x < kLanes) {
+    for (int group = 1; group < kGroup; ++group) value += sums[group * kLanes + threadIdx.x];
   }
   return value;
 }
 
-// Sum over a range of rows, blockIdx.y, for one slab and one tap; after the last tap comes the gradient itself.
+// Sum over a range of rows, blockIdx.y, for 32 channels and one tap; after the last tap comes the gradient itself.
 template <class T>
-__global__ void __launch_bounds__(kGroup* kSlab)
+__global__ void __launch_bounds__(kGroup* kLanes)
     depthwise_general_grad_kernel(const WeightGradArguments<T> a, const Taps taps, int64_t rows, int64_t per_range) {
   const int tap = blockIdx.x % (taps.count() + 1);
-  const int channel = blockIdx.x / (taps.count() + 1) * kSlab + threadIdx.x % kSlab;
+  const int channel = blockIdx.x / (taps.count() + 1) * kLanes + threadIdx.x % kLanes;
   const int64_t begin = blockIdx.y * per_range, end = min(begin + per_range, rows);
   float sum = 0.0f;
   if (channel < a.channels) {
-    for (int64_t row = begin + threadIdx.x / kSlab; row < end; row += kGroup) {
+    for (int64_t row = begin + threadIdx.x / kLanes; row < end; row += kGroup) {
       const float grad = widen(a.grad[row * a.channels + channel]);
       if (tap == taps.count()) {
         sum += grad;
@@ -120,26 +122,26 @@ __global__ void __launch_bounds__(kGroup* kSlab)
     }
   }
   sum = column_sum(sum);
-  if (threadIdx.x < kSlab && channel < a.channels) {
+  if (threadIdx.x < kLanes && channel < a.channels) {
     a.partial[(int64_t{blockIdx.y} * (taps.count() + 1) + tap) * a.channels + channel] = sum;
   }
 }
 
-// Second stage of weight gradients: the sum of all ranges for one slab and one tap.
+// Second stage of weight gradients: the sum of all ranges for 32 channels and one tap.
 template <class T>
-__global__ void __launch_bounds__(kGroup* kSlab) add_up_ranges_kernel(const float* partial, int64_t ranges, int taps,
-                                                                      int channels, T* grad_weight, float* grad_bias) {
+__global__ void __launch_bounds__(kGroup* kLanes) add_up_ranges_kernel(const float* partial, int64_t ranges, int taps,
+                                                                       int channels, T* grad_weight, float* grad_bias) {
   const int tap = blockIdx.x % (taps + 1);
-  const int channel = blockIdx.x / (taps + 1) * kSlab + threadIdx.x % kSlab;
+  const int channel = blockIdx.x / (taps + 1) * kLanes + threadIdx.x % kLanes;
   const int64_t stride = int64_t{taps + 1} * channels;
   float sum = 0.0f;
   if (channel < channels) {
     const float* from = partial + int64_t{tap} * channels + channel;
 #pragma unroll 8
-    for (int64_t range = threadIdx.x / kSlab; range < ranges; range += kGroup) sum += from[range * stride];
+    for (int64_t range = threadIdx.x / kLanes; range < ranges; range += kGroup) sum += from[range * stride];
   }
   sum = column_sum(sum);
-  if (threadIdx.x < kSlab && channel < channels) {
+  if (threadIdx.x < kLanes && channel < channels) {
     if (tap == taps) {
       grad_bias[channel] = sum;
     } else {
@@ -178,25 +180,25 @@ void depthwise_conv(const DepthwiseConv& job, cudaStream_t stream) {
 }
 
 int64_t depthwise_ranges(const DepthwiseGeometry& g) {
-  const int64_t processors = Device::current().processors, slabs = blocks_of(g.channels, kSlab);
+  const int64_t processors = Device::current().processors;
   if (!specialised(g.kernel_h, g.kernel_w)) {
-    const int64_t blocks = slabs * (g.kernel_h * g.kernel_w + 1);
+    const int64_t blocks = blocks_of(g.channels, kLanes) * (g.kernel_h * g.kernel_w + 1);
     return std::clamp<int64_t>(8 * processors / blocks, 1, blocks_of(std::max<int64_t>(g.rows(), 1), 64));
   }
-  // One wave of blocks, each of which goes over its warps' registers at least twice.
+  // One wave of blocks, each of whose warps has some squares to go over.
   const int side = square_side(g.tile);
-  const int64_t squares = g.rows() / (side * side);
-  const int64_t least = side >= 4 ? 2 * kThreads / kLanes : 2 * kThreads / kLanes * kSquaresAtOnce<1>;
+  const int64_t slabs = blocks_of(g.channels, side >= 4 ? kHaloChannels : kWindowChannels);
+  const int64_t least = kThreads / kLanes * (side >= 4 ? 2 : 2 * kSquaresAtOnce<1>);
   const int64_t blocks = g.dtype == Dtype::kFloat32 ? kGradBlocks<float> : kGradBlocks<__half>;
-  return std::clamp<int64_t>(processors * blocks / slabs, 1, std::max<int64_t>(1, squares / least));
+  return std::clamp<int64_t>(processors * blocks / slabs, 1, std::max<int64_t>(1, g.rows() / (side * side) / least));
 }
 
 void depthwise_conv_weight_grad(const DepthwiseWeightGrad& job, cudaStream_t stream) {
   const DepthwiseGeometry& g = job.geometry;
   const Device device = Device::current();
   const int side = square_side(g.tile), taps = g.kernel_h * g.kernel_w;
-  const dim3 sums(blocks_of(g.channels, kSlab) * (taps + 1)), threads(kGroup * kSlab);
-  const size_t bytes = kGroup * kSlab * sizeof(float);
+  const dim3 sums(blocks_of(g.channels, kLanes) * (taps + 1)), threads(kGroup * kLanes);
+  const size_t bytes = kGroup * kLanes * sizeof(float);
   if (specialised(g.kernel_h, g.kernel_w)) {
     side >= 4 ? depthwise_halo_grad(job, side, device, stream) : depthwise_window_grad(job, side, device, stream);
   }

@@ -1,8 +1,8 @@
 // Depthwise convolution on the GPU: what its kernels share.
 //
 // The sites of a tile are cut into squares of S x S, S a power of two: S x S consecutive rows in nested order. A warp
-// takes one square at a time and 32 channels of it, a *slab*, one for each lane: a lane keeps the K x K weights of
-// its channel and the sums of its outputs in registers. Input sites come to shared memory once, 16 bytes at a time
+// takes one square at a time and a *slab* of its channels, one or two for each lane: a lane keeps the K x K weights of
+// its channels and the sums of its outputs in registers. Input sites come to shared memory once, 16 bytes at a time
 // and without passing through registers, and every value read from there serves up to K rows and K columns of
 // outputs. Since a warp shares its slab with no other, warps do not wait for each other.
 //
@@ -25,7 +25,6 @@ namespace sparsecnx::cuda {
 
 constexpr int kLanes = 32;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kSlab = 32;  // channels of a slab
 
 // Warps of a block that share nothing, and such blocks on a multiprocessor at least. In 16 bits 3 blocks of 53 KiB are
 // what the shared memory of sm_80 takes, and 168 registers keep its compiler from spilling; that of sm_90 makes do
@@ -40,7 +39,7 @@ constexpr int kGradBlocks = sizeof(T) == 2 ? 3 : 1;  // of the weight gradient, 
 template <class T>
 constexpr int kMostWarps = sizeof(T) == 2 ? 12 : 8;
 
-constexpr int kWindowRows = 144;  // rows of x staged at once: 9 KiB in 16 bits
+constexpr int kWindowRows = 104;  // rows of x staged at once: with two channels to a lane 13 KiB in 16 bits
 
 template <int S>
 constexpr int kSquaresAtOnce = S == 2 ? 8 : 16;
@@ -87,27 +86,59 @@ __host__ __device__ constexpr int nested_in_square(int y, int x) {
   return (y & 1) << 1 | (y & 2) << 2 | (y & 4) << 3 | (x & 1) | (x & 2) << 1 | (x & 4) << 2;
 }
 
-// The slab of one warp.
+// Two values that lie next to each other, moved at once.
 template <class T>
+union alignas(2 * sizeof(T)) Pair {
+  using Bits = std::conditional_t<sizeof(T) == 2, unsigned, uint2>;
+  Bits bits;
+  T at[2];
+};
+
+// The channels that one warp works on, kPer for each lane.
+template <class T, int kPer>
 struct Slab {
+  static constexpr int kChannels = kLanes * kPer;
   static constexpr int kPerPack = Pack<T>::kSize;
-  static constexpr int kLanesPerRow = kSlab / kPerPack;  // that move a row 16 bytes each
+  static constexpr int kLanesPerRow = kChannels / kPerPack;  // that move a row 16 bytes each
   static constexpr int kRowsAtOnce = kLanes / kLanesPerRow;
+  static_assert(kLanesPerRow <= kLanes);
 
   int channels;  // C
-  int first;     // channel of lane 0
+  int first;     // channel of the slab
   bool packs;    // rows of x can be moved 16 bytes at a time
   int lane;
 
-  __device__ Slab(int channels, int first, bool packs)
-      : channels(channels), first(first), packs(packs), lane(threadIdx.x % kLanes) {}
+  __device__ Slab(int channels, int index, bool packs)
+      : channels(channels), first(index * kChannels), packs(packs), lane(threadIdx.x % kLanes) {}
 
-  __device__ int channel() const { return first + lane; }
-  __device__ bool inside() const { return channel() < channels; }
-  // Offset of the values that this lane moves of a row.
+  __device__ int channel(int j) const { return first + lane * kPer + j; }
+  __device__ bool inside(int j) const { return channel(j) < channels; }
+  // Offset of a value of a row.
   __device__ int64_t offset(int64_t row, int part) const { return row * channels + first + part; }
 
-  // Starts to copy rows to shared memory: place i, (kSlab) values, gets row_of(i); where that is negative, nothing.
+  // The lane's values of a row in shared memory, of which `at` is its first.
+  static __device__ void read(const T* at, float (&values)[kPer]) {
+    if constexpr (kPer == 1) {
+      values[0] = widen(*at);
+    } else {
+      Pair<T> pair;
+      pair.bits = *reinterpret_cast<const typename Pair<T>::Bits*>(at);
+      values[0] = widen(pair.at[0]);
+      values[1] = widen(pair.at[1]);
+    }
+  }
+  static __device__ void write(T* at, const float (&values)[kPer]) {
+    if constexpr (kPer == 1) {
+      *at = narrow<T>(values[0]);
+    } else {
+      Pair<T> pair;
+      pair.at[0] = narrow<T>(values[0]);
+      pair.at[1] = narrow<T>(values[1]);
+      *reinterpret_cast<typename Pair<T>::Bits*>(at) = pair.bits;
+    }
+  }
+
+  // Starts to copy rows to shared memory: place i, (kChannels) values, gets row_of(i); where that is negative, nothing.
   template <class F>
   __device__ void fetch(T* to, const T* from, int count, const F& row_of) const {
     if (packs) {
@@ -116,13 +147,15 @@ struct Slab {
 #pragma unroll 4
         for (int i = lane / kLanesPerRow; i < count; i += kRowsAtOnce) {
           const int row = row_of(i);
-          if (row >= 0) __pipeline_memcpy_async(to + i * kSlab + part, from + offset(row, part), 16);
+          if (row >= 0) __pipeline_memcpy_async(to + i * kChannels + part, from + offset(row, part), 16);
         }
       }
-    } else if (inside()) {
+    } else {
+      const int known = min(kChannels, channels - first);
       for (int i = 0; i < count; ++i) {
         const int row = row_of(i);
-        if (row >= 0) to[i * kSlab + lane] = from[offset(row, lane)];
+        if (row < 0) continue;
+        for (int part = lane; part < known; part += kLanes) to[i * kChannels + part] = from[offset(row, part)];
       }
     }
     __pipeline_commit();
@@ -135,18 +168,22 @@ struct Slab {
   }
 };
 
-// Weights of the lane's channel, 0 outside. `scratch` takes (kSlab * K * K) values: rows of weight are short, and
-// are read in the order of memory.
-template <class T, int K>
-__device__ void load_weights(float (&weights)[K * K], const T* weight, const Slab<T>& slab, bool flip, T* scratch) {
-  const int known = min(kSlab, slab.channels - slab.first) * K * K;
+// Weights of the lane's channels, 0 outside. `scratch` takes (kChannels * K * K) values: the rows of `weight` are short,
+// and are read in the order of memory.
+template <int K, class T, int kPer>
+__device__ void load_weights(float (&weights)[K * K][kPer], const T* weight, const Slab<T, kPer>& slab, bool flip,
+                             T* scratch) {
+  const int known = min(slab.kChannels, slab.channels - slab.first) * K * K;
   const T* from = weight + static_cast<int64_t>(slab.first) * K * K;
   for (int i = slab.lane; i < known; i += kLanes) scratch[i] = from[i];
   __syncwarp();
 #pragma unroll
   for (int k = 0; k < K * K; ++k) {
     const int tap = flip ? K * K - 1 - k : k;
-    weights[k] = slab.inside() ? widen(scratch[slab.lane * K * K + tap]) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) {
+      weights[k][j] = slab.inside(j) ? widen(scratch[(slab.lane * kPer + j) * K * K + tap]) : 0.0f;
+    }
   }
   __syncwarp();
 }
@@ -180,13 +217,13 @@ __device__ Moments merged_across(Moments m) {
 // What a lane moves at once: 16 bytes where rows allow it, otherwise a value.
 template <class T>
 struct Sixteen {
-  static constexpr int kValues = Pack<T>::kSize, kLanesPerRow = Slab<T>::kLanesPerRow;
+  static constexpr int kValues = Pack<T>::kSize;
   static __device__ Pack<T> load(const T* from) { return load_pack(from); }
   static __device__ void store(T* to, const Pack<T>& pack) { store_pack(to, pack); }
 };
 template <class T>
 struct Single {
-  static constexpr int kValues = 1, kLanesPerRow = kLanes;
+  static constexpr int kValues = 1;
   static __device__ Pack<T> load(const T* from) {
     Pack<T> pack;
     pack.at[0] = *from;
@@ -197,7 +234,7 @@ struct Single {
 
 // The rows of squares that a warp has computed, on their way from shared memory to `out`. place(i) is where the
 // slab's values of row i lie in shared memory.
-template <class T>
+template <class T, int kPer>
 struct Finish {
   T* out;         // (rows, C)
   int64_t first;  // row of place 0
@@ -205,23 +242,23 @@ struct Finish {
 
   // The values as they are.
   template <class F>
-  __device__ void store(const Slab<T>& slab, const T* memory, const F& place) const {
+  __device__ void store(const Slab<T, kPer>& slab, const T* memory, const F& place) const {
     for_rows(slab, [&](int i, int part, bool known, auto move) {
       using Move = decltype(move);
       if (known) {
-        Move::store(out + slab.offset(first + i, part), Move::load(memory + place(i) * kSlab + part));
+        Move::store(out + slab.offset(first + i, part), Move::load(memory + place(i) * slab.kChannels + part));
       }
     });
   }
 
   // Adds the moments of the slab's values of every row to `moments`.
   template <class F>
-  __device__ void measure(const Slab<T>& slab, const T* memory, const F& place, Moments* moments) const {
+  __device__ void measure(const Slab<T, kPer>& slab, const T* memory, const F& place, Moments* moments) const {
     for_rows(slab, [&](int i, int part, bool known, auto move) {
       using Move = decltype(move);
       Moments m{0.0f, 0.0f, 0.0f};
       if (known) {
-        const Pack<T> values = Move::load(memory + place(i) * kSlab + part);
+        const Pack<T> values = Move::load(memory + place(i) * slab.kChannels + part);
         m.count = Move::kValues;
 #pragma unroll
         for (int k = 0; k < Move::kValues; ++k) m.mean += widen(values.at[k]);
@@ -231,19 +268,19 @@ struct Finish {
           m.squares += (widen(values.at[k]) - m.mean) * (widen(values.at[k]) - m.mean);
         }
       }
-      m = merged_across<Move::kLanesPerRow>(m);
-      if (slab.lane % Move::kLanesPerRow == 0 && i < count) moments[i] = moments[i].merged(m);
+      m = merged_across<kLanesPerRow<Move>>(m);
+      if (slab.lane % kLanesPerRow<Move> == 0 && i < count) moments[i] = moments[i].merged(m);
     });
   }
 
   // (value - mean) * rstd, of values in shared memory or, where `memory` is null, stored before by the same lane.
   template <class F>
-  __device__ void normalise(const Slab<T>& slab, const T* memory, const F& place, const float2* scales) const {
+  __device__ void normalise(const Slab<T, kPer>& slab, const T* memory, const F& place, const float2* scales) const {
     for_rows(slab, [&](int i, int part, bool known, auto move) {
       using Move = decltype(move);
       if (known) {
         T* to = out + slab.offset(first + i, part);
-        Pack<T> values = Move::load(memory == nullptr ? to : memory + place(i) * kSlab + part);
+        Pack<T> values = Move::load(memory == nullptr ? to : memory + place(i) * slab.kChannels + part);
         const float2 scale = scales[i];
 #pragma unroll
         for (int k = 0; k < Move::kValues; ++k) {
@@ -257,7 +294,7 @@ struct Finish {
  private:
   // f(row, first value of it, whether it is there, how to move values), for a whole warp at a time.
   template <class F>
-  __device__ void for_rows(const Slab<T>& slab, const F& f) const {
+  __device__ void for_rows(const Slab<T, kPer>& slab, const F& f) const {
     if (slab.packs) {
       rows_by(slab, f, Sixteen<T>());
     } else {
@@ -265,13 +302,22 @@ struct Finish {
     }
   }
 
+  // Lanes that share a row.
+  template <class Move>
+  static constexpr int kLanesPerRow =
+      Slab<T, kPer>::kChannels / Move::kValues < kLanes ? Slab<T, kPer>::kChannels / Move::kValues : kLanes;
+
   template <class F, class Move>
-  __device__ void rows_by(const Slab<T>& slab, const F& f, Move move) const {
-    const int part = slab.lane % Move::kLanesPerRow * Move::kValues;
+  __device__ void rows_by(const Slab<T, kPer>& slab, const F& f, Move move) const {
+    constexpr int kSharing = kLanesPerRow<Move>;
+#pragma unroll
+    for (int part0 = 0; part0 < slab.kChannels; part0 += kSharing * Move::kValues) {
+      const int part = part0 + slab.lane % kSharing * Move::kValues;
 #pragma unroll 2
-    for (int i0 = 0; i0 < count; i0 += kLanes / Move::kLanesPerRow) {
-      const int i = i0 + slab.lane / Move::kLanesPerRow;
-      f(i, part, i < count && slab.first + part < slab.channels, move);
+      for (int i0 = 0; i0 < count; i0 += kLanes / kSharing) {
+        const int i = i0 + slab.lane / kSharing;
+        f(i, part, i < count && slab.first + part < slab.channels, move);
+      }
     }
   }
 };
@@ -315,21 +361,26 @@ struct WeightGradArguments {
 };
 
 // The end of a weight gradient: the sums of all warps of the block, in order, to partial[blockIdx.x]. Every warp has
-// `stride` floats of `scratch`, room for its (K * K + 1, kSlab) sums.
-template <int K, class T>
-__device__ void add_up_warps(const float (&sums)[K * K], float total, const Slab<T>& slab, float* scratch, int stride,
-                             float* partial) {
-  float* own = scratch + threadIdx.x / kLanes * stride;
+// `stride` floats of `scratch`, room for its (K * K + 1, kChannels) sums.
+template <int K, class T, int kPer>
+__device__ void add_up_warps(const float (&sums)[K * K][kPer], const float (&total)[kPer], const Slab<T, kPer>& slab,
+                             float* scratch, int stride, float* partial) {
+  constexpr int kChannels = Slab<T, kPer>::kChannels;
+  float* own = scratch + threadIdx.x / kLanes * stride + slab.lane * kPer;
 #pragma unroll
-  for (int k = 0; k < K * K; ++k) own[k * kSlab + slab.lane] = sums[k];
-  own[K * K * kSlab + slab.lane] = total;
+  for (int k = 0; k < K * K; ++k) {
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) own[k * kChannels + j] = sums[k][j];
+  }
+#pragma unroll
+  for (int j = 0; j < kPer; ++j) own[K * K * kChannels + j] = total[j];
   __syncthreads();
   const int warps = blockDim.x / kLanes;
-  for (int i = threadIdx.x; i < (K * K + 1) * kSlab; i += blockDim.x) {
+  for (int i = threadIdx.x; i < (K * K + 1) * kChannels; i += blockDim.x) {
     float sum = scratch[i];
     for (int w = 1; w < warps; ++w) sum += scratch[w * stride + i];
-    const int channel = slab.first + i % kSlab;
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * (K * K + 1) + i / kSlab;
+    const int channel = slab.first + i % kChannels;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * (K * K + 1) + i / kChannels;
     if (channel < slab.channels) partial[row * slab.channels + channel] = sum;
   }
 }

@@ -7,16 +7,19 @@
 
 namespace sparsecnx::cuda {
 
+constexpr int kHaloPer = 1;  // channels of a lane
+constexpr int kHaloChannels = kHaloPer * kLanes;
 constexpr int kStrip = 4;  // lines of outputs whose sums are held at once: 4 x 8 of them beside 7 x 7 weights
 
 // Shared memory of a warp.
 template <class T, int K, int S>
 struct HaloMemory {
+  static constexpr int kChannels = kHaloChannels;
   static constexpr int kSites = Reach<K, S>::kHalo * Reach<K, S>::kHalo;
   static constexpr int kOutputs = S * S;
   static constexpr int kBlockBytes = kSites * sizeof(int);  // of `places`, which the warps of a block share
 
-  alignas(16) T halo[kSites * kSlab];
+  alignas(16) T halo[kSites * kHaloChannels];
   int rows[kSites];  // of x, -1 where the site is masked
 };
 
@@ -66,7 +69,7 @@ __device__ __forceinline__ void for_halo(const T* column, unsigned present, int 
 #pragma unroll
         for (int i = 0; i < S; ++i) {
           const int x = square * S - R::kShift + i;
-          if (x >= 0 && x < R::kHalo) f(l, x, widen(column[(l * R::kHalo + x) * kSlab]));
+          if (x >= 0 && x < R::kHalo) f(l, x, widen(column[(l * R::kHalo + x) * kHaloChannels]));
         }
       }
     }
@@ -100,7 +103,7 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
   float2* scales = reinterpret_cast<float2*>(moments + warps * S * S);
   int* places = kNormalise ? reinterpret_cast<int*>(scales + S * S) : reinterpret_cast<int*>(memories + warps);
   find_places<K, S>(places);
-  const int slabs = (a.channels + kSlab - 1) / kSlab;
+  const int slabs = (a.channels + kHaloChannels - 1) / kHaloChannels;
   const int first_slab = kNormalise ? warp : blockIdx.y, slab_step = kNormalise ? warps : slabs;
   const int begin = a.squares.at((kNormalise ? int64_t{blockIdx.x} : int64_t{blockIdx.x} * warps + warp) * a.per_warp);
   const int end = a.squares.at(int64_t{begin} + a.per_warp);
@@ -108,22 +111,22 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
     return ((i >> 1 & 1) | (i >> 2 & 2) | (i >> 3 & 4)) * R::kHalo + ((i & 1) | (i >> 1 & 2) | (i >> 2 & 4));
   };
 
-  float weights[K * K];
+  float weights[K * K][kHaloPer];
   int held = -1;  // slab of the weights
   for (int q = begin; q < end; ++q) {
-    const Finish<T> finish{a.out, int64_t{q} * (S * S), S * S};
+    const Finish<T, kHaloPer> finish{a.out, int64_t{q} * (S * S), S * S};
     if constexpr (kNormalise) {
       for (int i = lane; i < S * S; i += kLanes) moments[warp * S * S + i] = Moments{0.0f, 0.0f, 0.0f};
     }
     const unsigned present = seek_halo<K, S>(a.squares, q, places, memory.rows, lane);
     for (int s = first_slab; s < slabs; s += slab_step) {
-      const Slab<T> slab(a.channels, s * kSlab, a.packs);
+      const Slab<T, kHaloPer> slab(a.channels, s, a.packs);
       if (held != s) {
-        load_weights<T, K>(weights, a.weight, slab, a.flip, memory.halo);
+        load_weights<K>(weights, a.weight, slab, a.flip, memory.halo);
         held = s;
       }
       slab.fetch(memory.halo, a.x, Memory::kSites, [&](int i) { return memory.rows[i]; });
-      const float bias = a.bias != nullptr && slab.inside() ? a.bias[slab.channel()] : 0.0f;
+      const float bias = a.bias != nullptr && slab.inside(0) ? a.bias[slab.channel(0)] : 0.0f;
       slab.arrive();
 #pragma unroll 1
       for (int y0 = 0; y0 < S; y0 += kStrip) {
@@ -131,25 +134,27 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
 #pragma unroll
         for (int y = 0; y < kStrip; ++y) {
 #pragma unroll
-          for (int x = 0; x < S; ++x) {
-            sums[y][x] = bias;
-            if (a.residual != nullptr && slab.inside()) {
-              const int row = q * (S * S) + nested_in_square<S>(y0, 0) + nested_in_square<S>(y, x);
-              sums[y][x] += widen(a.residual[slab.offset(row, lane)]);
-            }
+          for (int x = 0; x < S; ++x) sums[y][x] = bias;
+        }
+        if (a.residual != nullptr && slab.inside(0)) {
+          const T* residual = a.residual + slab.offset(q * (S * S) + nested_in_square<S>(y0, 0), lane);
+#pragma unroll
+          for (int y = 0; y < kStrip; ++y) {
+#pragma unroll
+            for (int x = 0; x < S; ++x) sums[y][x] += widen(residual[nested_in_square<S>(y, x) * a.channels]);
           }
         }
-        T* column = memory.halo + y0 * R::kHalo * kSlab + lane;
+        T* column = memory.halo + y0 * R::kHalo * kHaloChannels + lane;
         for_halo<T, K, S>(column, present, y0, [&](int l, int x, float value) {
           for_outputs<K, S>(l, x, [&](int oy, int ox, int ky, int kx) {
-            sums[oy][ox] = fmaf(value, weights[ky * K + kx], sums[oy][ox]);
+            sums[oy][ox] = fmaf(value, weights[ky * K + kx][0], sums[oy][ox]);
           });
         });
         // Lines of the halo that no later strip sees take the outputs. A lane's column is its own.
 #pragma unroll
         for (int y = 0; y < kStrip; ++y) {
 #pragma unroll
-          for (int x = 0; x < S; ++x) column[(y * R::kHalo + x) * kSlab] = narrow<T>(sums[y][x]);
+          for (int x = 0; x < S; ++x) column[(y * R::kHalo + x) * kHaloChannels] = narrow<T>(sums[y][x]);
         }
       }
       __syncwarp();
@@ -162,7 +167,7 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
       settle(moments, warps, S * S, S * S, a.eps, scales, a.rstd + int64_t{q} * (S * S));
       __syncthreads();
       for (int s = first_slab; s < slabs; s += slab_step) {
-        const Slab<T> slab(a.channels, s * kSlab, a.packs);
+        const Slab<T, kHaloPer> slab(a.channels, s, a.packs);
         finish.normalise(slab, slabs > warps ? nullptr : memory.halo, place, scales);
       }
       __syncthreads();
@@ -173,10 +178,11 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
 // Shared memory of a warp for the weight gradient: the halo, and the incoming gradient of the square.
 template <class T, int K, int S>
 struct HaloGradMemory {
+  static constexpr int kChannels = kHaloChannels;
   static constexpr int kBlockBytes = HaloMemory<T, K, S>::kBlockBytes;
 
   HaloMemory<T, K, S> input;
-  T grad[S * S * kSlab];
+  T grad[S * S * kHaloChannels];
 };
 
 // Sums over a range of squares, blockIdx.x, of grad * shifted x for every tap and of grad, for slab blockIdx.y. The
@@ -188,17 +194,17 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks<T>) depthwise_halo_grad_
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
   Memory* memories = shared_memory<Memory>();
   Memory& memory = memories[warp];
-  const Slab<T> slab(a.channels, blockIdx.y * kSlab, a.packs);
+  const Slab<T, kHaloPer> slab(a.channels, blockIdx.y, a.packs);
   const int begin = a.squares.at(int64_t{blockIdx.x} * a.per_range);
   const int end = a.squares.at(int64_t{begin} + a.per_range);
 
   int* places = reinterpret_cast<int*>(memories + warps);
   find_places<K, S>(places);
 
-  float sums[K * K];
+  float sums[K * K][kHaloPer];
 #pragma unroll
-  for (int k = 0; k < K * K; ++k) sums[k] = 0.0f;
-  float total = 0.0f;
+  for (int k = 0; k < K * K; ++k) sums[k][0] = 0.0f;
+  float total[kHaloPer] = {0.0f};
   for (int q = begin + warp; q < end; q += warps) {
     const unsigned present = seek_halo<K, S>(a.squares, q, places, memory.input.rows, lane);
     slab.fetch(memory.input.halo, a.x, HaloMemory<T, K, S>::kSites, [&](int i) { return memory.input.rows[i]; });
@@ -212,14 +218,14 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks<T>) depthwise_halo_grad_
 #pragma unroll
         for (int x = 0; x < S; ++x) {
           const int i = nested_in_square<S>(y0, 0) + nested_in_square<S>(y, x);
-          grads[y][x] = widen(memory.grad[i * kSlab + lane]);
-          total += grads[y][x];
+          grads[y][x] = widen(memory.grad[i * kHaloChannels + lane]);
+          total[0] += grads[y][x];
         }
       }
-      const T* column = memory.input.halo + y0 * R::kHalo * kSlab + lane;
+      const T* column = memory.input.halo + y0 * R::kHalo * kHaloChannels + lane;
       for_halo<T, K, S>(column, present, y0, [&](int l, int x, float value) {
         for_outputs<K, S>(l, x, [&](int oy, int ox, int ky, int kx) {
-          sums[ky * K + kx] = fmaf(value, grads[oy][ox], sums[ky * K + kx]);
+          sums[ky * K + kx][0] = fmaf(value, grads[oy][ox], sums[ky * K + kx][0]);
         });
       });
     }

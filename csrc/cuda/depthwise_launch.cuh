@@ -69,7 +69,7 @@ template <class T, class Memory, class Kernel>
 void launch_conv(const char* name, Kernel kernel, const DepthwiseConv& job, int side, int64_t most, Device device,
                  cudaStream_t stream) {
   const int64_t squares = Squares(job.geometry, side).count;
-  const int64_t slabs = blocks_of(job.geometry.channels, kSlab);
+  const int64_t slabs = blocks_of(job.geometry.channels, Memory::kChannels);
   const int64_t resident = kThreads / kLanes * kBlocks<T>;  // warps of a multiprocessor
   if (job.normalise) {
     // The warps of a block share its squares: as many as there are slabs, or an equal part of them.
@@ -104,7 +104,7 @@ void launch_weight_grad(const char* name, Kernel kernel, const DepthwiseWeightGr
                                          g.channels,
                                          static_cast<int>(std::max<int64_t>(1, blocks_of(squares.count, job.ranges))),
                                          in_packs(g.channels, g.dtype, {job.grad, job.x})};
-  launch(name, kernel, dim3(job.ranges, blocks_of(g.channels, kSlab)), dim3(warps * kLanes),
+  launch(name, kernel, dim3(job.ranges, blocks_of(g.channels, Memory::kChannels)), dim3(warps * kLanes),
          warps * sizeof(Memory) + Memory::kBlockBytes, stream, arguments);
 }
 

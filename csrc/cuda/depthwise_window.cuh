@@ -1,28 +1,44 @@
 // Depthwise convolution of squares of 2 x 2 and 1 x 1 sites, see depthwise_conv.cuh. Such squares see many times their
 // own size, and their neighbours see much the same: the warp takes several squares in a row and stages, once, the run
-// of rows in which all that they see lies. On the coarse grids of these stages that is about an image. A run that is
-// too long (a wide grid, masked site by site) is read where it lies.
+// of rows in which all that they see lies. On the coarse grids of these stages that is about an image. Where the run is
+// too long (a wide grid, masked site by site) the squares go one by one, each with all its neighbours gathered.
 #pragma once
 
 #include "depthwise_conv.cuh"
 
 namespace sparsecnx::cuda {
 
+constexpr int kWindowPer = 2;  // channels of a lane: finding a neighbour costs as much for one
+constexpr int kWindowChannels = kWindowPer * kLanes;
+
+// Neighbours of a square are read four at a time.
+template <int K, int S>
+constexpr int kPitch = (Reach<K, S>::kAround + 3) / 4 * 4;
+
 // Shared memory of a warp.
 template <class T, int K, int S>
 struct WindowMemory {
+  static constexpr int kChannels = kWindowChannels;
   static constexpr int kSquares = kSquaresAtOnce<S>;
   static constexpr int kOutputs = kSquares * S * S;
   static constexpr int kBlockBytes = 0;
 
-  alignas(16) T window[kWindowRows * kSlab];
-  T outputs[kOutputs * kSlab];  // of the weight gradient: the incoming gradient
-  int around[kSquares * Reach<K, S>::kAround];
+  alignas(16) T window[kWindowRows * kWindowChannels];
+  T outputs[kOutputs * kWindowChannels];  // of the weight gradient: the incoming gradient
+  alignas(16) int around[kSquares * kPitch<K, S>];
 };
 
-// The run of squares that some squares see.
+// What lies in the shared memory of a warp: the run of squares that all its squares see or, where that is too long,
+// the neighbours of one square.
 struct Window {
-  int first, count;
+  int first, count;  // of the run
+  bool fits;
+
+  // Squares that are computed from one filling.
+  __device__ int together(int squares) const { return fits ? squares : 1; }
+
+  // Where the j-th neighbour of a square lies.
+  __device__ int slot(int square, int j) const { return fits ? square - first : j; }
 };
 
 // The neighbours of squares [q, q + count), and the run in which they lie.
@@ -30,10 +46,9 @@ template <int K, int S>
 __device__ Window seek_window(const Squares& squares, int q, int count, int* around, int lane) {
   using R = Reach<K, S>;
   int low = 0x7fffffff, high = -1;
-  for (int i = lane; i < count * R::kAround; i += kLanes) {
-    const int j = i % R::kAround;
-    const int square =
-        squares.neighbour(q + i / R::kAround, j / R::kAcross - R::kSquares, j % R::kAcross - R::kSquares);
+  for (int i = lane; i < count * kPitch<K, S>; i += kLanes) {
+    const int j = i % kPitch<K, S>, dy = j / R::kAcross - R::kSquares, dx = j % R::kAcross - R::kSquares;
+    const int square = j < R::kAround ? squares.neighbour(q + i / kPitch<K, S>, dy, dx) : -1;
     around[i] = square;
     if (square >= 0) low = min(low, square);
     high = max(high, square);
@@ -43,40 +58,48 @@ __device__ Window seek_window(const Squares& squares, int q, int count, int* aro
     high = max(high, __shfl_xor_sync(kAll, high, step));
   }
   __syncwarp();
-  return {low, high - low + 1};
+  return {low, high - low + 1, (high - low + 1) * (S * S) <= kWindowRows};
 }
 
-// f(line, column, value) for every visible site that a square sees, counted from the first that it sees.
-// value_of(square, i) gives the lane's value of site i of a square.
-template <int K, int S, class V, class F>
-__device__ __forceinline__ void for_window(const int* around, const V& value_of, const F& f) {
+// Starts to fill the window for the squares from the one whose neighbours are `around` on.
+template <int K, int S, class T>
+__device__ void fetch_window(const Slab<T, kWindowPer>& slab, T* to, const T* x, Window window, const int* around) {
   using R = Reach<K, S>;
-#pragma unroll
-  for (int j = 0; j < R::kAround; ++j) {
-    const int square = around[j];
-    if (square >= 0) {
-#pragma unroll
-      for (int i = 0; i < S * S; ++i) {
-        const int y = j / R::kAcross * S - R::kShift + (i >> 1), x = j % R::kAcross * S - R::kShift + (i & 1);
-        if (y >= 0 && y < R::kHalo && x >= 0 && x < R::kHalo) f(y, x, value_of(square, i));
-      }
-    }
+  static_assert(R::kAround * S * S <= kWindowRows);
+  if (window.fits) {
+    slab.fetch(to, x, window.count * (S * S), [&](int i) { return window.first * (S * S) + i; });
+  } else {
+    slab.fetch(to, x, R::kAround * (S * S), [&](int i) {
+      const int square = around[i / (S * S)];
+      return square < 0 ? -1 : square * (S * S) + i % (S * S);
+    });
   }
 }
 
-// Calls f(value_of) with what reads the lane's value of a site, staged or not.
-template <class T, int S, class F>
-__device__ __forceinline__ void with_values(const Slab<T>& slab, const T* x, const T* window, Window run, bool staged,
-                                            const F& f) {
-  if (staged) {
-    const T* column = window + slab.lane;
-    f([&](int square, int i) { return widen(column[((square - run.first) * (S * S) + i) * kSlab]); });
-  } else {
-    const T* column = x + slab.first + slab.lane;
-    f([&](int square, int i) {
-      const int64_t row = static_cast<int64_t>(square) * (S * S) + i;
-      return slab.inside() ? widen(column[row * slab.channels]) : 0.0f;
-    });
+// f(line, column, values) for every visible site that a square sees, counted from the first that it sees. `column` is
+// where the lane's values begin in the window.
+template <int K, int S, class T, class F>
+__device__ __forceinline__ void for_window(const T* column, Window window, const int* around, const F& f) {
+  using R = Reach<K, S>;
+#pragma unroll
+  for (int j0 = 0; j0 < R::kAround; j0 += 4) {
+    const int4 four = *reinterpret_cast<const int4*>(around + j0);
+#pragma unroll
+    for (int j = j0; j < min(j0 + 4, R::kAround); ++j) {
+      const int square = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+      if (square >= 0) {
+        const T* at = column + window.slot(square, j) * (S * S * kWindowChannels);
+#pragma unroll
+        for (int i = 0; i < S * S; ++i) {
+          const int y = j / R::kAcross * S - R::kShift + (i >> 1), x = j % R::kAcross * S - R::kShift + (i & 1);
+          if (y >= 0 && y < R::kHalo && x >= 0 && x < R::kHalo) {
+            float values[kWindowPer];
+            Slab<T, kWindowPer>::read(at + i * kWindowChannels, values);
+            f(y, x, values);
+          }
+        }
+      }
+    }
   }
 }
 
@@ -91,51 +114,65 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
   Memory& memory = memories[warp];
   Moments* moments = reinterpret_cast<Moments*>(memories + warps);  // (warps, kOutputs)
   float2* scales = reinterpret_cast<float2*>(moments + warps * Memory::kOutputs);
-  const int slabs = (a.channels + kSlab - 1) / kSlab;
+  const int slabs = (a.channels + kWindowChannels - 1) / kWindowChannels;
   const int first_slab = kNormalise ? warp : blockIdx.y, slab_step = kNormalise ? warps : slabs;
   const int begin = a.squares.at((kNormalise ? int64_t{blockIdx.x} : int64_t{blockIdx.x} * warps + warp) * a.per_warp);
   const int count = a.squares.at(int64_t{begin} + a.per_warp) - begin;
   if (!kNormalise && count == 0) return;
-  const Finish<T> finish{a.out, int64_t{begin} * (S * S), count * (S * S)};
+  const Finish<T, kWindowPer> finish{a.out, int64_t{begin} * (S * S), count * (S * S)};
   const auto place = [](int i) { return i; };
   if constexpr (kNormalise) {
     for (int i = lane; i < Memory::kOutputs; i += kLanes) {
       moments[warp * Memory::kOutputs + i] = Moments{0.0f, 0.0f, 0.0f};
     }
   }
-  const Window run = seek_window<K, S>(a.squares, begin, count, memory.around, lane);
-  const bool staged = run.count * (S * S) <= kWindowRows;
+  const Window window = seek_window<K, S>(a.squares, begin, count, memory.around, lane);
 
   for (int s = first_slab; s < slabs; s += slab_step) {
-    const Slab<T> slab(a.channels, s * kSlab, a.packs);
-    float weights[K * K];
-    load_weights<T, K>(weights, a.weight, slab, a.flip, memory.window);
-    if (staged) slab.fetch(memory.window, a.x, run.count * (S * S), [&](int i) { return run.first * (S * S) + i; });
-    const float bias = a.bias != nullptr && slab.inside() ? a.bias[slab.channel()] : 0.0f;
-    slab.arrive();
-    with_values<T, S>(slab, a.x, memory.window, run, staged, [&](const auto& value_of) {
+    const Slab<T, kWindowPer> slab(a.channels, s, a.packs);
+    float weights[K * K][kWindowPer], bias[kWindowPer];
+    load_weights<K>(weights, a.weight, slab, a.flip, memory.window);
+#pragma unroll
+    for (int j = 0; j < kWindowPer; ++j) {
+      bias[j] = a.bias != nullptr && slab.inside(j) ? a.bias[slab.channel(j)] : 0.0f;
+    }
+    for (int n0 = 0; n0 < count; n0 += window.together(count)) {
+      fetch_window<K, S>(slab, memory.window, a.x, window, memory.around + n0 * kPitch<K, S>);
+      slab.arrive();
 #pragma unroll 1
-      for (int n = 0; n < count; ++n) {
-        float sums[S * S];
+      for (int n = n0; n < n0 + window.together(count); ++n) {
+        float sums[S * S][kWindowPer];
 #pragma unroll
         for (int i = 0; i < S * S; ++i) {
-          sums[i] = bias;
-          if (a.residual != nullptr && slab.inside()) {
-            sums[i] += widen(a.residual[slab.offset((begin + n) * (S * S) + i, lane)]);
+#pragma unroll
+          for (int j = 0; j < kWindowPer; ++j) {
+            sums[i][j] = bias[j];
+            if (a.residual != nullptr && slab.inside(j)) {
+              sums[i][j] += widen(a.residual[slab.offset((begin + n) * (S * S) + i, lane * kWindowPer + j)]);
+            }
           }
         }
-        for_window<K, S>(memory.around + n * R::kAround, value_of, [&](int y, int x, float value) {
+        const T* column = memory.window + lane * kWindowPer;
+        const auto add = [&](int y, int x, const float (&values)[kWindowPer]) {
 #pragma unroll
           for (int i = 0; i < S * S; ++i) {
             const int ky = y - (i >> 1), kx = x - (i & 1);
-            if (ky >= 0 && ky < K && kx >= 0 && kx < K) sums[i] = fmaf(value, weights[ky * K + kx], sums[i]);
-          }
-        });
+            if (ky >= 0 && ky < K && kx >= 0 && kx < K) {
 #pragma unroll
-        for (int i = 0; i < S * S; ++i) memory.outputs[(n * S * S + i) * kSlab + lane] = narrow<T>(sums[i]);
+              for (int j = 0; j < kWindowPer; ++j) {
+                sums[i][j] = fmaf(values[j], weights[ky * K + kx][j], sums[i][j]);
+              }
+            }
+          }
+        };
+        for_window<K, S>(column, window, memory.around + n * kPitch<K, S>, add);
+#pragma unroll
+        for (int i = 0; i < S * S; ++i) {
+          slab.write(memory.outputs + (n * S * S + i) * kWindowChannels + lane * kWindowPer, sums[i]);
+        }
       }
-    });
-    __syncwarp();
+      __syncwarp();
+    }
     if (kNormalise) finish.measure(slab, memory.outputs, place, moments + warp * Memory::kOutputs);
     if (!kNormalise || slabs > warps) finish.store(slab, memory.outputs, place);
     __syncwarp();
@@ -145,7 +182,7 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
     settle(moments, warps, Memory::kOutputs, count * (S * S), a.eps, scales, a.rstd + int64_t{begin} * (S * S));
     __syncthreads();
     for (int s = first_slab; s < slabs; s += slab_step) {
-      const Slab<T> slab(a.channels, s * kSlab, a.packs);
+      const Slab<T, kWindowPer> slab(a.channels, s, a.packs);
       finish.normalise(slab, slabs > warps ? nullptr : memory.outputs, place, scales);
     }
   }
@@ -160,42 +197,50 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks<T>)
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
   Memory* memories = shared_memory<Memory>();
   Memory& memory = memories[warp];
-  const Slab<T> slab(a.channels, blockIdx.y * kSlab, a.packs);
+  const Slab<T, kWindowPer> slab(a.channels, blockIdx.y, a.packs);
   const int begin = a.squares.at(int64_t{blockIdx.x} * a.per_range);
   const int end = a.squares.at(int64_t{begin} + a.per_range);
 
-  float sums[K * K];
+  float sums[K * K][kWindowPer], total[kWindowPer];
 #pragma unroll
-  for (int k = 0; k < K * K; ++k) sums[k] = 0.0f;
-  float total = 0.0f;
+  for (int j = 0; j < kWindowPer; ++j) {
+    total[j] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < K * K; ++k) sums[k][j] = 0.0f;
+  }
   for (int q = begin + warp * Memory::kSquares; q < end; q += warps * Memory::kSquares) {
     const int count = min(Memory::kSquares, end - q);
-    const Window run = seek_window<K, S>(a.squares, q, count, memory.around, lane);
-    const bool staged = run.count * (S * S) <= kWindowRows;
-    if (staged) slab.fetch(memory.window, a.x, run.count * (S * S), [&](int i) { return run.first * (S * S) + i; });
+    const Window window = seek_window<K, S>(a.squares, q, count, memory.around, lane);
     slab.fetch(memory.outputs, a.grad, count * (S * S), [&](int i) { return q * (S * S) + i; });
-    slab.arrive();
-    with_values<T, S>(slab, a.x, memory.window, run, staged, [&](const auto& value_of) {
+    for (int n0 = 0; n0 < count; n0 += window.together(count)) {
+      fetch_window<K, S>(slab, memory.window, a.x, window, memory.around + n0 * kPitch<K, S>);
+      slab.arrive();
 #pragma unroll 1
-      for (int n = 0; n < count; ++n) {
-        float grads[S * S];
+      for (int n = n0; n < n0 + window.together(count); ++n) {
+        float grads[S * S][kWindowPer];
 #pragma unroll
         for (int i = 0; i < S * S; ++i) {
-          grads[i] = widen(memory.outputs[(n * S * S + i) * kSlab + lane]);
-          total += grads[i];
+          slab.read(memory.outputs + (n * S * S + i) * kWindowChannels + lane * kWindowPer, grads[i]);
+#pragma unroll
+          for (int j = 0; j < kWindowPer; ++j) total[j] += grads[i][j];
         }
-        for_window<K, S>(memory.around + n * R::kAround, value_of, [&](int y, int x, float value) {
+        const T* column = memory.window + lane * kWindowPer;
+        const auto add = [&](int y, int x, const float (&values)[kWindowPer]) {
 #pragma unroll
           for (int i = 0; i < S * S; ++i) {
             const int ky = y - (i >> 1), kx = x - (i & 1);
             if (ky >= 0 && ky < K && kx >= 0 && kx < K) {
-              sums[ky * K + kx] = fmaf(value, grads[i], sums[ky * K + kx]);
+#pragma unroll
+              for (int j = 0; j < kWindowPer; ++j) {
+                sums[ky * K + kx][j] = fmaf(values[j], grads[i][j], sums[ky * K + kx][j]);
+              }
             }
           }
-        });
+        };
+        for_window<K, S>(column, window, memory.around + n * kPitch<K, S>, add);
       }
-    });
-    __syncwarp();
+      __syncwarp();
+    }
   }
   add_up_warps<K>(sums, total, slab, reinterpret_cast<float*>(memories), sizeof(Memory) / sizeof(float), a.partial);
 }
