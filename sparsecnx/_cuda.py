@@ -36,10 +36,11 @@ def _why_unserved(device: torch.device) -> str | None:
 
 @functools.cache
 def _unserved(device: torch.device) -> str | None:
-    """Why none of the architectures that were built runs on a GPU; None where one does."""
-    facts = _extension.build_info() or {}
-    architectures, found = facts.get("cuda_architectures") or "", torch.cuda.get_device_capability(device)
-    if serves(architectures, found):
+    """Why none of the architectures that were built runs on a GPU; None where one does, or where what was built is not
+    known: those facts are in a module of one Python version, the operators run under any."""
+    architectures = (_extension.build_info() or {}).get("cuda_architectures")
+    found = torch.cuda.get_device_capability(device)
+    if architectures is None or serves(architectures, found):
         return None
     return f"CUDA operators are built for {architectures}, {device} has compute capability {found[0]}.{found[1]}"
 

@@ -26,18 +26,19 @@ namespace sparsecnx::cuda {
 constexpr int kLanes = 32;
 constexpr unsigned kAll = 0xffffffffu;
 
-// Warps of a block that share nothing, and such blocks on a multiprocessor at least. In 16 bits 3 blocks of 53 KiB are
-// what the shared memory of sm_80 takes, and 168 registers keep its compiler from spilling; that of sm_90 makes do
-// with 128, so that 4 blocks run there. In 32 bits the halos of 8 warps fill the shared memory.
-constexpr int kThreads = 128;
-template <class T>
-constexpr int kBlocks = sizeof(T) == 2 ? 3 : 2;
-template <class T>
-constexpr int kGradBlocks = sizeof(T) == 2 ? 3 : 1;  // of the weight gradient, which stages a second tensor
-
-// Warps of a block that normalises rows: 168 registers each in 16 bits, since the sums meet the moments there.
+// The most warps of a block that normalises rows, which its warps do together, and with 168 registers each (in 16
+// bits) all that a multiprocessor takes. In 32 bits their halos fill its shared memory.
 template <class T>
 constexpr int kMostWarps = sizeof(T) == 2 ? 12 : 8;
+
+// Otherwise warps share nothing and a block is small, so that one that waits for its rows keeps few others waiting.
+constexpr int kThreads = 128;
+template <class T>
+constexpr int kBlocks = kMostWarps<T> * kLanes / kThreads;  // on a multiprocessor
+
+// Blocks of the weight gradient on a multiprocessor: it stages a second tensor.
+template <class T>
+constexpr int kGradBlocks = sizeof(T) == 2 ? 3 : 1;
 
 constexpr int kWindowRows = 104;  // rows of x staged at once: with two channels to a lane 13 KiB in 16 bits
 

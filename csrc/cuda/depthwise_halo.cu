@@ -9,8 +9,8 @@ constexpr int64_t kMost = 4;  // squares of a warp: its weights, loaded once, ar
 
 template <class T, int K, int S>
 void run(const DepthwiseConv& job, Device device, cudaStream_t stream) {
-  const auto kernel = job.normalise ? depthwise_halo_kernel<T, K, S, true> : depthwise_halo_kernel<T, K, S, false>;
-  launch_conv<T, HaloMemory<T, K, S>>("depthwise_halo_kernel", kernel, job, S, kMost, device, stream);
+  launch_conv<T, HaloMemory<T, K, S>>("depthwise_halo_kernel", depthwise_halo_kernel<T, K, S>, job, S, kMost, device,
+                                      stream);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Depthwise convolution of squares of 8 x 8 and 4 x 4 sites, see depthwise_conv.cuh. The warp gathers the halo of its
-// square, the (S + K - 1)^2 sites that the outputs see, and slides over its lines: a value is read once for a strip of
-// 4 lines of outputs and serves up to 4 * min(K, S) of them.
+// square, the (S + K - 1)^2 sites that the outputs see. All S x S sums of a channel stay in registers, so that a value
+// is read once and serves all outputs that see it, up to min(K, S)^2 of them.
 #pragma once
 
 #include "depthwise_conv.cuh"
@@ -9,7 +9,6 @@ namespace sparsecnx::cuda {
 
 constexpr int kHaloPer = 1;  // channels of a lane
 constexpr int kHaloChannels = kHaloPer * kLanes;
-constexpr int kStrip = 4;  // lines of outputs whose sums are held at once: 4 x 8 of them beside 7 x 7 weights
 
 // Shared memory of a warp.
 template <class T, int K, int S>
@@ -55,32 +54,29 @@ __device__ unsigned seek_halo(const Squares& squares, int q, const int* places, 
   return present;
 }
 
-// f(line, column, value) for every visible site that a strip of outputs sees, lines counted from the first it sees.
-// `column` is the lane's value of the first site of that line; `y0` the strip's first line in the square.
+// f(line, column, value) for every visible site of the halo, counted from its corner; `column` is the lane's value there.
 template <class T, int K, int S, class F>
-__device__ __forceinline__ void for_halo(const T* column, unsigned present, int y0, const F& f) {
+__device__ __forceinline__ void for_halo(const T* column, unsigned present, const F& f) {
   using R = Reach<K, S>;
 #pragma unroll
-  for (int l = 0; l < kStrip + K - 1; ++l) {
-    const unsigned across = present >> (y0 + l + R::kShift) / S * R::kAcross;
+  for (int j = 0; j < R::kAround; ++j) {
+    if (present >> j & 1) {
 #pragma unroll
-    for (int square = 0; square < R::kAcross; ++square) {
-      if (across >> square & 1) {
-#pragma unroll
-        for (int i = 0; i < S; ++i) {
-          const int x = square * S - R::kShift + i;
-          if (x >= 0 && x < R::kHalo) f(l, x, widen(column[(l * R::kHalo + x) * kHaloChannels]));
+      for (int i = 0; i < S * S; ++i) {
+        const int y = j / R::kAcross * S - R::kShift + i / S, x = j % R::kAcross * S - R::kShift + i % S;
+        if (y >= 0 && y < R::kHalo && x >= 0 && x < R::kHalo) {
+          f(y, x, widen(column[(y * R::kHalo + x) * kHaloChannels]));
         }
       }
     }
   }
 }
 
-// f(output line, output column, ky, kx) for every output of the strip that sees the site at (line, column).
+// f(output line, output column, ky, kx) for every output that sees the site at (line, column) of the halo.
 template <int K, int S, class F>
 __device__ __forceinline__ void for_outputs(int line, int column, const F& f) {
 #pragma unroll
-  for (int y = 0; y < kStrip; ++y) {
+  for (int y = 0; y < S; ++y) {
 #pragma unroll
     for (int x = 0; x < S; ++x) {
       const int ky = line - y, kx = column - x;
@@ -91,9 +87,8 @@ __device__ __forceinline__ void for_outputs(int line, int column, const F& f) {
 
 // Rows to normalise are the work of a block, all of whose warps take the same square and different slabs; otherwise
 // warps take squares of their own and blockIdx.y is the slab.
-template <class T, int K, int S, bool kNormalise>
-__global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads, kNormalise ? 1 : kBlocks<T>)
-    depthwise_halo_kernel(const ConvArguments<T> a) {
+template <class T, int K, int S>
+__global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_halo_kernel(const ConvArguments<T> a) {
   using R = Reach<K, S>;
   using Memory = HaloMemory<T, K, S>;
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
@@ -101,11 +96,12 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
   Memory& memory = memories[warp];
   Moments* moments = reinterpret_cast<Moments*>(memories + warps);  // (warps, S * S)
   float2* scales = reinterpret_cast<float2*>(moments + warps * S * S);
-  int* places = kNormalise ? reinterpret_cast<int*>(scales + S * S) : reinterpret_cast<int*>(memories + warps);
+  const bool normalise = a.rstd != nullptr;
+  int* places = normalise ? reinterpret_cast<int*>(scales + S * S) : reinterpret_cast<int*>(memories + warps);
   find_places<K, S>(places);
   const int slabs = (a.channels + kHaloChannels - 1) / kHaloChannels;
-  const int first_slab = kNormalise ? warp : blockIdx.y, slab_step = kNormalise ? warps : slabs;
-  const int begin = a.squares.at((kNormalise ? int64_t{blockIdx.x} : int64_t{blockIdx.x} * warps + warp) * a.per_warp);
+  const int first_slab = normalise ? warp : blockIdx.y, slab_step = normalise ? warps : slabs;
+  const int begin = a.squares.at((normalise ? int64_t{blockIdx.x} : int64_t{blockIdx.x} * warps + warp) * a.per_warp);
   const int end = a.squares.at(int64_t{begin} + a.per_warp);
   const auto place = [](int i) {
     return ((i >> 1 & 1) | (i >> 2 & 2) | (i >> 3 & 4)) * R::kHalo + ((i & 1) | (i >> 1 & 2) | (i >> 2 & 4));
@@ -115,7 +111,7 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
   int held = -1;  // slab of the weights
   for (int q = begin; q < end; ++q) {
     const Finish<T, kHaloPer> finish{a.out, int64_t{q} * (S * S), S * S};
-    if constexpr (kNormalise) {
+    if (normalise) {
       for (int i = lane; i < S * S; i += kLanes) moments[warp * S * S + i] = Moments{0.0f, 0.0f, 0.0f};
     }
     const unsigned present = seek_halo<K, S>(a.squares, q, places, memory.rows, lane);
@@ -128,41 +124,38 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
       slab.fetch(memory.halo, a.x, Memory::kSites, [&](int i) { return memory.rows[i]; });
       const float bias = a.bias != nullptr && slab.inside(0) ? a.bias[slab.channel(0)] : 0.0f;
       slab.arrive();
-#pragma unroll 1
-      for (int y0 = 0; y0 < S; y0 += kStrip) {
-        float sums[kStrip][S];
+      float sums[S][S];
 #pragma unroll
-        for (int y = 0; y < kStrip; ++y) {
+      for (int y = 0; y < S; ++y) {
 #pragma unroll
-          for (int x = 0; x < S; ++x) sums[y][x] = bias;
-        }
-        if (a.residual != nullptr && slab.inside(0)) {
-          const T* residual = a.residual + slab.offset(q * (S * S) + nested_in_square<S>(y0, 0), lane);
+        for (int x = 0; x < S; ++x) sums[y][x] = bias;
+      }
+      if (a.residual != nullptr && slab.inside(0)) {
+        const T* residual = a.residual + slab.offset(q * (S * S), lane);
 #pragma unroll
-          for (int y = 0; y < kStrip; ++y) {
+        for (int y = 0; y < S; ++y) {
 #pragma unroll
-            for (int x = 0; x < S; ++x) sums[y][x] += widen(residual[nested_in_square<S>(y, x) * a.channels]);
-          }
-        }
-        T* column = memory.halo + y0 * R::kHalo * kHaloChannels + lane;
-        for_halo<T, K, S>(column, present, y0, [&](int l, int x, float value) {
-          for_outputs<K, S>(l, x, [&](int oy, int ox, int ky, int kx) {
-            sums[oy][ox] = fmaf(value, weights[ky * K + kx][0], sums[oy][ox]);
-          });
-        });
-        // Lines of the halo that no later strip sees take the outputs. A lane's column is its own.
-#pragma unroll
-        for (int y = 0; y < kStrip; ++y) {
-#pragma unroll
-          for (int x = 0; x < S; ++x) column[(y * R::kHalo + x) * kHaloChannels] = narrow<T>(sums[y][x]);
+          for (int x = 0; x < S; ++x) sums[y][x] += widen(residual[nested_in_square<S>(y, x) * a.channels]);
         }
       }
+      T* column = memory.halo + lane;
+      for_halo<T, K, S>(column, present, [&](int line, int across, float value) {
+        for_outputs<K, S>(line, across, [&](int y, int x, int ky, int kx) {
+          sums[y][x] = fmaf(value, weights[ky * K + kx][0], sums[y][x]);
+        });
+      });
+      // The outputs take the place of the halo. A lane's column is its own.
+#pragma unroll
+      for (int y = 0; y < S; ++y) {
+#pragma unroll
+        for (int x = 0; x < S; ++x) column[(y * R::kHalo + x) * kHaloChannels] = narrow<T>(sums[y][x]);
+      }
       __syncwarp();
-      if (kNormalise) finish.measure(slab, memory.halo, place, moments + warp * S * S);
-      if (!kNormalise || slabs > warps) finish.store(slab, memory.halo, place);
+      if (normalise) finish.measure(slab, memory.halo, place, moments + warp * S * S);
+      if (!normalise || slabs > warps) finish.store(slab, memory.halo, place);
       __syncwarp();
     }
-    if constexpr (kNormalise) {
+    if (normalise) {
       __syncthreads();
       settle(moments, warps, S * S, S * S, a.eps, scales, a.rstd + int64_t{q} * (S * S));
       __syncthreads();
@@ -210,25 +203,20 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks<T>) depthwise_halo_grad_
     slab.fetch(memory.input.halo, a.x, HaloMemory<T, K, S>::kSites, [&](int i) { return memory.input.rows[i]; });
     slab.fetch(memory.grad, a.grad, S * S, [&](int i) { return q * (S * S) + i; });
     slab.arrive();
-#pragma unroll 1
-    for (int y0 = 0; y0 < S; y0 += kStrip) {
-      float grads[kStrip][S];
+    float grads[S][S];
 #pragma unroll
-      for (int y = 0; y < kStrip; ++y) {
+    for (int y = 0; y < S; ++y) {
 #pragma unroll
-        for (int x = 0; x < S; ++x) {
-          const int i = nested_in_square<S>(y0, 0) + nested_in_square<S>(y, x);
-          grads[y][x] = widen(memory.grad[i * kHaloChannels + lane]);
-          total[0] += grads[y][x];
-        }
+      for (int x = 0; x < S; ++x) {
+        grads[y][x] = widen(memory.grad[nested_in_square<S>(y, x) * kHaloChannels + lane]);
+        total[0] += grads[y][x];
       }
-      const T* column = memory.input.halo + y0 * R::kHalo * kHaloChannels + lane;
-      for_halo<T, K, S>(column, present, y0, [&](int l, int x, float value) {
-        for_outputs<K, S>(l, x, [&](int oy, int ox, int ky, int kx) {
-          sums[ky * K + kx][0] = fmaf(value, grads[oy][ox], sums[ky * K + kx][0]);
-        });
-      });
     }
+    for_halo<T, K, S>(memory.input.halo + lane, present, [&](int line, int across, float value) {
+      for_outputs<K, S>(line, across, [&](int y, int x, int ky, int kx) {
+        sums[ky * K + kx][0] = fmaf(value, grads[y][x], sums[ky * K + kx][0]);
+      });
+    });
     __syncwarp();
   }
   add_up_warps<K>(sums, total, slab, reinterpret_cast<float*>(memories), sizeof(Memory) / sizeof(float), a.partial);

@@ -7,8 +7,8 @@ namespace {
 
 template <class T, int K, int S>
 void run(const DepthwiseConv& job, Device device, cudaStream_t stream) {
-  const auto kernel = job.normalise ? depthwise_window_kernel<T, K, S, true> : depthwise_window_kernel<T, K, S, false>;
-  launch_conv<T, WindowMemory<T, K, S>>("depthwise_window_kernel", kernel, job, S, kSquaresAtOnce<S>, device, stream);
+  launch_conv<T, WindowMemory<T, K, S>>("depthwise_window_kernel", depthwise_window_kernel<T, K, S>, job, S,
+                                        kSquaresAtOnce<S>, device, stream);
 }
 
 }  // namespace

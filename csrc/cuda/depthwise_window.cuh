@@ -104,9 +104,8 @@ __device__ __forceinline__ void for_window(const T* column, Window window, const
 }
 
 // As depthwise_halo_kernel, but a warp takes its squares together.
-template <class T, int K, int S, bool kNormalise>
-__global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads, kNormalise ? 1 : kBlocks<T>)
-    depthwise_window_kernel(const ConvArguments<T> a) {
+template <class T, int K, int S>
+__global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_window_kernel(const ConvArguments<T> a) {
   using R = Reach<K, S>;
   using Memory = WindowMemory<T, K, S>;
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
@@ -114,14 +113,15 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
   Memory& memory = memories[warp];
   Moments* moments = reinterpret_cast<Moments*>(memories + warps);  // (warps, kOutputs)
   float2* scales = reinterpret_cast<float2*>(moments + warps * Memory::kOutputs);
+  const bool normalise = a.rstd != nullptr;
   const int slabs = (a.channels + kWindowChannels - 1) / kWindowChannels;
-  const int first_slab = kNormalise ? warp : blockIdx.y, slab_step = kNormalise ? warps : slabs;
-  const int begin = a.squares.at((kNormalise ? int64_t{blockIdx.x} : int64_t{blockIdx.x} * warps + warp) * a.per_warp);
+  const int first_slab = normalise ? warp : blockIdx.y, slab_step = normalise ? warps : slabs;
+  const int begin = a.squares.at((normalise ? int64_t{blockIdx.x} : int64_t{blockIdx.x} * warps + warp) * a.per_warp);
   const int count = a.squares.at(int64_t{begin} + a.per_warp) - begin;
-  if (!kNormalise && count == 0) return;
+  if (!normalise && count == 0) return;
   const Finish<T, kWindowPer> finish{a.out, int64_t{begin} * (S * S), count * (S * S)};
   const auto place = [](int i) { return i; };
-  if constexpr (kNormalise) {
+  if (normalise) {
     for (int i = lane; i < Memory::kOutputs; i += kLanes) {
       moments[warp * Memory::kOutputs + i] = Moments{0.0f, 0.0f, 0.0f};
     }
@@ -173,11 +173,11 @@ __global__ void __launch_bounds__(kNormalise ? kMostWarps<T> * kLanes : kThreads
       }
       __syncwarp();
     }
-    if (kNormalise) finish.measure(slab, memory.outputs, place, moments + warp * Memory::kOutputs);
-    if (!kNormalise || slabs > warps) finish.store(slab, memory.outputs, place);
+    if (normalise) finish.measure(slab, memory.outputs, place, moments + warp * Memory::kOutputs);
+    if (!normalise || slabs > warps) finish.store(slab, memory.outputs, place);
     __syncwarp();
   }
-  if constexpr (kNormalise) {
+  if (normalise) {
     __syncthreads();
     settle(moments, warps, Memory::kOutputs, count * (S * S), a.eps, scales, a.rstd + int64_t{begin} * (S * S));
     __syncthreads();
