@@ -37,11 +37,12 @@ struct Window {
   // Squares that are computed from one filling.
   __device__ int together(int squares) const { return fits ? squares : 1; }
 
-  // Where the j-th neighbour of a square lies.
-  __device__ int slot(int square, int j) const { return fits ? square - first : j; }
+  // Offset in the window of the j-th neighbour of a square, of which `around` says:
+  __device__ int offset(int around, int j, int size) const { return fits ? around : j * size; }
 };
 
-// The neighbours of squares [q, q + count), and the run in which they lie.
+// The neighbours of squares [q, q + count) and the run in which they lie. `around` gets -1 for a neighbour that is
+// masked, otherwise its offset in the window or, where the run does not fit, its number.
 template <int K, int S>
 __device__ Window seek_window(const Squares& squares, int q, int count, int* around, int lane) {
   using R = Reach<K, S>;
@@ -57,8 +58,14 @@ __device__ Window seek_window(const Squares& squares, int q, int count, int* aro
     low = min(low, __shfl_xor_sync(kAll, low, step));
     high = max(high, __shfl_xor_sync(kAll, high, step));
   }
+  const Window window{low, high - low + 1, (high - low + 1) * (S * S) <= kWindowRows};
+  if (window.fits) {
+    for (int i = lane; i < count * kPitch<K, S>; i += kLanes) {  // the same entries as above
+      if (around[i] >= 0) around[i] = (around[i] - low) * (S * S * kWindowChannels);
+    }
+  }
   __syncwarp();
-  return {low, high - low + 1, (high - low + 1) * (S * S) <= kWindowRows};
+  return window;
 }
 
 // Starts to fill the window for the squares from the one whose neighbours are `around` on.
@@ -86,9 +93,9 @@ __device__ __forceinline__ void for_window(const T* column, Window window, const
     const int4 four = *reinterpret_cast<const int4*>(around + j0);
 #pragma unroll
     for (int j = j0; j < min(j0 + 4, R::kAround); ++j) {
-      const int square = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
-      if (square >= 0) {
-        const T* at = column + window.slot(square, j) * (S * S * kWindowChannels);
+      const int there = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+      if (there >= 0) {
+        const T* at = column + window.offset(there, j, S * S * kWindowChannels);
 #pragma unroll
         for (int i = 0; i < S * S; ++i) {
           const int y = j / R::kAcross * S - R::kShift + (i >> 1), x = j % R::kAcross * S - R::kShift + (i & 1);
