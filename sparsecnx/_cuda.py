@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -36,11 +37,16 @@ def _why_unserved(device: torch.device) -> str | None:
 
 @functools.cache
 def _unserved(device: torch.device) -> str | None:
-    """Why none of the architectures that were built runs on a GPU; None where one does, or where what was built is not
-    known: those facts are in a module of one Python version, the operators run under any."""
-    architectures = (_extension.build_info() or {}).get("cuda_architectures")
-    found = torch.cuda.get_device_capability(device)
-    if architectures is None or serves(architectures, found):
+    """Why a GPU or its driver does not run what was built; None where it does, or where what was built is not known:
+    those facts are in a module of one Python version, the operators run under any."""
+    facts = _extension.build_info()
+    if facts is None or facts["cuda"] is None:
+        return None
+    driver = driver_version()
+    if driver is not None and driver[0] < int(facts["cuda"].partition(".")[0]):
+        return f"CUDA operators are built with CUDA {facts['cuda']}, the driver is for CUDA {driver[0]}.{driver[1]}"
+    architectures, found = facts["cuda_architectures"] or "", torch.cuda.get_device_capability(device)
+    if serves(architectures, found):
         return None
     return f"CUDA operators are built for {architectures}, {device} has compute capability {found[0]}.{found[1]}"
 
@@ -62,3 +68,15 @@ def serves(architectures: str, capability: tuple[int, int]) -> bool:
         if not specific and (capability[0] == major or ptx) and capability > (major, minor):
             return True
     return False
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the NVIDIA driver runs, (major, minor); None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.metadata
 import platform
@@ -161,7 +160,7 @@ def _cuda_operators() -> Check:
     )
     if not torch.cuda.is_available():
         return Check(name, True, f"{detail}; there is no GPU to run them on")
-    driver = driver_version()
+    driver = _cuda.driver_version()
     if driver is not None and driver[0] < int(facts["cuda"].partition(".")[0]):
         detail = f"{detail}; the driver is for CUDA {driver[0]}.{driver[1]}, which is too old for them"
         remedy = f"Update the NVIDIA driver, or compile with the CUDA {driver[0]} toolkit: {anew}"
@@ -177,18 +176,6 @@ def _cuda_operators() -> Check:
         architectures = ";".join(f"{major}.{minor}" for major, minor in capabilities if major >= 8)
         remedy = f"TORCH_CUDA_ARCH_LIST='{architectures}' {anew}"
     return Check(name, len(refusals) < len(devices), detail, remedy)
-
-
-def driver_version() -> tuple[int, int] | None:
-    """The newest CUDA that the NVIDIA driver runs, (major, minor); None without a driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int()
-    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
-        return None
-    return version.value // 1000, version.value % 1000 // 10
 
 
 def _minkowski() -> Check:

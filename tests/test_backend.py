@@ -340,11 +340,24 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, tuple[int,
     def install(architectures: str, capability: tuple[int, int]) -> None:
         _cuda._unserved.cache_clear()
         monkeypatch.setattr(_extension, "cuda_loaded", True)
-        monkeypatch.setattr(_extension, "build_info", lambda: {"cuda_architectures": architectures})
+        facts = {"cuda": "13.0", "cuda_architectures": architectures}
+        monkeypatch.setattr(_extension, "build_info", lambda: facts)
+        monkeypatch.setattr(_cuda, "driver_version", lambda: (13, 0))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
 
     yield install
     _cuda._unserved.cache_clear()
+
+
+def test_cuda_refuses_a_driver_that_is_too_old(
+    built: Callable[[str, tuple[int, int]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built("8.0;9.0+PTX", (9, 0))
+    device = torch.device("cuda", 0)
+    assert _cuda.refusal(device) is None
+    _cuda._unserved.cache_clear()
+    monkeypatch.setattr(_cuda, "driver_version", lambda: (12, 8))
+    assert _cuda.refusal(device) == "CUDA operators are built with CUDA 13.0, the driver is for CUDA 12.8"
 
 
 def test_cuda_says_why_it_is_missing(

@@ -162,7 +162,7 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As after a build with GPU operators, with a driver for CUDA 13.0."""
     monkeypatch.setattr(_extension, "cuda_loaded", True)
     monkeypatch.setattr(_extension, "build_info", lambda: dict(BUILT))
-    monkeypatch.setattr(doctor, "driver_version", lambda: (13, 0))
+    monkeypatch.setattr(_cuda, "driver_version", lambda: (13, 0))
     _cuda._unserved.cache_clear()
     return monkeypatch
 
@@ -199,7 +199,7 @@ def test_gpus_newer_than_the_machine_code(with_cuda: pytest.MonkeyPatch) -> None
 
 def test_cuda_operators_with_an_old_driver(with_cuda: pytest.MonkeyPatch) -> None:
     gpus(with_cuda, (9, 0))
-    with_cuda.setattr(doctor, "driver_version", lambda: (12, 4))
+    with_cuda.setattr(_cuda, "driver_version", lambda: (12, 4))
     found = doctor._cuda_operators()
     assert not found.ok and found.detail.endswith("; the driver is for CUDA 12.4, which is too old for them")
     assert found.remedy is not None and found.remedy.startswith("Update the NVIDIA driver")

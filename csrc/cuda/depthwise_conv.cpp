@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> depthwise_conv_fused(const Tensor& x, const Tensor& w
   Tensor rstd = empty_on(x, {eps ? rows : 0}, ScalarType::Float);
   depthwise_conv(
       {geometry, data(x), data(weight), static_cast<const float*>(data_or_null(bias)), data_or_null(residual),
-       data(out), eps ? data<float>(rstd) : nullptr, static_cast<float>(eps.value_or(0.0)), eps.has_value(), flip},
+       data(out), eps ? data<float>(rstd) : nullptr, static_cast<float>(eps.value_or(0.0)), flip},
       current_stream(x));
   return {out, rstd};
 }

@@ -1,9 +1,7 @@
 // Depthwise convolution on the GPU: the choice of kernel, kernel sizes without kernels of their own, and the second
 // stage of weight gradients.
 #include "depthwise_conv.h"
-#include "depthwise_halo.cuh"
 #include "depthwise_launch.cuh"
-#include "depthwise_window.cuh"
 
 namespace sparsecnx::cuda {
 namespace {
@@ -156,7 +154,7 @@ void general(const DepthwiseConv& job, const ConvArguments<T>& arguments, Device
   const int64_t threads = rows * (job.geometry.channels / Move::kValues);
   launch("depthwise_general_kernel", depthwise_general_kernel<T, Move>, dim3(std::min(blocks_of(threads, 256), most)),
          dim3(256), 0, stream, arguments, Taps(job.geometry), rows);
-  if (job.normalise) {
+  if (job.rstd != nullptr) {
     launch("normalise_rows_kernel", normalise_rows_kernel<T, Move>, dim3(std::min(blocks_of(rows, 8), most)), dim3(256),
            0, stream, arguments, rows);
   }
@@ -180,17 +178,13 @@ void depthwise_conv(const DepthwiseConv& job, cudaStream_t stream) {
 }
 
 int64_t depthwise_ranges(const DepthwiseGeometry& g) {
-  const int64_t processors = Device::current().processors;
-  if (!specialised(g.kernel_h, g.kernel_w)) {
-    const int64_t blocks = blocks_of(g.channels, kLanes) * (g.kernel_h * g.kernel_w + 1);
-    return std::clamp<int64_t>(8 * processors / blocks, 1, blocks_of(std::max<int64_t>(g.rows(), 1), 64));
-  }
-  // One wave of blocks, each of whose warps has some squares to go over.
+  const Device device = Device::current();
   const int side = square_side(g.tile);
-  const int64_t slabs = blocks_of(g.channels, side >= 4 ? kHaloChannels : kWindowChannels);
-  const int64_t least = kThreads / kLanes * (side >= 4 ? 2 : 2 * kSquaresAtOnce<1>);
-  const int64_t blocks = g.dtype == Dtype::kFloat32 ? kGradBlocks<float> : kGradBlocks<__half>;
-  return std::clamp<int64_t>(processors * blocks / slabs, 1, std::max<int64_t>(1, g.rows() / (side * side) / least));
+  if (specialised(g.kernel_h, g.kernel_w)) {
+    return side >= 4 ? depthwise_halo_ranges(g, side, device) : depthwise_window_ranges(g, side, device);
+  }
+  const int64_t blocks = blocks_of(g.channels, kLanes) * (g.kernel_h * g.kernel_w + 1);
+  return std::clamp<int64_t>(8 * device.processors / blocks, 1, blocks_of(std::max<int64_t>(g.rows(), 1), 64));
 }
 
 void depthwise_conv_weight_grad(const DepthwiseWeightGrad& job, cudaStream_t stream) {

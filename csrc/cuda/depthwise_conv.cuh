@@ -6,9 +6,10 @@
 // and without passing through registers, and every value read from there serves up to K rows and K columns of
 // outputs. Since a warp shares its slab with no other, warps do not wait for each other.
 //
-//   S = 8, 4 (halo.cuh):    the square that the outputs see, (S + K - 1)^2 sites, is gathered from its neighbours.
-//   S = 2, 1 (window.cuh):  squares see many times their own size, so the warp takes several in a row and stages the
-//                           run of rows in which all that they see lies.
+//   S = 8, 4 (depthwise_halo.cuh):    the square that the outputs see, (S + K - 1)^2 sites, is gathered from its
+//                                     neighbours.
+//   S = 2, 1 (depthwise_window.cuh):  squares see many times their own size, so the warp takes several in a row and
+//                                     stages the run of rows in which all that they see lies.
 //
 // A neighbour that is masked costs neither loads nor multiplications: which are there is the same for a whole warp.
 #pragma once
@@ -26,21 +27,17 @@ namespace sparsecnx::cuda {
 constexpr int kLanes = 32;
 constexpr unsigned kAll = 0xffffffffu;
 
-// The most warps of a block that normalises rows, which its warps do together, and with 168 registers each (in 16
-// bits) all that a multiprocessor takes. In 32 bits their halos fill its shared memory.
+// Warps that the registers of a multiprocessor take, 168 for each thread in 16 bits and up to 255 in 32. A block that
+// normalises rows, which its warps do together, has up to as many.
 template <class T>
 constexpr int kMostWarps = sizeof(T) == 2 ? 12 : 8;
 
 // Otherwise warps share nothing and a block is small, so that one that waits for its rows keeps few others waiting.
 constexpr int kThreads = 128;
 template <class T>
-constexpr int kBlocks = kMostWarps<T> * kLanes / kThreads;  // on a multiprocessor
+constexpr int kGradBlocks = kMostWarps<T> * kLanes / kThreads;  // of the weight gradient, on a multiprocessor
 
-// Blocks of the weight gradient on a multiprocessor: it stages a second tensor.
-template <class T>
-constexpr int kGradBlocks = sizeof(T) == 2 ? 3 : 1;
-
-constexpr int kWindowRows = 104;  // rows of x staged at once: with two channels to a lane 13 KiB in 16 bits
+constexpr int kWindowRows = 104;  // rows of x staged at once: slabs of 128 bytes, 13 KiB
 
 template <int S>
 constexpr int kSquaresAtOnce = S == 2 ? 8 : 16;
@@ -252,7 +249,8 @@ struct Finish {
     });
   }
 
-  // Adds the moments of the slab's values of every row to `moments`.
+  // Adds the moments of the slab's values of every row to `moments`. The values are rounded already, as they are for a
+  // LayerNorm that stands apart.
   template <class F>
   __device__ void measure(const Slab<T, kPer>& slab, const T* memory, const F& place, Moments* moments) const {
     for_rows(slab, [&](int i, int part, bool known, auto move) {

@@ -20,7 +20,7 @@ struct DepthwiseGeometry {
   int64_t rows() const { return tiles * tile * tile; }
 };
 
-// out = conv(x) + bias + residual; where `normalise`, each row of it to zero mean and unit variance.
+// out = conv(x) + bias + residual; with `rstd`, each row of it to zero mean and unit variance.
 struct DepthwiseConv {
   DepthwiseGeometry geometry;
   const void* x;         // (rows, C)
@@ -28,9 +28,8 @@ struct DepthwiseConv {
   const float* bias;     // (C) or null
   const void* residual;  // (rows, C) or null
   void* out;             // (rows, C)
-  float* rstd;           // (rows) where `normalise`: 1 / sqrt(variance + eps)
+  float* rstd;           // (rows) or null: 1 / sqrt(variance + eps)
   float eps;
-  bool normalise;
   bool flip;  // with the kernel turned by half a turn, as the gradient of x needs it
 };
 void depthwise_conv(const DepthwiseConv& job, cudaStream_t stream);

@@ -96,6 +96,7 @@ __global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_halo_kerne
   Memory& memory = memories[warp];
   Moments* moments = reinterpret_cast<Moments*>(memories + warps);  // (warps, S * S)
   float2* scales = reinterpret_cast<float2*>(moments + warps * S * S);
+  static_assert(K * K <= Memory::kSites, "the weights of a slab pass through the halo's memory");
   const bool normalise = a.rstd != nullptr;
   int* places = normalise ? reinterpret_cast<int*>(scales + S * S) : reinterpret_cast<int*>(memories + warps);
   find_places<K, S>(places);
@@ -193,6 +194,7 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks<T>) depthwise_halo_grad_
 
   int* places = reinterpret_cast<int*>(memories + warps);
   find_places<K, S>(places);
+  static_assert((K * K + 1) * kHaloChannels * sizeof(float) <= sizeof(Memory), "as add_up_warps needs");
 
   float sums[K * K][kHaloPer];
 #pragma unroll

@@ -14,12 +14,29 @@ struct Device {
   int64_t shared_bytes;  // that a block may use
 
   static Device current() {
-    int device = 0, processors = 0, bytes = 0;
+    int device = 0, processors = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
-    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-    return {processors, bytes};
+    return {processors, most_shared_bytes()};
   }
+
+  // Blocks that a multiprocessor holds at once, of `most` that its registers allow.
+  int64_t resident(int64_t most, int64_t bytes) const {
+    constexpr int64_t kReserved = 1024;  // of shared memory, for each block; shared_bytes leaves it out for one
+    return std::clamp<int64_t>((shared_bytes + kReserved) / (bytes + kReserved), 1, most);
+  }
+};
+
+// How warps that share nothing are put together to blocks. `Memory` is a warp's shared memory, `most` the blocks that
+// the registers of a multiprocessor allow.
+template <class Memory>
+struct Blocks {
+  int64_t warps, bytes, resident;
+
+  Blocks(Device device, int64_t most)
+      : warps(std::min<int64_t>(kThreads / kLanes, (device.shared_bytes - Memory::kBlockBytes) / sizeof(Memory))),
+        bytes(warps * sizeof(Memory) + Memory::kBlockBytes),
+        resident(device.resident(most, bytes)) {}
 };
 
 // Side of the squares that tiles of a side are cut into.
@@ -64,30 +81,39 @@ ConvArguments<T> conv_arguments(const DepthwiseConv& job, int side, int per_warp
 }
 
 // Launches a kernel of depthwise_halo.cuh or depthwise_window.cuh, whose warps take up to `most` squares one after
-// another. `Memory` is a warp's shared memory.
+// another: less where that would leave multiprocessors without work for two rounds.
 template <class T, class Memory, class Kernel>
 void launch_conv(const char* name, Kernel kernel, const DepthwiseConv& job, int side, int64_t most, Device device,
                  cudaStream_t stream) {
   const int64_t squares = Squares(job.geometry, side).count;
   const int64_t slabs = blocks_of(job.geometry.channels, Memory::kChannels);
-  const int64_t resident = kThreads / kLanes * kBlocks<T>;  // warps of a multiprocessor
-  if (job.normalise) {
+  if (job.rstd != nullptr) {
     // The warps of a block share its squares: as many as there are slabs, or an equal part of them.
     const int64_t shared = Memory::kOutputs * sizeof(float2) + Memory::kBlockBytes;
-    const int64_t bytes = sizeof(Memory) + Memory::kOutputs * sizeof(Moments);
-    const int64_t fit = std::min<int64_t>(kMostWarps<T>, (device.shared_bytes - shared) / bytes);
-    const int64_t warps = blocks_of(slabs, blocks_of(slabs, fit));
-    const int64_t blocks = device.processors * std::max<int64_t>(1, resident / warps);
+    const int64_t each_warp = sizeof(Memory) + Memory::kOutputs * sizeof(Moments);
+    const int64_t fit = std::min<int64_t>(kMostWarps<T>, (device.shared_bytes - shared) / each_warp);
+    const int64_t warps = blocks_of(slabs, blocks_of(slabs, fit)), bytes = warps * each_warp + shared;
+    const int64_t blocks = device.processors * device.resident(kMostWarps<T> / warps, bytes);
     const int each = squares_each(squares, blocks, 2, most);
-    launch(name, kernel, dim3(blocks_of(squares, each)), dim3(warps * kLanes), warps * bytes + shared, stream,
+    launch(name, kernel, dim3(blocks_of(squares, each)), dim3(warps * kLanes), bytes, stream,
            conv_arguments<T>(job, side, each));
   } else {
-    const int64_t warps =
-        std::min<int64_t>(kThreads / kLanes, (device.shared_bytes - Memory::kBlockBytes) / sizeof(Memory));
-    const int each = squares_each(squares * slabs, device.processors * resident, 2, most);
-    launch(name, kernel, dim3(blocks_of(squares, warps * each), slabs), dim3(warps * kLanes),
-           warps * sizeof(Memory) + Memory::kBlockBytes, stream, conv_arguments<T>(job, side, each));
+    const Blocks<Memory> blocks(device, kMostWarps<T> * kLanes / kThreads);
+    const int64_t resident = device.processors * blocks.resident * blocks.warps;
+    const int each = squares_each(squares * slabs, resident, 2, most);
+    launch(name, kernel, dim3(blocks_of(squares, blocks.warps * each), slabs), dim3(blocks.warps * kLanes),
+           blocks.bytes, stream, conv_arguments<T>(job, side, each));
   }
+}
+
+// Ranges of the weight gradient: one wave of blocks, each of whose warps takes its squares in two turns at least, so
+// that the partial sums stay few beside the rows. A warp takes `at_once` in a turn.
+template <class T, class Memory>
+int64_t weight_grad_ranges(const DepthwiseGeometry& g, int side, int64_t at_once, Device device) {
+  const Blocks<Memory> blocks(device, kGradBlocks<T>);
+  const int64_t slabs = blocks_of(g.channels, Memory::kChannels), squares = Squares(g, side).count;
+  const int64_t most = std::max<int64_t>(1, squares / (2 * at_once * blocks.warps));
+  return std::clamp<int64_t>(device.processors * blocks.resident / slabs, 1, most);
 }
 
 template <class T, class Memory, class Kernel>
@@ -95,8 +121,7 @@ void launch_weight_grad(const char* name, Kernel kernel, const DepthwiseWeightGr
                         cudaStream_t stream) {
   const DepthwiseGeometry& g = job.geometry;
   const Squares squares(g, side);
-  const int64_t warps =
-      std::min<int64_t>(kThreads / kLanes, (device.shared_bytes - Memory::kBlockBytes) / sizeof(Memory));
+  const Blocks<Memory> blocks(device, kGradBlocks<T>);
   const WeightGradArguments<T> arguments{static_cast<const T*>(job.grad),
                                          static_cast<const T*>(job.x),
                                          job.partial,
@@ -104,8 +129,8 @@ void launch_weight_grad(const char* name, Kernel kernel, const DepthwiseWeightGr
                                          g.channels,
                                          static_cast<int>(std::max<int64_t>(1, blocks_of(squares.count, job.ranges))),
                                          in_packs(g.channels, g.dtype, {job.grad, job.x})};
-  launch(name, kernel, dim3(job.ranges, blocks_of(g.channels, Memory::kChannels)), dim3(warps * kLanes),
-         warps * sizeof(Memory) + Memory::kBlockBytes, stream, arguments);
+  launch(name, kernel, dim3(job.ranges, blocks_of(g.channels, Memory::kChannels)), dim3(blocks.warps * kLanes),
+         blocks.bytes, stream, arguments);
 }
 
 // f(integral_constant<int, K>) of a specialised kernel size.
@@ -126,5 +151,7 @@ void depthwise_halo(const DepthwiseConv& job, int side, Device device, cudaStrea
 void depthwise_window(const DepthwiseConv& job, int side, Device device, cudaStream_t stream);
 void depthwise_halo_grad(const DepthwiseWeightGrad& job, int side, Device device, cudaStream_t stream);
 void depthwise_window_grad(const DepthwiseWeightGrad& job, int side, Device device, cudaStream_t stream);
+int64_t depthwise_halo_ranges(const DepthwiseGeometry& geometry, int side, Device device);
+int64_t depthwise_window_ranges(const DepthwiseGeometry& geometry, int side, Device device);
 
 }  // namespace sparsecnx::cuda

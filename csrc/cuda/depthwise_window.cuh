@@ -8,8 +8,11 @@
 
 namespace sparsecnx::cuda {
 
-constexpr int kWindowPer = 2;  // channels of a lane: finding a neighbour costs as much for one
-constexpr int kWindowChannels = kWindowPer * kLanes;
+// Channels of a lane, to which finding a neighbour is common; in 32 bits the shared memory is too small for two.
+template <class T>
+constexpr int kWindowPer = sizeof(T) == 2 ? 2 : 1;
+template <class T>
+constexpr int kWindowChannels = kWindowPer<T> * kLanes;
 
 // Neighbours of a square are read four at a time.
 template <int K, int S>
@@ -18,13 +21,13 @@ constexpr int kPitch = (Reach<K, S>::kAround + 3) / 4 * 4;
 // Shared memory of a warp.
 template <class T, int K, int S>
 struct WindowMemory {
-  static constexpr int kChannels = kWindowChannels;
+  static constexpr int kChannels = kWindowChannels<T>;
   static constexpr int kSquares = kSquaresAtOnce<S>;
   static constexpr int kOutputs = kSquares * S * S;
   static constexpr int kBlockBytes = 0;
 
-  alignas(16) T window[kWindowRows * kWindowChannels];
-  T outputs[kOutputs * kWindowChannels];  // of the weight gradient: the incoming gradient
+  alignas(16) T window[kWindowRows * kWindowChannels<T>];
+  T outputs[kOutputs * kWindowChannels<T>];  // of the weight gradient: the incoming gradient
   alignas(16) int around[kSquares * kPitch<K, S>];
 };
 
@@ -43,7 +46,7 @@ struct Window {
 
 // The neighbours of squares [q, q + count) and the run in which they lie. `around` gets -1 for a neighbour that is
 // masked, otherwise its offset in the window or, where the run does not fit, its number.
-template <int K, int S>
+template <class T, int K, int S>
 __device__ Window seek_window(const Squares& squares, int q, int count, int* around, int lane) {
   using R = Reach<K, S>;
   int low = 0x7fffffff, high = -1;
@@ -61,7 +64,7 @@ __device__ Window seek_window(const Squares& squares, int q, int count, int* aro
   const Window window{low, high - low + 1, (high - low + 1) * (S * S) <= kWindowRows};
   if (window.fits) {
     for (int i = lane; i < count * kPitch<K, S>; i += kLanes) {  // the same entries as above
-      if (around[i] >= 0) around[i] = (around[i] - low) * (S * S * kWindowChannels);
+      if (around[i] >= 0) around[i] = (around[i] - low) * (S * S * kWindowChannels<T>);
     }
   }
   __syncwarp();
@@ -70,7 +73,7 @@ __device__ Window seek_window(const Squares& squares, int q, int count, int* aro
 
 // Starts to fill the window for the squares from the one whose neighbours are `around` on.
 template <int K, int S, class T>
-__device__ void fetch_window(const Slab<T, kWindowPer>& slab, T* to, const T* x, Window window, const int* around) {
+__device__ void fetch_window(const Slab<T, kWindowPer<T>>& slab, T* to, const T* x, Window window, const int* around) {
   using R = Reach<K, S>;
   static_assert(R::kAround * S * S <= kWindowRows);
   if (window.fits) {
@@ -95,13 +98,13 @@ __device__ __forceinline__ void for_window(const T* column, Window window, const
     for (int j = j0; j < min(j0 + 4, R::kAround); ++j) {
       const int there = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
       if (there >= 0) {
-        const T* at = column + window.offset(there, j, S * S * kWindowChannels);
+        const T* at = column + window.offset(there, j, S * S * kWindowChannels<T>);
 #pragma unroll
         for (int i = 0; i < S * S; ++i) {
           const int y = j / R::kAcross * S - R::kShift + (i >> 1), x = j % R::kAcross * S - R::kShift + (i & 1);
           if (y >= 0 && y < R::kHalo && x >= 0 && x < R::kHalo) {
-            float values[kWindowPer];
-            Slab<T, kWindowPer>::read(at + i * kWindowChannels, values);
+            float values[kWindowPer<T>];
+            Slab<T, kWindowPer<T>>::read(at + i * kWindowChannels<T>, values);
             f(y, x, values);
           }
         }
@@ -120,27 +123,28 @@ __global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_window_ker
   Memory& memory = memories[warp];
   Moments* moments = reinterpret_cast<Moments*>(memories + warps);  // (warps, kOutputs)
   float2* scales = reinterpret_cast<float2*>(moments + warps * Memory::kOutputs);
+  static_assert(K * K <= kWindowRows, "the weights of a slab pass through the window's memory");
   const bool normalise = a.rstd != nullptr;
-  const int slabs = (a.channels + kWindowChannels - 1) / kWindowChannels;
+  const int slabs = (a.channels + kWindowChannels<T> - 1) / kWindowChannels<T>;
   const int first_slab = normalise ? warp : blockIdx.y, slab_step = normalise ? warps : slabs;
   const int begin = a.squares.at((normalise ? int64_t{blockIdx.x} : int64_t{blockIdx.x} * warps + warp) * a.per_warp);
   const int count = a.squares.at(int64_t{begin} + a.per_warp) - begin;
   if (!normalise && count == 0) return;
-  const Finish<T, kWindowPer> finish{a.out, int64_t{begin} * (S * S), count * (S * S)};
+  const Finish<T, kWindowPer<T>> finish{a.out, int64_t{begin} * (S * S), count * (S * S)};
   const auto place = [](int i) { return i; };
   if (normalise) {
     for (int i = lane; i < Memory::kOutputs; i += kLanes) {
       moments[warp * Memory::kOutputs + i] = Moments{0.0f, 0.0f, 0.0f};
     }
   }
-  const Window window = seek_window<K, S>(a.squares, begin, count, memory.around, lane);
+  const Window window = seek_window<T, K, S>(a.squares, begin, count, memory.around, lane);
 
   for (int s = first_slab; s < slabs; s += slab_step) {
-    const Slab<T, kWindowPer> slab(a.channels, s, a.packs);
-    float weights[K * K][kWindowPer], bias[kWindowPer];
+    const Slab<T, kWindowPer<T>> slab(a.channels, s, a.packs);
+    float weights[K * K][kWindowPer<T>], bias[kWindowPer<T>];
     load_weights<K>(weights, a.weight, slab, a.flip, memory.window);
 #pragma unroll
-    for (int j = 0; j < kWindowPer; ++j) {
+    for (int j = 0; j < kWindowPer<T>; ++j) {
       bias[j] = a.bias != nullptr && slab.inside(j) ? a.bias[slab.channel(j)] : 0.0f;
     }
     for (int n0 = 0; n0 < count; n0 += window.together(count)) {
@@ -148,25 +152,25 @@ __global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_window_ker
       slab.arrive();
 #pragma unroll 1
       for (int n = n0; n < n0 + window.together(count); ++n) {
-        float sums[S * S][kWindowPer];
+        float sums[S * S][kWindowPer<T>];
 #pragma unroll
         for (int i = 0; i < S * S; ++i) {
 #pragma unroll
-          for (int j = 0; j < kWindowPer; ++j) {
+          for (int j = 0; j < kWindowPer<T>; ++j) {
             sums[i][j] = bias[j];
             if (a.residual != nullptr && slab.inside(j)) {
-              sums[i][j] += widen(a.residual[slab.offset((begin + n) * (S * S) + i, lane * kWindowPer + j)]);
+              sums[i][j] += widen(a.residual[slab.offset((begin + n) * (S * S) + i, lane * kWindowPer<T> + j)]);
             }
           }
         }
-        const T* column = memory.window + lane * kWindowPer;
-        const auto add = [&](int y, int x, const float (&values)[kWindowPer]) {
+        const T* column = memory.window + lane * kWindowPer<T>;
+        const auto add = [&](int y, int x, const float (&values)[kWindowPer<T>]) {
 #pragma unroll
           for (int i = 0; i < S * S; ++i) {
             const int ky = y - (i >> 1), kx = x - (i & 1);
             if (ky >= 0 && ky < K && kx >= 0 && kx < K) {
 #pragma unroll
-              for (int j = 0; j < kWindowPer; ++j) {
+              for (int j = 0; j < kWindowPer<T>; ++j) {
                 sums[i][j] = fmaf(values[j], weights[ky * K + kx][j], sums[i][j]);
               }
             }
@@ -175,7 +179,7 @@ __global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_window_ker
         for_window<K, S>(column, window, memory.around + n * kPitch<K, S>, add);
 #pragma unroll
         for (int i = 0; i < S * S; ++i) {
-          slab.write(memory.outputs + (n * S * S + i) * kWindowChannels + lane * kWindowPer, sums[i]);
+          slab.write(memory.outputs + (n * S * S + i) * kWindowChannels<T> + lane * kWindowPer<T>, sums[i]);
         }
       }
       __syncwarp();
@@ -189,7 +193,7 @@ __global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_window_ker
     settle(moments, warps, Memory::kOutputs, count * (S * S), a.eps, scales, a.rstd + int64_t{begin} * (S * S));
     __syncthreads();
     for (int s = first_slab; s < slabs; s += slab_step) {
-      const Slab<T, kWindowPer> slab(a.channels, s, a.packs);
+      const Slab<T, kWindowPer<T>> slab(a.channels, s, a.packs);
       finish.normalise(slab, slabs > warps ? nullptr : memory.outputs, place, scales);
     }
   }
@@ -204,41 +208,42 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks<T>)
   const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
   Memory* memories = shared_memory<Memory>();
   Memory& memory = memories[warp];
-  const Slab<T, kWindowPer> slab(a.channels, blockIdx.y, a.packs);
+  const Slab<T, kWindowPer<T>> slab(a.channels, blockIdx.y, a.packs);
   const int begin = a.squares.at(int64_t{blockIdx.x} * a.per_range);
   const int end = a.squares.at(int64_t{begin} + a.per_range);
 
-  float sums[K * K][kWindowPer], total[kWindowPer];
+  static_assert((K * K + 1) * kWindowChannels<T> * sizeof(float) <= sizeof(Memory), "as add_up_warps needs");
+  float sums[K * K][kWindowPer<T>], total[kWindowPer<T>];
 #pragma unroll
-  for (int j = 0; j < kWindowPer; ++j) {
+  for (int j = 0; j < kWindowPer<T>; ++j) {
     total[j] = 0.0f;
 #pragma unroll
     for (int k = 0; k < K * K; ++k) sums[k][j] = 0.0f;
   }
   for (int q = begin + warp * Memory::kSquares; q < end; q += warps * Memory::kSquares) {
     const int count = min(Memory::kSquares, end - q);
-    const Window window = seek_window<K, S>(a.squares, q, count, memory.around, lane);
+    const Window window = seek_window<T, K, S>(a.squares, q, count, memory.around, lane);
     slab.fetch(memory.outputs, a.grad, count * (S * S), [&](int i) { return q * (S * S) + i; });
     for (int n0 = 0; n0 < count; n0 += window.together(count)) {
       fetch_window<K, S>(slab, memory.window, a.x, window, memory.around + n0 * kPitch<K, S>);
       slab.arrive();
 #pragma unroll 1
       for (int n = n0; n < n0 + window.together(count); ++n) {
-        float grads[S * S][kWindowPer];
+        float grads[S * S][kWindowPer<T>];
 #pragma unroll
         for (int i = 0; i < S * S; ++i) {
-          slab.read(memory.outputs + (n * S * S + i) * kWindowChannels + lane * kWindowPer, grads[i]);
+          slab.read(memory.outputs + (n * S * S + i) * kWindowChannels<T> + lane * kWindowPer<T>, grads[i]);
 #pragma unroll
-          for (int j = 0; j < kWindowPer; ++j) total[j] += grads[i][j];
+          for (int j = 0; j < kWindowPer<T>; ++j) total[j] += grads[i][j];
         }
-        const T* column = memory.window + lane * kWindowPer;
-        const auto add = [&](int y, int x, const float (&values)[kWindowPer]) {
+        const T* column = memory.window + lane * kWindowPer<T>;
+        const auto add = [&](int y, int x, const float (&values)[kWindowPer<T>]) {
 #pragma unroll
           for (int i = 0; i < S * S; ++i) {
             const int ky = y - (i >> 1), kx = x - (i & 1);
             if (ky >= 0 && ky < K && kx >= 0 && kx < K) {
 #pragma unroll
-              for (int j = 0; j < kWindowPer; ++j) {
+              for (int j = 0; j < kWindowPer<T>; ++j) {
                 sums[ky * K + kx][j] = fmaf(values[j], grads[i][j], sums[ky * K + kx][j]);
               }
             }

@@ -7,13 +7,9 @@
 namespace sparsecnx::cuda {
 namespace {
 
-constexpr int64_t kMostChannels = int64_t{1} << 16;
-
 GrnRows check(const Tensor& x, const Tensor& gamma, const Tensor& segments) {
   const auto [rows, channels] = feature_shape(x, "x");
   const Dtype dtype = dtype_of(x, "x");
-  STD_TORCH_CHECK(channels <= kMostChannels, "sparsecnx: x has ", channels, " channels, expected at most ",
-                  kMostChannels);
   check_dense(gamma, "gamma", channels, ScalarType::Float, x);
   STD_TORCH_CHECK(segments.dim() == 1 && segments.numel() >= 1, "sparsecnx: segments must be (groups + 1,)");
   const int64_t groups = segments.numel() - 1;

@@ -18,14 +18,23 @@ inline void check(cudaError_t status, const char* what) {
 
 constexpr size_t kSharedWithoutAsking = 48 * 1024;  // bytes of shared memory that every kernel may use
 
+// Bytes of shared memory that a block may use on the current device, if it asks.
+inline int most_shared_bytes() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory of a block");
+  return bytes;
+}
+
 // Launches kernel(arguments...) in a stream. A grid without blocks is nothing to do.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes,
             cudaStream_t stream, Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   if (shared_bytes > kSharedWithoutAsking) {
+    // The limit belongs to the kernel, not to this launch: always the same, since another thread may launch it too.
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_bytes)),
+                               most_shared_bytes()),
           name);
   }
   cudaLaunchConfig_t config{};

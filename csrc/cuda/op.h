@@ -10,6 +10,7 @@
 
 #include <array>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -28,12 +29,12 @@ class OnDevice {
  public:
   explicit OnDevice(const Tensor& x);
   ~OnDevice();
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
 
  private:
-  void* guard_;
+  std::unique_ptr<torch::stable::accelerator::DeviceGuard> guard_;
 };
+
+constexpr int64_t kMostChannels = 1 << 16;
 
 inline Dtype dtype_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
@@ -60,7 +61,8 @@ inline const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->
 
 // Raises unless x is on the device of `like`.
 inline void check_device(const Tensor& x, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(x.device() == like.device(), "sparsecnx: ", name, " is not on the device of the first argument");
+  STD_TORCH_CHECK(x.device() == like.device(), "sparsecnx: ", name, " is on device ", x.get_device_index(),
+                  ", the first argument on device ", like.get_device_index());
 }
 
 inline void check_dtype(const Tensor& x, const char* name, ScalarType expected) {
@@ -79,7 +81,8 @@ inline void check_dense(const Tensor& x, const char* name, int64_t numel, Scalar
 // (rows, channels) of a contiguous feature matrix whose start can be read 16 bytes at a time.
 inline std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "sparsecnx: ", name, " must be contiguous, (rows, channels)");
-  STD_TORCH_CHECK(x.size(1) >= 1, "sparsecnx: ", name, " has no channels");
+  STD_TORCH_CHECK(1 <= x.size(1) && x.size(1) <= kMostChannels, "sparsecnx: ", name, " has ", x.size(1),
+                  " channels, expected 1 to ", kMostChannels);
   STD_TORCH_CHECK(x.size(0) < (int64_t{1} << 31), "sparsecnx: ", name, " has ", x.size(0),
                   " rows, expected fewer than 2^31");
   return {x.size(0), x.size(1)};

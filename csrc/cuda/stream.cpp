@@ -14,8 +14,9 @@ cudaStream_t current_stream(const Tensor& x) {
   return static_cast<cudaStream_t>(stream);
 }
 
-OnDevice::OnDevice(const Tensor& x) : guard_(new torch::stable::accelerator::DeviceGuard(x.get_device_index())) {}
+OnDevice::OnDevice(const Tensor& x)
+    : guard_(std::make_unique<torch::stable::accelerator::DeviceGuard>(x.get_device_index())) {}
 
-OnDevice::~OnDevice() { delete static_cast<torch::stable::accelerator::DeviceGuard*>(guard_); }
+OnDevice::~OnDevice() = default;
 
 }  // namespace sparsecnx::cuda

@@ -3,6 +3,9 @@ limits, wrong arguments. On a GPU, or in the emulator."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import cuda_emulator
 import pytest
 import torch
@@ -23,6 +26,7 @@ from cases import (
 )
 from operators import conv_parameters
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import Layout, SparseTensor, ops, use_backend
 from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
@@ -30,6 +34,21 @@ from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
 pytestmark = needs_cuda
 
 EPS = 1e-6
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators of sparsecnx_cuda that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sparsecnx_cuda":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
@@ -203,7 +222,8 @@ WRONG = {
     "x of three dimensions": (dict(x=lambda x: x[None]), r"x must be contiguous, \(rows, channels\)"),
     "x with strides": (dict(x=lambda x: x.t().contiguous().t()), "x must be contiguous"),
     "x in float64": (dict(x=Tensor.double), "x is Double, expected float32, bfloat16 or float16"),
-    "x without channels": (dict(x=lambda x: x[:, :0]), "x has no channels"),
+    "x without channels": (dict(x=lambda x: x[:, :0].contiguous()), "x has 0 channels, expected 1 to 65536"),
+    "x with too many channels": (dict(x=lambda x: x[:16].repeat(1, 8193)), "x has 65544 channels, expected 1 to 65536"),
     "rows that are no tiles": (dict(x=lambda x: x[:-1]), r"x has \d+ rows, expected a multiple of tile\^2 = 16"),
     "weight for other channels": (dict(weight=lambda w: w[:4]), "weight has 196 elements, expected 392"),
     "weight without its second axis": (dict(weight=lambda w: w[:, 0]), r"weight must be \(C, 1, kh, kw\)"),
@@ -229,6 +249,100 @@ def test_wrong_arguments_are_named(changes, message):
     arguments |= {which: change(arguments[which]) for which, change in changes.items()}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.sparsecnx_cuda.depthwise_conv_fused(**arguments, flip=False, eps=EPS)
+
+
+WRONG_GRADIENTS = {
+    "grad of another size": (dict(grad=lambda g: g[1:].clone()), r"grad has \d+ elements, expected"),
+    "grad of another dtype": (dict(grad=Tensor.half), "grad is Half, expected Float"),
+    "grad with strides": (dict(grad=lambda g: g.t().contiguous().t()), "grad must be contiguous"),
+    "table in int64": (dict(table=Tensor.long), "table is Long, expected Int"),
+    "even kernel": (dict(kernel_h=lambda _: 6), "the kernel is 6x7, expected odd sizes"),
+    "no kernel": (dict(kernel_w=lambda _: 0), "the kernel is 7x0, expected odd sizes"),
+}
+
+
+@pytest.mark.parametrize("changes,message", WRONG_GRADIENTS.values(), ids=WRONG_GRADIENTS.keys())
+def test_wrong_arguments_of_the_weight_gradient_are_named(changes, message):
+    case = Case(4, (7, 7), 8, (2, 2), torch.float32)
+    tensors = {which: getattr(case, which).to(DEVICE) for which in ("grad", "x")}
+    arguments = {**tensors, "table": case.table, "tile": 4, "kernel_h": 7, "kernel_w": 7}
+    arguments |= {which: change(arguments[which]) for which, change in changes.items()}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.sparsecnx_cuda.depthwise_conv_weight_grad(**arguments)
+
+
+@pytest.mark.parametrize("tile", [8, 1])
+def test_rows_that_begin_off_a_multiple_of_16_bytes(tile):
+    case = Case(tile, (7, 7), 40, (2, 2), torch.bfloat16)
+
+    def shifted(value: Tensor) -> Tensor:
+        whole = torch.zeros(value.numel() + 1, dtype=value.dtype, device=DEVICE)
+        whole[1:] = value.flatten().to(DEVICE)
+        return whole[1:].view(value.shape)
+
+    x, weight, grad = shifted(case.x), shifted(case.weight), shifted(case.grad)
+    out, _ = case.room.convolve(x, weight, case.there("bias"), case.table, tile)
+    case.close(out, case.out)
+    grad_weight, _ = case.room.weight_grad(grad, x, case.table, tile, (7, 7))
+    case.close(grad_weight, case.grads[1])
+
+
+@pytest.mark.parametrize("tile", [8, 2])
+def test_narrow_rows_are_normalised_as_they_are_rounded(tile):
+    """A LayerNorm of its own gets the convolution rounded too; of 3 channels it may hang on the last bit."""
+    case = Case(tile, (5, 5), 3, (2, 2), torch.bfloat16)
+    arguments = case.there("x"), case.there("weight"), case.there("bias"), case.table, tile
+    rounded = case.room.convolve(*arguments)[0].cpu().double()
+    found, rstd = case.room.convolve(*arguments, normalise=EPS)
+    scale = (rounded.var(1, unbiased=False, keepdim=True) + EPS).rsqrt()
+    case.close(rstd, scale[:, 0], 1e-5)
+    case.close(found, (rounded - rounded.mean(1, keepdim=True)) * scale)
+
+
+def test_threads_that_launch_one_kernel_with_different_memory():
+    """The limit of a kernel's shared memory is the kernel's, not the launch's."""
+    case = Case(1, (7, 7), 768, (3, 3), torch.bfloat16)
+    arguments = case.there("x"), case.there("weight"), case.there("bias"), case.table, 1
+    expected = {eps: case.room.convolve(*arguments, normalise=eps)[0] for eps in (None, EPS)}
+
+    def repeat(eps: float | None) -> bool:
+        return all(torch.equal(case.room.convolve(*arguments, normalise=eps)[0], expected[eps]) for _ in range(40))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(repeat, (None, EPS) * 2))
+
+
+def test_gradients_of_gradients():
+    """Of the input's gradient they are right; of what has none they are refused, not zero."""
+    layout = make_layout(draw_mask("equal counts", 2, (2, 2), 7), 2)
+    p = {which: value.to(DEVICE, torch.float32) for which, value in conv_parameters(8, 1, 3, 3).items()}
+    seconds = {}
+    for backend in ("reference", "cuda"):
+        x = random_sparse(layout, 8, torch.float32)
+        generator = torch.Generator().manual_seed(3)
+        features = torch.randn(x.features.shape, generator=generator).to(DEVICE).requires_grad_()
+        weight = p["weight"].clone().requires_grad_()
+        with use_backend(backend):
+            out = ops.depthwise_conv(SparseTensor(features, move(x, DEVICE).layout), weight, None).features
+            (first,) = torch.autograd.grad(out.square().sum(), features, create_graph=True)
+            (seconds[backend],) = torch.autograd.grad(first.square().sum(), features, retain_graph=True)
+            if backend == "cuda":
+                (of_weight,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
+                with pytest.raises(NotImplementedError, match="not offered"):
+                    of_weight.square().sum().backward()
+    assert relative_error(seconds["cuda"], seconds["reference"]) < BOUNDS[torch.float32]
+    assert seconds["cuda"].any()
+
+
+def test_a_bias_alone_needs_no_weight_gradient():
+    case = Case(4, (7, 7), 8, (2, 2), torch.float32)
+    bias = case.there("bias").requires_grad_()
+    with use_backend("cuda"), Calls() as calls:
+        x = move(SparseTensor(case.x, case.layout), DEVICE)
+        out = ops.depthwise_conv(x, case.weight.to(DEVICE), bias).features
+        (grad,) = torch.autograd.grad(out, bias, case.grad.to(DEVICE))
+    case.close(grad, case.grads[2])
+    assert "depthwise_conv_weight_grad" not in calls.names
 
 
 @needs_gpu

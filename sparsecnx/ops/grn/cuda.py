@@ -45,3 +45,8 @@ if _extension.loaded:
         return *grads, None, None
 
     torch.library.register_autograd("sparsecnx_cuda::grn", _backward, setup_context=_setup_context)
+
+    def _no_backward(*_: Any) -> None:
+        raise NotImplementedError("gradients of a gradient of grn are not offered")
+
+    torch.library.register_autograd("sparsecnx_cuda::grn_backward", _no_backward)
