@@ -172,7 +172,8 @@ def compare(
         kernel: sites per axis; () where there is none.
     """
     # Of sizes that torch.compile leaves open, index() takes what they are and guards it; int() would not.
-    return _compare_fixed(steps, device, dtype, index(channels), tile, tuple(index(size) for size in kernel))
+    side = None if tile is None else index(tile)
+    return _compare_fixed(steps, device, dtype, index(channels), side, tuple(index(size) for size in kernel))
 
 
 @torch.compiler.assume_constant_result
