@@ -3,7 +3,7 @@
 // is read once and serves all outputs that see it, up to min(K, S)^2 of them.
 #pragma once
 
-#include "depthwise_conv.cuh"
+#include "depthwise_finish.cuh"
 
 namespace sparsecnx::cuda {
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "depthwise_conv.cuh"
+#include "depthwise_finish.cuh"
 #include "launch.cuh"
 
 namespace sparsecnx::cuda {

@@ -4,7 +4,7 @@
 // too long (a wide grid, masked site by site) the squares go one by one, each with all its neighbours gathered.
 #pragma once
 
-#include "depthwise_conv.cuh"
+#include "depthwise_finish.cuh"
 
 namespace sparsecnx::cuda {
 
