@@ -1,5 +1,6 @@
 // The operators' schemas and their implementations per device. Fake kernels and autograd are registered in Python,
-// in sparsecnx/ops/*/native.py.
+// in sparsecnx/ops/*/native.py. Sizes that follow a batch are SymInt, which kernels receive as int64_t: torch.compile
+// would fix an `int` to its first value, and compile anew for every other.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -16,7 +17,9 @@ std::string cpu_isa() { return sparsecnx::cpu_isa(); }
 STABLE_TORCH_LIBRARY(sparsecnx, m) {
   m.def("cpu_isa() -> str");
   m.def("gather_tiles(Tensor dense, Tensor index, int tile) -> Tensor");
-  m.def("scatter_tiles(Tensor rows, Tensor fill, Tensor index, int batch, int height, int width, int tile) -> Tensor");
+  m.def(
+      "scatter_tiles(Tensor rows, Tensor fill, Tensor index, SymInt batch, SymInt height, SymInt width, int tile) -> "
+      "Tensor");
   m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor table, int tile) -> Tensor");
   m.def(
       "depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor table, int tile, int kernel_h, int kernel_w) -> "
@@ -47,7 +50,7 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
 STABLE_TORCH_LIBRARY(sparsecnx_cuda, m) {
   m.def("gather_tiles(Tensor dense, Tensor index, Tensor slots, int tile) -> Tensor");
   m.def(
-      "scatter_tiles(Tensor rows, Tensor fill, Tensor index, Tensor slots, int batch, int height, int width, "
+      "scatter_tiles(Tensor rows, Tensor fill, Tensor index, Tensor slots, SymInt batch, SymInt height, SymInt width, "
       "int tile) -> Tensor");
   m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor table, int tile) -> Tensor");
   m.def(
@@ -60,8 +63,8 @@ STABLE_TORCH_LIBRARY(sparsecnx_cuda, m) {
   m.def(
       "grn_backward(Tensor grad, Tensor x, Tensor gamma, Tensor segments, Tensor energy, float eps) -> "
       "(Tensor, Tensor, Tensor)");
-  m.def("tile_index(Tensor mask, int count, int visible) -> (Tensor, Tensor, Tensor)");
-  m.def("neighbour_table(Tensor index, Tensor slots, int[] grid, int radius) -> Tensor");
+  m.def("tile_index(Tensor mask, SymInt count, SymInt visible) -> (Tensor, Tensor, Tensor)");
+  m.def("neighbour_table(Tensor index, Tensor slots, SymInt[] grid, int radius) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

@@ -102,11 +102,11 @@ class TileSet:
             if count not in (None, batch * visible):
                 raise ValueError(f"count is {count}: {batch} images with visible={visible} keep {batch * visible}")
             count = batch * visible
-            message = f"mask does not keep visible={visible} tiles in every image"
+            message = f"mask does not keep {_said('visible', visible)} tiles in every image"
         elif count is not None:
             if not 0 <= count <= batch * cells:
                 raise ValueError(f"count is {count}: {batch} images of {cells} tiles keep 0 to {batch * cells}")
-            message = f"mask does not keep count={count} tiles in all"
+            message = f"mask does not keep {_said('count', count)} tiles in all"
         else:
             counts = (~flat).sum(dim=1)
             known = counts.tolist() if batch else [0]
@@ -364,6 +364,11 @@ def _takes_cuda(device: torch.device, ndim: int) -> bool:
     return _cuda.refusal(device) is None
 
 
+def _said(name: str, value: int) -> str:
+    """For messages. A number written into a graph's text would fix it there: another one would compile anew."""
+    return name if torch.compiler.is_compiling() else f"{name}={value}"
+
+
 def _insist(holds: Tensor, message: str) -> None:
     """Raises where a bool `()` is False: ValueError at once on the CPU, else an assertion on the device."""
     if holds.device.type != "cpu" or torch.compiler.is_compiling():
@@ -397,9 +402,9 @@ def check_mask(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
         raise TypeError(f"mask is a {type(mask).__name__}: expected a bool tensor, True = masked")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask is {mask.dtype}: expected torch.bool, True = masked")
-    shape, name = tuple(mask.shape), "x".join(map(str, grid))
+    shape = tuple(mask.shape)
     if mask.ndim == 0 or shape[1:] not in ((math.prod(grid),), tuple(grid)):
-        batch = shape[0] if shape else "B"
+        batch, name = shape[0] if shape else "B", _by(grid)
         raise ValueError(f"mask is {shape}: a {name} grid needs {(batch, math.prod(grid))}")
     return mask.flatten(1) if mask.ndim > 2 else mask.reshape(shape[0], math.prod(grid))
 
@@ -413,7 +418,6 @@ def infer_grid(mask: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], i
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask is a {type(mask).__name__}: expected a bool tensor, True = masked")
-    extent = "x".join(map(str, shape))
     if mask.ndim == 1 + len(shape) and len(shape) > 1:
         grid = tuple(mask.shape[1:])
         tile = shape[0] // grid[0] if grid[0] else 0
@@ -426,13 +430,19 @@ def infer_grid(mask: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], i
     else:
         raise ValueError(
             f"mask is {tuple(mask.shape)}: expected (B, L) or (B, {', '.join('g' * len(shape))}) "
-            f"for a tensor of {extent} sites"
+            f"for a tensor of {_by(shape)} sites"
         )
     if tile == 0 or any(size != cells * tile for size, cells in zip(shape, grid, strict=True)):
         raise ValueError(
-            f"mask is {tuple(mask.shape)}: no grid of square tiles with that many cells divides {extent} sites evenly"
+            f"mask is {tuple(mask.shape)}: no grid of square tiles with that many cells divides {_by(shape)} sites "
+            "evenly"
         )
     return grid, tile
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    """For messages. Of sizes that torch.compile leaves open a graph can make no text, so only where one is raised."""
+    return "x".join(map(str, shape))
 
 
 if _extension.loaded:
