@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from cases import (
 )
 from test_tensor import MEMORY, channels_last, numbered, rows_by_coordinates
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsecnx import Layout, _extension, _triton, packing, use_backend
+from sparsecnx import Layout, _cuda, _extension, _triton, packing, use_backend
 from sparsecnx.choices import Comparison
 from sparsecnx.packing import gather_rows, scatter_rows
 
@@ -120,6 +122,38 @@ def test_the_gradient_of_the_fill_is_that_of_masked_sites_alone(backend):
         (gradient,) = torch.autograd.grad(dense, fill, incoming)
     masked = layout.batch * 8 * 12 - layout.rows
     assert gradient.tolist() == [masked, masked] and masked > 0
+
+
+class Operators(TorchDispatchMode):
+    """Lists the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@needs_cuda
+@needs_triton
+@pytest.mark.parametrize("triton", ["takes it", "does not"])
+def test_the_gradient_of_the_fill_is_tritons_where_cuda_packs(triton, monkeypatch):
+    """It has no kernel in CUDA, and torch's operators write copies as large as the incoming gradient."""
+    layout = layout_on_device("random counts", (2, 3), 4)
+    if triton == "does not":
+        monkeypatch.setattr(_triton, "refusal", lambda device: "not here")
+    fill = torch.zeros(3, device=DEVICE, requires_grad=True)
+    incoming = torch.randn(2, 3, *layout.shape, device=DEVICE)
+    with use_backend("cuda"):
+        dense = scatter_rows(torch.randn(layout.rows, 3, device=DEVICE), layout, fill)
+    with Operators() as operators:
+        (gradient,) = torch.autograd.grad(dense, fill, incoming)
+    assert ("sparsecnx_triton::scatter_tiles_fill_grad" in operators.names) == (triton == "takes it")
+    assert ("aten::where.self" in operators.names) == (triton == "does not")
+    expected = incoming.masked_fill(site_mask(layout).to(DEVICE) == 1, 0).sum((0, 2, 3))
+    torch.testing.assert_close(gradient, expected)
 
 
 @needs_cuda
@@ -276,7 +310,7 @@ def test_measurements_decide_on_a_gpu(measured, expected, monkeypatch):
 
     layout = make_layout(draw_mask("random counts", 2, (2, 2), seed=0), 2)
     monkeypatch.setattr(packing, "compare", compare)
-    for room in (packing._cuda, packing._triton):
+    for room in (_cuda, _triton):
         monkeypatch.setattr(room, "refusal", lambda device: None)
     assert packing._room(OnGpu(torch.float32), layout) is getattr(packing, expected)
     steps = ("gather_tiles", "scatter_tiles")

@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sparsecnx import _cuda, _extension, _triton
+from sparsecnx import _extension, _triton
 from sparsecnx.choices import compare
 from sparsecnx.layout import Layout
 from sparsecnx.packing import cuda, native, reference
+from sparsecnx.packing.rules import takes_cuda, takes_triton
 from sparsecnx.selection import selected
 
 triton: Any = importlib.import_module("sparsecnx.packing.triton") if _triton.available else None
-
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
@@ -37,22 +35,13 @@ def _room(values: Tensor, layout: Layout) -> Any:
     if asked == "reference" or layout.ndim != 2:
         return reference
     on_gpu = values.device.type != "cpu"
-    triton_can = (on_gpu or asked == "triton") and _takes_triton(values)
-    cuda_can = (on_gpu or asked == "cuda") and _takes_cuda(values)
+    triton_can = (on_gpu or asked == "triton") and takes_triton(values)
+    cuda_can = (on_gpu or asked == "cuda") and takes_cuda(values)
     if cuda_can and (asked == "cuda" or not triton_can or (asked == "auto" and _cuda_is_faster(values, layout))):
         return cuda
     if triton_can:
         return triton
     return native if not on_gpu and _extension.loaded else reference
-
-
-def _takes_triton(values: Tensor) -> bool:
-    return _triton.available and values.dtype in TRITON_DTYPES and _triton.refusal(values.device) is None
-
-
-def _takes_cuda(values: Tensor) -> bool:
-    fits = values.dtype.itemsize <= cuda.LARGEST and values.shape[1] > 0
-    return _extension.loaded and fits and _cuda.refusal(values.device) is None
 
 
 def _cuda_is_faster(values: Tensor, layout: Layout) -> bool:

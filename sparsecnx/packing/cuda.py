@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsecnx import _extension
+from sparsecnx import _extension, _triton
 from sparsecnx.layout import Layout
 from sparsecnx.packing.gradients import fill_grad
+from sparsecnx.packing.rules import takes_triton
 
-LARGEST = 8  # bytes of a value
+triton: Any = importlib.import_module("sparsecnx.packing.triton") if _triton.available else None
 
 
 def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
@@ -63,7 +65,11 @@ if _extension.loaded:
         if ctx.needs_input_grad[0]:
             grad_rows = torch.ops.sparsecnx_cuda.gather_tiles(grad, index, slots, ctx.tile)
         if ctx.needs_input_grad[1]:
-            grad_fill = fill_grad(grad, slots < 0, ctx.tile)
+            # A sum over sites, for which there is no CUDA kernel: torch's operators make copies of all of `grad`.
+            if takes_triton(grad):
+                grad_fill = triton.scatter_fill_grad(grad, slots, ctx.tile)
+            else:
+                grad_fill = fill_grad(grad, slots < 0, ctx.tile)
         return grad_rows, grad_fill, None, None, None, None, None, None
 
     torch.library.register_autograd("sparsecnx_cuda::gather_tiles", _gather_backward, setup_context=_gather_context)
