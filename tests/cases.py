@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import cuda_emulator
 import pytest
@@ -28,6 +28,15 @@ needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 needs_cuda = pytest.mark.needs_cuda  # see conftest.py
 BACKENDS = {"reference": (), "native": needs_native, "triton": needs_triton, "cuda": needs_cuda}
 ON_GPU = ("triton", "cuda")
+
+
+def without_operators(refusal: str, build: str | None) -> NoReturn:
+    """On a GPU a missing operator fails its tests, for a run that skips them looks like one that passed; unless
+    SPARSECNX_BUILD says that none were to be built."""
+    if build in ("cpu", "none"):
+        pytest.skip(f"SPARSECNX_BUILD={build}: {refusal}")
+    pytest.fail(f"{refusal} (with SPARSECNX_BUILD=cpu in the environment this test is skipped)")
+
 
 # Largest ||out - ref|| / ||ref|| by dtype.
 BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}

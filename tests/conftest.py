@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import cuda_emulator
+from cases import without_operators
 
 from sparsecnx import _cuda, backend
 
@@ -74,10 +75,13 @@ def cuda_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """For the tests that are marked so: the operators on a GPU, without one the emulator's."""
     if request.node.get_closest_marker("needs_cuda") is None:
         return
-    gpu = torch.cuda.is_available()
-    refusal = _cuda.refusal(torch.device("cuda")) if gpu else cuda_emulator.refusal()
+    if torch.cuda.is_available():
+        refusal = _cuda.refusal(torch.device("cuda"))
+        if refusal is not None:
+            without_operators(refusal, os.environ.get("SPARSECNX_BUILD"))
+        return
+    refusal = cuda_emulator.refusal()
     if refusal is not None:
         pytest.skip(refusal)
-    if not gpu:
-        cuda_emulator.load()
-        monkeypatch.setattr(_cuda, "emulated", True)
+    cuda_emulator.load()
+    monkeypatch.setattr(_cuda, "emulated", True)

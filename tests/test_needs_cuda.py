@@ -1,0 +1,18 @@
+"""What becomes of the tests of CUDA kernels where those do not run."""
+
+from __future__ import annotations
+
+import pytest
+from cases import without_operators
+
+
+@pytest.mark.parametrize("build", [None, "auto", "cuda"])
+def test_on_a_gpu_missing_operators_fail(build: str | None) -> None:
+    with pytest.raises(pytest.fail.Exception, match="not compiled"):
+        without_operators("not compiled", build)
+
+
+@pytest.mark.parametrize("build", ["cpu", "none"])
+def test_who_builds_none_skips(build: str) -> None:
+    with pytest.raises(pytest.skip.Exception, match=f"SPARSECNX_BUILD={build}: not compiled"):
+        without_operators("not compiled", build)
