@@ -17,6 +17,10 @@ A *step* is an operator of `torch.ops.sparsecnx_cuda`, timed beside the Triton k
     depthwise_conv_weight_grad
     grn, grn_backward           over the visible rows of each image; tile is null, kernel []
     gather_tiles, scatter_tiles contiguous dense tensor; kernel []
+    geometry                    index, splits, slots and neighbour tables of radius 1, 2 and 3 from a mask whose
+                                `visible` is known; dtype float32, channels 1, tile null, kernel [], for none of them
+                                matters. There is no Triton kernel: triton_ms is the time of torch's operators, which
+                                do this wherever Triton runs
 
 An operator is chosen as a whole, by the sum of its forward and backward steps. Each step is looked up among the runs on
 GPUs of the same compute capability, on this very model before others: same dtype, tile and kernel, 16-byte rows or not
@@ -45,6 +49,7 @@ STEPS = (
     "grn_backward",
     "gather_tiles",
     "scatter_tiles",
+    "geometry",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

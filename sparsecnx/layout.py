@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsecnx import _cuda, _extension
+from sparsecnx.choices import compare
 from sparsecnx.selection import selected
 
 
@@ -357,11 +358,14 @@ def remember(owner: TileSet | Layout, key: Any, build: Callable[[], Tensor]) -> 
 
 
 def _takes_cuda(device: torch.device, ndim: int) -> bool:
-    """Whether the GPU operators build the geometry. They round nothing, so of the backends that `use_backend` asks for
-    by name only the reference is insisted on."""
-    if ndim > 3 or selected() == "reference" or (device.type == "cpu" and selected() != "cuda"):
+    """Whether the GPU operators build the geometry: where they were asked for by name, and under `auto` on a GPU where
+    they were measured to be faster than the operators of torch that otherwise do."""
+    asked = selected()
+    if ndim > 3 or not (asked == "cuda" or (asked == "auto" and device.type == "cuda")):
         return False
-    return _cuda.refusal(device) is None
+    if _cuda.refusal(device) is not None:
+        return False
+    return asked == "cuda" or compare(("geometry",), device, torch.float32, 1).backend == "cuda"
 
 
 def _said(name: str, value: int) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import dispatcher, example_layout, random_sparse
 
-from sparsecnx import SparseTensor, choices, ops, use_backend
+from sparsecnx import SparseTensor, choices, layout, ops, use_backend
 from sparsecnx.backend import Implementation, Operator, always
 from sparsecnx.choices import Comparison, Measurement, compare
 
@@ -154,6 +154,16 @@ def test_operators_ask_for_their_own_steps_and_shape(
             assert rule(x, *given).backend == "cuda"
             table(*(measured(step, triton=2.0, cuda=1.0, **where) for step in set(steps) - {steps[-1]}))
             assert not rule(x, *given).measured
+
+
+def test_geometry_is_one_step_of_its_own(table: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout._cuda, "refusal", lambda device: None)
+    shape = {"dtype": torch.float32, "channels": 1, "tile": None, "kernel": ()}
+    for cuda, taken in ((1.0, True), (3.0, False)):
+        table(measured("geometry", triton=2.0, cuda=cuda, **shape))
+        assert layout._takes_cuda(torch.device("cuda", 0), 2) == taken
+    table()
+    assert not layout._takes_cuda(torch.device("cuda", 0), 2)
 
 
 def two_ways(asked: list[tuple[Any, ...]] | None = None) -> Operator:

@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import cuda_emulator
 import pytest
@@ -31,7 +31,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsecnx import Layout, SparseTensor, TileSet, use_backend
+from sparsecnx import Layout, SparseTensor, TileSet, layout, use_backend
+from sparsecnx.choices import Comparison
 from sparsecnx.layout import rows_to_tile, tile_sites, tile_to_rows
 
 SIDES = range(1, 25)
@@ -522,6 +523,35 @@ def test_gpu_operators_build_the_same_geometry(kind: str, ndim: int) -> None:
                 (table, neighbours),
             ):
                 assert found.dtype == wanted.dtype and torch.equal(found.cpu(), wanted)
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3, 4])
+@pytest.mark.parametrize(("measured", "by_auto"), [("cuda", True), ("triton", False)])
+def test_who_builds_the_geometry_on_a_gpu(
+    measured: Literal["cuda", "triton"], by_auto: bool, ndim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU operators where they are asked for, and for `auto` where they were measured to be faster."""
+    asked = []
+
+    def compare(*arguments: object) -> Comparison:
+        asked.append(arguments)
+        return Comparison(measured, True, "")
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(layout, "compare", compare)
+    monkeypatch.setattr(layout._cuda, "refusal", lambda device: None)
+    for backend in ("reference", "native", "triton", "minkowski"):
+        with use_backend(backend):
+            assert not layout._takes_cuda(gpu, ndim)
+    with use_backend("cuda"):
+        assert layout._takes_cuda(gpu, ndim) == (ndim <= 3)
+    assert not asked
+    assert not layout._takes_cuda(torch.device("cpu"), ndim)
+    assert layout._takes_cuda(gpu, ndim) == (by_auto and ndim <= 3)
+    assert asked == ([(("geometry",), gpu, torch.float32, 1)] if ndim <= 3 else [])
+    monkeypatch.setattr(layout._cuda, "refusal", lambda device: "not here")
+    with use_backend("cuda"):
+        assert not layout._takes_cuda(gpu, ndim)
 
 
 @needs_cuda
