@@ -25,6 +25,7 @@ import glob
 import importlib.metadata
 import os
 import re
+import runpy
 import shlex
 import shutil
 import site
@@ -47,8 +48,6 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC
 # Machine code for compute capability 8.0 runs on every 8.x, for 9.0 on Hopper; later GPUs translate the PTX of 9.0 when
 # they first load it. That is every GPU the kernels are made for (8.0 and later), for the price of two compilations.
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
-
-USUAL_TOOLKIT = Path("/usr/local/cuda")
 
 # What an install leaves in the package folder.
 CPU_FILES = ("_C.*so", "_build_info.*so")
@@ -132,21 +131,6 @@ def import_torch() -> Any:
     return torch
 
 
-def find_nvcc() -> str:
-    """Path of nvcc. An environment variable that points to a folder without it is passed over."""
-    names = [name for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    folders = [*(Path(os.environ[name], "bin") for name in names), USUAL_TOOLKIT / "bin"]
-    candidates = [folder / "nvcc" for folder in folders]
-    on_path = shutil.which("nvcc")
-    if on_path is not None:
-        candidates.insert(len(names), Path(on_path))
-    for candidate in candidates:
-        if os.access(candidate, os.X_OK):
-            return str(candidate)
-    looked = ", ".join([*(f"{name}={os.environ[name]}" for name in names), "PATH", str(USUAL_TOOLKIT)])
-    raise CannotCompile(f"no nvcc: looked in {looked}")
-
-
 def find_toolkit(torch: Any) -> Toolkit:
     """The CUDA toolkit, checked against torch."""
     if torch.version.cuda is None:
@@ -159,10 +143,10 @@ def find_toolkit(torch: Any) -> Toolkit:
         f"Install the CUDA {major} toolkit (https://developer.nvidia.com/cuda-downloads), or set CUDA_HOME to the"
         " folder where it is."
     )
-    try:
-        nvcc = find_nvcc()
-    except CannotCompile as error:
-        raise CannotCompile(f"{error}\n{advice}") from None
+    search = runpy.run_path(str(Path(__file__).parent / "csrc/find_nvcc.py"))
+    nvcc = search["find_nvcc"]()
+    if nvcc is None:
+        raise CannotCompile(f"no nvcc: looked in {search['looked_in']()}\n{advice}")
 
     told = subprocess.run([nvcc, "--version"], text=True, capture_output=True)
     found = re.search(r"release (\d+\.\d+)", told.stdout)
@@ -231,7 +215,8 @@ def compile_kernels(toolkit: Toolkit, sources: list[str], folder: Path) -> list[
         done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         print(shlex.join(command), done.stdout, sep="\n", flush=True)
         if done.returncode != 0:
-            raise RuntimeError(f"nvcc {toolkit.version} on {source}: {first_line(done.stdout)}")
+            error = first_line(done.stdout)
+            raise CannotCompile(f"nvcc {toolkit.version} on {source}: {error}\n{advice_on(error)}".strip())
         return target
 
     jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
@@ -248,6 +233,15 @@ def first_line(output: str) -> str:
     """The first line of a compiler's output that tells of an error."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     return next((line for line in lines if re.search("error|fatal", line)), lines[-1] if lines else "it said nothing")
+
+
+def advice_on(error: str) -> str:
+    """What to do about an error of nvcc; nothing where it is not known."""
+    if re.search("unsupported .*(version|compiler)!", error):
+        return "Set CXX to a g++ that this nvcc takes."
+    if "Unsupported gpu architecture" in error:
+        return f"Set or shorten TORCH_CUDA_ARCH_LIST, now '{ARCHITECTURES}', to what this nvcc compiles for."
+    return ""
 
 
 def macros(facts: dict[str, str]) -> list[tuple[str, str]]:
@@ -368,6 +362,12 @@ def with_compiling(torch: Any, toolkit: Toolkit | None, no_toolkit: str | None) 
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildOperators(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # Always link: setuptools compares times of the .cpp files alone, not of headers, kernels, flags and facts.
+            # What needs no compiling ninja knows better.
+            self.force = True
+
         def run(self) -> None:
             self.without_cuda = no_toolkit
             self.record({"VERSION": self.distribution.get_version()})
@@ -396,11 +396,14 @@ def with_compiling(torch: Any, toolkit: Toolkit | None, no_toolkit: str | None) 
                 extension.extra_objects = compile_kernels(toolkit, kernels, Path(self.build_temp, "csrc/cuda"))
                 super().build_extension(extension)
             except (Exception, SystemExit) as error:
+                if MODE == "cuda" and isinstance(error, CannotCompile):
+                    sys.exit(f"SPARSECNX_BUILD=cuda: {error}")
                 if MODE == "cuda":
                     raise
                 self.extensions = [other for other in self.extensions if other is not extension]
-                remedy = "Install with SPARSECNX_BUILD=cuda to see the compiler's messages."
-                self.without_cuda = f"{self.failed(error)}\n{remedy}"
+                reason, _, remedy = str(error).partition("\n") if isinstance(error, CannotCompile) else (error, "", "")
+                remedy = remedy or "Install with SPARSECNX_BUILD=cuda to see the compiler's messages."
+                self.without_cuda = f"{self.failed(reason)}\n{remedy}"
             else:
                 flags = " ".join(NVCC_FLAGS)
                 facts = {"CUDA": toolkit.version, "CUDA_ARCHITECTURES": ARCHITECTURES, "CUDA_FLAGS": flags}
@@ -409,7 +412,7 @@ def with_compiling(torch: Any, toolkit: Toolkit | None, no_toolkit: str | None) 
         def record(self, facts: dict[str, str]) -> None:
             self.ext_map["sparsecnx._build_info"].define_macros += macros(facts)
 
-        def failed(self, error: BaseException) -> str:
+        def failed(self, error: BaseException | str) -> str:
             return f"compiling against torch {torch.__version__} failed: {' '.join(str(error).split())}"
 
     return {"ext_modules": extensions(torch, toolkit), "cmdclass": {"build_ext": BuildOperators}}

@@ -17,6 +17,35 @@ OLDEST_TORCH = "2.11"  # torch.__version__ compares as a version, not as a strin
 CUDA_BUILDS = "https://pytorch.org/get-started/locally"
 PACKAGE = Path(__file__).parent
 
+# What this version calls, as csrc/library.cpp defines it. Libraries left from an earlier version can lack some.
+OPERATORS = [
+    "cpu_isa",
+    "gather_tiles",
+    "scatter_tiles",
+    "depthwise_conv",
+    "depthwise_conv_weight_grad",
+    "conv",
+    "conv_backward",
+    "grn",
+    "grn_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "scale_rows",
+    "convnextv2_block",
+    "convnextv2_block_backward",
+]
+CUDA_OPERATORS = [
+    "gather_tiles",
+    "scatter_tiles",
+    "depthwise_conv",
+    "depthwise_conv_fused",
+    "depthwise_conv_weight_grad",
+    "grn",
+    "grn_backward",
+    "tile_index",
+    "neighbour_table",
+]
+
 
 @dataclass(frozen=True)
 class Missing:
@@ -53,7 +82,12 @@ def load(package: Path = PACKAGE) -> Missing | None:
             f"the compiled operators need torch {OLDEST_TORCH} or later, this is {torch.__version__}",
             "pip install --upgrade torch",
         )
-    return register(library, reinstall(package))
+    missing = register(library, reinstall(package))
+    if missing is not None:
+        return missing
+    lacks = [f"sparsecnx::{name}" for name in OPERATORS if not hasattr(torch.ops.sparsecnx, name)]
+    lacks += [f"sparsecnx_cuda::{name}" for name in CUDA_OPERATORS if not hasattr(torch.ops.sparsecnx_cuda, name)]
+    return of_another_version(library, lacks, reinstall(package))
 
 
 def load_cuda(package: Path = PACKAGE) -> Missing | None:
@@ -68,7 +102,19 @@ def load_cuda(package: Path = PACKAGE) -> Missing | None:
             return Missing("not compiled: installed without them, or a source folder never installed", anew)
         reason, _, remedy = note.read_text().strip().partition("\n")
         return Missing(f"not compiled because: {reason}", f"{remedy} Then: {anew}")
-    return register(library, anew)
+    missing = register(library, anew)
+    if missing is not None:
+        return missing
+    needed = [f"sparsecnx_cuda::{name}" for name in CUDA_OPERATORS]
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return of_another_version(library, [name for name in needed if not has_kernel(name, "CUDA")], anew)
+
+
+def of_another_version(library: Path, lacks: list[str], remedy: str) -> Missing | None:
+    """What to say of a library that lacks these operators; None where it lacks nothing."""
+    if not lacks:
+        return None
+    return Missing(f"{library.name} is of another version of sparsecnx: it lacks {', '.join(lacks)}", remedy)
 
 
 def find(name: str, package: Path = PACKAGE) -> Path | None:

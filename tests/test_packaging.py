@@ -38,7 +38,15 @@ def source(tmp_path: Path) -> Path:
     (folder / "csrc/cuda/library.cpp").write_text("int kernel();\nint nothing = kernel();\n")
     (folder / "csrc/cuda/library.cu").write_text('#include "kernel.cuh"\nint kernel() { return value; }\n')
     (folder / "csrc/cuda/kernel.cuh").write_text("const int value = 1;\n")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "csrc/build_info.cpp"):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "csrc/build_info.cpp",
+        "csrc/find_nvcc.py",
+    ):
         shutil.copy(ROOT / name, folder / name)
     return folder
 
@@ -57,6 +65,7 @@ def fake_toolkit(folder: Path, *, release: str = TORCH_CUDA, library: bool = Tru
     nvcc.write_text(
         "#!/bin/sh\n"
         'case "$*" in\n'
+        "  *compute_70*) echo \"nvcc fatal   : Unsupported gpu architecture 'compute_70'\"; exit 1;;\n"
         f"  *--version*) echo 'Cuda compilation tools, release {release}, V{release}.88'; exit;;\n"
         f"""  *--dryrun*) echo '#$ LIBRARIES=  "-L{folder}/stubs" "-L{folder}/bin/../lib"' >&2; exit;;\n"""
         "esac\n"
@@ -238,6 +247,70 @@ def test_kernels_that_do_not_compile(source: Path, tmp_path: Path, mode: str) ->
     assert "without its GPU operators" in result.stderr
 
 
+HOST_CONFIG = (
+    "host_config.h:137:2: error: #error -- unsupported GNU version! gcc versions later than 15 are not supported!"
+)
+
+
+@needs_cuda_torch
+@pytest.mark.parametrize(
+    ("mode", "architectures", "kernel", "remedy"),
+    [
+        ("auto", "7.0;9.0", "", "Set or shorten TORCH_CUDA_ARCH_LIST, now '7.0;9.0', to what this nvcc compiles for."),
+        ("cuda", "9.0", HOST_CONFIG, "Set CXX to a g++ that this nvcc takes."),
+    ],
+    ids=["architecture", "compiler"],
+)
+def test_errors_of_nvcc_come_with_advice(
+    source: Path, tmp_path: Path, mode: str, architectures: str, kernel: str, remedy: str
+) -> None:
+    toolkit = fake_toolkit(tmp_path / "cuda")
+    if kernel:
+        nvcc = toolkit / "bin/nvcc"
+        nvcc.write_text(nvcc.read_text().replace("error: no such thing", kernel))
+        (source / "csrc/cuda/library.cu").write_text("error\n")
+    environment = {"CUDA_HOME": str(toolkit), "SPARSECNX_BUILD": mode, "TORCH_CUDA_ARCH_LIST": architectures}
+    result = build_in_place(source, **environment)
+    assert (result.returncode == 0) == (mode == "auto"), result.stderr
+    if mode == "cuda":
+        said = result.stderr.splitlines()
+        assert said[-1] == remedy
+        assert said[-2].startswith(f"SPARSECNX_BUILD=cuda: nvcc {TORCH_CUDA} on csrc/cuda/library.cu: ")
+    else:
+        missing = _extension.load_cuda(source / "sparsecnx")
+        assert missing is not None and missing.remedy.startswith(f"{remedy} Then: SPARSECNX_BUILD=cuda pip install")
+        assert remedy not in missing.reason
+
+
+@needs_cuda_torch
+def test_a_rebuild_links_anew(source: Path, tmp_path: Path) -> None:
+    """Without ninja too, which knows of headers and flags; then setuptools alone decides what is out of date."""
+    (tmp_path / "ninja").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "ninja").chmod(0o755)
+    environment = {
+        "CUDA_HOME": str(fake_toolkit(tmp_path / "cuda")),
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+    }
+    package = source / "sparsecnx"
+    assert build_in_place(source, SPARSECNX_BUILD="cpu", **environment).returncode == 0
+    assert build_facts(package)["cuda"] is None
+    result = build_in_place(source, SPARSECNX_BUILD="cuda", **environment)
+    assert result.returncode == 0 and "ninja" in result.stderr, result.stderr
+    assert build_facts(package)["cuda"] == TORCH_CUDA
+    before = (package / "_C_cuda.abi3.so").read_bytes()
+    (source / "csrc/cuda/kernel.cuh").write_text("const int value = 2;\n")
+    assert build_in_place(source, SPARSECNX_BUILD="cuda", **environment).returncode == 0
+    assert (package / "_C_cuda.abi3.so").read_bytes() != before
+
+
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="needs ninja")
+def test_a_rebuild_compiles_what_changed_alone(source: Path) -> None:
+    assert build_in_place(source, SPARSECNX_BUILD="cpu").returncode == 0
+    times = {path: path.stat().st_mtime_ns for path in (source / "build").rglob("*.o")}
+    assert times and build_in_place(source, SPARSECNX_BUILD="cpu").returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
 @needs_cuda_torch
 def test_mismatched_nvcc_costs_the_gpu_operators_alone(source: Path, tmp_path: Path) -> None:
     toolkit = fake_toolkit(tmp_path / "cuda", release="10.2")
@@ -284,7 +357,9 @@ def test_toolkit_behind_a_script_on_the_path(recipe: dict[str, Any], monkeypatch
 
 
 def test_no_toolkit(recipe: dict[str, Any], monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setitem(recipe["find_nvcc"].__globals__, "USUAL_TOOLKIT", tmp_path / "usual")
+    search = runpy.run_path(str(ROOT / "csrc/find_nvcc.py"))
+    monkeypatch.setitem(search["find_nvcc"].__globals__, "USUAL_TOOLKIT", tmp_path / "usual")
+    monkeypatch.setattr(runpy, "run_path", lambda path: search)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     monkeypatch.delenv("CUDA_PATH", raising=False)
@@ -293,6 +368,19 @@ def test_no_toolkit(recipe: dict[str, Any], monkeypatch: Any, tmp_path: Path) ->
     reason, remedy = str(error.value).split("\n")
     assert reason == f"no nvcc: looked in CUDA_HOME=/nowhere, PATH, {tmp_path}/usual"
     assert remedy.startswith("Install the CUDA 13 toolkit") and "set CUDA_HOME" in remedy
+
+
+def test_make_finds_the_toolkit_that_setup_finds(recipe: dict[str, Any], monkeypatch: Any, tmp_path: Path) -> None:
+    """Not on the PATH: by CUDA_HOME alone."""
+    toolkit = fake_toolkit(tmp_path / "cuda", release="13.2")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    monkeypatch.delenv("SPARSECNX_BUILD")
+    assert recipe["find_toolkit"](torch_of("13.0")).nvcc == f"{toolkit}/bin/nvcc"
+    command = ["make", "--dry-run", "clean", f"PYTHON={sys.executable}"]
+    assert f"SPARSECNX_BUILD=cuda ({toolkit}/bin/nvcc)\n" in subprocess.check_output(command, cwd=ROOT, text=True)
+    fake_toolkit(tmp_path / "old", release="12.8")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "old"))
+    assert "SPARSECNX_BUILD=cpu (" in subprocess.check_output(command, cwd=ROOT, text=True)
 
 
 def test_torch_without_cuda_compiles_no_kernels(recipe: dict[str, Any]) -> None:
@@ -431,6 +519,46 @@ def test_gpu_library_that_does_not_load_is_no_crash(tmp_path: Path) -> None:
     assert missing is not None
     assert "_C_cuda.abi3.so does not load into torch" in missing.reason
     assert missing.remedy.startswith("SPARSECNX_BUILD=cuda pip install --force-reinstall")
+
+
+def test_libraries_of_an_earlier_version_are_no_crash(tmp_path: Path) -> None:
+    """As in a source folder after `git pull`: without the operators that came since."""
+    package = tmp_path / "sparsecnx"
+    binaries = shutil.ignore_patterns("*.so", "_build_failure*.txt", "__pycache__")
+    shutil.copytree(ROOT / "sparsecnx", package, ignore=binaries)
+    subprocess.run(
+        ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", package / "_C.abi3.so"],
+        input="int nothing;",
+        text=True,
+        check=True,
+    )
+    program = "import sparsecnx._extension as e; print(e.loaded, e.why_not, e.remedy, sep='\\n')"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    said = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True).splitlines()
+    assert said[0] == "False"
+    assert said[1].startswith("_C.abi3.so is of another version of sparsecnx: it lacks sparsecnx::cpu_isa, ")
+    assert "sparsecnx_cuda::tile_index" in said[1]
+    assert said[2].startswith("pip install --force-reinstall")
+
+
+@needs_cuda_torch
+def test_gpu_operators_without_kernels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library of the GPU left from an earlier version, beside one of the CPU of this version."""
+    (tmp_path / "_C_cuda.abi3.so").touch()
+    monkeypatch.setattr(_extension, "register", lambda library, remedy: None)
+    lacking = "sparsecnx_cuda::tile_index"
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: name != lacking)
+    missing = _extension.load_cuda(tmp_path)
+    assert missing is not None and missing.remedy.startswith("SPARSECNX_BUILD=cuda pip install")
+    assert missing.reason == f"_C_cuda.abi3.so is of another version of sparsecnx: it lacks {lacking}"
+
+
+def test_operators_of_this_version_are_those_of_the_library() -> None:
+    text = (ROOT / "csrc/library.cpp").read_text()
+    blocks = re.findall(r"^STABLE_TORCH_LIBRARY\((\w+), m\) {(.*?)^}", text, re.MULTILINE | re.DOTALL)
+    found = {library: re.findall(r'm\.def\(\s*"(\w+)', body) for library, body in blocks}
+    assert found == {"sparsecnx": _extension.OPERATORS, "sparsecnx_cuda": _extension.CUDA_OPERATORS}
 
 
 def test_build_info_is_of_this_version() -> None:
