@@ -16,7 +16,7 @@ elif sys.argv[1] == "cuda":
     names = [f"sparsecnx_cuda::{name}" for name in _extension.CUDA_OPERATORS]
     lacking = [name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")]
     assert not lacking, f"no kernel for CUDA: {lacking}"
-else:
+elif sys.argv[1] == "cpu":
     assert not _extension.cuda_loaded and f"{_extension.cuda_why_not}".startswith("not compiled"), (
         _extension.cuda_why_not
     )
