@@ -1,17 +1,18 @@
 """The Triton kernels, in Triton's interpreter where there is no GPU: every shape, number format, and what surrounds
-them: registration, launches, tracing, and on a GPU streams, graphs and large tensors."""
+them: registration, launches, tracing, and on a GPU, for CUDA's kernels too, streams, graphs and large tensors."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 from cases import (
     DEVICE,
+    ON_GPU,
     TILES,
     assert_close,
     assert_matches_reference,
@@ -24,6 +25,7 @@ from cases import (
     layouts,
     make_layout,
     move,
+    needs_cuda,
     needs_gpu,
     needs_triton,
     outputs_and_gradients,
@@ -36,7 +38,9 @@ from operators import BLOCK_VECTORS, CASES, block, block_parameters, channel_par
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsecnx import BackendError, SparseTensor, _triton, models, ops, use_backend
+from sparsecnx import BackendError, Layout, SparseTensor, _triton, choices, models, ops, use_backend
+from sparsecnx.choices import Comparison
+from sparsecnx.packing import gather_rows, scatter_rows
 
 pytestmark = needs_triton
 
@@ -60,6 +64,23 @@ for name, parameters in {
     if name in LIGHT:
         LIGHT[name] = dataclasses.replace(LIGHT[name], parameters=parameters)
 EVERY = pytest.mark.parametrize("case", list(LIGHT))
+
+
+def on_gpu_backends(cases: Iterable[str]) -> Any:
+    """These cases, each on Triton and where the operator has such kernels on CUDA."""
+    return pytest.mark.parametrize(
+        ("backend", "case"),
+        [
+            pytest.param(*backend.values, case, marks=backend.marks)
+            for case in cases
+            for backend in backends(LIGHT[case].operator)
+            if backend.values[0] in ON_GPU
+        ],
+    )
+
+
+EVERY_ON_GPU = on_gpu_backends(LIGHT)
+GPU_BACKENDS = pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_cuda)])
 
 SMALL_KERNELS = [(1, 1), (3, 3), (5, 5), (1, 7), (7, 3), (3, 5)]
 LARGE_KERNELS = [(9, 9), (11, 11), (3, 11), (9, 5), (1, 13)]
@@ -461,9 +482,33 @@ def equal_masks(batch: int, count: int) -> tuple[list[torch.Tensor], int]:
     return [(mask >= 3).to(DEVICE) for mask in noise], 3
 
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+LARGE_GPU = pytest.mark.skipif(
+    DEVICE.type != "cuda" or torch.cuda.get_device_properties(DEVICE).total_memory < 40 * 2**30,
+    reason="needs a GPU with 40 GB",
+)
+
+
+class Namespaces(TorchDispatchMode):
+    """Those of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.add(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
 @needs_gpu
-def test_cuda_graph_of_a_training_step():
-    """Captured once and replayed with other images and masks, it leaves the weights that eager steps leave."""
+@GPU_BACKENDS
+def test_cuda_graph_of_a_training_step(backend, monkeypatch):
+    """Captured once and replayed with other images and masks, it leaves the weights that eager steps leave.
+
+    Not every operator has CUDA kernels: what has some takes them as if measured to be faster.
+    """
+    monkeypatch.setattr(choices, "_compare", lambda *_: Comparison(backend, True, "as the test says"))
     results = []
     for captured in (False, True):
         torch.manual_seed(0)
@@ -472,7 +517,10 @@ def test_cuda_graph_of_a_training_step():
         batches = torch.randn(6, 4, 3, 64, 96).to(DEVICE)
         masks, visible = equal_masks(4, 6)
         if not captured:
-            losses = [training_step(model, optimizer, *pair, visible) for pair in zip(batches, masks, strict=True)]
+            with Namespaces() as namespaces:
+                losses = [training_step(model, optimizer, *pair, visible) for pair in zip(batches, masks, strict=True)]
+            assert "sparsecnx_triton" in namespaces.found
+            assert ("sparsecnx_cuda" in namespaces.found) == (backend == "cuda")
         else:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -497,12 +545,12 @@ def test_cuda_graph_of_a_training_step():
 
 
 @needs_gpu
-@EVERY
-def test_streams_do_not_disturb_each_other(case):
+@EVERY_ON_GPU
+def test_streams_do_not_disturb_each_other(backend, case):
     """Two streams at once, each with its own tensors, give the bits of one after the other."""
     inputs = [on_device(case) for _ in range(2)]
     run = run_seeded(case)
-    with use_backend("triton"):
+    with use_backend(backend):
         expected = [outputs_and_gradients(run, *pair) for pair in inputs]
         torch.cuda.synchronize()
         streams = [torch.cuda.Stream() for _ in inputs]
@@ -516,13 +564,59 @@ def test_streams_do_not_disturb_each_other(case):
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
+def packed(dense: torch.Tensor, mask: torch.Tensor, fill: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Geometry, gather and scatter, and their gradients."""
+    leaves = [dense.clone().requires_grad_(), fill.clone().requires_grad_()]
+    x = SparseTensor.from_dense(leaves[0], mask, visible=3)
+    out = x.with_features(2 * x.features).dense(leaves[1])
+    grad_dense, grad_fill = torch.autograd.grad(out.sin().sum(), leaves)
+    tiles = x.layout.tiles
+    found = {"out": out.detach(), "gradient of dense": grad_dense, "gradient of fill": grad_fill}
+    return found | {"index": tiles.index, "splits": tiles.splits, "slots": tiles.slots(), "table": tiles.neighbours(2)}
+
+
+def packing_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mask = equal_masks(4, 1)[0][0].view(4, 2, 3)
+    return torch.randn(4, 40, 8, 12, device=DEVICE), mask, torch.randn(40, device=DEVICE)
+
+
 @needs_gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@EVERY
-def test_device_that_is_not_the_current_one(case):
+@GPU_BACKENDS
+def test_streams_do_not_disturb_each_others_packing(backend):
+    inputs = [packing_inputs() for _ in range(2)]
+    with use_backend(backend):
+        expected = [packed(*given) for given in inputs]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in inputs]
+        found = []
+        for stream, given in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(10_000_000)
+                found.append(packed(*given))
+        torch.cuda.synchronize()
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@needs_gpu
+@TWO_GPUS
+@GPU_BACKENDS
+def test_packing_on_a_device_that_is_not_the_current_one(backend):
+    second = torch.device("cuda", (torch.cuda.current_device() + 1) % torch.cuda.device_count())
+    inputs = packing_inputs()
+    with use_backend(backend):
+        expected, found = packed(*inputs), packed(*(value.to(second) for value in inputs))
+    assert all(value.device == second for value in found.values())
+    assert_same(found, expected, 1e-6)
+
+
+@needs_gpu
+@TWO_GPUS
+@EVERY_ON_GPU
+def test_device_that_is_not_the_current_one(backend, case):
     x, p = on_device(case)
     run, second = run_seeded(case), torch.device("cuda", (torch.cuda.current_device() + 1) % torch.cuda.device_count())
-    with use_backend("triton"):
+    with use_backend(backend):
         expected = outputs_and_gradients(run, x, p)
         found = outputs_and_gradients(run, move(x, second), {name: value.to(second) for name, value in p.items()})
     assert all(value.device == second for value in found.values())
@@ -531,14 +625,14 @@ def test_device_that_is_not_the_current_one(case):
 
 
 @needs_gpu
-@EVERY
-def test_deterministic_algorithms_are_honoured(case, monkeypatch):
+@EVERY_ON_GPU
+def test_deterministic_algorithms_are_honoured(backend, case, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     layout = make_layout(draw_mask("random counts", 16, (7, 7), seed=3), 8)
     x, p = on_device(case, 40, layout)
     torch.use_deterministic_algorithms(True)
     try:
-        with use_backend("triton"):
+        with use_backend(backend):
             first, second = (outputs_and_gradients(run_seeded(case), x, p) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -546,12 +640,9 @@ def test_deterministic_algorithms_are_honoured(case, monkeypatch):
 
 
 @needs_gpu
-@pytest.mark.skipif(
-    DEVICE.type != "cuda" or torch.cuda.get_device_properties(DEVICE).total_memory < 40 * 2**30,
-    reason="needs a GPU with 40 GB",
-)
-@pytest.mark.parametrize("case", [name for name in ("depthwise_conv-7x7", "layer_norm", "grn-sample") if name in LIGHT])
-def test_offsets_beyond_32_bits(case):
+@LARGE_GPU
+@on_gpu_backends(name for name in ("depthwise_conv-7x7", "layer_norm", "grn-sample") if name in LIGHT)
+def test_offsets_beyond_32_bits(backend, case):
     """More than 2**31 values: the last images give what they give alone. bfloat16, 4.3 GB a tensor."""
     channels, tile, grid, last = 2048, 8, (7, 7), 2
     rows = tile**2 * grid[0] * grid[1]
@@ -572,11 +663,31 @@ def test_offsets_beyond_32_bits(case):
 
     def run(layout: Any) -> tuple[torch.Tensor, torch.Tensor]:
         leaf = features[-layout.rows :].clone().requires_grad_()
-        with use_backend("triton"):
+        with use_backend(backend):
             out = LIGHT[case].run(SparseTensor(leaf, layout), **p).features
             (gradient,) = torch.autograd.grad(out, leaf, incoming[-layout.rows :])
         return out.detach()[-alone.rows :].clone(), gradient[-alone.rows :].clone()
 
     for large, small in zip(run(whole), run(alone), strict=True):
         assert_close(large, small, 1e-3)
+    torch.cuda.empty_cache()
+
+
+@needs_gpu
+@LARGE_GPU
+@GPU_BACKENDS
+def test_packing_beyond_32_bits(backend):
+    """More than 2**31 values in rows and in planes: the last images give what they give alone."""
+    channels, side, last = 512, 64, 2
+    batch = 2**31 // (channels * side**2) + 1 + last
+    whole, alone = (
+        Layout.from_mask(torch.zeros(count, 8, 8, dtype=torch.bool, device=DEVICE), (side, side))
+        for count in (batch, last)
+    )
+    images = torch.randn(batch, channels, side, side, dtype=torch.bfloat16, device=DEVICE)
+    with use_backend(backend):
+        rows = gather_rows(images, whole)
+        assert torch.equal(rows[-alone.rows :], gather_rows(images[-last:], alone))
+        dense = scatter_rows(rows, whole, images.new_zeros(channels))
+    assert torch.equal(dense[-last:], images[-last:])
     torch.cuda.empty_cache()
