@@ -9,8 +9,12 @@ many blocks a multiprocessor is meant to hold. It ends with an error where one o
 
     spills     no register lives in local memory: no LDL, no STL, an empty stack
     occupancy  registers and threads leave room for the blocks that the kernel was designed for, and for one in any case
-    wide       a kernel that moves rows a pack at a time does so: it has accesses to global memory of 16 bytes per
-               thread, by load or by asynchronous copy, and 16-byte stores where it writes rows
+    wide       a kernel that moves rows a pack at a time has copies of 16 bytes per thread from global memory (loads or
+               asynchronous copies) and, where it writes rows, stores of 16 bytes. Anywhere in the kernel, which says
+               that rows are staged so, not that all accesses are: single values stay for rows that are no whole
+               packs and for an optional residual
+    reuse      in the kernels whose arithmetic is to hide everything else (halos of squares of 8, 7x7), the hot loop has
+               at least 8 FFMAs for every load from shared memory
 
 The *hot loop* is the smallest loop with at least half of a kernel's FFMAs; the whole kernel where there is none.
 Nothing here is a measurement of speed.
@@ -32,11 +36,12 @@ from pathlib import Path
 from typing import Any
 
 from atomic import write
-from occupancy import ARCHITECTURES, RESERVED, resident_blocks
+from occupancy import ARCHITECTURES, resident_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sparsecnx"
 WIDTH = 16  # bytes per thread and access
+REUSE = 8  # FFMAs for each load from shared memory
 TYPES = {
     "__nv_bfloat16": "bf16",
     "__half": "fp16",
@@ -60,7 +65,7 @@ class Kernel:
         spills: accesses to local memory.
         loads, stores: accesses to global memory by bytes per thread; asynchronous copies are loads.
         instructions: of the whole kernel.
-        loop, loop_ffma: instructions of the hot loop, and the FFMAs among them.
+        loop, loop_ffma, loop_lds: instructions of the hot loop, the FFMAs and the loads from shared memory among them.
     """
 
     name: str
@@ -76,23 +81,21 @@ class Kernel:
     instructions: int = 0
     loop: int = 0
     loop_ffma: int = 0
+    loop_lds: int = 0
+
+    def resident_as(self, threads: int, shared: int = 0) -> int:
+        """Blocks that a multiprocessor has room for, of so many threads and bytes of dynamic shared memory."""
+        return resident_blocks(self.arch, -(-threads // 32), self.registers, self.shared + shared)
 
     @property
     def resident(self) -> int:
         """Blocks that a multiprocessor has room for, as far as registers and threads go."""
-        warps = -(-self.threads // 32)
-        return resident_blocks(self.arch, warps, self.registers, self.shared) if warps else 0
+        return self.resident_as(self.threads) if self.threads else 0
 
     @property
     def occupancy(self) -> float:
         """Warps that are then resident, of those that could be."""
         return self.resident * -(-self.threads // 32) / ARCHITECTURES[self.arch].warps
-
-    @property
-    def room(self) -> int:
-        """Bytes of shared memory that a block may have without fewer being resident than the kernel is designed for."""
-        limits = ARCHITECTURES[self.arch]
-        return min(limits.block_shared, limits.shared // max(1, self.blocks) - RESERVED)
 
 
 def find_tool(name: str) -> str:
@@ -212,6 +215,7 @@ def describe(kernel: Kernel, instructions: Sequence[Instruction]) -> None:
     loop = hot_loop(instructions)
     kernel.loop = len(loop)
     kernel.loop_ffma = sum(is_ffma(mnemonic) for _, mnemonic, _ in loop)
+    kernel.loop_lds = sum(mnemonic.split(".")[0] == "LDS" for _, mnemonic, _ in loop)
 
 
 def width(mnemonic: str) -> int:
@@ -278,6 +282,7 @@ PACKS = (
     r"\bSixteen<",
     r"^depthwise_(halo|window)_",  # both ways in one kernel
 )
+REUSES = r"^depthwise_halo_(grad_)?kernel<\w+, 7, 8>"
 READS_ALONE = ("square_sums", "gradient_sums", "depthwise_halo_grad", "depthwise_window_grad")
 
 
@@ -296,6 +301,8 @@ def judge(kernel: Kernel) -> list[str]:
             broken.append(f"wide: no 16-byte load, but of {words(kernel.loads)}")
         if WIDTH not in kernel.stores and not kernel.name.startswith(READS_ALONE):
             broken.append(f"wide: no 16-byte store, but of {words(kernel.stores)}")
+    if re.search(REUSES, kernel.name) and kernel.loop_ffma < REUSE * max(1, kernel.loop_lds):
+        broken.append(f"reuse: {kernel.loop_ffma} FFMAs for {kernel.loop_lds} loads from shared memory in the hot loop")
     return broken
 
 
@@ -312,6 +319,7 @@ def table(kernels: Sequence[Kernel]) -> str:
     head = ["kernel", "threads", "blocks meant"]
     for arch in arches:
         head += [f"sm_{arch} registers", "blocks", "occupancy", "loads x bytes", "stores x bytes", "hot loop", "FFMA"]
+        head += ["LDS / FFMA"]
     rows = []
     for name, by_arch in by_name.items():
         first = next(iter(by_arch.values()))
@@ -319,12 +327,13 @@ def table(kernels: Sequence[Kernel]) -> str:
         for arch in arches:
             kernel = by_arch.get(arch)
             if kernel is None:
-                cells += ["-"] * 7
+                cells += ["-"] * 8
                 continue
             mark = " (!)" if judge(kernel) else ""
             cells += [f"{kernel.registers}{mark}", str(kernel.resident), f"{kernel.occupancy:.0%}"]
             cells += [words(kernel.loads), words(kernel.stores), str(kernel.loop)]
             cells += [f"{kernel.loop_ffma / kernel.loop:.0%}" if kernel.loop else "-"]
+            cells += [f"{kernel.loop_lds / kernel.loop_ffma:.2f}" if kernel.loop_ffma else "-"]
         rows.append(cells)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -336,7 +345,9 @@ Written by `benchmarks/cubin_resources.py` from the machine code that nvcc {tool
 the rules are and how each number is read. *Threads* of a block and *blocks meant* for a multiprocessor are the kernel's
 `__launch_bounds__`; *blocks* is how many fit by registers and threads (dynamic shared memory is the launch's affair),
 *occupancy* the part of a multiprocessor's warps that they are. Accesses to global memory are counted by bytes per
-thread, asynchronous copies among the loads. *FFMA* is their share of the instructions of the hot loop.
+thread, asynchronous copies among the loads, wherever in the kernel they stand: they show that rows are staged 16 bytes
+at a time, not that nothing else is read. *FFMA* is their share of the instructions of the hot loop, *LDS / FFMA* how
+many loads from shared memory there are in it for each FFMA.
 
 {count} kernels, {spills}.
 """

@@ -166,6 +166,11 @@ class Emulator:
             found.append(Launch(name, (x, y, z), (threads_x, threads_y, threads_z), shared_bytes))
         return found
 
+    def kernels(self) -> list[str]:
+        """All that the library could launch."""
+        kernel = r"(void )?(\w+::|\(anonymous namespace\)::)*\w+_kernel(<[^()]*>)?\("
+        return [name for name in self._symbols().values() if re.match(kernel, name)]
+
     def guarded(self, tensor: Tensor) -> Tensor:
         """A copy of a CPU tensor that begins at a multiple of 16 bytes, as on a GPU, and ends where memory ends.
 
@@ -182,11 +187,14 @@ class Emulator:
 
     def _name(self, address: int) -> str:
         """Of the kernel at an address of the library, template arguments included."""
+        return self._symbols().get(address, hex(address))
+
+    def _symbols(self) -> dict[int, str]:
         if self._names is None:
             listed = subprocess.run(["nm", "-C", self.path], capture_output=True, text=True, check=True).stdout
             symbols = re.findall(r"^([0-9a-f]+) [tTwW] (.+)$", listed, re.MULTILINE)
             self._names = {int(start, 16): symbol for start, symbol in symbols}
-        return self._names.get(address, hex(address))
+        return self._names
 
 
 @cache
