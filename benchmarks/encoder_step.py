@@ -200,6 +200,7 @@ def variants(case: dict[str, Any]) -> dict[str, Variant]:
 
 def main(given: Sequence[str] | None = None) -> int:
     parser = steps.arguments("Time the encoder's forward + backward, sparse against dense.", list(SIZES))
+    steps.add_choices(parser)
     parser.add_argument("--variants", nargs="+", choices=NAMES, help="by default all that the device can run")
     options = steps.parsed(parser, given)
     device = steps.facts(options.device)

@@ -5,7 +5,8 @@
 
 Needs torch, Triton and the package, nothing else: no test runner. Per stage of a model and dtype, on fresh random
 inputs: images of which one is wholly masked, one wholly visible and the others in between; blocks that keep their
-hidden layer and blocks that recompute it, with and without stochastic depth; GRN by image and by batch. An error is
+hidden layer and blocks that recompute it, with and without stochastic depth; GRN by image and by batch. Of CUDA also
+the geometry, against that which torch computes on the CPU, bit by bit. An error is
 ||out - reference|| / ||reference||; where one is too large or not a number, or where a second run gives other bits,
 it fails. Kernels are not tuned here but run in their first configuration: many processes share the GPU, and no
 timing of theirs may be kept.
@@ -30,7 +31,8 @@ from atomic import write
 from isolated import Task
 from torch import Tensor
 
-from sparsecnx import Layout, SparseTensor, ops, use_backend
+from sparsecnx import Layout, SparseTensor, ops, random_mask, use_backend
+from sparsecnx.layout import TileSet
 from sparsecnx.models import SIZES
 from sparsecnx.models.convnextv2 import STRIDE
 
@@ -190,12 +192,52 @@ def check(name: str, channels: int, layout: Layout, dtype: torch.dtype, backend:
     return {"errors": errors, "same_bits": repeats}
 
 
+def geometry(drawn: Tensor, device: torch.device, radii: Sequence[int]) -> dict[str, Tensor]:
+    """What is known of a mask, on the CPU: its tiles, counted or known beforehand, and their neighbours."""
+    grid = tuple(drawn.shape[1:])
+    equal = random_mask(drawn.shape[0], grid, 0.5, generator=torch.Generator().manual_seed(2))
+    kept = int((~drawn).sum()), int((~equal[0]).sum())
+    found = {}
+    for name, tiles in {
+        "counted": TileSet.from_mask(drawn.to(device), grid),
+        "count": TileSet.from_mask(drawn.to(device), grid, count=kept[0]),
+        "visible": TileSet.from_mask(equal.to(device), grid, kept[1]),
+    }.items():
+        values = {"index": tiles.index, "splits": tiles.splits, "slots": tiles.slots()}
+        values |= {f"neighbours {radius}": tiles.neighbours(radius) for radius in radii}
+        found |= {f"{name}, {key}": value.cpu() for key, value in values.items()}
+    return found
+
+
+def check_geometry(stage: dict[str, Any]) -> dict[str, Any]:
+    """The part of each tensor of the geometry that is wrong."""
+    drawn, radii = mask(stage["image"] // STRIDE, stage["batch"]), (1, 2, 3)
+    with use_backend("reference"):
+        expected = geometry(drawn, torch.device("cpu"), radii)
+    with use_backend(stage["backend"]):
+        found, again = (geometry(drawn, torch.device(stage["device"]), radii) for _ in range(2))
+    errors = {key: differing(found[key], value) for key, value in expected.items()}
+    repeats = all(torch.equal(found[key], again[key]) for key in found)
+    return {"errors": errors, "same_bits": repeats, "agrees": repeats and not any(errors.values())}
+
+
+def differing(found: Tensor, expected: Tensor) -> float:
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        return 1.0
+    return float((found != expected).sum()) / max(1, expected.numel())
+
+
 def check_stage(stage: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Every operator at a stage: `errors`, `same_bits`, `agrees`; or `error`, what it raised."""
     device, dtype = torch.device(stage["device"]), getattr(torch, stage["dtype"])
     side, tile = stage["image"] // STRIDE, stage["tile"]
     layout = Layout.from_mask(mask(side, stage["batch"]).to(device), (side * tile, side * tile))
     found: dict[str, dict[str, Any]] = {}
+    if stage["backend"] == "cuda":
+        try:
+            found["geometry"] = check_geometry(stage)
+        except Exception as error:
+            found["geometry"] = {"error": isolated.reason(error), "agrees": False}
     for name in offered(stage["backend"], stage["channels"], layout):
         try:
             result = check(name, stage["channels"], layout, dtype, stage["backend"])

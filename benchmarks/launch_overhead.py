@@ -147,6 +147,7 @@ def busy(found: dict[str, Any]) -> dict[str, Any]:
 
 def main(given: Sequence[str] | None = None) -> int:
     parser = steps.arguments("Busy fraction of the encoder's forward + backward.", list(SIZES))
+    steps.add_choices(parser)
     parser.set_defaults(size=["atto"], batch=[64])
     options = steps.parsed(parser, given)
     run, failed = Results(options.out).run, False

@@ -1,4 +1,4 @@
-"""Every CUDA operator once at small shapes, odd ones among them: what compute-sanitizer looks at.
+"""Every CUDA kernel at small shapes, odd ones among them: what compute-sanitizer looks at.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitizer_run.py
     compute-sanitizer --tool racecheck python benchmarks/sanitizer_run.py
@@ -26,8 +26,9 @@ from sparsecnx.ops.grn import segments as segments_of
 GRIDS = ((3, 5), (1, 1), (7, 7))
 TILES = (8, 4, 2, 1, 3, 5, 6)
 CHANNELS = (40, 96, 1, 7, 130)  # rows of whole 16 bytes and not; more and fewer than a block takes
-KERNELS = ((7, 7), (3, 3), (5, 1))
+KERNELS = ((7, 7), (3, 3), (5, 5), (5, 1))  # the last has no kernels of its own
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+MOVED = (torch.int8, torch.float64)  # that gather and scatter take too
 BATCH = 3
 
 
@@ -40,13 +41,15 @@ def masks(grid: tuple[int, int], device: torch.device) -> Iterator[Tensor]:
 
 
 def shapes() -> Iterator[tuple[tuple[int, int], int, int, tuple[int, int], torch.dtype]]:
-    """Grid, tile, channels, kernel and dtype: every tile with every number of channels, the others in turn."""
+    """Grid, tile, channels, kernel and dtype: every tile with every number of channels, the others in turn; and every
+    kernel in every dtype, for every size of square and rows of whole 16 bytes and not."""
     others = itertools.cycle(itertools.product(GRIDS, KERNELS, DTYPES))
     for (tile, channels), (grid, kernel, dtype) in zip(itertools.product(TILES, CHANNELS), others, strict=False):
         yield grid, tile, channels, kernel, dtype
-    for tile in TILES[:4]:  # what the networks run, in every dtype
-        for dtype in DTYPES:
-            yield GRIDS[0], tile, CHANNELS[1], KERNELS[0], dtype
+    for kernel, dtype, tile in itertools.product(KERNELS[:-1], DTYPES, TILES[:4]):
+        yield (2, 1), tile, 72, kernel, dtype
+    for dtype, channels in itertools.product(DTYPES, (40, 7)):
+        yield (2, 1), 3, channels, KERNELS[-1], dtype
 
 
 def run_shape(
@@ -60,7 +63,6 @@ def run_shape(
         weight = torch.randn(channels, 1, *kernel, device=device, dtype=dtype)
         bias, gamma, beta = torch.randn(3, channels, device=device)
         table = neighbour_table(layout, kernel)
-        index, slots = layout.tiles.index, layout.tiles.slots()
         for given in (bias, None):
             yield "depthwise_conv", cuda.depthwise_conv(x, weight, given, table, tile)
         for residual, flip, eps in ((None, False, 1e-6), (grad, True, None), (grad, False, 1e-6)):
@@ -74,15 +76,33 @@ def run_shape(
             yield from (("grn", out), ("grn", energy))
             for found in cuda.grn_backward(grad, x, gamma, segments, energy, 1e-6):
                 yield "grn_backward", found
-        dense = torch.randn(BATCH, channels, *layout.shape, device=device, dtype=dtype)
-        for planes in (
-            dense,
-            dense.to(memory_format=torch.channels_last),
-            dense.transpose(0, 1).contiguous().transpose(0, 1),
-        ):
-            yield "gather_tiles", cuda.gather_tiles(planes, index, slots, tile)
-        fill = torch.randn(channels, device=device, dtype=dtype)
-        yield "scatter_tiles", cuda.scatter_tiles(x, fill, index, slots, BATCH, *layout.shape, tile)
+        yield from run_packing(layout, channels, dtype)
+
+
+def run_packing(layout: Layout, channels: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Gathered planes in three orders of memory, and scattered rows."""
+    cuda, index, slots = torch.ops.sparsecnx_cuda, layout.tiles.index, layout.tiles.slots()
+
+    def draw(*shape: int) -> Tensor:
+        return (100 * torch.randn(shape, device=layout.device)).to(dtype)
+
+    dense = draw(layout.batch, channels, *layout.shape)
+    for planes in (
+        dense,
+        dense.to(memory_format=torch.channels_last),
+        dense.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        yield "gather_tiles", cuda.gather_tiles(planes, index, slots, layout.tile)
+    rows, fill = draw(layout.rows, channels), draw(channels)
+    yield "scatter_tiles", cuda.scatter_tiles(rows, fill, index, slots, layout.batch, *layout.shape, layout.tile)
+
+
+def run_moved(device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """What gather and scatter take and no other operator does."""
+    for dtype, tile, channels in itertools.product(MOVED, (8, 3), (16, 3)):
+        for mask in masks(GRIDS[0], device):
+            layout = Layout.from_mask(mask, (GRIDS[0][0] * tile, GRIDS[0][1] * tile))
+            yield from run_packing(layout, channels, dtype)
 
 
 def run_layouts(device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -99,7 +119,7 @@ def run_layouts(device: torch.device) -> Iterator[tuple[str, Tensor]]:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Run every CUDA operator at small shapes.")
+    parser = argparse.ArgumentParser(description="Run every CUDA kernel at small shapes.")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--most", type=int, default=10**6, help="shapes to run, by default all")
     options = parser.parse_args(given)
@@ -110,7 +130,11 @@ def main(given: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     counts: dict[str, int] = {}
     results = itertools.chain.from_iterable(
-        [*(run_shape(*shape, device) for shape in itertools.islice(shapes(), options.most)), run_layouts(device)]
+        [
+            *(run_shape(*shape, device) for shape in itertools.islice(shapes(), options.most)),
+            run_moved(device),
+            run_layouts(device),
+        ]
     )
     for name, found in results:
         counts[name] = counts.get(name, 0) + 1

@@ -26,6 +26,7 @@ from isolated import Outcome, Task
 from record import Results
 from torch import Tensor
 
+from sparsecnx import choices
 from sparsecnx.masking import visible_count
 from sparsecnx.models import ConvNeXtV2Encoder, masked_dense
 from sparsecnx.models.convnextv2 import STRIDE
@@ -363,6 +364,19 @@ def arguments(description: str, sizes: Sequence[str]) -> argparse.ArgumentParser
     return parser
 
 
+HOW_CUDA = """
+There is no backend "cuda" to ask for here: a whole model has operators without kernels in CUDA C++ (conv, layer_norm).
+They take part by the table from which `auto` chooses on a GPU, the one that is shipped or that of --choices: where it
+says that CUDA is faster for an operator at a shape, that is what runs. choices.py measures and writes such a table.
+"""
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """The option for another table than the one that is shipped."""
+    parser.epilog = HOW_CUDA
+    parser.add_argument("--choices", type=Path, metavar="FILE", help="table for `auto`, instead of the one shipped")
+
+
 def parsed(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> argparse.Namespace:
     """Options, checked."""
     options = parser.parse_args(given)
@@ -374,6 +388,11 @@ def parsed(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> argp
         visible_count((options.image // STRIDE) ** 2, options.ratio)
     except ValueError as error:
         parser.error(str(error))
+    if getattr(options, "choices", None) is not None:
+        try:
+            choices._measurements = choices.read(options.choices)  # here, so in all processes that this one forks
+        except ValueError as error:
+            parser.error(f"--choices: {error}")
     options.deadline = time.monotonic() + options.seconds
     return options
 

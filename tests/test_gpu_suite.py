@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cuda_emulator
 import pytest
 import torch
 from cases import DEVICE, needs_cuda
@@ -28,6 +29,7 @@ from sparsecnx import Layout, SparseTensor, _triton, choices, ops, use_backend
 from sparsecnx.models import SIZES
 from sparsecnx.models.convnextv2 import Size
 from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
+from sparsecnx.selection import selected
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -108,7 +110,8 @@ def test_all_parts_run_in_turn_within_the_limits_on_what_comes_back(suite: Suite
     names = ["machine", "parity", "build", "cuda", "kernels", "choices", "encoder", "overhead", "fcmae"]
     names += ["memcheck", "racecheck", "tests"]
     assert suite.statuses() == dict.fromkeys(names, "ok")
-    assert {path.name for path in suite.out.iterdir()} == {"log.txt", "parts.tsv", "summary.md"}
+    assert {path.name for path in suite.out.iterdir()} == {"log.txt", "parts.tsv", "summary.md", "gpu_choices.json"}
+    assert (suite.out / "gpu_choices.json").read_text() == choices.PATH.read_text()
     out = str(suite.out.resolve())
     assert f"parity got benchmarks/gpu_parity.py --seconds 105 --out {out}/parity.json" in done.stdout
     assert f"cuda got benchmarks/gpu_parity.py --backend cuda --seconds 45 --out {out}/parity-cuda.json" in done.stdout
@@ -165,17 +168,50 @@ def test_a_wheel_that_was_brought_along_stands_in_for_nvcc(suite: Suite, request
     assert done.returncode == 0, done.stdout
 
 
-def test_measured_choices_are_put_in_their_place(suite: Suite, tmp_path: Path) -> None:
-    """In a copy of what the suite needs, so that this one keeps its own."""
+MEASURED = {"step": "grn", "dtype": "bfloat16", "channels": 384, "tile": None, "kernel": [], "rows": 100}
+MEASURED |= {"triton_ms": 0.2, "cuda_ms": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("part", "said", "kept"),
+    [
+        ("true", "ok", True),
+        ("exit 3", "incomplete", True),
+        ("exit 1", "failed", False),
+        ("kill -9 $$", "timeout", False),
+        ("echo '{}' >$OUT", "failed", False),
+    ],
+)
+def test_measured_choices_are_added_to_those_that_are_shipped(
+    load: Any, suite: Suite, tmp_path: Path, part: str, said: str, kept: bool
+) -> None:
+    """In a copy of what the suite needs, so that this one keeps its own; `part` is what follows the measuring."""
     copy = tmp_path / "copy"
     (copy / "sparsecnx" / "data").mkdir(parents=True)
+    for path in (ROOT / "sparsecnx").iterdir():
+        if path.name != "data":
+            (copy / "sparsecnx" / path.name).symlink_to(path)
     shutil.copytree(BENCHMARKS, copy / "benchmarks")
+    save, shipped = load("choices").save, copy / "sparsecnx" / "data" / "gpu_choices.json"
+    save(shipped, _run("2026-01-01", MEASURED))
+    before = shipped.read_text()
+    suite.out.mkdir()
+    save(suite.out / "gpu_choices.json", _run("1999-01-01", MEASURED))  # of an earlier suite
+    run = json.dumps(_run("2026-01-02", MEASURED))
+    program = ["import json, pathlib, sys", "sys.path.insert(0, 'benchmarks')", "import choices"]
+    program += [f"choices.save(pathlib.Path(sys.argv[1]), json.loads({run!r}))"]
+    (tmp_path / "measure.py").write_text("\n".join(program))
+    do = f'OUT="${{@: -1}}"; "$REAL" "{tmp_path}/measure.py" "$OUT"; {part}'
     command = ["bash", str(copy / "benchmarks" / "gpu_suite.sh"), str(suite.out)]
-    environment = {"FAKE_choices": 'echo "{}" >"${@: -1}"', "SPARSECNX_SUITE_PARTS": "choices"}
+    environment = {"FAKE_choices": do, "SPARSECNX_SUITE_PARTS": "choices"}
     variables = {**os.environ, "PYTHON": str(suite.python), "REAL": sys.executable, **environment}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (copy / "sparsecnx" / "data" / "gpu_choices.json").read_text() == "{}\n"
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert suite.statuses()["choices"] == said, done.stdout + done.stderr
+    assert done.returncode == (said != "ok")
+    if kept:
+        assert [one.date for one in choices.read(shipped)] == ["2026-01-01", "2026-01-02"]
+    else:
+        assert shipped.read_text() == before
 
 
 def test_time_that_runs_out_ends_a_part_and_the_rest(suite: Suite) -> None:
@@ -482,20 +518,59 @@ def test_parity_of_cuda_operators(load: Any, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(parity, "operators", some)
     found = parity.check_stage({**stage, "backend": "cuda"})
-    assert set(found) == {"depthwise_conv", "grn, sample", "grn, batch", "gather", "scatter"}
+    assert set(found) == {"geometry", "depthwise_conv", "grn, sample", "grn, batch", "gather", "scatter"}
     assert all(result["agrees"] for result in found.values()), found
+    assert len(found["geometry"]["errors"]) == 3 * (3 + 3)
+
+
+@needs_cuda
+def test_parity_sees_a_wrong_neighbour(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    parity = load("gpu_parity")
+    right = parity.geometry
+
+    def wrong(drawn: torch.Tensor, device: torch.device, radii: Any) -> dict[str, torch.Tensor]:
+        found = right(drawn, device, radii)
+        if selected() == "cuda":
+            found["count, neighbours 2"][3, 7] += 1
+        return found
+
+    stage = {"image": 128, "batch": 4, "device": str(DEVICE), "backend": "cuda"}
+    launched = count_launches(monkeypatch)
+    assert parity.check_geometry(stage)["agrees"]
+    assert launched == {"tile_index", "neighbour_table"}
+    monkeypatch.setattr(parity, "geometry", wrong)
+    found = parity.check_geometry(stage)
+    assert not found["agrees"]
+    assert [key for key, error in found["errors"].items() if error] == ["count, neighbours 2"]
+
+
+def count_launches(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the CUDA operators that the geometry calls, as they are called."""
+    called, operators = set(), torch.ops.sparsecnx_cuda
+    for name in ("tile_index", "neighbour_table"):
+        operator = getattr(operators, name)
+
+        def call(*arguments: Any, operator: Any = operator, name: str = name) -> Any:
+            called.add(name)
+            return operator(*arguments)
+
+        monkeypatch.setattr(operators, name, call)
+    return called
 
 
 @needs_cuda
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="compute-sanitizer runs it on a GPU")
-def test_what_the_sanitizer_looks_at_runs_every_operator(
+def test_what_the_sanitizer_looks_at_is_every_kernel(
     load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sanitizer = load("sanitizer_run")
-    monkeypatch.setattr(sanitizer, "TILES", (2, 3))
-    monkeypatch.setattr(sanitizer, "CHANNELS", (8, 7))
-    monkeypatch.setattr(sanitizer, "GRIDS", ((2, 3),))
-    assert sanitizer.main(["--device", "cpu", "--most", "3"]) == 0
+    """All instances of the templates, as they are compiled."""
+    sanitizer, emulator = load("sanitizer_run"), cuda_emulator.load()
+    monkeypatch.setattr(sanitizer, "GRIDS", ((2, 2),))
+    monkeypatch.setattr(sanitizer, "CHANNELS", (40, 7))
+    emulator.forget_launches()
+    assert sanitizer.main(["--device", "cpu"]) == 0
+    missing = set(emulator.kernels()) - {launch.kernel for launch in emulator.launches()}
+    assert missing == set()
     ran = set(re.findall(r"(\w+) \(\d+ results\)", capsys.readouterr().out))
     assert ran == load("kernel_costs").CUDA_COSTS.keys()
 
@@ -508,7 +583,8 @@ def test_what_the_sanitizer_looks_at_runs_every_operator(
 @pytest.mark.parametrize("step", choices.STEPS)
 def test_both_backends_compute_a_step_that_is_timed(load: Any, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     benchmark = load("choices")
-    case = {"step": step, "dtype": "float32", "channels": 8, "tile": 2, "side": 2, "kernel": [], "image": 64}
+    kernel = [5, 5] if step.startswith("depthwise") else []
+    case = {"step": step, "dtype": "float32", "channels": 8, "tile": 2, "side": 2, "kernel": kernel, "image": 64}
     case |= {"ratio": 0.5, "device": str(DEVICE), "batch": 2}
     entry = benchmark.measure_step(case)
     assert entry["rows"] == 2 * 2 * 4
@@ -561,10 +637,14 @@ def test_shapes_of_choices_cover_every_step_once(load: Any, capsys: pytest.Captu
     benchmark = load("choices")
     options = benchmark.parse(["--size", "tiny", "base", "tiny", "--dtypes", "bfloat16", "--out", "x"])
     cases = [case for shape in benchmark.shapes(options) for case in shape]
-    keys = [(case["step"], case["channels"], case["tile"]) for case in cases]
-    assert len(keys) == len(set(keys)) == 2 * 4 * len(choices.STEPS)
-    assert ("depthwise_conv", 96, 8) in keys
-    assert ("grn", 384, None) in keys
+    keys = [(case["step"], case["channels"], case["tile"], tuple(case["kernel"])) for case in cases]
+    depthwise = [step for step in choices.STEPS if step.startswith("depthwise")]
+    # Two models of four stages; images and the decoder; smaller kernels in the stages of the first; geometry once.
+    assert len(keys) == len(set(keys)) == 2 * 4 * (len(choices.STEPS) - 1) + 2 * 2 + 2 * 4 * len(depthwise) + 1
+    assert ("depthwise_conv", 96, 8, (7, 7)) in keys
+    assert ("depthwise_conv_weight_grad", 768, 1, (3, 3)) in keys
+    assert ("grn", 384, None, ()) in keys
+    assert {("gather_tiles", 3, 32, ()), ("scatter_tiles", 512, 1, ())} <= set(keys)
     with pytest.raises(SystemExit):
         benchmark.parse(["--device", "cpu"])
     assert "gpu_choices.json holds measurements of GPUs" in capsys.readouterr().err
