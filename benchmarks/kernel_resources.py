@@ -338,7 +338,7 @@ def say(line: str) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel ahead of time and read what it needs.")
-    parser.add_argument("--arch", nargs="+", type=int, choices=list(ARCHITECTURES), default=list(ARCHITECTURES))
+    parser.add_argument("--arch", nargs="+", type=int, choices=list(ARCHITECTURES), default=[80, 90, 100])
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument(
         "--size",

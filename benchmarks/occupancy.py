@@ -23,6 +23,8 @@ class Architecture:
 
 ARCHITECTURES = {
     80: Architecture(163 * 1024, 164 * 1024),
+    86: Architecture(99 * 1024, 100 * 1024, warps=48, blocks=16),
+    89: Architecture(99 * 1024, 100 * 1024, warps=48, blocks=24),
     90: Architecture(227 * 1024, 228 * 1024),
     100: Architecture(227 * 1024, 228 * 1024),
 }

@@ -7,7 +7,7 @@ import importlib
 import math
 import os
 import re
-import shutil
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,8 +30,8 @@ OPERATORS = re.findall(r'm\.impl\("(\w+)"', (CUDA / "implement.h").read_text())
 
 
 def nvcc() -> str | None:
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    return shutil.which("nvcc", path=os.pathsep.join([*(f"{home}/bin" for home in homes), os.environ["PATH"]]))
+    """The one that setup.py takes."""
+    return runpy.run_path(str(ROOT / "csrc/find_nvcc.py"))["find_nvcc"]()
 
 
 def newer_sources(library: Path) -> list[str]:
