@@ -39,6 +39,8 @@ def _why_unserved(device: torch.device) -> str | None:
 def _unserved(device: torch.device) -> str | None:
     """Why a GPU or its driver does not run what was built; None where it does, or where what was built is not known:
     those facts are in a module of one Python version, the operators run under any."""
+    if torch.cuda.device_count() == 0:  # tensors that are only imitated lie on a GPU all the same
+        return "there is no GPU"
     facts = _extension.build_info()
     if facts is None or facts["cuda"] is None:
         return None

@@ -343,6 +343,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, tuple[int,
         facts = {"cuda": "13.0", "cuda_architectures": architectures}
         monkeypatch.setattr(_extension, "build_info", lambda: facts)
         monkeypatch.setattr(_cuda, "driver_version", lambda: (13, 0))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
 
     yield install

@@ -170,7 +170,7 @@ def test_cuda_operators_pass_opcheck():
     ("change", "message"),
     [
         ({"x": torch.zeros(6, 4, dtype=torch.float64)}, "x is Double, expected float32, bfloat16 or float16"),
-        ({"x": torch.zeros(6, 0)}, "x has no channels"),
+        ({"x": torch.zeros(6, 0)}, "x has 0 channels, expected 1 to 65536"),
         ({"gamma": torch.zeros(5)}, "gamma has 5 elements, expected 4"),
         ({"beta": torch.zeros(4, dtype=torch.float16)}, "beta is Half, expected Float"),
         ({"segments": torch.tensor([0, 6], dtype=torch.int32)}, "segments is Int, expected Long"),
