@@ -12,13 +12,13 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from sparsecnx.choices import Comparison
 from sparsecnx.selection import selected
-from sparsecnx.tensor import SparseTensor
 
 FASTEST = "the fastest that can run"
 SLOWER = "can run, slower"
@@ -35,21 +35,32 @@ class BackendError(RuntimeError):
     """The backend asked for cannot run this operator on this input."""
 
 
+class Rows(Protocol):
+    """What an operator runs on: a `SparseTensor`, or the `MappedRows` of an explicit kernel map."""
+
+    @property
+    def features(self) -> Tensor: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
 @dataclass(frozen=True)
 class Implementation:
     """One backend's function for an operator.
 
     Attributes:
-        function: takes the `SparseTensor` and the operator's checked arguments.
+        function: takes the operator's `Rows` and the operator's checked arguments.
         refusal: why it cannot run on a given input, or None where it can.
         detail: how it runs on a given input, for those who ask; None where there is nothing to choose.
-        compare: of a CUDA implementation, how its time compares with that of Triton on the `SparseTensor` and the
-            operator's arguments, or without them on what the published models give it; None where that is never asked.
+        compare: of a CUDA implementation, how its time compares with that of Triton on the operator's `Rows` and
+            arguments, or without them on what the published models give it; None where that is never asked.
     """
 
     function: Callable[..., Any]
-    refusal: Callable[[SparseTensor], str | None]
-    detail: Callable[[SparseTensor], str] | None = None
+    refusal: Callable[[Any], str | None]
+    detail: Callable[[Any], str] | None = None
     compare: Callable[..., Comparison] | None = None
 
 
@@ -82,10 +93,10 @@ class Operator:
         self.name = name
         self.implementations = implementations
 
-    def __call__(self, x: SparseTensor, *args: Any) -> Any:
+    def __call__(self, x: Rows, *args: Any) -> Any:
         return self.implementations[self.choose(x, *args)].function(x, *args)
 
-    def choose(self, x: SparseTensor, *args: Any) -> str:
+    def choose(self, x: Rows, *args: Any) -> str:
         """Name of the backend that runs on `x` and the operator's arguments under the current selection. Without
         arguments: on those that the published models give.
 
@@ -100,7 +111,7 @@ class Operator:
                 self._log(x, args, name)
         return name
 
-    def explain(self, x: SparseTensor, *args: Any) -> Choice:
+    def explain(self, x: Rows, *args: Any) -> Choice:
         """The backend that `choose` takes, and why each of them is taken or not.
 
         Raises:
@@ -120,14 +131,14 @@ class Operator:
         detail = self.implementations[taken].detail
         return Choice(self.name, taken, reasons, "" if detail is None else detail(x))
 
-    def refusal(self, backend: str, x: SparseTensor) -> str | None:
+    def refusal(self, backend: str, x: Rows) -> str | None:
         """Why `backend` cannot run this operator on `x`; None where it can."""
         implementation = self.implementations.get(backend)
         if implementation is None:
             return f"this version offers {', '.join(self.implementations)}"
         return implementation.refusal(x)
 
-    def _first(self, x: SparseTensor, args: tuple[Any, ...]) -> tuple[str, Comparison | None]:
+    def _first(self, x: Rows, args: tuple[Any, ...]) -> tuple[str, Comparison | None]:
         """The backend that is taken, and the measurement that decided where one was asked."""
         asked = selected()
         if asked != "auto":
@@ -141,20 +152,20 @@ class Operator:
                 return (name if comparison is None else comparison.backend), comparison
         raise BackendError(f"no backend can run {self.name} on {x!r}")
 
-    def _compare(self, x: SparseTensor, args: tuple[Any, ...]) -> Comparison | None:
+    def _compare(self, x: Rows, args: tuple[Any, ...]) -> Comparison | None:
         """CUDA beside Triton; None where CUDA cannot run."""
         cuda = self.implementations.get("cuda")
         if cuda is None or cuda.compare is None or cuda.refusal(x) is not None:
             return None
         return cuda.compare(x, *args)
 
-    def _log(self, x: SparseTensor, args: tuple[Any, ...], name: str) -> None:
+    def _log(self, x: Rows, args: tuple[Any, ...], name: str) -> None:
         kind = (self.name, name, x.device.type, x.dtype)
         if kind not in _logged:
             _logged.add(kind)
             _logger.info("%s on %s: %s", str(x.dtype).removeprefix("torch."), x.device, self.explain(x, *args))
 
-    def _warn_slow(self, x: SparseTensor) -> None:
+    def _warn_slow(self, x: Rows) -> None:
         if self.name in _warned:
             return
         _warned.add(self.name)
@@ -165,6 +176,6 @@ class Operator:
         )
 
 
-def always(_: SparseTensor) -> str | None:
+def always(_: Rows) -> str | None:
     """Refusal rule of the reference implementations: none."""
     return None

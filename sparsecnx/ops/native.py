@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from sparsecnx import _extension
+from sparsecnx.backend import Rows
 from sparsecnx.ops.common import FLOATING
 from sparsecnx.tensor import SparseTensor
 
 
-def refusal(x: SparseTensor) -> str | None:
+def refusal(x: Rows) -> str | None:
     """Why the compiled kernels cannot run on `x`; None where they can."""
     if not _extension.loaded:
         return _extension.why_not

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from sparsecnx import _triton
-from sparsecnx.backend import Implementation
+from sparsecnx.backend import Implementation, Rows
 from sparsecnx.selection import selected
 from sparsecnx.tensor import SparseTensor
 
@@ -16,7 +17,7 @@ MOST_CHANNELS = 2**16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def refusal(x: SparseTensor) -> str | None:
+def refusal(x: Rows) -> str | None:
     """Why the Triton kernels cannot run on `x`; None where they can."""
     if x.dtype not in DTYPES:
         return f"Triton kernels take float32, bfloat16 and float16, x is {x.dtype}"
@@ -37,7 +38,7 @@ def refusal_2d(x: SparseTensor) -> str | None:
 def implementation(
     package: str,
     function: str,
-    rule: Callable[[SparseTensor], str | None] = refusal,
+    rule: Callable[[Any], str | None] = refusal,
     detail: str | None = None,
 ) -> Implementation:
     """`function` of the room `triton.py` in an operator's `package`, imported only where Triton is installed; `detail`

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsecnx import _triton
 from sparsecnx._triton_functions import aligned
+from sparsecnx.mapped import turned
 from sparsecnx.tensor import SparseTensor
 
 COLUMN_VALUES = 2**28  # of a chunk of gathered rows
@@ -91,15 +92,6 @@ def weight_grad(grad: Tensor, x: Tensor, kernel_map: Tensor) -> Tensor:
 def _chunk(kernel_map: Tensor, x: Tensor) -> int:
     """Output rows of a chunk."""
     return max(1, COLUMN_VALUES // max(1, kernel_map.shape[1] * x.shape[1]))
-
-
-def turned(kernel_map: Tensor, rows: int) -> Tensor:
-    """For each of `rows` input rows the output row that reads it through each tap, -1 where none does."""
-    count, taps = kernel_map.shape
-    reader = torch.arange(count, dtype=torch.int32, device=kernel_map.device)[:, None].expand(-1, taps)
-    nowhere = kernel_map.new_full((), rows)  # entries of -1 meet in a row of their own
-    found = kernel_map.new_full((rows + 1, taps), -1)
-    return found.scatter(0, torch.where(kernel_map < 0, nowhere, kernel_map).long(), reader)[:rows].contiguous()
 
 
 def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]) -> Tensor:
