@@ -25,6 +25,7 @@ SLOWER = "can run, slower"
 ASKED_FOR = "asked for"
 NOT_MEASURED = "can run, not measured"
 NOT_ASKED_FOR = "can run, not asked for"
+BY_NAME = "runs only where it is asked for by name"
 
 _warned: set[str] = set()
 _logged: set[tuple[str, str, str, torch.dtype]] = set()
@@ -56,12 +57,14 @@ class Implementation:
         detail: how it runs on a given input, for those who ask; None where there is nothing to choose.
         compare: of a CUDA implementation, how its time compares with that of Triton on the operator's `Rows` and
             arguments, or without them on what the published models give it; None where that is never asked.
+        by_name: whether it runs only where it is asked for by name; then it is not even looked for otherwise.
     """
 
     function: Callable[..., Any]
     refusal: Callable[[Any], str | None]
     detail: Callable[[Any], str] | None = None
     compare: Callable[..., Comparison] | None = None
+    by_name: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ class Operator:
         for name in self.implementations:
             if name == taken:
                 reasons[name] = fastest if automatic else ASKED_FOR
+            elif self.implementations[name].by_name:
+                reasons[name] = BY_NAME
             else:
                 can = cuda if name == "cuda" else SLOWER
                 reasons[name] = self.refusal(name, x) or (can if automatic else NOT_ASKED_FOR)
@@ -146,11 +151,15 @@ class Operator:
             if refusal is not None:
                 raise BackendError(f"backend {asked!r} cannot run {self.name}: {refusal}")
             return asked, None
-        for name in self.implementations:
+        for name in self._automatic():
             if self.refusal(name, x) is None:
                 comparison = self._compare(x, args) if name == "triton" else None
                 return (name if comparison is None else comparison.backend), comparison
         raise BackendError(f"no backend can run {self.name} on {x!r}")
+
+    def _automatic(self) -> list[str]:
+        """The backends among which `auto` chooses."""
+        return [name for name, implementation in self.implementations.items() if not implementation.by_name]
 
     def _compare(self, x: Rows, args: tuple[Any, ...]) -> Comparison | None:
         """CUDA beside Triton; None where CUDA cannot run."""
@@ -169,7 +178,7 @@ class Operator:
         if self.name in _warned:
             return
         _warned.add(self.name)
-        reasons = "; ".join(f"{name}: {self.refusal(name, x)}" for name in self.implementations if name != "reference")
+        reasons = "; ".join(f"{name}: {self.refusal(name, x)}" for name in self._automatic() if name != "reference")
         warnings.warn(
             f"{self.name} runs on the slow dense reference ({reasons}). `sparsecnx doctor` says what to do.",
             stacklevel=5,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import sparsecnx
-from sparsecnx import _cuda, _extension, _triton
+from sparsecnx import _cuda, _extension, _minkowski, _triton
 
 TORCHVISION_RELEASES = "https://github.com/pytorch/vision#installation"
 NOT_INSTALLED = "not installed"
@@ -26,6 +26,7 @@ TRAIN = {
     "pillow": "PIL",
     "scikit-image": "skimage",
     "scikit-learn": "sklearn",
+    "safetensors": "safetensors",
 }
 
 
@@ -55,7 +56,7 @@ def checks() -> list[Check]:
         _triton_kernels(),
         _cpu_operators(),
         _cuda_operators(),
-        _minkowski(),
+        _minkowski_engine(),
         *_train(),
     ]
 
@@ -178,12 +179,22 @@ def _cuda_operators() -> Check:
     return Check(name, len(refusals) < len(devices), detail, remedy)
 
 
-def _minkowski() -> Check:
-    problem = _import_problem("MinkowskiEngine")
+def _minkowski_engine() -> Check:
+    name = _minkowski.NAME
+    problem = _minkowski.problem()
     if problem is not None:
-        remedy = "Only for comparisons. Version 0.5.4 builds on the CPU; its CUDA part needs CUDA 11."
-        return Check("MinkowskiEngine", False, problem, remedy)
-    return Check("MinkowskiEngine", True, _version("MinkowskiEngine", "MinkowskiEngine"))
+        remedy = (
+            "Only the backend `minkowski` needs it. `make minkowski-test` builds it for the CPU; CUDA takes CUDA 11."
+        )
+        return Check(name, False, problem, remedy)
+    library = _minkowski.library()
+    if not library.is_cuda_available():
+        built = "built for the CPU only"
+    elif hasattr(library, "MinkowskiDepthwiseConvolution"):
+        built = "built for CUDA too, with a depthwise kernel"
+    else:
+        built = "built for CUDA too"
+    return Check(name, True, f"{_version(name, name)}, {built}; the backend `minkowski` runs on it")
 
 
 def _train() -> Iterator[Check]:

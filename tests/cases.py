@@ -14,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsecnx import Layout, SparseTensor, _extension, _triton, use_backend
+from sparsecnx import Layout, SparseTensor, _extension, _minkowski, _triton, use_backend
 from sparsecnx.backend import Operator as Dispatcher
 from sparsecnx.layout import TileSet
 
@@ -26,7 +26,15 @@ needs_native = pytest.mark.skipif(not _extension.loaded, reason=f"needs the comp
 needs_triton = pytest.mark.skipif(_triton.refusal(DEVICE) is not None, reason=f"{_triton.refusal(DEVICE)}")
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 needs_cuda = pytest.mark.needs_cuda  # see conftest.py
-BACKENDS = {"reference": (), "native": needs_native, "triton": needs_triton, "cuda": needs_cuda}
+needs_minkowski = pytest.mark.needs_minkowski  # see conftest.py
+NO_MINKOWSKI = _minkowski.refusal(torch.device("cpu"))
+BACKENDS = {
+    "reference": (),
+    "native": needs_native,
+    "triton": needs_triton,
+    "cuda": needs_cuda,
+    "minkowski": needs_minkowski,
+}
 ON_GPU = ("triton", "cuda")
 
 
@@ -87,6 +95,15 @@ def layouts(draw: Any, ndim: int = 2, sites: int = 16, tiles: tuple[int, ...] = 
     return Layout.from_mask(mask, tuple(size * tile for size in mask.shape[1:]))
 
 
+def draw_convolution(data: Any, ndim: int) -> tuple[Layout, int, tuple[int, ...], tuple[int, ...]]:
+    """A layout, stride, kernel and padding that fit each other."""
+    layout = data.draw(layouts(ndim, sites=(24, 16, 8)[ndim - 1]))
+    stride = data.draw(st.sampled_from([s for s in (1, 2, 3, 4, 6, 8) if layout.tile % s == 0]))
+    kernel = data.draw(st.tuples(*[st.integers(1, (9, 7, 3)[ndim - 1])] * ndim))
+    padding = data.draw(st.tuples(*[st.integers(0, size - 1) for size in kernel]))
+    return layout, stride, kernel, padding
+
+
 def make_layout(mask: Tensor, tile: int) -> Layout:
     return Layout.from_mask(mask, tuple(size * tile for size in mask.shape[1:]))
 
@@ -136,6 +153,8 @@ def widest(backend: str) -> torch.dtype:
 
 def dtypes_of(backend: str) -> list[torch.dtype]:
     """What a backend takes."""
+    if backend == "minkowski":
+        return [torch.float64, torch.float32]
     return [dtype for dtype in BOUNDS if backend not in ON_GPU or dtype != torch.float64]
 
 

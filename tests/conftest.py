@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import cuda_emulator
-from cases import without_operators
+from cases import NO_MINKOWSKI, without_operators
 
 from sparsecnx import _cuda, backend
 
@@ -68,6 +68,7 @@ def forget_messages() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_cuda: runs CUDA kernels, on a GPU or else in the emulator")
+    config.addinivalue_line("markers", "needs_minkowski: runs MinkowskiEngine; `make minkowski-test` installs it")
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +86,9 @@ def cuda_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         pytest.skip(refusal)
     cuda_emulator.load()
     monkeypatch.setattr(_cuda, "emulated", True)
+
+
+@pytest.fixture(autouse=True)
+def minkowski_engine(request: pytest.FixtureRequest) -> None:
+    if NO_MINKOWSKI is not None and request.node.get_closest_marker("needs_minkowski") is not None:
+        pytest.skip(NO_MINKOWSKI)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import sys
 from itertools import product
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -260,8 +262,42 @@ def test_version_of_a_module_that_another_distribution_brings(monkeypatch: pytes
 
     modules = {"triton": ModuleType("triton"), "MinkowskiEngine": ModuleType("MinkowskiEngine")}
     modules["MinkowskiEngine"].__version__ = "0.5.4"  # type: ignore[attr-defined]
+    modules["MinkowskiEngine"].is_cuda_available = lambda: False  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "MinkowskiEngine", modules["MinkowskiEngine"])
     monkeypatch.setattr(importlib.metadata, "version", version)
     original = importlib.import_module
     monkeypatch.setattr(importlib, "import_module", lambda name: modules.get(name) or original(name))
     assert check("Triton").detail.startswith("version unknown")
-    assert check("MinkowskiEngine").detail == "0.5.4"
+    assert check("MinkowskiEngine").detail.startswith("0.5.4, ")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "fork", "built"),
+    [
+        (False, False, "built for the CPU only"),
+        (True, False, "built for CUDA too"),
+        (True, True, "built for CUDA too, with a depthwise kernel"),
+    ],
+    ids=["CPU", "CUDA", "fork"],
+)
+def test_minkowski_engine(monkeypatch: pytest.MonkeyPatch, cuda: bool, fork: bool, built: str) -> None:
+    library: Any = ModuleType("MinkowskiEngine")
+    library.__version__ = "0.5.4"
+    library.is_cuda_available = lambda: cuda
+    if fork:
+        library.MinkowskiDepthwiseConvolution = object
+    monkeypatch.setitem(sys.modules, "MinkowskiEngine", library)
+    detail = f"{doctor._version('MinkowskiEngine', 'MinkowskiEngine')}, {built}; the backend `minkowski` runs on it"
+    assert check("MinkowskiEngine") == doctor.Check("MinkowskiEngine", True, detail)
+
+
+def test_missing_minkowski_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "MinkowskiEngine", raising=False)
+    break_import(
+        monkeypatch,
+        "MinkowskiEngine",
+        ModuleNotFoundError("No module named 'MinkowskiEngine'", name="MinkowskiEngine"),
+    )
+    found = check("MinkowskiEngine")
+    assert (found.ok, found.detail) == (False, "not installed")
+    assert found.remedy is not None and "make minkowski-test" in found.remedy

@@ -9,9 +9,9 @@ from cases import (
     DTYPES,
     assert_close,
     assert_matches_reference,
+    draw_convolution,
     draw_mask,
     example_layout,
-    layouts,
     make_layout,
     name,
     needs_native,
@@ -38,15 +38,6 @@ def masked_dense(x, weight, bias, stride, padding):
         extent = layout.shape[axis] - stride + weight.shape[2 + axis]
         padded = padded.narrow(2 + axis, start, extent)
     return CONV[layout.ndim](padded, weight, bias, stride=stride) * site_mask(layout.coarsen(stride))
-
-
-def draw_convolution(data, ndim):
-    """A layout, stride, kernel and padding that fit each other."""
-    layout = data.draw(layouts(ndim, sites=(24, 16, 8)[ndim - 1]))
-    stride = data.draw(st.sampled_from([s for s in (1, 2, 3, 4, 6, 8) if layout.tile % s == 0]))
-    kernel = data.draw(st.tuples(*[st.integers(1, (9, 7, 3)[ndim - 1])] * ndim))
-    padding = data.draw(st.tuples(*[st.integers(0, size - 1) for size in kernel]))
-    return layout, stride, kernel, padding
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 3])

@@ -12,7 +12,8 @@ from sparsecnx.ops.common import (
     check_sparse,
     check_vector,
 )
-from sparsecnx.ops.conv import gemm, native, reference
+from sparsecnx.ops.conv import gemm, minkowski, native, reference
+from sparsecnx.ops.minkowski import refusal as minkowski_refusal
 from sparsecnx.ops.native import refusal
 from sparsecnx.ops.triton import implementation
 from sparsecnx.selection import selected
@@ -23,6 +24,7 @@ operator = Operator(
     native=Implementation(native.conv, refusal),
     triton=implementation(__name__, "conv"),
     reference=Implementation(reference.conv, always),
+    minkowski=Implementation(minkowski.conv, minkowski_refusal, by_name=True),
 )
 
 
@@ -65,7 +67,9 @@ def conv(
         check_vector(bias, "bias", weight.shape[0], x)
     x, (weight,) = autocast(x, weight)
     check_same_dtype(x, "weight", weight)
-    if gemm.applies(x, kernel, stride, offsets) and (selected() == "auto" or operator.choose(x) != "reference"):
+    if gemm.applies(x, kernel, stride, offsets) and (
+        selected() == "auto" or operator.choose(x) not in ("reference", "minkowski")
+    ):
         return x.with_features(gemm.conv(x, weight, bias, stride), layout)
     return x.with_features(operator(x, weight, bias, stride, offsets), layout)
 

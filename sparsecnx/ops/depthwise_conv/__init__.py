@@ -16,7 +16,8 @@ from sparsecnx.ops.common import (
 )
 from sparsecnx.ops.cuda import implementation as cuda_room
 from sparsecnx.ops.cuda import refusal_2d as cuda_refusal_2d
-from sparsecnx.ops.depthwise_conv import native, reference
+from sparsecnx.ops.depthwise_conv import minkowski, native, reference
+from sparsecnx.ops.minkowski import refusal as minkowski_refusal
 from sparsecnx.ops.native import refusal_2d
 from sparsecnx.ops.triton import implementation as triton_room
 from sparsecnx.ops.triton import refusal_2d as triton_refusal_2d
@@ -36,6 +37,7 @@ operator = Operator(
     triton=triton_room(__name__, "depthwise_conv", triton_refusal_2d),
     cuda=cuda_room(__name__, "depthwise_conv", cuda_refusal_2d, _compare),
     reference=Implementation(reference.depthwise_conv, always),
+    minkowski=Implementation(minkowski.depthwise_conv, minkowski_refusal, by_name=True),
 )
 
 
