@@ -1,0 +1,1 @@
+"""Other people's worlds: their APIs and their checkpoints, on what is here."""

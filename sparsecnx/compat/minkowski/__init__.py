@@ -1,0 +1,240 @@
+"""MinkowskiEngine's Python API, for images and volumes, on sparsecnx's operators. MinkowskiEngine is not needed.
+
+    import sparsecnx.compat.minkowski as ME               # in place of `import MinkowskiEngine as ME`
+    sparsecnx.compat.minkowski.install()                  # or: answer every `import MinkowskiEngine` from here on
+    python -m sparsecnx.compat.minkowski script.py ...    # or: run somebody's script that way
+
+Names, arguments, shapes of parameters and conventions are those of version 0.5.4, and of the fork that has
+`MinkowskiDepthwiseConvolution`. What is not offered imports, and raises `NotOffered` where it is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparsecnx.compat.minkowski import functional as MinkowskiFunctional
+from sparsecnx.compat.minkowski import modules, utils
+from sparsecnx.compat.minkowski import operations as MinkowskiOps
+from sparsecnx.compat.minkowski.convolution import (
+    MinkowskiChannelwiseConvolution,
+    MinkowskiConvolution,
+    MinkowskiConvolutionTranspose,
+    MinkowskiDepthwiseConvolution,
+    MinkowskiModuleBase,
+)
+from sparsecnx.compat.minkowski.enums import (
+    BroadcastMode,
+    ConvolutionMode,
+    CoordinateMapType,
+    GPUMemoryAllocatorType,
+    MinkowskiAlgorithm,
+    PoolingMode,
+    RegionType,
+    SparseTensorOperationMode,
+    SparseTensorQuantizationMode,
+)
+from sparsecnx.compat.minkowski.errors import ArgumentError, ArgumentTypeError, NotOffered
+from sparsecnx.compat.minkowski.installation import install, installed, uninstall
+from sparsecnx.compat.minkowski.kernel import KernelGenerator
+from sparsecnx.compat.minkowski.layers import (
+    MinkowskiAdaptiveLogSoftmaxWithLoss,
+    MinkowskiAlphaDropout,
+    MinkowskiBatchNorm,
+    MinkowskiCELU,
+    MinkowskiDropout,
+    MinkowskiELU,
+    MinkowskiGELU,
+    MinkowskiHardshrink,
+    MinkowskiHardsigmoid,
+    MinkowskiHardswish,
+    MinkowskiHardtanh,
+    MinkowskiInstanceNorm,
+    MinkowskiLayerNorm,
+    MinkowskiLeakyReLU,
+    MinkowskiLinear,
+    MinkowskiLogSigmoid,
+    MinkowskiLogSoftmax,
+    MinkowskiNonlinearityBase,
+    MinkowskiPReLU,
+    MinkowskiReLU,
+    MinkowskiReLU6,
+    MinkowskiRReLU,
+    MinkowskiSELU,
+    MinkowskiSigmoid,
+    MinkowskiSiLU,
+    MinkowskiSinusoidal,
+    MinkowskiSoftmax,
+    MinkowskiSoftmin,
+    MinkowskiSoftplus,
+    MinkowskiSoftshrink,
+    MinkowskiSoftsign,
+    MinkowskiStableInstanceNorm,
+    MinkowskiSyncBatchNorm,
+    MinkowskiTanh,
+    MinkowskiTanhshrink,
+    MinkowskiThreshold,
+)
+from sparsecnx.compat.minkowski.manager import (
+    CoordinateManager,
+    CoordinateMapKey,
+    clear_global_coordinate_manager,
+    global_coordinate_manager,
+    set_global_coordinate_manager,
+    set_gpu_allocator,
+    set_memory_manager_backend,
+    set_sparse_tensor_operation_mode,
+    sparse_tensor_operation_mode,
+)
+from sparsecnx.compat.minkowski.missing import PLACEHOLDERS
+from sparsecnx.compat.minkowski.modules import MinkowskiNetwork
+from sparsecnx.compat.minkowski.operations import (
+    MinkowskiPruning,
+    MinkowskiStackCat,
+    MinkowskiStackMean,
+    MinkowskiStackSum,
+    MinkowskiStackVar,
+    MinkowskiToDenseTensor,
+    MinkowskiToFeature,
+    MinkowskiToSparseTensor,
+    MinkowskiUnion,
+    cat,
+    dense_coordinates,
+    mean,
+    sum,
+    to_sparse,
+    to_sparse_all,
+    var,
+)
+from sparsecnx.compat.minkowski.pooling import (
+    MinkowskiAvgPooling,
+    MinkowskiBroadcast,
+    MinkowskiBroadcastAddition,
+    MinkowskiBroadcastConcatenation,
+    MinkowskiBroadcastMultiplication,
+    MinkowskiGlobalAvgPooling,
+    MinkowskiGlobalMaxPooling,
+    MinkowskiGlobalPooling,
+    MinkowskiGlobalSumPooling,
+    MinkowskiMaxPooling,
+    MinkowskiSumPooling,
+)
+from sparsecnx.compat.minkowski.tensor import SparseTensor
+
+__version__ = "0.5.4"  # of MinkowskiEngine, which codes ask for
+
+
+def __getattr__(name: str) -> Any:
+    if name in PLACEHOLDERS:
+        return PLACEHOLDERS[name]
+    raise AttributeError(f"MinkowskiEngine 0.5.4 has no {name!r}, or sparsecnx.compat.minkowski does not know it")
+
+
+def is_cuda_available() -> bool:
+    """Whether torch sees a GPU."""
+    return torch.cuda.is_available()
+
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "BroadcastMode",
+    "ConvolutionMode",
+    "CoordinateManager",
+    "CoordinateMapKey",
+    "CoordinateMapType",
+    "GPUMemoryAllocatorType",
+    "KernelGenerator",
+    "MinkowskiAdaptiveLogSoftmaxWithLoss",
+    "MinkowskiAlgorithm",
+    "MinkowskiAlphaDropout",
+    "MinkowskiAvgPooling",
+    "MinkowskiBatchNorm",
+    "MinkowskiBroadcast",
+    "MinkowskiBroadcastAddition",
+    "MinkowskiBroadcastConcatenation",
+    "MinkowskiBroadcastMultiplication",
+    "MinkowskiCELU",
+    "MinkowskiChannelwiseConvolution",
+    "MinkowskiConvolution",
+    "MinkowskiConvolutionTranspose",
+    "MinkowskiDepthwiseConvolution",
+    "MinkowskiDropout",
+    "MinkowskiELU",
+    "MinkowskiFunctional",
+    "MinkowskiGELU",
+    "MinkowskiGlobalAvgPooling",
+    "MinkowskiGlobalMaxPooling",
+    "MinkowskiGlobalPooling",
+    "MinkowskiGlobalSumPooling",
+    "MinkowskiHardshrink",
+    "MinkowskiHardsigmoid",
+    "MinkowskiHardswish",
+    "MinkowskiHardtanh",
+    "MinkowskiInstanceNorm",
+    "MinkowskiLayerNorm",
+    "MinkowskiLeakyReLU",
+    "MinkowskiLinear",
+    "MinkowskiLogSigmoid",
+    "MinkowskiLogSoftmax",
+    "MinkowskiMaxPooling",
+    "MinkowskiModuleBase",
+    "MinkowskiNetwork",
+    "MinkowskiNonlinearityBase",
+    "MinkowskiOps",
+    "MinkowskiPReLU",
+    "MinkowskiPruning",
+    "MinkowskiRReLU",
+    "MinkowskiReLU",
+    "MinkowskiReLU6",
+    "MinkowskiSELU",
+    "MinkowskiSiLU",
+    "MinkowskiSigmoid",
+    "MinkowskiSinusoidal",
+    "MinkowskiSoftmax",
+    "MinkowskiSoftmin",
+    "MinkowskiSoftplus",
+    "MinkowskiSoftshrink",
+    "MinkowskiSoftsign",
+    "MinkowskiStableInstanceNorm",
+    "MinkowskiStackCat",
+    "MinkowskiStackMean",
+    "MinkowskiStackSum",
+    "MinkowskiStackVar",
+    "MinkowskiSumPooling",
+    "MinkowskiSyncBatchNorm",
+    "MinkowskiTanh",
+    "MinkowskiTanhshrink",
+    "MinkowskiThreshold",
+    "MinkowskiToDenseTensor",
+    "MinkowskiToFeature",
+    "MinkowskiToSparseTensor",
+    "MinkowskiUnion",
+    "NotOffered",
+    "PoolingMode",
+    "RegionType",
+    "SparseTensor",
+    "SparseTensorOperationMode",
+    "SparseTensorQuantizationMode",
+    "cat",
+    "clear_global_coordinate_manager",
+    "dense_coordinates",
+    "global_coordinate_manager",
+    "install",
+    "installed",
+    "is_cuda_available",
+    "mean",
+    "modules",
+    "set_global_coordinate_manager",
+    "set_gpu_allocator",
+    "set_memory_manager_backend",
+    "set_sparse_tensor_operation_mode",
+    "sparse_tensor_operation_mode",
+    "sum",
+    "to_sparse",
+    "to_sparse_all",
+    "uninstall",
+    "utils",
+    "var",
+]

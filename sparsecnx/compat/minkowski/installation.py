@@ -1,0 +1,68 @@
+"""Other people's imports answered: `import MinkowskiEngine as ME`, `from MinkowskiOps import to_sparse`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+PACKAGE = "sparsecnx.compat.minkowski"
+# MinkowskiEngine puts its own folder on the path, so that its files are modules of the top level too.
+FILES = (
+    *("MinkowskiBroadcast", "MinkowskiChannelwiseConvolution", "MinkowskiCommon", "MinkowskiConvolution"),
+    *("MinkowskiCoordinateManager", "MinkowskiDepthwiseConvolution", "MinkowskiInterpolation"),
+    *("MinkowskiKernelGenerator", "MinkowskiNetwork", "MinkowskiNonlinearity", "MinkowskiNormalization"),
+    *("MinkowskiPooling", "MinkowskiPruning", "MinkowskiSparseTensor", "MinkowskiTensor", "MinkowskiTensorField"),
+    *("MinkowskiUnion", "sparse_matrix_functions"),
+)
+# Modules of this package under MinkowskiEngine's names.
+MODULES = {
+    "MinkowskiEngine": "",
+    "MinkowskiEngine.utils": ".utils",
+    "MinkowskiEngine.utils.collation": ".utils",
+    "MinkowskiEngine.utils.init": ".utils",
+    "MinkowskiEngine.modules": ".modules",
+    "MinkowskiEngine.modules.resnet_block": ".modules",
+    "MinkowskiEngine.modules.senet_block": ".modules",
+    "MinkowskiOps": ".operations",
+    "MinkowskiEngine.MinkowskiOps": ".operations",
+    "MinkowskiFunctional": ".functional",
+    "MinkowskiEngine.MinkowskiFunctional": ".functional",
+    "MinkowskiEngineBackend": "",
+    "MinkowskiEngineBackend._C": "",
+    **{name: "" for file in FILES for name in (file, f"MinkowskiEngine.{file}")},
+}
+
+
+def install() -> None:
+    """From now on, in this process, imports of MinkowskiEngine get this package.
+
+    Raises:
+        RuntimeError: MinkowskiEngine itself has been imported already: what holds its classes would not meet these.
+    """
+    for name in MODULES:
+        found = sys.modules.get(name)
+        if found is not None and not is_ours(found):
+            raise RuntimeError(
+                f"{name} is imported already, from {getattr(found, '__file__', None)}: call install() before the first "
+                "import of MinkowskiEngine"
+            )
+    for name, module in MODULES.items():
+        sys.modules[name] = importlib.import_module(PACKAGE + module)
+
+
+def uninstall() -> None:
+    """Undo `install`: later imports look for MinkowskiEngine itself."""
+    for name in MODULES:
+        if name in sys.modules and is_ours(sys.modules[name]):
+            del sys.modules[name]
+
+
+def installed() -> bool:
+    """Whether imports of MinkowskiEngine get this package."""
+    return "MinkowskiEngine" in sys.modules and is_ours(sys.modules["MinkowskiEngine"])
+
+
+def is_ours(module: ModuleType) -> bool:
+    """Whether a module found under one of MinkowskiEngine's names belongs to this package."""
+    return getattr(module, "__name__", "").startswith(PACKAGE)

@@ -1,0 +1,131 @@
+"""Size, stride, dilation and shape of a kernel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsecnx.compat.minkowski.enums import RegionType
+from sparsecnx.compat.minkowski.errors import ArgumentTypeError, insist, insist_type, not_offered
+from sparsecnx.coordinates import offsets_of
+
+
+def int_list(value: Any, dimension: int, name: str) -> list[int]:
+    """A number, or one for each axis, as a list of `dimension` numbers.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: it is something else; the message calls it `name`.
+    """
+    if isinstance(value, (Sequence, np.ndarray, Tensor)) and not isinstance(value, str):
+        found = [int(entry) for entry in value]
+        insist(len(found) == dimension, f"{name} is {found}: expected {dimension} numbers, one for each axis")
+        return found
+    if isinstance(value, (int, np.integer)):
+        return [int(value)] * dimension
+    raise ArgumentTypeError(f"{name} is a {type(value).__name__}: expected a number, or one for each axis")
+
+
+class KernelGenerator:
+    """The geometry of a kernel, as MinkowskiEngine's layers take it.
+
+    Attributes:
+        kernel_size, kernel_stride, kernel_dilation: one number for each of `dimension` axes.
+        region_type: a cube, or a cross: the sites along the axes alone, odd sizes.
+        kernel_volume: number K of taps.
+        requires_strided_coordinates: whether all strides are 1 (MinkowskiEngine's name).
+    """
+
+    def __init__(
+        self,
+        kernel_size: Any = -1,
+        stride: Any = 1,
+        dilation: Any = 1,
+        is_transpose: bool = False,
+        region_type: RegionType = RegionType.HYPER_CUBE,
+        region_offsets: Tensor | None = None,
+        expand_coordinates: bool = False,
+        axis_types: Any = None,
+        dimension: int = -1,
+    ) -> None:
+        """
+        Raises:
+            ArgumentError, ArgumentTypeError: a size does not fit; the message names it.
+            NotOffered: a custom region, mixed axis types, or `expand_coordinates`.
+        """
+        insist_type(dimension, int, "dimension", "the number of spatial axes")
+        insist(dimension > 0, f"dimension is {dimension}: expected the number of spatial axes, at least 1")
+        insist_type(region_type, RegionType, "region_type", "a RegionType")
+        if region_type == RegionType.CUSTOM or region_offsets is not None or axis_types is not None:
+            raise not_offered("KernelGenerator with a custom region", "region_type=RegionType.HYPER_CUBE")
+        if expand_coordinates:
+            raise not_offered("expand_coordinates=True", "a list of output sites as the argument `coordinates`")
+        self.dimension = dimension
+        self.kernel_size = int_list(kernel_size, dimension, "kernel_size")
+        self.kernel_stride = int_list(stride, dimension, "stride")
+        self.kernel_dilation = int_list(dilation, dimension, "dilation")
+        for name, sizes in (
+            ("kernel_size", self.kernel_size),
+            ("stride", self.kernel_stride),
+            ("dilation", self.kernel_dilation),
+        ):
+            insist(min(sizes) > 0, f"{name} is {sizes}: expected at least 1 along each axis")
+        self.region_type = region_type
+        self.region_offsets = torch.IntTensor()
+        self.axis_types = None
+        self.expand_coordinates = False
+        self.requires_strided_coordinates = set(self.kernel_stride) == {1}
+        if region_type == RegionType.HYPER_CROSS:
+            odd = all(size % 2 for size in self.kernel_size)
+            insist(odd, f"kernel_size is {self.kernel_size}: a cross needs odd sizes")
+            self.kernel_volume = 1 + sum(size - 1 for size in self.kernel_size)
+        else:
+            self.kernel_volume = math.prod(self.kernel_size)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells kernels apart that read different sites."""
+        return (self.region_type, *self.kernel_size, *self.kernel_dilation)
+
+    def offsets(self, tensor_stride: Sequence[int]) -> Tensor:
+        """int64 `(K, dimension)`: where the taps read, from the output's site, on a map of that stride."""
+        step = [stride * dilation for stride, dilation in zip(tensor_stride, self.kernel_dilation, strict=True)]
+        if self.region_type == RegionType.HYPER_CUBE:
+            return offsets_of(self.kernel_size, step)
+        # MinkowskiEngine's order: the site itself, then along each axis the sites after it and those before it.
+        taps = [[0] * self.dimension]
+        for axis, size in enumerate(self.kernel_size):
+            reach = size // 2
+            for place in (*range(1, reach + 1), *range(-reach, 0)):
+                taps.append([place * step[axis] if other == axis else 0 for other in range(self.dimension)])
+        return torch.tensor(taps, dtype=torch.int64)
+
+    def partition(self, tensor_stride: Sequence[int]) -> Tensor:
+        """int64 `(K, dimension)`: the sites from each output's on that no other output has, of pooling whose kernel
+        is its stride: also of odd sizes not centred."""
+        if self.region_type != RegionType.HYPER_CUBE:
+            raise not_offered("pooling with a cross as large as its stride", "RegionType.HYPER_CUBE")
+        centred = offsets_of(self.kernel_size, list(tensor_stride))
+        return centred - centred.amin(dim=0)
+
+    @property
+    def partitions(self) -> bool:
+        """Whether kernel and stride are the same."""
+        return self.kernel_size == self.kernel_stride
+
+    @property
+    def covers(self) -> bool:
+        """Whether the taps are exactly the sites from each output's on, up to the next: even cubes as large as their
+        stride."""
+        cube = self.region_type == RegionType.HYPER_CUBE and len(set(self.kernel_stride)) == 1
+        return cube and self.partitions and self.kernel_size[0] % 2 == 0 and set(self.kernel_dilation) == {1}
+
+    def __repr__(self) -> str:
+        return (
+            f"KernelGenerator(kernel_size={self.kernel_size}, kernel_stride={self.kernel_stride}, "
+            f"kernel_dilation={self.kernel_dilation}, region_type={self.region_type}, dimension={self.dimension})"
+        )

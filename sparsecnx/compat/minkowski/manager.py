@@ -1,0 +1,370 @@
+"""The coordinate manager: the sparsity patterns of a batch by key, and what was looked up about them, once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecnx.compat.minkowski.enums import RegionType, SparseTensorOperationMode
+from sparsecnx.compat.minkowski.errors import ArgumentError, insist, insist_type, not_offered
+from sparsecnx.compat.minkowski.kernel import KernelGenerator, int_list
+from sparsecnx.coordinates import CoordinateMap, inverse, unique
+
+Name = tuple[tuple[int, ...], str]  # tensor stride and string of a key
+
+
+class CoordinateMapKey:
+    """Names a map of a manager: its tensor stride, and a string that tells maps of one stride apart.
+
+    As in MinkowskiEngine made from `(tensor_stride, string)`; made from the number of coordinates, `1 + D`, unset.
+    """
+
+    def __init__(self, stride_or_size: Any, string_id: str | None = None) -> None:
+        if isinstance(stride_or_size, int):
+            self._size = stride_or_size
+            self._name: Name | None = None
+        else:
+            self._size = 1 + len(stride_or_size)
+            self._name = (tuple(int(step) for step in stride_or_size), string_id or "")
+
+    def is_key_set(self) -> bool:
+        return self._name is not None
+
+    def get_key(self) -> tuple[list[int], str]:
+        """Tensor stride and string.
+
+        Raises:
+            ArgumentError: the key is not set.
+        """
+        stride, string = self.name
+        return list(stride), string
+
+    def get_tensor_stride(self) -> list[int]:
+        return list(self.name[0])
+
+    def get_coordinate_size(self) -> int:
+        return self._size
+
+    @property
+    def name(self) -> Name:
+        """As `get_key`, hashable."""
+        if self._name is None:
+            raise ArgumentError("coordinate_map_key is not set: it names no map yet")
+        return self._name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CoordinateMapKey) and self._name is not None and self._name == other._name
+
+    def __hash__(self) -> int:
+        return hash(self._name)
+
+    def __repr__(self) -> str:
+        return f"coordinate map key:{self._name if self._name is not None else 'not set'}"
+
+
+@dataclass(frozen=True, eq=False)
+class KernelMap:
+    """Which rows a kernel reads.
+
+    Attributes:
+        table: int32 `(rows_out, K)`, -1 where there is no site.
+        rows: of the input.
+    """
+
+    table: Tensor
+    rows: int
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """int32 `(rows, K)`: which rows of the output read each row of the input."""
+        return inverse(self.table, self.rows)
+
+    @cached_property
+    def swapped(self) -> KernelMap:
+        """Of the transposed kernel: from the output to the input."""
+        turned = KernelMap(self.inverse, self.table.shape[0])
+        turned.__dict__["inverse"] = self.table
+        return turned
+
+
+class CoordinateManager:
+    """The maps of tensors that are computed from one another, with everything looked up about them.
+
+    Tensors of different managers cannot be combined: their maps are not known to each other. A map is made once, and a
+    kernel map once for each pair of maps and kernel, whatever the number of layers.
+    """
+
+    def __init__(self, D: int = 0, *_: Any, **__: Any) -> None:  # noqa: N803 - MinkowskiEngine's name
+        """
+        Args:
+            D: number of spatial axes. What else MinkowskiEngine takes (threads, allocator, algorithm) is ignored.
+
+        Raises:
+            ArgumentError: `D` is not positive.
+        """
+        insist(D >= 1, f"D is {D}: expected the number of spatial axes, at least 1")
+        self.D = D
+        self._maps: dict[Name, CoordinateMap] = {}
+        self._tables: dict[Hashable, KernelMap] = {}
+        self._unions: dict[Hashable, tuple[Name, list[Tensor]]] = {}
+        self._numbers = itertools.count(1)
+
+    # Maps
+
+    def map(self, key: CoordinateMapKey) -> CoordinateMap:
+        """The map of that key.
+
+        Raises:
+            ArgumentError: it is not of this manager.
+        """
+        found = self._maps.get(key.name)
+        if found is None:
+            raise ArgumentError(f"coordinate_map_key is {key}: this coordinate manager has no such map")
+        return found
+
+    def insert(self, new: CoordinateMap, string_id: str = "") -> CoordinateMapKey:
+        """Keep a map under its stride and that string, or under a new string where they are taken."""
+        name = (new.stride, string_id)
+        while name in self._maps:
+            name = (new.stride, f"{string_id}-{next(self._numbers)}")
+        self._maps[name] = new
+        return CoordinateMapKey(*name)
+
+    def insert_and_map(
+        self, coordinates: Tensor, tensor_stride: Any = 1, string_id: str = ""
+    ) -> tuple[CoordinateMapKey, tuple[Tensor, Tensor]]:
+        """A map of the distinct rows of int32 `(n, 1 + D)`, in the order in which they first appear.
+
+        Returns:
+            Its key, and `(unique_map, inverse_map)`, int64: the first row of each site, and the site of each row.
+        """
+        check_coordinates(coordinates, self.D)
+        stride = int_list(tensor_stride, self.D, "tensor_stride")
+        first, site = distinct(coordinates)
+        kept = coordinates if first.shape[0] == coordinates.shape[0] else coordinates[first]
+        return self.insert(CoordinateMap.from_coordinates(kept.contiguous(), stride), string_id), (first, site)
+
+    def stride(self, coordinate_map_key: CoordinateMapKey, stride: Any, string_id: str = "") -> CoordinateMapKey:
+        """Key of the map that a convolution with that stride gives; made on first use."""
+        factors = int_list(stride, self.D, "stride")
+        old_stride, old_string = coordinate_map_key.name
+        name = (tuple(a * b for a, b in zip(old_stride, factors, strict=True)), string_id or old_string)
+        if name not in self._maps:
+            self._maps[name] = self.map(coordinate_map_key).strided(factors)
+        return CoordinateMapKey(*name)
+
+    def finer(self, key: CoordinateMapKey, kernel: KernelGenerator) -> CoordinateMapKey:
+        """Key of the map that a transposed convolution gives: the one from which `key`'s was made by that stride where
+        there is one, otherwise all sites under the kernel.
+
+        Raises:
+            ArgumentError: the stride of the kernel does not divide that of the map.
+        """
+        coarse = key.name[0]
+        insist(
+            not any(a % b for a, b in zip(coarse, kernel.kernel_stride, strict=True)),
+            f"stride is {kernel.kernel_stride}: a transposed layer's must divide the tensor stride, {list(coarse)}",
+        )
+        fine = tuple(a // b for a, b in zip(coarse, kernel.kernel_stride, strict=True))
+        name = (fine, "")
+        if name not in self._maps:
+            self._maps[name] = self._finer(key, kernel, fine)
+        return CoordinateMapKey(*name)
+
+    def _finer(self, key: CoordinateMapKey, kernel: KernelGenerator, fine: tuple[int, ...]) -> CoordinateMap:
+        coarse = self.map(key)
+        if kernel.covers and coarse.layout is not None and coarse.order is None:
+            return coarse.refined(kernel.kernel_stride[0])
+        return coarse.spread(kernel.offsets(fine), fine)
+
+    def origin(self) -> CoordinateMapKey:
+        """Key of the map with one site for each image, of stride 0, as global pooling gives it."""
+        name = ((0,) * self.D, "")
+        if name not in self._maps:
+            finest = min(self._maps.values(), key=lambda known: known.stride)
+            image = finest.images.index.to(torch.int32)
+            coordinates = torch.nn.functional.pad(image[:, None], (0, self.D))
+            self._maps[name] = CoordinateMap(name[0], coordinates)
+        return CoordinateMapKey(*name)
+
+    def origin_map(self, key: CoordinateMapKey) -> tuple[Tensor, list[Tensor]]:
+        """The images with sites, int64, and the rows of each."""
+        images = self.map(key).images
+        return images.index, images.rows
+
+    def union_map(self, keys: list[CoordinateMapKey], out_key: CoordinateMapKey) -> list[Tensor]:
+        """The sites of several maps of one stride as a new map, which `out_key` then names.
+
+        Returns:
+            For each map int64 `(2, rows)`: its rows, and the rows of the union.
+        """
+        strides = {key.name[0] for key in keys}
+        insist(len(strides) == 1, f"tensors have strides {sorted(map(list, strides))}: a union needs one")
+        names = tuple(key.name for key in keys)
+        if names not in self._unions:
+            maps = [self.map(key) for key in keys]
+            sites = unique(torch.cat([known.coordinates for known in maps]))
+            new = CoordinateMap.from_coordinates(sites, maps[0].stride)
+            places = [new.find(known.coordinates).long() for known in maps]
+            pairs = [torch.stack([torch.arange(place.shape[0], device=place.device), place]) for place in places]
+            self._unions[names] = self.insert(new).name, pairs
+        out_key._name, found = self._unions[names]
+        return found
+
+    # What is asked about maps
+
+    def table(
+        self, in_key: CoordinateMapKey, out_key: CoordinateMapKey, kernel: KernelGenerator, partition: bool = False
+    ) -> KernelMap:
+        """Which rows of one map the kernel reads for those of another.
+
+        Args:
+            partition: of pooling whose kernel is its stride, see `KernelGenerator.partition`.
+        """
+        name = (in_key.name, out_key.name, kernel.key, partition)
+        if name not in self._tables:
+            source = self.map(in_key)
+            offsets = (kernel.partition if partition else kernel.offsets)(in_key.name[0])
+            self._tables[name] = KernelMap(source.kernel_map(self.map(out_key), offsets), source.rows)
+        return self._tables[name]
+
+    def kernel_map(
+        self,
+        in_key: CoordinateMapKey,
+        out_key: CoordinateMapKey,
+        stride: Any = 1,
+        kernel_size: Any = 3,
+        dilation: Any = 1,
+        region_type: RegionType = RegionType.HYPER_CUBE,
+        region_offset: Tensor | None = None,
+        is_transpose: bool = False,
+        is_pool: bool = False,
+    ) -> dict[int, Tensor]:
+        """For every tap that reads anything int32 `(2, pairs)`: input rows, output rows."""
+        if region_offset is not None and region_offset.numel():
+            raise not_offered("kernel_map with region_offset", "kernel_size and region_type")
+        kernel = KernelGenerator(kernel_size, stride, dilation, region_type=region_type, dimension=self.D)
+        if is_transpose:
+            table = self.table(out_key, in_key, kernel, is_pool and kernel.partitions).swapped.table
+        else:
+            table = self.table(in_key, out_key, kernel, is_pool and kernel.partitions).table
+        pairs = {}
+        for tap, rows in enumerate(table.unbind(dim=1)):
+            (out,) = (rows >= 0).nonzero(as_tuple=True)
+            if out.shape[0]:
+                pairs[tap] = torch.stack([rows[out], out.to(torch.int32)])
+        return pairs
+
+    def size(self, coordinate_map_key: CoordinateMapKey) -> int:
+        """Number of sites."""
+        return self.map(coordinate_map_key).rows
+
+    def get_coordinates(self, coords_key_or_tensor_strides: Any) -> Tensor:
+        """int32 `(rows, 1 + D)`."""
+        return self.map(self._key(coords_key_or_tensor_strides)).coordinates
+
+    def number_of_unique_batch_indices(self) -> int:
+        return self.size(self.origin())
+
+    def exists(self, key: CoordinateMapKey) -> bool:
+        """Whether a map of that key is known."""
+        return key.is_key_set() and key.name in self._maps
+
+    def _key(self, key: Any) -> CoordinateMapKey:
+        if isinstance(key, CoordinateMapKey):
+            return key
+        stride = tuple(int_list(key, self.D, "tensor_stride"))
+        for name in self._maps:
+            if name[0] == stride:
+                return CoordinateMapKey(*name)
+        raise ArgumentError(f"tensor_stride is {list(stride)}: this coordinate manager has no map of it")
+
+    def __repr__(self) -> str:
+        maps = "".join(f"\n  {list(stride)} {string!r}: {m.rows} sites" for (stride, string), m in self._maps.items())
+        return f"CoordinateManager(D={self.D}){maps}"
+
+
+def check_coordinates(coordinates: Tensor, dimension: int | None = None) -> None:
+    """Raises unless the coordinates are int32 `(n, 1 + dimension)`."""
+    insist_type(coordinates, Tensor, "coordinates", "an int32 tensor (rows, 1 + D)")
+    insist(
+        coordinates.ndim == 2 and coordinates.shape[1] >= 2,
+        f"coordinates is {tuple(coordinates.shape)}: expected (rows, 1 + D), the image's number first",
+    )
+    insist(
+        dimension is None or coordinates.shape[1] == 1 + dimension,
+        f"coordinates is {tuple(coordinates.shape)}: D={dimension} needs {1 + (dimension or 0)} columns",
+    )
+    insist(coordinates.dtype == torch.int32, f"coordinates is {coordinates.dtype}: expected torch.int32")
+
+
+def distinct(coordinates: Tensor) -> tuple[Tensor, Tensor]:
+    """int64: the first row of each distinct site, ascending, and for every row the position of its site in that."""
+    count = coordinates.shape[0]
+    rows = torch.arange(count, device=coordinates.device)
+    if not count:
+        return rows, rows
+    sites, number = torch.unique(coordinates, dim=0, return_inverse=True)
+    if sites.shape[0] == count:
+        return rows, rows
+    first = rows.new_full((sites.shape[0],), count).scatter_reduce(0, number, rows, "amin")
+    order = first.argsort()
+    return first[order], order.argsort()[number]
+
+
+_mode = SparseTensorOperationMode.SEPARATE_COORDINATE_MANAGER
+_global: CoordinateManager | None = None
+
+
+def set_sparse_tensor_operation_mode(operation_mode: SparseTensorOperationMode) -> None:
+    """Whether tensors made from coordinates share one manager, until `clear_global_coordinate_manager`."""
+    global _mode
+    insist_type(operation_mode, SparseTensorOperationMode, "operation_mode", "a SparseTensorOperationMode")
+    _mode = operation_mode
+
+
+def sparse_tensor_operation_mode() -> SparseTensorOperationMode:
+    return _mode
+
+
+def global_coordinate_manager() -> CoordinateManager | None:
+    """The manager that tensors share; None before the first of them, and where they do not share."""
+    return _global
+
+
+def set_global_coordinate_manager(coordinate_manager: CoordinateManager | None) -> None:
+    global _global
+    _global = coordinate_manager
+
+
+def clear_global_coordinate_manager() -> None:
+    """Forget the shared manager: to be called after every step of a training that shares it."""
+    set_global_coordinate_manager(None)
+
+
+def new_manager(dimension: int) -> CoordinateManager:
+    """A manager for a tensor made from coordinates: a new one, or the shared one.
+
+    Raises:
+        ArgumentError: the shared one has another number of axes.
+    """
+    if _mode == SparseTensorOperationMode.SEPARATE_COORDINATE_MANAGER:
+        return CoordinateManager(dimension)
+    if _global is None:
+        set_global_coordinate_manager(CoordinateManager(dimension))
+    assert _global is not None
+    insist(dimension == _global.D, f"coordinates has {dimension} spatial axes: the shared manager has {_global.D}")
+    return _global
+
+
+def set_gpu_allocator(backend: Any) -> None:
+    """Accepted, and ignored: memory is always torch's."""
+
+
+set_memory_manager_backend = set_gpu_allocator

@@ -1,0 +1,247 @@
+"""Pooling over windows and over whole images, and what brings an image's features back to its sites."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecnx import ops
+from sparsecnx.compat.minkowski.convolution import MinkowskiModuleBase
+from sparsecnx.compat.minkowski.enums import BroadcastMode, PoolingMode
+from sparsecnx.compat.minkowski.errors import insist, insist_type, not_offered
+from sparsecnx.compat.minkowski.kernel import KernelGenerator
+from sparsecnx.compat.minkowski.manager import CoordinateMapKey
+from sparsecnx.compat.minkowski.tensor import SparseTensor, output_key
+from sparsecnx.ops.common import statistics_dtype
+
+
+class _Pooling(MinkowskiModuleBase):
+    """Pooling over the sites under a kernel; sites that are not there do not count, also not in a mean.
+
+    A kernel as large as its stride takes the sites from the output's on; any other lies as a convolution's does.
+
+    Args:
+        kernel_size, stride, dilation: a number, or one for each axis.
+        kernel_generator: the geometry, instead of the three numbers.
+        dimension: number of spatial axes.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an argument does not fit.
+        NotOffered: a custom region.
+    """
+
+    MODE: PoolingMode
+
+    def __init__(
+        self,
+        kernel_size: Any = -1,
+        stride: Any = 1,
+        dilation: Any = 1,
+        kernel_generator: KernelGenerator | None = None,
+        dimension: int | None = None,
+    ) -> None:
+        super().__init__()
+        insist_type(dimension, int, "dimension", "the number of spatial axes")
+        assert dimension is not None
+        if kernel_generator is None:
+            kernel_generator = KernelGenerator(kernel_size, stride, dilation, dimension=dimension)
+        insist_type(kernel_generator, KernelGenerator, "kernel_generator", "a KernelGenerator")
+        self.kernel_generator = kernel_generator
+        self.pooling_mode = self.MODE
+        self.dimension = dimension
+        self.is_transpose = False
+
+    def forward(
+        self, input: SparseTensor, coordinates: Tensor | CoordinateMapKey | SparseTensor | None = None
+    ) -> SparseTensor:
+        """Features `(rows, C)` to `(rows_out, C)`.
+
+        Args:
+            coordinates: the sites to compute, a tensor `(rows_out, 1 + D)`, or those of another tensor of the same
+                manager; by default those that follow from the stride.
+        """
+        insist_type(input, SparseTensor, "input", "a SparseTensor")
+        insist(self.dimension == input.D, f"input has {input.D} spatial axes: the layer has dimension={self.dimension}")
+        manager, kernel = input.coordinate_manager, self.kernel_generator
+        stride = [a * b for a, b in zip(input.tensor_stride, kernel.kernel_stride, strict=True)]
+        key = output_key(input, coordinates, stride)
+        if key is None:
+            key = manager.stride(input.coordinate_map_key, kernel.kernel_stride)
+        table = manager.table(input.coordinate_map_key, key, kernel, kernel.partitions)
+        back = table.inverse if input.requires_grad else None
+        pooled = ops.mapped_pool(input.F, table.table, self.MODE.reduction, back)
+        return SparseTensor(pooled, coordinate_map_key=key, coordinate_manager=manager)
+
+    def __repr__(self) -> str:
+        kernel = self.kernel_generator
+        return (
+            f"{type(self).__name__}(kernel_size={kernel.kernel_size}, stride={kernel.kernel_stride}, "
+            f"dilation={kernel.kernel_dilation})"
+        )
+
+
+class MinkowskiSumPooling(_Pooling):
+    __doc__ = _Pooling.__doc__
+    MODE = PoolingMode.LOCAL_SUM_POOLING
+
+
+class MinkowskiAvgPooling(_Pooling):
+    __doc__ = _Pooling.__doc__
+    MODE = PoolingMode.LOCAL_AVG_POOLING
+
+
+class MinkowskiMaxPooling(_Pooling):
+    __doc__ = _Pooling.__doc__
+    MODE = PoolingMode.LOCAL_MAX_POOLING
+
+
+class MinkowskiGlobalPooling(MinkowskiModuleBase):
+    """Pooling over all sites of each image, to `(images, C)` at the origin.
+
+    Args:
+        mode: a global PoolingMode: sum, mean or maximum.
+    """
+
+    def __init__(self, mode: PoolingMode = PoolingMode.GLOBAL_AVG_POOLING_PYTORCH_INDEX) -> None:
+        super().__init__()
+        insist_type(mode, PoolingMode, "mode", "a global PoolingMode")
+        insist(mode.name.startswith("GLOBAL"), f"mode is {mode.name}: expected a global PoolingMode")
+        self.pooling_mode = mode
+
+    def forward(self, input: SparseTensor, coordinates: Any = None) -> SparseTensor:
+        """Features `(rows, C)` to `(images, C)`, of the images that have sites.
+
+        Raises:
+            NotOffered: with `coordinates`.
+        """
+        insist_type(input, SparseTensor, "input", "a SparseTensor")
+        if coordinates is not None:
+            raise not_offered("global pooling onto given coordinates", "global pooling without `coordinates`")
+        key = input.coordinate_manager.origin()
+        if self.pooling_mode.reduction == "max":
+            pooled = _maximum(input)
+        else:
+            pooled = _total(input, input.F)
+            if self.pooling_mode.reduction == "avg":
+                pooled = pooled / _counts(input)[:, None]
+        return SparseTensor(pooled.to(input.dtype), coordinate_map_key=key, coordinate_manager=input.coordinate_manager)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(mode={self.pooling_mode.name})"
+
+
+class MinkowskiGlobalSumPooling(MinkowskiGlobalPooling):
+    """The sum over all sites of each image."""
+
+    def __init__(self, mode: PoolingMode = PoolingMode.GLOBAL_SUM_POOLING_PYTORCH_INDEX) -> None:
+        super().__init__(mode)
+
+
+class MinkowskiGlobalAvgPooling(MinkowskiGlobalPooling):
+    """The mean over all sites of each image."""
+
+    def __init__(self, mode: PoolingMode = PoolingMode.GLOBAL_AVG_POOLING_PYTORCH_INDEX) -> None:
+        super().__init__(mode)
+
+
+class MinkowskiGlobalMaxPooling(MinkowskiGlobalPooling):
+    """The maximum over all sites of each image."""
+
+    def __init__(self, mode: PoolingMode = PoolingMode.GLOBAL_MAX_POOLING_PYTORCH_INDEX) -> None:
+        super().__init__(mode)
+
+
+class _Broadcast(MinkowskiModuleBase):
+    def forward(self, input: SparseTensor, input_glob: SparseTensor) -> SparseTensor:
+        """Features `(rows, C)` and those of the images, `(images, C)` from a global pooling, to `(rows, C')`."""
+        insist_type(input, SparseTensor, "input", "a SparseTensor")
+        insist_type(input_glob, SparseTensor, "input_glob", "a SparseTensor from a global pooling")
+        images = len(_origin(input))
+        insist(
+            len(input_glob) == images,
+            f"input_glob has {len(input_glob)} rows: expected one for each of {images} images",
+        )
+        return input._with(self.combine(input.F, input_glob.F[origin_rows(input)]))
+
+    def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return type(self).__name__
+
+
+class MinkowskiBroadcastAddition(_Broadcast):
+    """To every site's features those of its image added."""
+
+    operation_type = BroadcastMode.ELEMENTWISE_ADDITON
+
+    def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
+        return features + of_image
+
+
+class MinkowskiBroadcastMultiplication(_Broadcast):
+    """Every site's features times those of its image."""
+
+    operation_type = BroadcastMode.ELEMENTWISE_MULTIPLICATION
+
+    def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
+        return features * of_image
+
+
+class MinkowskiBroadcast(_Broadcast):
+    """At every site the features of its image."""
+
+    def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
+        return of_image
+
+
+class MinkowskiBroadcastConcatenation(_Broadcast):
+    """Behind every site's features those of its image."""
+
+    def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
+        return torch.cat([features, of_image], dim=1)
+
+
+def normalised_by_image(x: SparseTensor, eps: float) -> Tensor:
+    """Features `(rows, C)` of zero mean and, but for `eps` in the variance, unit variance in each image and channel."""
+    rows, count = origin_rows(x), _counts(x)[:, None]
+    features = x.F.to(statistics_dtype(x.dtype))
+    centred = features - (_total(x, features) / count)[rows]
+    variance = _total(x, centred.square()) / count
+    return (centred * (variance + eps).rsqrt()[rows]).to(x.dtype)
+
+
+def origin_rows(x: SparseTensor) -> Tensor:
+    """int64 `(rows,)`: the row of each site's image in the result of a global pooling."""
+    images = x._map.images
+    return torch.searchsorted(_origin(x), images.index)[images.number]
+
+
+def _origin(x: SparseTensor) -> Tensor:
+    """int64, ascending: the images that a global pooling gives."""
+    manager = x.coordinate_manager
+    return manager.map(manager.origin()).coordinates[:, 0].long()
+
+
+def _total(x: SparseTensor, features: Tensor) -> Tensor:
+    """Sums by image, in float32 at least, `(images, C)`."""
+    features = features.to(statistics_dtype(features.dtype))
+    return features.new_zeros(len(_origin(x)), features.shape[1]).index_add(0, origin_rows(x), features)
+
+
+def _counts(x: SparseTensor) -> Tensor:
+    """Sites of each image, `(images,)`; 1 for an image that has lost all of them, whose sum is 0."""
+    return torch.bincount(origin_rows(x), minlength=len(_origin(x))).clamp(min=1)
+
+
+def _maximum(x: SparseTensor) -> Tensor:
+    """Maxima by image, `(images, C)`; the gradient goes to one site, also where several have it. 0 for an image that
+    has lost all its sites."""
+    numbers = torch.searchsorted(_origin(x), x._map.images.index).tolist()
+    rows = dict(zip(numbers, x._map.images.rows, strict=True))
+    nothing = x.F.new_zeros(x.F.shape[1])
+    return torch.stack(
+        [x.F[rows[image]].max(dim=0).values if image in rows else nothing for image in range(len(_origin(x)))]
+    )

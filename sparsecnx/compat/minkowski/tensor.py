@@ -1,0 +1,490 @@
+"""MinkowskiEngine's SparseTensor: features, and the key of the map that says where their sites are."""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecnx.compat.minkowski.enums import SparseTensorQuantizationMode
+from sparsecnx.compat.minkowski.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    insist,
+    insist_type,
+    not_offered,
+)
+from sparsecnx.compat.minkowski.manager import (
+    CoordinateManager,
+    CoordinateMapKey,
+    check_coordinates,
+    new_manager,
+)
+from sparsecnx.coordinates import CoordinateMap
+from sparsecnx.packing import scatter_rows
+from sparsecnx.tensor import SparseTensor as TileTensor
+
+OTHER_MANAGER = (
+    "tensors have different coordinate managers: make one from the other's coordinate_map_key and coordinate_manager, "
+    "or share a manager by set_sparse_tensor_operation_mode"
+)
+Quantization = SparseTensorQuantizationMode
+
+
+class SparseTensor:
+    """Features of active sites, one row for each, as MinkowskiEngine's class of that name.
+
+    Made from `coordinates`, or from the key and manager of another tensor on the same sites.
+
+    Attributes:
+        coordinate_map_key, coordinate_manager: name the sites.
+        unique_index, inverse_mapping: of a tensor made from coordinates, int64: the row given of each site, and the
+            site of each row given.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        coordinates: Tensor | None = None,
+        tensor_stride: Any = 1,
+        coordinate_map_key: CoordinateMapKey | None = None,
+        coordinate_manager: CoordinateManager | None = None,
+        quantization_mode: SparseTensorQuantizationMode | None = None,
+        allocator_type: Any = None,
+        minkowski_algorithm: Any = None,
+        requires_grad: bool | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """
+        Args:
+            features: `(rows, C)`.
+            coordinates: int32 `(rows, 1 + D)`: the image's number, then the position. Rows keep their order.
+            tensor_stride: step between neighbouring sites, one number or one for each axis.
+            coordinate_map_key, coordinate_manager: of the tensor whose sites these are, instead of coordinates.
+            quantization_mode: what becomes of several rows at one site. By default that is an error, where
+                MinkowskiEngine silently keeps one of them (`RANDOM_SUBSAMPLE`).
+            allocator_type, minkowski_algorithm: ignored.
+            requires_grad: set on the features.
+            device: where features and coordinates are moved.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
+        """
+        insist_type(features, Tensor, "features", "a tensor (rows, C)")
+        insist(features.ndim == 2, f"features is {tuple(features.shape)}: expected (rows, C)")
+        if device is not None:
+            features = features.to(device)
+        self.quantization_mode = quantization_mode or Quantization.RANDOM_SUBSAMPLE
+        if coordinates is not None:
+            insist(
+                coordinate_map_key is None, "coordinates and coordinate_map_key are both given: expected one of them"
+            )
+            insist_type(coordinates, Tensor, "coordinates", "an int32 tensor (rows, 1 + D)")
+            coordinates = _as_int(coordinates).to(device or coordinates.device)
+            features, coordinate_map_key, coordinate_manager = self._insert(
+                features, coordinates, tensor_stride, coordinate_manager, quantization_mode
+            )
+        elif coordinate_map_key is None or coordinate_manager is None:
+            raise ArgumentError("coordinates is None: expected them, or both coordinate_map_key and coordinate_manager")
+        else:
+            insist_type(coordinate_map_key, CoordinateMapKey, "coordinate_map_key", "a CoordinateMapKey")
+            insist_type(coordinate_manager, CoordinateManager, "coordinate_manager", "a CoordinateManager")
+            rows = coordinate_manager.size(coordinate_map_key)
+            insist(
+                features.shape[0] == rows,
+                f"features is {tuple(features.shape)}: the map of coordinate_map_key has {rows} sites",
+            )
+        if requires_grad is not None:
+            features.requires_grad_(requires_grad)
+        self._F = features
+        self.coordinate_map_key = coordinate_map_key
+        self._manager = coordinate_manager
+
+    def _insert(
+        self,
+        features: Tensor,
+        coordinates: Tensor,
+        tensor_stride: Any,
+        manager: CoordinateManager | None,
+        mode: SparseTensorQuantizationMode | None,
+    ) -> tuple[Tensor, CoordinateMapKey, CoordinateManager]:
+        check_coordinates(coordinates)
+        insist(
+            features.shape[0] == coordinates.shape[0],
+            f"features is {tuple(features.shape)} and coordinates is {tuple(coordinates.shape)}: expected as many rows",
+        )
+        insist(
+            features.device == coordinates.device,
+            f"features is on {features.device}: coordinates is on {coordinates.device}",
+        )
+        if manager is None:
+            manager = new_manager(coordinates.shape[1] - 1)
+        insist_type(manager, CoordinateManager, "coordinate_manager", "a CoordinateManager")
+        key, (first, site) = manager.insert_and_map(coordinates, tensor_stride)
+        self.unique_index, self.inverse_mapping = first, site
+        if first.shape[0] != site.shape[0]:
+            features = _quantized(features, coordinates, first, site, mode)
+        return features, key, manager
+
+    # What it holds
+
+    @property
+    def F(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
+        """Features `(rows, C)`."""
+        return self._F
+
+    features = F
+
+    @property
+    def C(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
+        """Coordinates, int32 `(rows, 1 + D)`: the image's number, then the position."""
+        return self._map.coordinates
+
+    coordinates = C
+
+    @property
+    def coordinate_manager(self) -> CoordinateManager:
+        return self._manager
+
+    @property
+    def coordinate_key(self) -> CoordinateMapKey:
+        return self.coordinate_map_key
+
+    @property
+    def tensor_stride(self) -> list[int]:
+        """Step between neighbouring sites along each axis."""
+        return self.coordinate_map_key.get_tensor_stride()
+
+    @property
+    def D(self) -> int:  # noqa: N802 - MinkowskiEngine's name
+        """Number of spatial axes."""
+        return self._manager.D
+
+    dimension = D
+
+    @property
+    def _map(self) -> CoordinateMap:
+        return self._manager.map(self.coordinate_map_key)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._F.shape
+
+    def size(self, *axis: int) -> Any:
+        return self._F.size(*axis)
+
+    def __len__(self) -> int:
+        return len(self._F)
+
+    @property
+    def device(self) -> torch.device:
+        return self._F.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._F.dtype
+
+    def get_device(self) -> int:
+        return self._F.get_device()
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._F.requires_grad
+
+    def requires_grad_(self, requires_grad: bool = True) -> None:
+        self._F.requires_grad_(requires_grad)
+
+    # Changed in place, as MinkowskiEngine does
+
+    def float(self) -> SparseTensor:
+        self._F = self._F.float()
+        return self
+
+    def double(self) -> SparseTensor:
+        self._F = self._F.double()
+        return self
+
+    def detach(self) -> SparseTensor:
+        self._F = self._F.detach()
+        return self
+
+    # By image
+
+    @property
+    def decomposition_permutations(self) -> list[Tensor]:
+        """int64: the rows of each image that has any."""
+        return self._map.images.rows
+
+    @property
+    def decomposed_coordinates(self) -> list[Tensor]:
+        """int32 `(n, D)`: the positions of each image that has any."""
+        return [self.C[rows, 1:] for rows in self.decomposition_permutations]
+
+    @property
+    def decomposed_features(self) -> list[Tensor]:
+        """`(n, C)`: the features of each image that has any."""
+        return [self._F[rows] for rows in self.decomposition_permutations]
+
+    @property
+    def decomposed_coordinates_and_features(self) -> tuple[list[Tensor], list[Tensor]]:
+        return self.decomposed_coordinates, self.decomposed_features
+
+    def coordinates_at(self, batch_index: int) -> Tensor:
+        """int32 `(n, D)`: the positions of one image, the `batch_index`-th that has any."""
+        return self.C[self.decomposition_permutations[batch_index], 1:]
+
+    def features_at(self, batch_index: int) -> Tensor:
+        """`(n, C)`: the features of one image, the `batch_index`-th that has any."""
+        return self._F[self.decomposition_permutations[batch_index]]
+
+    def coordinates_and_features_at(self, batch_index: int) -> tuple[Tensor, Tensor]:
+        return self.coordinates_at(batch_index), self.features_at(batch_index)
+
+    # Dense
+
+    def dense(
+        self,
+        shape: Sequence[int] | None = None,
+        min_coordinate: Tensor | None = None,
+        contract_stride: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The features in a dense tensor, 0 at inactive sites.
+
+        Args:
+            shape: `(B, C, *spatial)` of the dense tensor; by default as large as the largest coordinates, so that
+                rows, columns and images behind the last active site are missing.
+            min_coordinate: int32 `(D,)`: position of its first site, a multiple of the tensor stride; by default 0.
+            contract_stride: put neighbouring sites side by side, rather than `tensor_stride` apart.
+
+        Returns:
+            The dense tensor, the smallest position int32 `(1, D)` (or `min_coordinate`), and the tensor stride, int32.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: an argument does not fit, or a site lies outside.
+        """
+        stride = torch.tensor(self.tensor_stride, dtype=torch.int32)
+        if shape is not None:
+            insist(len(shape) == self.D + 2, f"shape is {tuple(shape)}: expected (B, C{', n' * self.D})")
+            shape = (shape[0], self._F.shape[1], *shape[2:])
+        if len(self) == 0:
+            insist(shape is not None, "shape is None: expected (B, C, *spatial) for a tensor without sites")
+            assert shape is not None
+            return self._F.new_zeros(tuple(shape)), stride.new_zeros(self.D), stride
+        low, high = self._map.bounds
+        first = (0,) * self.D
+        if min_coordinate is not None:
+            insist_type(min_coordinate, Tensor, "min_coordinate", "an int32 tensor (D,)")
+            insist(
+                min_coordinate.numel() == self.D and min_coordinate.dtype == torch.int32,
+                f"min_coordinate is {min_coordinate.dtype} {tuple(min_coordinate.shape)}: expected int32 ({self.D},)",
+            )
+            first = tuple(min_coordinate.flatten().tolist())
+            found = min_coordinate.reshape(1, self.D).to(self.device)
+        else:
+            insist(
+                min(low) >= 0, f"coordinates go down to {list(low[1:])}: expected min_coordinate where some are below 0"
+            )
+            found = torch.tensor([low[1:]], dtype=torch.int32, device=self.device)
+        insist(
+            not any(a % b for a, b in zip(found[0].tolist(), self.tensor_stride, strict=True)),
+            f"min_coordinate is {found[0].tolist()}: expected multiples of the tensor stride, {self.tensor_stride}",
+        )
+        step = self.tensor_stride if contract_stride else [1] * self.D
+        last = [(top - base) // by for top, base, by in zip(high[1:], first, step, strict=True)]
+        if shape is None:
+            shape = (high[0] + 1, self._F.shape[1], *(place + 1 for place in last))
+        inside = high[0] < shape[0] and all(place < size for place, size in zip(last, shape[2:], strict=True))
+        insist(
+            inside and all(base <= bottom for base, bottom in zip(first, low[1:], strict=True)),
+            f"shape is {tuple(shape)}: sites of {high[0] + 1} images reach from {list(low[1:])} to {list(high[1:])}",
+        )
+        if self._map.layout is not None and contract_stride and not any(first):
+            return self._dense_tiles(tuple(shape)), found, stride
+        return self._dense_sites(tuple(shape), first, step), found, stride
+
+    def _dense_tiles(self, shape: tuple[int, ...]) -> Tensor:
+        known = self._map
+        assert known.layout is not None
+        rows = self._F if known.order is None else self._F[known.order]
+        dense = scatter_rows(rows, known.layout, rows.new_zeros(rows.shape[1]))
+        if tuple(dense.shape) == shape:
+            return dense
+        dense = dense[tuple(slice(size) for size in shape)]
+        missing = [size - have for size, have in zip(shape, dense.shape, strict=True)]
+        return torch.nn.functional.pad(dense, [entry for size in reversed(missing) for entry in (0, size)])
+
+    def _dense_sites(self, shape: tuple[int, ...], first: Sequence[int], step: Sequence[int]) -> Tensor:
+        place = self.C[:, 0].long()
+        for axis in range(self.D):
+            position = (self.C[:, 1 + axis].long() - first[axis]).div(step[axis], rounding_mode="floor")
+            place = place * shape[2 + axis] + position
+        cells = shape[0] * math.prod(shape[2:])
+        dense = self._F.new_zeros(cells, shape[1]).index_copy(0, place, self._F)
+        return dense.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+
+    def sparse(self, *_: Any, **__: Any) -> None:
+        raise not_offered("SparseTensor.sparse", "dense(), or F and C")
+
+    def slice(self, X: Any) -> None:  # noqa: N803 - MinkowskiEngine's name
+        raise not_offered("SparseTensor.slice", "F[x.inverse_mapping] of the tensor made from coordinates")
+
+    cat_slice = interpolate = slice
+
+    def features_at_coordinates(self, query_coordinates: Tensor) -> Tensor:
+        """Features `(n, C)` at the sites of `query_coordinates (n, 1 + D)`; 0 where there is no site. Positions are
+        whole numbers: MinkowskiEngine's interpolation between sites is not offered.
+
+        Raises:
+            NotOffered: a position lies between sites.
+        """
+        whole = query_coordinates.long()
+        if query_coordinates.is_floating_point() and not torch.equal(
+            whole.to(query_coordinates.dtype), query_coordinates
+        ):
+            raise not_offered("features_at_coordinates between sites", "whole numbers as query_coordinates")
+        rows = self._map.find(whole).long()
+        return self._F.new_zeros(()).where(rows[:, None] < 0, self._F[rows.clamp(min=0)])
+
+    # Arithmetic
+
+    def _with(self, features: Tensor) -> SparseTensor:
+        """Other features on the same sites."""
+        return type(self)(
+            features, coordinate_map_key=self.coordinate_map_key, coordinate_manager=self.coordinate_manager
+        )
+
+    def _check_same(self, other: Any) -> None:
+        insist_type(other, SparseTensor, "other", "a SparseTensor on the same sites")
+        insist(other.coordinate_manager is self.coordinate_manager, OTHER_MANAGER)
+        insist(
+            other.coordinate_map_key == self.coordinate_map_key,
+            f"other is on {other.coordinate_map_key}: expected the same sites, {self.coordinate_map_key}",
+        )
+
+    def _combined(self, other: Any, combine: Callable[[Any, Any], Tensor]) -> SparseTensor:
+        if isinstance(other, (Tensor, int, float)):
+            return self._with(combine(self._F, other))
+        if not isinstance(other, SparseTensor):
+            raise ArgumentTypeError(f"other is a {type(other).__name__}: expected a SparseTensor, a tensor or a number")
+        insist(other.coordinate_manager is self.coordinate_manager, OTHER_MANAGER)
+        if other.coordinate_map_key == self.coordinate_map_key:
+            return self._with(combine(self._F, other.F))
+        # On the sites of either: a missing row counts as 0, and where `other` has none nothing is done.
+        key = CoordinateMapKey(1 + self.D)
+        (_, mine), (_, others) = self._manager.union_map([self.coordinate_map_key, other.coordinate_map_key], key)
+        features = self._F.new_zeros(self._manager.size(key), self._F.shape[1]).index_copy(0, mine, self._F)
+        features = features.index_copy(0, others, combine(features[others], other.F))
+        return type(self)(features, coordinate_map_key=key, coordinate_manager=self._manager)
+
+    def __add__(self, other: Any) -> SparseTensor:
+        return self._combined(other, operator.add)
+
+    def __sub__(self, other: Any) -> SparseTensor:
+        return self._combined(other, operator.sub)
+
+    def __mul__(self, other: Any) -> SparseTensor:
+        return self._combined(other, operator.mul)
+
+    def __truediv__(self, other: Any) -> SparseTensor:
+        return self._combined(other, operator.truediv)
+
+    def __pow__(self, power: Any) -> SparseTensor:
+        return self._with(self._F**power)
+
+    def __iadd__(self, other: Any) -> SparseTensor:
+        self._check_same(other)
+        self._F += other.F
+        return self
+
+    def __isub__(self, other: Any) -> SparseTensor:
+        self._check_same(other)
+        self._F -= other.F
+        return self
+
+    def __imul__(self, other: Any) -> SparseTensor:
+        self._check_same(other)
+        self._F *= other.F
+        return self
+
+    def __itruediv__(self, other: Any) -> SparseTensor:
+        self._check_same(other)
+        self._F /= other.F
+        return self
+
+    def __repr__(self) -> str:
+        return (
+            f"SparseTensor(features={tuple(self._F.shape)} {self.dtype} on {self.device}, "
+            f"tensor_stride={self.tensor_stride}, {self.coordinate_map_key})"
+        )
+
+
+def in_layout(x: SparseTensor) -> TileTensor:
+    """The same tensor with its rows in the order of its layout, as the operators on tiles take it."""
+    known = x._map
+    assert known.layout is not None  # asked of tiles alone
+    return TileTensor(x.F if known.order is None else x.F[known.order], known.layout)
+
+
+def output_key(
+    x: SparseTensor, coordinates: Tensor | CoordinateMapKey | SparseTensor | None, stride: Sequence[int]
+) -> CoordinateMapKey | None:
+    """Key of the sites that a layer was asked to compute, None where it was not asked; `stride` is that of the output.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: `coordinates` is none of these, or of another manager.
+    """
+    if coordinates is None:
+        return None
+    if isinstance(coordinates, SparseTensor):
+        insist(coordinates.coordinate_manager is x.coordinate_manager, OTHER_MANAGER)
+        return coordinates.coordinate_map_key
+    if isinstance(coordinates, CoordinateMapKey):
+        return coordinates
+    insist_type(coordinates, Tensor, "coordinates", "a tensor (rows, 1 + D), a SparseTensor or a CoordinateMapKey")
+    coordinates = _as_int(coordinates)
+    check_coordinates(coordinates, x.D)
+    insist(coordinates.device == x.device, f"coordinates is on {coordinates.device}: the input is on {x.device}")
+    key, (first, site) = x.coordinate_manager.insert_and_map(coordinates, list(stride))
+    insist(first.shape[0] == site.shape[0], "coordinates has equal rows: expected distinct sites")
+    return key
+
+
+def _as_int(coordinates: Tensor) -> Tensor:
+    """Coordinates as int32; other numbers are rounded down, with MinkowskiEngine's warning."""
+    if coordinates.dtype == torch.int32:
+        return coordinates
+    if coordinates.dtype == torch.bool or coordinates.is_complex():
+        raise ArgumentTypeError(f"coordinates is {coordinates.dtype}: expected torch.int32")
+    warnings.warn(
+        f"coordinates is {coordinates.dtype} and is converted: `.int()` says so without this warning", stacklevel=4
+    )
+    return (coordinates.floor() if coordinates.is_floating_point() else coordinates).to(torch.int32)
+
+
+def _quantized(
+    features: Tensor, coordinates: Tensor, first: Tensor, site: Tensor, mode: SparseTensorQuantizationMode | None
+) -> Tensor:
+    """One row for each site where several were given."""
+    count = first.shape[0]
+    if mode == Quantization.RANDOM_SUBSAMPLE:
+        return features[first]
+    if mode in (Quantization.UNWEIGHTED_SUM, Quantization.UNWEIGHTED_AVERAGE):
+        total = features.new_zeros(count, features.shape[1]).index_add(0, site, features)
+        if mode == Quantization.UNWEIGHTED_SUM:
+            return total
+        return total / torch.bincount(site, minlength=count).to(total.dtype)[:, None]
+    if mode in (Quantization.MAX_POOL, Quantization.SPLAT_LINEAR_INTERPOLATION):
+        raise not_offered(f"quantization_mode={mode}", "SparseTensorQuantizationMode.UNWEIGHTED_AVERAGE")
+    seen = torch.ones_like(site, dtype=torch.bool)
+    seen[first] = False
+    again = coordinates[seen.nonzero()[0, 0]].tolist()
+    raise ArgumentError(
+        f"coordinates has {site.shape[0] - count} rows at sites that have one already, the first at {again}: expected "
+        "distinct sites, or a quantization_mode such as UNWEIGHTED_AVERAGE (MinkowskiEngine silently keeps one row of "
+        "each site: RANDOM_SUBSAMPLE)"
+    )
