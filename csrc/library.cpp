@@ -25,7 +25,11 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
       "depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor table, int tile, int kernel_h, int kernel_w) -> "
       "Tensor");
   m.def("conv(Tensor x, Tensor weight, Tensor kernel_map) -> Tensor");
-  m.def("conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor kernel_map) -> (Tensor, Tensor)");
+  m.def("conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor kernel_map, bool needs_x) -> (Tensor, Tensor)");
+  m.def(
+      "mapped_depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor kernel_map, Tensor? inverse_map) -> "
+      "Tensor");
+  m.def("mapped_depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor kernel_map) -> Tensor");
   m.def("grn(Tensor x, Tensor gamma, Tensor beta, Tensor segments, float eps) -> (Tensor, Tensor)");
   m.def(
       "grn_backward(Tensor grad, Tensor x, Tensor gamma, Tensor segments, Tensor energy, float eps) -> "
@@ -76,6 +80,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CPU, m) {
   m.impl("depthwise_conv_weight_grad", TORCH_BOX(&sparsecnx::depthwise_conv_weight_grad));
   m.impl("conv", TORCH_BOX(&sparsecnx::conv));
   m.impl("conv_backward", TORCH_BOX(&sparsecnx::conv_backward));
+  m.impl("mapped_depthwise_conv", TORCH_BOX(&sparsecnx::mapped_depthwise_conv));
+  m.impl("mapped_depthwise_conv_weight_grad", TORCH_BOX(&sparsecnx::mapped_depthwise_conv_weight_grad));
   m.impl("grn", TORCH_BOX(&sparsecnx::grn));
   m.impl("grn_backward", TORCH_BOX(&sparsecnx::grn_backward));
   m.impl("layer_norm", TORCH_BOX(&sparsecnx::layer_norm));

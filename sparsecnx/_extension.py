@@ -26,6 +26,8 @@ OPERATORS = [
     "depthwise_conv_weight_grad",
     "conv",
     "conv_backward",
+    "mapped_depthwise_conv",
+    "mapped_depthwise_conv_weight_grad",
     "grn",
     "grn_backward",
     "layer_norm",

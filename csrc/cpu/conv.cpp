@@ -55,16 +55,17 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& kernel_map) {
 }
 
 std::tuple<Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                         const Tensor& kernel_map) {
+                                         const Tensor& kernel_map, bool needs_x) {
   const Shape shape = check(x, weight, kernel_map);
   check_dense(grad, "grad", shape.rows_out * shape.out);
   check_dtype(grad, "grad", x.scalar_type());
-  Tensor x_grad = torch::stable::empty_like(x), weight_grad = torch::stable::empty_like(weight);
+  Tensor x_grad = empty({needs_x ? shape.rows_in : 0, shape.in}, x.scalar_type());
+  Tensor weight_grad = torch::stable::empty_like(weight);
   for_dtype(x, [&](auto tag) {
     using S = typename decltype(tag)::type;
     const int64_t width = shape.taps * shape.in, step = std::min(chunk_rows(width), shape.rows_out);
     std::vector<S> columns(step * width);
-    std::vector<Compute<S>> sum(shape.rows_in * shape.in, Compute<S>(0));
+    std::vector<Compute<S>> sum(x_grad.numel(), Compute<S>(0));
     const Matrix<S> w{data<S>(weight), shape.out, width};
     const Scratch<Compute<S>> weight_sum(shape.out * width);
     GemmSum<S> dw(weight_sum.data(), shape.out, width);
@@ -73,6 +74,7 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, co
       const Matrix<S> g{data<S>(grad) + first * shape.out, rows, shape.out};
       gather(shape, x, first, rows, columns.data());
       dw.add(g.t(), {columns.data(), rows, width});
+      if (!needs_x) continue;
       gemm<S>(columns.data(), g, w);
       // Rows overlap under the kernel: each thread adds a range of channels, in the order of the rows.
       constexpr int64_t kSlice = 16;

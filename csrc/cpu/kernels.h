@@ -36,6 +36,26 @@ struct DepthwiseWeightGrad {
   int64_t grad_first;
 };
 
+// A depthwise convolution on an explicit kernel map.
+template <class S>
+struct MappedDepthwise {
+  const int32_t* map;  // (rows out, taps): row of x, -1 for none
+  int64_t taps, channels, rows_in;
+  const S* x;
+  const Compute<S>* weight;  // (taps, channels)
+  const Compute<S>* bias;    // (channels) or null
+  S* out;
+};
+
+// Weight gradient: sum over output rows of grad[o] * x[map[o, tap]], for every tap.
+template <class S>
+struct MappedDepthwiseWeightGrad {
+  const int32_t* map;
+  int64_t taps, channels, rows_in;
+  const S* x;
+  const S* grad;
+};
+
 template <class S>
 struct Kernels {
   using A = Compute<S>;
@@ -45,6 +65,11 @@ struct Kernels {
   // weight_grad (kernel_h * kernel_w, channels) += contribution of tiles [begin, end), channels [from, to).
   void (*depthwise_weight_grad)(const DepthwiseWeightGrad<S>&, int64_t begin, int64_t end, int64_t from, int64_t to,
                                 A* weight_grad);
+
+  // Output rows [begin, end). False, and the rest is left undone, where an entry of the map is no row of x and not -1.
+  bool (*mapped_depthwise)(const MappedDepthwise<S>&, int64_t begin, int64_t end);
+  // weight_grad (taps, channels) += contribution of output rows [begin, end); false as above.
+  bool (*mapped_depthwise_weight_grad)(const MappedDepthwiseWeightGrad<S>&, int64_t begin, int64_t end, A* weight_grad);
 
   // moments (rows, 2): mean and 1 / sqrt(var + eps) of each row.
   void (*moments)(const S* x, int64_t rows, int64_t channels, A eps, A* moments);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels_depthwise.h"
+#include "kernels_mapped.h"
 #include "kernels_rows.h"
 
 namespace sparsecnx::SPARSECNX_ISA {
@@ -11,6 +12,8 @@ Kernels<S> make_kernels() {
   Kernels<S> k;
   k.depthwise = depthwise<S>;
   k.depthwise_weight_grad = depthwise_weight_grad<S>;
+  k.mapped_depthwise = mapped_depthwise<S>;
+  k.mapped_depthwise_weight_grad = mapped_depthwise_weight_grad<S>;
   k.moments = moments<S>;
   k.normalise = normalise<S>;
   k.layer_norm_backward = layer_norm_backward<S>;

@@ -21,7 +21,11 @@ Tensor depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Ten
 
 Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& kernel_map);
 std::tuple<Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                         const Tensor& kernel_map);
+                                         const Tensor& kernel_map, bool needs_x);
+
+Tensor mapped_depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const Tensor& kernel_map, const std::optional<Tensor>& inverse_map);
+Tensor mapped_depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& kernel_map);
 
 std::tuple<Tensor, Tensor> grn(const Tensor& x, const Tensor& gamma, const Tensor& beta, const Tensor& segments,
                                double eps);

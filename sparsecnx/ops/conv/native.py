@@ -26,15 +26,16 @@ if _extension.loaded:
         return x.new_empty(kernel_map.shape[0], weight.shape[0])
 
     @torch.library.register_fake("sparsecnx::conv_backward")
-    def _(grad: Tensor, x: Tensor, weight: Tensor, kernel_map: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x), torch.empty_like(weight)
+    def _(grad: Tensor, x: Tensor, weight: Tensor, kernel_map: Tensor, needs_x: bool) -> tuple[Tensor, Tensor]:
+        return x.new_empty(x.shape[0] if needs_x else 0, x.shape[1]), torch.empty_like(weight)
 
     def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, kernel_map = ctx.saved_tensors
-        grads = torch.ops.sparsecnx.conv_backward(grad.contiguous(), x, weight, kernel_map)
-        return *grads, None
+        needs_x = ctx.needs_input_grad[0]
+        grad_x, grad_weight = torch.ops.sparsecnx.conv_backward(grad.contiguous(), x, weight, kernel_map, needs_x)
+        return grad_x if needs_x else None, grad_weight, None
 
     torch.library.register_autograd("sparsecnx::conv", _backward, setup_context=_setup_context)

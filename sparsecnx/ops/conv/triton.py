@@ -98,33 +98,40 @@ def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padd
     """Features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`."""
     kernel_map = x.layout.kernel_map(tuple(weight.shape[2:]), stride, padding)
     taps = weight.flatten(2).movedim(1, 2).reshape(weight.shape[0], -1)  # (C_out, taps * C_in)
-    out = _conv(x.features.contiguous(), taps.contiguous(), kernel_map)
+    out = rows_conv(x.features.contiguous(), taps.contiguous(), kernel_map, None)
     return out if bias is None else out + bias.to(out.dtype)
 
 
 @torch.library.custom_op("sparsecnx_triton::conv", mutates_args=())
-def _conv(x: Tensor, weight: Tensor, kernel_map: Tensor) -> Tensor:
+def rows_conv(x: Tensor, weight: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> Tensor:
+    """`convolve`, differentiable; the gradient of x turns the map around where `inverse_map` is not given."""
     return convolve(x, weight, kernel_map)
 
 
 @torch.library.custom_op("sparsecnx_triton::conv_backward", mutates_args=())
-def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, kernel_map: Tensor, needs_x: bool) -> tuple[Tensor, Tensor]:
+def _conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, kernel_map: Tensor, inverse_map: Tensor | None, needs_x: bool
+) -> tuple[Tensor, Tensor]:
     grad_weight = weight_grad(grad, x, kernel_map)
     if not needs_x:
         return x.new_empty(0), grad_weight
+    if inverse_map is None:
+        inverse_map = turned(kernel_map, x.shape[0])
     outputs, taps = weight.shape[0], kernel_map.shape[1]
     back = weight.view(outputs, taps, -1).permute(2, 1, 0).reshape(-1, taps * outputs)  # (C_in, taps * C_out)
-    grad_x = convolve(grad, back, turned(kernel_map, x.shape[0]))
+    grad_x = convolve(grad, back, inverse_map)
     return grad_x, grad_weight
 
 
-@_conv.register_fake
-def _(x: Tensor, weight: Tensor, kernel_map: Tensor) -> Tensor:
+@rows_conv.register_fake
+def _(x: Tensor, weight: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> Tensor:
     return x.new_empty(kernel_map.shape[0], weight.shape[0])
 
 
 @_conv_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, kernel_map: Tensor, needs_x: bool) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, kernel_map: Tensor, inverse_map: Tensor | None, needs_x: bool
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x) if needs_x else x.new_empty(0), torch.empty_like(weight)
 
 
@@ -133,10 +140,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, kernel_map = ctx.saved_tensors
+    x, weight, kernel_map, inverse_map = ctx.saved_tensors
     needs_x = ctx.needs_input_grad[0]
-    grad_x, grad_weight = _conv_backward(grad.contiguous(), x, weight, kernel_map, needs_x)
-    return grad_x if needs_x else None, grad_weight, None
+    grad_x, grad_weight = _conv_backward(grad.contiguous(), x, weight, kernel_map, inverse_map, needs_x)
+    return grad_x if needs_x else None, grad_weight, None, None
 
 
-_conv.register_autograd(_backward, setup_context=_setup_context)
+rows_conv.register_autograd(_backward, setup_context=_setup_context)

@@ -6,10 +6,14 @@ from torch import Tensor
 
 from sparsecnx.backend import Implementation, Operator, always
 from sparsecnx.ops.common import autocast, check_device, check_mapped, check_same_dtype, check_vector
-from sparsecnx.ops.mapped_conv import reference
+from sparsecnx.ops.mapped_conv import native, reference
+from sparsecnx.ops.native import refusal
+from sparsecnx.ops.triton import implementation
 
 operator = Operator(
     "mapped_conv",
+    native=Implementation(native.mapped_conv, refusal),
+    triton=implementation(__name__, "mapped_conv"),
     reference=Implementation(reference.mapped_conv, always),
 )
 

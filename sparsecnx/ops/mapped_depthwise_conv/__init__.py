@@ -13,10 +13,14 @@ from sparsecnx.ops.common import (
     check_vector,
     statistics_dtype,
 )
-from sparsecnx.ops.mapped_depthwise_conv import reference
+from sparsecnx.ops.mapped_depthwise_conv import native, reference
+from sparsecnx.ops.native import refusal
+from sparsecnx.ops.triton import implementation
 
 operator = Operator(
     "mapped_depthwise_conv",
+    native=Implementation(native.mapped_depthwise_conv, refusal),
+    triton=implementation(__name__, "mapped_depthwise_conv"),
     reference=Implementation(reference.mapped_depthwise_conv, always),
 )
 

@@ -1,0 +1,267 @@
+// Depthwise convolution on an explicit kernel map, forward and weight gradient.
+//
+// Both are sums of products of a factor and a row of x, wherever the map says it lies: forward, a sum is an output
+// row, its factors the rows of the weight; in the gradient, a sum is a tap, its factors the rows of the output's
+// gradient. Four sums that read about the same are taken together: a factor, once loaded, serves all four, and where
+// one of them reads nothing it reads a row of zeros, so that no branch depends on the map. Factors for which none of
+// them reads anything are left out. Where the four have too little in common (single sites of a random mask) each is
+// summed alone over what it reads.
+//
+// Blocks of 64 rows, and inside them a few registers of channels at a time: the weight, the list of reads and most of
+// the rows that are read stay in L1.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace sparsecnx::SPARSECNX_ISA {
+
+constexpr int kTogether = 4;    // sums that share their factors
+constexpr int64_t kBlock = 64;  // rows
+
+// Registers of channels taken at a time: with four sums of each, as many as fit.
+#if defined(SPARSECNX_AVX512)
+constexpr int kMostRegisters = 4;
+#else
+constexpr int kMostRegisters = 2;
+#endif
+
+// Whether all entries are -1 or rows below `rows`.
+inline bool all_rows(const int32_t* map, int64_t count, int64_t rows) {
+  typedef int32_t Ints __attribute__((vector_size(SPARSECNX_BYTES)));
+  constexpr int64_t kInts = SPARSECNX_BYTES / sizeof(int32_t);
+  Ints low = Ints{} - 1, high = Ints{} - 1;
+  int64_t i = 0;
+  for (; i + kInts <= count; i += kInts) {
+    Ints entries;
+    std::memcpy(&entries, map + i, sizeof(entries));
+    low = entries < low ? entries : low;
+    high = entries > high ? entries : high;
+  }
+  bool good = true;
+  for (int64_t lane = 0; lane < kInts; ++lane) good &= low[lane] == -1 && high[lane] < rows;
+  for (; i < count; ++i) good &= map[i] >= -1 && map[i] < rows;
+  return good;
+}
+
+// Which rows of x some sums read, and with which factors.
+class Reads {
+ public:
+  // What sums [first, first + sums) read, factor by factor.
+  struct Run {
+    int64_t first;
+    int sums;              // 1 or kTogether
+    const int32_t* entry;  // (count, 1 + sums): number of the factor, for each sum the complement ~row
+    int64_t count;
+  };
+
+  // For `sums` sums of `factors` factors.
+  Reads(int64_t sums, int64_t factors) : entries_(2 * sums * factors) { runs_.reserve(sums); }
+
+  void clear() {
+    runs_.clear();
+    end_ = entries_.data();
+  }
+
+  // Sums [first, first + sums); sum i reads row map[i * sum_step + f * factor_step] with factor f, none where it is -1.
+  void add(const int32_t* map, int64_t first, int64_t sums, int64_t sum_step, int64_t factors, int64_t factor_step) {
+    int64_t i = 0;
+    for (; i + kTogether <= sums; i += kTogether) {
+      if (!add_together(map + i * sum_step, first + i, sum_step, factors, factor_step)) {
+        for (int64_t one = i; one < i + kTogether; ++one)
+          add_alone(map + one * sum_step, first + one, factors, factor_step);
+      }
+    }
+    for (; i < sums; ++i) add_alone(map + i * sum_step, first + i, factors, factor_step);
+  }
+
+  const std::vector<Run>& runs() const { return runs_; }
+
+ private:
+  // Together, a factor costs five loads, its own and one for each sum; alone, every read costs two.
+  bool add_together(const int32_t* map, int64_t first, int64_t sum_step, int64_t factors, int64_t factor_step) {
+    int32_t* entry = end_;
+    int64_t reads = 0;
+    for (int64_t f = 0; f < factors; ++f, map += factor_step) {
+      int32_t none = -1;
+      entry[0] = static_cast<int32_t>(f);
+      for (int i = 0; i < kTogether; ++i) {
+        const int32_t row = map[i * sum_step];
+        entry[1 + i] = ~row;
+        none &= row;
+        reads += row >= 0;
+      }
+      entry += none < 0 ? 0 : 1 + kTogether;
+    }
+    const int64_t count = (entry - end_) / (1 + kTogether);
+    if (5 * count > 2 * reads) return false;
+    runs_.push_back({first, kTogether, end_, count});
+    end_ = entry;
+    return true;
+  }
+
+  void add_alone(const int32_t* map, int64_t first, int64_t factors, int64_t factor_step) {
+    int32_t* entry = end_;
+    for (int64_t f = 0; f < factors; ++f, map += factor_step) {
+      entry[0] = static_cast<int32_t>(f);
+      entry[1] = ~*map;
+      entry += *map < 0 ? 0 : 2;
+    }
+    runs_.push_back({first, 1, end_, (entry - end_) / 2});
+    end_ = entry;
+  }
+
+  std::vector<int32_t> entries_;
+  int32_t* end_ = nullptr;
+  std::vector<Run> runs_;
+};
+
+// Channels [at, at + REGISTERS * lanes), all of them there if WHOLE, else the first `n` of one register.
+template <class S, int REGISTERS, bool WHOLE>
+struct Channels {
+  static constexpr int kRegisters = REGISTERS;
+  int64_t at, n;
+
+  template <class T>
+  Vec<Compute<S>> get(const T* row, int j) const {
+    return WHOLE ? load(row + at + j * kLanes<S>) : load(row + at, n);
+  }
+  template <class T>
+  void put(T* row, int j, Vec<Compute<S>> value) const {
+    WHOLE ? store(row + at + j * kLanes<S>, value) : store(row + at, value, n);
+  }
+};
+
+// f(Channels) for all channels, the widest blocks first.
+template <class S, class F>
+inline void for_channel_blocks(int64_t channels, const F& f) {
+  constexpr int64_t W = kLanes<S>;
+  int64_t c = 0;
+  for (; c + kMostRegisters * W <= channels; c += kMostRegisters * W) f(Channels<S, kMostRegisters, true>{c, W});
+  if constexpr (kMostRegisters > 2) {
+    for (; c + 2 * W <= channels; c += 2 * W) f(Channels<S, 2, true>{c, W});
+  }
+  for (; c + W <= channels; c += W) f(Channels<S, 1, true>{c, W});
+  if (c < channels) f(Channels<S, 1, false>{c, channels - c});
+}
+
+// sums[i] += factor * row of x, over the reads of a run. Factor f is factors[f * registers ...].
+template <class S, int SUMS, class C>
+inline void add_products(const Reads::Run& run, const Vec<Compute<S>>* factors, const S* x, int64_t channels,
+                         const S* zeros, const C& block, Vec<Compute<S>> (&sums)[SUMS][C::kRegisters]) {
+  constexpr int R = C::kRegisters;
+  const int64_t bytes = channels * static_cast<int64_t>(sizeof(S));
+  const uintptr_t nothing = reinterpret_cast<uintptr_t>(zeros);
+  const uintptr_t before = reinterpret_cast<uintptr_t>(x) - bytes - nothing;  // from there to the row before x
+  const int32_t* entry = run.entry;
+  for (int64_t k = 0; k < run.count; ++k, entry += 1 + SUMS) {
+    const Vec<Compute<S>>* const at_factor = factors + static_cast<int64_t>(entry[0]) * R;
+    Vec<Compute<S>> factor[R];
+#pragma GCC unroll 4
+    for (int j = 0; j < R; ++j) factor[j] = at_factor[j];
+#pragma GCC unroll 4
+    for (int i = 0; i < SUMS; ++i) {
+      // Arithmetic, for the compiler makes a branch of a condition, and the map is random. The complement of a row is
+      // negative, all ones in front; that of -1 is 0 and leaves nothing of the distance from the row of zeros.
+      const int64_t complement = entry[1 + i];
+      const uintptr_t distance = (before - static_cast<uintptr_t>(complement * bytes)) & (complement >> 63);
+      const S* at = reinterpret_cast<const S*>(nothing + distance);
+#pragma GCC unroll 4
+      for (int j = 0; j < R; ++j) sums[i][j] += factor[j] * block.get(at, j);
+    }
+  }
+}
+
+// Sums start(j), each finished by finish(i-th sum, j, value).
+template <class S, int SUMS, class C, class Start, class Finish>
+inline void run_sums(const Reads::Run& run, const Vec<Compute<S>>* factors, const S* x, int64_t channels,
+                     const S* zeros, const C& block, const Start& start, const Finish& finish) {
+  Vec<Compute<S>> sums[SUMS][C::kRegisters];
+#pragma GCC unroll 4
+  for (int i = 0; i < SUMS; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < C::kRegisters; ++j) sums[i][j] = start(j);
+  }
+  add_products<S, SUMS>(run, factors, x, channels, zeros, block, sums);
+#pragma GCC unroll 4
+  for (int i = 0; i < SUMS; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < C::kRegisters; ++j) finish(run.first + i, j, sums[i][j]);
+  }
+}
+
+template <class S, class C, class Start, class Finish>
+inline void all_sums(const Reads& reads, const Vec<Compute<S>>* factors, const S* x, int64_t channels, const S* zeros,
+                     const C& block, const Start& start, const Finish& finish) {
+  for (const Reads::Run& run : reads.runs()) {
+    if (run.sums == kTogether) {
+      run_sums<S, kTogether>(run, factors, x, channels, zeros, block, start, finish);
+    } else {
+      run_sums<S, 1>(run, factors, x, channels, zeros, block, start, finish);
+    }
+  }
+}
+
+template <class S>
+bool mapped_depthwise(const MappedDepthwise<S>& job, int64_t begin, int64_t end) {
+  using A = Compute<S>;
+  const int64_t channels = job.channels, taps = job.taps;
+  const std::vector<S> zeros(channels);
+  // By blocks of channels, so that each is read from one place.
+  Registers<A> weight(taps * ((channels + kLanes<S> - 1) / kLanes<S>));
+  for_channel_blocks<S>(channels, [&](auto block) {
+    Vec<A>* at = weight.data() + block.at / kLanes<S> * taps;
+    for (int64_t k = 0; k < taps; ++k) {
+      for (int j = 0; j < block.kRegisters; ++j) *at++ = block.get(job.weight + k * channels, j);
+    }
+  });
+  Reads reads(kBlock, taps);
+  for (int64_t row = begin; row < end; row += kBlock) {
+    const int64_t rows = std::min(kBlock, end - row);
+    const int32_t* map = job.map + row * taps;
+    if (!all_rows(map, rows * taps, job.rows_in)) return false;
+    reads.clear();
+    reads.add(map, row, rows, taps, taps, 1);
+    for_channel_blocks<S>(channels, [&](auto block) {
+      const auto start = [&](int j) { return job.bias != nullptr ? block.get(job.bias, j) : Vec<A>{}; };
+      const auto finish = [&](int64_t o, int j, Vec<A> sum) { block.put(job.out + o * channels, j, sum); };
+      all_sums<S>(reads, weight.data() + block.at / kLanes<S> * taps, job.x, channels, zeros.data(), block, start,
+                  finish);
+    });
+  }
+  return true;
+}
+
+template <class S>
+bool mapped_depthwise_weight_grad(const MappedDepthwiseWeightGrad<S>& job, int64_t begin, int64_t end,
+                                  Compute<S>* weight_grad) {
+  using A = Compute<S>;
+  const int64_t channels = job.channels, taps = job.taps;
+  const std::vector<S> zeros(channels);
+  Registers<A> grad(kBlock * kMostRegisters);
+  Reads reads(taps, kBlock);
+  for (int64_t row = begin; row < end; row += kBlock) {
+    const int64_t rows = std::min(kBlock, end - row);
+    const int32_t* map = job.map + row * taps;
+    if (!all_rows(map, rows * taps, job.rows_in)) return false;
+    reads.clear();
+    reads.add(map, 0, taps, 1, rows, taps);
+    for_channel_blocks<S>(channels, [&](auto block) {
+      Vec<A>* at = grad.data();
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int j = 0; j < block.kRegisters; ++j) *at++ = block.get(job.grad + (row + r) * channels, j);
+      }
+      const auto start = [&](int) { return Vec<A>{}; };
+      const auto finish = [&](int64_t k, int j, Vec<A> sum) {
+        A* total = weight_grad + k * channels;
+        block.put(total, j, block.get(total, j) + sum);
+      };
+      all_sums<S>(reads, grad.data(), job.x, channels, zeros.data(), block, start, finish);
+    });
+  }
+  return true;
+}
+
+}  // namespace sparsecnx::SPARSECNX_ISA
