@@ -3,12 +3,15 @@ package. `-m MODULE` in place of the script runs a module, as python's."""
 
 from __future__ import annotations
 
+import argparse
 import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsecnx.compat.minkowski import install
+import torch
+
+from sparsecnx.compat.minkowski.installation import install, restore_torch_six
 
 USAGE = "usage: python -m sparsecnx.compat.minkowski (SCRIPT | -m MODULE) [ARGUMENTS...]"
 
@@ -29,6 +32,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"{USAGE}\nSCRIPT is {arguments[0]}: there is no such file", file=sys.stderr)
         return 2
     install()
+    restore_torch_six()
+    torch.serialization.add_safe_globals([argparse.Namespace])  # which their checkpoints hold beside the weights
     sys.argv = arguments
     if as_module:
         sys.path[0] = ""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections.abc
 import importlib
+import importlib.util
+import math
 import sys
 from types import ModuleType
 
@@ -61,6 +64,16 @@ def uninstall() -> None:
 def installed() -> bool:
     """Whether imports of MinkowskiEngine get this package."""
     return "MinkowskiEngine" in sys.modules and is_ours(sys.modules["MinkowskiEngine"])
+
+
+def restore_torch_six() -> None:
+    """Answer `import torch._six`, as codes of MinkowskiEngine's days do; torch 2.0 has removed it."""
+    if "torch._six" not in sys.modules and importlib.util.find_spec("torch._six") is None:
+        module = ModuleType("torch._six")
+        module.__dict__.update(
+            container_abcs=collections.abc, string_classes=(str, bytes), int_classes=int, inf=math.inf, nan=math.nan
+        )
+        sys.modules["torch._six"] = module
 
 
 def is_ours(module: ModuleType) -> bool:
