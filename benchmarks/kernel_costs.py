@@ -112,6 +112,15 @@ def depthwise_conv_weight_grad(a: Arguments) -> Cost:
     return Cost(everything(a), vector=2 * taps * a["C"] + a["grad_ptr"].numel())
 
 
+def mapped_depthwise_conv(a: Arguments) -> Cost:
+    return Cost(everything(a), vector=2 * int((a["map_ptr"] >= 0).sum()) * a["C"])
+
+
+def mapped_depthwise_conv_weight_grad(a: Arguments) -> Cost:
+    taps = int((a["map_ptr"] >= 0).sum())
+    return Cost(everything(a), vector=2 * taps * a["C"] + a["grad_ptr"].numel())
+
+
 def linear_gelu(a: Arguments) -> Cost:
     values = a["rows"] * a["N"]
     return Cost(everything(a), matrix=2 * values * a["K"], vector=(GELU + 3) * values)
@@ -175,6 +184,8 @@ def fill_grad(a: Arguments) -> Cost:
 COSTS: dict[str, Callable[[Arguments], Cost]] = {
     "depthwise_conv_kernel": depthwise_conv,
     "depthwise_conv_weight_grad_kernel": depthwise_conv_weight_grad,
+    "mapped_depthwise_conv_kernel": mapped_depthwise_conv,
+    "mapped_depthwise_conv_weight_grad_kernel": mapped_depthwise_conv_weight_grad,
     "linear_gelu_kernel": linear_gelu,
     "linear_scaled_kernel": linear_scaled,
     "hidden_backward_kernel": hidden_backward,

@@ -183,6 +183,13 @@ def programs(setting: Setting) -> dict[str, Callable[[], None]]:
         x, weight, bias = rows(), leaf(channels, channels, 3, 3), vector()
         backward(ops.conv(x, weight, bias).features, x.features, weight, bias)
 
+    def mapped_depthwise_conv(bias: bool) -> None:
+        # Maps that nobody reads: what is launched depends on their shapes.
+        kernel_map, inverse_map = torch.empty(2, layout.rows, 49, dtype=torch.int32).unbind()
+        x, parameters = leaf(layout.rows, channels), [leaf(49, channels), *([vector()] if bias else [])]
+        out = ops.mapped_depthwise_conv(x, parameters[0], kernel_map, inverse_map, *parameters[1:])
+        backward(out, x, *parameters)
+
     def layer_norm() -> None:
         x, weight, bias = rows(), vector(), vector()
         backward(ops.layer_norm(x, weight, bias).features, x.features, weight, bias)
@@ -208,6 +215,8 @@ def programs(setting: Setting) -> dict[str, Callable[[], None]]:
         "depthwise_conv": lambda: depthwise_conv(bias=True),
         "depthwise_conv, no bias": lambda: depthwise_conv(bias=False),
         "conv, 3x3": conv,
+        "mapped_depthwise_conv": lambda: mapped_depthwise_conv(bias=True),
+        "mapped_depthwise_conv, no bias": lambda: mapped_depthwise_conv(bias=False),
         "layer_norm": layer_norm,
         "grn": lambda: grn("sample"),
         "grn, batch": lambda: grn("batch"),

@@ -47,9 +47,16 @@ class MappedRows:
 
 
 def turned(kernel_map: Tensor, rows: int) -> Tensor:
-    """For each of `rows` input rows the output row that reads it through each tap, -1 where none does."""
+    """For each of `rows` input rows the output row that reads it through each tap, -1 where none does.
+
+    Raises:
+        RuntimeError: two output rows read the same input row through the same tap; on a GPU, an assertion there fails.
+    """
     count, taps = kernel_map.shape
     reader = torch.arange(count, dtype=torch.int32, device=kernel_map.device)[:, None].expand(-1, taps)
     nowhere = kernel_map.new_full((), rows)  # entries of -1 meet in a row of their own
     found = kernel_map.new_full((rows + 1, taps), -1)
-    return found.scatter(0, torch.where(kernel_map < 0, nowhere, kernel_map).long(), reader)[:rows].contiguous()
+    found = found.scatter(0, torch.where(kernel_map < 0, nowhere, kernel_map).long(), reader)[:rows].contiguous()
+    every_read = (found >= 0).sum() == (kernel_map >= 0).sum()
+    torch._assert_async(every_read, "two rows of kernel_map read the same input row through the same tap")
+    return found

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_close, example_layout, needs_native, outputs_and_gradients, random_sparse
+from mapped import run_mapped_depthwise_conv
 from operators import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,6 +55,7 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
         for case in CASES.values():
             p = {name: value.float() for name, value in case.parameters(4).items()}
             outputs_and_gradients(case.run, random_sparse(layout, 4, torch.float32), p)
+        run_mapped_depthwise_conv("native")
     return recorder.by_name
 
 
@@ -99,6 +101,7 @@ SCRIPT = """
 import json
 import torch
 from cases import BOUNDS, draw_mask, make_layout, outputs_and_gradients, random_sparse, relative_error
+from mapped import run_mapped_depthwise_conv
 from operators import CASES
 from sparsecnx import use_backend
 

@@ -34,6 +34,7 @@ from cases import (
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from mapped import run_mapped_depthwise_conv
 from operators import BLOCK_VECTORS, CASES, block, block_parameters, channel_parameters, conv_parameters, scaled_images
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -332,6 +333,7 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
         for case in LIGHT:
             x, p = on_device(case, 4, layout)
             outputs_and_gradients(LIGHT[case].run, x, p)
+        run_mapped_depthwise_conv("triton")
     return recorder.by_name
 
 

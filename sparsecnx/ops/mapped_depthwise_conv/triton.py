@@ -24,6 +24,8 @@ from sparsecnx.mapped import MappedRows, turned
 WARPS = 4
 CHANNEL_BLOCKS = (128, 64, 32)
 MOST_TAPS = 8  # whose rows are gathered, or whose sums are held, at once
+ROWS = 2  # of a thread: they share its part of the weight
+REGISTERS = 168  # of a thread of the weight gradient: ptxas, left alone, spills one to get by with 128
 ROWS_IN_L1 = 1024  # of a range of the weight gradient
 
 
@@ -121,6 +123,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor)
     rows, channels = kernel_map.shape[0], x.shape[1]
     out = x.new_empty(rows, channels)
     block_r, block_c = _blocks(x)
+    block_r *= ROWS
     _triton.launch(
         mapped_depthwise_conv_kernel,
         (_triton.blocks(rows, block_r), _triton.blocks(channels, block_c)),
@@ -169,6 +172,7 @@ def weight_grad(grad: Tensor, x: Tensor, kernel_map: Tensor) -> tuple[Tensor, Te
         BLOCK_C=block_c,
         ALIGN=_triton.alignment(channels),
         num_warps=WARPS,
+        **({} if torch.version.hip else {"maxnreg": REGISTERS}),
     )
     sums = partial.sum(0)
     return sums[:-1].to(x.dtype), sums[-1].clone()

@@ -1,0 +1,462 @@
+"""`ops.mapped_depthwise_conv` and `ops.mapped_conv`: any kernel map."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    BOUNDS,
+    DEVICE,
+    assert_close,
+    assert_same,
+    backends,
+    device_of,
+    dtypes_of,
+    incoming_gradient,
+    name,
+    needs_native,
+    needs_triton,
+    threads,
+    widest,
+)
+from mapped import (
+    inverse,
+    mapped_values,
+    offsets,
+    random_map,
+    run_mapped,
+    site_map,
+    suited,
+    with_gradients,
+)
+
+from sparsecnx import BackendError, _extension, ops, use_backend
+from sparsecnx.mapped import MappedRows, turned
+from sparsecnx.ops.mapped_conv import operator as conv
+from sparsecnx.ops.mapped_depthwise_conv import operator as depthwise_conv
+
+OPERATORS = ("mapped_depthwise_conv", "mapped_conv")
+BOTH = pytest.mark.parametrize("operator", OPERATORS)
+CONV = {2: F.conv2d, 3: F.conv3d}
+
+
+def on_backends(only=("reference", "native", "triton")):
+    """Both operators on each of these backends."""
+    return pytest.mark.parametrize(
+        ("backend", "operator"),
+        [
+            pytest.param(*backend.values, operator, marks=backend.marks, id=f"{backend.values[0]}-{operator}")
+            for operator in OPERATORS
+            for backend in backends(operator)
+            if backend.values[0] in only
+        ],
+    )
+
+
+# (kernel, stride, dilation) on sites (B, *spatial)
+GEOMETRIES = [
+    ((2, 9, 8), (3, 3), 1, 1),
+    ((2, 9, 8), (7, 7), 1, 1),
+    ((1, 9, 8), (3, 5), 1, 2),
+    ((2, 8, 10), (2, 2), 2, 1),
+    ((2, 8, 10), (3, 3), 2, 1),
+    ((2, 9, 8), (2, 2), 1, 2),
+    ((2, 5, 6, 4), (3, 3, 3), 1, 1),
+    ((2, 6, 6, 4), (2, 2, 2), 2, 1),
+    ((1, 6, 6, 6), (3, 3, 3), 2, 2),
+]
+
+
+@BOTH
+@pytest.mark.parametrize(("shape", "kernel", "stride", "dilation"), GEOMETRIES, ids=name)
+def test_reference_is_a_dense_convolution(operator, shape, kernel, stride, dilation):
+    """On any sites, with outputs at any others."""
+    ndim, channels = len(kernel), 3
+    present = torch.rand(shape) < 0.4
+    outputs = torch.rand(shape[0], *(-(-size // stride) for size in shape[1:])) < 0.6
+    values = mapped_values(operator, site_map(present, outputs, kernel, stride, dilation), int(present.sum()), channels)
+    taps = offsets(kernel, dilation)
+    before = [-min(tap[axis] for tap in taps) for axis in range(ndim)]
+    after = [max(tap[axis] for tap in taps) + stride for axis in range(ndim)]
+
+    def dense(features, weight, bias):
+        image = features.new_zeros(*shape, channels).index_put(present.nonzero(as_tuple=True), features)
+        pads = [pad for axis in reversed(range(ndim)) for pad in (before[axis], after[axis])]
+        if operator == "mapped_conv":
+            matrix, groups = weight.permute(2, 1, 0).reshape(-1, channels, *kernel), 1
+        else:
+            matrix, groups = weight.t().reshape(channels, 1, *kernel), channels
+        padded = F.pad(image.movedim(-1, 1), pads)
+        out = CONV[ndim](padded, matrix, bias, stride=stride, dilation=dilation, groups=groups).movedim(1, -1)
+        return out[tuple(slice(0, size) for size in outputs.shape)][outputs]
+
+    kernel_map = site_map(present, outputs, kernel, stride, dilation)
+    with use_backend("reference"):
+        assert_same(run_mapped(operator, values, kernel_map), with_gradients(dense, values), 1e-12)
+
+
+MAPS = {
+    "7x7": random_map(70, 70, 49, 0.8),
+    "scattered": random_map(70, 90, 49, 0.25),
+    "fewer-out": random_map(140, 67, 9, 0.6),
+    "more-out": random_map(30, 131, 9, 0.9),
+    "everywhere": random_map(66, 66, 4, 1.0),
+    "nowhere": random_map(20, 23, 9, 0.0),
+    "one-tap": random_map(50, 40, 1, 0.7),
+    "no-outputs": random_map(20, 0, 9, 0.5),
+    "no-inputs": random_map(0, 21, 9, 0.5),
+    "nothing": random_map(0, 0, 9, 0.5),
+    "one-of-each": random_map(1, 1, 5, 1.0),
+    "some-rows-of-nothing": random_map(70, 70, 27, 0.7).index_fill(0, torch.arange(0, 70, 3), -1),
+    "rows-alike": random_map(70, 70, 27, 0.7).index_fill(1, torch.arange(0, 27, 2), -1),
+}
+ROWS_IN = {"7x7": 70, "scattered": 70, "fewer-out": 140, "more-out": 30, "everywhere": 66, "nowhere": 20}
+ROWS_IN |= {"one-tap": 50, "no-outputs": 20, "no-inputs": 0, "nothing": 0, "one-of-each": 1}
+ROWS_IN |= {"some-rows-of-nothing": 70, "rows-alike": 70}
+
+
+def compare(operator, backend, dtype, case, channels, given, bias=True):
+    """Outputs and all gradients against the float64 reference on the same rounded values."""
+    kernel_map, rows_in = MAPS[case], ROWS_IN[case]
+    values = suited(mapped_values(operator, kernel_map, rows_in, channels), dtype, backend, operator)
+    if not bias:
+        del values["bias"]
+    with use_backend("reference"):
+        exact = run_mapped(operator, {key: value.cpu().double() for key, value in values.items()}, kernel_map)
+    with use_backend(backend):
+        found = run_mapped(operator, values, kernel_map, inverse(kernel_map, rows_in) if given else None)
+    assert_same(found, exact, BOUNDS[dtype])
+
+
+@needs_native
+@BOTH
+@pytest.mark.parametrize("case", MAPS)
+@pytest.mark.parametrize("dtype", list(BOUNDS), ids=name)
+def test_native_equals_reference(operator, dtype, case):
+    for channels, given in ((1, True), (7, False), (40, True), (118, False)):
+        compare(operator, "native", dtype, case, channels, given, bias=channels != 7)
+
+
+@needs_triton
+@BOTH
+@pytest.mark.parametrize("case", [case for case in MAPS if case not in ("scattered", "rows-alike")])
+def test_triton_equals_reference(operator, case):
+    compare(operator, "triton", torch.float32, case, 40, given=False)
+
+
+@needs_triton
+@BOTH
+@pytest.mark.parametrize("dtype", dtypes_of("triton"), ids=name)
+def test_triton_takes_its_dtypes(operator, dtype):
+    for channels, given in ((1, True), (33, False)):
+        compare(operator, "triton", dtype, "fewer-out", channels, given, bias=channels != 1)
+
+
+@needs_triton
+@BOTH
+def test_triton_takes_more_than_a_block_of_channels_and_a_range_of_rows(operator):
+    kernel_map = random_map(200, 1100, 2, 0.9)
+    values = suited(mapped_values(operator, kernel_map, 200, 130), torch.float32, "triton", operator)
+    with use_backend("reference"):
+        exact = run_mapped(operator, {key: value.cpu().double() for key, value in values.items()}, kernel_map)
+    with use_backend("triton"):
+        assert_same(run_mapped(operator, values, kernel_map), exact, BOUNDS[torch.float32])
+
+
+SCRIPT = """
+import torch
+from mapped import mapped_values, random_map, run_mapped, suited
+from cases import BOUNDS, assert_same
+from sparsecnx import use_backend
+
+torch.manual_seed(0)
+for dtype, bound in BOUNDS.items():
+    for channels, density in ((5, 0.3), (40, 0.8), (100, 0.6)):
+        kernel_map = random_map(90, 70, 9, density)
+        values = mapped_values("mapped_depthwise_conv", kernel_map, 90, channels)
+        values = suited(values, dtype, "native", "mapped_depthwise_conv")
+        with use_backend("reference"):
+            exact = run_mapped("mapped_depthwise_conv", {k: v.double() for k, v in values.items()}, kernel_map)
+        with use_backend("native"):
+            assert_same(run_mapped("mapped_depthwise_conv", values, kernel_map), exact, bound)
+print(torch.ops.sparsecnx.cpu_isa())
+"""
+
+
+@needs_native
+def test_lesser_instruction_sets():
+    """Each in a process of its own, side by side; the one of this machine is what the other tests run on."""
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT],
+            env={**os.environ, "PYTHONPATH": path, "SPARSECNX_CPU_ISA": isa},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for isa in ("baseline", "avx2")
+    ]
+    found = [process.communicate(timeout=120) for process in running]
+    for process, (_, error) in zip(running, found, strict=True):
+        assert process.returncode == 0, error[-4000:]
+    assert [out.strip() for out, _ in found] in (["baseline", "avx2"], ["baseline", "baseline"])
+
+
+@needs_native
+@BOTH
+def test_gradcheck(operator):
+    kernel_map = random_map(7, 6, 5, 0.6)
+    values = {key: value.requires_grad_() for key, value in mapped_values(operator, kernel_map, 7, 2, 3).items()}
+
+    def run(*leaves):
+        return getattr(ops, operator)(kernel_map=kernel_map, **dict(zip(values, leaves, strict=True)))
+
+    with use_backend("native"):
+        assert torch.autograd.gradcheck(run, list(values.values()))
+
+
+@needs_native
+@BOTH
+def test_same_bits_twice_and_nearly_the_same_with_other_threads(operator):
+    kernel_map = random_map(700, 900, 9, 0.5)
+    values = suited(mapped_values(operator, kernel_map, 700, 40), torch.float32, "native", operator)
+    with threads(2), use_backend("native"):
+        first, second = (run_mapped(operator, values, kernel_map) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    for count in (1, 3):
+        with threads(count), use_backend("native"):
+            assert_same(run_mapped(operator, values, kernel_map), first, 2e-6)
+
+
+@on_backends()
+def test_any_memory_layout(backend, operator):
+    kernel_map = random_map(30, 21, 9, 0.6)
+    values = suited(mapped_values(operator, kernel_map, 30, 8), widest(backend), backend, operator)
+
+    def spread(value):
+        return torch.stack([value] * 2, -1)[..., 0]
+
+    with use_backend(backend):
+        expected = run_mapped(operator, values, kernel_map, inverse(kernel_map, 30))
+        found = with_gradients(
+            lambda **leaves: getattr(ops, operator)(
+                kernel_map=spread(kernel_map.to(device_of(backend))),
+                inverse_map=spread(inverse(kernel_map, 30).to(device_of(backend))),
+                **{key: spread(value) for key, value in leaves.items()},
+            ),
+            values,
+        )
+        assert_same(found, expected, 1e-6)
+        leaf = values["features"].clone().requires_grad_()
+        out = getattr(ops, operator)(leaf, values["weight"], kernel_map.to(leaf.device))
+        (broadcast,) = torch.autograd.grad(out.sum(), leaf, retain_graph=True)  # a gradient with strides 0
+        assert_close(broadcast, torch.autograd.grad(out, leaf, torch.ones_like(out))[0], 1e-6)
+
+
+@on_backends()
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite_reach_their_readers_alone(backend, operator, bad):
+    kernel_map = random_map(30, 40, 9, 0.3)
+    values = suited(mapped_values(operator, kernel_map, 30, 8), widest(backend), backend, operator)
+    spoilt = values["features"].clone()
+    spoilt[4] = bad
+    reads = (kernel_map == 4).any(1)
+    assert reads.any() and not reads.all()
+    with use_backend(backend):
+        clean, found = (
+            getattr(ops, operator)(x, values["weight"], kernel_map.to(x.device)) for x in (values["features"], spoilt)
+        )
+    assert not found[reads].isfinite().any()
+    assert torch.equal(found[~reads], clean[~reads])
+
+
+@on_backends(("native", "triton"))
+@pytest.mark.parametrize("given", [False, True])
+def test_compiled_whole(backend, operator, given):
+    """fullgraph=True, and other numbers of rows without compiling anew."""
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(ops, operator), fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows_in, rows_out in ((30, 21), (33, 25), (41, 40)):
+        kernel_map = random_map(rows_in, rows_out, 4, 0.6)
+        values = suited(mapped_values(operator, kernel_map, rows_in, 8), torch.float32, backend, operator)
+        maps = {"kernel_map": kernel_map.to(device_of(backend))}
+        if given:
+            maps["inverse_map"] = inverse(kernel_map, rows_in).to(device_of(backend))
+        with use_backend(backend), torch._dynamo.config.patch(error_on_recompile=rows_in > 30):
+            found = with_gradients(compiled, values, **maps)
+            assert_same(found, with_gradients(getattr(ops, operator), values, **maps), 1e-6)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@on_backends(("native", "triton"))
+def test_opcheck(backend, operator, given):
+    kernel_map = random_map(20, 15, 4, 0.6).to(device_of(backend))
+    values = suited(mapped_values(operator, kernel_map.cpu(), 20, 8), torch.float32, backend, operator)
+    inverse_map = inverse(kernel_map.cpu(), 20).to(kernel_map) if given else None
+    x, weight, bias = (value.requires_grad_() for value in values.values())
+    grad = torch.randn(15, x.shape[1], device=x.device)
+    namespace = torch.ops.sparsecnx if backend == "native" else torch.ops.sparsecnx_triton
+    if operator == "mapped_depthwise_conv":
+        torch.library.opcheck(namespace.mapped_depthwise_conv.default, (x, weight, bias, kernel_map, inverse_map))
+        weight_grad = namespace.mapped_depthwise_conv_weight_grad.default
+        torch.library.opcheck(weight_grad, (grad, x.detach(), kernel_map))
+        return
+    matrix = weight.detach().permute(2, 0, 1).reshape(weight.shape[2], -1).contiguous().requires_grad_()
+    maps = (kernel_map,) if backend == "native" else (kernel_map, inverse_map)
+    torch.library.opcheck(namespace.conv.default, (x, matrix, *maps))
+    grad = torch.randn(15, matrix.shape[0], device=x.device)
+    for needs_x in (False, True):
+        arguments = (grad, x.detach(), matrix.detach(), *maps, needs_x)
+        torch.library.opcheck(namespace.conv_backward.default, arguments)
+
+
+@on_backends(("native", "triton"))
+def test_only_the_gradients_that_are_asked_for(backend, operator, monkeypatch):
+    """Of the weight alone: the map is not turned around, the gradient of the features not computed."""
+    kernel_map = random_map(20, 15, 4, 0.6)
+    values = suited(mapped_values(operator, kernel_map, 20, 8), torch.float32, backend, operator)
+    with use_backend(backend):
+        expected = run_mapped(operator, values, kernel_map)
+        for module in list(sys.modules.values()):
+            if getattr(module, "turned", None) is turned and module.__name__.startswith("sparsecnx.ops"):
+                monkeypatch.setattr(module, "turned", None)
+        weight = values["weight"].clone().requires_grad_()
+        out = getattr(ops, operator)(values["features"], weight, kernel_map.to(weight.device), bias=values["bias"])
+        (found,) = torch.autograd.grad(out, weight, incoming_gradient(out.shape).to(out))
+    assert torch.equal(found, expected["weight"])
+
+
+@on_backends()
+def test_autocast_to_bfloat16(backend, operator):
+    kernel_map = random_map(60, 50, 9, 0.6)
+    values = suited(mapped_values(operator, kernel_map, 60, 16), torch.float32, backend, operator)
+    leaves = {key: value.requires_grad_() for key, value in values.items()}
+    with use_backend(backend), torch.autocast(DEVICE.type if backend == "triton" else "cpu", torch.bfloat16):
+        out = getattr(ops, operator)(kernel_map=kernel_map.to(leaves["features"].device), **leaves)
+    assert out.dtype == torch.bfloat16
+    incoming = incoming_gradient(out.shape).to(out)
+    gradients = torch.autograd.grad(out, list(leaves.values()), incoming)
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    exact = {key: value.detach().cpu().double().requires_grad_() for key, value in leaves.items()}
+    with use_backend("reference"):
+        expected = getattr(ops, operator)(kernel_map=kernel_map, **exact)
+    wanted = torch.autograd.grad(expected, list(exact.values()), incoming.cpu().double())
+    assert_same(
+        dict(zip(["output", *leaves], (out.detach(), *gradients), strict=True)),
+        dict(zip(["output", *leaves], (expected.detach(), *wanted), strict=True)),
+        1e-2,
+    )
+
+
+@needs_native
+@BOTH
+def test_auto_takes_the_compiled_kernel_and_says_so(operator, caplog):
+    kernel_map = random_map(6, 5, 4, 0.6)
+    values = mapped_values(operator, kernel_map, 6, 3)
+    with caplog.at_level(logging.INFO, "sparsecnx"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(ops, operator)(kernel_map=kernel_map, **values)
+    assert f"{operator} runs on native, the fastest that can run" in caplog.text
+
+
+@BOTH
+def test_the_reference_warns_when_it_is_all_there_is(operator, monkeypatch):
+    monkeypatch.setattr(_extension, "loaded", False)
+    monkeypatch.setattr(_extension, "why_not", "not compiled")
+    kernel_map = random_map(6, 5, 4, 0.6)
+    with pytest.warns(UserWarning, match=f"{operator} runs on the slow dense reference .native: not compiled; triton:"):
+        getattr(ops, operator)(kernel_map=kernel_map, **mapped_values(operator, kernel_map, 6, 3))
+
+
+@BOTH
+def test_a_backend_that_is_not_offered(operator):
+    kernel_map = random_map(6, 5, 4, 0.6)
+    message = f"backend 'cuda' cannot run {operator}: this version offers native, triton, reference"
+    with use_backend("cuda"), pytest.raises(BackendError, match=message):
+        getattr(ops, operator)(kernel_map=kernel_map, **mapped_values(operator, kernel_map, 6, 3))
+
+
+def test_the_rows_describe_themselves():
+    rows = MappedRows(torch.zeros(6, 3), torch.zeros(5, 4, dtype=torch.int32))
+    assert repr(rows) == "MappedRows(features=(6, 3), kernel_map=(5, 4), dtype=torch.float32, device=cpu)"
+    assert rows.to(torch.float64).dtype == torch.float64 and rows.to(torch.float64).kernel_map is rows.kernel_map
+    assert depthwise_conv.choose(rows) == conv.choose(rows)
+
+
+@pytest.mark.parametrize("rows_in", [12, 30])
+def test_turned_is_the_inverse_map(rows_in):
+    kernel_map = random_map(rows_in, 20, 5, 0.7)
+    assert torch.equal(turned(kernel_map, rows_in), inverse(kernel_map, rows_in))
+    assert torch.equal(turned(turned(kernel_map, rows_in), 20), kernel_map)
+
+
+@pytest.mark.parametrize(
+    ("backend", "operator"),
+    [
+        pytest.param("native", "mapped_depthwise_conv", marks=needs_native),
+        pytest.param("triton", "mapped_depthwise_conv", marks=needs_triton),
+        pytest.param("triton", "mapped_conv", marks=needs_triton),
+    ],
+)
+def test_a_row_read_twice_through_one_tap_has_no_inverse(backend, operator):
+    kernel_map = torch.tensor([[0, 1], [0, -1]], dtype=torch.int32, device=device_of(backend))
+    values = suited(mapped_values(operator, kernel_map.cpu(), 3, 8), torch.float32, backend, operator)
+    with use_backend(backend), pytest.raises(RuntimeError, match="read the same input row through the same tap"):
+        run_mapped(operator, values, kernel_map)
+
+
+@needs_native
+@BOTH
+@pytest.mark.parametrize("entry", [6, -2])
+def test_an_entry_that_is_no_row(operator, entry):
+    kernel_map = random_map(6, 200, 4, 0.6)
+    kernel_map[150, 2] = entry
+    values = mapped_values(operator, kernel_map, 6, 3)
+    with use_backend("native"), pytest.raises(RuntimeError, match=r"kernel_map has entries from .*, expected -1 to 5"):
+        getattr(ops, operator)(kernel_map=kernel_map, **values)
+    if operator == "mapped_depthwise_conv":
+        grad = torch.randn(200, 3, dtype=torch.float64)
+        with pytest.raises(RuntimeError, match=r"kernel_map has entries from .*, expected -1 to 5"):
+            torch.ops.sparsecnx.mapped_depthwise_conv_weight_grad(grad, values["features"], kernel_map)
+
+
+WRONG = [
+    ({"features": [[1.0]]}, TypeError, r"features is a list: expected a tensor"),
+    ({"kernel_map": None}, TypeError, r"kernel_map is a NoneType: expected a tensor"),
+    ({"features": torch.zeros(6, 3, dtype=torch.int64)}, TypeError, r"features is torch.int64: expected one of"),
+    ({"features": torch.zeros(6)}, ValueError, r"features is \(6,\): expected \(rows_in, C\)"),
+    ({"kernel_map": torch.zeros(5, 4)}, TypeError, r"kernel_map is torch.float32: expected torch.int32"),
+    ({"kernel_map": torch.zeros(5).int()}, ValueError, r"kernel_map is \(5,\): expected \(rows_out, K\)"),
+    ({"kernel_map": torch.zeros(5, 4, device="meta").int()}, ValueError, r"kernel_map is on meta: features is on cpu"),
+    ({"inverse_map": torch.zeros(6, 4)}, TypeError, r"inverse_map is torch.float32: expected torch.int32"),
+    ({"inverse_map": torch.zeros(6).int()}, ValueError, r"inverse_map is \(6,\): expected \(rows_in, K\)"),
+    ({"inverse_map": torch.zeros(5, 4).int()}, ValueError, r"inverse_map is \(5, 4\): expected .*, here \(6, 4\)"),
+    ({"weight": torch.zeros(4)}, ValueError, r"weight is \(4,\): expected \(K, C.*, here \(4, 3"),
+    ({"weight": torch.zeros(3, 3, 5)}, ValueError, r"weight is \(3, 3, 5\): expected \(K, C.*, here \(4, 3"),
+    ({"bias": torch.zeros(7)}, ValueError, r"bias is \(7,\): expected \("),
+    ({"bias": torch.zeros(3, device="meta")}, ValueError, r"bias is"),
+    ({"dtype": torch.float16}, TypeError, r"weight is torch.float16: features is torch.float32, expected the same"),
+    ({"device": "meta"}, ValueError, r"weight is on meta: features is on cpu"),
+]
+
+
+@BOTH
+@pytest.mark.parametrize(("change", "error", "message"), WRONG, ids=[message for _, _, message in WRONG])
+def test_what_does_not_fit_is_refused(operator, change, error, message):
+    kernel_map = random_map(6, 5, 4, 0.6)
+    values = suited(mapped_values(operator, kernel_map, 6, 3), torch.float32, "native", operator)
+    arguments = {**values, "kernel_map": kernel_map, "inverse_map": inverse(kernel_map, 6)}
+    getattr(ops, operator)(**arguments)
+    if change.keys() <= {"dtype", "device"}:
+        change = {"weight": arguments["weight"].to(**change)}
+    with pytest.raises(error, match=message):
+        getattr(ops, operator)(**{**arguments, **change})
