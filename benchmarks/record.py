@@ -69,7 +69,7 @@ def description(date: str) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            **{name: version(name) for name in ("triton", "transformers")},
+            **{name: version(name) for name in ("triton", "transformers", "MinkowskiEngine")},
             "sparsecnx": sparsecnx.__version__,
             "commit": commit(),
         },

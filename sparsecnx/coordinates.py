@@ -170,6 +170,15 @@ class Images:
         by_image = self.number.argsort(stable=True)
         return list(by_image.split(self.counts.tolist()))
 
+    @cached_property
+    def rows_by_number(self) -> list[Tensor]:
+        """int64, ascending: the rows of image 0, 1 and so on up to the last that has sites; none for one without."""
+        numbers = self.index.tolist()
+        found = [self.number.new_empty(0)] * (numbers[-1] + 1 if numbers else 0)
+        for number, rows in zip(numbers, self.rows, strict=True):
+            found[number] = rows
+        return found
+
 
 class _Box:
     """The sites of a map by number of their cell in a box around them."""
@@ -179,8 +188,9 @@ class _Box:
     ) -> None:
         self.low, high = bounds
         position = coordinates.long() - coordinates.new_tensor(self.low)
-        steps = position.new_tensor((1, *stride))
-        self.steps = (1, *stride) if not (position % steps).any() else (1,) * (1 + len(stride))
+        steps = (1, *(max(1, step) for step in stride))  # 0 at the origin, where a map has one site for each image
+        regular = not (position % position.new_tensor(steps)).any()
+        self.steps = steps if regular else (1,) * len(steps)
         self.extents = [(top - low) // step + 1 for low, top, step in zip(self.low, high, self.steps, strict=True)]
         cells = math.prod(self.extents)
         if cells > MOST_CELLS:
@@ -287,13 +297,3 @@ def offsets_of(kernel: Sequence[int], step: Sequence[int]) -> Tensor:
         for size, distance in zip(kernel, step, strict=True)
     ]
     return torch.tensor([taps[::-1] for taps in itertools.product(*axes[::-1])], dtype=torch.int64)
-
-
-def inverse(kernel_map: Tensor, rows: int) -> Tensor:
-    """int32 `(rows, K)`: for each of `rows` input rows the output row of `kernel_map (rows_out, K)` that reads it
-    through each tap, -1 where none does. No two output rows read the same row through one tap."""
-    count, taps = kernel_map.shape
-    reader = torch.arange(count, dtype=torch.int32, device=kernel_map.device)[:, None].expand(-1, taps)
-    nowhere = kernel_map.new_full((), rows)  # entries of -1 meet in a row of their own
-    found = kernel_map.new_full((rows + 1, taps), -1)
-    return found.scatter_(0, kernel_map.where(kernel_map >= 0, nowhere).long(), reader)[:rows]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsecnx import Layout
 from sparsecnx import coordinates as geometry
-from sparsecnx.coordinates import CoordinateMap, inverse, offsets_of, tiles_of, tiles_of_mask, unique
+from sparsecnx.coordinates import CoordinateMap, offsets_of, tiles_of, tiles_of_mask, unique
 
 
 def sites(mask: Tensor, *, shuffled: bool = False, corner: int = 0, stride: int = 1) -> Tensor:
@@ -143,20 +143,6 @@ def test_tiles_of_a_dense_mask(shape: tuple[int, ...], tile: int) -> None:
     assert torch.equal(layout.tiles.mask(), mask.flatten(1))
     fine.view(-1)[0] = ~fine.view(-1)[0]
     assert tiles_of_mask(~fine) is None
-
-
-@given(patterns(), st.integers(1, 4))
-def test_inverse_maps_turn_around(pattern: tuple[Tensor, int], size: int) -> None:
-    coordinates, stride = pattern
-    ndim = coordinates.shape[1] - 1
-    known = CoordinateMap([stride] * ndim, coordinates)
-    out = known.strided([2] * ndim)
-    table = known.kernel_map(out, offsets_of([size] * ndim, [stride] * ndim))
-    turned = inverse(table, known.rows)
-    pairs = {(row, tap, out) for out, taps in enumerate(table.tolist()) for tap, row in enumerate(taps) if row >= 0}
-    assert pairs == {
-        (row, tap, out) for row, taps in enumerate(turned.tolist()) for tap, out in enumerate(taps) if out >= 0
-    }
 
 
 def test_offsets_centre_odd_kernels_and_begin_even_ones_at_the_site() -> None:

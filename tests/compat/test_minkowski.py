@@ -570,6 +570,29 @@ def test_batches_of_coordinates() -> None:
         ME.utils.SparseCollation(limit_numpoints=1)(data)
 
 
+def test_pooling_over_images_that_came_later() -> None:
+    x = example()
+    ME.MinkowskiGlobalAvgPooling()(x)
+    later = ME.SparseTensor(
+        torch.ones(1, 3), torch.tensor([[5, 0, 0]], dtype=torch.int32), coordinate_manager=x.coordinate_manager
+    )
+    with pytest.raises(ValueError, match="tensors of one batch"):
+        ME.MinkowskiGlobalAvgPooling()(later)
+
+
+def test_pruned_images_are_pooled_to_zero() -> None:
+    coordinates = torch.tensor([[0, 0, 0], [2, 1, 1], [2, 1, 2]], dtype=torch.int32)
+    x = ME.SparseTensor(torch.arange(6.0).view(3, 2), coordinates)
+    kept = ME.MinkowskiPruning()(x, torch.tensor([False, True, True]))
+    for pool, expected in (
+        (ME.MinkowskiGlobalSumPooling, [6.0, 8.0]),
+        (ME.MinkowskiGlobalAvgPooling, [3.0, 4.0]),
+        (ME.MinkowskiGlobalMaxPooling, [4.0, 5.0]),
+    ):
+        assert pool()(x).C[:, 0].tolist() == [0, 2]
+        assert pool()(kept).F.tolist() == [[0.0, 0.0], expected]
+
+
 def test_a_shared_manager() -> None:
     mode = ME.SparseTensorOperationMode
     ME.set_sparse_tensor_operation_mode(mode.SHARE_COORDINATE_MANAGER)

@@ -14,7 +14,8 @@ from torch import Tensor
 from sparsecnx.compat.minkowski.enums import RegionType, SparseTensorOperationMode
 from sparsecnx.compat.minkowski.errors import ArgumentError, insist, insist_type, not_offered
 from sparsecnx.compat.minkowski.kernel import KernelGenerator, int_list
-from sparsecnx.coordinates import CoordinateMap, inverse, unique
+from sparsecnx.coordinates import CoordinateMap, unique
+from sparsecnx.mapped import turned
 
 Name = tuple[tuple[int, ...], str]  # tensor stride and string of a key
 
@@ -83,14 +84,14 @@ class KernelMap:
     @cached_property
     def inverse(self) -> Tensor:
         """int32 `(rows, K)`: which rows of the output read each row of the input."""
-        return inverse(self.table, self.rows)
+        return turned(self.table, self.rows)
 
     @cached_property
     def swapped(self) -> KernelMap:
         """Of the transposed kernel: from the output to the input."""
-        turned = KernelMap(self.inverse, self.table.shape[0])
-        turned.__dict__["inverse"] = self.table
-        return turned
+        other = KernelMap(self.inverse, self.table.shape[0])
+        other.__dict__["inverse"] = self.table  # known, where `cached_property` looks for it
+        return other
 
 
 class CoordinateManager:
@@ -112,7 +113,8 @@ class CoordinateManager:
         self.D = D
         self._maps: dict[Name, CoordinateMap] = {}
         self._tables: dict[Hashable, KernelMap] = {}
-        self._unions: dict[Hashable, tuple[Name, list[Tensor]]] = {}
+        self._unions: dict[Hashable, tuple[CoordinateMapKey, list[Tensor]]] = {}
+        self._origin_rows: dict[Name, Tensor] = {}
         self._numbers = itertools.count(1)
 
     # Maps
@@ -172,10 +174,11 @@ class CoordinateManager:
             f"stride is {kernel.kernel_stride}: a transposed layer's must divide the tensor stride, {list(coarse)}",
         )
         fine = tuple(a // b for a, b in zip(coarse, kernel.kernel_stride, strict=True))
-        name = (fine, "")
-        if name not in self._maps:
-            self._maps[name] = self._finer(key, kernel, fine)
-        return CoordinateMapKey(*name)
+        for string in (key.name[1], ""):
+            if (fine, string) in self._maps:
+                return CoordinateMapKey(fine, string)
+        self._maps[fine, ""] = self._finer(key, kernel, fine)
+        return CoordinateMapKey(fine, "")
 
     def _finer(self, key: CoordinateMapKey, kernel: KernelGenerator, fine: tuple[int, ...]) -> CoordinateMap:
         coarse = self.map(key)
@@ -187,35 +190,52 @@ class CoordinateManager:
         """Key of the map with one site for each image, of stride 0, as global pooling gives it."""
         name = ((0,) * self.D, "")
         if name not in self._maps:
-            finest = min(self._maps.values(), key=lambda known: known.stride)
-            image = finest.images.index.to(torch.int32)
-            coordinates = torch.nn.functional.pad(image[:, None], (0, self.D))
+            images = torch.cat([known.images.index for known in self._maps.values()]).unique()
+            coordinates = torch.nn.functional.pad(images.to(torch.int32)[:, None], (0, self.D))
             self._maps[name] = CoordinateMap(name[0], coordinates)
         return CoordinateMapKey(*name)
 
-    def origin_map(self, key: CoordinateMapKey) -> tuple[Tensor, list[Tensor]]:
-        """The images with sites, int64, and the rows of each."""
-        images = self.map(key).images
-        return images.index, images.rows
+    def origin_rows(self, key: CoordinateMapKey) -> Tensor:
+        """int64 `(rows,)`: for every site of a map the row of its image at the origin.
 
-    def union_map(self, keys: list[CoordinateMapKey], out_key: CoordinateMapKey) -> list[Tensor]:
-        """The sites of several maps of one stride as a new map, which `out_key` then names.
+        Raises:
+            ArgumentError: an image came to this manager after the origin.
+        """
+        if key.name not in self._origin_rows:
+            images, origin = self.map(key).images, self.map(self.origin())
+            first = torch.nn.functional.pad(images.index.to(torch.int32)[:, None], (0, self.D))
+            place = origin.find(first).long()
+            insist(
+                bool((place >= 0).all()),
+                "the images of this tensor are not those that global pooling was first asked for: expected tensors of "
+                "one batch in a coordinate manager",
+            )
+            self._origin_rows[key.name] = place[images.number]
+        return self._origin_rows[key.name]
+
+    def origin_map(self, key: CoordinateMapKey) -> tuple[Tensor, list[Tensor]]:
+        """The images with sites, int64, and the rows of every image up to the last of them, none for one without."""
+        images = self.map(key).images
+        return images.index, images.rows_by_number
+
+    def union(self, keys: list[CoordinateMapKey]) -> tuple[CoordinateMapKey, list[Tensor]]:
+        """The sites of several maps of one stride as a new map.
 
         Returns:
-            For each map int64 `(2, rows)`: its rows, and the rows of the union.
+            Its key, and for each of the maps int64 `(rows,)`: where its rows are in the union.
+
+        Raises:
+            ArgumentError: strides differ.
         """
-        strides = {key.name[0] for key in keys}
-        insist(len(strides) == 1, f"tensors have strides {sorted(map(list, strides))}: a union needs one")
+        strides = sorted({key.name[0] for key in keys})
+        insist(len(strides) == 1, f"tensors have strides {[list(stride) for stride in strides]}: a union needs one")
         names = tuple(key.name for key in keys)
         if names not in self._unions:
             maps = [self.map(key) for key in keys]
             sites = unique(torch.cat([known.coordinates for known in maps]))
             new = CoordinateMap.from_coordinates(sites, maps[0].stride)
-            places = [new.find(known.coordinates).long() for known in maps]
-            pairs = [torch.stack([torch.arange(place.shape[0], device=place.device), place]) for place in places]
-            self._unions[names] = self.insert(new).name, pairs
-        out_key._name, found = self._unions[names]
-        return found
+            self._unions[names] = self.insert(new), [new.find(known.coordinates).long() for known in maps]
+        return self._unions[names]
 
     # What is asked about maps
 

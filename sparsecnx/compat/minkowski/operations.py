@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparsecnx.compat.minkowski.convolution import MinkowskiModuleBase
 from sparsecnx.compat.minkowski.errors import insist, insist_type
 from sparsecnx.compat.minkowski.layers import MinkowskiLinear
-from sparsecnx.compat.minkowski.manager import CoordinateManager, CoordinateMapKey
+from sparsecnx.compat.minkowski.manager import CoordinateManager
 from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor
 from sparsecnx.coordinates import CoordinateMap, tiles_of_mask
 from sparsecnx.packing import gather_rows
@@ -220,10 +220,10 @@ class MinkowskiUnion(nn.Module):
         for number, tensor in enumerate(inputs):
             insist_type(tensor, SparseTensor, f"argument {number}", "a SparseTensor")
             insist(tensor.coordinate_manager is inputs[0].coordinate_manager, OTHER_MANAGER)
-        manager, key = inputs[0].coordinate_manager, CoordinateMapKey(1 + inputs[0].D)
-        places = manager.union_map([tensor.coordinate_map_key for tensor in inputs], key)
+        manager = inputs[0].coordinate_manager
+        key, places = manager.union([tensor.coordinate_map_key for tensor in inputs])
         features = inputs[0].F.new_zeros(manager.size(key), inputs[0].F.shape[1])
-        for tensor, (_, rows) in zip(inputs, places, strict=True):
+        for tensor, rows in zip(inputs, places, strict=True):
             features = features.index_add(0, rows, tensor.F)
         return SparseTensor(features, coordinate_map_key=key, coordinate_manager=manager)
 

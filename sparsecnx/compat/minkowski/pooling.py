@@ -215,8 +215,7 @@ def normalised_by_image(x: SparseTensor, eps: float) -> Tensor:
 
 def origin_rows(x: SparseTensor) -> Tensor:
     """int64 `(rows,)`: the row of each site's image in the result of a global pooling."""
-    images = x._map.images
-    return torch.searchsorted(_origin(x), images.index)[images.number]
+    return x.coordinate_manager.origin_rows(x.coordinate_map_key)
 
 
 def _origin(x: SparseTensor) -> Tensor:
@@ -239,9 +238,6 @@ def _counts(x: SparseTensor) -> Tensor:
 def _maximum(x: SparseTensor) -> Tensor:
     """Maxima by image, `(images, C)`; the gradient goes to one site, also where several have it. 0 for an image that
     has lost all its sites."""
-    numbers = torch.searchsorted(_origin(x), x._map.images.index).tolist()
-    rows = dict(zip(numbers, x._map.images.rows, strict=True))
     nothing = x.F.new_zeros(x.F.shape[1])
-    return torch.stack(
-        [x.F[rows[image]].max(dim=0).values if image in rows else nothing for image in range(len(_origin(x)))]
-    )
+    rows = [(origin_rows(x) == image).nonzero().flatten() for image in range(len(_origin(x)))]
+    return torch.stack([x.F[found].max(dim=0).values if len(found) else nothing for found in rows])

@@ -217,17 +217,17 @@ class SparseTensor:
 
     @property
     def decomposition_permutations(self) -> list[Tensor]:
-        """int64: the rows of each image that has any."""
-        return self._map.images.rows
+        """int64: the rows of each image, up to the last that has any; none for one without."""
+        return self._map.images.rows_by_number
 
     @property
     def decomposed_coordinates(self) -> list[Tensor]:
-        """int32 `(n, D)`: the positions of each image that has any."""
+        """int32 `(n, D)`: the positions of each image, up to the last that has any."""
         return [self.C[rows, 1:] for rows in self.decomposition_permutations]
 
     @property
     def decomposed_features(self) -> list[Tensor]:
-        """`(n, C)`: the features of each image that has any."""
+        """`(n, C)`: the features of each image, up to the last that has any."""
         return [self._F[rows] for rows in self.decomposition_permutations]
 
     @property
@@ -235,11 +235,11 @@ class SparseTensor:
         return self.decomposed_coordinates, self.decomposed_features
 
     def coordinates_at(self, batch_index: int) -> Tensor:
-        """int32 `(n, D)`: the positions of one image, the `batch_index`-th that has any."""
+        """int32 `(n, D)`: the positions of one image."""
         return self.C[self.decomposition_permutations[batch_index], 1:]
 
     def features_at(self, batch_index: int) -> Tensor:
-        """`(n, C)`: the features of one image, the `batch_index`-th that has any."""
+        """`(n, C)`: the features of one image."""
         return self._F[self.decomposition_permutations[batch_index]]
 
     def coordinates_and_features_at(self, batch_index: int) -> tuple[Tensor, Tensor]:
@@ -375,8 +375,7 @@ class SparseTensor:
         if other.coordinate_map_key == self.coordinate_map_key:
             return self._with(combine(self._F, other.F))
         # On the sites of either: a missing row counts as 0, and where `other` has none nothing is done.
-        key = CoordinateMapKey(1 + self.D)
-        (_, mine), (_, others) = self._manager.union_map([self.coordinate_map_key, other.coordinate_map_key], key)
+        key, (mine, others) = self._manager.union([self.coordinate_map_key, other.coordinate_map_key])
         features = self._F.new_zeros(self._manager.size(key), self._F.shape[1]).index_copy(0, mine, self._F)
         features = features.index_copy(0, others, combine(features[others], other.F))
         return type(self)(features, coordinate_map_key=key, coordinate_manager=self._manager)
