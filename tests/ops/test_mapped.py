@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -169,46 +166,6 @@ def test_triton_takes_more_than_a_block_of_channels_and_a_range_of_rows(operator
         exact = run_mapped(operator, {key: value.cpu().double() for key, value in values.items()}, kernel_map)
     with use_backend("triton"):
         assert_same(run_mapped(operator, values, kernel_map), exact, BOUNDS[torch.float32])
-
-
-SCRIPT = """
-import torch
-from mapped import mapped_values, random_map, run_mapped, suited
-from cases import BOUNDS, assert_same
-from sparsecnx import use_backend
-
-torch.manual_seed(0)
-for dtype, bound in BOUNDS.items():
-    for channels, density in ((5, 0.3), (40, 0.8), (100, 0.6)):
-        kernel_map = random_map(90, 70, 9, density)
-        values = mapped_values("mapped_depthwise_conv", kernel_map, 90, channels)
-        values = suited(values, dtype, "native", "mapped_depthwise_conv")
-        with use_backend("reference"):
-            exact = run_mapped("mapped_depthwise_conv", {k: v.double() for k, v in values.items()}, kernel_map)
-        with use_backend("native"):
-            assert_same(run_mapped("mapped_depthwise_conv", values, kernel_map), exact, bound)
-print(torch.ops.sparsecnx.cpu_isa())
-"""
-
-
-@needs_native
-def test_lesser_instruction_sets():
-    """Each in a process of its own, side by side; the one of this machine is what the other tests run on."""
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT],
-            env={**os.environ, "PYTHONPATH": path, "SPARSECNX_CPU_ISA": isa},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for isa in ("baseline", "avx2")
-    ]
-    found = [process.communicate(timeout=120) for process in running]
-    for process, (_, error) in zip(running, found, strict=True):
-        assert process.returncode == 0, error[-4000:]
-    assert [out.strip() for out, _ in found] in (["baseline", "avx2"], ["baseline", "baseline"])
 
 
 @needs_native

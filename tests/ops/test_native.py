@@ -101,7 +101,7 @@ SCRIPT = """
 import json
 import torch
 from cases import BOUNDS, draw_mask, make_layout, outputs_and_gradients, random_sparse, relative_error
-from mapped import run_mapped_depthwise_conv
+from mapped import mapped_values, random_map, run_mapped, suited
 from operators import CASES
 from sparsecnx import use_backend
 
@@ -128,6 +128,16 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
             worst = max(relative_error(found[k], expected[k]) for k in expected)
             key = f"{name} {dtype}"
             errors[key] = max(errors.get(key, 0), worst / BOUNDS[dtype])
+    for channels, density in ((37, 0.3), (100, 0.8)):
+        name = "mapped_depthwise_conv"
+        kernel_map = random_map(90, 70, 9, density)
+        values = suited(mapped_values(name, kernel_map, 90, channels), dtype, "native", name)
+        with use_backend("reference"):
+            expected = run_mapped(name, {k: v.double() for k, v in values.items()}, kernel_map)
+        with use_backend("native"):
+            found = run_mapped(name, values, kernel_map)
+        worst = max(relative_error(found[k], expected[k]) for k in expected)
+        errors[f"{name} {dtype} {density}"] = worst / BOUNDS[dtype]
 
 def products(dtype, factor):
     '''Every 16-bit number times a factor, by the compiled operator and by torch.'''
