@@ -17,6 +17,7 @@ from sparsecnx.ops.layer_norm import operator as layer_norm
 from sparsecnx.ops.stochastic_depth import operator as stochastic_depth
 from sparsecnx.tensor import SparseTensor
 
+# All that run on tiles, as the models do; none of those on explicit kernel maps.
 OPERATORS = (convnextv2_block, layer_norm, conv, depthwise_conv, grn, stochastic_depth)
 PATCHIFY = "4x4/4 and 2x2/2 kernels are one matrix product instead"
 TILES = (8, 4, 2, 1)  # sites per side of a patch of 32 pixels, in the four stages
