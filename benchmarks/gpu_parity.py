@@ -97,6 +97,13 @@ def operators(channels: int, layout: Layout) -> dict[str, tuple[Run, Callable[[]
     def conv(x: SparseTensor, a: Inputs) -> Tensor:
         return ops.conv(x, a["weight"], a["bias_vector"]).features
 
+    def mapped_depthwise_conv(x: SparseTensor, a: Inputs) -> Tensor:
+        kernel_map = layout.kernel_map((7, 7), 1, (3, 3))
+        return ops.mapped_depthwise_conv(x.features, a["weight"], kernel_map, bias=a["bias_vector"])
+
+    def mapped_conv(x: SparseTensor, a: Inputs) -> Tensor:
+        return ops.mapped_conv(x.features, a["weight"], layout.kernel_map((3, 3), 1, (1, 1)), bias=a["bias_vector"])
+
     def layer_norm(x: SparseTensor, a: Inputs) -> Tensor:
         return ops.layer_norm(x, a["weight_vector"], a["bias_vector"]).features
 
@@ -131,6 +138,18 @@ def operators(channels: int, layout: Layout) -> dict[str, tuple[Run, Callable[[]
             lambda: {
                 "x": rows(channels),
                 "weight": draw(channels, channels, 3, 3, scale=(9 * channels) ** -0.5),
+                "bias_vector": draw(channels),
+            },
+        ),
+        "mapped_depthwise_conv": (
+            mapped_depthwise_conv,
+            lambda: {"x": rows(channels), "weight": draw(49, channels, scale=1 / 7), "bias_vector": draw(channels)},
+        ),
+        "mapped_conv": (
+            mapped_conv,
+            lambda: {
+                "x": rows(channels),
+                "weight": draw(9, channels, channels, scale=(9 * channels) ** -0.5),
                 "bias_vector": draw(channels),
             },
         ),
