@@ -1,4 +1,4 @@
-"""The command line: `sparsecnx pretrain | reconstruct | doctor`.
+"""The command line: `sparsecnx pretrain | reconstruct | convert | doctor`.
 
 Exit codes:
     0    done
@@ -10,12 +10,14 @@ Exit codes:
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 import torch
 
 from sparsecnx import doctor, explain
+from sparsecnx.compat import checkpoints
 from sparsecnx.models import SIZES
 from sparsecnx.train.errors import InputError, MissingExtra, TrainingStopped, printable, require_train_extra
 from sparsecnx.train.recipe import DTYPES, Recipe
@@ -56,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_pretrain(commands.add_parser("pretrain", help="pretrain ConvNeXt V2 as a masked autoencoder"))
     _add_reconstruct(commands.add_parser("reconstruct", help="draw what a checkpoint makes of masked images"))
+    _add_convert(commands.add_parser("convert", help="turn a checkpoint into another library's"))
     checkup = commands.add_parser("doctor", help="print what is available, and for what is missing why")
     _add_doctor(checkup)
     return parser
@@ -159,6 +162,64 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Turn a checkpoint of ConvNeXt V2 or its masked autoencoder into another library's, bit for bit: names and "
+        "layouts change, values and dtypes do not. What has no place there, such as the decoder in a classifier, is "
+        "left out and listed; an entry that is missing, unknown or of a wrong shape is an error."
+    )
+    parser.set_defaults(run=_convert)
+    parser.add_argument("source", metavar="IN", help=".pt, .pth, .safetensors, or a folder of transformers")
+    parser.add_argument(
+        "target",
+        metavar="OUT",
+        help="its ending chooses: .pt, .pth, .safetensors; a folder for transformers' from_pretrained",
+    )
+    parser.add_argument("--to", required=True, metavar="FORMAT", help=f"{', '.join(checkpoints.FORMATS)}")
+    parser.add_argument("--from", dest="origin", metavar="FORMAT", help="of IN (default: recognised by its names)")
+    parser.add_argument(
+        "--key", metavar="NAME", help="part of IN to convert, such as model_ema (default: model, or state_dict)"
+    )
+    parser.add_argument(
+        "--conv-mlp",
+        action=argparse.BooleanOptionalAction,
+        help="for a timm model with conv_mlp=True (default: as timm builds that size)",
+    )
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    source, target, to = arguments.source, arguments.target, arguments.to
+    for argument, name in (("to", to), ("from", arguments.origin)):
+        if name not in (None, *checkpoints.FORMATS):
+            raise InputError(argument, name, f"expected one of {', '.join(checkpoints.FORMATS)}")
+    if arguments.conv_mlp is not None and to != "timm":
+        raise InputError("to", to, "expected timm together with --conv-mlp or --no-conv-mlp")
+    if (problem := checkpoints.path_problem(target, to)) is not None:
+        raise InputError("target", target, problem)
+    if os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target):
+        raise InputError("target", target, "IN itself; expected another file")
+    try:
+        loaded = checkpoints.load(source, arguments.key)
+        conversion = checkpoints.convert(loaded.state_dict, to, arguments.origin, arguments.conv_mlp)
+    except checkpoints.CheckpointError as error:
+        raise InputError("source", source, str(error)) from error
+    try:
+        checkpoints.save(target, conversion)
+    except OSError as error:
+        raise InputError("target", target, f"cannot be written ({error})") from error
+
+    others = ", ".join(part for part in loaded.parts if part != loaded.key)
+    part = f", part {loaded.key}" if loaded.key is not None else ""
+    part += f" (beside {others})" if others else ""
+    lines = [f"{source}{part}: {conversion.source.name}, {conversion.architecture}, {len(loaded.state_dict)} entries"]
+    lines.append(f"{target}: {to}, {len(conversion.state_dict)} entries")
+    if conversion.left_out:
+        lines.append(f"left out, having no place in {to}: {len(conversion.left_out)} entries")
+        lines.extend(f"    {name}" for name in conversion.left_out)
+    print(printable("\n".join(lines)))
+    return 0
+
+
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Print what is available here, and for what is missing why, and what to do about it. With --explain print "
@@ -193,7 +254,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 def _as_typed(argument: str) -> str:
     """A Python argument's name as it stands on the command line."""
-    positional = {"checkpoint": "CHECKPOINT", "images": "IMAGE"}
+    positional = {"checkpoint": "CHECKPOINT", "images": "IMAGE", "source": "IN", "target": "OUT"}
     return positional.get(argument, f"--{argument.replace('_', '-')}")
 
 

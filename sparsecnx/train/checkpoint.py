@@ -10,12 +10,14 @@ runs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -79,13 +81,24 @@ def write(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: no space, no permission, or another failure of the file system; `path` is as before.
     """
+    with whole(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's zip writer wraps the file's own error
+            raise OSError(f"{file.name}: {error.__context__ or error}") from error
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path` when all of it is on disk, and is gone after an error.
+
+    Raises:
+        OSError: a failure of the file system; `path` is as before.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:  # torch's zip writer wraps the file's own error
-                raise OSError(f"{temporary}: {error.__context__ or error}") from error
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -105,11 +118,29 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no such file, truncated, damaged, or not a checkpoint of `sparsecnx pretrain`.
     """
+    state = load(path)
+    missing = sorted(_PARTS - state.keys() if isinstance(state, dict) else _PARTS)
+    if missing:
+        raise CheckpointError(f"not a checkpoint of sparsecnx pretrain: it lacks {', '.join(missing)}")
+    return state
+
+
+def load(path: str | Path, allowed: Sequence[type] = ()) -> Any:
+    """Read any file of `torch.save` onto the CPU, without running code in it.
+
+    Args:
+        path: the file.
+        allowed: classes that it may hold beside tensors and plain values.
+
+    Raises:
+        CheckpointError: no such file, truncated, damaged, or with more in it.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError("a folder; expected a file in it" if path.exists() else "no such file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what damaged bytes make the unpickler raise has no end
         # torch puts advice to load the file without safety around what the unpickler said.
         said = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
@@ -117,10 +148,6 @@ def read(path: str | Path) -> dict[str, Any]:
         if said is not None and "Unsupported global" in reason and zipfile.is_zipfile(path):
             raise CheckpointError("not a checkpoint: it holds more than tensors and plain values") from error
         raise CheckpointError(f"truncated or damaged, or not a checkpoint ({reason})") from error
-    missing = sorted(_PARTS - state.keys() if isinstance(state, dict) else _PARTS)
-    if missing:
-        raise CheckpointError(f"not a checkpoint of sparsecnx pretrain: it lacks {', '.join(missing)}")
-    return state
 
 
 def _sync_folder(folder: Path) -> None:

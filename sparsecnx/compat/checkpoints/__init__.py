@@ -1,0 +1,29 @@
+"""Checkpoints of ConvNeXt V2 and FCMAE in everybody's names and layouts: see docs/checkpoints.md.
+
+loaded = checkpoints.load("convnextv2_tiny_22k_224_ema.pt")
+conversion = checkpoints.convert(loaded.state_dict, "timm")
+timm.create_model("convnextv2_tiny", num_classes=21841).load_state_dict(conversion.state_dict)
+checkpoints.save("tiny.safetensors", conversion)
+"""
+
+from sparsecnx.compat.checkpoints.architecture import Architecture, Decoder
+from sparsecnx.compat.checkpoints.conversion import Conversion, convert, detect_format
+from sparsecnx.compat.checkpoints.files import Loaded, load, path_problem, save
+from sparsecnx.compat.checkpoints.formats import NAMES as FORMATS
+from sparsecnx.compat.checkpoints.formats import Format
+from sparsecnx.train.checkpoint import CheckpointError
+
+__all__ = [
+    "FORMATS",
+    "Architecture",
+    "CheckpointError",
+    "Conversion",
+    "Decoder",
+    "Format",
+    "Loaded",
+    "convert",
+    "detect_format",
+    "load",
+    "path_problem",
+    "save",
+]

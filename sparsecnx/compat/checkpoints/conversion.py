@@ -1,0 +1,186 @@
+"""From one format to another: recognise, check every entry against the network, rename and lay out anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from sparsecnx.compat.checkpoints import formats
+from sparsecnx.compat.checkpoints.architecture import Architecture, Unfit, infer
+from sparsecnx.compat.checkpoints.formats import Format
+from sparsecnx.models.convnextv2 import STRIDE
+from sparsecnx.train.checkpoint import CheckpointError
+
+
+class Conversion(NamedTuple):
+    """What `convert` made.
+
+    Attributes:
+        state_dict: in the new format; contiguous tensors that share no memory with each other. Those that need no
+            change share it with the input.
+        format: the new format.
+        source: the format of the input.
+        architecture: the network.
+        left_out: entries of the input, by its names, that have no place in the new format: the decoder in a
+            classifier, final norm and head in a masked autoencoder. Never one of the encoder.
+    """
+
+    state_dict: dict[str, Tensor]
+    format: Format
+    source: Format
+    architecture: Architecture
+    left_out: list[str]
+
+
+def convert(
+    state_dict: Mapping[str, Tensor], to: str, source: str | None = None, conv_mlp: bool | None = None
+) -> Conversion:
+    """A state dict in another format; values and dtypes stay as they are, bit for bit.
+
+    Args:
+        state_dict: a ConvNeXt V2 in any of the formats, whole: an encoder, with or without final norm and head, or
+            with a decoder.
+        to: `"fcmae"`, `"fcmae-encoder"`, `"sparsecnx"`, `"convnextv2"`, `"timm"` or `"transformers"`.
+        source: format of the input; None recognises it.
+        conv_mlp: with `to="timm"`, whether the model is built with `conv_mlp=True`; None is as timm builds that size
+            (atto to nano are, others and any other widths are not).
+
+    Raises:
+        CheckpointError: an entry is unknown, missing, or of another shape than the rest of the network asks for; or it
+            has a decoder that the new format cannot express.
+        ValueError: there is no such format, or `conv_mlp` without timm.
+    """
+    _check_name("to", to)
+    if conv_mlp is not None and to != "timm":
+        raise ValueError(f"conv_mlp is {conv_mlp}: expected only with to='timm', not {to!r}")
+    origin = detect_format(state_dict, source)
+    ours, architecture = _to_ours(state_dict, origin)
+    target = _target(to, architecture, conv_mlp)
+    if target is formats.FCMAE and architecture.decoder and architecture.decoder.patch_size != STRIDE:
+        raise CheckpointError(
+            f"its decoder predicts patches of {architecture.decoder.patch_size} pixels: fcmae has decoders for "
+            f"{STRIDE} alone"
+        )
+    converted: dict[str, Tensor] = {}
+    left_out = []
+    storages: set[int] = set()
+    for name, (their_name, tensor) in ours.items():
+        place = target.to_theirs(name)
+        if place is None:
+            left_out.append(their_name)
+            continue
+        converted[place[0]] = _own(place[1].theirs(tensor), storages)
+    return Conversion(converted, target, origin, architecture, left_out)
+
+
+def detect_format(state_dict: Mapping[str, Tensor], among: str | None = None) -> Format:
+    """The format that knows most of the names.
+
+    Args:
+        state_dict: names and tensors.
+        among: name of the format where it is known: chosen is then only between its variants.
+
+    Raises:
+        CheckpointError: none knows any of them, or an entry is no tensor.
+        ValueError: `among` is no format.
+    """
+    if among is not None:
+        _check_name("source", among)
+    for name, tensor in state_dict.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{name} is {type(tensor).__name__}: expected a state dict, names with tensors")
+    candidates = [format for format in formats.ALL if among in (None, format.name)]
+    scores = [_score(format, state_dict) for format in candidates]
+    best = max(scores)
+    if best[0] == 0:
+        wanted = "a ConvNeXt V2" if among is None else among
+        raise CheckpointError(f"none of its {len(state_dict)} entries is one of {wanted}: they are {_some(state_dict)}")
+    return candidates[scores.index(best)]
+
+
+def _score(format: Format, state_dict: Mapping[str, Tensor]) -> tuple[int, int]:
+    """How many names a format knows, and how many of these have the dimensions that it alone gives them."""
+    layouts = {name: place[1] for name in state_dict if (place := format.to_ours(name)) is not None}
+    return len(layouts), sum(layout.ndim == state_dict[name].ndim for name, layout in layouts.items())
+
+
+def _to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str, tuple[str, Tensor]], Architecture]:
+    """Our name of every entry with its name in the input and the tensor in our layout, in the order of our modules."""
+    given: dict[str, tuple[str, Tensor]] = {}
+    unknown = {}
+    for name, tensor in state_dict.items():
+        place = origin.to_ours(name)
+        if place is None:
+            unknown[name] = tensor
+        else:
+            given[place[0]] = name, tensor
+    if unknown:
+        raise CheckpointError(f"{origin.name} has no place for {_some(unknown)} in a ConvNeXt V2")
+    try:
+        architecture = infer({name: tensor for name, (_, tensor) in given.items()})
+    except Unfit as unfit:
+        place = origin.to_theirs(unfit.name)
+        assert place is not None  # only entries of the format are looked at
+        if unfit.expected is None:
+            raise CheckpointError(f"lacks {place[0]}") from None
+        shape = tuple(given[unfit.name][1].shape)
+        raise CheckpointError(f"{place[0]} is {shape}: expected {unfit.expected}") from None
+
+    entries = architecture.parameters()
+    lacking, misshapen = {}, []
+    for name, parameter in entries.items():
+        place = origin.to_theirs(name)
+        assert place is not None  # the architecture has the parts that entries of the format told of
+        expected = place[1].theirs(parameter)
+        if name not in given:
+            lacking[place[0]] = expected
+        elif (shape := given[name][1].shape) != expected.shape:
+            misshapen.append(f"{place[0]} is {tuple(shape)}: expected {tuple(expected.shape)}")
+    if superfluous := {name: tensor for ours, (name, tensor) in given.items() if ours not in entries}:
+        depths = " ".join(map(str, architecture.depths))
+        raise CheckpointError(f"a network of depths {depths} has no {_some(superfluous)}")
+    if lacking:
+        raise CheckpointError(f"lacks {_some(lacking)}")
+    if misshapen:
+        raise CheckpointError(misshapen[0] + (f", and {len(misshapen) - 1} more" if misshapen[1:] else ""))
+    ours = {}
+    for name in entries:
+        their_name, tensor = given[name]
+        place = origin.to_ours(their_name)
+        assert place is not None
+        ours[name] = their_name, place[1].ours(tensor)
+    return ours, architecture
+
+
+def _target(to: str, architecture: Architecture, conv_mlp: bool | None) -> Format:
+    """The variant of a format that the network goes into."""
+    if to == "timm":
+        conv = architecture.size in formats.TIMM_CONV_SIZES if conv_mlp is None else conv_mlp
+        return formats.TIMM_CONV if conv else formats.TIMM_LINEAR
+    if to == "transformers":
+        return formats.TRANSFORMERS_MODEL if architecture.num_classes is None else formats.TRANSFORMERS_CLASSIFIER
+    return next(format for format in formats.ALL if format.name == to)
+
+
+def _own(tensor: Tensor, storages: set[int]) -> Tensor:
+    """A contiguous tensor with a storage for itself alone: files hold storages, and safetensors refuses shared ones."""
+    tensor = tensor.detach().contiguous()
+    storage = tensor.untyped_storage()
+    if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
+        tensor = tensor.clone()
+    storages.add(tensor.untyped_storage().data_ptr())
+    return tensor
+
+
+def _check_name(argument: str, name: str) -> None:
+    if name not in formats.NAMES:
+        raise ValueError(f"{argument} is {name!r}: expected one of {', '.join(formats.NAMES)}")
+
+
+def _some(entries: Mapping[str, Tensor], shown: int = 3) -> str:
+    """A few entries with their shapes, and how many more there are."""
+    names = [f"{name} {tuple(tensor.shape)}" for name, tensor in list(entries.items())[:shown]]
+    more = [f"{len(entries) - shown} more"] if len(entries) > shown else []
+    return ", ".join(names + more) or "none"

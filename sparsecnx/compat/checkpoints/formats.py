@@ -1,0 +1,230 @@
+"""What each format calls a tensor, and how the same numbers lie in it.
+
+A format is one list of entries: our name, its name, the layout. Both directions follow from that list. Our names are
+those of `ConvNeXtV2` (encoder, `norm`, `head`), with those of the decoder of `FCMAE` beside them.
+
+In names `{i}` is a stage, `{d}` a stage after the first (which is preceded by a downsampling), `{j}` a block.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """How the numbers of an entry lie in a format.
+
+    Attributes:
+        theirs, ours: from our layout to the format's and back: views, each undoing the other.
+        ndim: dimensions in the format; None where they are ours.
+    """
+
+    theirs: Callable[[Tensor], Tensor]
+    ours: Callable[[Tensor], Tensor]
+    ndim: int | None = None
+
+
+def _square(kernel: Tensor) -> Tensor:
+    """`(K, ...)` to `(kw, kh, ...)`."""
+    side = math.isqrt(kernel.shape[0])
+    return kernel.unflatten(0, (side, side))
+
+
+SAME = Layout(lambda ours: ours, lambda theirs: theirs)
+# MinkowskiEngine 0.5.4, checked by running it: in K the first spatial coordinate, y, varies fastest, so that
+# weight[o, i, y, x] = kernel.view(kw, kh, C_in, C_out)[x, y, i, o].
+KERNEL = Layout(  # ours (C_out, C_in, kh, kw), theirs (K, C_in, C_out)
+    lambda weight: weight.permute(3, 2, 1, 0).flatten(0, 1),
+    lambda kernel: _square(kernel).permute(3, 2, 1, 0),
+    ndim=3,
+)
+DEPTHWISE_KERNEL = Layout(  # ours (C, 1, kh, kw), theirs (K, C)
+    lambda weight: weight.squeeze(1).permute(2, 1, 0).flatten(0, 1),
+    lambda kernel: _square(kernel).permute(2, 1, 0).unsqueeze(1),
+    ndim=2,
+)
+BIAS_ROW = Layout(lambda bias: bias[None], lambda row: row.squeeze(0), ndim=2)  # ours (C,), theirs (1, C)
+# ours (1, 1, 1, C), theirs (1, C) or (C,)
+GRN_ROW = Layout(lambda grn: grn.flatten(0, 2), lambda row: row[None, None], ndim=2)
+GRN_VECTOR = Layout(lambda grn: grn.flatten(), lambda vector: vector[None, None, None], ndim=1)
+# ours (C_out, C_in), theirs (C_out, C_in, 1, 1)
+POINTWISE = Layout(lambda linear: linear[..., None, None], lambda conv: conv.flatten(1), ndim=4)
+
+
+class Entry(NamedTuple):
+    """One parameter, or the parameters of one kind in all stages and blocks."""
+
+    ours: str
+    theirs: str
+    layout: Layout
+
+
+def _layer(ours: str, theirs: str, weight: Layout = SAME, bias: Layout = SAME) -> tuple[Entry, Entry]:
+    """Weight and bias of a layer."""
+    return Entry(f"{ours}.weight", f"{theirs}.weight", weight), Entry(f"{ours}.bias", f"{theirs}.bias", bias)
+
+
+@dataclass(frozen=True)
+class Format:
+    """Somebody's names and layouts.
+
+    Attributes:
+        name: as `convert` and `sparsecnx convert` call it.
+        entries: all it has a place for.
+        nested: whether its `.pt` files are `{"model": state_dict}` rather than the state dict itself.
+    """
+
+    name: str
+    entries: tuple[Entry, ...]
+    nested: bool = False
+
+    def to_ours(self, name: str) -> tuple[str, Layout] | None:
+        """Our name of an entry, and its layout; None for a name that the format does not have."""
+        return next((found for e in self.entries if (found := _rename(name, e.theirs, e.ours, e.layout))), None)
+
+    def to_theirs(self, name: str) -> tuple[str, Layout] | None:
+        """The format's name of what we call `name`, and its layout; None where it has no place for it."""
+        return next((found for e in self.entries if (found := _rename(name, e.ours, e.theirs, e.layout))), None)
+
+
+def _rename(name: str, pattern: str, replacement: str, layout: Layout) -> tuple[str, Layout] | None:
+    match = _compile(pattern).fullmatch(name)
+    return match and (replacement.format(**match.groupdict()), layout)
+
+
+@functools.cache
+def _compile(pattern: str) -> re.Pattern[str]:
+    numbers = {"i": "0|[1-9][0-9]*", "d": "[1-9][0-9]*", "j": "0|[1-9][0-9]*"}
+    return re.compile(re.sub(r"\\{(\w)\\}", lambda hole: f"(?P<{hole[1]}>{numbers[hole[1]]})", re.escape(pattern)))
+
+
+def _dense_block(ours: str, theirs: str, grn: Layout = SAME) -> tuple[Entry, ...]:
+    """A block under our names, and the published ones."""
+    return (
+        *_layer(f"{ours}.dwconv", f"{theirs}.dwconv"),
+        *_layer(f"{ours}.norm", f"{theirs}.norm"),
+        *_layer(f"{ours}.pwconv1", f"{theirs}.pwconv1"),
+        Entry(f"{ours}.grn.gamma", f"{theirs}.grn.gamma", grn),
+        Entry(f"{ours}.grn.beta", f"{theirs}.grn.beta", grn),
+        *_layer(f"{ours}.pwconv2", f"{theirs}.pwconv2"),
+    )
+
+
+def _dense_encoder(prefix: str = "", grn: Layout = SAME) -> tuple[Entry, ...]:
+    return (
+        *_layer("downsample_layers.0.0", f"{prefix}downsample_layers.0.0"),
+        *_layer("downsample_layers.0.1", f"{prefix}downsample_layers.0.1"),
+        *_layer("downsample_layers.{d}.0", f"{prefix}downsample_layers.{{d}}.0"),
+        *_layer("downsample_layers.{d}.1", f"{prefix}downsample_layers.{{d}}.1"),
+        *_dense_block("stages.{i}.{j}", f"{prefix}stages.{{i}}.{{j}}", grn),
+    )
+
+
+# The decoder is dense in the published code too.
+DECODER = (
+    *_layer("proj", "proj"),
+    Entry("mask_token", "mask_token", SAME),
+    *_dense_block("decoder.{j}", "decoder.{j}"),
+    *_layer("pred", "pred"),
+)
+
+FCMAE = Format(
+    "fcmae",
+    (
+        *_layer("downsample_layers.0.0", "encoder.downsample_layers.0.0"),
+        *_layer("downsample_layers.0.1", "encoder.downsample_layers.0.1"),
+        *_layer("downsample_layers.{d}.0", "encoder.downsample_layers.{d}.0.ln"),
+        Entry("downsample_layers.{d}.1.weight", "encoder.downsample_layers.{d}.1.kernel", KERNEL),
+        Entry("downsample_layers.{d}.1.bias", "encoder.downsample_layers.{d}.1.bias", BIAS_ROW),
+        Entry("stages.{i}.{j}.dwconv.weight", "encoder.stages.{i}.{j}.dwconv.kernel", DEPTHWISE_KERNEL),
+        Entry("stages.{i}.{j}.dwconv.bias", "encoder.stages.{i}.{j}.dwconv.bias", BIAS_ROW),
+        *_layer("stages.{i}.{j}.norm", "encoder.stages.{i}.{j}.norm.ln"),
+        *_layer("stages.{i}.{j}.pwconv1", "encoder.stages.{i}.{j}.pwconv1.linear"),
+        Entry("stages.{i}.{j}.grn.gamma", "encoder.stages.{i}.{j}.grn.gamma", GRN_ROW),
+        Entry("stages.{i}.{j}.grn.beta", "encoder.stages.{i}.{j}.grn.beta", GRN_ROW),
+        *_layer("stages.{i}.{j}.pwconv2", "encoder.stages.{i}.{j}.pwconv2.linear"),
+        *DECODER,
+    ),
+    nested=True,
+)
+
+# The FCMAE weights offered for download: no decoder, dense names and kernels (ConvNeXt-V2 issues 47 and 65), and GRN
+# parameters (1, C), to which the published fine-tuning adds the other two dimensions.
+FCMAE_ENCODER = Format("fcmae-encoder", _dense_encoder(grn=GRN_ROW), nested=True)
+
+SPARSECNX = Format("sparsecnx", (*_dense_encoder("encoder."), *DECODER))
+
+CONVNEXTV2 = Format("convnextv2", (*_dense_encoder(), *_layer("norm", "norm"), *_layer("head", "head")), nested=True)
+
+
+def _timm(pointwise: Layout) -> Format:
+    return Format(
+        "timm",
+        (
+            *_layer("downsample_layers.0.0", "stem.0"),
+            *_layer("downsample_layers.0.1", "stem.1"),
+            *_layer("downsample_layers.{d}.0", "stages.{d}.downsample.0"),
+            *_layer("downsample_layers.{d}.1", "stages.{d}.downsample.1"),
+            *_layer("stages.{i}.{j}.dwconv", "stages.{i}.blocks.{j}.conv_dw"),
+            *_layer("stages.{i}.{j}.norm", "stages.{i}.blocks.{j}.norm"),
+            *_layer("stages.{i}.{j}.pwconv1", "stages.{i}.blocks.{j}.mlp.fc1", weight=pointwise),
+            Entry("stages.{i}.{j}.grn.gamma", "stages.{i}.blocks.{j}.mlp.grn.weight", GRN_VECTOR),
+            Entry("stages.{i}.{j}.grn.beta", "stages.{i}.blocks.{j}.mlp.grn.bias", GRN_VECTOR),
+            *_layer("stages.{i}.{j}.pwconv2", "stages.{i}.blocks.{j}.mlp.fc2", weight=pointwise),
+            *_layer("norm", "head.norm"),
+            *_layer("head", "head.fc"),
+        ),
+    )
+
+
+# timm's atto to nano are built with conv_mlp=True, its larger sizes without.
+TIMM_LINEAR = _timm(SAME)
+TIMM_CONV = _timm(POINTWISE)
+TIMM_CONV_SIZES = ("atto", "femto", "pico", "nano")
+
+
+def _transformers(prefix: str) -> Format:
+    stage = f"{prefix}encoder.stages"
+    block = f"{stage}.{{i}}.layers.{{j}}"
+    return Format(
+        "transformers",
+        (
+            *_layer("downsample_layers.0.0", f"{prefix}embeddings.patch_embeddings"),
+            *_layer("downsample_layers.0.1", f"{prefix}embeddings.layernorm"),
+            *_layer("downsample_layers.{d}.0", f"{stage}.{{d}}.downsampling_layer.0"),
+            *_layer("downsample_layers.{d}.1", f"{stage}.{{d}}.downsampling_layer.1"),
+            *_layer("stages.{i}.{j}.dwconv", f"{block}.dwconv"),
+            *_layer("stages.{i}.{j}.norm", f"{block}.layernorm"),
+            *_layer("stages.{i}.{j}.pwconv1", f"{block}.pwconv1"),
+            Entry("stages.{i}.{j}.grn.gamma", f"{block}.grn.weight", SAME),
+            Entry("stages.{i}.{j}.grn.beta", f"{block}.grn.bias", SAME),
+            *_layer("stages.{i}.{j}.pwconv2", f"{block}.pwconv2"),
+            *_layer("norm", f"{prefix}layernorm"),
+            *_layer("head", "classifier"),
+        ),
+    )
+
+
+# ConvNextV2Model, and ConvNextV2ForImageClassification, which holds one and a classifier.
+TRANSFORMERS_MODEL = _transformers("")
+TRANSFORMERS_CLASSIFIER = _transformers("convnextv2.")
+
+# Of two with the same names the first is taken, unless the other knows the number of dimensions better.
+ALL = (
+    FCMAE,
+    SPARSECNX,
+    CONVNEXTV2,
+    FCMAE_ENCODER,
+    TIMM_LINEAR,
+    TIMM_CONV,
+    TRANSFORMERS_MODEL,
+    TRANSFORMERS_CLASSIFIER,
+)
+NAMES = tuple(dict.fromkeys(format.name for format in ALL))
