@@ -172,7 +172,7 @@ def test_nothing_visible_at_all(backend, case):
     assert all((found[name] == 0).all() for name in p)
 
 
-@on_every_backend(CASES, without=["minkowski"])  # which torch cannot trace, see test_minkowski.py
+@on_every_backend(CASES, without=["minkowski"])  # which torch cannot trace, see test_minkowski_backend.py
 def test_compiled_whole(backend, case):
     """fullgraph=True: no graph break and no value read back, geometry and all."""
     torch._dynamo.reset()
