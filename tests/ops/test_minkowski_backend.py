@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 from cases import (
+    NO_MINKOWSKI,
     assert_close,
     assert_matches_reference,
     assert_same,
@@ -290,10 +291,16 @@ def test_a_library_without_cuda(library):
     assert _minkowski.refusal(torch.device("meta")) == "MinkowskiEngine runs on the CPU and on CUDA, x is on meta"
 
 
-def test_our_own_stand_in_is_not_taken_for_it(library):
-    library.__name__ = "sparsecnx.compat.minkowski.engine"
-    expected = "MinkowskiEngine is answered by sparsecnx.compat.minkowski in this process"
-    assert _minkowski.refusal(torch.device("cpu")) == expected
+def test_our_own_stand_in_is_not_taken_for_it():
+    program = (
+        "import torch; from sparsecnx.compat import minkowski; minkowski.install();"
+        "from sparsecnx import _minkowski; print(_minkowski.refusal(torch.device('cpu')));"
+        "minkowski.uninstall(); print(_minkowski.refusal(torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    installed, uninstalled = done.stdout.splitlines()
+    assert installed == "MinkowskiEngine is answered by sparsecnx.compat.minkowski in this process"
+    assert uninstalled == str(NO_MINKOWSKI)
 
 
 def test_old_names_of_collections_during_the_import_alone(monkeypatch):
