@@ -30,9 +30,8 @@ COUNTERPARTS = {
     "layer norm": (lambda m: m.LayerNorm(CHANNELS, eps=1e-6), (2, 5, CHANNELS)),
 }
 each_counterpart = pytest.mark.parametrize("make, shape", list(COUNTERPARTS.values()), ids=list(COUNTERPARTS))
-each_conv = pytest.mark.parametrize(
-    "make", [make for key, (make, _) in COUNTERPARTS.items() if "conv" in key or "depthwise" in key], ids=str
-)
+CONVOLUTIONS = {key: make for key, (make, _) in COUNTERPARTS.items() if "conv" in key or "depthwise" in key}
+each_conv = pytest.mark.parametrize("make", CONVOLUTIONS.values(), ids=list(CONVOLUTIONS))
 each_mask = pytest.mark.parametrize("kind", ["random counts", "equal counts", "an empty and a full image"])
 
 
