@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -257,8 +258,6 @@ def test_timm_computes_the_same(conv_mlp, timm):
     converted = convert(ours.state_dict(), "timm", conv_mlp=conv_mlp)
     theirs.load_state_dict(converted.state_dict)
     torch.testing.assert_close(theirs(x), ours(x), rtol=1e-10, atol=1e-10)
-    again = models.ConvNeXtV2(CLASSES, **SIZES).double()
-    again.load_state_dict(convert(timm_model(timm, conv_mlp).double().state_dict(), "convnextv2").state_dict)
 
 
 @pytest.mark.parametrize("kind", ["fcmae", "sparsecnx"])
@@ -273,8 +272,9 @@ def test_timm_computes_the_features_of_an_autoencoder(kind, timm, request):
     torch.testing.assert_close(theirs.forward_features(x), encoder(x), rtol=1e-10, atol=1e-10)
 
 
-def test_timm_weights_compute_the_same_in_our_classifier(timm):
-    theirs, x = timm_model(timm).double(), images()
+@pytest.mark.parametrize("conv_mlp", [False, True])
+def test_timm_weights_compute_the_same_in_our_classifier(conv_mlp, timm):
+    theirs, x = timm_model(timm, conv_mlp).double(), images()
     ours = models.ConvNeXtV2(CLASSES, **SIZES).double()
     ours.load_state_dict(convert(theirs.state_dict(), "convnextv2").state_dict)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
@@ -300,7 +300,7 @@ def test_atto_is_what_timm_and_transformers_build(timm, transformers):
     assert_same_bits(convert(model.state_dict(), "convnextv2").state_dict, dict(ours.state_dict()))
 
 
-@pytest.mark.parametrize("size", ["nano", "tiny"])
+@pytest.mark.parametrize("size", models.SIZES)
 def test_every_named_size_fits_the_model_timm_builds(size, timm):
     with torch.device("meta"):
         ours = models.create_convnextv2(size)
@@ -427,6 +427,32 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_entry(change, messag
 def test_a_published_checkpoint_that_does_not_fit_is_refused_with_the_entry(change, message):
     with pytest.raises(CheckpointError, match=message):
         convert(change(published_state_dict(autoencoder())), "timm")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("stages.0.blocks.0.norm.weight", lambda t: t[:0], r"is \(0,\): expected sizes of at least 1$"),
+        ("stem.0.weight", lambda t: t[:, :0], r"is \(8, 0, 4, 4\): expected sizes of at least 1$"),
+        ("head.fc.weight", torch.Tensor.to_sparse, r"is torch\.sparse_coo: expected a dense tensor$"),
+        ("head.fc.weight", torch.Tensor.to_sparse_csr, r"is torch\.sparse_csr: expected a dense tensor$"),
+        ("head.fc.weight", lambda t: torch.nested.nested_tensor(list(t)), r"is nested: expected a dense tensor$"),
+        ("head.fc.weight", lambda t: t.to(torch.complex64), r"is torch\.complex64: expected floating-point numbers$"),
+        ("head.fc.weight", lambda t: t.to(torch.int8), r"is torch\.int8: expected floating-point numbers$"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning", "ignore:The PyTorch API of nested:UserWarning")
+def test_a_tensor_of_no_use_is_refused_with_its_name(name, change, message, timm):
+    tensors = dict(timm_model(timm).state_dict())
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(name)} {message}"):
+        convert({**tensors, name: change(tensors[name])}, "fcmae")
+
+
+def test_a_network_without_channels_is_refused():
+    """All of its entries agree with each other."""
+    tensors = {name: tensor[:0] if len(tensor) == 8 else tensor for name, tensor in classifier().state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"downsample_layers\.0\.0\.weight is \(0, 3, 4, 4\): expected sizes"):
+        convert(tensors, "timm")
 
 
 def test_a_decoder_for_larger_patches_has_no_published_form():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from sparsecnx.compat.checkpoints import formats
@@ -48,8 +49,9 @@ def convert(
             (atto to nano are, others and any other widths are not).
 
     Raises:
-        CheckpointError: an entry is unknown, missing, or of another shape than the rest of the network asks for; or it
-            has a decoder that the new format cannot express.
+        CheckpointError: an entry is unknown, missing, or of another shape than the rest of the network asks for, or
+            is sparse, quantized or otherwise no plain tensor of floating-point numbers; or there is a decoder that the
+            new format cannot express.
         ValueError: there is no such format, or `conv_mlp` without timm.
     """
     _check_name("to", to)
@@ -83,14 +85,13 @@ def detect_format(state_dict: Mapping[str, Tensor], among: str | None = None) ->
         among: name of the format where it is known: chosen is then only between its variants.
 
     Raises:
-        CheckpointError: none knows any of them, or an entry is no tensor.
+        CheckpointError: none knows any of them, or an entry is no dense tensor of floating-point numbers, or empty.
         ValueError: `among` is no format.
     """
     if among is not None:
         _check_name("source", among)
     for name, tensor in state_dict.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{name} is {type(tensor).__name__}: expected a state dict, names with tensors")
+        _check_entry(name, tensor)
     candidates = [format for format in formats.ALL if among in (None, format.name)]
     scores = [_score(format, state_dict) for format in candidates]
     best = max(scores)
@@ -98,6 +99,19 @@ def detect_format(state_dict: Mapping[str, Tensor], among: str | None = None) ->
         wanted = "a ConvNeXt V2" if among is None else among
         raise CheckpointError(f"none of its {len(state_dict)} entries is one of {wanted}: they are {_some(state_dict)}")
     return candidates[scores.index(best)]
+
+
+def _check_entry(name: object, tensor: object) -> None:
+    """Of any network: nothing that later code could stumble over instead of saying what is wrong."""
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        raise CheckpointError(f"{name} is {type(tensor).__name__}: expected a state dict, names with tensors")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise CheckpointError(f"{name} is {layout}: expected a dense tensor")
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{name} is {tensor.dtype}: expected floating-point numbers")
+    if 0 in tensor.shape:
+        raise CheckpointError(f"{name} is {tuple(tensor.shape)}: expected sizes of at least 1")
 
 
 def _score(format: Format, state_dict: Mapping[str, Tensor]) -> tuple[int, int]:
