@@ -10,58 +10,42 @@ One set of weights, images and mask, in one process, in turn:
     api_general   the same without recognising them: any other pattern of sites takes this path
     fused         our own encoder, GRN over the batch as the published code has it
     fused_sample  our own encoder, GRN by image
+    floor         no encoder, only the matrix products of its blocks, see encoder.py
 
 Before anything is timed, outputs and all gradients of the first four are held against each other. Timed is forward +
-backward, from images and mask to the gradients of all parameters.
+backward, from images and mask to the gradients of all parameters; and, of the code for MinkowskiEngine, forward +
+backward of the depthwise convolutions alone, all blocks, their kernel maps known already.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import measure
 import torch
-from encoder import Mismatch, randomize, relative_error
+from encoder import Case, Mismatch, block_products, randomize, relative_error
 from record import Results
 from torch import Tensor, nn
 
 from sparsecnx import SparseTensor, _minkowski, random_mask
 from sparsecnx.compat import checkpoints, minkowski
 from sparsecnx.compat.minkowski import operations
-from sparsecnx.masking import visible_count
 from sparsecnx.models import SIZES, create_fcmae
 from sparsecnx.models.convnextv2 import STRIDE
 
 TOLERANCE = 1e-4  # largest ||got - expected|| / ||expected||, float32
-SAME = ("minkowski", "api", "api_general", "fused")  # compute the same
-
-
-@dataclass(frozen=True)
-class Case:
-    """One setting: a size of the model, images a batch, pixels a side, mask ratio, device, CPU threads."""
-
-    size: str
-    batch: int
-    image: int
-    ratio: float
-    device: str
-    threads: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.size}-mask{self.ratio:g}-batch{self.batch}-{self.image}px-{self.device}-{self.threads}threads"
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return (self.image // STRIDE, self.image // STRIDE)
+STYLES = ("minkowski", "api", "api_general")  # published_style.py
+SAME = (*STYLES, "fused")  # compute the same
 
 
 class Workload:
@@ -77,7 +61,7 @@ class Workload:
         randomize(fused)
         published = checkpoints.convert(fused.state_dict(), "fcmae").state_dict
         self.models: dict[str, nn.Module] = {}
-        for name in ("minkowski", "api", "api_general"):
+        for name in STYLES:
             if name in self.styles:
                 model = self.styles[name].FCMAE(size.depths, size.dims)
                 model.load_state_dict(published)
@@ -92,12 +76,13 @@ class Workload:
         self.grad = torch.randn(case.batch, size.dims[-1], *case.grid, device=self.device)
         at_sites = SparseTensor.from_dense(self.grad, self.mask.view(-1, *case.grid))
         self.grad_rows = at_sites.features
+        self.products = block_products(self.models["fused"], case)
+        self.depthwise = {name: self.depthwise_inputs(name) for name in self.models if name in STYLES}
 
     def forward(self, name: str) -> Tensor:
         """The last stage: dense by code for MinkowskiEngine, rows by our own."""
         if name.startswith("fused"):
-            visible = visible_count(self.mask.shape[1], self.case.ratio)
-            features: Tensor = self.models[name](self.images, self.mask, visible).features
+            features: Tensor = self.models[name](self.images, self.mask, self.case.visible).features
             return features
         with unrecognised() if name == "api_general" else nullcontext():
             encoded = self.models[name].features(self.images, self.mask.float())
@@ -109,6 +94,39 @@ class Workload:
         out = self.forward(name)
         out.backward(self.grad_rows if name.startswith("fused") else self.grad)
         return out.detach()
+
+    def floor(self) -> None:
+        """The matrix products of all blocks, forward and backward."""
+        with torch.no_grad():
+            for products in self.products:
+                for a, b, out in products:
+                    torch.mm(a, b, out=out)
+
+    def depthwise_inputs(self, name: str) -> list[tuple[nn.Module, Any, Tensor]]:
+        """The depthwise layers of all blocks, each with an input, and a gradient of its output."""
+        found: list[tuple[nn.Module, Any, Tensor]] = []
+
+        def keep(layer: nn.Module, given: tuple[Any, ...]) -> None:
+            x = given[0]
+            features = torch.randn_like(x.F).requires_grad_()
+            key, manager = x.coordinate_map_key, x.coordinate_manager
+            x = type(x)(features, coordinate_map_key=key, coordinate_manager=manager)
+            found.append((layer, x, torch.randn_like(x.F)))
+
+        model: Any = self.models[name]
+        layers = [block.dwconv for stage in model.stages for block in stage]
+        hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+        with torch.no_grad():
+            self.forward(name)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    def depthwise_step(self, name: str) -> None:
+        """Forward and backward of all depthwise layers."""
+        for layer, x, grad in self.depthwise[name]:
+            x.F.grad = None
+            layer(x).F.backward(grad)
 
     def drop_grads(self) -> None:
         for model in self.models.values():
@@ -194,22 +212,30 @@ def run_case(case: Case, repeats: int) -> dict[str, Any]:
     for name, error in errors.items():
         say(f"  {name}: output {error['output']:.1e}, largest {error['largest']:.1e} ({error['of']})")
     say(f"  timing, {repeats} repeats")
-    calls: dict[str, measure.Call] = {name: lambda name=name: workload.step(name) for name in workload.models}  # type: ignore[misc]
-    times = measure.interleaved(calls, repeats, workload.device, before=workload.drop_grads)
-    return {**vars(case), "errors": errors, "ms": {name: measure.spread(values) for name, values in times.items()}}
+    steps: dict[str, measure.Call] = {name: partial(workload.step, name) for name in workload.models}
+    depthwise: dict[str, measure.Call] = {name: partial(workload.depthwise_step, name) for name in workload.depthwise}
+    times = {}
+    for kind, calls in (("encoder", {**steps, "floor": workload.floor}), ("depthwise", depthwise)):
+        measured = measure.interleaved(calls, repeats, workload.device, before=workload.drop_grads)
+        times[kind] = {name: measure.spread(values) for name, values in measured.items()}
+    return {**asdict(case), "load": round(os.getloadavg()[0], 2), "errors": errors, "ms": times}
 
 
 def table(cases: Sequence[dict[str, Any]]) -> str:
-    """Medians, and what they are of the fused encoder's and of MinkowskiEngine's."""
+    """Medians, and how many times as fast as MinkowskiEngine that is."""
     lines = []
     for case in cases:
         lines.append(f"{case['size']}, mask {case['ratio']:g}, batch {case['batch']}, {case['image']} px")
-        medians = {name: times["median"] for name, times in case["ms"].items()}
-        for name, median in medians.items():
-            of_fused = f"{median / medians['fused']:8.2f} x fused"
-            against = medians.get("minkowski")
-            faster = "" if against is None else f"{against / median:8.1f} times as fast as MinkowskiEngine"
-            lines.append(f"  {name:14} {median:10.1f} ms {of_fused}{faster}")
+        for kind, times in case["ms"].items():
+            medians = {name: spread["median"] for name, spread in times.items()}
+            for name, median in medians.items():
+                against = medians.get("minkowski")
+                line = f"  {kind:10} {name:14} {median:10.1f} ms"
+                if "fused" in medians:
+                    line += f"{median / medians['fused']:8.2f} x fused"
+                if against is not None:
+                    line += f"{against / median:8.1f} x as fast as MinkowskiEngine"
+                lines.append(line)
     return "\n".join(lines)
 
 
@@ -236,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = []
     try:
         for size in options.size:
-            case = Case(size, options.batch, options.image, options.ratio, options.device, options.threads)
+            case = Case("float32", options.device, options.threads, size, options.batch, options.image, options.ratio)
             found.append(run_case(case, options.repeats))
             if results is not None:
                 results.add(case.key, found[-1])

@@ -7,9 +7,10 @@ kernel map. A pattern that does consist of tiles is recognised and carries its `
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +24,13 @@ CELLS_PER_SITE = 32  # of a bounding box that is looked up in a table of all its
 SMALL_BOX = 2**20  # cells: always a table
 MOST_CELLS = 2**62  # that an int64 can number
 MAP_ENTRIES = 2**22  # of a kernel map that are looked up at a time
+
+
+@contextlib.contextmanager
+def for_any_mode() -> Iterator[None]:
+    """Tables that are made inside serve in any mode, training too, though they be made under inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class CoordinateMap:
@@ -53,24 +61,27 @@ class CoordinateMap:
     @classmethod
     def from_coordinates(cls, coordinates: Tensor, stride: Sequence[int]) -> CoordinateMap:
         """Sites in the order of `coordinates`, int32 `(rows, 1 + ndim)`, all distinct; tiles are recognised."""
-        found = CoordinateMap(stride, coordinates)
-        found.layout = tiles_of(coordinates, found.stride)
-        if found.layout is not None:
-            order = found.find(found.layout.coordinates()).long()
-            in_order = torch.arange(found.rows, device=found.device)
-            found.order = None if torch.equal(order, in_order) else order
+        with for_any_mode():
+            found = CoordinateMap(stride, coordinates)
+            found.layout = tiles_of(coordinates, found.stride)
+            if found.layout is not None:
+                order = found.find(found.layout.coordinates()).long()
+                in_order = torch.arange(found.rows, device=found.device)
+                found.order = None if torch.equal(order, in_order) else order
         return found
 
     @cached_property
     def coordinates(self) -> Tensor:
         """int32 `(rows, 1 + ndim)`: image, then position."""
         assert self.layout is not None  # the constructor saw to it
-        return self.layout.coordinates()
+        with for_any_mode():
+            return self.layout.coordinates()
 
     @cached_property
     def back(self) -> Tensor | None:
         """int64 `(rows,)`: for every row here the row of `layout`; None where both orders are the same."""
-        return None if self.order is None else self.order.argsort()
+        with for_any_mode():
+            return None if self.order is None else self.order.argsort()
 
     @property
     def ndim(self) -> int:
@@ -101,9 +112,11 @@ class CoordinateMap:
     @cached_property
     def images(self) -> Images:
         """Which rows belong to which image."""
-        image = self.coordinates[:, 0].long()
-        index, number, counts = torch.unique(image, return_inverse=True, return_counts=True)
-        return Images(index, number, counts)
+        with for_any_mode():
+            image = self.coordinates[:, 0].long()
+            index, number, counts = torch.unique(image, return_inverse=True, return_counts=True)
+            in_order = bool((image.diff() >= 0).all())
+        return Images(index, number, counts, in_order)
 
     def find(self, coordinates: Tensor) -> Tensor:
         """int32 `(n,)`: the row of each site of integer `(n, 1 + ndim)`, -1 where it is not here."""
@@ -117,9 +130,10 @@ class CoordinateMap:
         stride = tuple(step * factor for step, factor in zip(self.stride, factors, strict=True))
         if self.layout is not None and len(set(factors)) == 1 and self.layout.tile % factors[0] == 0:
             return CoordinateMap(stride, layout=self.layout.coarsen(factors[0]))
-        step = self.coordinates.new_tensor(stride)
-        position = self.coordinates[:, 1:].div(step, rounding_mode="floor") * step
-        return CoordinateMap(stride, unique(torch.cat([self.coordinates[:, :1], position], dim=1)))
+        with for_any_mode():
+            step = self.coordinates.new_tensor(stride)
+            position = self.coordinates[:, 1:].div(step, rounding_mode="floor") * step
+            return CoordinateMap(stride, unique(torch.cat([self.coordinates[:, :1], position], dim=1)))
 
     def refined(self, factor: int) -> CoordinateMap:
         """All sites of these tiles at a stride that is smaller by `factor`: undoes `strided`."""
@@ -129,9 +143,10 @@ class CoordinateMap:
 
     def spread(self, offsets: Tensor, stride: Sequence[int]) -> CoordinateMap:
         """All sites at `offsets`, integer `(K, ndim)`, from the sites here."""
-        position = self.coordinates[:, None, 1:] + offsets.to(self.coordinates)
-        image = self.coordinates[:, None, :1].expand(-1, offsets.shape[0], 1)
-        return CoordinateMap(stride, unique(torch.cat([image, position], dim=2).flatten(0, 1)))
+        with for_any_mode():
+            position = self.coordinates[:, None, 1:] + offsets.to(self.coordinates)
+            image = self.coordinates[:, None, :1].expand(-1, offsets.shape[0], 1)
+            return CoordinateMap(stride, unique(torch.cat([image, position], dim=2).flatten(0, 1)))
 
     def kernel_map(self, out: CoordinateMap, offsets: Tensor) -> Tensor:
         """int32 `(out.rows, K)`: the row here at each of `offsets`, integer `(K, ndim)`, from the sites of `out`; -1
@@ -147,7 +162,8 @@ class CoordinateMap:
 
     @cached_property
     def _box(self) -> _Box:
-        return _Box(self.coordinates, self.stride, self.bounds)
+        with for_any_mode():
+            return _Box(self.coordinates, self.stride, self.bounds)
 
 
 @dataclass(frozen=True)
@@ -158,17 +174,25 @@ class Images:
         index: int64 `(images,)`, number of each image in its batch.
         number: int64 `(rows,)`, position in `index` of the image of each row.
         counts: int64 `(images,)`, rows of each image.
+        in_order: whether the rows of one image lie behind those of another.
     """
 
     index: Tensor
     number: Tensor
     counts: Tensor
+    in_order: bool
 
     @cached_property
     def rows(self) -> list[Tensor]:
         """int64, ascending: the rows of each image."""
-        by_image = self.number.argsort(stable=True)
-        return list(by_image.split(self.counts.tolist()))
+        with for_any_mode():
+            by_image = self.number.argsort(stable=True)
+            return list(by_image.split(self.counts.tolist()))
+
+    @cached_property
+    def sizes(self) -> list[int] | None:
+        """Rows of image 0, 1 and so on up to the last that has any; None where they are not in order."""
+        return [len(rows) for rows in self.rows_by_number] if self.in_order else None
 
     @cached_property
     def rows_by_number(self) -> list[Tensor]:
@@ -242,7 +266,7 @@ def tiles_of(coordinates: Tensor, stride: Sequence[int]) -> Layout | None:
         stride: step between sites along each axis; a layout has the same along all.
     """
     ndim, step = len(stride), stride[0]
-    if not coordinates.shape[0] or len(set(stride)) > 1 or not 1 <= ndim <= 3:
+    if not coordinates.shape[0] or len(set(stride)) > 1 or step < 1 or not 1 <= ndim <= 3:
         return None
     low, high = torch.stack(coordinates.aminmax(dim=0)).tolist()
     if min(low) < 0 or (step > 1 and bool((coordinates[:, 1:] % step).any())):

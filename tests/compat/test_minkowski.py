@@ -447,6 +447,130 @@ def test_several_rows_at_one_site() -> None:
         ME.SparseTensor(features, again, quantization_mode=modes.MAX_POOL)
 
 
+def test_a_strided_map_that_the_manager_had_already() -> None:
+    tiles = ME.to_sparse(torch.randn(2, 4, 8, 16, dtype=torch.float64))
+    manager = tiles.coordinate_manager
+    elsewhere = tiles.C[::4].clone()
+    elsewhere[:, 1] += 100
+    elsewhere[0] = torch.tensor([0, 0, 2])
+    taken = ME.SparseTensor(torch.ones(len(elsewhere), 1), elsewhere, tensor_stride=2, coordinate_manager=manager)
+    layer = ME.MinkowskiConvolution(4, 5, kernel_size=2, stride=2, dimension=2).double()
+    out = layer(tiles)
+    assert out.coordinate_map_key == taken.coordinate_map_key
+    assert torch.equal(out.C, elsewhere)
+    first = F.conv2d(tiles.dense()[0], to_torch(layer.kernel, [2, 2]), stride=2)[0, :, 0, 1]
+    assert_close(out.F[0], first)
+    assert out.F[1:].abs().sum() == 0
+
+
+def test_sites_do_not_move_with_the_coordinates_of_their_maker() -> None:
+    x, _, _ = pattern("sites", 2, 4)
+    layer = ME.MinkowskiConvolution(4, 5, kernel_size=3, dimension=2).double()
+    expected = layer(ME.SparseTensor(x.F, x.C)).F
+    given = x.C.clone()
+    y = ME.SparseTensor(x.F, given)
+    given[:, 1:] *= 3
+    y.C[:, 1:] *= 5
+    y.coordinate_manager.get_coordinates(y.coordinate_map_key)[:, 1:] *= 7
+    assert torch.equal(layer(y).F, expected)
+
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+@HALVES
+def test_gradients_of_many_rows_are_not_summed_in_half_precision(dtype: torch.dtype) -> None:
+    coordinates = torch.cat([torch.zeros(4096, 1), torch.arange(4096)[:, None].expand(-1, 2)], 1).to(torch.int32)
+    x = ME.SparseTensor(torch.ones(4096, 1, dtype=dtype), coordinates)
+    pooled = ME.MinkowskiGlobalAvgPooling()(x)
+    pooled.requires_grad_()
+    ME.MinkowskiBroadcastMultiplication()(x, pooled).F.sum().backward()
+    assert pooled.F.grad.item() == 4096
+    assert ME.MinkowskiGlobalSumPooling()(x).F.item() == 4096
+
+
+def test_average_pooling_of_large_numbers_in_float16() -> None:
+    x = ME.to_sparse(torch.full((1, 1, 4, 4), 20000.0, dtype=torch.float16))
+    assert ME.MinkowskiAvgPooling(2, 2, dimension=2)(x).F.flatten().tolist() == [20000.0] * 4
+
+
+@HALVES
+@pytest.mark.parametrize("kind", ["shuffled", "shuffled tiles"])
+def test_layers_in_half_precision_and_under_autocast(kind: str, dtype: torch.dtype) -> None:
+    x, _, _ = pattern(kind, 2, 8)
+    layers = torch.nn.Sequential(
+        ME.MinkowskiDepthwiseConvolution(8, kernel_size=3, bias=True, dimension=2),
+        ME.MinkowskiConvolution(8, 8, kernel_size=2, stride=2, bias=True, dimension=2),
+        ME.MinkowskiReLU(),
+        ME.MinkowskiConvolution(8, 8, kernel_size=3, bias=True, dimension=2),
+        ME.MinkowskiConvolutionTranspose(8, 8, kernel_size=2, stride=2, bias=True, dimension=2),
+        ME.MinkowskiMaxPooling(3, 1, dimension=2),
+    ).double()
+    expected = layers(x).F
+    layers.to(dtype)
+    low = layers(x._with(x.F.to(dtype)))
+    assert low.F.dtype == dtype
+    assert_close(low.F, expected, 3e-2)
+    low.F.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layers.parameters())
+    layers.float()
+    with torch.autocast("cpu", dtype):
+        cast = layers(x._with(x.F.float()))
+    assert cast.F.dtype == dtype
+    assert_close(cast.F, expected, 3e-2)
+
+
+def test_maps_made_under_inference_mode_serve_training() -> None:
+    x, _, _ = pattern("shuffled", 2, 4)
+    layers = torch.nn.Sequential(
+        ME.MinkowskiConvolution(4, 4, kernel_size=3, dimension=2),
+        ME.MinkowskiMaxPooling(2, 2, dimension=2),
+        ME.MinkowskiInstanceNorm(4),
+        ME.MinkowskiGlobalMaxPooling(),
+    ).double()
+    with torch.inference_mode():
+        expected = layers(x).F.clone()
+    out = layers(x).F
+    out.sum().backward()
+    assert torch.equal(out, expected)
+    assert layers[0].kernel.grad is not None
+
+
+def test_a_pruned_tensor_goes_back_to_all_the_sites() -> None:
+    x, _, _ = pattern("sites", 2, 4)
+    kept = ME.MinkowskiPruning()(x, torch.arange(len(x)) % 3 == 0)
+    down = ME.MinkowskiConvolution(4, 4, kernel_size=2, stride=2, dimension=2).double()
+    up = ME.MinkowskiConvolutionTranspose(4, 4, kernel_size=2, stride=2, dimension=2).double()
+    assert up(down(kept)).coordinate_map_key == x.coordinate_map_key  # as MinkowskiEngine's
+    assert len(ME.cat(up(down(kept)), x)) == len(x)
+
+
+def test_tensors_of_different_dtypes_on_different_sites() -> None:
+    x, _, _ = pattern("sites", 2, 3)
+    some = ME.MinkowskiPruning()(x, torch.arange(len(x)) % 2 == 0)
+    low = x._with(x.F.bfloat16())
+    assert (low + some).dtype == torch.float64
+    assert (some + low).dtype == torch.float64
+    assert ME.MinkowskiUnion()(low, some).dtype == torch.float64
+
+
+def test_tensors_without_sites() -> None:
+    empty = ME.SparseTensor(torch.ones(0, 3), torch.zeros(0, 3, dtype=torch.int32))
+    for layer in (
+        ME.MinkowskiConvolution(3, 4, kernel_size=3, dimension=2),
+        ME.MinkowskiConvolution(3, 4, kernel_size=2, stride=2, dimension=2),
+        ME.MinkowskiDepthwiseConvolution(3, kernel_size=3, dimension=2),
+        ME.MinkowskiMaxPooling(2, 2, dimension=2),
+        ME.MinkowskiGlobalMaxPooling(),
+        ME.MinkowskiGlobalAvgPooling(),
+        ME.MinkowskiInstanceNorm(3),
+    ):
+        assert len(layer(empty)) == 0
+    assert empty.decomposed_features == []
+    assert empty.features_at_coordinates(torch.zeros(2, 3, dtype=torch.int32)).tolist() == [[0.0] * 3] * 2
+    assert empty.dense(torch.Size((1, 3, 2, 2)))[0].abs().sum() == 0
+
+
 COORDINATES = torch.tensor([[0, 0, 0], [0, 1, 1]], dtype=torch.int32)
 
 
@@ -506,6 +630,23 @@ def example(channels: int = 3) -> ME.SparseTensor:
         (lambda: ME.utils.batched_coordinates([COORDINATES[0]]), r"coords\[0\] is \(3,\)"),
         (lambda: ME.utils.sparse_collate([COORDINATES], [torch.ones(3, 1)]), "feats have 3 rows"),
         (lambda: ME.CoordinateManager(), "D is 0"),
+        (lambda: ME.SparseTensor(torch.ones(2, 1), COORDINATES, tensor_stride=-1), "tensor_stride is"),
+        (
+            lambda: ME.SparseTensor(torch.ones(2, 1), COORDINATES - torch.tensor([1, 0, 0]).int()),
+            "image numbers below 0",
+        ),
+        (lambda: ME.SparseTensor(torch.ones(2, 1), COORDINATES * torch.nan), "or NaN"),
+        (lambda: ME.SparseTensor(torch.ones(2, 1), COORDINATES.long() + 2**31), "expected those of int32"),
+        (lambda: ME.MinkowskiConvolution(3, 4, kernel_size=[2.5, 3], dimension=2), "expected whole numbers"),
+        (lambda: ME.MinkowskiConvolution("3", 4, kernel_size=3, dimension=2), "in_channels is a str"),
+        (
+            lambda: ME.MinkowskiBroadcastMultiplication()(example(), ME.MinkowskiGlobalAvgPooling()(example())),
+            "different coordinate managers",
+        ),
+        (
+            lambda: example()._with(torch.ones(2, 1, device="meta")),
+            "features is on meta: the map of coordinate_map_key is on cpu",
+        ),
         (lambda: ME.CoordinateMapKey(3).get_key(), "is not set"),
     ],
 )
@@ -536,9 +677,11 @@ def test_what_is_not_offered_imports_and_raises_where_it_is_called(name: str) ->
         lambda: ME.KernelGenerator(3, region_type=ME.RegionType.CUSTOM, dimension=2),
         lambda: ME.utils.sparse_quantize(COORDINATES),
         lambda: example().slice(None),
+        lambda: example().coordinate_manager.stride_map(None),
+        lambda: ME.KernelGenerator(3, dimension=2).get_kernel([1, 1], False),
         lambda: example().features_at_coordinates(torch.tensor([[0.0, 0.5, 0.5]])),
     ],
-    ids=["expand", "custom", "quantize", "slice", "interpolate"],
+    ids=["expand", "custom", "quantize", "slice", "stride_map", "get_kernel", "interpolate"],
 )
 def test_options_that_are_not_offered(make: Any) -> None:
     with pytest.raises(NotImplementedError, match="Nearest: "):
@@ -655,7 +798,12 @@ def test_install_answers_imports() -> None:
             "from MinkowskiEngineBackend._C import CoordinateMapKey\n"
             "from MinkowskiOps import to_sparse\n"
             "from MinkowskiSparseTensor import SparseTensor as Same\n"
-            "import MinkowskiEngine.MinkowskiFunctional as MEF\n",
+            "import MinkowskiEngine.MinkowskiFunctional as MEF\n"
+            "import MinkowskiEngine.MinkowskiSparseTensor as module\n"
+            "import MinkowskiEngine.utils.collation as collation\n"
+            "import MinkowskiEngine.modules.resnet_block as resnet_block\n"
+            "import MinkowskiEngineBackend._C as backend\n"
+            "from MinkowskiCommon import MinkowskiModuleBase, convert_to_int_list\n",
             scope,
         )
         assert scope["ME"] is ME
@@ -695,6 +843,19 @@ def test_runs_a_script(tmp_path: Path) -> None:
     assert (found.stdout, found.returncode) == (expected, 3), found.stderr
     found = run("-m", "script", "--lr", "1", cwd=tmp_path)
     assert (found.stdout, found.returncode) == (expected, 3), found.stderr
+
+
+def test_processes_that_a_script_spawns_import_it_too(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import torch\n"
+        "from MinkowskiOps import to_sparse\n"
+        "def work(rank):\n"
+        "    print('rows', len(to_sparse(torch.ones(1, 1, 2, 3))))\n"
+        "if __name__ == '__main__':\n"
+        "    torch.multiprocessing.spawn(work, nprocs=1)\n"
+    )
+    found = run("script.py", cwd=tmp_path)
+    assert (found.stdout, found.returncode) == ("rows 6\n", 0), found.stderr
 
 
 def test_the_runner_says_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from sparsecnx.compat.minkowski import operations as MinkowskiOps
 from sparsecnx.compat.minkowski.convolution import (
     MinkowskiChannelwiseConvolution,
     MinkowskiConvolution,
+    MinkowskiConvolutionBase,
     MinkowskiConvolutionTranspose,
     MinkowskiDepthwiseConvolution,
     MinkowskiModuleBase,
@@ -37,7 +38,7 @@ from sparsecnx.compat.minkowski.enums import (
 )
 from sparsecnx.compat.minkowski.errors import ArgumentError, ArgumentTypeError, NotOffered
 from sparsecnx.compat.minkowski.installation import install, installed, uninstall
-from sparsecnx.compat.minkowski.kernel import KernelGenerator
+from sparsecnx.compat.minkowski.kernel import KernelGenerator, convert_to_int_list
 from sparsecnx.compat.minkowski.layers import (
     MinkowskiAdaptiveLogSoftmaxWithLoss,
     MinkowskiAlphaDropout,
@@ -158,6 +159,7 @@ __all__ = [
     "MinkowskiCELU",
     "MinkowskiChannelwiseConvolution",
     "MinkowskiConvolution",
+    "MinkowskiConvolutionBase",
     "MinkowskiConvolutionTranspose",
     "MinkowskiDepthwiseConvolution",
     "MinkowskiDropout",
@@ -219,6 +221,7 @@ __all__ = [
     "SparseTensorQuantizationMode",
     "cat",
     "clear_global_coordinate_manager",
+    "convert_to_int_list",
     "dense_coordinates",
     "global_coordinate_manager",
     "install",

@@ -6,12 +6,13 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from sparsecnx.compat.minkowski.installation import install, restore_torch_six
+from sparsecnx.compat.minkowski.installation import install, write_stand_ins
 
 USAGE = "usage: python -m sparsecnx.compat.minkowski (SCRIPT | -m MODULE) [ARGUMENTS...]"
 
@@ -32,15 +33,18 @@ def main(argv: Sequence[str]) -> int:
         print(f"{USAGE}\nSCRIPT is {arguments[0]}: there is no such file", file=sys.stderr)
         return 2
     install()
-    restore_torch_six()
     torch.serialization.add_safe_globals([argparse.Namespace])  # which their checkpoints hold beside the weights
-    sys.argv = arguments
-    if as_module:
-        sys.path[0] = ""
-        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = str(Path(arguments[0]).resolve().parent)  # where python puts a script's own folder
-        runpy.run_path(arguments[0], run_name="__main__")
+    # Processes that multiprocessing spawns, of a DataLoader or a launcher, know what is on the path alone.
+    with tempfile.TemporaryDirectory(prefix="sparsecnx-") as folder:
+        write_stand_ins(Path(folder))
+        sys.path.append(folder)
+        sys.argv = arguments
+        if as_module:
+            sys.path[0] = ""
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = str(Path(arguments[0]).resolve().parent)  # where python puts a script's own folder
+            runpy.run_path(arguments[0], run_name="__main__")
     return 0
 
 

@@ -12,10 +12,11 @@ from sparsecnx import ops
 from sparsecnx.compat.minkowski.enums import ConvolutionMode, RegionType
 from sparsecnx.compat.minkowski.errors import insist, insist_type, not_offered
 from sparsecnx.compat.minkowski.kernel import KernelGenerator
-from sparsecnx.compat.minkowski.manager import CoordinateMapKey
+from sparsecnx.compat.minkowski.manager import CoordinateMapKey, KernelMap
+from sparsecnx.compat.minkowski.rows import permuted
 from sparsecnx.compat.minkowski.tensor import SparseTensor, in_layout, output_key
 from sparsecnx.coordinates import CoordinateMap
-from sparsecnx.layout import tile_sites
+from sparsecnx.layout import tile_to_rows
 
 
 class MinkowskiModuleBase(nn.Module):
@@ -30,6 +31,7 @@ class _Convolution(MinkowskiModuleBase):
         bias: `(1, C_out)`, or None.
     """
 
+    is_transpose = False
     kernel: nn.Parameter
     bias: nn.Parameter | None
 
@@ -53,6 +55,7 @@ class _Convolution(MinkowskiModuleBase):
             f"dimension is {dimension}: kernel_generator has {kernel_generator.dimension} axes",
         )
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            insist_type(channels, int, name, "a number of channels")
             insist(channels > 0, f"{name} is {channels}: expected at least 1")
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -60,7 +63,7 @@ class _Convolution(MinkowskiModuleBase):
         self.dimension = dimension
         self.kernel = nn.Parameter(torch.empty(self._kernel_shape()))
         self.bias = nn.Parameter(torch.empty(1, out_channels)) if bias else None
-        self.reset_parameters()
+        self.reset_parameters(self.is_transpose)
 
     def _kernel_shape(self) -> tuple[int, ...]:
         raise NotImplementedError
@@ -84,10 +87,14 @@ class _Convolution(MinkowskiModuleBase):
     def _output(self, input: SparseTensor, features: Tensor, key: CoordinateMapKey) -> SparseTensor:
         return SparseTensor(features, coordinate_map_key=key, coordinate_manager=input.coordinate_manager)
 
-    def _asked(self, input: SparseTensor, coordinates: Any) -> CoordinateMapKey | None:
-        """Key of the sites that are asked for, None for those that follow from the stride."""
-        stride = zip(input.tensor_stride, self.kernel_generator.kernel_stride, strict=True)
-        return output_key(input, coordinates, [a * b for a, b in stride])
+    def _key(self, input: SparseTensor, coordinates: Any) -> CoordinateMapKey:
+        """Key of the sites that are asked for, or else of those that follow from the stride."""
+        kernel = self.kernel_generator
+        stride = [a * b for a, b in zip(input.tensor_stride, kernel.kernel_stride, strict=True)]
+        asked = output_key(input, coordinates, stride)
+        if asked is not None:
+            return asked
+        return input.coordinate_manager.stride(input.coordinate_map_key, kernel.kernel_stride)
 
     def __repr__(self) -> str:
         kernel = self.kernel_generator
@@ -98,25 +105,8 @@ class _Convolution(MinkowskiModuleBase):
         )
 
 
-class MinkowskiConvolution(_Convolution):
-    """Convolution; the output's sites are the input's, or with a stride the multiples of it that hold any.
-
-    Odd kernels are centred on the output's site, even ones begin at it. `kernel` is `(K, C_in, C_out)`, or
-    `(C_in, C_out)` where kernel and stride are 1.
-
-    Args:
-        in_channels, out_channels: C_in, C_out.
-        kernel_size, stride, dilation: a number, or one for each axis.
-        bias: whether to add one.
-        kernel_generator: the geometry, instead of the three numbers.
-        expand_coordinates: not offered.
-        convolution_mode: ignored.
-        dimension: number of spatial axes.
-
-    Raises:
-        ArgumentError, ArgumentTypeError: an argument does not fit.
-        NotOffered: `expand_coordinates`, or a custom region.
-    """
+class MinkowskiConvolutionBase(_Convolution):
+    """What the convolutions with a kernel between all channels share, transposed and not: see MinkowskiConvolution."""
 
     def __init__(
         self,
@@ -152,25 +142,50 @@ class MinkowskiConvolution(_Convolution):
 
         Args:
             coordinates: the sites to compute, a tensor `(rows_out, 1 + D)`, or those of another tensor of the same
-                manager; by default those that follow from the stride.
+                manager; by default those that follow from the stride. Ignored, as by MinkowskiEngine, where kernel
+                and stride are 1.
         """
         self._check(input)
-        manager, kernel = input.coordinate_manager, self.kernel_generator
         if self.use_mm:
-            return self._output(
-                input, nn.functional.linear(input.F, self.kernel.t(), _flat(self.bias)), input.coordinate_map_key
-            )
-        out = self._asked(input, coordinates)
-        key = manager.stride(input.coordinate_map_key, kernel.kernel_stride) if out is None else out
-        if out is None and _is_on_tiles(input, kernel):
+            product = nn.functional.linear(input.F, self.kernel.t(), _flat(self.bias))
+            return self._output(input, product, input.coordinate_map_key)
+        return self._convolve(input, coordinates)
+
+    def _convolve(self, input: SparseTensor, coordinates: Any) -> SparseTensor:
+        raise NotImplementedError
+
+
+class MinkowskiConvolution(MinkowskiConvolutionBase):
+    """Convolution; the output's sites are the input's, or with a stride the multiples of it that hold any.
+
+    Odd kernels are centred on the output's site, even ones begin at it. `kernel` is `(K, C_in, C_out)`, or
+    `(C_in, C_out)` where kernel and stride are 1.
+
+    Args:
+        in_channels, out_channels: C_in, C_out.
+        kernel_size, stride, dilation: a number, or one for each axis.
+        bias: whether to add one.
+        kernel_generator: the geometry, instead of the three numbers.
+        expand_coordinates: not offered.
+        convolution_mode: ignored.
+        dimension: number of spatial axes.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an argument does not fit.
+        NotOffered: `expand_coordinates`, or a custom region.
+    """
+
+    def _convolve(self, input: SparseTensor, coordinates: Any) -> SparseTensor:
+        manager, kernel = input.coordinate_manager, self.kernel_generator
+        key = self._key(input, coordinates)
+        bias = _flat(self.bias)
+        if _is_on_tiles(input._map, manager.map(key), kernel):
             padding = tuple(size // 2 if size % 2 else 0 for size in kernel.kernel_size)
             weight = to_torch(self.kernel, kernel.kernel_size)
-            stride = kernel.kernel_stride[0]
-            convolved = ops.conv(in_layout(input), weight, _flat(self.bias), stride, padding)
+            convolved = ops.conv(in_layout(input), weight, bias, kernel.kernel_stride[0], padding)
             return self._output(input, _from_layout(convolved.features, manager.map(key)), key)
         table = manager.table(input.coordinate_map_key, key, kernel)
-        back = table.inverse if input.requires_grad else None
-        return self._output(input, ops.mapped_conv(input.F, self.kernel, table.table, back, _flat(self.bias)), key)
+        return self._output(input, ops.mapped_conv(input.F, self.kernel, *_maps(input, table), bias), key)
 
 
 class _ByChannel(_Convolution):
@@ -189,18 +204,18 @@ class _ByChannel(_Convolution):
     def _kernel_shape(self) -> tuple[int, ...]:
         return self.kernel_generator.kernel_volume, self.in_channels
 
-    def _convolve(self, input: SparseTensor, out: CoordinateMapKey | None) -> SparseTensor:
+    def _convolve(self, input: SparseTensor, coordinates: Any) -> SparseTensor:
         self._check(input)
         manager, kernel = input.coordinate_manager, self.kernel_generator
-        key = manager.stride(input.coordinate_map_key, kernel.kernel_stride) if out is None else out
+        key = self._key(input, coordinates)
+        bias = _flat(self.bias)
         centred = kernel.requires_strided_coordinates and all(size % 2 for size in kernel.kernel_size)
-        if out is None and centred and kernel.dimension == 2 and _is_on_tiles(input, kernel):
+        if centred and kernel.dimension == 2 and _is_on_tiles(input._map, manager.map(key), kernel):
             weight = to_torch(self.kernel, kernel.kernel_size)
-            convolved = ops.depthwise_conv(in_layout(input), weight, _flat(self.bias))
+            convolved = ops.depthwise_conv(in_layout(input), weight, bias)
             return self._output(input, _from_layout(convolved.features, manager.map(key)), key)
         table = manager.table(input.coordinate_map_key, key, kernel)
-        back = table.inverse if input.requires_grad else None
-        found = ops.mapped_depthwise_conv(input.F, self.kernel, table.table, back, _flat(self.bias))
+        found = ops.mapped_depthwise_conv(input.F, self.kernel, *_maps(input, table), bias)
         return self._output(input, found, key)
 
 
@@ -239,8 +254,7 @@ class MinkowskiDepthwiseConvolution(_ByChannel):
         self, input: SparseTensor, coordinates: Tensor | CoordinateMapKey | SparseTensor | None = None
     ) -> SparseTensor:
         """Features `(rows, C)` to `(rows_out, C)`; `coordinates` as of MinkowskiConvolution."""
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
-        return self._convolve(input, self._asked(input, coordinates))
+        return self._convolve(input, coordinates)
 
 
 class MinkowskiChannelwiseConvolution(_ByChannel):
@@ -275,11 +289,10 @@ class MinkowskiChannelwiseConvolution(_ByChannel):
         self, input: SparseTensor, coords: Tensor | CoordinateMapKey | SparseTensor | None = None
     ) -> SparseTensor:
         """Features `(rows, C)` to `(rows_out, C)`. MinkowskiEngine ignores `coords`; here it is followed."""
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
-        return self._convolve(input, self._asked(input, coords))
+        return self._convolve(input, coords)
 
 
-class MinkowskiConvolutionTranspose(_Convolution):
+class MinkowskiConvolutionTranspose(MinkowskiConvolutionBase):
     """Transposed convolution: back to the map that a layer of the same stride came from, or, where there was none, to
     all sites under the kernel. `kernel` is `(K, C_in, C_out)`.
 
@@ -297,56 +310,24 @@ class MinkowskiConvolutionTranspose(_Convolution):
         NotOffered: `expand_coordinates`, or a custom region.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any = -1,
-        stride: Any = 1,
-        dilation: Any = 1,
-        bias: bool = False,
-        kernel_generator: KernelGenerator | None = None,
-        expand_coordinates: bool = False,
-        convolution_mode: ConvolutionMode = ConvolutionMode.DEFAULT,
-        dimension: int | None = None,
-    ) -> None:
-        if expand_coordinates:
-            raise not_offered("expand_coordinates=True", "a list of output sites as the argument `coordinates`")
-        geometry = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-        super().__init__(in_channels, out_channels, kernel_generator, dimension, bias, **geometry)
-        self.reset_parameters(True)
+    is_transpose = True
 
-    @property
-    def use_mm(self) -> bool:
-        """Whether the layer is one matrix product: kernel and stride are 1."""
-        return self.kernel_generator.kernel_volume == 1 and self.kernel_generator.requires_strided_coordinates
-
-    def _kernel_shape(self) -> tuple[int, ...]:
-        taps = () if self.use_mm else (self.kernel_generator.kernel_volume,)
-        return (*taps, self.in_channels, self.out_channels)
-
-    def forward(
-        self, input: SparseTensor, coordinates: Tensor | CoordinateMapKey | SparseTensor | None = None
-    ) -> SparseTensor:
-        """Features `(rows, C_in)` to `(rows_out, C_out)`; `coordinates` as of MinkowskiConvolution."""
-        self._check(input)
+    def _convolve(self, input: SparseTensor, coordinates: Any) -> SparseTensor:
         manager, kernel = input.coordinate_manager, self.kernel_generator
-        bias = _flat(self.bias)
-        if self.use_mm:
-            return self._output(input, nn.functional.linear(input.F, self.kernel.t(), bias), input.coordinate_map_key)
         stride = [max(1, a // b) for a, b in zip(input.tensor_stride, kernel.kernel_stride, strict=True)]
-        out = output_key(input, coordinates, stride)
-        key = manager.finer(input.coordinate_map_key, kernel) if out is None else out
-        coarse, fine = input._map, manager.map(key)
-        if kernel.covers and _are_children(fine, coarse, kernel.kernel_stride[0]):
-            # The children of a site are consecutive rows, in nested order; MinkowskiEngine's taps are in raster order.
-            weight = self.kernel.reshape(self.kernel.shape[0], -1)[_nested_taps(kernel)]
-            weight = weight.view(-1, self.in_channels, self.out_channels).transpose(0, 1)
-            found = (input.F @ weight.reshape(self.in_channels, -1).to(input.dtype)).view(-1, self.out_channels)
-            return self._output(input, found if bias is None else found + bias, key)
+        asked = output_key(input, coordinates, stride)
+        key = manager.finer(input.coordinate_map_key, kernel) if asked is None else asked
+        bias = _flat(self.bias)
+        fine, coarse = manager.map(key), input._map
+        ordered = fine.order is None and coarse.order is None
+        if kernel.covers and ordered and _are_children(fine, coarse, kernel.kernel_stride[0]):
+            # The children of a site are consecutive rows: one product gives them all, side by side.
+            weight = _nested(self.kernel, kernel.kernel_stride[0], kernel.dimension)
+            bias = None if bias is None else bias.repeat(weight.shape[0])
+            found = nn.functional.linear(input.F, weight.transpose(1, 2).flatten(0, 1), bias)
+            return self._output(input, found.view(-1, self.out_channels), key)
         table = manager.table(key, input.coordinate_map_key, kernel).swapped
-        back = table.inverse if input.requires_grad else None
-        return self._output(input, ops.mapped_conv(input.F, self.kernel, table.table, back, bias), key)
+        return self._output(input, ops.mapped_conv(input.F, self.kernel, *_maps(input, table), bias), key)
 
 
 def to_torch(kernel: Tensor, size: list[int]) -> Tensor:
@@ -369,29 +350,36 @@ def _flat(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.view(-1)
 
 
-def _is_on_tiles(x: SparseTensor, kernel: KernelGenerator) -> bool:
-    """Whether the operators on tiles can convolve it to the sites that follow from the stride."""
-    layout, stride = x._map.layout, kernel.kernel_stride
+def _is_on_tiles(source: CoordinateMap, out: CoordinateMap, kernel: KernelGenerator) -> bool:
+    """Whether the operators on tiles convolve from these sites to those: both are the same tiles."""
+    stride = kernel.kernel_stride
     plain = kernel.region_type == RegionType.HYPER_CUBE and set(kernel.kernel_dilation) == {1} and len(set(stride)) == 1
-    return layout is not None and plain and layout.tile % stride[0] == 0
+    return plain and _are_children(source, out, stride[0])
+
+
+def _are_children(fine: CoordinateMap, coarse: CoordinateMap, factor: int) -> bool:
+    """Whether the rows of the layout of `fine` are those of that of `coarse`, each divided into `factor**ndim`."""
+    if fine.layout is None or coarse.layout is None:
+        return False
+    return fine.layout.tiles is coarse.layout.tiles and fine.layout.tile == coarse.layout.tile * factor
 
 
 def _from_layout(features: Tensor, known: CoordinateMap) -> Tensor:
     """Rows in the order of the map."""
-    return features if known.back is None else features[known.back]
+    if known.order is None or known.back is None:
+        return features
+    return permuted(features, known.back, known.order)
 
 
-def _are_children(fine: CoordinateMap, coarse: CoordinateMap, factor: int) -> bool:
-    """Whether the rows of `fine` are those of `coarse`, each divided into `factor**ndim`, in nested order."""
-    if fine.layout is None or coarse.layout is None or fine.order is not None or coarse.order is not None:
-        return False
-    same = fine.layout.tiles is coarse.layout.tiles and fine.layout.tile == coarse.layout.tile * factor
-    return same and factor & (factor - 1) == 0
+def _maps(input: SparseTensor, table: KernelMap) -> tuple[Tensor, Tensor | None]:
+    """A kernel map, and where a gradient needs it the inverse."""
+    needed = torch.is_grad_enabled() and input.requires_grad
+    return table.table, table.inverse if needed else None
 
 
-def _nested_taps(kernel: KernelGenerator) -> Tensor:
-    """int64 `(K,)`: MinkowskiEngine's number of the tap of each child, in nested order."""
-    factor = kernel.kernel_stride[0]
-    sites = tile_sites(factor, kernel.dimension)
-    weights = torch.tensor([factor**axis for axis in range(kernel.dimension)])
-    return (sites * weights).sum(dim=1)
+def _nested(kernel: Tensor, factor: int, axes: int) -> Tensor:
+    """Taps `(K, C_in, C_out)` of a kernel as large as its stride in the nested order of a site's children."""
+    by_axis = kernel.reshape(*[factor] * axes, *kernel.shape[1:])  # the last axis first
+    return tile_to_rows(by_axis.permute(*reversed(range(axes)), axes, axes + 1).flatten(axes)[None], axes).view(
+        kernel.shape
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -41,3 +42,49 @@ def placeholder(name: str, nearest: str) -> type:
         raise not_offered(name, nearest)
 
     return type(name, (), {"__init__": refuse, "apply": staticmethod(refuse), "__doc__": f"Not offered: {nearest}"})
+
+
+# Members of MinkowskiEngine's classes that are not offered, and what comes nearest.
+MEMBERS = {
+    "SparseTensor": {
+        "sparse": "dense(), or F and C",
+        "slice": "F[x.inverse_mapping] of the tensor x that was made from coordinates",
+        "cat_slice": "F[x.inverse_mapping] of the tensor x that was made from coordinates",
+        "interpolate": "features_at_coordinates, at whole coordinates",
+        "initialize_coordinates": "SparseTensor(features, coordinates)",
+    },
+    "CoordinateManager": {
+        "union_map": "MinkowskiUnion, or + between tensors",
+        "stride_map": "kernel_map(in_key, out_key, stride, kernel_size=stride, is_pool=True)",
+        "get_kernel_map": "kernel_map",
+        "get_coords_map": "kernel_map(in_key, out_key, stride, kernel_size=stride, is_pool=True)",
+        "get_unique_coordinate_map_key": "the key that insert_and_map returns",
+        "interpolation_map_weight": "SparseTensor.features_at_coordinates, at whole coordinates",
+        "insert_field": "insert_and_map",
+        "get_coordinate_field": "get_coordinates",
+        "field_to_sparse_insert_and_map": "insert_and_map",
+        "field_to_sparse_map": "SparseTensor.inverse_mapping",
+        "field_to_sparse_keys": "SparseTensor.coordinate_map_key",
+        "get_field_to_sparse_map": "SparseTensor.inverse_mapping",
+        "exists_field_to_sparse": "exists",
+        "origin_field": "origin",
+        "origin_field_map": "origin_map",
+    },
+    "KernelGenerator": {"get_kernel": "offsets"},
+}
+
+
+def missing_member(owner: str, name: str) -> Callable[..., Any]:
+    """In place of a method that is not offered: a function that says so where it is called.
+
+    Raises:
+        AttributeError: MinkowskiEngine's class has no such member, or it is not known here.
+    """
+    nearest = MEMBERS.get(owner, {}).get(name)
+    if nearest is None:
+        raise AttributeError(f"{owner} has no attribute {name!r}")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise not_offered(f"{owner}.{name}", nearest)
+
+    return refuse

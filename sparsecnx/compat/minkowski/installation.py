@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import math
 import sys
+from pathlib import Path
 from types import ModuleType
 
 PACKAGE = "sparsecnx.compat.minkowski"
@@ -24,6 +25,8 @@ MODULES = {
     "MinkowskiEngine.utils": ".utils",
     "MinkowskiEngine.utils.collation": ".utils",
     "MinkowskiEngine.utils.init": ".utils",
+    "MinkowskiEngine.utils.quantization": ".utils",
+    "MinkowskiEngine.utils.summary": ".utils",
     "MinkowskiEngine.modules": ".modules",
     "MinkowskiEngine.modules.resnet_block": ".modules",
     "MinkowskiEngine.modules.senet_block": ".modules",
@@ -31,6 +34,7 @@ MODULES = {
     "MinkowskiEngine.MinkowskiOps": ".operations",
     "MinkowskiFunctional": ".functional",
     "MinkowskiEngine.MinkowskiFunctional": ".functional",
+    "MinkowskiEngine.diagnostics": "",
     "MinkowskiEngineBackend": "",
     "MinkowskiEngineBackend._C": "",
     **{name: "" for file in FILES for name in (file, f"MinkowskiEngine.{file}")},
@@ -50,8 +54,26 @@ def install() -> None:
                 f"{name} is imported already, from {getattr(found, '__file__', None)}: call install() before the first "
                 "import of MinkowskiEngine"
             )
+    answer()
+
+
+def answer() -> None:
+    """As `install`, whatever has been imported already; and what else a script of that time imports."""
+    restore_torch_six()
     for name, module in MODULES.items():
         sys.modules[name] = importlib.import_module(PACKAGE + module)
+    for name in MODULES:  # `import MinkowskiEngine.utils.init as init` looks for an attribute
+        parent, _, child = name.rpartition(".")
+        if parent and not hasattr(sys.modules[parent], child):
+            setattr(sys.modules[parent], child, sys.modules[name])
+
+
+def write_stand_ins(folder: Path) -> None:
+    """Modules of MinkowskiEngine's names in a folder, for processes that find them on their path: what they import
+    first of MinkowskiEngine installs the rest."""
+    for name in MODULES:
+        if "." not in name:
+            (folder / f"{name}.py").write_text(f"from {__name__} import answer\n\nanswer()\n")
 
 
 def uninstall() -> None:

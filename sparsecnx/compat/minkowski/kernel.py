@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsecnx.compat.minkowski.enums import RegionType
-from sparsecnx.compat.minkowski.errors import ArgumentTypeError, insist, insist_type, not_offered
+from sparsecnx.compat.minkowski.errors import ArgumentTypeError, insist, insist_type, missing_member, not_offered
 from sparsecnx.coordinates import offsets_of
 
 
@@ -22,12 +22,18 @@ def int_list(value: Any, dimension: int, name: str) -> list[int]:
         ArgumentError, ArgumentTypeError: it is something else; the message calls it `name`.
     """
     if isinstance(value, (Sequence, np.ndarray, Tensor)) and not isinstance(value, str):
+        insist(all(int(entry) == entry for entry in value), f"{name} is {list(value)}: expected whole numbers")
         found = [int(entry) for entry in value]
         insist(len(found) == dimension, f"{name} is {found}: expected {dimension} numbers, one for each axis")
         return found
     if isinstance(value, (int, np.integer)):
         return [int(value)] * dimension
     raise ArgumentTypeError(f"{name} is a {type(value).__name__}: expected a number, or one for each axis")
+
+
+def convert_to_int_list(arg: Any, dimension: int) -> list[int]:
+    """MinkowskiEngine's name for a number, or one for each axis, as a list."""
+    return int_list(arg, dimension, "arg")
 
 
 class KernelGenerator:
@@ -123,6 +129,9 @@ class KernelGenerator:
         stride."""
         cube = self.region_type == RegionType.HYPER_CUBE and len(set(self.kernel_stride)) == 1
         return cube and self.partitions and self.kernel_size[0] % 2 == 0 and set(self.kernel_dilation) == {1}
+
+    def __getattr__(self, name: str) -> Any:
+        return missing_member(type(self).__name__, name)
 
     def __repr__(self) -> str:
         return (

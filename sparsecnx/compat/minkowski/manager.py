@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sparsecnx.compat.minkowski.enums import RegionType, SparseTensorOperationMode
-from sparsecnx.compat.minkowski.errors import ArgumentError, insist, insist_type, not_offered
+from sparsecnx.compat.minkowski.errors import ArgumentError, insist, insist_type, missing_member, not_offered
 from sparsecnx.compat.minkowski.kernel import KernelGenerator, int_list
-from sparsecnx.coordinates import CoordinateMap, unique
+from sparsecnx.coordinates import CoordinateMap, for_any_mode, unique
 from sparsecnx.mapped import turned
 
 Name = tuple[tuple[int, ...], str]  # tensor stride and string of a key
@@ -84,7 +84,8 @@ class KernelMap:
     @cached_property
     def inverse(self) -> Tensor:
         """int32 `(rows, K)`: which rows of the output read each row of the input."""
-        return turned(self.table, self.rows)
+        with for_any_mode():
+            return turned(self.table, self.rows)
 
     @cached_property
     def swapped(self) -> KernelMap:
@@ -92,6 +93,21 @@ class KernelMap:
         other = KernelMap(self.inverse, self.table.shape[0])
         other.__dict__["inverse"] = self.table  # known, where `cached_property` looks for it
         return other
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the sites of a map are to a global pooling.
+
+    Attributes:
+        rows: int64 `(rows,)`, the row of each site's image in the result.
+        counts: int64 `(images,)`, sites of each image; 1 for an image that has lost all of them.
+        by_image: the sites of each image, int64, none for one that has lost them.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    by_image: list[Tensor]
 
 
 class CoordinateManager:
@@ -114,7 +130,9 @@ class CoordinateManager:
         self._maps: dict[Name, CoordinateMap] = {}
         self._tables: dict[Hashable, KernelMap] = {}
         self._unions: dict[Hashable, tuple[CoordinateMapKey, list[Tensor]]] = {}
-        self._origin_rows: dict[Name, Tensor] = {}
+        self._origins: dict[Name, Origin] = {}
+        self._given: list[Name] = []  # maps that were not derived from others
+        self._pruned_from: dict[str, str] = {}  # string of a map to that of the one it was pruned from
         self._numbers = itertools.count(1)
 
     # Maps
@@ -136,7 +154,14 @@ class CoordinateManager:
         while name in self._maps:
             name = (new.stride, f"{string_id}-{next(self._numbers)}")
         self._maps[name] = new
+        self._given.append(name)
         return CoordinateMapKey(*name)
+
+    def insert_pruned(self, new: CoordinateMap, source: CoordinateMapKey) -> CoordinateMapKey:
+        """Keep a map made from another, of other sites: transposed layers go back to what that one came from."""
+        key = self.insert(new)
+        self._pruned_from[key.name[1]] = self._pruned_from.get(source.name[1], source.name[1])
+        return key
 
     def insert_and_map(
         self, coordinates: Tensor, tensor_stride: Any = 1, string_id: str = ""
@@ -149,8 +174,11 @@ class CoordinateManager:
         check_coordinates(coordinates, self.D)
         stride = int_list(tensor_stride, self.D, "tensor_stride")
         first, site = distinct(coordinates)
-        kept = coordinates if first.shape[0] == coordinates.shape[0] else coordinates[first]
-        return self.insert(CoordinateMap.from_coordinates(kept.contiguous(), stride), string_id), (first, site)
+        insist(min(stride) >= 0, f"tensor_stride is {stride}: expected no number below 0")
+        kept = coordinates[first]  # a copy, also of all: what becomes of the argument does not move the sites
+        new = CoordinateMap.from_coordinates(kept, stride)
+        insist(new.rows == 0 or new.bounds[0][0] >= 0, "coordinates has image numbers below 0: expected 0, 1, ...")
+        return self.insert(new, string_id), (first, site)
 
     def stride(self, coordinate_map_key: CoordinateMapKey, stride: Any, string_id: str = "") -> CoordinateMapKey:
         """Key of the map that a convolution with that stride gives; made on first use."""
@@ -174,7 +202,7 @@ class CoordinateManager:
             f"stride is {kernel.kernel_stride}: a transposed layer's must divide the tensor stride, {list(coarse)}",
         )
         fine = tuple(a // b for a, b in zip(coarse, kernel.kernel_stride, strict=True))
-        for string in (key.name[1], ""):
+        for string in (self._pruned_from.get(key.name[1], key.name[1]), ""):
             if (fine, string) in self._maps:
                 return CoordinateMapKey(fine, string)
         self._maps[fine, ""] = self._finer(key, kernel, fine)
@@ -190,33 +218,41 @@ class CoordinateManager:
         """Key of the map with one site for each image, of stride 0, as global pooling gives it."""
         name = ((0,) * self.D, "")
         if name not in self._maps:
-            images = torch.cat([known.images.index for known in self._maps.values()]).unique()
-            coordinates = torch.nn.functional.pad(images.to(torch.int32)[:, None], (0, self.D))
+            with for_any_mode():
+                images = torch.cat([self._maps[given].images.index for given in self._given]).unique()
+                coordinates = torch.nn.functional.pad(images.to(torch.int32)[:, None], (0, self.D))
             self._maps[name] = CoordinateMap(name[0], coordinates)
         return CoordinateMapKey(*name)
 
-    def origin_rows(self, key: CoordinateMapKey) -> Tensor:
-        """int64 `(rows,)`: for every site of a map the row of its image at the origin.
+    def at_origin(self, key: CoordinateMapKey) -> Origin:
+        """What the sites of a map are to a global pooling.
 
         Raises:
             ArgumentError: an image came to this manager after the origin.
         """
-        if key.name not in self._origin_rows:
-            images, origin = self.map(key).images, self.map(self.origin())
-            first = torch.nn.functional.pad(images.index.to(torch.int32)[:, None], (0, self.D))
-            place = origin.find(first).long()
-            insist(
-                bool((place >= 0).all()),
-                "the images of this tensor are not those that global pooling was first asked for: expected tensors of "
-                "one batch in a coordinate manager",
-            )
-            self._origin_rows[key.name] = place[images.number]
-        return self._origin_rows[key.name]
+        if key.name not in self._origins:
+            with for_any_mode():
+                self._origins[key.name] = self._at_origin(key)
+        return self._origins[key.name]
+
+    def _at_origin(self, key: CoordinateMapKey) -> Origin:
+        images, origin = self.map(key).images, self.map(self.origin())
+        place = origin.find(torch.nn.functional.pad(images.index[:, None], (0, self.D))).long()
+        insist(
+            bool((place >= 0).all()),
+            "the images of this tensor are not those that global pooling was first asked for: expected tensors of one "
+            "batch in a coordinate manager",
+        )
+        counts = images.counts.new_zeros(origin.rows).index_copy(0, place, images.counts)
+        by_image = [images.number.new_empty(0)] * origin.rows
+        for image, rows in zip(place.tolist(), images.rows, strict=True):
+            by_image[image] = rows
+        return Origin(place[images.number], counts.clamp(min=1), by_image)
 
     def origin_map(self, key: CoordinateMapKey) -> tuple[Tensor, list[Tensor]]:
         """The images with sites, int64, and the rows of every image up to the last of them, none for one without."""
         images = self.map(key).images
-        return images.index, images.rows_by_number
+        return images.index, list(images.rows_by_number)
 
     def union(self, keys: list[CoordinateMapKey]) -> tuple[CoordinateMapKey, list[Tensor]]:
         """The sites of several maps of one stride as a new map.
@@ -231,10 +267,12 @@ class CoordinateManager:
         insist(len(strides) == 1, f"tensors have strides {[list(stride) for stride in strides]}: a union needs one")
         names = tuple(key.name for key in keys)
         if names not in self._unions:
-            maps = [self.map(key) for key in keys]
-            sites = unique(torch.cat([known.coordinates for known in maps]))
-            new = CoordinateMap.from_coordinates(sites, maps[0].stride)
-            self._unions[names] = self.insert(new), [new.find(known.coordinates).long() for known in maps]
+            with for_any_mode():
+                maps = [self.map(key) for key in keys]
+                sites = unique(torch.cat([known.coordinates for known in maps]))
+                new = CoordinateMap.from_coordinates(sites, maps[0].stride)
+                places = [new.find(known.coordinates).long() for known in maps]
+            self._unions[names] = self.insert_pruned(new, keys[0]), places
         return self._unions[names]
 
     # What is asked about maps
@@ -251,7 +289,8 @@ class CoordinateManager:
         if name not in self._tables:
             source = self.map(in_key)
             offsets = (kernel.partition if partition else kernel.offsets)(in_key.name[0])
-            self._tables[name] = KernelMap(source.kernel_map(self.map(out_key), offsets), source.rows)
+            with for_any_mode():
+                self._tables[name] = KernelMap(source.kernel_map(self.map(out_key), offsets), source.rows)
         return self._tables[name]
 
     def kernel_map(
@@ -286,8 +325,8 @@ class CoordinateManager:
         return self.map(coordinate_map_key).rows
 
     def get_coordinates(self, coords_key_or_tensor_strides: Any) -> Tensor:
-        """int32 `(rows, 1 + D)`."""
-        return self.map(self._key(coords_key_or_tensor_strides)).coordinates
+        """int32 `(rows, 1 + D)`, a copy."""
+        return self.map(self._key(coords_key_or_tensor_strides)).coordinates.clone()
 
     def number_of_unique_batch_indices(self) -> int:
         return self.size(self.origin())
@@ -304,6 +343,9 @@ class CoordinateManager:
             if name[0] == stride:
                 return CoordinateMapKey(*name)
         raise ArgumentError(f"tensor_stride is {list(stride)}: this coordinate manager has no map of it")
+
+    def __getattr__(self, name: str) -> Any:
+        return missing_member(type(self).__name__, name)
 
     def __repr__(self) -> str:
         maps = "".join(f"\n  {list(stride)} {string!r}: {m.rows} sites" for (stride, string), m in self._maps.items())

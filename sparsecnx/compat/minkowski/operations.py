@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from sparsecnx.compat.minkowski.errors import insist, insist_type
 from sparsecnx.compat.minkowski.layers import MinkowskiLinear
 from sparsecnx.compat.minkowski.manager import CoordinateManager
 from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor
-from sparsecnx.coordinates import CoordinateMap, tiles_of_mask
+from sparsecnx.coordinates import CoordinateMap, for_any_mode, tiles_of_mask
 from sparsecnx.packing import gather_rows
 
 
@@ -63,12 +64,15 @@ def _with_sites(x: Tensor, active: Tensor) -> SparseTensor:
     """The active sites, bool `(B, *spatial)`, of `x (B, C, *spatial)`."""
     manager = CoordinateManager(x.ndim - 2)
     stride = (1,) * manager.D
-    layout = tiles_of_mask(active)
+    with for_any_mode():
+        layout = tiles_of_mask(active)
+        sites = None if layout is not None else active.nonzero()
+        known = CoordinateMap(stride, None if sites is None else sites.to(torch.int32), layout)
     if layout is not None:
-        known, features = CoordinateMap(stride, layout=layout), gather_rows(x, layout)
+        features = gather_rows(x, layout)
     else:
-        known = CoordinateMap(stride, active.nonzero().to(torch.int32))
-        features = x.movedim(1, -1)[active]
+        assert sites is not None
+        features = x.movedim(1, -1)[sites.unbind(dim=1)]
     return SparseTensor(features, coordinate_map_key=manager.insert(known), coordinate_manager=manager)
 
 
@@ -197,6 +201,8 @@ class MinkowskiPruning(MinkowskiModuleBase):
         """Features `(rows, C)` and bool `(rows,)`, True = kept, to the features of the kept rows, in their order."""
         insist_type(input, SparseTensor, "input", "a SparseTensor")
         insist_type(mask, Tensor, "mask", "a bool tensor (rows,)")
+        if mask.dtype == torch.uint8:  # torch's bool of old
+            mask = mask.bool()
         insist(
             mask.dtype == torch.bool and tuple(mask.shape) == (len(input),),
             f"mask is {mask.dtype} {tuple(mask.shape)}: expected torch.bool ({len(input)},)",
@@ -204,7 +210,7 @@ class MinkowskiPruning(MinkowskiModuleBase):
         insist(mask.device == input.device, f"mask is on {mask.device}: the input is on {input.device}")
         manager, known = input.coordinate_manager, input._map
         pruned = CoordinateMap.from_coordinates(known.coordinates[mask], known.stride)
-        key = manager.insert(pruned)
+        key = manager.insert_pruned(pruned, input.coordinate_map_key)
         return SparseTensor(input.F[mask], coordinate_map_key=key, coordinate_manager=manager)
 
     def __repr__(self) -> str:
@@ -222,9 +228,10 @@ class MinkowskiUnion(nn.Module):
             insist(tensor.coordinate_manager is inputs[0].coordinate_manager, OTHER_MANAGER)
         manager = inputs[0].coordinate_manager
         key, places = manager.union([tensor.coordinate_map_key for tensor in inputs])
-        features = inputs[0].F.new_zeros(manager.size(key), inputs[0].F.shape[1])
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in inputs))
+        features = inputs[0].F.new_zeros(manager.size(key), inputs[0].F.shape[1], dtype=dtype)
         for tensor, rows in zip(inputs, places, strict=True):
-            features = features.index_add(0, rows, tensor.F)
+            features = features.index_add(0, rows, tensor.F.to(dtype))
         return SparseTensor(features, coordinate_map_key=key, coordinate_manager=manager)
 
     def __repr__(self) -> str:

@@ -12,8 +12,9 @@ from sparsecnx.compat.minkowski.convolution import MinkowskiModuleBase
 from sparsecnx.compat.minkowski.enums import BroadcastMode, PoolingMode
 from sparsecnx.compat.minkowski.errors import insist, insist_type, not_offered
 from sparsecnx.compat.minkowski.kernel import KernelGenerator
-from sparsecnx.compat.minkowski.manager import CoordinateMapKey
-from sparsecnx.compat.minkowski.tensor import SparseTensor, output_key
+from sparsecnx.compat.minkowski.manager import CoordinateMapKey, Origin
+from sparsecnx.compat.minkowski.rows import spread, totals
+from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor, output_key
 from sparsecnx.ops.common import statistics_dtype
 
 
@@ -70,7 +71,7 @@ class _Pooling(MinkowskiModuleBase):
         if key is None:
             key = manager.stride(input.coordinate_map_key, kernel.kernel_stride)
         table = manager.table(input.coordinate_map_key, key, kernel, kernel.partitions)
-        back = table.inverse if input.requires_grad else None
+        back = table.inverse if torch.is_grad_enabled() and input.requires_grad else None
         pooled = ops.mapped_pool(input.F, table.table, self.MODE.reduction, back)
         return SparseTensor(pooled, coordinate_map_key=key, coordinate_manager=manager)
 
@@ -119,14 +120,16 @@ class MinkowskiGlobalPooling(MinkowskiModuleBase):
         insist_type(input, SparseTensor, "input", "a SparseTensor")
         if coordinates is not None:
             raise not_offered("global pooling onto given coordinates", "global pooling without `coordinates`")
-        key = input.coordinate_manager.origin()
+        manager = input.coordinate_manager
+        origin = manager.at_origin(input.coordinate_map_key)
         if self.pooling_mode.reduction == "max":
-            pooled = _maximum(input)
+            pooled = _maximum(input, origin)
         else:
-            pooled = _total(input, input.F)
+            pooled = totals(input.F, origin.rows, len(origin.counts))
             if self.pooling_mode.reduction == "avg":
-                pooled = pooled / _counts(input)[:, None]
-        return SparseTensor(pooled.to(input.dtype), coordinate_map_key=key, coordinate_manager=input.coordinate_manager)
+                pooled = pooled / origin.counts[:, None]
+            pooled = pooled.to(input.dtype)
+        return SparseTensor(pooled, coordinate_map_key=manager.origin(), coordinate_manager=manager)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(mode={self.pooling_mode.name})"
@@ -158,12 +161,13 @@ class _Broadcast(MinkowskiModuleBase):
         """Features `(rows, C)` and those of the images, `(images, C)` from a global pooling, to `(rows, C')`."""
         insist_type(input, SparseTensor, "input", "a SparseTensor")
         insist_type(input_glob, SparseTensor, "input_glob", "a SparseTensor from a global pooling")
-        images = len(_origin(input))
+        insist(input_glob.coordinate_manager is input.coordinate_manager, OTHER_MANAGER)
+        origin = input.coordinate_manager.at_origin(input.coordinate_map_key)
         insist(
-            len(input_glob) == images,
-            f"input_glob has {len(input_glob)} rows: expected one for each of {images} images",
+            len(input_glob) == len(origin.counts),
+            f"input_glob has {len(input_glob)} rows: expected one for each of {len(origin.counts)} images",
         )
-        return input._with(self.combine(input.F, input_glob.F[origin_rows(input)]))
+        return input._with(self.combine(input.F, spread(input_glob.F, origin.rows)))
 
     def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
         raise NotImplementedError
@@ -206,38 +210,17 @@ class MinkowskiBroadcastConcatenation(_Broadcast):
 
 def normalised_by_image(x: SparseTensor, eps: float) -> Tensor:
     """Features `(rows, C)` of zero mean and, but for `eps` in the variance, unit variance in each image and channel."""
-    rows, count = origin_rows(x), _counts(x)[:, None]
+    origin = x.coordinate_manager.at_origin(x.coordinate_map_key)
+    rows, count = origin.rows, origin.counts[:, None]
     features = x.F.to(statistics_dtype(x.dtype))
-    centred = features - (_total(x, features) / count)[rows]
-    variance = _total(x, centred.square()) / count
-    return (centred * (variance + eps).rsqrt()[rows]).to(x.dtype)
+    centred = features - spread(totals(features, rows, len(count)) / count, rows)
+    variance = totals(centred.square(), rows, len(count)) / count
+    return (centred * spread((variance + eps).rsqrt(), rows)).to(x.dtype)
 
 
-def origin_rows(x: SparseTensor) -> Tensor:
-    """int64 `(rows,)`: the row of each site's image in the result of a global pooling."""
-    return x.coordinate_manager.origin_rows(x.coordinate_map_key)
-
-
-def _origin(x: SparseTensor) -> Tensor:
-    """int64, ascending: the images that a global pooling gives."""
-    manager = x.coordinate_manager
-    return manager.map(manager.origin()).coordinates[:, 0].long()
-
-
-def _total(x: SparseTensor, features: Tensor) -> Tensor:
-    """Sums by image, in float32 at least, `(images, C)`."""
-    features = features.to(statistics_dtype(features.dtype))
-    return features.new_zeros(len(_origin(x)), features.shape[1]).index_add(0, origin_rows(x), features)
-
-
-def _counts(x: SparseTensor) -> Tensor:
-    """Sites of each image, `(images,)`; 1 for an image that has lost all of them, whose sum is 0."""
-    return torch.bincount(origin_rows(x), minlength=len(_origin(x))).clamp(min=1)
-
-
-def _maximum(x: SparseTensor) -> Tensor:
+def _maximum(x: SparseTensor, origin: Origin) -> Tensor:
     """Maxima by image, `(images, C)`; the gradient goes to one site, also where several have it. 0 for an image that
     has lost all its sites."""
-    nothing = x.F.new_zeros(x.F.shape[1])
-    rows = [(origin_rows(x) == image).nonzero().flatten() for image in range(len(_origin(x)))]
-    return torch.stack([x.F[found].max(dim=0).values if len(found) else nothing for found in rows])
+    nothing = x.F.new_zeros(1, x.F.shape[1])
+    maxima = [x.F[rows].max(dim=0, keepdim=True).values if len(rows) else nothing for rows in origin.by_image]
+    return torch.cat(maxima) if maxima else nothing[:0]

@@ -17,6 +17,7 @@ from sparsecnx.compat.minkowski.errors import (
     ArgumentTypeError,
     insist,
     insist_type,
+    missing_member,
     not_offered,
 )
 from sparsecnx.compat.minkowski.manager import (
@@ -25,6 +26,7 @@ from sparsecnx.compat.minkowski.manager import (
     check_coordinates,
     new_manager,
 )
+from sparsecnx.compat.minkowski.rows import permuted
 from sparsecnx.coordinates import CoordinateMap
 from sparsecnx.packing import scatter_rows
 from sparsecnx.tensor import SparseTensor as TileTensor
@@ -94,14 +96,19 @@ class SparseTensor:
         else:
             insist_type(coordinate_map_key, CoordinateMapKey, "coordinate_map_key", "a CoordinateMapKey")
             insist_type(coordinate_manager, CoordinateManager, "coordinate_manager", "a CoordinateManager")
-            rows = coordinate_manager.size(coordinate_map_key)
+            known = coordinate_manager.map(coordinate_map_key)
             insist(
-                features.shape[0] == rows,
-                f"features is {tuple(features.shape)}: the map of coordinate_map_key has {rows} sites",
+                features.shape[0] == known.rows,
+                f"features is {tuple(features.shape)}: the map of coordinate_map_key has {known.rows} sites",
+            )
+            insist(
+                features.device == known.device,
+                f"features is on {features.device}: the map of coordinate_map_key is on {known.device}",
             )
         if requires_grad is not None:
             features.requires_grad_(requires_grad)
         self._F = features
+        self._C: Tensor | None = None
         self.coordinate_map_key = coordinate_map_key
         self._manager = coordinate_manager
 
@@ -142,8 +149,11 @@ class SparseTensor:
 
     @property
     def C(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
-        """Coordinates, int32 `(rows, 1 + D)`: the image's number, then the position."""
-        return self._map.coordinates
+        """Coordinates, int32 `(rows, 1 + D)`: the image's number, then the position. A copy: what is done to it does
+        not move the sites."""
+        if self._C is None:
+            self._C = self._map.coordinates.clone()
+        return self._C
 
     coordinates = C
 
@@ -218,21 +228,27 @@ class SparseTensor:
     @property
     def decomposition_permutations(self) -> list[Tensor]:
         """int64: the rows of each image, up to the last that has any; none for one without."""
-        return self._map.images.rows_by_number
+        return list(self._map.images.rows_by_number)
 
     @property
     def decomposed_coordinates(self) -> list[Tensor]:
         """int32 `(n, D)`: the positions of each image, up to the last that has any."""
-        return [self.C[rows, 1:] for rows in self.decomposition_permutations]
+        return self._by_image(self.C[:, 1:])
 
     @property
     def decomposed_features(self) -> list[Tensor]:
         """`(n, C)`: the features of each image, up to the last that has any."""
-        return [self._F[rows] for rows in self.decomposition_permutations]
+        return self._by_image(self._F)
 
     @property
     def decomposed_coordinates_and_features(self) -> tuple[list[Tensor], list[Tensor]]:
         return self.decomposed_coordinates, self.decomposed_features
+
+    def _by_image(self, values: Tensor) -> list[Tensor]:
+        images = self._map.images
+        if images.sizes is not None:  # one image after the other, as they usually lie: no copies
+            return list(values.split(images.sizes))
+        return [values[rows] for rows in images.rows_by_number]
 
     def coordinates_at(self, batch_index: int) -> Tensor:
         """int32 `(n, D)`: the positions of one image."""
@@ -276,25 +292,24 @@ class SparseTensor:
             assert shape is not None
             return self._F.new_zeros(tuple(shape)), stride.new_zeros(self.D), stride
         low, high = self._map.bounds
-        first = (0,) * self.D
+        first, lowest = (0,) * self.D, low[1:]
         if min_coordinate is not None:
             insist_type(min_coordinate, Tensor, "min_coordinate", "an int32 tensor (D,)")
             insist(
                 min_coordinate.numel() == self.D and min_coordinate.dtype == torch.int32,
                 f"min_coordinate is {min_coordinate.dtype} {tuple(min_coordinate.shape)}: expected int32 ({self.D},)",
             )
-            first = tuple(min_coordinate.flatten().tolist())
-            found = min_coordinate.reshape(1, self.D).to(self.device)
+            first = lowest = tuple(min_coordinate.flatten().tolist())
         else:
             insist(
                 min(low) >= 0, f"coordinates go down to {list(low[1:])}: expected min_coordinate where some are below 0"
             )
-            found = torch.tensor([low[1:]], dtype=torch.int32, device=self.device)
         insist(
-            not any(a % b for a, b in zip(found[0].tolist(), self.tensor_stride, strict=True)),
-            f"min_coordinate is {found[0].tolist()}: expected multiples of the tensor stride, {self.tensor_stride}",
+            not any(a % max(1, b) for a, b in zip(lowest, self.tensor_stride, strict=True)),
+            f"min_coordinate is {list(lowest)}: expected multiples of the tensor stride, {self.tensor_stride}",
         )
-        step = self.tensor_stride if contract_stride else [1] * self.D
+        found = torch.tensor([lowest], dtype=torch.int32, device=self.device)
+        step = [max(1, by) for by in self.tensor_stride] if contract_stride else [1] * self.D
         last = [(top - base) // by for top, base, by in zip(high[1:], first, step, strict=True)]
         if shape is None:
             shape = (high[0] + 1, self._F.shape[1], *(place + 1 for place in last))
@@ -310,7 +325,7 @@ class SparseTensor:
     def _dense_tiles(self, shape: tuple[int, ...]) -> Tensor:
         known = self._map
         assert known.layout is not None
-        rows = self._F if known.order is None else self._F[known.order]
+        rows = in_layout(self).features
         dense = scatter_rows(rows, known.layout, rows.new_zeros(rows.shape[1]))
         if tuple(dense.shape) == shape:
             return dense
@@ -327,13 +342,8 @@ class SparseTensor:
         dense = self._F.new_zeros(cells, shape[1]).index_copy(0, place, self._F)
         return dense.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
-    def sparse(self, *_: Any, **__: Any) -> None:
-        raise not_offered("SparseTensor.sparse", "dense(), or F and C")
-
-    def slice(self, X: Any) -> None:  # noqa: N803 - MinkowskiEngine's name
-        raise not_offered("SparseTensor.slice", "F[x.inverse_mapping] of the tensor made from coordinates")
-
-    cat_slice = interpolate = slice
+    def __getattr__(self, name: str) -> Any:
+        return missing_member(type(self).__name__, name)
 
     def features_at_coordinates(self, query_coordinates: Tensor) -> Tensor:
         """Features `(n, C)` at the sites of `query_coordinates (n, 1 + D)`; 0 where there is no site. Positions are
@@ -347,6 +357,8 @@ class SparseTensor:
             whole.to(query_coordinates.dtype), query_coordinates
         ):
             raise not_offered("features_at_coordinates between sites", "whole numbers as query_coordinates")
+        if len(self) == 0:
+            return self._F.new_zeros(whole.shape[0], self._F.shape[1])
         rows = self._map.find(whole).long()
         return self._F.new_zeros(()).where(rows[:, None] < 0, self._F[rows.clamp(min=0)])
 
@@ -376,8 +388,10 @@ class SparseTensor:
             return self._with(combine(self._F, other.F))
         # On the sites of either: a missing row counts as 0, and where `other` has none nothing is done.
         key, (mine, others) = self._manager.union([self.coordinate_map_key, other.coordinate_map_key])
-        features = self._F.new_zeros(self._manager.size(key), self._F.shape[1]).index_copy(0, mine, self._F)
-        features = features.index_copy(0, others, combine(features[others], other.F))
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        features = self._F.new_zeros(self._manager.size(key), self._F.shape[1], dtype=dtype)
+        features = features.index_copy(0, mine, self._F.to(dtype))
+        features = features.index_copy(0, others, combine(features[others], other.F).to(dtype))
         return type(self)(features, coordinate_map_key=key, coordinate_manager=self._manager)
 
     def __add__(self, other: Any) -> SparseTensor:
@@ -426,7 +440,9 @@ def in_layout(x: SparseTensor) -> TileTensor:
     """The same tensor with its rows in the order of its layout, as the operators on tiles take it."""
     known = x._map
     assert known.layout is not None  # asked of tiles alone
-    return TileTensor(x.F if known.order is None else x.F[known.order], known.layout)
+    if known.order is None or known.back is None:
+        return TileTensor(x.F, known.layout)
+    return TileTensor(permuted(x.F, known.order, known.back), known.layout)
 
 
 def output_key(
@@ -454,7 +470,11 @@ def output_key(
 
 
 def _as_int(coordinates: Tensor) -> Tensor:
-    """Coordinates as int32; other numbers are rounded down, with MinkowskiEngine's warning."""
+    """Coordinates as int32; other numbers are rounded down, with MinkowskiEngine's warning.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: numbers that int32 does not hold.
+    """
     if coordinates.dtype == torch.int32:
         return coordinates
     if coordinates.dtype == torch.bool or coordinates.is_complex():
@@ -462,7 +482,11 @@ def _as_int(coordinates: Tensor) -> Tensor:
     warnings.warn(
         f"coordinates is {coordinates.dtype} and is converted: `.int()` says so without this warning", stacklevel=4
     )
-    return (coordinates.floor() if coordinates.is_floating_point() else coordinates).to(torch.int32)
+    whole = coordinates.floor() if coordinates.is_floating_point() else coordinates
+    limits = torch.iinfo(torch.int32)
+    held = bool(((whole >= limits.min) & (whole <= limits.max)).all())  # of NaN neither holds
+    insist(held, f"coordinates has numbers outside {limits.min} to {limits.max}, or NaN: expected those of int32")
+    return whole.to(torch.int32)
 
 
 def _quantized(

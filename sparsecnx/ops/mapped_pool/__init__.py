@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparsecnx.ops.common import check_mapped
+from sparsecnx.ops.common import check_mapped, statistics_dtype
 from sparsecnx.ops.mapped_depthwise_conv import operator as depthwise_conv
 from sparsecnx.ops.mapped_pool.maximum import maximum
 
@@ -37,7 +37,9 @@ def mapped_pool(features: Tensor, kernel_map: Tensor, mode: str, inverse_map: Te
     x = check_mapped(features, kernel_map, inverse_map)
     if mode == "max":
         return maximum(features, kernel_map, inverse_map)[0]
-    total: Tensor = depthwise_conv(x, features.new_ones(kernel_map.shape[1], features.shape[1]), None)
+    if mode == "avg":
+        x = x.to(statistics_dtype(features.dtype))  # a sum may be too large for the dtype of its mean
+    total: Tensor = depthwise_conv(x, x.features.new_ones(kernel_map.shape[1], features.shape[1]), None)
     if mode == "sum":
         return total
     present = (kernel_map >= 0).sum(1, keepdim=True).clamp(min=1)

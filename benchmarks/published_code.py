@@ -1,0 +1,115 @@
+"""ConvNeXt V2's published model files, unmodified, on MinkowskiEngine's API here, held against our own FCMAE.
+
+    git clone https://github.com/facebookresearch/ConvNeXt-V2
+    python benchmarks/published_code.py ConvNeXt-V2
+
+The same weights (converted), images and mask in float64, GRN over the batch as the published code has it: the loss, the
+prediction and every gradient agree, or the exit code is 1. Then a few steps of training, whose loss falls. Needs a timm
+that still has `timm.models.layers`, such as 1.0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsecnx.compat import checkpoints, minkowski
+from sparsecnx.models import create_fcmae
+
+TOLERANCE = 1e-9
+STEPS = 5
+
+
+def published(folder: Path, size: str) -> Any:
+    """The published FCMAE of a size, from the checkout in `folder`."""
+    minkowski.install()
+    sys.path.insert(0, str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of timm, about where its layers are
+        models = importlib.import_module("models.fcmae")
+    return getattr(models, f"convnextv2_{size}")(norm_pix_loss=True)
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Weights that keep every branch as large as its input, GRN's too; theirs start at a standard deviation of 1."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("kernel"):
+                parameter.normal_(std=parameter[..., 0].numel() ** -0.5)
+            elif parameter.ndim > 1 and "grn" not in name and "bias" not in name:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+def differences(theirs: Any, size: str, device: str) -> dict[str, float]:
+    """Relative errors of the published code against ours: of loss, prediction, and every gradient by our name."""
+    ours = create_fcmae(size, grn_scope="batch").to(device, torch.float64)
+    ours.load_state_dict(checkpoints.convert(theirs.state_dict(), "sparsecnx").state_dict)
+    images = torch.randn(4, 3, 224, 224, dtype=torch.float64, device=device)
+    loss, pred, mask = theirs(images)
+    loss.backward()
+    expected_loss, expected_pred, _ = ours(images, mask=mask.bool())
+    expected_loss.backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    found = checkpoints.convert(gradients, "sparsecnx").state_dict
+    errors = {"loss": error(loss, expected_loss), "prediction": error(pred, expected_pred)}
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad is not None
+        errors[f"gradient of {name}"] = error(found[name], parameter.grad)
+    return errors
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """||got - expected|| / ||expected||, in the precision of both."""
+    scale = torch.linalg.vector_norm(expected.detach()).clamp(min=1e-30)
+    return float(torch.linalg.vector_norm(got.detach() - expected.detach()) / scale)
+
+
+def train(theirs: Any, device: str) -> list[float]:
+    """Losses of a few steps on one batch, always under the same mask."""
+    theirs.float()
+    images = torch.randn(4, 3, 224, 224, device=device)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(STEPS):
+        torch.manual_seed(0)
+        loss, _, _ = theirs(images)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Hold the published ConvNeXt V2 model files against our own.")
+    parser.add_argument("folder", type=Path, help="a checkout of facebookresearch/ConvNeXt-V2")
+    parser.add_argument("--size", default="atto")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(arguments)
+    if not (options.folder / "models" / "fcmae.py").is_file():
+        parser.error(f"folder is {options.folder}: it has no models/fcmae.py")
+    torch.manual_seed(0)
+    theirs = published(options.folder, options.size).to(options.device, torch.float64)
+    randomise(theirs)
+    errors = differences(theirs, options.size, options.device)
+    worst = max(errors, key=lambda name: errors[name])
+    print(f"loss differs by {errors['loss']:.1e}, prediction by {errors['prediction']:.1e}")
+    print(f"{len(errors) - 2} gradients, the largest difference {errors[worst]:.1e}: {worst}")
+    losses = train(theirs, options.device)
+    print("loss of training steps:", " ".join(f"{loss:.4f}" for loss in losses))
+    agree = errors[worst] <= TOLERANCE and losses[-1] < losses[0]
+    print("ok" if agree else "NOT ok")
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
