@@ -6,7 +6,9 @@ import collections
 import collections.abc
 import contextlib
 import importlib
+import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,19 +17,21 @@ import torch
 
 NAME = "MinkowskiEngine"
 STAND_IN = "sparsecnx.compat.minkowski"  # may answer to the same name, see there
+NOT_INSTALLED = "not installed"
+ANSWERED = f"answered by {STAND_IN} in this process"
+
+_importing = threading.RLock()
 
 
 def problem() -> str | None:
     """What the library is instead of usable, to follow "MinkowskiEngine is"; None where it imports."""
     try:
-        library()
+        found = library()
     except ModuleNotFoundError as error:
-        return "not installed" if error.name == NAME else f"installed, but does not import: {error}"
+        return NOT_INSTALLED if error.name == NAME else f"installed, but does not import: {error}"
     except Exception as error:  # what a broken installation raises is its own choice
         return f"installed, but does not import: {error}"
-    if sys.modules[NAME].__name__.startswith(STAND_IN):
-        return f"answered by {STAND_IN} in this process"
-    return None
+    return ANSWERED if found.__name__.startswith(STAND_IN) else None
 
 
 def refusal(device: torch.device) -> str | None:
@@ -43,16 +47,17 @@ def refusal(device: torch.device) -> str | None:
 
 
 def library() -> Any:
-    """The module `MinkowskiEngine`, or what answers to that name.
+    """The module `MinkowskiEngine`, or what answers to that name. Threads wait for the one that imports it.
 
     Raises:
         ImportError, or whatever else a broken installation raises.
     """
-    if NAME in sys.modules:
-        return sys.modules[NAME]
-    with _old_collections(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The MinkowskiEngine was compiled with CPU_ONLY flag")
-        return importlib.import_module(NAME)
+    with _importing:
+        if NAME in sys.modules:
+            return importlib.import_module(NAME)  # waits for a thread that imports it on its own
+        with _old_collections(), _its_threads(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The MinkowskiEngine was compiled with CPU_ONLY flag")
+            return importlib.import_module(NAME)
 
 
 @contextlib.contextmanager
@@ -66,3 +71,17 @@ def _old_collections() -> Iterator[None]:
     finally:
         for name in missing:
             delattr(collections, name)
+
+
+@contextlib.contextmanager
+def _its_threads() -> Iterator[None]:
+    """OMP_NUM_THREADS as MinkowskiEngine chooses it on more than 16 cores, for its own OpenMP and without its warning:
+    on its own it leaves the variable set, for torch in every child of this process."""
+    if "OMP_NUM_THREADS" in os.environ or (os.cpu_count() or 1) <= 16:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = "16"
+    try:
+        yield
+    finally:
+        os.environ.pop("OMP_NUM_THREADS", None)

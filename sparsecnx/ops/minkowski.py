@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import threading
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -54,14 +55,57 @@ class _Maps:
         return self._keys[geometry]
 
 
-_maps: WeakKeyDictionary[TileSet, _Maps] = WeakKeyDictionary()
+class _Kept(threading.local):
+    """Of every thread its own: a coordinate manager adds to its maps without the interpreter's lock."""
+
+    def __init__(self) -> None:
+        self.maps: WeakKeyDictionary[TileSet, _Maps] = WeakKeyDictionary()
+
+
+_kept = _Kept()
 
 
 def maps(tiles: TileSet) -> _Maps:
-    """Coordinates and kernel maps of these tiles, built on first use and kept as long as they live."""
-    found = _maps.get(tiles)
+    """Coordinates and kernel maps of these tiles, built on a thread's first use and kept as long as they live."""
+    found = _kept.maps.get(tiles)
     if found is None:
-        found = _maps[tiles] = _Maps(tiles)
+        found = _kept.maps[tiles] = _Maps(tiles)
+    return found
+
+
+class _Once(torch.autograd.Function):
+    """The same tensors, whose gradients have none of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return features.view_as(features), kernel.view_as(kernel)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return grads
+        # create_graph=True. What the compiled part returned looks like a constant here.
+        graph = torch.empty(0, requires_grad=True)
+        found: tuple[Tensor | None, ...] = _Gradients.apply(graph, *grads)
+        return found
+
+
+class _Gradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "MinkowskiEngine has no gradients of the gradients of its convolutions: take another backend for them"
+        )
+
+
+def differentiable_once(features: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """For a function in the library's compiled part: gradients of gradients raise, where it would leave them out."""
+    found: tuple[Tensor, Tensor] = _Once.apply(features, kernel)
     return found
 
 

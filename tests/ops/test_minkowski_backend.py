@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import collections
+import collections.abc
+import contextlib
 import gc
 import importlib
+import os
 import re
 import subprocess
 import sys
+import threading
+import time
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import PathFinder
 from itertools import product
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -37,7 +45,9 @@ from operators import conv_parameters
 
 from sparsecnx import BackendError, Layout, SparseTensor, _minkowski, nn, ops, use_backend
 from sparsecnx.backend import BY_NAME
+from sparsecnx.compat import minkowski as api
 from sparsecnx.ops import minkowski
+from sparsecnx.ops.depthwise_conv import minkowski as depthwise
 
 DTYPES = pytest.mark.parametrize("dtype", dtypes_of("minkowski"), ids=name)
 OPERATORS = pytest.mark.parametrize("operator", ["conv", "depthwise_conv"])
@@ -219,6 +229,61 @@ def test_training_after_evaluation(operator, mode):
 
 @needs_minkowski
 @OPERATORS
+def test_threads_with_kernels_of_their_own(operator):
+    """On the same tiles, at the same time: what one thread sets up for its call is nothing to the other."""
+    x = random_sparse(example_layout(tile=4), CHANNELS)
+    p = [parameters(operator, 5, 5, out=CHANNELS) for _ in range(2)]
+    run = getattr(ops, operator)
+    expected = [outputs_and_gradients(run, x, each) for each in p]
+    for _ in range(5):  # coordinates and kernel maps are built anew
+        y = random_sparse(example_layout(tile=4), 1).with_features(x.features)
+        start = threading.Barrier(2)
+
+        def repeat(each, y=y, start=start):
+            start.wait(60)
+            return [outputs_and_gradients(run, y, each) for _ in range(10)]
+
+        with use_backend("minkowski"), ThreadPoolExecutor(2) as pool:
+            for results, alone in zip(pool.map(repeat, p), expected, strict=True):
+                for found in results:
+                    assert_same(found, alone, 1e-11)
+
+
+@needs_minkowski
+@pytest.mark.parametrize("of", ["gradient of x", "weight"])
+def test_gradients_of_the_gradients_of_a_convolution(of):
+    """MinkowskiEngine would take them for constants."""
+    x, p = random_sparse(example_layout(), CHANNELS), parameters("conv", 3, 3)
+    leaves = [value.requires_grad_() for value in (x.features, p["weight"])]
+    with use_backend("minkowski"):
+        out = ops.conv(x, **p).features
+    first = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+    assert_same(
+        dict(zip("xw", first, strict=True)),
+        dict(zip("xw", torch.autograd.grad(ops.conv(x, **p).features.sum(), leaves), strict=True)),
+        1e-11,
+    )
+    penalty = first[of == "weight"].square().sum()
+    with pytest.raises(NotImplementedError, match="no gradients of the gradients of its convolutions"):
+        (out.sum() + penalty).backward()
+
+
+@needs_minkowski
+def test_gradients_of_the_gradients_of_a_depthwise_convolution():
+    x, p = random_sparse(example_layout(), CHANNELS), parameters("depthwise_conv", 3, 3)
+    leaves = [value.requires_grad_() for value in (x.features, *p.values())]
+    found = {}
+    for backend in ("minkowski", "reference"):
+        with use_backend(backend):
+            out = ops.depthwise_conv(x, **p).features
+        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(value.square().sum() for value in first), leaves)
+        found[backend] = dict(zip(["x", *p], second, strict=True))
+    assert_same(found["minkowski"], found["reference"], 1e-11)
+
+
+@needs_minkowski
+@OPERATORS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
 def test_dtypes_that_it_does_not_take(operator, dtype):
     x = random_sparse(example_layout(), CHANNELS, dtype)
@@ -230,10 +295,13 @@ def test_dtypes_that_it_does_not_take(operator, dtype):
 @needs_minkowski
 def test_import_leaves_collections_and_warnings_alone():
     program = (
-        "import collections, sys, torch; from sparsecnx import _minkowski;"
-        "sys.exit(_minkowski.refusal(torch.device('cpu')) or hasattr(collections, 'Sequence'))"
+        "import collections, os, sys, torch; from sparsecnx import _minkowski;"
+        "os.cpu_count = lambda: 64; before = dict(os.environ);"  # it has a warning for more than 16 cores, too
+        "sys.exit(_minkowski.refusal(torch.device('cpu')) or hasattr(collections, 'Sequence') or os.environ != before)"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -279,6 +347,152 @@ def test_it_says_why_it_cannot_be_imported(operator, error, reason, monkeypatch)
     message = f"backend 'minkowski' cannot run {operator}: MinkowskiEngine is {reason}"
     with use_backend("minkowski"), pytest.raises(BackendError, match=re.escape(message)):
         getattr(ops, operator)(x, **parameters(operator, 3, 3))
+
+
+@OPERATORS
+def test_an_import_that_is_blocked(operator, monkeypatch):
+    monkeypatch.setitem(sys.modules, _minkowski.NAME, None)
+    message = f"backend 'minkowski' cannot run {operator}: MinkowskiEngine is not installed"
+    with use_backend("minkowski"), pytest.raises(BackendError, match=message):
+        getattr(ops, operator)(random_sparse(example_layout(), CHANNELS), **parameters(operator, 3, 3))
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A package under the library's name that is imported anew; the path of its code."""
+    code = tmp_path / _minkowski.NAME / "__init__.py"
+    code.parent.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [PathFinder])
+    monkeypatch.delitem(sys.modules, _minkowski.NAME, raising=False)
+    return code
+
+
+@pytest.mark.parametrize("own", ["ours", "plain"])
+def test_threads_wait_for_the_import(own, on_disk):
+    """Whoever imports it: through us, or by a plain `import` somewhere else."""
+    on_disk.write_text(
+        "import collections, time\n"
+        + ("collections.Mapping, collections.Sequence\n" if own == "ours" else "")
+        + "time.sleep(0.3)\n"
+        "def is_cuda_available(): return True\n"
+    )
+    importers = [_minkowski.library] * 4
+    if own == "plain":
+        importers[0] = lambda: importlib.import_module(_minkowski.NAME)
+
+    def first(importer):
+        if importer is not importers[0]:
+            while _minkowski.NAME not in sys.modules:  # half imported
+                pass
+        return importer().is_cuda_available()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(first, importers)) == [True] * 4
+    assert not hasattr(collections, "Mapping")
+
+
+def test_threads_that_all_begin_the_import(on_disk, monkeypatch):
+    class Slow(list):
+        def __iter__(self):
+            for found in super().__iter__():
+                time.sleep(0.002)
+                yield found
+
+    monkeypatch.setattr(collections.abc, "__all__", Slow(collections.abc.__all__))
+    on_disk.write_text("import collections, time\ntime.sleep(0.1)\ncollections.Mapping\n")
+    start = threading.Barrier(4)
+
+    def importer(_):
+        start.wait(60)
+        return _minkowski.library().__name__
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(importer, range(4))) == {_minkowski.NAME}
+    assert not hasattr(collections, "Mapping")
+
+
+@pytest.mark.parametrize("given", [None, "3"])
+@pytest.mark.parametrize(("cores", "during"), [(16, None), (17, "16"), (None, None)], ids=str)
+def test_number_of_threads_in_the_environment_during_the_import_alone(cores, during, given, monkeypatch):
+    """Left set, it would be torch's number of threads in every child of this process."""
+    monkeypatch.delitem(sys.modules, _minkowski.NAME, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    seen = []
+
+    def import_module(name: str) -> ModuleType:
+        seen.append(os.environ.get("OMP_NUM_THREADS"))
+        if cores is not None:
+            raise ImportError("undefined symbol")
+        return ModuleType(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    with contextlib.suppress(ImportError):
+        _minkowski.library()
+    assert seen == [given or during]
+    assert os.environ.get("OMP_NUM_THREADS") == given
+
+
+@pytest.fixture
+def fork(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The fork as far as the room goes, on our API of the same names; `calls` tells what its layers were given."""
+    found = ModuleType("fork")
+    vars(found).update({key: getattr(api, key) for key in ("CoordinateManager", "CoordinateMapType", "SparseTensor")})
+    calls = found.calls = []
+
+    def layer(kind):
+        class Layer(kind):
+            def __init__(self, *args, **options):
+                calls.append((kind.__name__, args, options))
+                super().__init__(*args, **options)
+
+            def forward(self, x):
+                calls.append(tuple(self.kernel.shape))
+                return super().forward(x)
+
+        return Layer
+
+    found.MinkowskiDepthwiseConvolution = layer(api.MinkowskiDepthwiseConvolution)
+    found.MinkowskiChannelwiseConvolution = layer(api.MinkowskiChannelwiseConvolution)
+    monkeypatch.setattr(_minkowski, "library", lambda: found)
+    return found
+
+
+def said_to_be_on(device: str, x: SparseTensor) -> SparseTensor:
+    """The same tensor: its word is all there is of a GPU."""
+
+    kind = type("Elsewhere", (SparseTensor,), {"device": torch.device(device)})
+    return kind(x.features, x.layout)
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [("cpu", "MinkowskiChannelwiseConvolution"), ("cuda", "MinkowskiDepthwiseConvolution")],
+)
+def test_depthwise_kernel_of_the_fork(device, kind, fork):
+    """For GPUs it has one, for the CPU it has not."""
+    x, p = random_sparse(example_layout(), CHANNELS), parameters("depthwise_conv", 3, 5)
+    expected = outputs_and_gradients(ops.depthwise_conv, x, p)
+    before = torch.get_rng_state()
+
+    def run(x, **p):
+        return x.with_features(depthwise.depthwise_conv(said_to_be_on(device, x), **p))
+
+    assert_same(outputs_and_gradients(run, x, p), expected, 1e-11)
+    assert fork.calls == [(kind, (CHANNELS, (3, 5)), {"dimension": 2}), (15, CHANNELS)]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_gradients_of_the_gradients_of_the_fork(fork):
+    x, p = random_sparse(example_layout(), CHANNELS), parameters("depthwise_conv", 3, 3)
+    features = x.features.requires_grad_()
+    out = depthwise.depthwise_conv(said_to_be_on("cuda", x), p["weight"], None)
+    (first,) = torch.autograd.grad(out.sum(), features, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no gradients of the gradients of its convolutions"):
+        first.sum().backward()
 
 
 def test_a_library_without_cuda(library):

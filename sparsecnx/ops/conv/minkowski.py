@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from sparsecnx import _minkowski
-from sparsecnx.ops.minkowski import centred, convolution_mode, maps, not_traced, taps
+from sparsecnx.ops.minkowski import centred, convolution_mode, differentiable_once, maps, not_traced, taps
 from sparsecnx.tensor import SparseTensor
 
 
 @not_traced
 def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]) -> Tensor:
     """Features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`.
+
+    A gradient of a gradient raises NotImplementedError: the library has none.
 
     Other paddings than those of MinkowskiEngine's kernels cost taps of zeros, see `centred`, which next to values that
     are not finite give NaN.
@@ -25,10 +27,11 @@ def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padd
     else:
         library = _minkowski.library()
         generator = library.KernelGenerator(tuple(weight.shape[2:]), stride, dimension=layout.ndim)
-        with torch.cuda.device_of(x.features):
+        features, kernel = differentiable_once(x.features, kernel.contiguous())
+        with torch.cuda.device_of(features):
             geometry = maps(layout.tiles)
             keys = geometry.key(layout), geometry.key(layout.coarsen(stride))
             out = library.MinkowskiConvolutionFunction.apply(
-                x.features, kernel.contiguous(), generator, convolution_mode(), *keys, geometry.manager
+                features, kernel, generator, convolution_mode(), *keys, geometry.manager
             )
     return out if bias is None else out + bias.to(out.dtype)

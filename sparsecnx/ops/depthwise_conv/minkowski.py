@@ -1,6 +1,7 @@
 """Submanifold depthwise convolution by MinkowskiEngine: its channelwise module, or the CUDA kernel of a fork.
 
-The fork (github.com/shwoo93/MinkowskiEngine) calls it `MinkowskiDepthwiseConvolution` and has it for GPUs only.
+The fork (github.com/shwoo93/MinkowskiEngine) calls it `MinkowskiDepthwiseConvolution` and has it for GPUs only, without
+gradients of gradients. The channelwise module is made of torch's operators and has them.
 """
 
 from __future__ import annotations
@@ -12,34 +13,38 @@ import torch
 from torch import Tensor
 
 from sparsecnx import _minkowski
-from sparsecnx.ops.minkowski import maps, not_traced, taps
+from sparsecnx.ops.minkowski import differentiable_once, maps, not_traced, taps
 from sparsecnx.tensor import SparseTensor
+
+FORK = "MinkowskiDepthwiseConvolution"
 
 
 @not_traced
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Features `(rows, C)` of the convolution of `x` with `weight (C, 1, *kernel)`."""
-    layout = x.layout
+    layout, features = x.layout, x.features
     kernel = taps(weight)[:, 0]  # (K, C)
     if layout.rows == 0:  # the library reads memory that is none of its own
-        out = x.features * kernel.sum(0)
+        out = features * kernel.sum(0)
     else:
         library = _minkowski.library()
-        module = _module(library, x.device.type, x.features.shape[1], tuple(weight.shape[2:]))
-        with torch.cuda.device_of(x.features):
+        forked = x.device.type == "cuda" and hasattr(library, FORK)
+        layer = _layer(getattr(library, FORK) if forked else library.MinkowskiChannelwiseConvolution)
+        if forked:
+            features, kernel = differentiable_once(features, kernel)
+        # A module for each call: while it runs the kernel is its parameter, and another thread has another kernel.
+        module = layer(features.shape[1], tuple(weight.shape[2:]), dimension=layout.ndim)
+        with torch.cuda.device_of(features):
             geometry = maps(layout.tiles)
             rows = library.SparseTensor(
-                x.features, coordinate_map_key=geometry.key(layout), coordinate_manager=geometry.manager
+                features, coordinate_map_key=geometry.key(layout), coordinate_manager=geometry.manager
             )
             out = torch.func.functional_call(module, {"kernel": kernel}, (rows,)).F
     return out if bias is None else out + bias.to(out.dtype)
 
 
-@functools.lru_cache(maxsize=256)
-def _module(library: Any, device: str, channels: int, kernel: tuple[int, ...]) -> torch.nn.Module:
-    """The library's module; its own parameters are never used."""
-    kind = library.MinkowskiChannelwiseConvolution
-    if device == "cuda":
-        kind = getattr(library, "MinkowskiDepthwiseConvolution", kind)
-    with torch.random.fork_rng(devices=[]):  # they are drawn all the same
-        return kind(channels, kernel, dimension=len(kernel))
+@functools.cache
+def _layer(kind: Any) -> Any:
+    """The library's class, for modules whose own parameters are never used: none are drawn, so that the random numbers
+    of the process stay as they were."""
+    return type(kind.__name__, (kind,), {"reset_parameters": lambda *_: None})
