@@ -15,6 +15,8 @@
 #     encoder   the encoder's forward + backward, sparse and dense (encoder_step.py)
 #     overhead  how busy a small model keeps the GPU, eagerly and as a CUDA graph (launch_overhead.py)
 #     fcmae     a pretraining step, and a ViT's (fcmae_step.py)
+#     minkowski the encoder as code for MinkowskiEngine has it, on its API here, and on MinkowskiEngine itself where that is
+#               installed and built for CUDA (minkowski_encoder.py)
 #     memcheck  every CUDA operator at small shapes under compute-sanitizer, where that is installed (sanitizer_run.py)
 #     racecheck likewise, for races in shared memory
 #     tests     the tests that use a GPU, where pytest and hypothesis are installed
@@ -35,7 +37,7 @@ set -uo pipefail
 out=${1:?usage: benchmarks/gpu_suite.sh OUT}
 device=${SPARSECNX_SUITE_DEVICE:-cuda}
 total=${SPARSECNX_SUITE_SECONDS:-530}
-parts=${SPARSECNX_SUITE_PARTS:-build parity cuda kernels choices encoder overhead fcmae memcheck racecheck tests}
+parts=${SPARSECNX_SUITE_PARTS:-build parity cuda kernels choices encoder overhead fcmae minkowski memcheck racecheck tests}
 python=${PYTHON:-python3}
 here=$(dirname "${BASH_SOURCE[0]}")
 failed=0
@@ -127,9 +129,11 @@ if [[ $device == cpu ]]; then
   encoder=("${small[@]}" --dtype float32 --compiler eager --repeat-seconds 0.1)
   overhead=("${small[@]}" --dtype float32 --repeat-seconds 0.1)
   fcmae=("${small[@]}" --dtype float32 --compiler eager --repeat-seconds 0.1 --variants sparse dense)
+  minkowski=("${small[@]}" --repeats 1)
   tests=(tests/test_masking.py)
 else
   parity=() kernels=() encoder=() overhead=() fcmae=()
+  minkowski=(--device cuda --size tiny base --batch 64)
   tests=(tests/ops tests/models tests/nn tests/test_packing.py tests/test_layout.py tests/test_backend.py tests/test_cubins.py
     -k "triton or cuda or graph or stream or test_layout.py or test_backend.py or test_cubins.py")
 fi
@@ -229,6 +233,7 @@ fi
 part encoder 125 "$python" benchmarks/encoder_step.py "${encoder[@]}" --seconds SECONDS_LEFT --out "$out/encoder.json"
 part overhead 40 "$python" benchmarks/launch_overhead.py "${overhead[@]}" --seconds SECONDS_LEFT --out "$out/overhead.json"
 part fcmae 80 "$python" benchmarks/fcmae_step.py "${fcmae[@]}" --seconds SECONDS_LEFT --out "$out/fcmae.json"
+part minkowski 40 "$python" benchmarks/minkowski_encoder.py "${minkowski[@]}" --out "$out/minkowski.json"
 
 if wanted memcheck || wanted racecheck; then
   sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null)

@@ -295,6 +295,18 @@ def overhead(found: dict[str, Any]) -> Iterator[str]:
     yield from table(["case", "mode", "ms", "kernel ms", "queued ms", "launches", "busy"], rows, 2)
 
 
+def minkowski(found: dict[str, Any]) -> Iterator[str]:
+    """The encoder as code for MinkowskiEngine has it, and its depthwise convolutions alone."""
+    rows = []
+    for name, case in found["cases"].items():
+        for kind, times in case["ms"].items():
+            medians = {variant: spread["median"] for variant, spread in times.items()}
+            for variant, median in medians.items():
+                against = ratio(median, medians.get("fused")), ratio(median, medians.get("minkowski"))
+                rows.append([name, kind, variant, f"{median:.2f}", *against])
+    yield from table(["case", "what", "variant", "ms", "of fused", "of MinkowskiEngine"], rows, 3)
+
+
 def ratio(value: float | None, base: float | None) -> str:
     """A quotient in words."""
     return f"{value / base:.3f}" if value is not None and base else "-"
@@ -316,6 +328,7 @@ def summary(folder: Path) -> str:
         "Encoder, forward + backward": ("encoder.json", lambda found: steps(found, DENSE)),
         "Pretraining step": ("fcmae.json", lambda found: steps(found, DENSE, VIT)),
         "Launch overhead": ("overhead.json", overhead),
+        "Code for MinkowskiEngine": ("minkowski.json", minkowski),
     }
     for title, (name, section) in sections.items():
         if (found := load(folder / name)) and any(found.get(key) for key in ("cases", "stages", "runs")):

@@ -218,3 +218,25 @@ def test_plots(encoder: ModuleType, tmp_path: Path) -> None:
     assert all((tmp_path / name).stat().st_size > 10_000 for name in names)
     table = encoder.report.tables(cases).splitlines()
     assert len(table) == 2 * (1 + 2 * len(cases)) + 1
+
+
+def test_code_for_minkowski_is_timed_beside_our_own(encoder: ModuleType, tmp_path: Path) -> None:
+    benchmark = importlib.import_module("minkowski_encoder")
+    out = tmp_path / "minkowski.json"
+    options = ["--size", "atto", "--image", "64", "--batch", "2", "--ratio", "0.5", "--threads", "1", "--repeats", "2"]
+    assert benchmark.main([*options, "--out", str(out)]) == 0
+    (case,) = json.loads(out.read_text())["cases"].values()
+    assert {"api", "api_general", "fused", "fused_sample", "floor"} <= set(case["ms"]["encoder"])
+    assert {"api", "api_general"} <= set(case["ms"]["depthwise"])
+    assert all(0 < error["largest"] < 1e-4 for error in case["errors"].values())
+
+
+def test_code_for_minkowski_that_computes_something_else_is_not_timed(
+    encoder: ModuleType, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = importlib.import_module("minkowski_encoder")
+    workload = benchmark.Workload(small)
+    with torch.no_grad():
+        workload.models["api"].stages[1][0].grn.gamma.mul_(1.01)
+    with pytest.raises(encoder.Mismatch, match="api and fused differ"):
+        workload.check()

@@ -57,6 +57,7 @@ case $1 in
   benchmarks/launch_overhead.py) part=overhead ;;
   benchmarks/encoder_step.py) part=encoder ;;
   benchmarks/fcmae_step.py) part=fcmae ;;
+  benchmarks/minkowski_encoder.py) part=minkowski ;;
   benchmarks/kernels.py) part=kernels ;;
   setup.py) part=build ;;
   -m) part=tests ;;
@@ -108,7 +109,7 @@ def test_all_parts_run_in_turn_within_the_limits_on_what_comes_back(suite: Suite
     done = suite.run()
     assert done.returncode == 0, done.stdout + done.stderr
     names = ["machine", "parity", "build", "cuda", "kernels", "choices", "encoder", "overhead", "fcmae"]
-    names += ["memcheck", "racecheck", "tests"]
+    names += ["minkowski", "memcheck", "racecheck", "tests"]
     assert suite.statuses() == dict.fromkeys(names, "ok")
     assert {path.name for path in suite.out.iterdir()} == {"log.txt", "parts.tsv", "summary.md", "gpu_choices.json"}
     assert (suite.out / "gpu_choices.json").read_text() == choices.PATH.read_text()
@@ -1010,7 +1011,10 @@ def test_summary_of_what_is_there(load: Any, tmp_path: Path) -> None:
         "graph": {"ms": {"median": 4.5}, "agrees": False},
     }
     (tmp_path / "overhead.json").write_text(json.dumps({"cases": {"atto": {"modes": modes}}}))
+    times = {"encoder": {"minkowski": {"median": 90.0}, "api": {"median": 6.0}, "fused": {"median": 5.0}}}
+    (tmp_path / "minkowski.json").write_text(json.dumps({"cases": {"tiny": {"ms": times}}}))
     text = summary.summary(tmp_path)
+    assert "| tiny | encoder | api | 6.00 | 1.200 | 0.067 |" in text
     assert "| tiny stage 1 | forward | 96 | 40.0 (0.25) | 20.0 (0.50) | 500.0 (0.02) | - | 0.500 | 0.040 |" in text
     assert "| tiny stage 1 | input gradient | 96 | 50.0 (0.20) | - | - | - | - | - |" in text
     assert "| tiny stage 1 | weight gradient | 96 | 80.0 (0.25) | - | 800.0 (0.01) | - | - | - |" in text
