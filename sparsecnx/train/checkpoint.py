@@ -11,9 +11,12 @@ runs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import re
+import stat
+import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +27,9 @@ import torch
 LAST = "last.pt"
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")
 _PARTS = {"model", "optimizer", "step", "epoch", "recipe", "data"}
+# What torch.save began with before it wrote zip files.
+_LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+_ALLOWING = threading.Lock()
 
 
 class CheckpointError(Exception):
@@ -81,7 +87,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
     Raises:
         OSError: no space, no permission, or another failure of the file system; `path` is as before.
     """
-    with whole(path) as file:
+    with whole(path) as (file,):
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch's zip writer wraps the file's own error
@@ -89,22 +95,31 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path` when all of it is on disk, and is gone after an error.
+def whole(*paths: Path) -> Iterator[list[BinaryIO]]:
+    """Files to write that become `paths` when all of all of them is on disk, and are gone after an error.
+
+    The body writes through them, or lets another library put a file of its own under their names.
 
     Raises:
-        OSError: a failure of the file system; `path` is as before.
+        OSError: a failure of the file system; `paths` are as before.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    for path in paths:
+        if path.is_dir():  # of several the others would be renamed before the system refuses this one
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    temporaries = [path.with_name(f".{path.name}.tmp") for path in paths]
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with contextlib.ExitStack() as stack:
+            files: list[BinaryIO] = [stack.enter_context(open(temporary, "wb")) for temporary in temporaries]
+            yield files
+            for file in files:
+                _sync_file(file)
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
+        for folder in {path.parent for path in paths}:
+            _sync_folder(folder)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -125,12 +140,14 @@ def read(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load(path: str | Path, allowed: Sequence[type] = ()) -> Any:
+def load(path: str | Path, allowed: Sequence[type] = (), mmap: bool = False) -> Any:
     """Read any file of `torch.save` onto the CPU, without running code in it.
 
     Args:
         path: the file.
         allowed: classes that it may hold beside tensors and plain values.
+        mmap: leave the tensors in the file, mapped into memory, until somebody reads them, where its kind allows that.
+            The file may be renamed, replaced or deleted meanwhile, but not written into.
 
     Raises:
         CheckpointError: no such file, truncated, damaged, or with more in it.
@@ -139,15 +156,60 @@ def load(path: str | Path, allowed: Sequence[type] = ()) -> Any:
     if not path.is_file():
         raise CheckpointError("a folder; expected a file in it" if path.exists() else "no such file")
     try:
-        with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with _allow(allowed):
+            if path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and _can_be_mapped(path))
+            with open(path, "rb") as file:  # the name alone would make torch take it for a file of safetensors
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # what damaged bytes make the unpickler raise has no end
         # torch puts advice to load the file without safety around what the unpickler said.
         said = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
         reason = next(iter(str(said or error).splitlines()), "") or type(error).__name__
-        if said is not None and "Unsupported global" in reason and zipfile.is_zipfile(path):
-            raise CheckpointError("not a checkpoint: it holds more than tensors and plain values") from error
+        refused = re.search(r"Unsupported global: GLOBAL (\S+)", reason)
+        if said is not None and refused and is_torch_file(path):
+            raise CheckpointError(
+                f"not a checkpoint: it holds more than tensors and plain values, first {refused[1]}"
+            ) from error
         raise CheckpointError(f"truncated or damaged, or not a checkpoint ({reason})") from error
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a file is of the kind that `torch.save` writes, whatever its name."""
+    with open(path, "rb") as file:
+        return file.read(len(_LEGACY)) == _LEGACY or zipfile.is_zipfile(file)
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Tensors lie in the file as in memory: in a zip file, and not compressed by whoever packed it again."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+
+
+@contextlib.contextmanager
+def _allow(classes: Sequence[type]) -> Iterator[None]:
+    """Let the unpickler build classes, and leave torch's list of them, which is the whole process's, as it was."""
+    with _ALLOWING:
+        present = torch.serialization.get_safe_globals()
+        with torch.serialization.safe_globals([added for added in classes if added not in present]):
+            yield
+
+
+def _sync_file(file: BinaryIO) -> None:
+    """Force what has the name of `file` to disk, with the mode that `file` was opened with.
+
+    That is `file` itself, or what a library that writes a file of its own renamed over it.
+    """
+    file.flush()
+    mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    descriptor = os.open(file.name, os.O_RDONLY)
+    try:
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+            os.fchmod(descriptor, mode)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

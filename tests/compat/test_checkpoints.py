@@ -8,8 +8,11 @@ import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
+import stat
 import sys
 from pathlib import Path
 
@@ -526,7 +529,7 @@ def published_file(path, **more):
 def test_the_command_line_in_a_published_file_is_no_hindrance(tmp_path):
     state = published_file(tmp_path / "checkpoint-799.pth")
     loaded = checkpoints.load(tmp_path / "checkpoint-799.pth")
-    assert (loaded.key, loaded.parts) == ("model", ("model", "optimizer", "epoch", "args"))
+    assert (loaded.key, loaded.parts, loaded.prefix) == ("model", ("model", "optimizer", "epoch", "args"), "")
     assert_same_bits(loaded.state_dict, state)
     # and stays so only while loading
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
@@ -549,6 +552,93 @@ def test_a_part_of_a_file_by_name(tmp_path):
         checkpoints.load(path)
 
 
+def test_a_part_of_a_part(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    state, average = dict(classifier().state_dict()), {"stem.0.bias": torch.ones(8)}
+    moments = {"state": {0: {"exp_avg": torch.ones(3)}}}
+    contents = {"model": {"net": state}, "model.ema": average, "opt": moments, "epoch": 3}
+    contents["model"]["itself"] = contents
+    torch.save(contents, path)
+    with pytest.raises(checkpoints.PartError, match=r"model or state_dict: it holds model, model\.ema, opt, epoch$"):
+        checkpoints.load(path)
+    with pytest.raises(checkpoints.PartError) as error:
+        checkpoints.load(path, "model")
+    assert error.value.candidates == ["model.net", "model.ema"]
+    assert_same_bits(checkpoints.load(path, "model.net").state_dict, state)
+    assert_same_bits(checkpoints.load(path, "model.ema").state_dict, average)
+
+
+def test_two_names_of_one_part(tmp_path):
+    state = dict(classifier().state_dict())
+    torch.save({"model": state, "state_dict": state}, tmp_path / "checkpoint.pt")
+    assert_same_bits(checkpoints.load(tmp_path / "checkpoint.pt", "state_dict").state_dict, state)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.module."])
+def test_wrappers_before_every_name_are_taken_off(prefix, tmp_path):
+    """Names as DistributedDataParallel and torch.compile, in any order, give them."""
+    path, state = tmp_path / "checkpoint.pt", dict(classifier().state_dict())
+    wrapped = {prefix + name: tensor for name, tensor in state.items()}
+    for contents in (wrapped, {"model": wrapped}):
+        torch.save(contents, path)
+        loaded = checkpoints.load(path)
+        assert loaded.prefix == prefix
+        assert_same_bits(loaded.state_dict, state)
+    torch.save({**wrapped, "stem.0.bias": torch.ones(8)}, path)
+    loaded = checkpoints.load(path)
+    assert loaded.prefix == ""
+    assert_same_bits(loaded.state_dict, {**wrapped, "stem.0.bias": torch.ones(8)})
+
+
+def test_torch_compile_is_such_a_wrapper(tmp_path):
+    model = classifier()
+    torch.save(torch.compile(model).state_dict(), tmp_path / "compiled.pt")
+    loaded = checkpoints.load(tmp_path / "compiled.pt")
+    assert loaded.prefix == "_orig_mod."
+    assert_same_bits(loaded.state_dict, dict(model.state_dict()))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc/self/maps")
+def test_a_training_checkpoint_is_not_read_whole(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    published_file(path)
+    loaded = checkpoints.load(path)
+    assert any(line.endswith(str(path)) for line in Path("/proc/self/maps").read_text().splitlines())
+    # and the file may go while it is in use
+    expected = {name: tensor.clone() for name, tensor in torch.load(path, weights_only=False)["model"].items()}
+    checkpoints.save(path, convert(classifier().state_dict(), "timm"))
+    path.unlink()
+    checkpoints.save(path, convert(loaded.state_dict, "fcmae"))
+    assert_same_bits(loaded.state_dict, expected)
+    assert_same_bits(checkpoints.load(path).state_dict, expected)
+
+
+def test_numbers_that_are_nowhere_are_refused(tmp_path):
+    state = models.ConvNeXtV2(CLASSES, **SIZES).to("meta").state_dict()
+    torch.save(state, tmp_path / "meta.pt")
+    with pytest.raises(
+        CheckpointError, match=r"^downsample_layers\.0\.0\.weight is on the device meta: expected numbers"
+    ):
+        checkpoints.load(tmp_path / "meta.pt")
+
+
+@pytest.mark.parametrize("true", [".pt", ".safetensors"])
+@pytest.mark.parametrize("named", [".pt", ".pth", ".safetensors", ".bin", ""])
+def test_the_kind_of_a_file_is_recognised_by_its_contents(true, named, tmp_path):
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    conversion = convert(classifier().state_dict(), "timm")
+    checkpoints.save(tmp_path / f"true{true}", conversion)
+    (tmp_path / f"true{true}").rename(tmp_path / f"named{named}")
+    assert_same_bits(checkpoints.load(tmp_path / f"named{named}").state_dict, conversion.state_dict)
+
+
+def test_an_old_file_of_torch_is_recognised_too(tmp_path):
+    state = dict(classifier().state_dict())
+    for name in ("old.pt", "old.safetensors"):
+        torch.save(state, tmp_path / name, _use_new_zipfile_serialization=False)
+        assert_same_bits(checkpoints.load(tmp_path / name).state_dict, state)
+
+
 class Code:
     """A class that no loader should build."""
 
@@ -558,6 +648,8 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
         checkpoints.load(tmp_path / "none.pt")
     with pytest.raises(CheckpointError, match=r"a folder without model\.safetensors"):
         checkpoints.load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot be read \(.*File name too long"):
+        checkpoints.load(tmp_path / ("a" * 300))
     torch.save({"model": Code()}, tmp_path / "code.pt")
     with pytest.raises(CheckpointError, match="more than tensors and plain values"):
         checkpoints.load(tmp_path / "code.pt")
@@ -617,6 +709,106 @@ def test_a_write_that_fails_leaves_the_old_file(ending, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert_same_bits(checkpoints.load(path).state_dict, old.state_dict)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_safetensors_are_forced_to_disk_with_the_mode_of_any_new_file(kind, tmp_path, monkeypatch):
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    synced = {}
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.update({(s := os.fstat(descriptor)).st_ino: s.st_mode}))
+    before = os.umask(0o027)
+    try:
+        target = f"{tmp_path}/" if kind == "folder" else tmp_path / "model.safetensors"
+        checkpoints.save(target, convert(classifier().state_dict(), "transformers"))
+    finally:
+        os.umask(before)
+    written = list(tmp_path.iterdir())
+    assert len(written) == {"file": 1, "folder": 2}[kind]
+    for path in written:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640, path
+        assert synced[path.stat().st_ino] == path.stat().st_mode, path
+    assert tmp_path.stat().st_ino in synced
+
+
+def save_where_files_end_early(target, tensors, limit):
+    """In a process of its own: the kernel refuses to write on, as it does on a full disk."""
+    conversion = convert(tensors, "transformers")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        checkpoints.save(target, conversion)
+    except OSError as error:
+        os._exit(42 if "File too large" in str(error) else 43)
+
+
+def in_another_process(function, *arguments):
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+@pytest.mark.parametrize("target", ["model.safetensors", "new/er/folder/"])
+def test_a_full_disk_leaves_no_trace_of_safetensors(target, tmp_path):
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    arguments = f"{tmp_path}/{target}", classifier().state_dict(), 5000
+    assert in_another_process(save_where_files_end_early, *arguments) == 42
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_a_folder_as_it_was(tmp_path, monkeypatch):
+    """Both files, also where the disk is full only when the second one is to be on it."""
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    old = convert(autoencoder().state_dict(), "transformers")
+    checkpoints.save(f"{tmp_path}/", old)
+    contents = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    new = classifier().state_dict()
+    assert in_another_process(save_where_files_end_early, f"{tmp_path}/", new, 5000) == 42
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
+
+    fsync, synced = os.fsync, []
+
+    def full_at_the_second(descriptor):
+        synced.append(descriptor)
+        if len(synced) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_at_the_second)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(f"{tmp_path}/", convert(new, "transformers"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
+
+
+def test_a_folder_that_others_use_too_stays_after_an_error(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors", reason="needs safetensors")
+
+    def full(descriptor):
+        (tmp_path / "new" / "note").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(f"{tmp_path}/new/folder", convert(classifier().state_dict(), "transformers"))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["note"]
+
+
+def test_what_saving_would_overwrite_is_known(tmp_path):
+    folder, weights = tmp_path / "folder", tmp_path / "folder" / "model.safetensors"
+    folder.mkdir()
+    weights.touch()
+    (tmp_path / "other.pt").touch()
+    (tmp_path / "soft.safetensors").symlink_to(weights)
+    os.link(weights, tmp_path / "hard.safetensors")
+    (tmp_path / "same").symlink_to(folder)
+    names = [folder, f"{folder}/", weights, *(tmp_path / n for n in ("soft.safetensors", "hard.safetensors", "same"))]
+    for target, source in itertools.product(names, names):
+        assert checkpoints.overwrites(target, source), (target, source)
+    for name in names:
+        assert not checkpoints.overwrites(tmp_path / "other.pt", name)
+        assert not checkpoints.overwrites(name, tmp_path / "other.pt")
+        assert not checkpoints.overwrites(tmp_path / "none", name)
+        assert not checkpoints.overwrites(name, tmp_path / "none")
+        assert not checkpoints.overwrites(tmp_path / ("a" * 300), name)
 
 
 def test_our_training_checkpoints_are_read(tmp_path):

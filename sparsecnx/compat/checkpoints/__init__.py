@@ -8,7 +8,7 @@ checkpoints.save("tiny.safetensors", conversion)
 
 from sparsecnx.compat.checkpoints.architecture import Architecture, Decoder
 from sparsecnx.compat.checkpoints.conversion import Conversion, convert, detect_format
-from sparsecnx.compat.checkpoints.files import Loaded, load, path_problem, save
+from sparsecnx.compat.checkpoints.files import Loaded, PartError, load, overwrites, path_problem, save
 from sparsecnx.compat.checkpoints.formats import NAMES as FORMATS
 from sparsecnx.compat.checkpoints.formats import Format
 from sparsecnx.train.checkpoint import CheckpointError
@@ -21,9 +21,11 @@ __all__ = [
     "Decoder",
     "Format",
     "Loaded",
+    "PartError",
     "convert",
     "detect_format",
     "load",
+    "overwrites",
     "path_problem",
     "save",
 ]
