@@ -10,7 +10,6 @@ Exit codes:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
@@ -178,7 +177,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, metavar="FORMAT", help=f"{', '.join(checkpoints.FORMATS)}")
     parser.add_argument("--from", dest="origin", metavar="FORMAT", help="of IN (default: recognised by its names)")
     parser.add_argument(
-        "--key", metavar="NAME", help="part of IN to convert, such as model_ema (default: model, or state_dict)"
+        "--key",
+        metavar="NAME",
+        help="part of IN to convert, such as model_ema or model.net (default: model, or state_dict)",
     )
     parser.add_argument(
         "--conv-mlp",
@@ -196,11 +197,14 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise InputError("to", to, "expected timm together with --conv-mlp or --no-conv-mlp")
     if (problem := checkpoints.path_problem(target, to)) is not None:
         raise InputError("target", target, problem)
-    if os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target):
+    if checkpoints.overwrites(target, source):
         raise InputError("target", target, "IN itself; expected another file")
     try:
         loaded = checkpoints.load(source, arguments.key)
         conversion = checkpoints.convert(loaded.state_dict, to, arguments.origin, arguments.conv_mlp)
+    except checkpoints.PartError as error:
+        others = ", ".join(error.candidates[:3]) + (", ..." if error.candidates[3:] else "")
+        raise InputError("source", source, f"{error}" + (f"; --key can be {others}" if others else "")) from error
     except checkpoints.CheckpointError as error:
         raise InputError("source", source, str(error)) from error
     try:
@@ -208,9 +212,10 @@ def _convert(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise InputError("target", target, f"cannot be written ({error})") from error
 
-    others = ", ".join(part for part in loaded.parts if part != loaded.key)
+    others = ", ".join(part for part in loaded.parts if not f"{loaded.key}.".startswith(f"{part}."))
     part = f", part {loaded.key}" if loaded.key is not None else ""
     part += f" (beside {others})" if others else ""
+    part += f", without {loaded.prefix} before every name" if loaded.prefix else ""
     lines = [f"{source}{part}: {conversion.source.name}, {conversion.architecture}, {len(loaded.state_dict)} entries"]
     lines.append(f"{target}: {to}, {len(conversion.state_dict)} entries")
     if conversion.left_out:

@@ -117,7 +117,7 @@ def test_help_lists_the_commands(capsys):
         main(["--help"])
     assert leaving.value.code == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("pretrain", "reconstruct", "doctor"))
+    assert all(command in out for command in ("pretrain", "reconstruct", "convert", "doctor"))
 
 
 def test_a_terminated_run_saves_resumes_and_is_drawn(photos, tmp_path, capsys):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import fractions
+import re
+import resource
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +102,8 @@ def test_a_part_by_name(published, tmp_path, capsys):
         (["{published}", "{tmp}", "--to", "timm"], "OUT is {tmp}: a folder, which transformers alone has; expected"),
         (["{published}", "{tmp}/none/out.pt", "--to", "timm"], "OUT is {tmp}/none/out.pt: cannot be written ("),
         (["{published}", "{published}", "--to", "timm"], "OUT is {published}: IN itself; expected another file"),
+        (["{tmp}/" + "a" * 300, "{tmp}/out.pt", "--to", "timm"], "IN is {tmp}/" + "a" * 300 + ": cannot be read ("),
+        (["{published}", "{tmp}/" + "a" * 300, "--to", "transformers"], "OUT is {tmp}/" + "a" * 300 + ": cannot be w"),
     ],
 )
 def test_it_refuses_in_one_line_and_writes_nothing(arguments, message, published, tmp_path, capsys):
@@ -109,6 +115,108 @@ def test_it_refuses_in_one_line_and_writes_nothing(arguments, message, published
     assert captured.err.startswith("sparsecnx convert: error: " + message.format(tmp=tmp_path, published=published))
     assert list(tmp_path.iterdir()) == [published]
     assert published.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("tiny/", "tiny/model.safetensors"),
+        ("tiny", "tiny/"),
+        ("tiny/model.safetensors", "tiny/"),
+        ("tiny/model.safetensors", "link"),
+        ("link", "tiny/model.safetensors"),
+    ],
+)
+def test_it_does_not_overwrite_its_input_with_a_folder_on_either_side(source, target, published, tmp_path, capsys):
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    assert convert(published, f"{tmp_path}/tiny/", "--to", "transformers") == 0
+    capsys.readouterr()
+    (tmp_path / "link").symlink_to("tiny")
+    contents = {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
+    source, target = f"{tmp_path}/{source}", f"{tmp_path}/{target}"
+    assert convert(source, target, "--to", "transformers") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"sparsecnx convert: error: OUT is {target}: IN itself; expected another file\n"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()} == contents
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "new/folder/"])
+def test_a_full_disk_is_one_line(name, published, tmp_path, capsys):
+    """The kernel refuses to write more than 5000 bytes into a file."""
+    pytest.importorskip("safetensors", reason="needs safetensors")
+    target = f"{tmp_path}/{name}"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        assert convert(published, target, "--to", "transformers") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"sparsecnx convert: error: OUT is {target}: cannot be written (")
+    assert "File too large" in captured.err
+    assert captured.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [published]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "module._orig_mod."])
+def test_it_says_which_wrappers_it_took_off(prefix, tmp_path, capsys):
+    source, target = tmp_path / "ddp.pt", tmp_path / "out.pt"
+    state = autoencoder().state_dict()
+    torch.save({"model": {prefix + name: tensor for name, tensor in state.items()}, "epoch": 3}, source)
+    assert convert(source, target, "--to", "sparsecnx") == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(f"{source}, part model (beside epoch), without {prefix} before every name: sparsecnx, Conv")
+    assert torch.load(target, weights_only=True).keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    ("nest", "key", "others"),
+    [
+        (lambda state: {"state_dict_ema": state, "arch": "atto"}, "state_dict_ema", "arch"),
+        (lambda state: {"model": {"net": state, "step": 3}, "epoch": 2}, "model.net", "epoch"),
+    ],
+)
+def test_it_says_which_part_to_ask_for(nest, key, others, tmp_path, capsys):
+    source, target = tmp_path / "in.pt", tmp_path / "out.pt"
+    contents = nest(autoencoder().state_dict())
+    torch.save(contents, source)
+    assert convert(source, target, "--to", "timm") == 2
+    error = "holds no state dict under model or state_dict: it holds " + ", ".join(contents)
+    assert capsys.readouterr().err == f"sparsecnx convert: error: IN is {source}: {error}; --key can be {key}\n"
+    assert convert(source, target, "--to", "timm", "--key", key) == 0
+    assert capsys.readouterr().out.startswith(f"{source}, part {key} (beside {others}): sparsecnx, ")
+
+
+def test_of_many_parts_it_names_the_largest(tmp_path, capsys):
+    parts = {f"part{i}": {str(j): torch.ones(1) for j in range(i)} for i in (1, 4, 3, 2)}
+    torch.save(parts, tmp_path / "in.pt")
+    assert convert(tmp_path / "in.pt", tmp_path / "out.pt", "--to", "timm") == 2
+    assert capsys.readouterr().err.endswith("; --key can be part4, part3, part2, ...\n")
+    torch.save({"epoch": 3}, tmp_path / "in.pt")
+    assert convert(tmp_path / "in.pt", tmp_path / "out.pt", "--to", "timm") == 2
+    assert capsys.readouterr().err.endswith("it holds epoch\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (Path("runs"), r"pathlib\.(_local\.)?PosixPath"),
+        (fractions.Fraction(1, 2), r"fractions\.Fraction"),
+    ],
+)
+def test_it_names_the_class_that_torch_refused(value, named, tmp_path, capsys):
+    torch.save({"model": autoencoder().state_dict(), "value": value}, tmp_path / "in.pt")
+    assert convert(tmp_path / "in.pt", tmp_path / "out.pt", "--to", "timm") == 2
+    assert re.search(rf"holds more than tensors and plain values, first {named}\n$", capsys.readouterr().err)
+
+
+def test_it_names_a_numpy_scalar(tmp_path, capsys):
+    numpy = pytest.importorskip("numpy", reason="needs numpy")
+    torch.save({"model": autoencoder().state_dict(), "loss": numpy.float64(0.5)}, tmp_path / "in.pt")
+    assert convert(tmp_path / "in.pt", tmp_path / "out.pt", "--to", "timm") == 2
+    assert re.search(r"first numpy\._?core\.multiarray\.scalar\n$", capsys.readouterr().err)
 
 
 def test_without_safetensors_it_says_what_to_install(published, tmp_path, monkeypatch, capsys):
