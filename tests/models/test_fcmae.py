@@ -230,8 +230,10 @@ def test_random_masks_read_nothing_back_from_the_device(backend):
     assert "aten::rand" in recorder.names and len(recorder.names) > 20
     assert not recorder.names & {"aten::nonzero", "aten::masked_select", "aten::unique_dim"}
     # On the CPU alone, where a read waits for nothing, `visible` is checked at once: of the encoder's mask and the
-    # decoder's. Elsewhere that is an asynchronous assertion.
-    assert recorder.reads == ([torch.bool, torch.bool] if device.type == "cpu" else [])
+    # decoder's. Elsewhere that is an asynchronous assertion. MinkowskiEngine multiplies the sizes of a kernel
+    # in a tensor of its own.
+    reads = [dtype for dtype in recorder.reads if backend != "minkowski" or dtype != torch.int64]
+    assert reads == ([torch.bool, torch.bool] if device.type == "cpu" else [])
 
 
 def test_recorder_sees_a_mask_that_is_counted():

@@ -43,7 +43,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from operators import conv_parameters
 
-from sparsecnx import BackendError, Layout, SparseTensor, _minkowski, nn, ops, use_backend
+from sparsecnx import BackendError, Layout, SparseTensor, _minkowski, models, nn, ops, use_backend
 from sparsecnx.backend import BY_NAME
 from sparsecnx.compat import minkowski as api
 from sparsecnx.ops import minkowski
@@ -51,6 +51,8 @@ from sparsecnx.ops.depthwise_conv import minkowski as depthwise
 
 DTYPES = pytest.mark.parametrize("dtype", dtypes_of("minkowski"), ids=name)
 OPERATORS = pytest.mark.parametrize("operator", ["conv", "depthwise_conv"])
+ON_TILES = ["conv", "convnextv2_block", "depthwise_conv", "grn", "layer_norm", "stochastic_depth"]
+EVERY_OPERATOR = pytest.mark.parametrize("operator", ON_TILES)
 CHANNELS = 4
 
 
@@ -147,6 +149,47 @@ def test_a_network_of_modules():
     with use_backend("minkowski"):
         found = outputs_and_gradients(run, x, p)
     assert_same(found, expected, 1e-11)
+
+
+@needs_minkowski
+@pytest.mark.parametrize("model", ["encoder", "FCMAE"])
+def test_the_published_model(model, monkeypatch):
+    """Every convolution of it is MinkowskiEngine's, forward and backward."""
+    channelwise, function = (
+        getattr(_minkowski.library(), kind)
+        for kind in ("MinkowskiChannelwiseConvolution", "MinkowskiConvolutionFunction")
+    )
+    calls = []
+    forward, apply = channelwise.forward, function.apply
+    monkeypatch.setattr(channelwise, "forward", lambda *args: calls.append("depthwise") or forward(*args))
+    monkeypatch.setattr(function, "apply", lambda *args: calls.append("conv") or apply(*args))
+    network = models.FCMAE(models.ConvNeXtV2Encoder(depths=(1, 1, 2, 1), dims=(4, 8, 8, 12)), decoder_dim=8).double()
+    for key, parameter in network.named_parameters():
+        if "grn" in key:  # which begin at 0
+            torch.nn.init.normal_(parameter)
+    images, mask = torch.randn(2, 3, 64, 96, dtype=torch.float64), draw_mask("equal counts", 2, (2, 3), seed=4)
+    leaves = dict((network.encoder if model == "encoder" else network).named_parameters())
+
+    def run():
+        if model == "encoder":
+            outputs = {"output": network.encoder(images, mask).features}
+        else:
+            outputs = dict(zip(("loss", "prediction"), network(images, mask=mask)[:2], strict=True))
+        total = sum(value.sin().sum() for value in outputs.values())
+        return outputs | dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+    expected = {}
+    for backend in ("reference", "auto"):
+        with use_backend(backend):
+            expected[backend] = run()
+    assert not calls
+    with use_backend("minkowski"):
+        found = run()
+    # Stem, downsampling and five blocks; and the decoder's projection and block.
+    more = model == "FCMAE"
+    assert sorted(calls) == ["conv"] * (4 + more) + ["depthwise"] * (5 + more)
+    for backend in expected:
+        assert_same(found, expected[backend], 1e-11)
 
 
 @needs_minkowski
@@ -533,7 +576,7 @@ def test_old_names_of_collections_during_the_import_alone(monkeypatch):
     assert not hasattr(collections, "Sequence") and not hasattr(collections, "Mapping")
 
 
-@OPERATORS
+@EVERY_OPERATOR
 def test_never_without_being_asked_for(operator, monkeypatch):
     def asked(*_):
         raise AssertionError("MinkowskiEngine was looked for")
@@ -550,7 +593,7 @@ def test_never_without_being_asked_for(operator, monkeypatch):
 
 
 @needs_minkowski
-@OPERATORS
+@EVERY_OPERATOR
 def test_explanation_where_it_is_asked_for(operator):
     x = random_sparse(example_layout(), CHANNELS)
     with use_backend("minkowski"):

@@ -16,9 +16,10 @@ from sparsecnx.ops.common import (
     check_vector,
     statistics_dtype,
 )
-from sparsecnx.ops.convnextv2_block import cuda, native, reference
+from sparsecnx.ops.convnextv2_block import cuda, minkowski, native, reference
 from sparsecnx.ops.convnextv2_block.parameters import BlockParameters
 from sparsecnx.ops.grn import segments
+from sparsecnx.ops.minkowski import refusal as minkowski_refusal
 from sparsecnx.ops.native import refusal_2d
 from sparsecnx.ops.triton import implementation as triton_room
 from sparsecnx.ops.triton import refusal_2d as triton_refusal_2d
@@ -40,6 +41,7 @@ operator = Operator(
     triton=triton_room(__name__, "convnextv2_block", triton_refusal_2d, "detail"),
     cuda=Implementation(cuda.convnextv2_block, cuda.refusal, cuda.detail, _compare),
     reference=Implementation(reference.convnextv2_block, always),
+    minkowski=Implementation(minkowski.convnextv2_block, minkowski_refusal, by_name=True),
 )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx.ops.convnextv2_block.parameters import BlockParameters
-from sparsecnx.ops.depthwise_conv.reference import depthwise_conv
+from sparsecnx.ops.depthwise_conv import reference
 from sparsecnx.ops.grn.reference import grn
 from sparsecnx.ops.layer_norm.reference import layer_norm
 from sparsecnx.ops.stochastic_depth.reference import scale_images
@@ -20,6 +22,7 @@ def convnextv2_block(
     segments: Tensor,
     eps: float,
     recompute: bool | None,
+    depthwise_conv: Callable[[SparseTensor, Tensor, Tensor | None], Tensor] = reference.depthwise_conv,
 ) -> Tensor:
     """Features `(rows, C)` of the block; nothing is recomputed here, whatever `recompute` says."""
     u = x.with_features(depthwise_conv(x, p.dwconv_weight, p.dwconv_bias))

@@ -11,6 +11,7 @@ from sparsecnx.layout import Layout
 from sparsecnx.ops import cuda
 from sparsecnx.ops.common import check_sparse, check_vector, statistics_dtype
 from sparsecnx.ops.grn import native, reference
+from sparsecnx.ops.minkowski import refusal as minkowski_refusal
 from sparsecnx.ops.native import refusal
 from sparsecnx.ops.triton import implementation
 from sparsecnx.tensor import SparseTensor
@@ -27,6 +28,8 @@ operator = Operator(
     triton=implementation(__name__, "grn"),
     cuda=cuda.implementation(__name__, "grn", compare=_compare),
     reference=Implementation(reference.grn, always),
+    # MinkowskiEngine has no such layer: code written for it does this in torch, on the rows.
+    minkowski=Implementation(reference.grn, minkowski_refusal, by_name=True),
 )
 
 

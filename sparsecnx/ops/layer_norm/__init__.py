@@ -7,6 +7,7 @@ from torch import Tensor
 from sparsecnx.backend import Implementation, Operator, always
 from sparsecnx.ops.common import check_sparse, check_vector, statistics_dtype
 from sparsecnx.ops.layer_norm import native, reference
+from sparsecnx.ops.minkowski import refusal as minkowski_refusal
 from sparsecnx.ops.native import refusal
 from sparsecnx.ops.triton import implementation
 from sparsecnx.tensor import SparseTensor
@@ -16,6 +17,8 @@ operator = Operator(
     native=Implementation(native.layer_norm, refusal),
     triton=implementation(__name__, "layer_norm"),
     reference=Implementation(reference.layer_norm, always),
+    # MinkowskiEngine has no such layer: code written for it does this in torch, on the rows.
+    minkowski=Implementation(reference.layer_norm, minkowski_refusal, by_name=True),
 )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsecnx.backend import Implementation, Operator, always
 from sparsecnx.ops.common import check_sparse, statistics_dtype
+from sparsecnx.ops.minkowski import refusal as minkowski_refusal
 from sparsecnx.ops.native import refusal
 from sparsecnx.ops.stochastic_depth import native, reference
 from sparsecnx.ops.triton import implementation
@@ -17,6 +18,8 @@ operator = Operator(
     native=Implementation(native.scale_images, refusal),
     triton=implementation(__name__, "scale_images"),
     reference=Implementation(reference.scale_images, always),
+    # MinkowskiEngine has no such layer: code written for it does this in torch, on the rows.
+    minkowski=Implementation(reference.scale_images, minkowski_refusal, by_name=True),
 )
 
 
