@@ -16,6 +16,10 @@ from sparsecnx import _cuda, _extension, _minkowski, _triton
 
 TORCHVISION_RELEASES = "https://github.com/pytorch/vision#installation"
 NOT_INSTALLED = "not installed"
+INSTALL_MINKOWSKI = (
+    "pip install setuptools==68.2.2 numpy==1.26.4 wheel ninja && CUDA_VISIBLE_DEVICES= "
+    "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation MinkowskiEngine==0.5.4"
+)
 
 # Distribution and module of everything in the extra `[train]`.
 TRAIN = {
@@ -182,11 +186,12 @@ def _cuda_operators() -> Check:
 def _minkowski_engine() -> Check:
     name = _minkowski.NAME
     problem = _minkowski.problem()
-    if problem is not None:
-        remedy = (
-            "Only the backend `minkowski` needs it. `make minkowski-test` builds it for the CPU; CUDA takes CUDA 11."
-        )
+    if problem == _minkowski.ANSWERED:
+        remedy = f"For the library itself: {_minkowski.STAND_IN}.uninstall(), or a process without install()."
         return Check(name, False, problem, remedy)
+    if problem is not None:
+        again = "" if problem == _minkowski.NOT_INSTALLED else "Compile it for this torch and Python. "
+        return Check(name, False, problem, f"{again}{_minkowski_remedy()}")
     library = _minkowski.library()
     if not library.is_cuda_available():
         built = "built for the CPU only"
@@ -195,6 +200,14 @@ def _minkowski_engine() -> Check:
     else:
         built = "built for CUDA too"
     return Check(name, True, f"{_version(name, name)}, {built}; the backend `minkowski` runs on it")
+
+
+def _minkowski_remedy() -> str:
+    """How to get MinkowskiEngine for the CPU; for CUDA it takes CUDA 11, which no torch of ours is built for."""
+    alone = "in a checkout of sparsecnx `make minkowski` makes an environment of its own"
+    if not (3, 10) <= sys.version_info < (3, 12):
+        return f"It compiles with Python 3.10 and 3.11 alone: {alone}, with PYTHON=python3.11."
+    return f"For the CPU, with g++ and OpenBLAS: {INSTALL_MINKOWSKI}. Or {alone}."
 
 
 def _train() -> Iterator[Check]:

@@ -291,13 +291,57 @@ def test_minkowski_engine(monkeypatch: pytest.MonkeyPatch, cuda: bool, fork: boo
     assert check("MinkowskiEngine") == doctor.Check("MinkowskiEngine", True, detail)
 
 
-def test_missing_minkowski_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+ABSENT = ModuleNotFoundError("No module named 'MinkowskiEngine'", name="MinkowskiEngine")
+
+
+@pytest.mark.parametrize(
+    ("error", "detail", "begins"),
+    [
+        (ABSENT, "not installed", "For the CPU, with g++ and OpenBLAS: pip install "),
+        (
+            ImportError("undefined symbol: _ZN3c10"),
+            "installed, but does not import: undefined symbol: _ZN3c10",
+            "Compile it for this torch and Python. For the CPU, with g++ and OpenBLAS: pip install ",
+        ),
+    ],
+    ids=["absent", "another torch"],
+)
+def test_minkowski_engine_that_does_not_import(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, detail: str, begins: str
+) -> None:
+    """What to do is for the environment that looked for it."""
     monkeypatch.delitem(sys.modules, "MinkowskiEngine", raising=False)
-    break_import(
-        monkeypatch,
-        "MinkowskiEngine",
-        ModuleNotFoundError("No module named 'MinkowskiEngine'", name="MinkowskiEngine"),
-    )
+    monkeypatch.setattr(sys, "version_info", (3, 11, 2))
+    break_import(monkeypatch, "MinkowskiEngine", error)
+    found = doctor._minkowski_engine()
+    assert (found.ok, found.detail) == (False, detail)
+    assert found.remedy is not None and found.remedy.startswith(begins)
+    assert "CUDA_VISIBLE_DEVICES= pip install --force-reinstall " in found.remedy
+    assert found.remedy.endswith("in a checkout of sparsecnx `make minkowski` makes an environment of its own.")
+
+
+@pytest.mark.parametrize("version", [(3, 12, 0), (3, 13, 1)], ids=str)
+def test_minkowski_engine_and_a_python_that_it_does_not_compile_with(
+    monkeypatch: pytest.MonkeyPatch, version: tuple[int, int, int]
+) -> None:
+    monkeypatch.delitem(sys.modules, "MinkowskiEngine", raising=False)
+    monkeypatch.setattr(sys, "version_info", version)
+    break_import(monkeypatch, "MinkowskiEngine", ABSENT)
+    remedy = doctor._minkowski_engine().remedy
+    assert remedy is not None and remedy.startswith("It compiles with Python 3.10 and 3.11 alone: ")
+    assert "pip install" not in remedy and remedy.endswith("with PYTHON=python3.11.")
+
+
+def test_minkowski_engine_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "MinkowskiEngine", None)
+    assert check("MinkowskiEngine").detail == "not installed"
+
+
+def test_our_api_under_the_name_of_minkowski_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "MinkowskiEngine", importlib.import_module("sparsecnx.compat.minkowski"))
     found = check("MinkowskiEngine")
-    assert (found.ok, found.detail) == (False, "not installed")
-    assert found.remedy is not None and "make minkowski-test" in found.remedy
+    assert (found.ok, found.detail) == (False, "answered by sparsecnx.compat.minkowski in this process")
+    assert (
+        found.remedy
+        == "For the library itself: sparsecnx.compat.minkowski.uninstall(), or a process without install()."
+    )
