@@ -78,10 +78,11 @@ class CoordinateMap:
             return self.layout.coordinates()
 
     @cached_property
-    def back(self) -> Tensor | None:
-        """int64 `(rows,)`: for every row here the row of `layout`; None where both orders are the same."""
+    def back(self) -> Tensor:
+        """int64 `(rows,)`: for every row here the row of `layout`; undoes `order`."""
+        assert self.order is not None  # otherwise there is nothing to undo
         with for_any_mode():
-            return None if self.order is None else self.order.argsort()
+            return self.order.argsort()
 
     @property
     def ndim(self) -> int:
@@ -198,7 +199,9 @@ class Images:
     def rows_by_number(self) -> list[Tensor]:
         """int64, ascending: the rows of image 0, 1 and so on up to the last that has sites; none for one without."""
         numbers = self.index.tolist()
-        found = [self.number.new_empty(0)] * (numbers[-1] + 1 if numbers else 0)
+        with for_any_mode():
+            nothing = self.number.new_empty(0)
+        found = [nothing] * (numbers[-1] + 1 if numbers else 0)
         for number, rows in zip(numbers, self.rows, strict=True):
             found[number] = rows
         return found

@@ -102,7 +102,7 @@ def test_tiles_are_recognised(shape: tuple[int, ...], tile: int, shuffled: bool)
     rows = known.layout.coordinates()
     order = torch.arange(known.rows) if known.order is None else known.order
     assert torch.equal(rows, coordinates[order])
-    assert known.back is None or torch.equal(known.back[order], torch.arange(known.rows))
+    assert known.order is None or torch.equal(known.back[order], torch.arange(known.rows))
     assert known.bounds == CoordinateMap(known.stride, coordinates).bounds
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import pickle
 import subprocess
 import sys
@@ -20,9 +21,9 @@ from torch import Tensor
 
 import sparsecnx.compat.minkowski as ME
 from sparsecnx.compat.minkowski import convolution
-from sparsecnx.compat.minkowski.__main__ import main
 from sparsecnx.compat.minkowski.convolution import to_minkowski, to_torch
 from sparsecnx.compat.minkowski.missing import NEAREST
+from sparsecnx.compat.minkowski.runner import main
 from sparsecnx.coordinates import CoordinateMap
 
 PATTERNS = ("sites", "shuffled", "tiles", "shuffled tiles", "dense")
@@ -545,6 +546,56 @@ def test_a_pruned_tensor_goes_back_to_all_the_sites() -> None:
     assert len(ME.cat(up(down(kept)), x)) == len(x)
 
 
+@pytest.mark.parametrize("how", ["pruned", "united", "asked for", "of another tensor"])
+def test_maps_made_otherwise_are_not_taken_for_those_of_a_stride(how: str) -> None:
+    full = torch.cartesian_prod(torch.arange(1), torch.arange(6), torch.arange(5)).to(torch.int32)
+    x = ME.SparseTensor(torch.arange(1.0, 31.0)[:, None], full)
+    down = ME.MinkowskiSumPooling(2, 2, dimension=2)
+    prune = ME.MinkowskiPruning()
+    if how == "asked for":
+        ME.MinkowskiConvolution(1, 1, 2, 2, dimension=2)(x, full[:1])
+    elif how == "of another tensor":
+        other = ME.SparseTensor(x.F, full, coordinate_manager=x.coordinate_manager)
+        prune(down(other), torch.arange(9) < 1)
+    else:
+        some = down(prune(x, torch.arange(30) < 20))
+        fewer = prune(some, torch.arange(len(some)) < 2)
+        if how == "united":
+            assert len(fewer + some) == len(some)
+    assert down(x).F.sum() == x.F.sum()
+    assert len(down(x)) == 9
+
+
+def test_transposed_layers_of_tensors_that_share_a_manager_keep_to_their_own_sites() -> None:
+    places = torch.tensor([[0, 0, 0], [0, 8, 8]], dtype=torch.int32)
+    u = ME.SparseTensor(torch.ones(1, 2), places[:1], tensor_stride=2)
+    v = ME.SparseTensor(torch.ones(1, 2), places[1:], tensor_stride=2, coordinate_manager=u.coordinate_manager)
+    up = ME.MinkowskiConvolutionTranspose(2, 2, kernel_size=2, stride=2, dimension=2)
+    assert up(u).C[:, 1:].amax() == 1
+    assert up(v).C[:, 1:].amin() == 8
+
+
+def test_what_is_handed_out_does_not_move_the_sites() -> None:
+    x, dense, _ = pattern("shuffled", 2, 3)
+    x.C[:, 1:] = 0
+    for image in (*x.decomposed_coordinates, *x.decomposition_permutations):
+        image.zero_()
+    assert torch.equal(dense_of(x, dense), dense)
+    assert x.features_at(1).shape[0] == int((dense[1] != 0).any(0).sum())
+    again = ME.SparseTensor(x.F, x._map.coordinates)
+    assert again.unique_index is not again.inverse_mapping
+
+
+def test_images_looked_up_under_inference_mode_serve_training() -> None:
+    x = ME.SparseTensor(torch.randn(2, 3), torch.tensor([[2, 0, 0], [0, 1, 2]], dtype=torch.int32))
+    with torch.inference_mode():
+        assert [len(rows) for rows in x.decomposition_permutations] == [1, 0, 1]
+    y = x._with(torch.randn(2, 3).requires_grad_())
+    torch.cat(y.decomposed_features).sum().backward()
+    y.features_at(1).sum().backward()
+    assert torch.equal(y.F.grad, torch.ones(2, 3))
+
+
 def test_tensors_of_different_dtypes_on_different_sites() -> None:
     x, _, _ = pattern("sites", 2, 3)
     some = ME.MinkowskiPruning()(x, torch.arange(len(x)) % 2 == 0)
@@ -630,7 +681,31 @@ def example(channels: int = 3) -> ME.SparseTensor:
         (lambda: ME.utils.batched_coordinates([COORDINATES[0]]), r"coords\[0\] is \(3,\)"),
         (lambda: ME.utils.sparse_collate([COORDINATES], [torch.ones(3, 1)]), "feats have 3 rows"),
         (lambda: ME.CoordinateManager(), "D is 0"),
-        (lambda: ME.SparseTensor(torch.ones(2, 1), COORDINATES, tensor_stride=-1), "tensor_stride is"),
+        (lambda: ME.SparseTensor(torch.ones(2, 1), COORDINATES, tensor_stride=0), "tensor_stride is"),
+        (lambda: ME.SparseTensor(torch.ones(2, 1), COORDINATES, tensor_stride=2), "between multiples"),
+        (lambda: ME.SparseTensor(torch.ones(2, 1), COORDINATES, quantization_mode=1), "quantization_mode is a int"),
+        (lambda: ME.CoordinateManager("2"), "D is a str"),
+        (lambda: example().dense(5), "shape is a int"),
+        (lambda: example().features_at_coordinates([[0, 0, 0]]), "query_coordinates is a list"),
+        (lambda: example().features_at_coordinates(COORDINATES[:, :2]), r"expected \(n, 3\)"),
+        (lambda: ME.MinkowskiConvolution(3, 4, kernel_size=["a", 3], dimension=2), "expected whole numbers"),
+        (lambda: ME.MinkowskiConvolution(3, 4, kernel_size=[math.inf, 3], dimension=2), "expected whole numbers"),
+        (
+            lambda: ME.MinkowskiMaxPooling(kernel_generator=ME.KernelGenerator(2, 2, dimension=3), dimension=2),
+            "kernel_generator has 3 axes",
+        ),
+        (
+            lambda: (
+                ME.MinkowskiPruning()(x := example(), torch.tensor([True, False]))
+                + ME.SparseTensor(
+                    torch.ones(2, 5),
+                    coordinate_map_key=x.coordinate_map_key,
+                    coordinate_manager=x.coordinate_manager,
+                )
+            ),
+            "other has 5 channels",
+        ),
+        (lambda: ME.MinkowskiBroadcastAddition()(x := example(), x), "expected the sites of a global pooling"),
         (
             lambda: ME.SparseTensor(torch.ones(2, 1), COORDINATES - torch.tensor([1, 0, 0]).int()),
             "image numbers below 0",
@@ -686,6 +761,19 @@ def test_what_is_not_offered_imports_and_raises_where_it_is_called(name: str) ->
 def test_options_that_are_not_offered(make: Any) -> None:
     with pytest.raises(NotImplementedError, match="Nearest: "):
         make()
+
+
+def test_members_that_are_not_offered_say_so_in_classes_of_their_own() -> None:
+    class Own(ME.SparseTensor):
+        @property
+        def broken(self) -> Any:
+            return self.F.nothing_of_the_kind
+
+    x = Own(torch.ones(2, 1), COORDINATES)
+    with pytest.raises(ME.NotOffered, match=r"SparseTensor\.slice of MinkowskiEngine is not offered"):
+        x.slice(None)
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        x.broken  # noqa: B018
 
 
 def test_an_unknown_name() -> None:
@@ -846,7 +934,10 @@ def test_runs_a_script(tmp_path: Path) -> None:
 
 
 def test_processes_that_a_script_spawns_import_it_too(tmp_path: Path) -> None:
+    # Also before a MinkowskiEngine that is installed, and from modules of torch's past before it.
+    (tmp_path / "MinkowskiOps.py").write_text("raise ImportError('the wrong one')\n")
     (tmp_path / "script.py").write_text(
+        "from torch._six import inf\n"
         "import torch\n"
         "from MinkowskiOps import to_sparse\n"
         "def work(rank):\n"

@@ -294,7 +294,8 @@ class MinkowskiChannelwiseConvolution(_ByChannel):
 
 class MinkowskiConvolutionTranspose(MinkowskiConvolutionBase):
     """Transposed convolution: back to the map that a layer of the same stride came from, or, where there was none, to
-    all sites under the kernel. `kernel` is `(K, C_in, C_out)`.
+    all sites under the kernel. Of a tensor that was pruned on the way, the map is that from before, as in
+    MinkowskiEngine. `kernel` is `(K, C_in, C_out)`.
 
     Args:
         in_channels, out_channels: C_in, C_out.
@@ -366,7 +367,7 @@ def _are_children(fine: CoordinateMap, coarse: CoordinateMap, factor: int) -> bo
 
 def _from_layout(features: Tensor, known: CoordinateMap) -> Tensor:
     """Rows in the order of the map."""
-    if known.order is None or known.back is None:
+    if known.order is None:
         return features
     return permuted(features, known.back, known.order)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 
 class ArgumentError(AssertionError, ValueError):
@@ -41,7 +41,8 @@ def placeholder(name: str, nearest: str) -> type:
     def refuse(*_: Any, **__: Any) -> None:
         raise not_offered(name, nearest)
 
-    return type(name, (), {"__init__": refuse, "apply": staticmethod(refuse), "__doc__": f"Not offered: {nearest}"})
+    members = {"__init__": refuse, "apply": staticmethod(refuse), "__doc__": f"Not offered. Nearest: {nearest}"}
+    return type(name, (), {**members, "__module__": "sparsecnx.compat.minkowski"})
 
 
 # Members of MinkowskiEngine's classes that are not offered, and what comes nearest.
@@ -70,21 +71,24 @@ MEMBERS = {
         "origin_field": "origin",
         "origin_field_map": "origin_map",
     },
+    "CoordinateMapKey": {"set_key": "CoordinateMapKey(tensor_stride, string_id)"},
     "KernelGenerator": {"get_kernel": "offsets"},
 }
 
 
-def missing_member(owner: str, name: str) -> Callable[..., Any]:
-    """In place of a method that is not offered: a function that says so where it is called.
+Class = TypeVar("Class", bound=type)
 
-    Raises:
-        AttributeError: MinkowskiEngine's class has no such member, or it is not known here.
-    """
-    nearest = MEMBERS.get(owner, {}).get(name)
-    if nearest is None:
-        raise AttributeError(f"{owner} has no attribute {name!r}")
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise not_offered(f"{owner}.{name}", nearest)
+def with_missing_members(kind: Class) -> Class:
+    """The class with methods in place of those that are not offered, which say so where they are called."""
 
-    return refuse
+    def refusing(member: str, nearest: str) -> Callable[..., Any]:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise not_offered(f"{kind.__name__}.{member}", nearest)
+
+        refuse.__name__, refuse.__doc__ = member, f"Not offered. Nearest: {nearest}"
+        return refuse
+
+    for member, nearest in MEMBERS[kind.__name__].items():
+        setattr(kind, member, refusing(member, nearest))
+    return kind

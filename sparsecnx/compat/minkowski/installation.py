@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import math
 import sys
-from pathlib import Path
 from types import ModuleType
 
 PACKAGE = "sparsecnx.compat.minkowski"
@@ -25,6 +24,7 @@ MODULES = {
     "MinkowskiEngine.utils": ".utils",
     "MinkowskiEngine.utils.collation": ".utils",
     "MinkowskiEngine.utils.init": ".utils",
+    "MinkowskiEngine.utils.coords": ".utils",
     "MinkowskiEngine.utils.quantization": ".utils",
     "MinkowskiEngine.utils.summary": ".utils",
     "MinkowskiEngine.modules": ".modules",
@@ -42,7 +42,8 @@ MODULES = {
 
 
 def install() -> None:
-    """From now on, in this process, imports of MinkowskiEngine get this package.
+    """From now on, in this process, imports of MinkowskiEngine get this package, and those of `torch._six`, which codes
+    of that time have, what torch 1 had there.
 
     Raises:
         RuntimeError: MinkowskiEngine itself has been imported already: what holds its classes would not meet these.
@@ -54,11 +55,6 @@ def install() -> None:
                 f"{name} is imported already, from {getattr(found, '__file__', None)}: call install() before the first "
                 "import of MinkowskiEngine"
             )
-    answer()
-
-
-def answer() -> None:
-    """As `install`, whatever has been imported already; and what else a script of that time imports."""
     restore_torch_six()
     for name, module in MODULES.items():
         sys.modules[name] = importlib.import_module(PACKAGE + module)
@@ -66,14 +62,6 @@ def answer() -> None:
         parent, _, child = name.rpartition(".")
         if parent and not hasattr(sys.modules[parent], child):
             setattr(sys.modules[parent], child, sys.modules[name])
-
-
-def write_stand_ins(folder: Path) -> None:
-    """Modules of MinkowskiEngine's names in a folder, for processes that find them on their path: what they import
-    first of MinkowskiEngine installs the rest."""
-    for name in MODULES:
-        if "." not in name:
-            (folder / f"{name}.py").write_text(f"from {__name__} import answer\n\nanswer()\n")
 
 
 def uninstall() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsecnx.compat.minkowski.enums import RegionType
-from sparsecnx.compat.minkowski.errors import ArgumentTypeError, insist, insist_type, missing_member, not_offered
+from sparsecnx.compat.minkowski.errors import ArgumentTypeError, insist, insist_type, not_offered, with_missing_members
 from sparsecnx.coordinates import offsets_of
 
 
@@ -22,8 +22,12 @@ def int_list(value: Any, dimension: int, name: str) -> list[int]:
         ArgumentError, ArgumentTypeError: it is something else; the message calls it `name`.
     """
     if isinstance(value, (Sequence, np.ndarray, Tensor)) and not isinstance(value, str):
-        insist(all(int(entry) == entry for entry in value), f"{name} is {list(value)}: expected whole numbers")
-        found = [int(entry) for entry in value]
+        entries = [entry.item() if isinstance(entry, (Tensor, np.generic)) else entry for entry in value]
+        whole = all(
+            isinstance(entry, (int, float)) and math.isfinite(entry) and int(entry) == entry for entry in entries
+        )
+        insist(whole, f"{name} is {entries}: expected whole numbers")
+        found = [int(entry) for entry in entries]
         insist(len(found) == dimension, f"{name} is {found}: expected {dimension} numbers, one for each axis")
         return found
     if isinstance(value, (int, np.integer)):
@@ -36,6 +40,7 @@ def convert_to_int_list(arg: Any, dimension: int) -> list[int]:
     return int_list(arg, dimension, "arg")
 
 
+@with_missing_members
 class KernelGenerator:
     """The geometry of a kernel, as MinkowskiEngine's layers take it.
 
@@ -129,9 +134,6 @@ class KernelGenerator:
         stride."""
         cube = self.region_type == RegionType.HYPER_CUBE and len(set(self.kernel_stride)) == 1
         return cube and self.partitions and self.kernel_size[0] % 2 == 0 and set(self.kernel_dilation) == {1}
-
-    def __getattr__(self, name: str) -> Any:
-        return missing_member(type(self).__name__, name)
 
     def __repr__(self) -> str:
         return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsecnx.compat.minkowski.enums import RegionType, SparseTensorOperationMode
-from sparsecnx.compat.minkowski.errors import ArgumentError, insist, insist_type, missing_member, not_offered
+from sparsecnx.compat.minkowski.errors import ArgumentError, insist, insist_type, not_offered, with_missing_members
 from sparsecnx.compat.minkowski.kernel import KernelGenerator, int_list
 from sparsecnx.coordinates import CoordinateMap, for_any_mode, unique
 from sparsecnx.mapped import turned
@@ -20,6 +19,7 @@ from sparsecnx.mapped import turned
 Name = tuple[tuple[int, ...], str]  # tensor stride and string of a key
 
 
+@with_missing_members
 class CoordinateMapKey:
     """Names a map of a manager: its tensor stride, and a string that tells maps of one stride apart.
 
@@ -110,6 +110,7 @@ class Origin:
     by_image: list[Tensor]
 
 
+@with_missing_members
 class CoordinateManager:
     """The maps of tensors that are computed from one another, with everything looked up about them.
 
@@ -125,6 +126,7 @@ class CoordinateManager:
         Raises:
             ArgumentError: `D` is not positive.
         """
+        insist_type(D, int, "D", "the number of spatial axes")
         insist(D >= 1, f"D is {D}: expected the number of spatial axes, at least 1")
         self.D = D
         self._maps: dict[Name, CoordinateMap] = {}
@@ -132,8 +134,8 @@ class CoordinateManager:
         self._unions: dict[Hashable, tuple[CoordinateMapKey, list[Tensor]]] = {}
         self._origins: dict[Name, Origin] = {}
         self._given: list[Name] = []  # maps that were not derived from others
-        self._pruned_from: dict[str, str] = {}  # string of a map to that of the one it was pruned from
-        self._numbers = itertools.count(1)
+        self._roots: dict[str, str] = {}  # string of a map made from another to that of the first of those
+        self._numbered = 0
 
     # Maps
 
@@ -152,16 +154,24 @@ class CoordinateManager:
         """Keep a map under its stride and that string, or under a new string where they are taken."""
         name = (new.stride, string_id)
         while name in self._maps:
-            name = (new.stride, f"{string_id}-{next(self._numbers)}")
+            name = (new.stride, f"{string_id}{self._new_string()}")
         self._maps[name] = new
         self._given.append(name)
         return CoordinateMapKey(*name)
 
-    def insert_pruned(self, new: CoordinateMap, source: CoordinateMapKey) -> CoordinateMapKey:
-        """Keep a map made from another, of other sites: transposed layers go back to what that one came from."""
-        key = self.insert(new)
-        self._pruned_from[key.name[1]] = self._pruned_from.get(source.name[1], source.name[1])
+    def insert_from(self, source: CoordinateMapKey, new: CoordinateMap) -> CoordinateMapKey:
+        """Keep a map of other sites that was made from one of this manager: always under a new string, so that it is
+        not taken for what a stride makes of that one; transposed layers go back to where that one came from."""
+        key = self.insert(new, self._new_string())
+        self._roots[key.name[1]] = self._root(source.name[1])
         return key
+
+    def _new_string(self) -> str:
+        self._numbered += 1
+        return f"-{self._numbered}"
+
+    def _root(self, string: str) -> str:
+        return self._roots.get(string, string)
 
     def insert_and_map(
         self, coordinates: Tensor, tensor_stride: Any = 1, string_id: str = ""
@@ -174,11 +184,27 @@ class CoordinateManager:
         check_coordinates(coordinates, self.D)
         stride = int_list(tensor_stride, self.D, "tensor_stride")
         first, site = distinct(coordinates)
-        insist(min(stride) >= 0, f"tensor_stride is {stride}: expected no number below 0")
-        kept = coordinates[first]  # a copy, also of all: what becomes of the argument does not move the sites
-        new = CoordinateMap.from_coordinates(kept, stride)
+        return self.insert(self._new_map(coordinates, first, stride), string_id), (first, site)
+
+    def insert_asked(self, source: CoordinateMapKey, coordinates: Tensor, tensor_stride: list[int]) -> CoordinateMapKey:
+        """A map of the sites, int32 `(n, 1 + D)`, that a layer is to compute from another.
+
+        Raises:
+            ArgumentError: they are not distinct.
+        """
+        check_coordinates(coordinates, self.D)
+        first, site = distinct(coordinates)
+        insist(first.shape[0] == site.shape[0], "coordinates has equal rows: expected distinct sites")
+        return self.insert_from(source, self._new_map(coordinates, first, tensor_stride))
+
+    def _new_map(self, coordinates: Tensor, first: Tensor, stride: list[int]) -> CoordinateMap:
+        """A map of these rows of the coordinates; a copy: what becomes of the argument does not move the sites."""
+        insist(min(stride) >= 1, f"tensor_stride is {stride}: expected at least 1 along each axis")
+        new = CoordinateMap.from_coordinates(coordinates[first], stride)
         insist(new.rows == 0 or new.bounds[0][0] >= 0, "coordinates has image numbers below 0: expected 0, 1, ...")
-        return self.insert(new, string_id), (first, site)
+        between = (new.coordinates[:, 1:] % new.coordinates.new_tensor(stride)).any()
+        insist(not between, f"coordinates has sites between multiples of the tensor stride, {stride}")
+        return new
 
     def stride(self, coordinate_map_key: CoordinateMapKey, stride: Any, string_id: str = "") -> CoordinateMapKey:
         """Key of the map that a convolution with that stride gives; made on first use."""
@@ -202,11 +228,11 @@ class CoordinateManager:
             f"stride is {kernel.kernel_stride}: a transposed layer's must divide the tensor stride, {list(coarse)}",
         )
         fine = tuple(a // b for a, b in zip(coarse, kernel.kernel_stride, strict=True))
-        for string in (self._pruned_from.get(key.name[1], key.name[1]), ""):
+        for string in (self._root(key.name[1]), key.name[1]):
             if (fine, string) in self._maps:
                 return CoordinateMapKey(fine, string)
-        self._maps[fine, ""] = self._finer(key, kernel, fine)
-        return CoordinateMapKey(fine, "")
+        self._maps[fine, key.name[1]] = self._finer(key, kernel, fine)
+        return CoordinateMapKey(fine, key.name[1])
 
     def _finer(self, key: CoordinateMapKey, kernel: KernelGenerator, fine: tuple[int, ...]) -> CoordinateMap:
         coarse = self.map(key)
@@ -252,7 +278,7 @@ class CoordinateManager:
     def origin_map(self, key: CoordinateMapKey) -> tuple[Tensor, list[Tensor]]:
         """The images with sites, int64, and the rows of every image up to the last of them, none for one without."""
         images = self.map(key).images
-        return images.index, list(images.rows_by_number)
+        return images.index, [rows.clone() for rows in images.rows_by_number]
 
     def union(self, keys: list[CoordinateMapKey]) -> tuple[CoordinateMapKey, list[Tensor]]:
         """The sites of several maps of one stride as a new map.
@@ -272,7 +298,7 @@ class CoordinateManager:
                 sites = unique(torch.cat([known.coordinates for known in maps]))
                 new = CoordinateMap.from_coordinates(sites, maps[0].stride)
                 places = [new.find(known.coordinates).long() for known in maps]
-            self._unions[names] = self.insert_pruned(new, keys[0]), places
+            self._unions[names] = self.insert_from(keys[0], new), places
         return self._unions[names]
 
     # What is asked about maps
@@ -344,9 +370,6 @@ class CoordinateManager:
                 return CoordinateMapKey(*name)
         raise ArgumentError(f"tensor_stride is {list(stride)}: this coordinate manager has no map of it")
 
-    def __getattr__(self, name: str) -> Any:
-        return missing_member(type(self).__name__, name)
-
     def __repr__(self) -> str:
         maps = "".join(f"\n  {list(stride)} {string!r}: {m.rows} sites" for (stride, string), m in self._maps.items())
         return f"CoordinateManager(D={self.D}){maps}"
@@ -374,7 +397,7 @@ def distinct(coordinates: Tensor) -> tuple[Tensor, Tensor]:
         return rows, rows
     sites, number = torch.unique(coordinates, dim=0, return_inverse=True)
     if sites.shape[0] == count:
-        return rows, rows
+        return rows, rows.clone()
     first = rows.new_full((sites.shape[0],), count).scatter_reduce(0, number, rows, "amin")
     order = first.argsort()
     return first[order], order.argsort()[number]

@@ -31,6 +31,10 @@ NEAREST = {
     "get_gpu_memory_info": "torch.cuda.mem_get_info",
     "print_diagnostics": "the command `sparsecnx doctor`",
     "convert_region_type": "KernelGenerator",
+    "get_kernel_volume": "KernelGenerator(...).kernel_volume",
+    "convert_to_int_tensor": "convert_to_int_list",
+    "cuda_version": "torch.version.cuda",
+    "cudart_version": "torch.version.cuda",
 }
 
 PLACEHOLDERS = {name: placeholder(name, nearest) for name, nearest in NEAREST.items()}

@@ -210,7 +210,7 @@ class MinkowskiPruning(MinkowskiModuleBase):
         insist(mask.device == input.device, f"mask is on {mask.device}: the input is on {input.device}")
         manager, known = input.coordinate_manager, input._map
         pruned = CoordinateMap.from_coordinates(known.coordinates[mask], known.stride)
-        key = manager.insert_pruned(pruned, input.coordinate_map_key)
+        key = manager.insert_from(input.coordinate_map_key, pruned)
         return SparseTensor(input.F[mask], coordinate_map_key=key, coordinate_manager=manager)
 
     def __repr__(self) -> str:
@@ -226,6 +226,8 @@ class MinkowskiUnion(nn.Module):
         for number, tensor in enumerate(inputs):
             insist_type(tensor, SparseTensor, f"argument {number}", "a SparseTensor")
             insist(tensor.coordinate_manager is inputs[0].coordinate_manager, OTHER_MANAGER)
+            channels = tensor.F.shape[1], inputs[0].F.shape[1]
+            insist(channels[0] == channels[1], f"argument {number} has {channels[0]} channels: expected {channels[1]}")
         manager = inputs[0].coordinate_manager
         key, places = manager.union([tensor.coordinate_map_key for tensor in inputs])
         dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in inputs))

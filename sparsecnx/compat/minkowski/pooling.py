@@ -49,6 +49,10 @@ class _Pooling(MinkowskiModuleBase):
         if kernel_generator is None:
             kernel_generator = KernelGenerator(kernel_size, stride, dilation, dimension=dimension)
         insist_type(kernel_generator, KernelGenerator, "kernel_generator", "a KernelGenerator")
+        insist(
+            kernel_generator.dimension == dimension,
+            f"dimension is {dimension}: kernel_generator has {kernel_generator.dimension} axes",
+        )
         self.kernel_generator = kernel_generator
         self.pooling_mode = self.MODE
         self.dimension = dimension
@@ -164,8 +168,8 @@ class _Broadcast(MinkowskiModuleBase):
         insist(input_glob.coordinate_manager is input.coordinate_manager, OTHER_MANAGER)
         origin = input.coordinate_manager.at_origin(input.coordinate_map_key)
         insist(
-            len(input_glob) == len(origin.counts),
-            f"input_glob has {len(input_glob)} rows: expected one for each of {len(origin.counts)} images",
+            input_glob.coordinate_map_key == input.coordinate_manager.origin(),
+            f"input_glob is on {input_glob.coordinate_map_key}: expected the sites of a global pooling",
         )
         return input._with(self.combine(input.F, spread(input_glob.F, origin.rows)))
 

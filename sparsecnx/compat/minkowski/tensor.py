@@ -17,8 +17,8 @@ from sparsecnx.compat.minkowski.errors import (
     ArgumentTypeError,
     insist,
     insist_type,
-    missing_member,
     not_offered,
+    with_missing_members,
 )
 from sparsecnx.compat.minkowski.manager import (
     CoordinateManager,
@@ -38,6 +38,7 @@ OTHER_MANAGER = (
 Quantization = SparseTensorQuantizationMode
 
 
+@with_missing_members
 class SparseTensor:
     """Features of active sites, one row for each, as MinkowskiEngine's class of that name.
 
@@ -81,6 +82,8 @@ class SparseTensor:
         insist(features.ndim == 2, f"features is {tuple(features.shape)}: expected (rows, C)")
         if device is not None:
             features = features.to(device)
+        if quantization_mode is not None:
+            insist_type(quantization_mode, Quantization, "quantization_mode", "a SparseTensorQuantizationMode")
         self.quantization_mode = quantization_mode or Quantization.RANDOM_SUBSAMPLE
         if coordinates is not None:
             insist(
@@ -228,12 +231,12 @@ class SparseTensor:
     @property
     def decomposition_permutations(self) -> list[Tensor]:
         """int64: the rows of each image, up to the last that has any; none for one without."""
-        return list(self._map.images.rows_by_number)
+        return [rows.clone() for rows in self._map.images.rows_by_number]
 
     @property
     def decomposed_coordinates(self) -> list[Tensor]:
         """int32 `(n, D)`: the positions of each image, up to the last that has any."""
-        return self._by_image(self.C[:, 1:])
+        return self._by_image(self._map.coordinates[:, 1:].clone())
 
     @property
     def decomposed_features(self) -> list[Tensor]:
@@ -252,11 +255,11 @@ class SparseTensor:
 
     def coordinates_at(self, batch_index: int) -> Tensor:
         """int32 `(n, D)`: the positions of one image."""
-        return self.C[self.decomposition_permutations[batch_index], 1:]
+        return self._map.coordinates[self._map.images.rows_by_number[batch_index], 1:]
 
     def features_at(self, batch_index: int) -> Tensor:
         """`(n, C)`: the features of one image."""
-        return self._F[self.decomposition_permutations[batch_index]]
+        return self._F[self._map.images.rows_by_number[batch_index]]
 
     def coordinates_and_features_at(self, batch_index: int) -> tuple[Tensor, Tensor]:
         return self.coordinates_at(batch_index), self.features_at(batch_index)
@@ -285,6 +288,7 @@ class SparseTensor:
         """
         stride = torch.tensor(self.tensor_stride, dtype=torch.int32)
         if shape is not None:
+            insist_type(shape, Sequence, "shape", "a torch.Size (B, C, *spatial)")
             insist(len(shape) == self.D + 2, f"shape is {tuple(shape)}: expected (B, C{', n' * self.D})")
             shape = (shape[0], self._F.shape[1], *shape[2:])
         if len(self) == 0:
@@ -334,16 +338,14 @@ class SparseTensor:
         return torch.nn.functional.pad(dense, [entry for size in reversed(missing) for entry in (0, size)])
 
     def _dense_sites(self, shape: tuple[int, ...], first: Sequence[int], step: Sequence[int]) -> Tensor:
-        place = self.C[:, 0].long()
+        sites = self._map.coordinates.long()
+        place = sites[:, 0]
         for axis in range(self.D):
-            position = (self.C[:, 1 + axis].long() - first[axis]).div(step[axis], rounding_mode="floor")
+            position = (sites[:, 1 + axis] - first[axis]).div(step[axis], rounding_mode="floor")
             place = place * shape[2 + axis] + position
         cells = shape[0] * math.prod(shape[2:])
         dense = self._F.new_zeros(cells, shape[1]).index_copy(0, place, self._F)
         return dense.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
-
-    def __getattr__(self, name: str) -> Any:
-        return missing_member(type(self).__name__, name)
 
     def features_at_coordinates(self, query_coordinates: Tensor) -> Tensor:
         """Features `(n, C)` at the sites of `query_coordinates (n, 1 + D)`; 0 where there is no site. Positions are
@@ -352,6 +354,11 @@ class SparseTensor:
         Raises:
             NotOffered: a position lies between sites.
         """
+        insist_type(query_coordinates, Tensor, "query_coordinates", "a tensor (n, 1 + D)")
+        insist(
+            query_coordinates.ndim == 2 and query_coordinates.shape[1] == 1 + self.D,
+            f"query_coordinates is {tuple(query_coordinates.shape)}: expected (n, {1 + self.D})",
+        )
         whole = query_coordinates.long()
         if query_coordinates.is_floating_point() and not torch.equal(
             whole.to(query_coordinates.dtype), query_coordinates
@@ -386,9 +393,13 @@ class SparseTensor:
         insist(other.coordinate_manager is self.coordinate_manager, OTHER_MANAGER)
         if other.coordinate_map_key == self.coordinate_map_key:
             return self._with(combine(self._F, other.F))
+        insist(
+            other.F.shape[1] == self._F.shape[1],
+            f"other has {other.F.shape[1]} channels: expected {self._F.shape[1]} on different sites",
+        )
         # On the sites of either: a missing row counts as 0, and where `other` has none nothing is done.
         key, (mine, others) = self._manager.union([self.coordinate_map_key, other.coordinate_map_key])
-        dtype = torch.promote_types(self.dtype, other.dtype)
+        dtype = combine(self._F.new_ones(()), other.F.new_ones(())).dtype
         features = self._F.new_zeros(self._manager.size(key), self._F.shape[1], dtype=dtype)
         features = features.index_copy(0, mine, self._F.to(dtype))
         features = features.index_copy(0, others, combine(features[others], other.F).to(dtype))
@@ -440,7 +451,7 @@ def in_layout(x: SparseTensor) -> TileTensor:
     """The same tensor with its rows in the order of its layout, as the operators on tiles take it."""
     known = x._map
     assert known.layout is not None  # asked of tiles alone
-    if known.order is None or known.back is None:
+    if known.order is None:
         return TileTensor(x.F, known.layout)
     return TileTensor(permuted(x.F, known.order, known.back), known.layout)
 
@@ -464,9 +475,7 @@ def output_key(
     coordinates = _as_int(coordinates)
     check_coordinates(coordinates, x.D)
     insist(coordinates.device == x.device, f"coordinates is on {coordinates.device}: the input is on {x.device}")
-    key, (first, site) = x.coordinate_manager.insert_and_map(coordinates, list(stride))
-    insist(first.shape[0] == site.shape[0], "coordinates has equal rows: expected distinct sites")
-    return key
+    return x.coordinate_manager.insert_asked(x.coordinate_map_key, coordinates, list(stride))
 
 
 def _as_int(coordinates: Tensor) -> Tensor:
