@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import types
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
