@@ -5,7 +5,8 @@
 #
 # Both work in .venv, which they create. Another Python: make test PYTHON=python3.12
 #
-#   make wheel-test    the wheel built with the torch of .venv, tested with another torch
+#   make wheel-test        the wheel built with the torch of .venv, tested with another torch
+#   make minkowski-test    the tests that compare with MinkowskiEngine, which it compiles first: ten minutes, once
 
 PYTHON ?= python3
 TORCH := torch==2.14.1 torchvision==0.29.2
@@ -14,7 +15,10 @@ OTHER_TORCH := torch==2.13.0
 BIN := .venv/bin
 READY := .venv/ready
 OTHER := build/other-torch
+MINKOWSKI := build/minkowski
 RUN := runs/demo
+# Two files of tests at a time; where there is a GPU one after the other, for some look at its memory and its streams.
+WORKERS := $(if $(wildcard /dev/nvidia0),,-n 2 --dist loadfile --no-loadscope-reorder)
 CPP = $(shell find $(1) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(call CPP,csrc)
 
@@ -27,7 +31,7 @@ ifndef SPARSECNX_BUILD
 endif
 export SPARSECNX_BUILD
 
-.PHONY: demo test wheel-test lint format clean
+.PHONY: demo test wheel-test minkowski minkowski-test lint format clean
 
 # The published recipe, but for a learning rate that suits a run of minutes. Interrupted, it goes on.
 demo: $(READY)
@@ -35,7 +39,7 @@ demo: $(READY)
 	$(BIN)/sparsecnx reconstruct $(RUN)/last.pt --out $(RUN)/reconstruction.png
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
 # One wheel serves every torch: its CPU operators pass their tests, and its GPU operators load where that torch is built
 # for CUDA and are refused with the reason where it is not. Compiled for one kind of GPU, which is as good for this as for all; tested away from the
@@ -44,12 +48,25 @@ wheel-test: $(READY)
 	rm -rf build/lib* build/bdist* dist
 	TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/pip wheel . --no-deps --no-build-isolation --wheel-dir dist
 	$(BIN)/python -m venv --clear $(OTHER)
-	$(OTHER)/bin/pip install $(OTHER_TORCH) pytest pytest-timeout hypothesis numpy
+	$(OTHER)/bin/pip install $(OTHER_TORCH) pytest pytest-timeout pytest-xdist hypothesis numpy
 	$(OTHER)/bin/pip install --no-deps dist/*.whl
 	$(OTHER)/bin/sparsecnx doctor
 	cp -r tests pyproject.toml $(OTHER)
 	cd $(OTHER) && bin/python tests/installed_wheel.py $(SPARSECNX_BUILD)
-	cd $(OTHER) && bin/pytest -k native tests/ops
+	cd $(OTHER) && bin/pytest $(WORKERS) -k native tests/ops
+
+# MinkowskiEngine lives with an older torch, which the compiled operators of .venv serve too, so that the tests run on the
+# sources as they are.
+minkowski-test: $(READY) minkowski
+	$(MINKOWSKI)/bin/python -c 'import sys, torch; from sparsecnx import _minkowski; \
+	  sys.exit(_minkowski.refusal(torch.device("cpu")))'
+	$(MINKOWSKI)/bin/python -m pytest -m needs_minkowski
+
+minkowski: $(MINKOWSKI)/ready
+
+$(MINKOWSKI)/ready: tests/minkowski_engine.sh
+	tests/minkowski_engine.sh $(PYTHON) $(MINKOWSKI)
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check

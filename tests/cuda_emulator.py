@@ -7,6 +7,7 @@ are fibers on the CPU. Loading the library gives the operators `sparsecnx_cuda::
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
@@ -102,8 +103,14 @@ def compile_one(source: Path) -> Path:
 
 
 def build(sources: list[Path], link: list[str]) -> Path:
-    """A shared library of these sources, beside the emulator itself."""
+    """A shared library of these sources, beside the emulator itself. One process builds, others find it built."""
     BUILT.mkdir(parents=True, exist_ok=True)
+    with open(BUILT / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(sources, link)
+
+
+def _build(sources: list[Path], link: list[str]) -> Path:
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         objects = list(pool.map(compile_one, [HERE / "emulator.cpp", *sources]))
     library = BUILT / f"{digest(*(path.name.encode() for path in objects), ' '.join(link).encode())}.so"
