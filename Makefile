@@ -6,7 +6,8 @@
 # Both work in .venv, which they create. Another Python: make test PYTHON=python3.12
 #
 #   make wheel-test        the wheel built with the torch of .venv, tested with another torch
-#   make minkowski-test    the tests that compare with MinkowskiEngine, which it compiles first: ten minutes, once
+#   make minkowski-test    the tests that compare with MinkowskiEngine, which it compiles first: ten minutes, once. Needs
+#                          Python 3.10 or 3.11 and OpenBLAS
 
 PYTHON ?= python3
 TORCH := torch==2.14.1 torchvision==0.29.2

@@ -1,7 +1,7 @@
 """The masked encoder as code for MinkowskiEngine has it, on MinkowskiEngine and here, beside our own modules.
 
-    make minkowski                                            # MinkowskiEngine 0.5.4 for the CPU, ten minutes, once
-    build/minkowski/bin/python benchmarks/minkowski_encoder.py --out benchmarks/results/minkowski-cpu.json
+    make .venv/ready minkowski    # compiled operators; MinkowskiEngine 0.5.4 for the CPU, ten minutes, once
+    PYTHONPATH=. build/minkowski/bin/python benchmarks/minkowski_encoder.py --out benchmarks/results/minkowski-cpu.json
 
 One set of weights, images and mask, in one process, in turn:
 
@@ -20,13 +20,13 @@ backward of the depthwise convolutions alone, all blocks, their kernel maps know
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -179,8 +179,10 @@ def unrecognised() -> Iterator[None]:
         operations.tiles_of_mask = recognise
 
 
+@functools.cache
 def styles(device: torch.device) -> dict[str, ModuleType]:
-    """published_style.py as each library runs it, by name of the variant."""
+    """published_style.py as each library runs it, by name of the variant. Once: where MinkowskiEngine itself has been
+    imported, the stand-in for it refuses to be installed."""
     minkowski.install()
     try:
         here = _fresh_style()
@@ -212,8 +214,10 @@ def run_case(case: Case, repeats: int) -> dict[str, Any]:
     for name, error in errors.items():
         say(f"  {name}: output {error['output']:.1e}, largest {error['largest']:.1e} ({error['of']})")
     say(f"  timing, {repeats} repeats")
-    steps: dict[str, measure.Call] = {name: partial(workload.step, name) for name in workload.models}
-    depthwise: dict[str, measure.Call] = {name: partial(workload.depthwise_step, name) for name in workload.depthwise}
+    steps: dict[str, measure.Call] = {name: functools.partial(workload.step, name) for name in workload.models}
+    depthwise: dict[str, measure.Call] = {
+        name: functools.partial(workload.depthwise_step, name) for name in workload.depthwise
+    }
     times = {}
     for kind, calls in (("encoder", {**steps, "floor": workload.floor}), ("depthwise", depthwise)):
         measured = measure.interleaved(calls, repeats, workload.device, before=workload.drop_grads)

@@ -29,18 +29,22 @@ has_openblas || {
 # On a machine with a GPU too: for CUDA it needs CUDA 11. Its setup.py calls the first pip of the PATH.
 export CUDA_VISIBLE_DEVICES=
 "$python" -m venv --clear "$folder"
-PATH="$PWD/$folder/bin:$PATH"
+folder=$(cd "$folder" && pwd)
+PATH="$folder/bin:$PATH"
+pip() {
+  "$folder/bin/python" -m pip "$@" # no other environment's
+}
 pip install "torch==$torch" "numpy==$numpy" ninja pytest pytest-timeout hypothesis
 pip install "setuptools==$setuptools" wheel # older than torch asks for, which only its compiler needs
 
 # Of no use to another torch, so not left to pip's own cache, which does not ask for which it was built.
 tag=$(python -c 'import sys, platform; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/sparsecnx/minkowskiengine-$engine-torch-$torch-$tag"
-if ! compgen -G "$cache/*.whl" >/dev/null; then
-  unfinished=$(mktemp -d)
+if [ ! -d "$cache" ]; then # it is there whole or not at all
+  mkdir -p "$(dirname "$cache")"
+  unfinished=$(mktemp -d "$cache.XXXXXX")
   trap 'rm -rf "$unfinished"' EXIT
   pip wheel "MinkowskiEngine==$engine" --no-build-isolation --no-deps --no-cache-dir --wheel-dir "$unfinished"
-  mkdir -p "$cache"
-  mv "$unfinished"/*.whl "$cache"
+  mv -T "$unfinished" "$cache" || [ -d "$cache" ] # another has built it meanwhile
 fi
 pip install --no-deps "$cache"/*.whl
