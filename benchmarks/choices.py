@@ -34,12 +34,13 @@ from atomic import write
 from isolated import Task
 from torch import Tensor
 
-from sparsecnx import Layout, TileSet, _extension, choices, random_mask, use_backend
-from sparsecnx.masking import visible_count
+from sparsecnx import Layout, TileSet, choices, random_mask, use_backend
+from sparsecnx.backends import compiled
+from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import SIZES
 from sparsecnx.models.convnextv2 import STRIDE
-from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
-from sparsecnx.ops.grn import segments as segments_of
+from sparsecnx.ops.depthwise_convolution.geometry import neighbour_table
+from sparsecnx.ops.global_response_norm import segments as segments_of
 
 SECONDS = 0.05  # to repeat a step, twice
 ROUNDS = 2
@@ -246,7 +247,7 @@ def main(given: Sequence[str] | None = None) -> int:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "torch": str(torch.__version__),
         "triton": record.version("triton") or "none",
-        "toolkit": str((_extension.build_info() or {}).get("cuda")),
+        "toolkit": str((compiled.build_info() or {}).get("cuda")),
         "times": [],
     }
     tasks = []

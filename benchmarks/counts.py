@@ -32,12 +32,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsecnx import _triton, use_backend
-from sparsecnx.masking import visible_count
+from sparsecnx import use_backend
+from sparsecnx.backends import triton_launch
+from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import SIZES, masked_dense
 from sparsecnx.models.convnextv2 import STRIDE
 from sparsecnx.nn import ConvNeXtV2Block
-from sparsecnx.ops.convnextv2_block import triton as block_room
+from sparsecnx.ops.block import triton_kernels as block_room
 
 TILES = (8, 4, 2, 1)
 BATCHES = (2, 4)
@@ -82,7 +83,7 @@ def sparse(size: str, stage: int, ratio: float, image: int, batch: int) -> tuple
     channels = SIZES[size].dims[stage - 1]
     case = {"device": "cpu", "dtype": "bfloat16", "channels": channels, "tile": TILES[stage - 1], "stage": stage}
     case |= {"image": image, "ratio": ratio}
-    with _triton.observing(observe), use_backend("triton"):
+    with triton_launch.observing(observe), use_backend("triton"):
         run = programs(case, batch)["block"]()
         costs.clear()  # of the forward pass that sets the gradient's shape
         with Products(costs):

@@ -355,9 +355,9 @@ many loads from shared memory there are in it for each FFMA.
 
 def toolkit() -> str:
     """Version of the CUDA toolkit that the package's operators were compiled with."""
-    from sparsecnx import _extension
+    from sparsecnx.backends import compiled
 
-    return (_extension.build_info() or {}).get("cuda") or "(of a version that is not known)"
+    return (compiled.build_info() or {}).get("cuda") or "(of a version that is not known)"
 
 
 def main(given: Sequence[str] | None = None) -> int:

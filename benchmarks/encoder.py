@@ -42,10 +42,10 @@ from record import Results
 from torch import Tensor
 
 from sparsecnx import SparseTensor, random_mask
-from sparsecnx.masking import visible_count
+from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import SIZES, ConvNeXtV2Encoder, masked_dense
 from sparsecnx.models.convnextv2 import STRIDE
-from sparsecnx.ops.convnextv2_block import operator as block_operator
+from sparsecnx.ops.block import operator as block_operator
 
 ENCODERS = ("sparse", "dense", "compiled")
 SWEEPS: dict[str, tuple[Any, ...]] = {

@@ -36,10 +36,10 @@ from steps import Runner, Step, Variant
 from torch import Tensor
 
 from sparsecnx import random_mask
-from sparsecnx.masking import visible_count
+from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import SIZES, ConvNeXtV2Encoder
 from sparsecnx.models.convnextv2 import STRIDE
-from sparsecnx.ops.convnextv2_block import operator as block_operator
+from sparsecnx.ops.block import operator as block_operator
 from sparsecnx.tensor import SparseTensor
 
 CHECKED = 4  # images whose outputs and gradients are compared in float32

@@ -32,7 +32,7 @@ from steps import Runner, Step, Variant
 from torch import Tensor, nn
 
 from sparsecnx import random_mask
-from sparsecnx.masking import visible_count
+from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import FCMAE, SIZES, create_fcmae, masked_dense
 from sparsecnx.train.recipe import BETAS
 

@@ -32,7 +32,7 @@ from isolated import Task
 from torch import Tensor
 
 from sparsecnx import Layout, SparseTensor, ops, random_mask, use_backend
-from sparsecnx.layout import TileSet
+from sparsecnx.geometry.layout import TileSet
 from sparsecnx.models import SIZES
 from sparsecnx.models.convnextv2 import STRIDE
 

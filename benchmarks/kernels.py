@@ -44,8 +44,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsecnx import Layout, SparseTensor, _triton, ops, random_mask, use_backend
-from sparsecnx.masking import visible_count
+from sparsecnx import Layout, SparseTensor, ops, random_mask, use_backend
+from sparsecnx.backends import triton_launch
+from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import SIZES
 from sparsecnx.models.convnextv2 import STRIDE
 
@@ -137,9 +138,9 @@ class Recording(TorchDispatchMode):
         in_backward = torch._C._current_graph_task_id() != -1
         self.calls.append(Launch(name, call, cost, text, "backward" if in_backward else "forward"))
 
-    def observe(self, kernel: Any, grid: _triton.Grid, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """An observer for `_triton.observing`."""
-        call = functools.partial(_triton.run, kernel, grid, *arguments, **options)
+    def observe(self, kernel: Any, grid: triton_launch.Grid, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """An observer for `triton_launch.observing`."""
+        call = functools.partial(triton_launch.run, kernel, grid, *arguments, **options)
         self._launching = True  # what launching, tuning and counting run is no part of the operator
         try:
             call()
@@ -162,7 +163,7 @@ def words(values: Sequence[Any]) -> str:
 def record(run: Call) -> list[Launch]:
     """All that `run` launches."""
     recording = Recording()
-    with _triton.observing(recording.observe), recording:
+    with triton_launch.observing(recording.observe), recording:
         run()
     return recording.calls
 
@@ -234,10 +235,10 @@ def fma_rate(device: torch.device) -> float:
     """FLOPs per second of float32 multiply-adds in registers."""
     import fma_kernel
 
-    programs = 16 * _triton.processors(device) if device.type == "cuda" else 1
+    programs = 16 * triton_launch.processors(device) if device.type == "cuda" else 1
     iterations = 4096 if device.type == "cuda" else 1
     out = torch.empty(programs * fma_kernel.BLOCK, device=device)
-    if device.type != "cuda" and not _triton.interpreting:
+    if device.type != "cuda" and not triton_launch.interpreting:
         return math.inf
     call = functools.partial(fma_kernel.run, out, programs, iterations)
     return 1e3 * fma_kernel.flops(programs, iterations) / statistics.median(repeated(call, device, None))

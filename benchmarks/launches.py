@@ -25,8 +25,9 @@ from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import sparsecnx
-from sparsecnx import Layout, SparseTensor, _triton, ops, random_mask, use_backend
-from sparsecnx.masking import visible_count
+from sparsecnx import Layout, SparseTensor, ops, random_mask, use_backend
+from sparsecnx.backends import triton_launch
+from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import SIZES
 
 PACKAGE = Path(sparsecnx.__file__).resolve().parent
@@ -122,7 +123,7 @@ def trace(settings: Iterable[Setting]) -> dict[Specialisation, Use]:
     uses: dict[Specialisation, Use] = {}
     current: tuple[Setting, str]
 
-    def observe(kernel: Any, grid: _triton.Grid, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def observe(kernel: Any, grid: triton_launch.Grid, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         setting, program = current
         for found, wide in specialisations(kernel, arguments, options, setting):
             use = uses.setdefault(found, Use())
@@ -134,7 +135,7 @@ def trace(settings: Iterable[Setting]) -> dict[Specialisation, Use]:
     for setting in settings:
         for program, run in programs(setting).items():
             current = (setting, program)
-            with _triton.observing(observe), use_backend("triton"), WithoutComputing():
+            with triton_launch.observing(observe), use_backend("triton"), WithoutComputing():
                 run()
     return uses
 

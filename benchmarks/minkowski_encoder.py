@@ -37,7 +37,8 @@ from encoder import Case, Mismatch, block_products, randomize, relative_error
 from record import Results
 from torch import Tensor, nn
 
-from sparsecnx import SparseTensor, _minkowski, random_mask
+from sparsecnx import SparseTensor, random_mask
+from sparsecnx.backends import minkowski
 from sparsecnx.compat import checkpoints, minkowski
 from sparsecnx.compat.minkowski import operations
 from sparsecnx.models import SIZES, create_fcmae
@@ -189,7 +190,7 @@ def styles(device: torch.device) -> dict[str, ModuleType]:
     finally:
         minkowski.uninstall()
     found = {"api": here, "api_general": here}
-    refusal = _minkowski.refusal(device)
+    refusal = minkowski.refusal(device)
     if refusal is None:
         found["minkowski"] = _fresh_style()
     else:

@@ -18,10 +18,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sparsecnx import Layout, _extension
-from sparsecnx.layout import TileSet
-from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
-from sparsecnx.ops.grn import segments as segments_of
+from sparsecnx import Layout
+from sparsecnx.backends import compiled
+from sparsecnx.geometry.layout import TileSet
+from sparsecnx.ops.depthwise_convolution.geometry import neighbour_table
+from sparsecnx.ops.global_response_norm import segments as segments_of
 
 GRIDS = ((3, 5), (1, 1), (7, 7))
 TILES = (8, 4, 2, 1, 3, 5, 6)
@@ -124,8 +125,8 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=10**6, help="shapes to run, by default all")
     options = parser.parse_args(given)
     device = torch.device(options.device)
-    if device.type == "cuda" and not _extension.cuda_loaded:
-        print(f"no CUDA operators: {_extension.cuda_why_not}", file=sys.stderr)
+    if device.type == "cuda" and not compiled.cuda_loaded:
+        print(f"no CUDA operators: {compiled.cuda_why_not}", file=sys.stderr)
         return 1
     torch.manual_seed(0)
     counts: dict[str, int] = {}

@@ -27,7 +27,7 @@ from record import Results
 from torch import Tensor
 
 from sparsecnx import choices
-from sparsecnx.masking import visible_count
+from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import ConvNeXtV2Encoder, masked_dense
 from sparsecnx.models.convnextv2 import STRIDE
 

@@ -1,10 +1,10 @@
 """Sparse convolution kernels for masked-autoencoder pretraining of ConvNets."""
 
 from sparsecnx import models, nn, ops
-from sparsecnx.backend import BackendError
-from sparsecnx.layout import Layout, TileSet
-from sparsecnx.masking import random_mask
-from sparsecnx.selection import use_backend
+from sparsecnx.backends.dispatch import BackendError
+from sparsecnx.backends.selection import use_backend
+from sparsecnx.geometry.layout import Layout, TileSet
+from sparsecnx.geometry.masks import random_mask
 from sparsecnx.tensor import SparseTensor
 
 __version__ = "0.1.0"

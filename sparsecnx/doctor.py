@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import sparsecnx
-from sparsecnx import _cuda, _extension, _minkowski, _triton
+from sparsecnx.backends import compiled, cuda, minkowski, triton_launch
 
 TORCHVISION_RELEASES = "https://github.com/pytorch/vision#installation"
 NOT_INSTALLED = "not installed"
@@ -91,11 +91,11 @@ def _torch() -> Check:
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPU only"
     capability = torch.backends.cpu.get_cpu_capability()
     detail = f"{torch.__version__}, {build}; {torch.get_num_threads()} CPU threads, {capability}"
-    if torch.__version__ < _extension.OLDEST_TORCH:
+    if torch.__version__ < compiled.OLDEST_TORCH:
         return Check(
             "torch",
             False,
-            f"{detail}; {_extension.OLDEST_TORCH} or later is needed",
+            f"{detail}; {compiled.OLDEST_TORCH} or later is needed",
             "pip install --upgrade torch",
         )
     return Check("torch", True, detail)
@@ -106,7 +106,7 @@ def _gpu() -> Check:
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         return Check("GPU", True, ", ".join(f"{device.name}, sm_{device.major}{device.minor}" for device in devices))
     if torch.version.cuda is None:
-        remedy = f"With an NVIDIA GPU, install a CUDA build of torch: {_extension.CUDA_BUILDS}"
+        remedy = f"With an NVIDIA GPU, install a CUDA build of torch: {compiled.CUDA_BUILDS}"
         return Check("GPU", False, "this torch is built for CPU only", remedy)
     remedy = "With an NVIDIA GPU, install or update its driver until `nvidia-smi` lists it."
     return Check("GPU", False, "torch finds no CUDA device", remedy)
@@ -116,14 +116,14 @@ def _triton_kernels() -> Check:
     name = "Triton"
     problem = _import_problem("triton")
     if problem is not None:
-        return Check(name, False, problem, f"Install a CUDA build of torch, which brings it: {_extension.CUDA_BUILDS}")
+        return Check(name, False, problem, f"Install a CUDA build of torch, which brings it: {compiled.CUDA_BUILDS}")
     version = _version("triton", "triton")
-    if _triton.interpreting:
+    if triton_launch.interpreting:
         detail = f"{version}, kernels run in its interpreter: on the CPU, slowly, where `triton` is asked for by name"
         return Check(name, True, detail, "Unset TRITON_INTERPRET to run them on a GPU.")
     if not torch.cuda.is_available():
         return Check(name, False, f"{version}, but there is no GPU to run its kernels on", "See GPU.")
-    refusals = [_triton.refusal(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    refusals = [triton_launch.refusal(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
     if all(refusals):
         return Check(name, False, f"{version}, but {refusals[0]}", "Its kernels need a newer GPU.")
     refused = "".join(f"; {refusal}" for refusal in refusals if refusal)
@@ -132,14 +132,14 @@ def _triton_kernels() -> Check:
 
 def _cpu_operators() -> Check:
     name = "CPU operators"
-    if not _extension.loaded:
-        return Check(name, False, f"{_extension.why_not}", _extension.remedy)
-    facts = _extension.build_info()
+    if not compiled.loaded:
+        return Check(name, False, f"{compiled.why_not}", compiled.remedy)
+    facts = compiled.build_info()
     if facts is None:
-        return Check(name, False, "compiled, but for another Python", _extension.reinstall())
+        return Check(name, False, "compiled, but for another Python", compiled.reinstall())
     if facts["version"] != sparsecnx.__version__:
         detail = f"compiled from sparsecnx {facts['version']}"
-        return Check(name, False, detail, _extension.reinstall())
+        return Check(name, False, detail, compiled.reinstall())
     detail = (
         f"running on {torch.ops.sparsecnx.cpu_isa()}; compiled by {facts['compiler']} ({facts['flags']})"
         f" with torch {facts['torch']} for {facts['oldest_torch']} and later"
@@ -149,10 +149,10 @@ def _cpu_operators() -> Check:
 
 def _cuda_operators() -> Check:
     name = "CUDA operators"
-    if not _extension.cuda_loaded:
-        return Check(name, False, f"{_extension.cuda_why_not}", _extension.cuda_remedy)
-    facts = _extension.build_info()
-    anew = _extension.reinstall(build="cuda")
+    if not compiled.cuda_loaded:
+        return Check(name, False, f"{compiled.cuda_why_not}", compiled.cuda_remedy)
+    facts = compiled.build_info()
+    anew = compiled.reinstall(build="cuda")
     if facts is None:
         return Check(name, False, "compiled, but for another Python", anew)
     if facts["version"] != sparsecnx.__version__:
@@ -165,13 +165,13 @@ def _cuda_operators() -> Check:
     )
     if not torch.cuda.is_available():
         return Check(name, True, f"{detail}; there is no GPU to run them on")
-    driver = _cuda.driver_version()
+    driver = cuda.driver_version()
     if driver is not None and driver[0] < int(facts["cuda"].partition(".")[0]):
         detail = f"{detail}; the driver is for CUDA {driver[0]}.{driver[1]}, which is too old for them"
         remedy = f"Update the NVIDIA driver, or compile with the CUDA {driver[0]} toolkit: {anew}"
         return Check(name, False, detail, remedy)
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    refusals = {device: refusal for device in devices if (refusal := _cuda.refusal(device)) is not None}
+    refusals = {device: refusal for device in devices if (refusal := cuda.refusal(device)) is not None}
     if not refusals:
         return Check(name, True, f"{detail}; they run on the GPU")
     detail += "".join(f"; {refusal}" for refusal in refusals.values())
@@ -184,15 +184,15 @@ def _cuda_operators() -> Check:
 
 
 def _minkowski_engine() -> Check:
-    name = _minkowski.NAME
-    problem = _minkowski.problem()
-    if problem == _minkowski.ANSWERED:
-        remedy = f"For the library itself: {_minkowski.STAND_IN}.uninstall(), or a process without install()."
+    name = minkowski.NAME
+    problem = minkowski.problem()
+    if problem == minkowski.ANSWERED:
+        remedy = f"For the library itself: {minkowski.STAND_IN}.uninstall(), or a process without install()."
         return Check(name, False, problem, remedy)
     if problem is not None:
-        again = "" if problem == _minkowski.NOT_INSTALLED else "Compile it for this torch and Python. "
+        again = "" if problem == minkowski.NOT_INSTALLED else "Compile it for this torch and Python. "
         return Check(name, False, problem, f"{again}{_minkowski_remedy()}")
-    library = _minkowski.library()
+    library = minkowski.library()
     if not library.is_cuda_available():
         built = "built for the CPU only"
     elif hasattr(library, "MinkowskiDepthwiseConvolution"):

@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 import torch
 
-from sparsecnx.backend import Choice
-from sparsecnx.layout import Layout, TileSet
+from sparsecnx.backends.dispatch import Choice
+from sparsecnx.geometry.layout import Layout, TileSet
 from sparsecnx.models import SIZES
-from sparsecnx.ops.conv import operator as conv
-from sparsecnx.ops.convnextv2_block import operator as convnextv2_block
-from sparsecnx.ops.depthwise_conv import operator as depthwise_conv
-from sparsecnx.ops.grn import operator as grn
-from sparsecnx.ops.layer_norm import operator as layer_norm
-from sparsecnx.ops.stochastic_depth import operator as stochastic_depth
+from sparsecnx.ops.block import operator as convnextv2_block
+from sparsecnx.ops.convolution import operator as conv
+from sparsecnx.ops.depthwise_convolution import operator as depthwise_conv
+from sparsecnx.ops.drop_path import operator as stochastic_depth
+from sparsecnx.ops.global_response_norm import operator as grn
+from sparsecnx.ops.layer_normalization import operator as layer_norm
 from sparsecnx.tensor import SparseTensor
 
 # All that run on tiles, as the models do; none of those on explicit kernel maps.

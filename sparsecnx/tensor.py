@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsecnx.layout import Layout
-from sparsecnx.packing import gather_rows, scatter_rows
+from sparsecnx.geometry.layout import Layout
+from sparsecnx.geometry.packing import gather_rows, scatter_rows
 
 
 class SparseTensor:
@@ -16,7 +16,7 @@ class SparseTensor:
 
     Attributes:
         features: `(rows, C)`, one row per active site in the order of `layout`.
-        layout: the geometry, see `sparsecnx.layout`.
+        layout: the geometry, see `sparsecnx.geometry.layout`.
     """
 
     __slots__ = ("features", "layout")

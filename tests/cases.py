@@ -14,20 +14,21 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsecnx import Layout, SparseTensor, _extension, _minkowski, _triton, use_backend
-from sparsecnx.backend import Operator as Dispatcher
-from sparsecnx.layout import TileSet
+from sparsecnx import Layout, SparseTensor, use_backend
+from sparsecnx.backends import compiled, minkowski, triton_launch
+from sparsecnx.backends.dispatch import Operator as Dispatcher
+from sparsecnx.geometry.layout import TileSet
 
 # Where Triton's and CUDA's kernels run: on a GPU, or in the interpreter and the emulator (see conftest.py). The other
 # backends run on the CPU.
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
-needs_native = pytest.mark.skipif(not _extension.loaded, reason=f"needs the compiled operators: {_extension.why_not}")
-needs_triton = pytest.mark.skipif(_triton.refusal(DEVICE) is not None, reason=f"{_triton.refusal(DEVICE)}")
+needs_native = pytest.mark.skipif(not compiled.loaded, reason=f"needs the compiled operators: {compiled.why_not}")
+needs_triton = pytest.mark.skipif(triton_launch.refusal(DEVICE) is not None, reason=f"{triton_launch.refusal(DEVICE)}")
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 needs_cuda = pytest.mark.needs_cuda  # see conftest.py
 needs_minkowski = pytest.mark.needs_minkowski  # see conftest.py
-NO_MINKOWSKI = _minkowski.refusal(torch.device("cpu"))
+NO_MINKOWSKI = minkowski.refusal(torch.device("cpu"))
 BACKENDS = {
     "reference": (),
     "native": needs_native,

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 import cuda_emulator
 from cases import NO_MINKOWSKI, without_operators
 
-from sparsecnx import _cuda, backend
+from sparsecnx.backends import cuda
 
 settings.register_profile(
     "sparsecnx",
@@ -77,7 +77,7 @@ def cuda_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if request.node.get_closest_marker("needs_cuda") is None:
         return
     if torch.cuda.is_available():
-        refusal = _cuda.refusal(torch.device("cuda"))
+        refusal = cuda.refusal(torch.device("cuda"))
         if refusal is not None:
             without_operators(refusal, os.environ.get("SPARSECNX_BUILD"))
         return
@@ -85,7 +85,7 @@ def cuda_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if refusal is not None:
         pytest.skip(refusal)
     cuda_emulator.load()
-    monkeypatch.setattr(_cuda, "emulated", True)
+    monkeypatch.setattr(cuda, "emulated", True)
 
 
 @pytest.fixture(autouse=True)

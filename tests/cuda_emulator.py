@@ -57,13 +57,13 @@ def compiler() -> str | None:
 
 def refusal() -> str | None:
     """Why there is no emulator here; None where there is."""
-    from sparsecnx import _extension
+    from sparsecnx.backends import compiled
 
     if compiler() is None:
         return "the emulator of CUDA kernels needs g++"
-    if not _extension.loaded:
+    if not compiled.loaded:
         return (
-            f"the emulator of CUDA kernels needs the compiled operators, which define the schemas: {_extension.why_not}"
+            f"the emulator of CUDA kernels needs the compiled operators, which define the schemas: {compiled.why_not}"
         )
     return None
 

@@ -6,18 +6,18 @@ import sys
 
 import torch
 
-from sparsecnx import _extension
+from sparsecnx.backends import compiled
 
-assert _extension.loaded, _extension.why_not
+assert compiled.loaded, compiled.why_not
 if torch.version.cuda is None:
-    assert _extension.cuda_why_not == "this torch is built for CPU only", _extension.cuda_why_not
+    assert compiled.cuda_why_not == "this torch is built for CPU only", compiled.cuda_why_not
 elif sys.argv[1] == "cuda":
-    assert _extension.cuda_loaded, _extension.cuda_why_not
-    names = [f"sparsecnx_cuda::{name}" for name in _extension.CUDA_OPERATORS]
+    assert compiled.cuda_loaded, compiled.cuda_why_not
+    names = [f"sparsecnx_cuda::{name}" for name in compiled.CUDA_OPERATORS]
     lacking = [name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")]
     assert not lacking, f"no kernel for CUDA: {lacking}"
 elif sys.argv[1] == "cpu":
-    assert not _extension.cuda_loaded and f"{_extension.cuda_why_not}".startswith("not compiled"), (
-        _extension.cuda_why_not
+    assert not compiled.cuda_loaded and f"{compiled.cuda_why_not}".startswith("not compiled"), (
+        compiled.cuda_why_not
     )
-print(f"{_extension.PACKAGE}, torch {torch.__version__}: GPU operators {_extension.cuda_why_not or 'loaded'}")
+print(f"{compiled.PACKAGE}, torch {torch.__version__}: GPU operators {compiled.cuda_why_not or 'loaded'}")

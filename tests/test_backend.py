@@ -21,11 +21,12 @@ from cases import (
     random_sparse,
 )
 
-from sparsecnx import BackendError, SparseTensor, _cuda, _extension, _triton, ops, use_backend
-from sparsecnx.backend import Choice, Implementation, Operator, always
-from sparsecnx.ops.convnextv2_block import operator as convnextv2_block
-from sparsecnx.ops.depthwise_conv import operator as depthwise_conv
-from sparsecnx.ops.grn import operator as grn
+from sparsecnx import BackendError, SparseTensor, ops, use_backend
+from sparsecnx.backends import compiled, cuda, triton_launch
+from sparsecnx.backends.dispatch import Choice, Implementation, Operator, always
+from sparsecnx.ops.block import operator as convnextv2_block
+from sparsecnx.ops.depthwise_convolution import operator as depthwise_conv
+from sparsecnx.ops.global_response_norm import operator as grn
 
 CHANNELS = 4
 BACKENDS = ("auto", "reference", "native", "cuda", "triton", "minkowski")
@@ -62,8 +63,8 @@ def volume() -> SparseTensor:
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch) -> str:
     """As where nothing is compiled."""
-    monkeypatch.setattr(_extension, "loaded", False)
-    monkeypatch.setattr(_extension, "why_not", "built as pure Python because: no C++ compiler")
+    monkeypatch.setattr(compiled, "loaded", False)
+    monkeypatch.setattr(compiled, "why_not", "built as pure Python because: no C++ compiler")
     return "built as pure Python because: no C++ compiler"
 
 
@@ -329,15 +330,15 @@ def test_the_log_breaks_no_graph(caplog: pytest.LogCaptureFixture, x: SparseTens
 def test_compute_capability_breaks_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a refusal asks a GPU while torch.compile traces an operator."""
     torch._dynamo.reset()
-    monkeypatch.setattr(_triton, "available", True)
-    monkeypatch.setattr(_triton, "interpreting", False)
+    monkeypatch.setattr(triton_launch, "available", True)
+    monkeypatch.setattr(triton_launch, "interpreting", False)
     for capability, expected in (((9, 0), 1.0), ((7, 5), 0.0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         torch._dynamo.reset()
 
         @torch.compile(fullgraph=True, backend="eager")
         def runs(value: torch.Tensor) -> torch.Tensor:
-            return value + 1 if _triton.refusal(torch.device("cuda", 0)) is None else value
+            return value + 1 if triton_launch.refusal(torch.device("cuda", 0)) is None else value
 
         assert runs(torch.zeros(())).item() == expected
 
@@ -357,7 +358,7 @@ def test_compute_capability_breaks_no_graph(monkeypatch: pytest.MonkeyPatch) -> 
 def test_gpus_that_an_architecture_serves(
     architectures: str, served: list[tuple[int, int]], refused: list[tuple[int, int]]
 ) -> None:
-    assert [gpu for gpu in (*served, *refused) if _cuda.serves(architectures, gpu)] == served
+    assert [gpu for gpu in (*served, *refused) if cuda.serves(architectures, gpu)] == served
 
 
 @pytest.fixture
@@ -365,16 +366,16 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, tuple[int,
     """As on a GPU of some compute capability with operators built for some architectures."""
 
     def install(architectures: str, capability: tuple[int, int]) -> None:
-        _cuda._unserved.cache_clear()
-        monkeypatch.setattr(_extension, "cuda_loaded", True)
+        cuda._unserved.cache_clear()
+        monkeypatch.setattr(compiled, "cuda_loaded", True)
         facts = {"cuda": "13.0", "cuda_architectures": architectures}
-        monkeypatch.setattr(_extension, "build_info", lambda: facts)
-        monkeypatch.setattr(_cuda, "driver_version", lambda: (13, 0))
+        monkeypatch.setattr(compiled, "build_info", lambda: facts)
+        monkeypatch.setattr(cuda, "driver_version", lambda: (13, 0))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
 
     yield install
-    _cuda._unserved.cache_clear()
+    cuda._unserved.cache_clear()
 
 
 def test_cuda_refuses_a_driver_that_is_too_old(
@@ -382,10 +383,10 @@ def test_cuda_refuses_a_driver_that_is_too_old(
 ) -> None:
     built("8.0;9.0+PTX", (9, 0))
     device = torch.device("cuda", 0)
-    assert _cuda.refusal(device) is None
-    _cuda._unserved.cache_clear()
-    monkeypatch.setattr(_cuda, "driver_version", lambda: (12, 8))
-    assert _cuda.refusal(device) == "CUDA operators are built with CUDA 13.0, the driver is for CUDA 12.8"
+    assert cuda.refusal(device) is None
+    cuda._unserved.cache_clear()
+    monkeypatch.setattr(cuda, "driver_version", lambda: (12, 8))
+    assert cuda.refusal(device) == "CUDA operators are built with CUDA 13.0, the driver is for CUDA 12.8"
 
 
 def test_cuda_says_why_it_is_missing(
@@ -393,13 +394,13 @@ def test_cuda_says_why_it_is_missing(
 ) -> None:
     gpu = torch.device("cuda", 0)
     built("8.0;9.0+PTX", (9, 0))
-    assert _cuda.refusal(gpu) is None
+    assert cuda.refusal(gpu) is None
     built("8.0;9.0", (12, 0))
     reason = "CUDA operators are built for 8.0;9.0, cuda:0 has compute capability 12.0"
-    assert _cuda.refusal(gpu) == reason
-    monkeypatch.setattr(_extension, "cuda_loaded", False)
-    monkeypatch.setattr(_extension, "cuda_why_not", "this torch is built for CPU only")
-    assert _cuda.refusal(gpu) == "this torch is built for CPU only"
+    assert cuda.refusal(gpu) == reason
+    monkeypatch.setattr(compiled, "cuda_loaded", False)
+    monkeypatch.setattr(compiled, "cuda_why_not", "this torch is built for CPU only")
+    assert cuda.refusal(gpu) == "this torch is built for CPU only"
 
 
 def test_architectures_break_no_graph(built: Callable[[str, tuple[int, int]], None]) -> None:
@@ -410,14 +411,14 @@ def test_architectures_break_no_graph(built: Callable[[str, tuple[int, int]], No
 
         @torch.compile(fullgraph=True, backend="eager")
         def runs(value: torch.Tensor) -> torch.Tensor:
-            return value + 1 if _cuda.refusal(torch.device("cuda", 0)) is None else value
+            return value + 1 if cuda.refusal(torch.device("cuda", 0)) is None else value
 
         assert runs(torch.zeros(())).item() == expected
 
 
 @pytest.mark.parametrize("operator", ["convnextv2_block", "depthwise_conv", "grn"])
 def test_cuda_runs_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch, operator: str) -> None:
-    monkeypatch.setattr(_cuda, "emulated", False)
+    monkeypatch.setattr(cuda, "emulated", False)
     x = random_sparse(example_layout(), CHANNELS, torch.float32)
     message = f"backend 'cuda' cannot run {operator}: CUDA operators run on a GPU, x is on cpu"
     with use_backend("cuda"), pytest.raises(BackendError, match=message):
@@ -441,7 +442,7 @@ def test_cuda_says_what_it_does_not_take(volume: SparseTensor) -> None:
 
 @needs_cuda
 def test_a_block_on_cuda_needs_triton_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "available", False)
+    monkeypatch.setattr(triton_launch, "available", False)
     x = move(random_sparse(example_layout(), CHANNELS, torch.float32), DEVICE)
     message = "convnextv2_block: all but its depthwise steps are Triton's: Triton is not installed"
     with use_backend("cuda"), pytest.raises(BackendError, match=message):
@@ -470,15 +471,15 @@ def test_triton_says_what_it_does_not_take(volume: SparseTensor) -> None:
 
 
 def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "available", True)
-    monkeypatch.setattr(_triton, "interpreting", False)
+    monkeypatch.setattr(triton_launch, "available", True)
+    monkeypatch.setattr(triton_launch, "interpreting", False)
     x = random_sparse(example_layout(), CHANNELS, torch.float32)
     with use_backend("triton"), pytest.raises(BackendError, match=r"x is on cpu \(on the CPU under TRITON_INTERPRET=1"):
         depthwise_conv.choose(x)
 
 
 def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "available", False)
+    monkeypatch.setattr(triton_launch, "available", False)
     x = random_sparse(example_layout(), CHANNELS, torch.float32)
     with use_backend("triton"), pytest.raises(BackendError, match="cannot run depthwise_conv: Triton is not installed"):
         depthwise_conv.choose(x)

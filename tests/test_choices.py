@@ -12,7 +12,7 @@ import torch
 from cases import dispatcher, example_layout, random_sparse
 
 from sparsecnx import SparseTensor, choices, layout, ops, use_backend
-from sparsecnx.backend import Implementation, Operator, always
+from sparsecnx.backends.dispatch import Implementation, Operator, always
 from sparsecnx.choices import Comparison, Measurement, compare
 
 GPU = "NVIDIA H200"

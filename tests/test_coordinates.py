@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsecnx import Layout
 from sparsecnx import coordinates as geometry
-from sparsecnx.coordinates import CoordinateMap, offsets_of, tiles_of, tiles_of_mask, unique
+from sparsecnx.geometry.coordinates import CoordinateMap, offsets_of, tiles_of, tiles_of_mask, unique
 
 
 def sites(mask: Tensor, *, shuffled: bool = False, corner: int = 0, stride: int = 1) -> Tensor:

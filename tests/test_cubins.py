@@ -21,8 +21,9 @@ from cases import DEVICE, name, needs_cuda
 from cuda_emulator import Launch
 from torch import Tensor
 
-from sparsecnx import Layout, SparseTensor, _extension, use_backend
-from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
+from sparsecnx import Layout, SparseTensor, use_backend
+from sparsecnx.backends import compiled
+from sparsecnx.ops.depthwise_convolution.geometry import neighbour_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
@@ -42,8 +43,8 @@ def newer_sources(library: Path) -> list[str]:
 
 pytestmark = [
     pytest.mark.skipif(
-        not _extension.cuda_loaded and nvcc() is None,
-        reason=f"needs the GPU operators or nvcc to compile them: {_extension.cuda_why_not}",
+        not compiled.cuda_loaded and nvcc() is None,
+        reason=f"needs the GPU operators or nvcc to compile them: {compiled.cuda_why_not}",
     ),
     pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch"),
 ]
@@ -70,7 +71,7 @@ def tool(cubins: Any) -> None:
 @pytest.fixture(scope="module")
 def library(cubins: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The one that is loaded; compiled for this test where none is, or where a source is newer."""
-    if _extension.cuda_loaded:
+    if compiled.cuda_loaded:
         found = cubins.find_library()
         if not newer_sources(found):
             return found
@@ -101,7 +102,7 @@ def test_a_library_older_than_a_source_is_not_judged(tmp_path: Path, monkeypatch
 
 
 def test_it_gives_every_operator_a_kernel_for_the_gpu(library: Path) -> None:
-    if not _extension.cuda_loaded:
+    if not compiled.cuda_loaded:
         torch.ops.load_library(str(library))
     missing = [
         name

@@ -15,7 +15,8 @@ import torch
 from cases import needs_triton
 
 import sparsecnx
-from sparsecnx import _cuda, _extension, _triton, doctor, explain, ops
+from sparsecnx import doctor, explain, ops
+from sparsecnx.backends import compiled, cuda, triton_launch
 
 
 def check(name: str) -> doctor.Check:
@@ -60,17 +61,17 @@ def test_lines_are_aligned() -> None:
 
 def test_compiled_operators() -> None:
     found = check("CPU operators")
-    assert found.ok == _extension.loaded
-    facts = _extension.build_info()
+    assert found.ok == compiled.loaded
+    facts = compiled.build_info()
     if facts is None:
-        assert found.detail == _extension.why_not
+        assert found.detail == compiled.why_not
     else:
         assert f"{facts['compiler']}" in found.detail and f"{facts['torch']}" in found.detail
 
 
 def test_operators_of_another_version_are_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not _extension.loaded:
-        pytest.skip(f"{_extension.why_not}")
+    if not compiled.loaded:
+        pytest.skip(f"{compiled.why_not}")
     monkeypatch.setattr(sparsecnx, "__version__", "9.9.9")
     found = check("CPU operators")
     assert not found.ok
@@ -101,7 +102,7 @@ def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
     """As on a machine with GPUs of these compute capabilities and without Triton's interpreter."""
-    monkeypatch.setattr(_triton, "interpreting", False)
+    monkeypatch.setattr(triton_launch, "interpreting", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
@@ -134,7 +135,7 @@ def test_triton_kernels_need_a_new_enough_gpu(
 
 @needs_triton
 def test_triton_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_triton, "interpreting", True)
+    monkeypatch.setattr(triton_launch, "interpreting", True)
     found = doctor._triton_kernels()
     assert found.ok and "interpreter" in found.detail
     assert found.remedy is not None and "TRITON_INTERPRET" in found.remedy
@@ -142,9 +143,9 @@ def test_triton_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cuda_operators_of_this_install() -> None:
     found = check("CUDA operators")
-    assert found.ok or not _extension.cuda_loaded or torch.cuda.is_available()
-    if not _extension.cuda_loaded:
-        assert found == doctor.Check("CUDA operators", False, f"{_extension.cuda_why_not}", _extension.cuda_remedy)
+    assert found.ok or not compiled.cuda_loaded or torch.cuda.is_available()
+    if not compiled.cuda_loaded:
+        assert found == doctor.Check("CUDA operators", False, f"{compiled.cuda_why_not}", compiled.cuda_remedy)
 
 
 BUILT = {
@@ -162,10 +163,10 @@ BUILT = {
 @pytest.fixture
 def with_cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As after a build with GPU operators, with a driver for CUDA 13.0."""
-    monkeypatch.setattr(_extension, "cuda_loaded", True)
-    monkeypatch.setattr(_extension, "build_info", lambda: dict(BUILT))
-    monkeypatch.setattr(_cuda, "driver_version", lambda: (13, 0))
-    _cuda._unserved.cache_clear()
+    monkeypatch.setattr(compiled, "cuda_loaded", True)
+    monkeypatch.setattr(compiled, "build_info", lambda: dict(BUILT))
+    monkeypatch.setattr(cuda, "driver_version", lambda: (13, 0))
+    cuda._unserved.cache_clear()
     return monkeypatch
 
 
@@ -192,16 +193,16 @@ def test_gpus_that_the_cuda_operators_serve(
 
 
 def test_gpus_newer_than_the_machine_code(with_cuda: pytest.MonkeyPatch) -> None:
-    with_cuda.setattr(_extension, "build_info", lambda: {**BUILT, "cuda_architectures": "8.0"})
+    with_cuda.setattr(compiled, "build_info", lambda: {**BUILT, "cuda_architectures": "8.0"})
     gpus(with_cuda, (9, 0), (8, 6))
     found = doctor._cuda_operators()
     assert found.ok and found.detail.endswith("; CUDA operators are built for 8.0, cuda:0 has compute capability 9.0")
-    assert found.remedy == f"TORCH_CUDA_ARCH_LIST='8.6;9.0' {_extension.reinstall(build='cuda')}"
+    assert found.remedy == f"TORCH_CUDA_ARCH_LIST='8.6;9.0' {compiled.reinstall(build='cuda')}"
 
 
 def test_cuda_operators_with_an_old_driver(with_cuda: pytest.MonkeyPatch) -> None:
     gpus(with_cuda, (9, 0))
-    with_cuda.setattr(_cuda, "driver_version", lambda: (12, 4))
+    with_cuda.setattr(cuda, "driver_version", lambda: (12, 4))
     found = doctor._cuda_operators()
     assert not found.ok and found.detail.endswith("; the driver is for CUDA 12.4, which is too old for them")
     assert found.remedy is not None and found.remedy.startswith("Update the NVIDIA driver")
@@ -219,7 +220,7 @@ def test_cuda_operators_with_an_old_driver(with_cuda: pytest.MonkeyPatch) -> Non
 def test_cuda_operators_of_another_build(
     with_cuda: pytest.MonkeyPatch, facts: dict[str, str | None] | None, detail: str
 ) -> None:
-    with_cuda.setattr(_extension, "build_info", lambda: facts)
+    with_cuda.setattr(compiled, "build_info", lambda: facts)
     found = doctor._cuda_operators()
     assert (found.ok, found.detail) == (False, detail)
     assert found.remedy is not None and found.remedy.startswith("SPARSECNX_BUILD=cuda pip install")
@@ -231,14 +232,14 @@ def test_explanation_covers_every_operator_at_every_stage() -> None:
     cpu = torch.device("cpu")
     lines = explain.report(cpu, torch.float32, "tiny").splitlines()
     table = lines[3 : lines.index("", 2)]
-    fast = "native" if _extension.loaded else "reference"
+    fast = "native" if compiled.loaded else "reference"
     found = [tuple(line.split()[:4]) for line in table]
     stages = zip(("96", "192", "384", "768"), ("8", "4", "2", "1"), strict=True)
     assert found == [(operator.name, *stage, fast) for operator, stage in product(explain.OPERATORS, stages)]
     assert all("the fastest that can run" in line for line in table)
 
 
-@pytest.mark.skipif(not _extension.loaded, reason=f"{_extension.why_not}")
+@pytest.mark.skipif(not compiled.loaded, reason=f"{compiled.why_not}")
 def test_explanation_of_the_hidden_layer() -> None:
     pico, tiny = (explain.report(torch.device("cpu"), torch.float32, size) for size in ("pico", "tiny"))
     blocks = [line for line in pico.splitlines() if line.startswith("convnextv2_block ")]
@@ -247,8 +248,8 @@ def test_explanation_of_the_hidden_layer() -> None:
 
 
 def test_explanation_says_why_the_others_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "loaded", False)
-    monkeypatch.setattr(_extension, "why_not", "no C++ compiler")
+    monkeypatch.setattr(compiled, "loaded", False)
+    monkeypatch.setattr(compiled, "why_not", "no C++ compiler")
     report = explain.report(torch.device("cpu"), torch.bfloat16, "atto")
     everything = ", ".join(operator.name for operator in explain.OPERATORS)
     assert f"native: no C++ compiler\n    {everything}" in report

@@ -25,17 +25,18 @@ import torch
 from cases import DEVICE, needs_cuda
 from torch import Tensor
 
-from sparsecnx import Layout, SparseTensor, _triton, choices, ops, use_backend
+from sparsecnx import Layout, SparseTensor, choices, ops, use_backend
+from sparsecnx.backends import triton_launch
+from sparsecnx.backends.selection import selected
 from sparsecnx.models import SIZES
 from sparsecnx.models.convnextv2 import Size
-from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
-from sparsecnx.selection import selected
+from sparsecnx.ops.depthwise_convolution.geometry import neighbour_table
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 SMALL = ["--device", "cpu", "--size", "atto", "--image", "64", "--ratio", "0.5", "--batch", "2"]
 
-needs_triton = pytest.mark.skipif(not _triton.available, reason="needs Triton")
+needs_triton = pytest.mark.skipif(not triton_launch.available, reason="needs Triton")
 
 
 @pytest.fixture
@@ -318,7 +319,7 @@ def test_costs_of_a_block_add_up(load: Any) -> None:
 
     def traced(program: str) -> dict[str, Any]:
         found.clear()
-        with _triton.observing(observe), use_backend("triton"), launches.WithoutComputing():
+        with triton_launch.observing(observe), use_backend("triton"), launches.WithoutComputing():
             launches.programs(setting)[program]()
         assert len(found) > 5
         return {"matrix": sum(cost.matrix for _, cost in found), "by name": dict(found)}

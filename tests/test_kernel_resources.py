@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sparsecnx import _triton
+from sparsecnx.backends import triton_launch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "kernel_resources.py"
@@ -30,7 +30,7 @@ SELECTIONS = {
     "float32": (["atto.1"], [80]),
 }
 
-pytestmark = pytest.mark.skipif(not _triton.available, reason="needs Triton")
+pytestmark = pytest.mark.skipif(not triton_launch.available, reason="needs Triton")
 
 
 def run(script: Path, *arguments: str, path: Sequence[Path] = ()) -> subprocess.CompletedProcess[str]:
@@ -141,7 +141,7 @@ from pathlib import Path
 import kernel_resources
 import launches
 import torch
-from sparsecnx import _triton
+from sparsecnx.backends import triton_launch
 
 
 def programs(setting):
@@ -149,11 +149,11 @@ def programs(setting):
 
     def run():
         x = torch.empty(setting.rows, setting.channels, dtype=torch.bfloat16)
-        _triton.launch(samples.good_kernel, (8,), x, x, x.numel(), C=setting.channels, BLOCK=1024, num_warps=4)
-        _triton.launch(samples.narrow_kernel, (8,), x, x, setting.channels, BLOCK=64, num_warps=1)
-        _triton.launch(samples.spilling_kernel, (8,), x, x, BLOCK=8192, num_warps=1)
-        _triton.launch(samples.greedy_kernel, (8,), x, x, BLOCK=256, num_warps=16)
-        _triton.launch(samples.wrong_kernel, (8,), x, BLOCK=1)
+        triton_launch.launch(samples.good_kernel, (8,), x, x, x.numel(), C=setting.channels, BLOCK=1024, num_warps=4)
+        triton_launch.launch(samples.narrow_kernel, (8,), x, x, setting.channels, BLOCK=64, num_warps=1)
+        triton_launch.launch(samples.spilling_kernel, (8,), x, x, BLOCK=8192, num_warps=1)
+        triton_launch.launch(samples.greedy_kernel, (8,), x, x, BLOCK=256, num_warps=16)
+        triton_launch.launch(samples.wrong_kernel, (8,), x, BLOCK=1)
 
     return {"sample": run}
 

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import Layout, SparseTensor, TileSet, layout, use_backend
 from sparsecnx.choices import Comparison
-from sparsecnx.layout import rows_to_tile, tile_sites, tile_to_rows
+from sparsecnx.geometry.layout import rows_to_tile, tile_sites, tile_to_rows
 
 SIDES = range(1, 25)
 NDIMS = pytest.mark.parametrize("ndim", [1, 2, 3], ids=["1d", "2d", "3d"])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsecnx import random_mask
-from sparsecnx.masking import visible_count
+from sparsecnx.geometry.masks import visible_count
 
 
 @pytest.mark.parametrize(

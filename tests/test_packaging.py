@@ -22,7 +22,8 @@ import setuptools
 import torch
 
 import sparsecnx
-from sparsecnx import _extension, doctor
+from sparsecnx import doctor
+from sparsecnx.backends import compiled
 
 ROOT = Path(__file__).parents[1]
 
@@ -196,7 +197,7 @@ def test_failed_compilation_leaves_neither_module(source: Path, tmp_path: Path, 
     result = build_in_place(source, **environment)
     assert result.returncode == 0, result.stderr
     assert compiled(package) == []
-    missing = _extension.load(package)
+    missing = compiled.load(package)
     assert missing is not None
     assert f"compiling against torch {torch.__version__} failed" in missing.reason
     assert "WITHOUT its compiled operators" in result.stderr
@@ -240,7 +241,7 @@ def test_kernels_that_do_not_compile(source: Path, tmp_path: Path, mode: str) ->
     cpu, _ = compiled(package)
     assert cpu == "_C.abi3.so"
     assert build_facts(package)["cuda"] is None
-    missing = _extension.load_cuda(package)
+    missing = compiled.load_cuda(package)
     assert missing is not None
     assert missing.reason == f"not compiled because: compiling against torch {torch.__version__} failed: {reason}"
     assert "SPARSECNX_BUILD=cuda pip install" in missing.remedy and "WITHOUT" not in result.stderr
@@ -277,7 +278,7 @@ def test_errors_of_nvcc_come_with_advice(
         assert said[-1] == remedy
         assert said[-2].startswith(f"SPARSECNX_BUILD=cuda: nvcc {TORCH_CUDA} on csrc/cuda/library.cu: ")
     else:
-        missing = _extension.load_cuda(source / "sparsecnx")
+        missing = compiled.load_cuda(source / "sparsecnx")
         assert missing is not None and missing.remedy.startswith(f"{remedy} Then: SPARSECNX_BUILD=cuda pip install")
         assert remedy not in missing.reason
 
@@ -324,7 +325,7 @@ def test_mismatched_nvcc_costs_the_gpu_operators_alone(source: Path, tmp_path: P
     assert result.returncode == 0, result.stderr
     cpu, _ = compiled(source / "sparsecnx")
     assert cpu == "_C.abi3.so"
-    missing = _extension.load_cuda(source / "sparsecnx")
+    missing = compiled.load_cuda(source / "sparsecnx")
     assert missing is not None and "nvcc is of CUDA 10.2" in missing.reason
     assert missing.remedy.startswith(f"Install the CUDA {TORCH_CUDA.partition('.')[0]} toolkit")
 
@@ -477,9 +478,9 @@ def test_build_isolation_compiles_with_the_installed_torch(tmp_path: Path, torch
 
 @pytest.mark.parametrize("name", ["_C", "_C_cuda"])
 def test_operators_use_the_stable_abi_alone(name: str) -> None:
-    library = _extension.find(name)
+    library = compiled.find(name)
     if library is None:
-        pytest.skip(f"{_extension.why_not if name == '_C' else _extension.cuda_why_not}")
+        pytest.skip(f"{compiled.why_not if name == '_C' else compiled.cuda_why_not}")
     dynamic = subprocess.check_output(["readelf", "--dynamic", library], text=True)
     needed = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
     assert not {item for item in needed if item.startswith(("libtorch_python", "libpython", "libcudart"))}
@@ -494,10 +495,10 @@ def test_operators_use_the_stable_abi_alone(name: str) -> None:
 
 
 def test_gpu_operators_hold_code_for_the_architectures_they_name() -> None:
-    facts = _extension.build_info() or {}
-    library = _extension.find("_C_cuda")
+    facts = compiled.build_info() or {}
+    library = compiled.find("_C_cuda")
     if library is None or not facts.get("cuda"):
-        pytest.skip(f"{_extension.cuda_why_not}")
+        pytest.skip(f"{compiled.cuda_why_not}")
     content = library.read_bytes()
     names = [name.partition("+")[0].replace(".", "") for name in re.split("[; ,]+", f"{facts['cuda_architectures']}")]
     assert all(f"sm_{name}".encode() in content for name in names)
@@ -505,17 +506,17 @@ def test_gpu_operators_hold_code_for_the_architectures_they_name() -> None:
 
 def test_gpu_operators_need_a_cuda_build_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    missing = _extension.load_cuda(tmp_path)
+    missing = compiled.load_cuda(tmp_path)
     assert missing is not None
     assert missing.reason == "this torch is built for CPU only" and "Install a CUDA build" in missing.remedy
 
 
 @needs_cuda_torch
 def test_gpu_library_that_does_not_load_is_no_crash(tmp_path: Path) -> None:
-    missing = _extension.load_cuda(tmp_path)
+    missing = compiled.load_cuda(tmp_path)
     assert missing is not None and missing.reason.startswith("not compiled")
     (tmp_path / "_C_cuda.abi3.so").write_text("not a library")
-    missing = _extension.load_cuda(tmp_path)
+    missing = compiled.load_cuda(tmp_path)
     assert missing is not None
     assert "_C_cuda.abi3.so does not load into torch" in missing.reason
     assert missing.remedy.startswith("SPARSECNX_BUILD=cuda pip install --force-reinstall")
@@ -532,7 +533,7 @@ def test_libraries_of_an_earlier_version_are_no_crash(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    program = "import sparsecnx._extension as e; print(e.loaded, e.why_not, e.remedy, sep='\\n')"
+    program = "import sparsecnx.backends.compiled as e; print(e.loaded, e.why_not, e.remedy, sep='\\n')"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-c", program]
     said = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True).splitlines()
@@ -546,10 +547,10 @@ def test_libraries_of_an_earlier_version_are_no_crash(tmp_path: Path) -> None:
 def test_gpu_operators_without_kernels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library of the GPU left from an earlier version, beside one of the CPU of this version."""
     (tmp_path / "_C_cuda.abi3.so").touch()
-    monkeypatch.setattr(_extension, "register", lambda library, remedy: None)
+    monkeypatch.setattr(compiled, "register", lambda library, remedy: None)
     lacking = "sparsecnx_cuda::tile_index"
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: name != lacking)
-    missing = _extension.load_cuda(tmp_path)
+    missing = compiled.load_cuda(tmp_path)
     assert missing is not None and missing.remedy.startswith("SPARSECNX_BUILD=cuda pip install")
     assert missing.reason == f"_C_cuda.abi3.so is of another version of sparsecnx: it lacks {lacking}"
 
@@ -558,30 +559,30 @@ def test_operators_of_this_version_are_those_of_the_library() -> None:
     text = (ROOT / "csrc/library.cpp").read_text()
     blocks = re.findall(r"^STABLE_TORCH_LIBRARY\((\w+), m\) {(.*?)^}", text, re.MULTILINE | re.DOTALL)
     found = {library: re.findall(r'm\.def\(\s*"(\w+)', body) for library, body in blocks}
-    assert found == {"sparsecnx": _extension.OPERATORS, "sparsecnx_cuda": _extension.CUDA_OPERATORS}
+    assert found == {"sparsecnx": compiled.OPERATORS, "sparsecnx_cuda": compiled.CUDA_OPERATORS}
 
 
 def test_build_info_is_of_this_version() -> None:
-    if not _extension.loaded:
-        pytest.skip(f"{_extension.why_not}")
-    facts = _extension.build_info()
+    if not compiled.loaded:
+        pytest.skip(f"{compiled.why_not}")
+    facts = compiled.build_info()
     assert facts is not None
     assert facts["version"] == sparsecnx.__version__
-    assert facts["oldest_torch"] == _extension.OLDEST_TORCH
+    assert facts["oldest_torch"] == compiled.OLDEST_TORCH
     assert facts["compiler"] and facts["torch"]
     assert "-O3" in f"{facts['flags']}" and "-march" not in f"{facts['flags']}"
 
 
 def test_library_that_does_not_load_is_no_crash(tmp_path: Path) -> None:
     (tmp_path / "_C.abi3.so").write_text("not a library")
-    missing = _extension.load(tmp_path)
+    missing = compiled.load(tmp_path)
     assert missing is not None
     assert "_C.abi3.so does not load into torch" in missing.reason
     assert missing.remedy.startswith("pip install --force-reinstall")
 
 
 def test_folder_without_library(tmp_path: Path) -> None:
-    missing = _extension.load(tmp_path)
+    missing = compiled.load(tmp_path)
     assert missing is not None
     assert missing.reason.startswith("not compiled")
 
@@ -589,7 +590,7 @@ def test_folder_without_library(tmp_path: Path) -> None:
 def test_operators_refuse_an_older_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "_C.abi3.so").touch()
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1"))
-    missing = _extension.load(tmp_path)
-    assert missing == _extension.Missing(
+    missing = compiled.load(tmp_path)
+    assert missing == compiled.Missing(
         "the compiled operators need torch 2.11 or later, this is 2.9.1", "pip install --upgrade torch"
     )

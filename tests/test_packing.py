@@ -25,9 +25,10 @@ from test_tensor import MEMORY, channels_last, numbered, rows_by_coordinates
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsecnx import Layout, _cuda, _extension, _triton, packing, use_backend
+from sparsecnx import Layout, packing, use_backend
+from sparsecnx.backends import compiled, cuda, triton_launch
 from sparsecnx.choices import Comparison
-from sparsecnx.packing import gather_rows, scatter_rows
+from sparsecnx.geometry.packing import gather_rows, scatter_rows
 
 ALL_TILES = (*TILES, 24, 32)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -143,7 +144,7 @@ def test_the_gradient_of_the_fill_is_tritons_where_cuda_packs(triton, monkeypatc
     """It has no kernel in CUDA, and torch's operators write copies as large as the incoming gradient."""
     layout = layout_on_device("random counts", (2, 3), 4)
     if triton == "does not":
-        monkeypatch.setattr(_triton, "refusal", lambda device: "not here")
+        monkeypatch.setattr(triton_launch, "refusal", lambda device: "not here")
     fill = torch.zeros(3, device=DEVICE, requires_grad=True)
     incoming = torch.randn(2, 3, *layout.shape, device=DEVICE)
     with use_backend("cuda"):
@@ -270,11 +271,11 @@ def test_volumes_and_lines_are_packed_by_the_reference(backend):
     assert room(backend, grid=(3,)) is packing.reference
 
 
-@pytest.mark.skipif(not (_triton.available and _triton.interpreting), reason="needs Triton's interpreter")
+@pytest.mark.skipif(not (triton_launch.available and triton_launch.interpreting), reason="needs Triton's interpreter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64], ids=name)
 def test_triton_packs_on_the_cpu_when_asked(dtype):
     takes = dtype in (torch.float32, torch.bfloat16, torch.float16)
-    otherwise = packing.native if _extension.loaded else packing.reference
+    otherwise = packing.native if compiled.loaded else packing.reference
     assert room("triton", dtype) is (packing.triton if takes else otherwise)
 
 
@@ -310,7 +311,7 @@ def test_measurements_decide_on_a_gpu(measured, expected, monkeypatch):
 
     layout = make_layout(draw_mask("random counts", 2, (2, 2), seed=0), 2)
     monkeypatch.setattr(packing, "compare", compare)
-    for room in (_cuda, _triton):
+    for room in (cuda, triton_launch):
         monkeypatch.setattr(room, "refusal", lambda device: None)
     assert packing._room(OnGpu(torch.float32), layout) is getattr(packing, expected)
     steps = ("gather_tiles", "scatter_tiles")

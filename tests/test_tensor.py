@@ -23,7 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsecnx import Layout, SparseTensor, _extension
+from sparsecnx import Layout, SparseTensor
+from sparsecnx.backends import compiled
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 GRIDS = {1: (3,), 2: (3, 2), 3: (2, 1, 2)}
@@ -34,7 +35,7 @@ PATHS = ["pure torch", pytest.param("compiled", marks=needs_native)]
 def packing_by(path: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if path == "pure torch":
-            patch.setattr(_extension, "loaded", False)
+            patch.setattr(compiled, "loaded", False)
         yield
 
 

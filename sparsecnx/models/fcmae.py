@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecnx.layout import check_mask
-from sparsecnx.masking import random_mask, visible_count
+from sparsecnx.geometry.layout import check_mask
+from sparsecnx.geometry.masks import random_mask, visible_count
 from sparsecnx.models.convnextv2 import (
     STRIDE,
     ConvNeXtV2Encoder,

@@ -1,14 +1,14 @@
 """Operators on sparse tensors, one folder each: public function and dispatch, reference, fast backends."""
 
-from sparsecnx.ops.conv import conv
-from sparsecnx.ops.convnextv2_block import BlockParameters, convnextv2_block
-from sparsecnx.ops.depthwise_conv import depthwise_conv
-from sparsecnx.ops.grn import grn
-from sparsecnx.ops.layer_norm import layer_norm
-from sparsecnx.ops.mapped_conv import mapped_conv
-from sparsecnx.ops.mapped_depthwise_conv import mapped_depthwise_conv
-from sparsecnx.ops.mapped_pool import mapped_pool
-from sparsecnx.ops.stochastic_depth import draw_survival, stochastic_depth
+from sparsecnx.ops.block import BlockParameters, convnextv2_block
+from sparsecnx.ops.convolution import conv
+from sparsecnx.ops.depthwise_convolution import depthwise_conv
+from sparsecnx.ops.drop_path import draw_survival, stochastic_depth
+from sparsecnx.ops.global_response_norm import grn
+from sparsecnx.ops.layer_normalization import layer_norm
+from sparsecnx.ops.mapped_convolution import mapped_conv
+from sparsecnx.ops.mapped_depthwise_convolution import mapped_depthwise_conv
+from sparsecnx.ops.mapped_pooling import mapped_pool
 
 __all__ = [
     "BlockParameters",

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from sparsecnx import _cuda, _extension
-from sparsecnx.backend import Implementation
+from sparsecnx.backends import compiled, cuda
+from sparsecnx.backends.dispatch import Implementation
+from sparsecnx.backends.selection import selected
 from sparsecnx.choices import Comparison
-from sparsecnx.selection import selected
 from sparsecnx.tensor import SparseTensor
 
 MOST_CHANNELS = 2**16
@@ -25,7 +25,7 @@ def refusal(x: SparseTensor) -> str | None:
         return f"CUDA kernels take 1 to {MOST_CHANNELS} channels, x has {x.features.shape[1]}"
     if x.device.type == "cpu" and selected() != "cuda":
         return f"CUDA operators run on a GPU, x is on {x.device}"  # in the tests' emulator only when asked for by name
-    return _cuda.refusal(x.device)
+    return cuda.refusal(x.device)
 
 
 def refusal_2d(x: SparseTensor) -> str | None:
@@ -43,7 +43,7 @@ def implementation(
 ) -> Implementation:
     """`function` of the room `cuda.py` in an operator's `package`, imported only where the operators' schemas are
     loaded; `compare` says how its time compares with that of Triton, see `Implementation`."""
-    if not _extension.loaded:
+    if not compiled.loaded:
         return Implementation(_unavailable, rule, compare=compare)
     room = importlib.import_module(f"{package}.cuda")
     return Implementation(getattr(room, function), rule, compare=compare)

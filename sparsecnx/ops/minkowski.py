@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecnx import _minkowski
-from sparsecnx.layout import Layout, TileSet
+from sparsecnx.backends import minkowski
+from sparsecnx.geometry.layout import Layout, TileSet
 from sparsecnx.tensor import SparseTensor
 
 DTYPES = (torch.float32, torch.float64)
@@ -32,14 +32,14 @@ def refusal(x: SparseTensor) -> str | None:
     """Why MinkowskiEngine cannot run on `x`; None where it can."""
     if x.dtype not in DTYPES:
         return f"MinkowskiEngine takes float32 and float64, x is {x.dtype}"
-    return _minkowski.refusal(x.device)
+    return minkowski.refusal(x.device)
 
 
 class _Maps:
     """The coordinate manager of a `TileSet`, which keeps coordinates and kernel maps for all layers of a network."""
 
     def __init__(self, tiles: TileSet) -> None:
-        library = _minkowski.library()
+        library = minkowski.library()
         kind = library.CoordinateMapType
         self.manager = library.CoordinateManager(
             D=tiles.ndim, coordinate_map_type=kind.CUDA if tiles.device.type == "cuda" else kind.CPU

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from sparsecnx import _extension
-from sparsecnx.backend import Rows
-from sparsecnx.ops.common import FLOATING
+from sparsecnx.backends import compiled
+from sparsecnx.backends.dispatch import Rows
+from sparsecnx.ops.checks import FLOATING
 from sparsecnx.tensor import SparseTensor
 
 
 def refusal(x: Rows) -> str | None:
     """Why the compiled kernels cannot run on `x`; None where they can."""
-    if not _extension.loaded:
-        return _extension.why_not
+    if not compiled.loaded:
+        return compiled.why_not
     if x.device.type != "cpu":
         return f"compiled kernels run on the CPU, x is on {x.device}"
     if x.dtype not in FLOATING:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from sparsecnx import _triton
-from sparsecnx.backend import Implementation, Rows
-from sparsecnx.selection import selected
+from sparsecnx.backends import triton_launch
+from sparsecnx.backends.dispatch import Implementation, Rows
+from sparsecnx.backends.selection import selected
 from sparsecnx.tensor import SparseTensor
 
 MOST_CHANNELS = 2**16
@@ -25,7 +25,7 @@ def refusal(x: Rows) -> str | None:
         return f"Triton kernels take 1 to {MOST_CHANNELS} channels, x has {x.features.shape[1]}"
     if x.device.type == "cpu" and selected() != "triton":
         return "Triton kernels run on the CPU only when asked for by name, under TRITON_INTERPRET=1"
-    return _triton.refusal(x.device)
+    return triton_launch.refusal(x.device)
 
 
 def refusal_2d(x: SparseTensor) -> str | None:
@@ -43,7 +43,7 @@ def implementation(
 ) -> Implementation:
     """`function` of the room `triton.py` in an operator's `package`, imported only where Triton is installed; `detail`
     is the room's function that says how it runs on a given input, see `Implementation`."""
-    if not _triton.available:
+    if not triton_launch.available:
         return Implementation(_unavailable, rule)
     room = importlib.import_module(f"{package}.triton")
     return Implementation(getattr(room, function), rule, None if detail is None else getattr(room, detail))

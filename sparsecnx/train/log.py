@@ -113,7 +113,7 @@ class RunLog:
 
 
 class _Choices(logging.Handler):
-    """Says which implementation each operator runs on, see `sparsecnx.backend`, until it is closed."""
+    """Says which implementation each operator runs on, see `sparsecnx.backends.dispatch`, until it is closed."""
 
     def __init__(self, log: RunLog) -> None:
         super().__init__(logging.INFO)

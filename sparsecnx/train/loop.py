@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sparsecnx.masking import random_mask
+from sparsecnx.geometry.masks import random_mask
 from sparsecnx.train import checkpoint
 from sparsecnx.train.checkpoint import CheckpointError, CheckpointFolder
 from sparsecnx.train.data import (

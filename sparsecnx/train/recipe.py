@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsecnx.masking import visible_count
+from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import FCMAE, SIZES, create_fcmae
 from sparsecnx.train.errors import InputError
 

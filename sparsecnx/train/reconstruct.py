@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms import v2
 
-from sparsecnx.masking import random_mask
+from sparsecnx.geometry.masks import random_mask
 from sparsecnx.models import FCMAE
 from sparsecnx.train import checkpoint
 from sparsecnx.train.checkpoint import CheckpointError

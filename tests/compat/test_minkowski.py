@@ -24,7 +24,7 @@ from sparsecnx.compat.minkowski import convolution
 from sparsecnx.compat.minkowski.convolution import to_minkowski, to_torch
 from sparsecnx.compat.minkowski.missing import NEAREST
 from sparsecnx.compat.minkowski.runner import main
-from sparsecnx.coordinates import CoordinateMap
+from sparsecnx.geometry.coordinates import CoordinateMap
 
 PATTERNS = ("sites", "shuffled", "tiles", "shuffled tiles", "dense")
 CONV = {2: F.conv2d, 3: F.conv3d}

@@ -22,7 +22,7 @@ from cases import needs_minkowski
 from torch import Tensor
 
 import sparsecnx.compat.minkowski as ours
-from sparsecnx import _minkowski
+from sparsecnx.backends import minkowski
 
 pytestmark = [
     needs_minkowski,
@@ -191,7 +191,7 @@ Program = Callable[[Run], None]
 def agree(program: Program) -> dict[str, Any]:
     """Run the program on both libraries and compare all that it says. Returns what it says."""
     results = []
-    for library in (_minkowski.library(), ours):
+    for library in (minkowski.library(), ours):
         torch.manual_seed(0)
         run = Run(library)
         program(run)
@@ -311,7 +311,7 @@ def test_max_pooling(layer: str, shape: str, pattern: str, axes: int) -> None:
 
 @pytest.mark.parametrize("layer", ["MinkowskiConvolution", "MinkowskiChannelwiseConvolution"])
 def test_state_dicts_load_both_ways(layer: str) -> None:
-    library = _minkowski.library()
+    library = minkowski.library()
     for kernel in (1, 2, 3):
         channels = (3, 4) if layer == "MinkowskiConvolution" else (3,)
         theirs, mine = (
@@ -842,7 +842,7 @@ def with_features(run: Run, x: Any, features: Tensor) -> Any:
 
 def test_every_public_name_is_known() -> None:
     """Offered, or a placeholder that says what comes nearest."""
-    library = _minkowski.library()
+    library = minkowski.library()
     beside = ("file_dir", "os", "sys", "torch", "warnings", "diagnostics", "sparse_matrix_functions")
     modules = [name for name, value in vars(library).items() if isinstance(value, types.ModuleType)]
     names = {name for name in vars(library) if not name.startswith("_")} - {*beside, *modules}

@@ -19,7 +19,7 @@ from sparsecnx import random_mask
 from sparsecnx.compat import minkowski
 from sparsecnx.compat.minkowski import convolution
 from sparsecnx.compat.minkowski.convolution import to_torch
-from sparsecnx.coordinates import CoordinateMap
+from sparsecnx.geometry.coordinates import CoordinateMap
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 DEPTHS, DIMS = (1, 1, 2, 1), (8, 12, 16, 24)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sparsecnx import SparseTensor, ops
-from sparsecnx.ops.common import statistics_dtype
-from sparsecnx.ops.stochastic_depth import operator as scale_images
+from sparsecnx.ops.checks import statistics_dtype
+from sparsecnx.ops.drop_path import operator as scale_images
 
 Parameters = dict[str, Tensor]
 

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from operators import conv_parameters
 
 from sparsecnx import ops, use_backend
-from sparsecnx.ops.conv import gemm, native
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -282,7 +282,7 @@ def test_cuda_depthwise_steps_at_every_stage(tile, channels):
 @pytest.mark.parametrize(("backend", "other"), [("cuda", "triton"), ("triton", "cuda")])
 def test_backward_takes_the_depthwise_kernels_of_forward(monkeypatch, backend, other):
     """Whatever is selected by then."""
-    room = importlib.import_module("sparsecnx.ops.convnextv2_block.triton")
+    room = importlib.import_module("sparsecnx.ops.block.triton_kernels")
     taken = []
 
     class Watched:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import Layout, SparseTensor, ops, use_backend
-from sparsecnx.ops.depthwise_conv.geometry import neighbour_table
+from sparsecnx.ops.depthwise_convolution.geometry import neighbour_table
 
 pytestmark = needs_cuda
 
@@ -79,7 +79,7 @@ class Case:
     def __init__(
         self, tile: int, kernel: tuple[int, int], channels: int, grid: tuple[int, int], dtype: torch.dtype
     ) -> None:
-        from sparsecnx.ops.depthwise_conv import cuda
+        from sparsecnx.ops.depthwise_convolution import cuda
 
         self.room, self.tile, self.kernel, self.dtype = cuda, tile, kernel, dtype
         self.layout = make_layout(draw_mask("equal counts", 2, grid, seed=7), tile)

@@ -35,10 +35,11 @@ from mapped import (
     with_gradients,
 )
 
-from sparsecnx import BackendError, _extension, ops, use_backend
-from sparsecnx.mapped import MappedRows, turned
-from sparsecnx.ops.mapped_conv import operator as conv
-from sparsecnx.ops.mapped_depthwise_conv import operator as depthwise_conv
+from sparsecnx import BackendError, ops, use_backend
+from sparsecnx.backends import compiled
+from sparsecnx.geometry.kernel_map import MappedRows, turned
+from sparsecnx.ops.mapped_convolution import operator as conv
+from sparsecnx.ops.mapped_depthwise_convolution import operator as depthwise_conv
 
 OPERATORS = ("mapped_depthwise_conv", "mapped_conv")
 BOTH = pytest.mark.parametrize("operator", OPERATORS)
@@ -327,8 +328,8 @@ def test_auto_takes_the_compiled_kernel_and_says_so(operator, caplog):
 
 @BOTH
 def test_the_reference_warns_when_it_is_all_there_is(operator, monkeypatch):
-    monkeypatch.setattr(_extension, "loaded", False)
-    monkeypatch.setattr(_extension, "why_not", "not compiled")
+    monkeypatch.setattr(compiled, "loaded", False)
+    monkeypatch.setattr(compiled, "why_not", "not compiled")
     kernel_map = random_map(6, 5, 4, 0.6)
     with pytest.warns(UserWarning, match=f"{operator} runs on the slow dense reference .native: not compiled; triton:"):
         getattr(ops, operator)(kernel_map=kernel_map, **mapped_values(operator, kernel_map, 6, 3))

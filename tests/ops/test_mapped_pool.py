@@ -9,7 +9,7 @@ from cases import BOUNDS, DTYPES, assert_same, backends, device_of, incoming_gra
 from mapped import inverse, random_map, site_map, with_gradients
 
 from sparsecnx import ops, use_backend
-from sparsecnx.ops.mapped_pool.maximum import maximum
+from sparsecnx.ops.mapped_pooling.maximum import maximum
 
 MODES = pytest.mark.parametrize("mode", ["sum", "avg", "max"])
 BACKENDS = pytest.mark.parametrize("backend", backends("mapped_depthwise_conv"))

@@ -43,11 +43,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from operators import conv_parameters
 
-from sparsecnx import BackendError, Layout, SparseTensor, _minkowski, models, nn, ops, use_backend
-from sparsecnx.backend import BY_NAME
+from sparsecnx import BackendError, Layout, SparseTensor, models, nn, ops, use_backend
+from sparsecnx.backends import minkowski
+from sparsecnx.backends.dispatch import BY_NAME
 from sparsecnx.compat import minkowski as api
 from sparsecnx.ops import minkowski
-from sparsecnx.ops.depthwise_conv import minkowski as depthwise
+from sparsecnx.ops.depthwise_convolution import minkowski as depthwise
 
 DTYPES = pytest.mark.parametrize("dtype", dtypes_of("minkowski"), ids=name)
 OPERATORS = pytest.mark.parametrize("operator", ["conv", "depthwise_conv"])
@@ -115,7 +116,7 @@ def test_patchify_convolutions_run_on_it_too(stride, monkeypatch):
     """Every other backend leaves them to one matrix product."""
     x = random_sparse(example_layout(tile=4), CHANNELS)
     p = parameters("conv", stride, stride)
-    function = _minkowski.library().MinkowskiConvolutionFunction
+    function = minkowski.library().MinkowskiConvolutionFunction
     calls = []
     apply = function.apply
     monkeypatch.setattr(function, "apply", lambda *args: calls.append(args) or apply(*args))
@@ -156,7 +157,7 @@ def test_a_network_of_modules():
 def test_the_published_model(model, monkeypatch):
     """Every convolution of it is MinkowskiEngine's, forward and backward."""
     channelwise, function = (
-        getattr(_minkowski.library(), kind)
+        getattr(minkowski.library(), kind)
         for kind in ("MinkowskiChannelwiseConvolution", "MinkowskiConvolutionFunction")
     )
     calls = []
@@ -194,7 +195,7 @@ def test_the_published_model(model, monkeypatch):
 
 @needs_minkowski
 def test_coordinates_and_maps_are_built_once_for_all_layers(monkeypatch):
-    manager = _minkowski.library().CoordinateManager
+    manager = minkowski.library().CoordinateManager
     insert, calls = manager.insert_and_map, []
     monkeypatch.setattr(
         manager, "insert_and_map", lambda *args, **options: calls.append(args) or insert(*args, **options)
@@ -340,7 +341,7 @@ def test_import_leaves_collections_and_warnings_alone():
     program = (
         "import collections, os, sys, torch; from sparsecnx import _minkowski;"
         "os.cpu_count = lambda: 64; before = dict(os.environ);"  # it has a warning for more than 16 cores, too
-        "sys.exit(_minkowski.refusal(torch.device('cpu')) or hasattr(collections, 'Sequence') or os.environ != before)"
+        "sys.exit(minkowski.refusal(torch.device('cpu')) or hasattr(collections, 'Sequence') or os.environ != before)"
     )
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     command = [sys.executable, "-W", "error", "-c", program]
@@ -354,8 +355,8 @@ def test_import_leaves_collections_and_warnings_alone():
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """An empty stand-in under the library's name."""
-    found = ModuleType(_minkowski.NAME)
-    monkeypatch.setitem(sys.modules, _minkowski.NAME, found)
+    found = ModuleType(minkowski.NAME)
+    monkeypatch.setitem(sys.modules, minkowski.NAME, found)
     return found
 
 
@@ -363,10 +364,10 @@ def broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """As where importing the library raises."""
 
     def import_module(name: str) -> ModuleType:
-        assert name == _minkowski.NAME
+        assert name == minkowski.NAME
         raise error
 
-    monkeypatch.delitem(sys.modules, _minkowski.NAME, raising=False)
+    monkeypatch.delitem(sys.modules, minkowski.NAME, raising=False)
     monkeypatch.setattr(importlib, "import_module", import_module)
 
 
@@ -394,7 +395,7 @@ def test_it_says_why_it_cannot_be_imported(operator, error, reason, monkeypatch)
 
 @OPERATORS
 def test_an_import_that_is_blocked(operator, monkeypatch):
-    monkeypatch.setitem(sys.modules, _minkowski.NAME, None)
+    monkeypatch.setitem(sys.modules, minkowski.NAME, None)
     message = f"backend 'minkowski' cannot run {operator}: MinkowskiEngine is not installed"
     with use_backend("minkowski"), pytest.raises(BackendError, match=message):
         getattr(ops, operator)(random_sparse(example_layout(), CHANNELS), **parameters(operator, 3, 3))
@@ -403,11 +404,11 @@ def test_an_import_that_is_blocked(operator, monkeypatch):
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A package under the library's name that is imported anew; the path of its code."""
-    code = tmp_path / _minkowski.NAME / "__init__.py"
+    code = tmp_path / minkowski.NAME / "__init__.py"
     code.parent.mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", [PathFinder])
-    monkeypatch.delitem(sys.modules, _minkowski.NAME, raising=False)
+    monkeypatch.delitem(sys.modules, minkowski.NAME, raising=False)
     return code
 
 
@@ -420,13 +421,13 @@ def test_threads_wait_for_the_import(own, on_disk):
         + "time.sleep(0.3)\n"
         "def is_cuda_available(): return True\n"
     )
-    importers = [_minkowski.library] * 4
+    importers = [minkowski.library] * 4
     if own == "plain":
-        importers[0] = lambda: importlib.import_module(_minkowski.NAME)
+        importers[0] = lambda: importlib.import_module(minkowski.NAME)
 
     def first(importer):
         if importer is not importers[0]:
-            while _minkowski.NAME not in sys.modules:  # half imported
+            while minkowski.NAME not in sys.modules:  # half imported
                 pass
         return importer().is_cuda_available()
 
@@ -448,10 +449,10 @@ def test_threads_that_all_begin_the_import(on_disk, monkeypatch):
 
     def importer(_):
         start.wait(60)
-        return _minkowski.library().__name__
+        return minkowski.library().__name__
 
     with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(importer, range(4))) == {_minkowski.NAME}
+        assert set(pool.map(importer, range(4))) == {minkowski.NAME}
     assert not hasattr(collections, "Mapping")
 
 
@@ -459,7 +460,7 @@ def test_threads_that_all_begin_the_import(on_disk, monkeypatch):
 @pytest.mark.parametrize(("cores", "during"), [(16, None), (17, "16"), (None, None)], ids=str)
 def test_number_of_threads_in_the_environment_during_the_import_alone(cores, during, given, monkeypatch):
     """Left set, it would be torch's number of threads in every child of this process."""
-    monkeypatch.delitem(sys.modules, _minkowski.NAME, raising=False)
+    monkeypatch.delitem(sys.modules, minkowski.NAME, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given is not None:
@@ -474,7 +475,7 @@ def test_number_of_threads_in_the_environment_during_the_import_alone(cores, dur
 
     monkeypatch.setattr(importlib, "import_module", import_module)
     with contextlib.suppress(ImportError):
-        _minkowski.library()
+        minkowski.library()
     assert seen == [given or during]
     assert os.environ.get("OMP_NUM_THREADS") == given
 
@@ -500,7 +501,7 @@ def fork(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     found.MinkowskiDepthwiseConvolution = layer(api.MinkowskiDepthwiseConvolution)
     found.MinkowskiChannelwiseConvolution = layer(api.MinkowskiChannelwiseConvolution)
-    monkeypatch.setattr(_minkowski, "library", lambda: found)
+    monkeypatch.setattr(minkowski, "library", lambda: found)
     return found
 
 
@@ -540,19 +541,19 @@ def test_gradients_of_the_gradients_of_the_fork(fork):
 
 def test_a_library_without_cuda(library):
     library.is_cuda_available = lambda: False
-    assert _minkowski.refusal(torch.device("cpu")) is None
-    found = _minkowski.refusal(torch.device("cuda", 0))
+    assert minkowski.refusal(torch.device("cpu")) is None
+    found = minkowski.refusal(torch.device("cuda", 0))
     assert found == "MinkowskiEngine is built for the CPU only, x is on cuda:0"
     library.is_cuda_available = lambda: True
-    assert _minkowski.refusal(torch.device("cuda", 0)) is None
-    assert _minkowski.refusal(torch.device("meta")) == "MinkowskiEngine runs on the CPU and on CUDA, x is on meta"
+    assert minkowski.refusal(torch.device("cuda", 0)) is None
+    assert minkowski.refusal(torch.device("meta")) == "MinkowskiEngine runs on the CPU and on CUDA, x is on meta"
 
 
 def test_our_own_stand_in_is_not_taken_for_it():
     program = (
         "import torch; from sparsecnx.compat import minkowski; minkowski.install();"
-        "from sparsecnx import _minkowski; print(_minkowski.refusal(torch.device('cpu')));"
-        "minkowski.uninstall(); print(_minkowski.refusal(torch.device('cpu')))"
+        "from sparsecnx import _minkowski; print(minkowski.refusal(torch.device('cpu')));"
+        "minkowski.uninstall(); print(minkowski.refusal(torch.device('cpu')))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     installed, uninstalled = done.stdout.splitlines()
@@ -561,8 +562,8 @@ def test_our_own_stand_in_is_not_taken_for_it():
 
 
 def test_old_names_of_collections_during_the_import_alone(monkeypatch):
-    monkeypatch.delitem(sys.modules, _minkowski.NAME, raising=False)
-    library = ModuleType(_minkowski.NAME)
+    monkeypatch.delitem(sys.modules, minkowski.NAME, raising=False)
+    library = ModuleType(minkowski.NAME)
 
     def import_module(name: str) -> ModuleType:
         assert issubclass(list, collections.Sequence) and issubclass(dict, collections.Mapping)  # type: ignore[attr-defined]
@@ -572,7 +573,7 @@ def test_old_names_of_collections_during_the_import_alone(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", import_module)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _minkowski.library() is library
+        assert minkowski.library() is library
     assert not hasattr(collections, "Sequence") and not hasattr(collections, "Mapping")
 
 
@@ -581,8 +582,8 @@ def test_never_without_being_asked_for(operator, monkeypatch):
     def asked(*_):
         raise AssertionError("MinkowskiEngine was looked for")
 
-    monkeypatch.setattr(_minkowski, "problem", asked)
-    monkeypatch.setattr(_minkowski, "library", asked)
+    monkeypatch.setattr(minkowski, "problem", asked)
+    monkeypatch.setattr(minkowski, "library", asked)
     x, chosen = random_sparse(example_layout(), CHANNELS, torch.float32), dispatcher(operator)
     for backend, layout in product(("auto", "reference"), (x.layout, example_layout(grid=(2, 2, 1), tile=2))):
         y = random_sparse(layout, CHANNELS, torch.float32)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsecnx import SparseTensor, ops, use_backend
-from sparsecnx.ops.stochastic_depth import operator
+from sparsecnx.ops.drop_path import operator
 
 
 @pytest.mark.parametrize(

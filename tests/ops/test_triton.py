@@ -39,9 +39,10 @@ from operators import BLOCK_VECTORS, CASES, block, block_parameters, channel_par
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsecnx import BackendError, Layout, SparseTensor, _triton, choices, models, ops, use_backend
+from sparsecnx import BackendError, Layout, SparseTensor, choices, models, ops, use_backend
+from sparsecnx.backends import triton_launch
 from sparsecnx.choices import Comparison
-from sparsecnx.packing import gather_rows, scatter_rows
+from sparsecnx.geometry.packing import gather_rows, scatter_rows
 
 pytestmark = needs_triton
 
@@ -394,7 +395,7 @@ def test_a_call_launches(case):
     """What the absence of a launch below is worth. Products alone are the library's."""
     x, p = on_device(case)
     launched = []
-    with use_backend("triton"), _triton.observing(lambda kernel, *_: launched.append(kernel)):
+    with use_backend("triton"), triton_launch.observing(lambda kernel, *_: launched.append(kernel)):
         run_seeded(case)(x, **p)
     assert launched
 
@@ -408,7 +409,7 @@ def test_wrong_arguments_raise_before_any_launch(wrong, case, name):
     x, p = on_device(case)
     short = p[name][:-1] if p[name].ndim == 1 else p[name][:, :-1]
     p[name] = short if wrong == "shape" else p[name].to("meta")
-    with use_backend("triton"), _triton.observing(no_launch), pytest.raises(ValueError, match=f"^{name} is "):
+    with use_backend("triton"), triton_launch.observing(no_launch), pytest.raises(ValueError, match=f"^{name} is "):
         LIGHT[case].run(x, **p)
 
 
@@ -418,7 +419,7 @@ def test_wrong_arguments_raise_before_any_launch(wrong, case, name):
 def test_mixed_dtypes_raise_before_any_launch(case, name):
     x, p = on_device(case)
     p[name] = p[name].bfloat16()
-    with use_backend("triton"), _triton.observing(no_launch), pytest.raises(TypeError, match=f"^{name} is "):
+    with use_backend("triton"), triton_launch.observing(no_launch), pytest.raises(TypeError, match=f"^{name} is "):
         LIGHT[case].run(x, **p)
 
 
@@ -428,7 +429,7 @@ def test_float64_raises_before_any_launch(case):
     p = {name: value.to(DEVICE) for name, value in LIGHT[case].parameters(4).items()}
     x = x.to(torch.float64)
     message = r"take float32, bfloat16 and float16, x is torch\.float64"
-    with use_backend("triton"), _triton.observing(no_launch), pytest.raises(BackendError, match=message):
+    with use_backend("triton"), triton_launch.observing(no_launch), pytest.raises(BackendError, match=message):
         LIGHT[case].run(x, **p)
 
 
@@ -455,7 +456,7 @@ class Transfers(TorchDispatchMode):
 
 def test_a_training_step_copies_nothing_between_host_and_gpu(monkeypatch):
     """On an imitated GPU: what a CUDA graph could not capture. `Transfers` sees the copies that are there."""
-    monkeypatch.setattr(_triton, "interpreting", False)
+    monkeypatch.setattr(triton_launch, "interpreting", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     model = models.FCMAE(models.ConvNeXtV2Encoder(**SMALL), decoder_dim=16)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

@@ -20,12 +20,13 @@ from cases import (
 from operators import channel_parameters
 from torch import Tensor
 
-from sparsecnx import _triton, ops
-from sparsecnx.ops.grn import segments
+from sparsecnx import ops
+from sparsecnx.backends import triton_launch
+from sparsecnx.ops.global_response_norm import segments
 
-if _triton.available:
-    from sparsecnx.ops.grn import triton as grn
-    from sparsecnx.ops.layer_norm import triton as layer_norm
+if triton_launch.available:
+    from sparsecnx.ops.global_response_norm import triton_kernels as grn
+    from sparsecnx.ops.layer_normalization import triton_kernels as layer_norm
 
 pytestmark = needs_triton
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsecnx.compat.minkowski.enums import RegionType
 from sparsecnx.compat.minkowski.errors import ArgumentTypeError, insist, insist_type, not_offered, with_missing_members
-from sparsecnx.coordinates import offsets_of
+from sparsecnx.geometry.coordinates import offsets_of
 
 
 def int_list(value: Any, dimension: int, name: str) -> list[int]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from sparsecnx.compat.minkowski.enums import RegionType, SparseTensorOperationMode
 from sparsecnx.compat.minkowski.errors import ArgumentError, insist, insist_type, not_offered, with_missing_members
 from sparsecnx.compat.minkowski.kernel import KernelGenerator, int_list
-from sparsecnx.coordinates import CoordinateMap, for_any_mode, unique
-from sparsecnx.mapped import turned
+from sparsecnx.geometry.coordinates import CoordinateMap, for_any_mode, unique
+from sparsecnx.geometry.kernel_map import turned
 
 Name = tuple[tuple[int, ...], str]  # tensor stride and string of a key
 

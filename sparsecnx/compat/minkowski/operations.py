@@ -14,8 +14,8 @@ from sparsecnx.compat.minkowski.errors import insist, insist_type
 from sparsecnx.compat.minkowski.layers import MinkowskiLinear
 from sparsecnx.compat.minkowski.manager import CoordinateManager
 from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor
-from sparsecnx.coordinates import CoordinateMap, for_any_mode, tiles_of_mask
-from sparsecnx.packing import gather_rows
+from sparsecnx.geometry.coordinates import CoordinateMap, for_any_mode, tiles_of_mask
+from sparsecnx.geometry.packing import gather_rows
 
 
 def to_sparse(

@@ -15,7 +15,7 @@ from sparsecnx.compat.minkowski.kernel import KernelGenerator
 from sparsecnx.compat.minkowski.manager import CoordinateMapKey, Origin
 from sparsecnx.compat.minkowski.rows import spread, totals
 from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor, output_key
-from sparsecnx.ops.common import statistics_dtype
+from sparsecnx.ops.checks import statistics_dtype
 
 
 class _Pooling(MinkowskiModuleBase):

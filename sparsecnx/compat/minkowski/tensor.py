@@ -27,8 +27,8 @@ from sparsecnx.compat.minkowski.manager import (
     new_manager,
 )
 from sparsecnx.compat.minkowski.rows import permuted
-from sparsecnx.coordinates import CoordinateMap
-from sparsecnx.packing import scatter_rows
+from sparsecnx.geometry.coordinates import CoordinateMap
+from sparsecnx.geometry.packing import scatter_rows
 from sparsecnx.tensor import SparseTensor as TileTensor
 
 OTHER_MANAGER = (

@@ -1,0 +1,1 @@
+"""Which implementation of an operator runs, and how it is loaded."""

@@ -1,0 +1,84 @@
+"""Whether the compiled GPU operators, `torch.ops.sparsecnx_cuda.*`, can run here."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from sparsecnx.backends import compiled
+
+# Set by the tests once their emulator has registered the operators for tensors on the CPU.
+emulated: bool = False
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why the GPU operators cannot run on tensors of that device; None where they can."""
+    if device.type == "cpu" and emulated:
+        return None
+    if device.type != "cuda":
+        return f"CUDA operators run on a GPU, x is on {device}"
+    if not compiled.cuda_loaded:
+        return compiled.cuda_why_not
+    return _why_unserved(device)
+
+
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU: what torch.compile may ask while tracing, but cannot put into a graph."""
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def _why_unserved(device: torch.device) -> str | None:
+    return _unserved(device)
+
+
+@functools.cache
+def _unserved(device: torch.device) -> str | None:
+    """Why a GPU or its driver does not run what was built; None where it does, or where what was built is not known:
+    those facts are in a module of one Python version, the operators run under any."""
+    if torch.cuda.device_count() == 0:  # tensors that are only imitated lie on a GPU all the same
+        return "there is no GPU"
+    facts = compiled.build_info()
+    if facts is None or facts["cuda"] is None:
+        return None
+    driver = driver_version()
+    if driver is not None and driver[0] < int(facts["cuda"].partition(".")[0]):
+        return f"CUDA operators are built with CUDA {facts['cuda']}, the driver is for CUDA {driver[0]}.{driver[1]}"
+    architectures, found = facts["cuda_architectures"] or "", torch.cuda.get_device_capability(device)
+    if serves(architectures, found):
+        return None
+    return f"CUDA operators are built for {architectures}, {device} has compute capability {found[0]}.{found[1]}"
+
+
+def serves(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether what was built for `architectures`, as TORCH_CUDA_ARCH_LIST spells them ("8.0;9.0+PTX"), runs on a GPU.
+
+    Machine code serves later GPUs of its major version, that of an architecture with a letter ("9.0a") that GPU alone;
+    PTX serves all later ones.
+    """
+    for name in architectures.replace(" ", ";").replace(",", ";").split(";"):
+        number, _, ptx = name.partition("+")
+        if not number:
+            continue
+        major, minor = (int(part) for part in number.rstrip("abcdefghijklmnopqrstuvwxyz").split("."))
+        specific = number[-1].isalpha()
+        if capability == (major, minor):
+            return True
+        if not specific and (capability[0] == major or ptx) and capability > (major, minor):
+            return True
+    return False
+
+
+def driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the NVIDIA driver runs, (major, minor); None without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10

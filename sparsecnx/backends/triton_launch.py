@@ -1,0 +1,156 @@
+"""Whether Triton kernels can run here, and the one door through which they are launched.
+
+Every launch goes through `launch`, so that one place looks after the device, and an observer (`observing`) sees
+each kernel with its arguments: benchmarks time them one by one, the resource table compiles them without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecnx.backends import cuda
+
+available = importlib.util.find_spec("triton") is not None
+interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+
+OLDEST_CAPABILITY = (8, 0)
+PROCESSORS = 132  # of an H100, where no device says how many it has
+
+Grid = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
+Observer = Callable[[Any, Grid, tuple[Any, ...], dict[str, Any]], None]
+
+_observer: Observer | None = None
+_chosen: dict[tuple[Any, ...], Any] = {}  # configurations that tuning settled on
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of that device; None where they can."""
+    if not available:
+        return "Triton is not installed"
+    if device.type == "cuda":
+        if interpreting:
+            return "TRITON_INTERPRET=1 is set: the interpreter is for tensors on the CPU"
+        capability = cuda.capability(device)
+        if torch.version.hip is None and capability < OLDEST_CAPABILITY:
+            return f"Triton kernels need compute capability 8.0, {device} has {capability[0]}.{capability[1]}"
+        return None
+    if device.type == "cpu" and (interpreting or _observer is not None):
+        return None
+    return f"Triton kernels run on a GPU, x is on {device} (on the CPU under TRITON_INTERPRET=1, slowly, for tests)"
+
+
+def launch(kernel: Any, grid: Grid, *arguments: Any, **options: Any) -> None:
+    """Launch a kernel on the device of its tensors, in the current stream there. An empty grid is nothing to do.
+
+    Args:
+        grid: programs along up to three axes, or for tuned kernels a function of the options that gives them.
+    """
+    if not callable(grid) and 0 in grid:
+        return
+    if _observer is not None:
+        _observer(kernel, grid, arguments, options)
+    else:
+        run(kernel, grid, *arguments, **options)
+
+
+def run(kernel: Any, grid: Grid, *arguments: Any, **options: Any) -> None:
+    """Launch without telling the observer: what observers call to go on."""
+    device = next(value.device for value in arguments if isinstance(value, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        if hasattr(kernel, "configs"):
+            _run_tuned(kernel, grid, arguments, options, device)
+        else:
+            kernel[grid](*arguments, **options)
+
+
+def tuned(configs: list[Any], key: list[str], prune: Callable[..., list[Any]]) -> Callable[[Any], Any]:
+    """`triton.autotune` for kernels that may be launched anywhere, with timings kept on disk.
+
+    A kernel is timed on the first launch for each value of `key` and dtypes. It is not timed, but takes what was
+    settled before, else the first configuration: in the interpreter, during the capture of a CUDA graph, under
+    `torch.use_deterministic_algorithms`, and with SPARSECNX_AUTOTUNE=0 in the environment.
+
+    Args:
+        configs: all of them.
+        key: names of the arguments on which the choice depends, beside the dtypes.
+        prune: takes `configs`, the arguments by name, and the options; gives those that fit, the likeliest first.
+    """
+    import triton
+
+    return triton.autotune(
+        configs, key, prune_configs_by={"early_config_prune": prune}, cache_results=True, do_bench=_time
+    )
+
+
+def fitting(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
+    """The configurations of a tuned kernel that fit these arguments, the likeliest first."""
+    named = dict(zip(kernel.arg_names, arguments, strict=False))
+    return kernel.early_config_prune(kernel.configs, named, **options)
+
+
+def _run_tuned(
+    kernel: Any, grid: Grid, arguments: tuple[Any, ...], options: dict[str, Any], device: torch.device
+) -> None:
+    named = dict(zip(kernel.arg_names, arguments, strict=False))
+    dtypes = tuple(value.dtype for value in arguments if isinstance(value, Tensor))
+    key = (kernel, device, dtypes, tuple(named[name] for name in kernel.keys), tuple(sorted(options.items())))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if key not in _chosen and not deterministic and _may_time(device):
+        candidates = fitting(kernel, arguments, options)
+        if len(candidates) > 1:
+            kernel[grid](*arguments, **options)
+            _chosen[key] = kernel.best_config
+            return
+        _chosen[key] = candidates[0]
+    known = None if deterministic else _chosen.get(key)
+    config = known or fitting(kernel, arguments, options)[0]
+    kernel.fn[grid](*arguments, **options, **config.all_kwargs())
+
+
+def _may_time(device: torch.device) -> bool:
+    """Whether a kernel may be launched again and again on that device now, and the clock looked at."""
+    if interpreting or device.type != "cuda" or os.environ.get("SPARSECNX_AUTOTUNE") == "0":
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def _time(call: Callable[[], None], quantiles: tuple[float, ...]) -> Any:
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=5, rep=20, quantiles=quantiles)
+
+
+@contextlib.contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Give every launch to `observer(kernel, grid, arguments, options)` instead of running it."""
+    global _observer
+    previous = _observer
+    _observer = observer
+    try:
+        yield
+    finally:
+        _observer = previous
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
+
+
+def alignment(*sizes: int) -> int:
+    """What all of them are multiples of, up to 16. Triton knows by itself which integers are multiples of 16; with
+    this, and `aligned` in the kernel, rows of 8 or 40 channels are also moved 16 bytes at a time."""
+    return math.gcd(16, *sizes)
+
+
+def blocks(count: int, size: int) -> int:
+    """Blocks of `size` that cover `count`."""
+    return -(-count // size)

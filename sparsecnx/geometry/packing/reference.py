@@ -1,0 +1,30 @@
+"""Gather and scatter in plain torch, in any number of dimensions."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from sparsecnx.geometry.layout import Layout, rows_to_tile, tile_to_rows
+
+
+def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
+    """Rows `(layout.rows, C)` of a dense tensor `(B, C, *spatial)`."""
+    ndim, tile = layout.ndim, layout.tile
+    split = [part for size in layout.tiles.grid for part in (size, tile)]
+    cells = dense.reshape(dense.shape[0], dense.shape[1], *split)
+    by_tile = cells.permute(0, *(2 + 2 * d for d in range(ndim)), *(3 + 2 * d for d in range(ndim)), 1)
+    return tile_to_rows(by_tile[layout.tiles.positions()], ndim)
+
+
+def scatter_rows(rows: Tensor, layout: Layout, fill: Tensor) -> Tensor:
+    """Dense tensor `(B, C, *spatial)` of rows `(layout.rows, C)`, `fill (C,)` elsewhere."""
+    tiles, ndim, channels = layout.tiles, layout.ndim, rows.shape[1]
+    by_tile = rows_to_tile(rows, layout.tile, ndim).reshape(tiles.count, layout.sites_per_tile * channels)
+    blank = fill.repeat(layout.sites_per_tile).expand(layout.batch * math.prod(tiles.grid), -1)
+    full = blank.index_copy(0, tiles.index, by_tile)
+    full = full.reshape(layout.batch, *tiles.grid, *([layout.tile] * ndim), channels)
+    interleave = [axis for d in range(ndim) for axis in (1 + d, 1 + ndim + d)]
+    full = full.permute(0, 1 + 2 * ndim, *interleave)
+    return full.reshape(layout.batch, channels, *layout.shape)

@@ -1,0 +1,84 @@
+"""Submanifold convolution with any kernel and stride; 1x1 and patchify kernels are plain GEMMs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparsecnx.backends.dispatch import Implementation, Operator, always
+from sparsecnx.backends.selection import selected
+from sparsecnx.ops.checks import (
+    autocast,
+    check_device,
+    check_same_dtype,
+    check_sparse,
+    check_vector,
+)
+from sparsecnx.ops.convolution import cpu, minkowski, patchify, reference
+from sparsecnx.ops.minkowski import refusal as minkowski_refusal
+from sparsecnx.ops.native import refusal
+from sparsecnx.ops.triton import implementation
+from sparsecnx.tensor import SparseTensor
+
+operator = Operator(
+    "conv",
+    native=Implementation(native.conv, refusal),
+    triton=implementation(__name__, "conv"),
+    reference=Implementation(reference.conv, always),
+    minkowski=Implementation(minkowski.conv, minkowski_refusal, by_name=True),
+)
+
+
+def conv(
+    x: SparseTensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    padding: int | tuple[int, ...] | None = None,
+) -> SparseTensor:
+    """Submanifold convolution: masked sites count as zero, the output lives on the same visible tiles.
+
+    Equal to zeroing the masked sites of a dense tensor, a dense convolution to `H / stride` sites (zeros
+    beyond the border), and keeping the sites of visible tiles (arXiv 1711.10275, section 3).
+
+    Args:
+        x: features `(rows, C_in)`, tile side T.
+        weight: `(C_out, C_in, *kernel)`, torch's layout, of the dtype of `x`.
+        bias: `(C_out,)`, added at active sites alone, or None.
+        stride: sites per axis between outputs; divides T.
+        padding: zeros before the first site of each axis. By default 0 for kernel = stride, `k // 2` for
+            odd kernels and `(k - stride) // 2` for even ones, as networks use them.
+
+    Returns:
+        The layout of `x` coarsened by `stride`, features `(rows / stride**ndim, C_out)`.
+
+    Raises:
+        TypeError: `x` is not a SparseTensor, or dtypes differ outside autocast.
+        ValueError: a shape, `stride` or `padding` does not fit, or devices differ.
+    """
+    check_sparse(x)
+    channels, ndim = x.features.shape[1], x.layout.ndim
+    if weight.ndim != 2 + ndim or weight.shape[1] != channels:
+        raise ValueError(f"weight is {tuple(weight.shape)}: expected (C_out, {channels}{', k' * ndim})")
+    kernel = tuple(weight.shape[2:])
+    layout = x.layout.coarsen(stride)
+    offsets = _padding(padding, kernel, stride)
+    check_device(weight, "weight", x)
+    if bias is not None:
+        check_vector(bias, "bias", weight.shape[0], x)
+    x, (weight,) = autocast(x, weight)
+    check_same_dtype(x, "weight", weight)
+    if gemm.applies(x, kernel, stride, offsets) and (
+        selected() == "auto" or operator.choose(x) not in ("reference", "minkowski")
+    ):
+        return x.with_features(gemm.conv(x, weight, bias, stride), layout)
+    return x.with_features(operator(x, weight, bias, stride, offsets), layout)
+
+
+def _padding(padding: int | tuple[int, ...] | None, kernel: tuple[int, ...], stride: int) -> tuple[int, ...]:
+    """Zeros before the first site of each axis; raises ValueError if they do not fit the kernel."""
+    if padding is None:
+        return tuple(0 if size == stride else size // 2 if size % 2 else max(size - stride, 0) // 2 for size in kernel)
+    given = (padding,) * len(kernel) if isinstance(padding, int) else tuple(padding)
+    if len(given) != len(kernel) or any(not 0 <= p < k for p, k in zip(given, kernel, strict=True)):
+        raise ValueError(f"padding is {padding}: expected 0 to k - 1 for each axis of a kernel {kernel}")
+    return given

@@ -1,0 +1,37 @@
+"""Submanifold convolution by MinkowskiEngine, on the CPU or a GPU: a gather, a product and a scatter for each tap."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsecnx.backends import minkowski
+from sparsecnx.ops.minkowski import centred, convolution_mode, differentiable_once, maps, not_traced, taps
+from sparsecnx.tensor import SparseTensor
+
+
+@not_traced
+def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]) -> Tensor:
+    """Features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`.
+
+    A gradient of a gradient raises NotImplementedError: the library has none.
+
+    Other paddings than those of MinkowskiEngine's kernels cost taps of zeros, see `centred`, which next to values that
+    are not finite give NaN.
+    """
+    layout = x.layout
+    weight = centred(weight, padding)
+    kernel = taps(weight)
+    if layout.rows == 0:  # the library reads memory that is none of its own
+        out = x.features @ kernel.sum(0)
+    else:
+        library = minkowski.library()
+        generator = library.KernelGenerator(tuple(weight.shape[2:]), stride, dimension=layout.ndim)
+        features, kernel = differentiable_once(x.features, kernel.contiguous())
+        with torch.cuda.device_of(features):
+            geometry = maps(layout.tiles)
+            keys = geometry.key(layout), geometry.key(layout.coarsen(stride))
+            out = library.MinkowskiConvolutionFunction.apply(
+                features, kernel, generator, convolution_mode(), *keys, geometry.manager
+            )
+    return out if bias is None else out + bias.to(out.dtype)
