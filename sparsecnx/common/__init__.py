@@ -1,0 +1,1 @@
+"""Errors, files and dtypes that several packages share. Imports nothing else of sparsecnx."""

@@ -1,0 +1,86 @@
+"""Files that are written whole or not at all, and file names on a terminal.
+
+A file is written under another name in the same folder, forced to disk, and renamed. A full disk or a kill at any
+moment leaves what was there as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write `text` to `path` in UTF-8, whole or not at all.
+
+    Raises:
+        OSError: the file system failed; `path` is as before.
+    """
+    with open_atomically(Path(path)) as (file,):
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def open_atomically(*paths: Path) -> Iterator[list[BinaryIO]]:
+    """Yield files that become `paths` once all of them are on disk, and that are removed after an error.
+
+    The body writes into them, or lets a library put a file of its own under their names.
+
+    Raises:
+        OSError: the file system failed; `paths` are as before.
+    """
+    for path in paths:
+        if path.is_dir():  # checked first: the system refuses it only after other files are renamed
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    temporaries = [path.with_name(f".{path.name}.tmp") for path in paths]
+    try:
+        with contextlib.ExitStack() as stack:
+            files: list[BinaryIO] = [stack.enter_context(open(temporary, "wb")) for temporary in temporaries]
+            yield files
+            for file in files:
+                _sync_file(file)
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
+        for folder in {path.parent for path in paths}:
+            sync_folder(folder)
+    except BaseException:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync_file(file: BinaryIO) -> None:
+    """Force the file under the name of `file` to disk, with the mode of `file`.
+
+    It may be another file than `file` itself: a library may have renamed its own over it.
+    """
+    file.flush()
+    mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    descriptor = os.open(file.name, os.O_RDONLY)
+    try:
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+            os.fchmod(descriptor, mode)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder to disk, and with it the renames in it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def printable(text: str) -> str:
+    """Escape what standard output cannot encode in `text`, such as a file name in another encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,90 @@
+"""Files of `torch.save`: written whole or not at all, and read without running code in them."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import re
+import threading
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsecnx.common.errors import CheckpointError
+from sparsecnx.common.files import open_atomically
+
+# torch.save began its files with this number before it wrote zip files.
+_LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+_ALLOWING = threading.Lock()
+
+
+def save_torch(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` with `torch.save`, whole or not at all.
+
+    Raises:
+        OSError: no space, no permission, or another failure of the file system; `path` is as before.
+    """
+    with open_atomically(path) as (file,):
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # torch's zip writer wraps the file's own error
+            raise OSError(f"{file.name}: {error.__context__ or error}") from error
+
+
+def load_torch(path: str | Path, allowed: Sequence[type] = (), mmap: bool = False) -> Any:
+    """Read any file of `torch.save` onto the CPU, without running code in it.
+
+    Args:
+        path: the file.
+        allowed: classes that the file may hold beside tensors and plain values.
+        mmap: map the tensors into memory and read them when they are used, where the kind of file allows it. The file
+            may be renamed, replaced or deleted meanwhile, but not written into.
+
+    Raises:
+        CheckpointError: there is no such file, it is truncated or damaged, or it holds other classes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError("a folder; expected a file in it" if path.exists() else "no such file")
+    try:
+        with _allow(allowed):
+            if path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and _can_be_mapped(path))
+            with open(path, "rb") as file:  # by its name torch would take it for a file of safetensors
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes make the unpickler raise any kind of error
+        # torch wraps the unpickler's message in advice to load the file without this safety.
+        unpickling = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
+        reason = next(iter(str(unpickling or error).splitlines()), "") or type(error).__name__
+        refused = re.search(r"Unsupported global: GLOBAL (\S+)", reason)
+        if unpickling is not None and refused and is_torch_file(path):
+            raise CheckpointError(
+                f"not a checkpoint: it holds more than tensors and plain values, first {refused[1]}"
+            ) from error
+        raise CheckpointError(f"truncated or damaged, or not a checkpoint ({reason})") from error
+
+
+def is_torch_file(path: Path) -> bool:
+    """Return whether `torch.save` writes files of this kind, whatever their name."""
+    with open(path, "rb") as file:
+        return file.read(len(_LEGACY)) == _LEGACY or zipfile.is_zipfile(file)
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Return whether tensors lie in the file as in memory: in a zip file that is not compressed."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+
+
+@contextlib.contextmanager
+def _allow(classes: Sequence[type]) -> Iterator[None]:
+    """Let the unpickler build `classes`, and restore torch's list of them, which the whole process shares."""
+    with _ALLOWING:
+        present = torch.serialization.get_safe_globals()
+        with torch.serialization.safe_globals([added for added in classes if added not in present]):
+            yield
