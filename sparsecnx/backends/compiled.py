@@ -15,7 +15,7 @@ import torch
 
 OLDEST_TORCH = "2.11"  # torch.__version__ compares as a version, not as a string
 CUDA_BUILDS = "https://pytorch.org/get-started/locally"
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 # What this version calls, as csrc/library.cpp defines it. Libraries left from an earlier version can lack some.
 OPERATORS = [
