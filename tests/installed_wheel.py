@@ -17,7 +17,5 @@ elif sys.argv[1] == "cuda":
     lacking = [name for name in names if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")]
     assert not lacking, f"no kernel for CUDA: {lacking}"
 elif sys.argv[1] == "cpu":
-    assert not compiled.cuda_loaded and f"{compiled.cuda_why_not}".startswith("not compiled"), (
-        compiled.cuda_why_not
-    )
+    assert not compiled.cuda_loaded and f"{compiled.cuda_why_not}".startswith("not compiled"), compiled.cuda_why_not
 print(f"{compiled.PACKAGE}, torch {torch.__version__}: GPU operators {compiled.cuda_why_not or 'loaded'}")
