@@ -1,13 +1,12 @@
-# On a machine with Python 3.10 or later, g++ and make, nothing else installed:
+# These need Python 3.10 or later, g++ and make, and nothing else:
 #
-#   make demo    pretrain on two dozen photographs for a few minutes and draw what the network reconstructs
-#   make test    everything that has to hold before a change is kept
+#   make demo              pretrains on 22 photographs for a few minutes and draws what the network reconstructs
+#   make test              runs linters, type checker and tests
+#   make wheel-test        builds the wheel and tests it under another torch
+#   make minkowski-test    compares with MinkowskiEngine, which it compiles first: ten minutes, once. It also needs
+#                          OpenBLAS, and Python 3.10 or 3.11.
 #
-# Both work in .venv, which they create. Another Python: make test PYTHON=python3.12
-#
-#   make wheel-test        the wheel built with the torch of .venv, tested with another torch
-#   make minkowski-test    the tests that compare with MinkowskiEngine, which it compiles first: ten minutes, once. Needs
-#                          Python 3.10 or 3.11 and OpenBLAS
+# All work in environments that they create, .venv first. To choose the Python: make test PYTHON=python3.12
 
 PYTHON ?= python3
 TORCH := torch==2.14.1 torchvision==0.29.2
@@ -18,13 +17,13 @@ READY := .venv/ready
 OTHER := build/other-torch
 MINKOWSKI := build/minkowski
 RUN := runs/demo
-# Two files of tests at a time; where there is a GPU one after the other, for some look at its memory and its streams.
+# Two test files run at a time. On a GPU they run one after the other, because some tests read its memory and streams.
 WORKERS := $(if $(wildcard /dev/nvidia0),,-n 2 --dist loadfile --no-loadscope-reorder)
 CPP = $(shell find $(1) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(call CPP,csrc)
 
-# With an nvcc that fits this torch the GPU operators too. A machine that cannot compile is told so;
-# `make demo SPARSECNX_BUILD=none` goes on in pure Python.
+# The CUDA operators are compiled where an nvcc fits this torch. Without a C++ compiler the build fails and says so;
+# `make demo SPARSECNX_BUILD=none` runs in pure Python.
 ifndef SPARSECNX_BUILD
   NVCC := $(shell $(PYTHON) csrc/find_nvcc.py 2>&1)
   SPARSECNX_BUILD := $(if $(findstring release $(TORCH_CUDA).,$(shell '$(NVCC)' --version 2>&1)),cuda,cpu)
@@ -34,7 +33,7 @@ export SPARSECNX_BUILD
 
 .PHONY: demo test wheel-test minkowski minkowski-test lint format clean
 
-# The published recipe, but for a learning rate that suits a run of minutes. Interrupted, it goes on.
+# The published recipe, with a learning rate for a run of minutes. A second `make demo` resumes an interrupted run.
 demo: $(READY)
 	$(BIN)/sparsecnx pretrain --model atto --image-size 224 --epochs 14 --batch-size 8 --base-lr 0.03 --output $(RUN) --resume
 	$(BIN)/sparsecnx reconstruct $(RUN)/last.pt --out $(RUN)/reconstruction.png
@@ -56,8 +55,8 @@ wheel-test: $(READY)
 	cd $(OTHER) && bin/python tests/installed_wheel.py $(SPARSECNX_BUILD)
 	cd $(OTHER) && bin/pytest $(WORKERS) -k native tests/ops
 
-# MinkowskiEngine lives with an older torch, which the compiled operators of .venv serve too, so that the tests run on the
-# sources as they are.
+# MinkowskiEngine needs an older torch. The compiled operators of .venv work with that one too, so the tests run on the
+# source folder as it is.
 minkowski-test: $(READY) minkowski
 	$(MINKOWSKI)/bin/python -c 'import sys, torch; from sparsecnx import _minkowski; \
 	  sys.exit(_minkowski.refusal(torch.device("cpu")))'
