@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsecnx import doctor, explain
+from sparsecnx import doctor
+from sparsecnx.common.dtypes import DTYPES as ALL_DTYPES
 from sparsecnx.compat import checkpoints
 from sparsecnx.models import SIZES
 from sparsecnx.train.errors import InputError, MissingExtra, TrainingStopped, printable, require_train_extra
@@ -24,7 +25,7 @@ from sparsecnx.train.recipe import DTYPES, Recipe
 # What `doctor --explain` can be asked about: the default first.
 EXPLAINED = {
     "device": ("auto", "cpu", "cuda"),
-    "dtype": tuple(explain.DTYPES),
+    "dtype": tuple(ALL_DTYPES),
     "model": ("tiny", *(size for size in SIZES if size != "tiny")),
 }
 
@@ -253,7 +254,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         raise InputError("device", device, "this torch sees no CUDA device; expected auto or cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(explain.report(torch.device(device), explain.DTYPES[dtype], model))
+    print(doctor.explain(torch.device(device), ALL_DTYPES[dtype], model))
     return 0
 
 

@@ -1,4 +1,7 @@
-"""`sparsecnx doctor`: what is available here, and for everything missing why, and what to do."""
+"""`sparsecnx doctor`: what is available here, and for everything missing why, and what to do.
+
+With --explain: the backend that runs each operator here, and why.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,25 @@ import importlib
 import importlib.metadata
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 import sparsecnx
 from sparsecnx.backends import compiled, cuda, minkowski, triton_launch
+from sparsecnx.backends.dispatch import Choice
+from sparsecnx.geometry.layout import Layout, TileSet
+from sparsecnx.models import SIZES
+from sparsecnx.ops import (
+    block,
+    convolution,
+    depthwise_convolution,
+    drop_path,
+    global_response_norm,
+    layer_normalization,
+)
+from sparsecnx.tensor import SparseTensor
 
 TORCHVISION_RELEASES = "https://github.com/pytorch/vision#installation"
 NOT_INSTALLED = "not installed"
@@ -32,6 +47,17 @@ TRAIN = {
     "scikit-learn": "sklearn",
     "safetensors": "safetensors",
 }
+
+# The operators on tiles, which the models run; none of those on explicit kernel maps.
+EXPLAINED_OPERATORS = (
+    block.operator,
+    layer_normalization.operator,
+    convolution.operator,
+    convolution.patchify_operator,
+    depthwise_convolution.operator,
+    global_response_norm.operator,
+    drop_path.operator,
+)
 
 
 @dataclass(frozen=True)
@@ -123,7 +149,7 @@ def _triton_kernels() -> Check:
         return Check(name, True, detail, "Unset TRITON_INTERPRET to run them on a GPU.")
     if not torch.cuda.is_available():
         return Check(name, False, f"{version}, but there is no GPU to run its kernels on", "See GPU.")
-    refusals = [triton_launch.refusal(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+    refusals = [triton_launch.device_refusal(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
     if all(refusals):
         return Check(name, False, f"{version}, but {refusals[0]}", "Its kernels need a newer GPU.")
     refused = "".join(f"; {refusal}" for refusal in refusals if refusal)
@@ -171,7 +197,7 @@ def _cuda_operators() -> Check:
         remedy = f"Update the NVIDIA driver, or compile with the CUDA {driver[0]} toolkit: {anew}"
         return Check(name, False, detail, remedy)
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    refusals = {device: refusal for device in devices if (refusal := cuda.refusal(device)) is not None}
+    refusals = {device: refusal for device in devices if (refusal := cuda.device_refusal(device)) is not None}
     if not refusals:
         return Check(name, True, f"{detail}; they run on the GPU")
     detail += "".join(f"; {refusal}" for refusal in refusals.values())
@@ -243,3 +269,48 @@ def _import_problem(module: str) -> str | None:
     except Exception as error:  # what a broken installation raises is its own choice
         return f"installed, but does not import: {error}"
     return None
+
+
+def explain(device: torch.device, dtype: torch.dtype, model: str) -> str:
+    """Return the choices of every operator at the four stages of a model, and below them what was not taken and why.
+
+    Args:
+        model: one of `sparsecnx.models.SIZES`.
+    """
+    inputs = _stages(device, dtype, model)
+    found = [(x, operator.explain(x)) for operator in EXPLAINED_OPERATORS for x in inputs]
+    table = [("operator", "C", "tile", "runs on", "why"), *(_line(x, choice) for x, choice in found)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    where = f"{inputs[0].device} in {str(dtype).removeprefix('torch.')}"
+    lines = [f"What runs on {where}, in the four stages of ConvNeXt V2 {model.capitalize()}", ""]
+    for operator, channels, tile, backend, why in table:
+        left, right = f"{operator:{widths[0]}}  {channels:>{widths[1]}}", f"{tile:>{widths[2]}}  {backend:{widths[3]}}"
+        lines.append(f"{left}  {right}  {why}")
+    lines += ["", "What does not, and why", ""]
+    for (backend, reason), operators in _not_taken(choice for _, choice in found).items():
+        lines += [f"{backend}: {reason}", f"    {', '.join(operators)}"]
+    return "\n".join(lines)
+
+
+def _stages(device: torch.device, dtype: torch.dtype, model: str) -> list[SparseTensor]:
+    """Return one visible patch of 32 pixels, as the four stages of a model see it."""
+    tiles = TileSet.all_visible(1, (1, 1), device)
+    return [
+        SparseTensor(torch.zeros(tile**2, channels, dtype=dtype, device=tiles.device), Layout(tiles, tile, 32 // tile))
+        for channels, tile in zip(SIZES[model].dims, (8, 4, 2, 1), strict=True)
+    ]
+
+
+def _line(x: SparseTensor, choice: Choice) -> tuple[str, ...]:
+    why = "; ".join(filter(None, (choice.reasons[choice.backend], choice.detail)))
+    return choice.operator, str(x.features.shape[1]), str(x.layout.tile), choice.backend, why
+
+
+def _not_taken(choices: Iterable[Choice]) -> dict[tuple[str, str], dict[str, None]]:
+    """Return the operators, in order, that a backend does not run for a reason."""
+    reasons: dict[tuple[str, str], dict[str, None]] = {}
+    for choice in choices:
+        for backend, reason in choice.reasons.items():
+            if backend != choice.backend:
+                reasons.setdefault((backend, reason), {})[choice.operator] = None
+    return reasons

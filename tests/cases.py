@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,20 +17,29 @@ from sparsecnx import Layout, SparseTensor, use_backend
 from sparsecnx.backends import compiled, minkowski, triton_launch
 from sparsecnx.backends.dispatch import Operator as Dispatcher
 from sparsecnx.geometry.layout import TileSet
+from sparsecnx.ops import (
+    block,
+    convolution,
+    depthwise_convolution,
+    drop_path,
+    global_response_norm,
+    layer_normalization,
+    mapped,
+)
 
 # Where Triton's and CUDA's kernels run: on a GPU, or in the interpreter and the emulator (see conftest.py). The other
 # backends run on the CPU.
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
-needs_native = pytest.mark.skipif(not compiled.loaded, reason=f"needs the compiled operators: {compiled.why_not}")
-needs_triton = pytest.mark.skipif(triton_launch.refusal(DEVICE) is not None, reason=f"{triton_launch.refusal(DEVICE)}")
+needs_cpu = pytest.mark.skipif(not compiled.loaded, reason=f"needs the compiled operators: {compiled.why_not}")
+needs_triton = pytest.mark.skipif(triton_launch.device_refusal(DEVICE) is not None, reason=f"{triton_launch.device_refusal(DEVICE)}")
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 needs_cuda = pytest.mark.needs_cuda  # see conftest.py
 needs_minkowski = pytest.mark.needs_minkowski  # see conftest.py
-NO_MINKOWSKI = minkowski.refusal(torch.device("cpu"))
+NO_MINKOWSKI = minkowski.device_refusal(torch.device("cpu"))
 BACKENDS = {
     "reference": (),
-    "native": needs_native,
+    "cpu": needs_cpu,
     "triton": needs_triton,
     "cuda": needs_cuda,
     "minkowski": needs_minkowski,
@@ -127,11 +135,24 @@ def backends(*operators: str) -> list[Any]:
     ]
 
 
+OPERATORS = {
+    operator.name: operator
+    for operator in (
+        convolution.operator,
+        block.operator,
+        depthwise_convolution.operator,
+        drop_path.operator,
+        global_response_norm.operator,
+        layer_normalization.operator,
+        mapped.conv_operator,
+        mapped.depthwise_operator,
+    )
+}
+
+
 def dispatcher(operator: str) -> Dispatcher:
     """The `Operator` behind a public function of `sparsecnx.ops`."""
-    found = importlib.import_module(f"sparsecnx.ops.{operator}").operator
-    assert isinstance(found, Dispatcher)
-    return found
+    return OPERATORS[operator]
 
 
 # Those that run a whole model, and those that do so in seconds: Triton's interpreter takes minutes.
@@ -259,7 +280,7 @@ def assert_matches_reference(
     dtype: torch.dtype,
     *,
     statistics: tuple[str, ...] = (),
-    backend: str = "native",
+    backend: str = "cpu",
     mean: float = 1.0,
 ) -> None:
     """`run(x, **parameters)` and every gradient in `dtype` against the reference backend in float64.

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 import cuda_emulator
 from cases import NO_MINKOWSKI, without_operators
 
-from sparsecnx.backends import cuda
+from sparsecnx.backends import cuda, dispatch
 
 settings.register_profile(
     "sparsecnx",
@@ -59,11 +59,11 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def forget_messages() -> Iterator[None]:
     """Every test sees the once-per-process messages anew, and leaves no trace in the next."""
-    backend._warned.clear()
-    backend._logged.clear()
+    dispatch._warned.clear()
+    dispatch._logged.clear()
     yield
-    backend._warned.clear()
-    backend._logged.clear()
+    dispatch._warned.clear()
+    dispatch._logged.clear()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,7 +77,7 @@ def cuda_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if request.node.get_closest_marker("needs_cuda") is None:
         return
     if torch.cuda.is_available():
-        refusal = cuda.refusal(torch.device("cuda"))
+        refusal = cuda.device_refusal(torch.device("cuda"))
         if refusal is not None:
             without_operators(refusal, os.environ.get("SPARSECNX_BUILD"))
         return

@@ -16,7 +16,7 @@ from cases import (
     example_layout,
     move,
     needs_cuda,
-    needs_native,
+    needs_cpu,
     needs_triton,
     random_sparse,
 )
@@ -29,7 +29,7 @@ from sparsecnx.ops.depthwise_convolution import operator as depthwise_conv
 from sparsecnx.ops.global_response_norm import operator as grn
 
 CHANNELS = 4
-BACKENDS = ("auto", "reference", "native", "cuda", "triton", "minkowski")
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton", "minkowski")
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -78,8 +78,8 @@ def test_unknown_name(name: str) -> None:
 
 def test_selection_nests_and_is_restored() -> None:
     with use_backend("reference"):
-        with use_backend("native"):
-            assert selection() == "native"
+        with use_backend("cpu"):
+            assert selection() == "cpu"
             with use_backend("auto"):
                 assert selection() == "auto"
         assert selection() == "reference"
@@ -98,12 +98,12 @@ def test_every_name_is_accepted() -> None:
             assert selection() == name
 
 
-@needs_native
+@needs_cpu
 def test_native_refuses_three_dimensions(volume: SparseTensor) -> None:
     message = (
         "backend 'native' cannot run depthwise_conv: compiled kernel is two-dimensional, x has 3 spatial dimensions"
     )
-    with use_backend("native"), pytest.raises(BackendError, match=message):
+    with use_backend("cpu"), pytest.raises(BackendError, match=message):
         CALLS["depthwise_conv"](volume)
 
 
@@ -116,7 +116,7 @@ def test_backends_not_offered(x: SparseTensor, call: str) -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_native_says_why_it_is_missing(x: SparseTensor, missing: str, call: str) -> None:
-    with use_backend("native"), pytest.raises(BackendError, match=re.escape(f"cannot run {call}: {missing}")):
+    with use_backend("cpu"), pytest.raises(BackendError, match=re.escape(f"cannot run {call}: {missing}")):
         CALLS[call](x)
 
 
@@ -141,26 +141,26 @@ def test_reference_by_name_is_silent(x: SparseTensor, missing: str) -> None:
             call(x)
 
 
-@needs_native
+@needs_cpu
 def test_auto_takes_native_where_it_can(x: SparseTensor, volume: SparseTensor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for operator in (depthwise_conv, grn):
-            assert operator.choose(x) == "native"
-            assert operator.refusal("native", x) is None
-        assert grn.choose(volume) == "native"
+            assert operator.choose(x) == "cpu"
+            assert operator.refusal("cpu", x) is None
+        assert grn.choose(volume) == "cpu"
     with pytest.warns(UserWarning, match="depthwise_conv runs on the slow dense reference .*x has 3 spatial"):
         assert depthwise_conv.choose(volume) == "reference"
     with use_backend("reference"):
         assert grn.choose(x) == "reference"
 
 
-@needs_native
+@needs_cpu
 @pytest.mark.parametrize("call", CALLS)
 def test_native_equals_the_reference(x: SparseTensor, call: str) -> None:
     with use_backend("reference"):
         expected = CALLS[call](x)
-    for name in ("native", "auto"):
+    for name in ("cpu", "auto"):
         with use_backend(name):
             found = CALLS[call](x)
         assert (found.layout.tile, found.layout.stride) == (expected.layout.tile, expected.layout.stride)
@@ -174,10 +174,10 @@ def test_the_first_that_can_runs(x: SparseTensor) -> None:
     operator = Operator(
         "sum",
         triton=Implementation(lambda x, y: ("triton", y), refuses),
-        native=Implementation(lambda x, y: ("native", y), always),
+        native=Implementation(lambda x, y: ("cpu", y), always),
         reference=Implementation(lambda x, y: ("reference", y), always),
     )
-    assert operator(x, 1) == ("native", 1)
+    assert operator(x, 1) == ("cpu", 1)
     with use_backend("reference"):
         assert operator(x, 2) == ("reference", 2)
     with use_backend("triton"), pytest.raises(BackendError, match="backend 'triton' cannot run sum: too small"):
@@ -196,7 +196,7 @@ def three_ways() -> Operator:
     return Operator(
         "sum",
         triton=Implementation(lambda x: "triton", refuses, lambda x: f"by {x.features.shape[1]}"),
-        native=Implementation(lambda x: "native", always),
+        native=Implementation(lambda x: "cpu", always),
         reference=Implementation(lambda x: "reference", always),
     )
 
@@ -210,7 +210,7 @@ def three_ways() -> Operator:
             Choice(
                 "sum",
                 "triton",
-                {"triton": "the fastest that can run", "native": "can run, slower", "reference": "can run, slower"},
+                {"triton": "the fastest that can run", "cpu": "can run, slower", "reference": "can run, slower"},
                 "by 2",
             ),
         ),
@@ -219,8 +219,8 @@ def three_ways() -> Operator:
             3,
             Choice(
                 "sum",
-                "native",
-                {"triton": "x has 3 channels", "native": "the fastest that can run", "reference": "can run, slower"},
+                "cpu",
+                {"triton": "x has 3 channels", "cpu": "the fastest that can run", "reference": "can run, slower"},
             ),
         ),
         (
@@ -231,18 +231,18 @@ def three_ways() -> Operator:
                 "reference",
                 {
                     "triton": "can run, not asked for",
-                    "native": "can run, not asked for",
+                    "cpu": "can run, not asked for",
                     "reference": "asked for",
                 },
             ),
         ),
         (
-            "native",
+            "cpu",
             3,
             Choice(
                 "sum",
-                "native",
-                {"triton": "x has 3 channels", "native": "asked for", "reference": "can run, not asked for"},
+                "cpu",
+                {"triton": "x has 3 channels", "cpu": "asked for", "reference": "can run, not asked for"},
             ),
         ),
     ],
@@ -274,7 +274,7 @@ def test_what_runs_by_name_alone() -> None:
         only(x)
     operator = Operator(
         "sum",
-        native=Implementation(lambda x: "native", lambda _: "not here"),
+        native=Implementation(lambda x: "cpu", lambda _: "not here"),
         minkowski=Implementation(lambda x: "minkowski", looked, by_name=True),
         reference=Implementation(lambda x: "reference", always),
     )
@@ -450,12 +450,12 @@ def test_a_block_on_cuda_needs_triton_too(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs_cuda
-@needs_native
+@needs_cpu
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="of the emulator")
 def test_the_emulator_is_taken_only_when_asked_for_by_name(x: SparseTensor) -> None:
     x = x.to(torch.float32)
     for operator in (depthwise_conv, grn, convnextv2_block):
-        assert operator.choose(x) == "native"
+        assert operator.choose(x) == "cpu"
         assert operator.explain(x).reasons["cuda"] == "CUDA operators run on a GPU, x is on cpu"
         with use_backend("cuda"):
             assert operator.choose(x) == "cuda"
@@ -485,9 +485,9 @@ def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         depthwise_conv.choose(x)
 
 
-@needs_native
+@needs_cpu
 def test_auto_prefers_native_on_the_cpu_also_in_the_interpreter(x: SparseTensor) -> None:
     choice = depthwise_conv.explain(x.to(torch.float32))
-    assert choice.backend == "native"
-    assert list(choice.reasons) == ["native", "triton", "cuda", "reference", "minkowski"]
+    assert choice.backend == "cpu"
+    assert list(choice.reasons) == ["cpu", "triton", "cuda", "reference", "minkowski"]
     assert "only when asked for by name" in choice.reasons["triton"]

@@ -22,7 +22,7 @@ from cases import (
     make_layout,
     masks,
     needs_cuda,
-    needs_native,
+    needs_cpu,
 )
 from cuda_emulator import guarded
 from hypothesis import given
@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import Layout, SparseTensor, TileSet, layout, use_backend
 from sparsecnx.choices import Comparison
-from sparsecnx.geometry.layout import rows_to_tile, tile_sites, tile_to_rows
+from sparsecnx.geometry.nested_order import rows_to_tile, tile_sites, tile_to_rows
 
 SIDES = range(1, 25)
 NDIMS = pytest.mark.parametrize("ndim", [1, 2, 3], ids=["1d", "2d", "3d"])
@@ -388,7 +388,7 @@ def test_what_is_known_compiles_to_one_graph_that_reads_nothing_back(
 
 @pytest.mark.parametrize("known", ["visible", "count"])
 @pytest.mark.parametrize(
-    "backend", ["auto", pytest.param("native", marks=needs_native), pytest.param("cuda", marks=needs_cuda)]
+    "backend", ["auto", pytest.param("cpu", marks=needs_cpu), pytest.param("cuda", marks=needs_cuda)]
 )
 def test_one_compilation_serves_every_batch_and_image_size(known: str, backend: str) -> None:
     """Geometry, gather, scatter and their gradients, where torch.compile leaves sizes open."""
@@ -540,7 +540,7 @@ def test_who_builds_the_geometry_on_a_gpu(
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(layout, "compare", compare)
     monkeypatch.setattr(layout._cuda, "refusal", lambda device: None)
-    for backend in ("reference", "native", "triton", "minkowski"):
+    for backend in ("reference", "cpu", "triton", "minkowski"):
         with use_backend(backend):
             assert not layout._takes_cuda(gpu, ndim)
     with use_backend("cuda"):

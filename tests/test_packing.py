@@ -16,7 +16,7 @@ from cases import (
     move,
     name,
     needs_cuda,
-    needs_native,
+    needs_cpu,
     needs_triton,
     random_sparse,
     site_mask,
@@ -259,13 +259,13 @@ def room(backend: str, dtype: torch.dtype = torch.float32, grid: tuple[int, ...]
         return packing._room(torch.zeros(1, channels, dtype=dtype), layout)
 
 
-@pytest.mark.parametrize("backend", ["auto", "native", "reference"])
-@needs_native
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@needs_cpu
 def test_on_the_cpu_compiled_kernels_pack(backend):
     assert room(backend) is (packing.reference if backend == "reference" else packing.native)
 
 
-@pytest.mark.parametrize("backend", ["auto", "native", "triton", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("backend", ["auto", "cpu", "triton", pytest.param("cuda", marks=needs_cuda)])
 def test_volumes_and_lines_are_packed_by_the_reference(backend):
     assert room(backend, grid=(2, 2, 2)) is packing.reference
     assert room(backend, grid=(3,)) is packing.reference

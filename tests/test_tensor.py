@@ -15,7 +15,7 @@ from cases import (
     example_layout,
     layouts,
     make_layout,
-    needs_native,
+    needs_cpu,
     random_sparse,
     site_mask,
 )
@@ -28,7 +28,7 @@ from sparsecnx.backends import compiled
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 GRIDS = {1: (3,), 2: (3, 2), 3: (2, 1, 2)}
-PATHS = ["pure torch", pytest.param("compiled", marks=needs_native)]
+PATHS = ["pure torch", pytest.param("compiled", marks=needs_cpu)]
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def test_round_trip_of_any_memory_and_dtype(
 
 
 @given(st.data(), st.sampled_from(DTYPES), st.integers(1, 9))
-@needs_native
+@needs_cpu
 def test_compiled_equals_pure_torch(data: st.DataObject, dtype: torch.dtype, channels: int) -> None:
     layout = data.draw(layouts(2))
     images = torch.randn(layout.batch, channels, *layout.shape).to(dtype)
@@ -224,7 +224,7 @@ def test_gradcheck(path: str, ndim: int) -> None:
     assert torch.autograd.gradgradcheck(unpack, (rows, token), fast_mode=True)
 
 
-@needs_native
+@needs_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_custom_operators_are_registered_right(dtype: torch.dtype) -> None:
     layout = example_layout(tile=2)

@@ -1,20 +1,38 @@
-"""Whether the compiled GPU operators, `torch.ops.sparsecnx_cuda.*`, can run here."""
+"""Whether the CUDA C++ kernels, `torch.ops.sparsecnx_cuda.*`, can run on a device and on an input."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 
 from sparsecnx.backends import compiled
+from sparsecnx.backends.selection import selected
+from sparsecnx.common.dtypes import GPU_DTYPES, MOST_CHANNELS
 
 # Set by the tests once their emulator has registered the operators for tensors on the CPU.
 emulated: bool = False
 
 
-def refusal(device: torch.device) -> str | None:
-    """Why the GPU operators cannot run on tensors of that device; None where they can."""
+def refusal(x: Any) -> str | None:
+    """Return why the CUDA kernels, depthwise convolutions, cannot run on the SparseTensor `x`; None where they can."""
+    if x.layout.ndim != 2:
+        return f"CUDA kernel is two-dimensional, x has {x.layout.ndim} spatial dimensions"
+    if x.dtype not in GPU_DTYPES:
+        return f"CUDA kernels take float32, bfloat16 and float16, x is {x.dtype}"
+    if not 1 <= x.features.shape[1] <= MOST_CHANNELS:
+        return f"CUDA kernels take 1 to {MOST_CHANNELS} channels, x has {x.features.shape[1]}"
+    if x.device.type == "cpu" and selected() != "cuda":
+        return (
+            f"CUDA operators run on a GPU, x is on {x.device}"  # The tests' emulator runs only when asked for by name.
+        )
+    return device_refusal(x.device)
+
+
+def device_refusal(device: torch.device) -> str | None:
+    """Return why the GPU operators cannot run on tensors of that device; None where they can."""
     if device.type == "cpu" and emulated:
         return None
     if device.type != "cuda":

@@ -27,8 +27,8 @@ def spread_bits(value, LEVELS: tl.constexpr):
 
 @triton.jit
 def nested_line(y, TILE: tl.constexpr, LEVELS: tl.constexpr):
-    """The part that row y of a tile has in the nested index of a site, see `sparsecnx.geometry.layout`: the index of site
-    (y, x) is `nested_line(y) + nested_column(x)`. TILE is `odd * 2**LEVELS`."""
+    """Return the part of row y of a tile in the nested index of a site (`geometry.nested_order`): the index of
+    site (y, x) is `nested_line(y) + nested_column(x)`. TILE is `odd * 2**LEVELS`."""
     odd: tl.constexpr = TILE >> LEVELS
     return (y >> LEVELS) * (TILE * TILE // odd) + 2 * spread_bits(y & ((1 << LEVELS) - 1), LEVELS)
 
@@ -90,7 +90,7 @@ def dot(left, right, accumulator, PRECISION: tl.constexpr):
 @triton.jit
 def rounded(values, TYPE: tl.constexpr):
     """float32 values rounded to the nearest value of a type, ties to even: as everywhere on a GPU."""
-    if INTERPRETING and TYPE == tl.bfloat16:
+    if INTERPRETING and tl.bfloat16 == TYPE:
         # The interpreter cuts the last 16 bits off: round to a value that has none.
         bits = values.to(tl.uint32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)

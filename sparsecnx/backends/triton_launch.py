@@ -1,12 +1,13 @@
-"""Whether Triton kernels can run here, and the one door through which they are launched.
+"""Whether Triton kernels can run on an input, and the one function that launches them.
 
-Every launch goes through `launch`, so that one place looks after the device, and an observer (`observing`) sees
-each kernel with its arguments: benchmarks time them one by one, the resource table compiles them without a GPU.
+Every launch goes through `launch`, which sets the device and hands each kernel with its arguments to an observer
+(`observing`): benchmarks time the kernels one by one, a test compiles them without a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import math
 import os
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor
 
 from sparsecnx.backends import cuda
+from sparsecnx.backends.dispatch import Implementation
+from sparsecnx.backends.selection import selected
+from sparsecnx.common.dtypes import GPU_DTYPES, MOST_CHANNELS
 
 available = importlib.util.find_spec("triton") is not None
 interpreting = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,8 +35,31 @@ _observer: Observer | None = None
 _chosen: dict[tuple[Any, ...], Any] = {}  # configurations that tuning settled on
 
 
-def refusal(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on tensors of that device; None where they can."""
+def refusal(x: Any) -> str | None:
+    """Return why the Triton kernels cannot run on `x`, anything with features; None where they can."""
+    return values_refusal(x.features)
+
+
+def refusal_2d(x: Any) -> str | None:
+    """Return the refusal of kernels for SparseTensors of two spatial dimensions."""
+    if x.layout.ndim != 2:
+        return f"Triton kernel is two-dimensional, x has {x.layout.ndim} spatial dimensions"
+    return refusal(x)
+
+
+def values_refusal(values: Tensor) -> str | None:
+    """Return why the Triton kernels cannot run on a tensor whose second axis are channels; None where they can."""
+    if values.dtype not in GPU_DTYPES:
+        return f"Triton kernels take float32, bfloat16 and float16, x is {values.dtype}"
+    if not 1 <= values.shape[1] <= MOST_CHANNELS:
+        return f"Triton kernels take 1 to {MOST_CHANNELS} channels, x has {values.shape[1]}"
+    if values.device.type == "cpu" and selected() != "triton":
+        return "Triton kernels run on the CPU only when asked for by name, under TRITON_INTERPRET=1"
+    return device_refusal(values.device)
+
+
+def device_refusal(device: torch.device) -> str | None:
+    """Return why Triton kernels cannot run on tensors of that device; None where they can."""
     if not available:
         return "Triton is not installed"
     if device.type == "cuda":
@@ -45,6 +72,27 @@ def refusal(device: torch.device) -> str | None:
     if device.type == "cpu" and (interpreting or _observer is not None):
         return None
     return f"Triton kernels run on a GPU, x is on {device} (on the CPU under TRITON_INTERPRET=1, slowly, for tests)"
+
+
+def implementation(
+    module: str, function: str, refuses: Callable[[Any], str | None] = refusal, detail: str | None = None
+) -> Implementation:
+    """Return an operator's backend `triton`. The module of its kernels is imported only where Triton is installed.
+
+    Args:
+        module: such as "sparsecnx.ops.convolution.triton_kernels".
+        function: name of the function in it that runs the operator.
+        refuses: its refusal.
+        detail: name of the function in it that says how it runs, see `Implementation`.
+    """
+    if not available:
+        return Implementation(_unavailable, refuses)
+    kernels = importlib.import_module(module)
+    return Implementation(getattr(kernels, function), refuses, None if detail is None else getattr(kernels, detail))
+
+
+def _unavailable(*_: object) -> None:
+    raise AssertionError("every call is refused")
 
 
 def launch(kernel: Any, grid: Grid, *arguments: Any, **options: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the Triton and CUDA kernels
+MOST_CHANNELS = 2**16  # of a row that the Triton and CUDA kernels take
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING}
 
 

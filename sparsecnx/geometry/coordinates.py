@@ -1,8 +1,8 @@
 """Sparsity patterns given by coordinates: any sites, in any number of dimensions.
 
-Where what is visible is made of tiles, `sparsecnx.geometry.layout` knows every neighbour by arithmetic. Here nothing is assumed:
-sites are rows of integer coordinates, and which of them a kernel reads is looked up, once for each pattern, into a
-kernel map. A pattern that does consist of tiles is recognised and carries its `Layout`.
+Where tiles are visible, `sparsecnx.geometry.layout` knows every neighbour by arithmetic. Here nothing is assumed: sites
+are rows of integer coordinates. Which of them a kernel reads is looked up once for each pattern, into a kernel map. A
+pattern that does consist of tiles is recognised and carries its `Layout`.
 """
 
 from __future__ import annotations

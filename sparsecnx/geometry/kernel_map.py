@@ -1,7 +1,7 @@
 """Rows under a kernel map: sparse features of any pattern, without tiles.
 
 A kernel map is int32 `(rows_out, K)`: for every output row and kernel tap the input row that is read, -1 where there is
-none. Any coordinates, strides, dilations and kernels come down to one.
+none. It describes any coordinates, strides, dilations and kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class MappedRows:
-    """What an operator on an explicit kernel map runs on.
+    """The input of an operator on an explicit kernel map.
 
     Attributes:
         features: `(rows_in, C)`.
@@ -36,7 +36,7 @@ class MappedRows:
         return self.features.device
 
     def to(self, dtype: torch.dtype) -> MappedRows:
-        """The same rows with features of another dtype."""
+        """Return the same rows with features of another dtype."""
         return replace(self, features=self.features.to(dtype))
 
     def __repr__(self) -> str:
@@ -46,15 +46,15 @@ class MappedRows:
         )
 
 
-def turned(kernel_map: Tensor, rows: int) -> Tensor:
-    """For each of `rows` input rows the output row that reads it through each tap, -1 where none does.
+def invert_kernel_map(kernel_map: Tensor, rows: int) -> Tensor:
+    """Return for each of `rows` input rows the output row that reads it through each tap, -1 where none does.
 
     Raises:
         RuntimeError: two output rows read the same input row through the same tap; on a GPU, an assertion there fails.
     """
     count, taps = kernel_map.shape
     reader = torch.arange(count, dtype=torch.int32, device=kernel_map.device)[:, None].expand(-1, taps)
-    nowhere = kernel_map.new_full((), rows)  # entries of -1 meet in a row of their own
+    nowhere = kernel_map.new_full((), rows)  # Entries of -1 meet in a row of their own.
     found = kernel_map.new_full((rows + 1, taps), -1)
     found = found.scatter(0, torch.where(kernel_map < 0, nowhere, kernel_map).long(), reader)[:rows].contiguous()
     every_read = (found >= 0).sum() == (kernel_map >= 0).sum()

@@ -1,4 +1,4 @@
-"""Random masks as in MAE (arXiv 2111.06377) and FCMAE (arXiv 2301.00808, section 3.1)."""
+"""Masks: random ones as in MAE (arXiv 2111.06377) and FCMAE (arXiv 2301.00808, section 3.1), and their checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def visible_count(cells: int, ratio: float, name: str = "ratio") -> int:
-    """Tiles kept of `cells` at a mask ratio: `int(cells * (1 - ratio))`, 19 of 49 at 0.6. Errors call it `name`.
+    """Return the tiles kept of `cells` at a mask ratio: `int(cells * (1 - ratio))`, 19 of 49 at 0.6.
+
+    Args:
+        name: what errors call the ratio.
 
     Raises:
         ValueError: `ratio` is outside [0, 1), or no tile would be left.
@@ -57,3 +60,57 @@ def random_mask(
     order = noise.argsort(dim=1)
     mask = torch.ones(batch, cells, dtype=torch.bool, device=device)
     return mask.scatter(1, order[:, :kept], False)
+
+
+def check_mask(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Return the mask as `(B, prod(grid))`.
+
+    Raises:
+        TypeError: not a bool tensor.
+        ValueError: the shape does not fit `grid`.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}: expected a bool tensor, True = masked")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask is {mask.dtype}: expected torch.bool, True = masked")
+    shape = tuple(mask.shape)
+    if mask.ndim == 0 or shape[1:] not in ((math.prod(grid),), tuple(grid)):
+        batch, name = shape[0] if shape else "B", format_shape(grid)
+        raise ValueError(f"mask is {shape}: a {name} grid needs {(batch, math.prod(grid))}")
+    return mask.flatten(1) if mask.ndim > 2 else mask.reshape(shape[0], math.prod(grid))
+
+
+def infer_grid(mask: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Return grid and tile side for a mask `(B, L)` or `(B, *grid)` over a dense tensor of spatial `shape`.
+
+    Raises:
+        TypeError: `mask` is not a tensor.
+        ValueError: no tile with equal sides fits.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask is a {type(mask).__name__}: expected a bool tensor, True = masked")
+    if mask.ndim == 1 + len(shape) and len(shape) > 1:
+        grid = tuple(mask.shape[1:])
+        tile = shape[0] // grid[0] if grid[0] else 0
+    elif mask.ndim == 2:
+        cells = mask.shape[1]
+        tile = round((math.prod(shape) / cells) ** (1 / len(shape))) if cells else 0
+        grid = tuple(size // tile for size in shape) if tile else ()
+        if math.prod(grid) != cells:
+            tile = 0
+    else:
+        raise ValueError(
+            f"mask is {tuple(mask.shape)}: expected (B, L) or (B, {', '.join('g' * len(shape))}) "
+            f"for a tensor of {format_shape(shape)} sites"
+        )
+    if tile == 0 or any(size != cells * tile for size, cells in zip(shape, grid, strict=True)):
+        raise ValueError(
+            f"mask is {tuple(mask.shape)}: no grid of square tiles with that many cells divides "
+            f"{format_shape(shape)} sites evenly"
+        )
+    return grid, tile
+
+
+def format_shape(shape: tuple[int, ...]) -> str:
+    """Write a shape as "7x7". Call it only where an error is raised: torch.compile cannot make text of open sizes."""
+    return "x".join(map(str, shape))

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecnx.geometry.layout import check_mask
-from sparsecnx.geometry.masks import random_mask, visible_count
+from sparsecnx.geometry.masks import check_mask, random_mask, visible_count
 from sparsecnx.models.convnextv2 import (
     STRIDE,
     ConvNeXtV2Encoder,

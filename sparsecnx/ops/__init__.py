@@ -1,4 +1,4 @@
-"""Operators on sparse tensors, one folder each: public function and dispatch, reference, fast backends."""
+"""Operators on sparse tensors. A folder holds one: public function, reference, and a file per backend."""
 
 from sparsecnx.ops.block import BlockParameters, convnextv2_block
 from sparsecnx.ops.convolution import conv
@@ -6,9 +6,7 @@ from sparsecnx.ops.depthwise_convolution import depthwise_conv
 from sparsecnx.ops.drop_path import draw_survival, stochastic_depth
 from sparsecnx.ops.global_response_norm import grn
 from sparsecnx.ops.layer_normalization import layer_norm
-from sparsecnx.ops.mapped_convolution import mapped_conv
-from sparsecnx.ops.mapped_depthwise_convolution import mapped_depthwise_conv
-from sparsecnx.ops.mapped_pooling import mapped_pool
+from sparsecnx.ops.mapped import mapped_conv, mapped_depthwise_conv, mapped_pool
 
 __all__ = [
     "BlockParameters",

@@ -11,7 +11,7 @@ from cases import device_of, incoming_gradient
 from torch import Tensor
 
 from sparsecnx import ops
-from sparsecnx.ops.checks import statistics_dtype
+from sparsecnx.common.dtypes import statistics_dtype
 
 Tensors = dict[str, Tensor]
 

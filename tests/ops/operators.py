@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsecnx import SparseTensor, ops
-from sparsecnx.ops.checks import statistics_dtype
+from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.ops.drop_path import operator as scale_images
 
 Parameters = dict[str, Tensor]

@@ -14,7 +14,7 @@ from cases import (
     example_layout,
     make_layout,
     name,
-    needs_native,
+    needs_cpu,
     random_sparse,
     site_mask,
 )
@@ -50,7 +50,7 @@ def test_reference_is_a_dense_convolution_of_the_masked_input(ndim, data):
     assert_close(found.dense(), masked_dense(x, *p.values(), stride, padding))
 
 
-@needs_native
+@needs_cpu
 @DTYPES
 @settings(max_examples=30)
 @given(data=st.data(), channels=st.sampled_from([1, 7, 19]), out=st.sampled_from([1, 5, 24]), bias=st.booleans())
@@ -66,7 +66,7 @@ def test_native_equals_reference(dtype, data, channels, out, bias):
     assert_matches_reference(run, random_sparse(layout, channels), p, dtype)
 
 
-@needs_native
+@needs_cpu
 @pytest.mark.parametrize("ndim", [1, 3])
 @given(data=st.data())
 def test_native_equals_reference_in_other_dimensions(ndim, data):
@@ -120,7 +120,7 @@ def test_patchify_convolutions_need_no_gather(ndim, stride, monkeypatch):
     assert_close(ops.conv(x, **p, stride=stride).dense(), expected)
 
 
-@needs_native
+@needs_cpu
 def test_more_output_rows_than_one_chunk():
     """The native kernel gathers at most 2**20 values at a time."""
     layout = make_layout(torch.zeros(1, 10, 10, dtype=torch.bool), 8)

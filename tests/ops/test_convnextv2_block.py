@@ -22,7 +22,7 @@ from cases import (
     layouts,
     make_layout,
     needs_cuda,
-    needs_native,
+    needs_cpu,
     needs_triton,
     outputs_and_gradients,
     random_sparse,
@@ -75,7 +75,7 @@ OPTIONS = {
 CHANNELS = {torch.bfloat16: [32, 48, 64]}
 
 
-@needs_native
+@needs_cpu
 @DTYPES
 @settings(max_examples=30)
 @given(data=st.data(), kernel=st.sampled_from([(3, 3), (5, 5), (7, 7), (9, 3)]), options=st.fixed_dictionaries(OPTIONS))
@@ -87,7 +87,7 @@ def test_native_equals_reference(dtype, data, kernel, options):
     assert_matches_reference(block(**options), x, p, dtype, statistics=BLOCK_VECTORS)
 
 
-@needs_native
+@needs_cpu
 @DTYPES
 @pytest.mark.parametrize("channels", [32, 64, 96])
 def test_native_equals_reference_where_sums_of_gradients_cancel(dtype, channels):
@@ -95,10 +95,10 @@ def test_native_equals_reference_where_sums_of_gradients_cancel(dtype, channels)
     assert_matches_reference(block(), x, p, dtype, statistics=BLOCK_VECTORS, mean=0.0)
 
 
-@needs_native
+@needs_cpu
 def test_narrow_blocks_in_bfloat16_are_as_accurate_as_torch():
     """Errors over many shapes and all parameters, beside those of torch's operators in bfloat16."""
-    errors = {"native": [], "reference": []}
+    errors = {"cpu": [], "reference": []}
     for seed in range(40):
         torch.manual_seed(seed)
         layout = make_layout(draw_mask("random counts", 3, (3, 2), seed), (1, 2, 4)[seed % 3])
@@ -118,7 +118,7 @@ def test_narrow_blocks_in_bfloat16_are_as_accurate_as_torch():
     assert native.mean() < reference.mean()
 
 
-@needs_native
+@needs_cpu
 @pytest.mark.parametrize("tile", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
 def test_native_equals_reference_at_every_tile_side(tile):
     layout = make_layout(draw_mask("random counts", 2, (2, 3), seed=tile), tile)
@@ -136,7 +136,7 @@ WORK = {
 }
 
 
-@needs_native
+@needs_cpu
 @pytest.mark.parametrize("scope", ["sample", "batch"])
 @pytest.mark.parametrize("visible", WORK.values(), ids=list(WORK))
 def test_work_split_in_every_way(visible, scope):
@@ -151,12 +151,12 @@ def test_work_split_in_every_way(visible, scope):
         exact = {name: value.double() for name, value in p.items()}
         expected = outputs_and_gradients(block(scope=scope, survive=True), x.to(torch.float64), exact, torch.float32)
     for recompute, count in itertools.product([True, False], [1, 2, 3]):
-        with threads(count), use_backend("native"):
+        with threads(count), use_backend("cpu"):
             found = outputs_and_gradients(block(recompute=recompute, scope=scope, survive=True), x, p)
         assert_same(found, expected, 1e-5)
 
 
-@needs_native
+@needs_cpu
 def test_hidden_layer_is_kept_only_where_it_is_wanted():
     layout, channels = example_layout(), 8
 
@@ -176,7 +176,7 @@ def test_hidden_layer_is_kept_only_where_it_is_wanted():
     assert saved(recompute=False) == pytest.approx(saved(recompute=True) + 4 * channels, abs=0.1)
 
 
-@needs_native
+@needs_cpu
 def test_recomputing_changes_no_bit():
     x = random_sparse(example_layout(), 8, torch.float32)
     p = {name: value.float() for name, value in block_parameters(8, 7, 7).items()}

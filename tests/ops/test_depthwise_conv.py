@@ -13,7 +13,7 @@ from cases import (
     example_layout,
     layouts,
     make_layout,
-    needs_native,
+    needs_cpu,
     random_sparse,
     site_mask,
 )
@@ -41,7 +41,7 @@ def test_reference_is_a_dense_convolution_of_the_masked_input(ndim, data):
         assert_close(ops.depthwise_conv(x, **p).dense(), expected)
 
 
-@needs_native
+@needs_cpu
 @DTYPES
 @settings(max_examples=30)
 @given(
@@ -57,14 +57,14 @@ def test_native_equals_reference(dtype, layout, channels, kernel, bias):
     assert_matches_reference(ops.depthwise_conv, random_sparse(layout, channels), p, dtype, statistics=("bias",))
 
 
-@needs_native
+@needs_cpu
 @pytest.mark.parametrize("tile", range(1, 25))
 def test_native_equals_reference_at_every_tile_side(tile):
     layout = make_layout(draw_mask("random counts", 2, (2, 3), seed=tile), tile)
     assert_matches_reference(ops.depthwise_conv, random_sparse(layout, 5), conv_parameters(5, 1, 7, 7), torch.float32)
 
 
-@needs_native
+@needs_cpu
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9, 11, 15, 31])
 def test_native_equals_reference_for_every_kernel(kernel):
     layout = example_layout(grid=(4, 3))

@@ -14,7 +14,7 @@ from cases import (
     example_layout,
     incoming_gradient,
     make_layout,
-    needs_native,
+    needs_cpu,
     outputs_and_gradients,
     random_sparse,
     suit,
@@ -42,7 +42,7 @@ def on_every_backend(cases, without=()):
     )
 
 
-def arguments(case, dtype=torch.float32, layout=None, backend="native"):
+def arguments(case, dtype=torch.float32, layout=None, backend="cpu"):
     """Features and parameters in `dtype`, statistics in float32 at least, where the backend takes them."""
     x = random_sparse(example_layout(3, tile=4) if layout is None else layout, CHANNELS, dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -66,7 +66,7 @@ def test_every_public_operator_has_a_case():
     assert {case.operator for case in CASES.values()} == public
 
 
-@needs_native
+@needs_cpu
 @EVERY
 def test_gradcheck(case):
     layout = example_layout(2, (2, 1), tile=2)
@@ -79,11 +79,11 @@ def test_gradcheck(case):
     def function(features, *values):
         return run(x.with_features(features), **dict(zip(p, values, strict=True))).features
 
-    with use_backend("native"):
+    with use_backend("cpu"):
         assert torch.autograd.gradcheck(function, leaves)
 
 
-@needs_native
+@needs_cpu
 @EVERY
 def test_same_bits_twice(case):
     x, p = arguments(case)
@@ -92,7 +92,7 @@ def test_same_bits_twice(case):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@needs_native
+@needs_cpu
 @EVERY
 def test_any_number_of_threads(case):
     x, p = arguments(case, layout=make_layout(torch.rand(5, 4, 4) < 0.4, 8))
@@ -197,7 +197,7 @@ def test_compiled_whole(backend, case):
         assert_same(run(torch.compile(step, fullgraph=True, backend="aot_eager")), run(step), 1e-6)
 
 
-@needs_native
+@needs_cpu
 def test_compiled_with_a_layout_from_outside():
     """A layout may be used compiled first, or eagerly first: its tables serve both."""
     torch._dynamo.reset()
@@ -212,7 +212,7 @@ def test_compiled_with_a_layout_from_outside():
         assert_close(again(), case.run(other, **q).features, 1e-6)
 
 
-@needs_native
+@needs_cpu
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
 def test_compiled_by_inductor():
     """What `torch.compile` does by default: a gather, a convolution, the fused block, a scatter, and gradients."""

@@ -24,7 +24,7 @@ from cases import (
     make_layout,
     name,
     needs_cuda,
-    needs_native,
+    needs_cpu,
     outputs_and_gradients,
     place,
     random_sparse,
@@ -58,7 +58,7 @@ def test_reference_is_the_published_algorithm_image_by_image(ndim, scope, data):
         assert_close(ops.grn(x, gamma, beta, scope).features, torch.cat(groups))
 
 
-@needs_native
+@needs_cpu
 @SCOPES
 @DTYPES
 @given(layout=layouts(), channels=st.sampled_from([1, 2, 7, 16, 37, 160]))
@@ -237,7 +237,7 @@ def test_an_image_that_is_zero_everywhere(backend, scope):
     assert (found["gamma"] == 0).all()
 
 
-@needs_native
+@needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sums_of_squares_do_not_overflow_in_16_bits(dtype):
     x = random_sparse(make_layout(torch.zeros(1, 2, 2, dtype=torch.bool), 8), 8)

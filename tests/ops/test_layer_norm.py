@@ -12,7 +12,7 @@ from cases import (
     backends,
     example_layout,
     layouts,
-    needs_native,
+    needs_cpu,
     outputs_and_gradients,
     random_sparse,
     site_mask,
@@ -36,7 +36,7 @@ def test_reference_is_torch_layer_norm_over_channels_of_the_visible_sites(ndim, 
         assert_close(ops.layer_norm(x, weight, bias).dense(), dense * site_mask(layout))
 
 
-@needs_native
+@needs_cpu
 @DTYPES
 @settings(max_examples=30)
 @given(layout=layouts(), channels=st.sampled_from([4, 7, 16, 37, 160]))
@@ -45,7 +45,7 @@ def test_native_equals_reference(dtype, layout, channels):
     assert_matches_reference(ops.layer_norm, x, p, dtype, statistics=("weight", "bias"))
 
 
-@needs_native
+@needs_cpu
 @pytest.mark.parametrize("channels", [4, 8, 16, 17, 40])
 def test_rows_far_from_zero(channels):
     """The variance is that of the deviations from the mean, not a difference of large sums."""

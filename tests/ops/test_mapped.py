@@ -19,7 +19,7 @@ from cases import (
     dtypes_of,
     incoming_gradient,
     name,
-    needs_native,
+    needs_cpu,
     needs_triton,
     threads,
     widest,
@@ -37,7 +37,7 @@ from mapped import (
 
 from sparsecnx import BackendError, ops, use_backend
 from sparsecnx.backends import compiled
-from sparsecnx.geometry.kernel_map import MappedRows, turned
+from sparsecnx.geometry.kernel_map import MappedRows, invert_kernel_map
 from sparsecnx.ops.mapped_convolution import operator as conv
 from sparsecnx.ops.mapped_depthwise_convolution import operator as depthwise_conv
 
@@ -46,7 +46,7 @@ BOTH = pytest.mark.parametrize("operator", OPERATORS)
 CONV = {2: F.conv2d, 3: F.conv3d}
 
 
-def on_backends(only=("reference", "native", "triton")):
+def on_backends(only=("reference", "cpu", "triton")):
     """Both operators on each of these backends."""
     return pytest.mark.parametrize(
         ("backend", "operator"),
@@ -134,13 +134,13 @@ def compare(operator, backend, dtype, case, channels, given, bias=True):
     assert_same(found, exact, BOUNDS[dtype])
 
 
-@needs_native
+@needs_cpu
 @BOTH
 @pytest.mark.parametrize("case", MAPS)
 @pytest.mark.parametrize("dtype", list(BOUNDS), ids=name)
 def test_native_equals_reference(operator, dtype, case):
     for channels, given in ((1, True), (7, False), (40, True), (118, False)):
-        compare(operator, "native", dtype, case, channels, given, bias=channels != 7)
+        compare(operator, "cpu", dtype, case, channels, given, bias=channels != 7)
 
 
 @needs_triton
@@ -169,7 +169,7 @@ def test_triton_takes_more_than_a_block_of_channels_and_a_range_of_rows(operator
         assert_same(run_mapped(operator, values, kernel_map), exact, BOUNDS[torch.float32])
 
 
-@needs_native
+@needs_cpu
 @BOTH
 def test_gradcheck(operator):
     kernel_map = random_map(7, 6, 5, 0.6)
@@ -178,20 +178,20 @@ def test_gradcheck(operator):
     def run(*leaves):
         return getattr(ops, operator)(kernel_map=kernel_map, **dict(zip(values, leaves, strict=True)))
 
-    with use_backend("native"):
+    with use_backend("cpu"):
         assert torch.autograd.gradcheck(run, list(values.values()))
 
 
-@needs_native
+@needs_cpu
 @BOTH
 def test_same_bits_twice_and_nearly_the_same_with_other_threads(operator):
     kernel_map = random_map(700, 900, 9, 0.5)
-    values = suited(mapped_values(operator, kernel_map, 700, 40), torch.float32, "native", operator)
-    with threads(2), use_backend("native"):
+    values = suited(mapped_values(operator, kernel_map, 700, 40), torch.float32, "cpu", operator)
+    with threads(2), use_backend("cpu"):
         first, second = (run_mapped(operator, values, kernel_map) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
     for count in (1, 3):
-        with threads(count), use_backend("native"):
+        with threads(count), use_backend("cpu"):
             assert_same(run_mapped(operator, values, kernel_map), first, 2e-6)
 
 
@@ -237,7 +237,7 @@ def test_rows_that_are_not_finite_reach_their_readers_alone(backend, operator, b
     assert torch.equal(found[~reads], clean[~reads])
 
 
-@on_backends(("native", "triton"))
+@on_backends(("cpu", "triton"))
 @pytest.mark.parametrize("given", [False, True])
 def test_compiled_whole(backend, operator, given):
     """fullgraph=True, and other numbers of rows without compiling anew."""
@@ -255,21 +255,21 @@ def test_compiled_whole(backend, operator, given):
 
 
 @pytest.mark.parametrize("given", [False, True])
-@on_backends(("native", "triton"))
+@on_backends(("cpu", "triton"))
 def test_opcheck(backend, operator, given):
     kernel_map = random_map(20, 15, 4, 0.6).to(device_of(backend))
     values = suited(mapped_values(operator, kernel_map.cpu(), 20, 8), torch.float32, backend, operator)
     inverse_map = inverse(kernel_map.cpu(), 20).to(kernel_map) if given else None
     x, weight, bias = (value.requires_grad_() for value in values.values())
     grad = torch.randn(15, x.shape[1], device=x.device)
-    namespace = torch.ops.sparsecnx if backend == "native" else torch.ops.sparsecnx_triton
+    namespace = torch.ops.sparsecnx if backend == "cpu" else torch.ops.sparsecnx_triton
     if operator == "mapped_depthwise_conv":
         torch.library.opcheck(namespace.mapped_depthwise_conv.default, (x, weight, bias, kernel_map, inverse_map))
         weight_grad = namespace.mapped_depthwise_conv_weight_grad.default
         torch.library.opcheck(weight_grad, (grad, x.detach(), kernel_map))
         return
     matrix = weight.detach().permute(2, 0, 1).reshape(weight.shape[2], -1).contiguous().requires_grad_()
-    maps = (kernel_map,) if backend == "native" else (kernel_map, inverse_map)
+    maps = (kernel_map,) if backend == "cpu" else (kernel_map, inverse_map)
     torch.library.opcheck(namespace.conv.default, (x, matrix, *maps))
     grad = torch.randn(15, matrix.shape[0], device=x.device)
     for needs_x in (False, True):
@@ -277,16 +277,16 @@ def test_opcheck(backend, operator, given):
         torch.library.opcheck(namespace.conv_backward.default, arguments)
 
 
-@on_backends(("native", "triton"))
+@on_backends(("cpu", "triton"))
 def test_only_the_gradients_that_are_asked_for(backend, operator, monkeypatch):
-    """Of the weight alone: the map is not turned around, the gradient of the features not computed."""
+    """Of the weight alone: the map is not invert_kernel_map around, the gradient of the features not computed."""
     kernel_map = random_map(20, 15, 4, 0.6)
     values = suited(mapped_values(operator, kernel_map, 20, 8), torch.float32, backend, operator)
     with use_backend(backend):
         expected = run_mapped(operator, values, kernel_map)
         for module in list(sys.modules.values()):
-            if getattr(module, "turned", None) is turned and module.__name__.startswith("sparsecnx.ops"):
-                monkeypatch.setattr(module, "turned", None)
+            if getattr(module, "invert_kernel_map", None) is invert_kernel_map and module.__name__.startswith("sparsecnx.ops"):
+                monkeypatch.setattr(module, "invert_kernel_map", None)
         weight = values["weight"].clone().requires_grad_()
         out = getattr(ops, operator)(values["features"], weight, kernel_map.to(weight.device), bias=values["bias"])
         (found,) = torch.autograd.grad(out, weight, incoming_gradient(out.shape).to(out))
@@ -315,7 +315,7 @@ def test_autocast_to_bfloat16(backend, operator):
     )
 
 
-@needs_native
+@needs_cpu
 @BOTH
 def test_auto_takes_the_compiled_kernel_and_says_so(operator, caplog):
     kernel_map = random_map(6, 5, 4, 0.6)
@@ -353,14 +353,14 @@ def test_the_rows_describe_themselves():
 @pytest.mark.parametrize("rows_in", [12, 30])
 def test_turned_is_the_inverse_map(rows_in):
     kernel_map = random_map(rows_in, 20, 5, 0.7)
-    assert torch.equal(turned(kernel_map, rows_in), inverse(kernel_map, rows_in))
-    assert torch.equal(turned(turned(kernel_map, rows_in), 20), kernel_map)
+    assert torch.equal(invert_kernel_map(kernel_map, rows_in), inverse(kernel_map, rows_in))
+    assert torch.equal(invert_kernel_map(invert_kernel_map(kernel_map, rows_in), 20), kernel_map)
 
 
 @pytest.mark.parametrize(
     ("backend", "operator"),
     [
-        pytest.param("native", "mapped_depthwise_conv", marks=needs_native),
+        pytest.param("cpu", "mapped_depthwise_conv", marks=needs_cpu),
         pytest.param("triton", "mapped_depthwise_conv", marks=needs_triton),
         pytest.param("triton", "mapped_conv", marks=needs_triton),
     ],
@@ -372,14 +372,14 @@ def test_a_row_read_twice_through_one_tap_has_no_inverse(backend, operator):
         run_mapped(operator, values, kernel_map)
 
 
-@needs_native
+@needs_cpu
 @BOTH
 @pytest.mark.parametrize("entry", [6, -2])
 def test_an_entry_that_is_no_row(operator, entry):
     kernel_map = random_map(6, 200, 4, 0.6)
     kernel_map[150, 2] = entry
     values = mapped_values(operator, kernel_map, 6, 3)
-    with use_backend("native"), pytest.raises(RuntimeError, match=r"kernel_map has entries from .*, expected -1 to 5"):
+    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"kernel_map has entries from .*, expected -1 to 5"):
         getattr(ops, operator)(kernel_map=kernel_map, **values)
     if operator == "mapped_depthwise_conv":
         grad = torch.randn(200, 3, dtype=torch.float64)
@@ -411,7 +411,7 @@ WRONG = [
 @pytest.mark.parametrize(("change", "error", "message"), WRONG, ids=[message for _, _, message in WRONG])
 def test_what_does_not_fit_is_refused(operator, change, error, message):
     kernel_map = random_map(6, 5, 4, 0.6)
-    values = suited(mapped_values(operator, kernel_map, 6, 3), torch.float32, "native", operator)
+    values = suited(mapped_values(operator, kernel_map, 6, 3), torch.float32, "cpu", operator)
     arguments = {**values, "kernel_map": kernel_map, "inverse_map": inverse(kernel_map, 6)}
     getattr(ops, operator)(**arguments)
     if change.keys() <= {"dtype", "device"}:

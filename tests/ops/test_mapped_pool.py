@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BOUNDS, DTYPES, assert_same, backends, device_of, incoming_gradient, needs_native, widest
+from cases import BOUNDS, DTYPES, assert_same, backends, device_of, incoming_gradient, needs_cpu, widest
 from mapped import inverse, random_map, site_map, with_gradients
 
 from sparsecnx import ops, use_backend
@@ -62,7 +62,7 @@ def test_is_torch_pooling_where_every_site_is_there(mode):
     torch.testing.assert_close(out, dense.permute(0, 2, 3, 1).reshape(-1, 3))
 
 
-@needs_native
+@needs_cpu
 @MODES
 @DTYPES
 def test_every_dtype(mode, dtype):
@@ -98,7 +98,7 @@ def test_gradients_of_16_bits_are_summed_in_float32():
         assert (gradient == 512).all()
 
 
-@needs_native
+@needs_cpu
 @MODES
 def test_compiled_whole_in_any_size(mode):
     torch._dynamo.reset()

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_close, example_layout, needs_native, outputs_and_gradients, random_sparse
+from cases import assert_close, example_layout, needs_cpu, outputs_and_gradients, random_sparse
 from mapped import run_mapped_depthwise_conv
 from operators import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import SparseTensor, ops, use_backend
 
-pytestmark = needs_native
+pytestmark = needs_cpu
 
 REGISTERED = sorted(
     name.removeprefix("sparsecnx::")
@@ -46,7 +46,7 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
     """Every compiled operator's calls in a forward and backward pass of all that is public."""
     torch.manual_seed(0)
     recorder = Calls()
-    with use_backend("native"), recorder:
+    with use_backend("cpu"), recorder:
         layout = example_layout(2, (2, 2), tile=2)
         mask = layout.tiles.mask()
         dense = torch.randn(2, 4, 4, 4, requires_grad=True)
@@ -55,7 +55,7 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
         for case in CASES.values():
             p = {name: value.float() for name, value in case.parameters(4).items()}
             outputs_and_gradients(case.run, random_sparse(layout, 4, torch.float32), p)
-        run_mapped_depthwise_conv("native")
+        run_mapped_depthwise_conv("cpu")
     return recorder.by_name
 
 
@@ -123,7 +123,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
             with use_backend("reference"):
                 exact = {k: v.double() for k, v in p.items()}
                 expected = outputs_and_gradients(run(case), x.to(torch.float64), exact, dtype)
-            with use_backend("native"):
+            with use_backend("cpu"):
                 found = outputs_and_gradients(run(case), x, p)
             worst = max(relative_error(found[k], expected[k]) for k in expected)
             key = f"{name} {dtype}"
@@ -131,10 +131,10 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for channels, density in ((37, 0.3), (100, 0.8)):
         name = "mapped_depthwise_conv"
         kernel_map = random_map(90, 70, 9, density)
-        values = suited(mapped_values(name, kernel_map, 90, channels), dtype, "native", name)
+        values = suited(mapped_values(name, kernel_map, 90, channels), dtype, "cpu", name)
         with use_backend("reference"):
             expected = run_mapped(name, {k: v.double() for k, v in values.items()}, kernel_map)
-        with use_backend("native"):
+        with use_backend("cpu"):
             found = run_mapped(name, values, kernel_map)
         worst = max(relative_error(found[k], expected[k]) for k in expected)
         errors[f"{name} {dtype} {density}"] = worst / BOUNDS[dtype]
@@ -203,7 +203,7 @@ def test_gelu_over_the_whole_range():
     exact = bias.detach().double().requires_grad_()
     expected = torch.nn.functional.gelu(exact)
     (slope,) = torch.autograd.grad(expected.sum(), exact)
-    with use_backend("native"):
+    with use_backend("cpu"):
         out = ops.convnextv2_block(SparseTensor(torch.zeros(layout.rows, size), layout), p).features
     (gradient,) = torch.autograd.grad(out[0].sum(), p.pwconv1_bias)
     torch.testing.assert_close(out[0].double(), expected.detach(), rtol=1e-5, atol=1e-6)
@@ -214,7 +214,7 @@ def test_bfloat16_rounds_like_torch():
     x = random_sparse(example_layout(), 40)
     low = x.to(torch.bfloat16)
     weight = torch.randn(40, 1, 1, 1).bfloat16()  # a 1x1 depthwise kernel: one product, rounded once
-    with use_backend("native"):
+    with use_backend("cpu"):
         out = ops.depthwise_conv(low, weight).features
     assert torch.equal(out, low.features * weight.flatten())
 
@@ -251,7 +251,7 @@ def test_compiled_operators_check_what_they_read(name, change, message, calls):
 def test_native_gradients_do_not_depend_on_what_else_is_wanted():
     x = random_sparse(example_layout(), 4, torch.float32)
     weight = torch.randn(4, 1, 3, 3, requires_grad=True)
-    with use_backend("native"):
+    with use_backend("cpu"):
         alone = torch.autograd.grad(ops.depthwise_conv(x, weight).features.sum(), weight)[0]
         features = x.features.clone().requires_grad_()
         both = torch.autograd.grad(

@@ -16,7 +16,7 @@ from sparsecnx.compat.minkowski.manager import CoordinateMapKey, KernelMap
 from sparsecnx.compat.minkowski.rows import permuted
 from sparsecnx.compat.minkowski.tensor import SparseTensor, in_layout, output_key
 from sparsecnx.geometry.coordinates import CoordinateMap
-from sparsecnx.geometry.layout import tile_to_rows
+from sparsecnx.geometry.nested_order import tile_to_rows
 
 
 class MinkowskiModuleBase(nn.Module):

@@ -14,7 +14,7 @@ from sparsecnx.compat.minkowski.enums import RegionType, SparseTensorOperationMo
 from sparsecnx.compat.minkowski.errors import ArgumentError, insist, insist_type, not_offered, with_missing_members
 from sparsecnx.compat.minkowski.kernel import KernelGenerator, int_list
 from sparsecnx.geometry.coordinates import CoordinateMap, for_any_mode, unique
-from sparsecnx.geometry.kernel_map import turned
+from sparsecnx.geometry.kernel_map import invert_kernel_map
 
 Name = tuple[tuple[int, ...], str]  # tensor stride and string of a key
 
@@ -85,7 +85,7 @@ class KernelMap:
     def inverse(self) -> Tensor:
         """int32 `(rows, K)`: which rows of the output read each row of the input."""
         with for_any_mode():
-            return turned(self.table, self.rows)
+            return invert_kernel_map(self.table, self.rows)
 
     @cached_property
     def swapped(self) -> KernelMap:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsecnx import ops
+from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.compat.minkowski.convolution import MinkowskiModuleBase
 from sparsecnx.compat.minkowski.enums import BroadcastMode, PoolingMode
 from sparsecnx.compat.minkowski.errors import insist, insist_type, not_offered
@@ -15,7 +16,6 @@ from sparsecnx.compat.minkowski.kernel import KernelGenerator
 from sparsecnx.compat.minkowski.manager import CoordinateMapKey, Origin
 from sparsecnx.compat.minkowski.rows import spread, totals
 from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor, output_key
-from sparsecnx.ops.checks import statistics_dtype
 
 
 class _Pooling(MinkowskiModuleBase):

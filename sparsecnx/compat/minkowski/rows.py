@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsecnx.ops.checks import statistics_dtype
+from sparsecnx.common.dtypes import statistics_dtype
 
 
 class _Permuted(torch.autograd.Function):

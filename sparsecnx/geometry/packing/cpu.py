@@ -8,59 +8,62 @@ import torch
 from torch import Tensor
 
 from sparsecnx.backends import compiled
-from sparsecnx.geometry.layout import Layout
-from sparsecnx.geometry.packing.gradients import fill_grad
+from sparsecnx.backends.registration import Saved, register
 
 
-def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
-    """Rows `(layout.rows, C)` of a dense tensor `(B, C, H, W)`."""
-    return torch.ops.sparsecnx.gather_tiles(dense, layout.tiles.index, layout.tile)
+def refusal(x: Any) -> str | None:
+    """Return why the compiled kernels cannot move the values of a `Packing`; None where they can."""
+    if x.layout.ndim != 2:
+        return f"compiled kernel is two-dimensional, x has {x.layout.ndim} spatial dimensions"
+    if x.device.type != "cpu":
+        return f"compiled kernels run on the CPU, x is on {x.device}"
+    return compiled.why_not
 
 
-def scatter_rows(rows: Tensor, layout: Layout, fill: Tensor) -> Tensor:
-    """Dense tensor `(B, C, H, W)` of rows `(layout.rows, C)`, `fill (C,)` elsewhere."""
+def gather_rows(x: Any) -> Tensor:
+    """Return the rows `(layout.rows, C)` of the dense tensor `(B, C, H, W)` of a `Packing`."""
+    return torch.ops.sparsecnx.gather_tiles(x.features, x.layout.tiles.index, x.layout.tile)
+
+
+def scatter_rows(x: Any, fill: Tensor) -> Tensor:
+    """Return the dense tensor `(B, C, H, W)` of the rows of a `Packing`, `fill (C,)` elsewhere."""
+    layout = x.layout
     return torch.ops.sparsecnx.scatter_tiles(
-        rows.contiguous(), fill.contiguous(), layout.tiles.index, layout.batch, *layout.shape, layout.tile
+        x.features.contiguous(), fill.contiguous(), layout.tiles.index, layout.batch, *layout.shape, layout.tile
     )
 
 
+def _gather_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    batch, channels, height, width = saved.dense_shape
+    fill = grad.new_zeros(channels)
+    return {"dense": torch.ops.sparsecnx.scatter_tiles(grad, fill, saved.index, batch, height, width, saved.tile)}
+
+
+def _scatter_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    index, tile = saved.index, saved.tile
+    grads: dict[str, Tensor | None] = {"rows": torch.ops.sparsecnx.gather_tiles(grad, index, tile)}
+    if "fill" in saved.needs:
+        batch, _, height, width = grad.shape
+        cells = torch.ones(batch * (height // tile) * (width // tile), dtype=torch.bool, device=grad.device)
+        masked = cells.index_fill(0, index, False).view(batch, 1, height // tile, width // tile)
+        masked = masked.repeat_interleave(tile, 2).repeat_interleave(tile, 3)
+        # Masked sites alone are added: the sum of all less that of the visible ones would cancel.
+        total = torch.where(masked, grad, 0).sum((0, 2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
+        grads["fill"] = total.to(grad.dtype)
+    return grads
+
+
 if compiled.loaded:
-
-    @torch.library.register_fake("sparsecnx::gather_tiles")
-    def _(dense: Tensor, index: Tensor, tile: int) -> Tensor:
-        return dense.new_empty(index.shape[0] * tile**2, dense.shape[1])
-
-    @torch.library.register_fake("sparsecnx::scatter_tiles")
-    def _(rows: Tensor, fill: Tensor, index: Tensor, batch: int, height: int, width: int, tile: int) -> Tensor:
-        return rows.new_empty(batch, rows.shape[1], height, width)
-
-    def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        dense, index, ctx.tile = inputs
-        ctx.save_for_backward(index)
-        ctx.shape = dense.shape
-
-    def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (index,) = ctx.saved_tensors
-        batch, channels, height, width = ctx.shape
-        grad_dense = torch.ops.sparsecnx.scatter_tiles(
-            grad.contiguous(), grad.new_zeros(channels), index, batch, height, width, ctx.tile
-        )
-        return grad_dense, None, None
-
-    def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
-        ctx.tile = inputs[-1]
-
-    def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (index,) = ctx.saved_tensors
-        grad_rows = torch.ops.sparsecnx.gather_tiles(grad, index, ctx.tile)
-        grad_fill = None
-        if ctx.needs_input_grad[1]:
-            batch, _, height, width = grad.shape
-            cells = batch * (height // ctx.tile) * (width // ctx.tile)
-            masked = torch.ones(cells, dtype=torch.bool, device=grad.device).index_fill(0, index, False)
-            grad_fill = fill_grad(grad, masked, ctx.tile)
-        return grad_rows, grad_fill, None, None, None, None, None
-
-    torch.library.register_autograd("sparsecnx::gather_tiles", _gather_backward, setup_context=_gather_context)
-    torch.library.register_autograd("sparsecnx::scatter_tiles", _scatter_backward, setup_context=_scatter_context)
+    register(
+        "sparsecnx::gather_tiles",
+        fake=lambda dense, index, tile: dense.new_empty(index.shape[0] * tile**2, dense.shape[1]),
+        saves=("index", "tile"),
+        shapes=("dense",),
+        backward=_gather_backward,
+    )
+    register(
+        "sparsecnx::scatter_tiles",
+        fake=lambda rows, fill, index, batch, height, width, tile: rows.new_empty(batch, rows.shape[1], height, width),
+        saves=("index", "tile"),
+        backward=_scatter_backward,
+    )

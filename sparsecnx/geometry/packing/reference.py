@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
-from sparsecnx.geometry.layout import Layout, rows_to_tile, tile_to_rows
+from sparsecnx.geometry.nested_order import rows_to_tile, tile_to_rows
 
 
-def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
-    """Rows `(layout.rows, C)` of a dense tensor `(B, C, *spatial)`."""
+def gather_rows(x: Any) -> Tensor:
+    """Return the rows `(layout.rows, C)` of the dense tensor `(B, C, *spatial)` of a `Packing`."""
+    dense, layout = x
     ndim, tile = layout.ndim, layout.tile
     split = [part for size in layout.tiles.grid for part in (size, tile)]
     cells = dense.reshape(dense.shape[0], dense.shape[1], *split)
@@ -18,8 +20,9 @@ def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
     return tile_to_rows(by_tile[layout.tiles.positions()], ndim)
 
 
-def scatter_rows(rows: Tensor, layout: Layout, fill: Tensor) -> Tensor:
-    """Dense tensor `(B, C, *spatial)` of rows `(layout.rows, C)`, `fill (C,)` elsewhere."""
+def scatter_rows(x: Any, fill: Tensor) -> Tensor:
+    """Return the dense tensor `(B, C, *spatial)` of the rows of a `Packing`, `fill (C,)` elsewhere."""
+    rows, layout = x
     tiles, ndim, channels = layout.tiles, layout.ndim, rows.shape[1]
     by_tile = rows_to_tile(rows, layout.tile, ndim).reshape(tiles.count, layout.sites_per_tile * channels)
     blank = fill.repeat(layout.sites_per_tile).expand(layout.batch * math.prod(tiles.grid), -1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.triton_functions import nested_column, nested_line
-from sparsecnx.geometry.layout import Layout, nested_factors
+from sparsecnx.geometry.nested_order import nested_factors
 
 VALUES = 2048  # of a block: 16 for each thread of 4 warps
 BLOCK_CHANNELS = 64  # 128 bytes of a row in 16 bits
@@ -155,13 +155,15 @@ def fill_grad_kernel(
     tl.store(sums_ptr + image * C + c, tl.sum(total, axis=1), c < C)
 
 
-def gather_rows(dense: Tensor, layout: Layout) -> Tensor:
-    """Rows `(layout.rows, C)` of a dense tensor `(B, C, H, W)`."""
+def gather_rows(x: Any) -> Tensor:
+    """Return the rows `(layout.rows, C)` of the dense tensor `(B, C, H, W)` of a `Packing`."""
+    dense, layout = x
     return gather_tiles(dense, layout.tiles.index, layout.tiles.slots(), layout.tile)
 
 
-def scatter_rows(rows: Tensor, layout: Layout, fill: Tensor) -> Tensor:
-    """Dense tensor `(B, C, H, W)` of rows `(layout.rows, C)`, `fill (C,)` elsewhere."""
+def scatter_rows(x: Any, fill: Tensor) -> Tensor:
+    """Return the dense tensor `(B, C, H, W)` of the rows of a `Packing`, `fill (C,)` elsewhere."""
+    rows, layout = x
     tiles = layout.tiles
     return scatter_tiles(
         rows.contiguous(), fill.contiguous(), tiles.index, tiles.slots(), layout.batch, *layout.shape, layout.tile

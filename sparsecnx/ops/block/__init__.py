@@ -6,42 +6,28 @@ from typing import Literal
 
 from torch import Tensor
 
-from sparsecnx.backends.dispatch import Implementation, Operator, always
-from sparsecnx.choices import Comparison, compare
-from sparsecnx.ops.block import cpu, cuda, minkowski, reference
+from sparsecnx.backends import cpu as cpu_backend
+from sparsecnx.backends import minkowski as minkowski_backend
+from sparsecnx.backends import triton_launch
+from sparsecnx.backends.dispatch import Implementation, Operator, never
+from sparsecnx.common.dtypes import statistics_dtype
+from sparsecnx.ops.block import cpu, cuda, layers
 from sparsecnx.ops.block.parameters import BlockParameters
-from sparsecnx.ops.checks import (
-    autocast,
-    check_device,
-    check_same_dtype,
-    check_sparse,
-    check_vector,
-    statistics_dtype,
-)
-from sparsecnx.ops.global_response_norm import segments
-from sparsecnx.ops.minkowski import refusal as minkowski_refusal
-from sparsecnx.ops.native import refusal_2d
-from sparsecnx.ops.triton import implementation as triton_room
-from sparsecnx.ops.triton import refusal_2d as triton_refusal_2d
+from sparsecnx.ops.checks import autocast, check_device, check_same_dtype, check_sparse, check_vector, vector
+from sparsecnx.ops.global_response_norm.groups import check_scope
 from sparsecnx.tensor import SparseTensor
 
 __all__ = ["BlockParameters", "convnextv2_block", "operator"]
 
-
-def _compare(x: SparseTensor, p: BlockParameters | None = None, *_: object) -> Comparison:
-    """CUDA beside Triton in the depthwise steps, forward and backward; the published models have 7x7 kernels."""
-    kernel = (7, 7) if p is None else tuple(p.dwconv_weight.shape[2:])
-    steps = ("depthwise_conv_fused", "depthwise_conv", "depthwise_conv_weight_grad")
-    return compare(steps, x.device, x.dtype, x.features.shape[1], x.layout.tile, kernel)
-
-
 operator = Operator(
     "convnextv2_block",
-    native=Implementation(native.convnextv2_block, refusal_2d, native.detail),
-    triton=triton_room(__name__, "convnextv2_block", triton_refusal_2d, "detail"),
-    cuda=Implementation(cuda.convnextv2_block, cuda.refusal, cuda.detail, _compare),
-    reference=Implementation(reference.convnextv2_block, always),
-    minkowski=Implementation(minkowski.convnextv2_block, minkowski_refusal, by_name=True),
+    cpu=Implementation(cpu.convnextv2_block, cpu_backend.refusal_2d, cpu.detail),
+    triton=triton_launch.implementation(
+        "sparsecnx.ops.block.triton_kernels", "convnextv2_block", triton_launch.refusal_2d, "detail"
+    ),
+    cuda=Implementation(cuda.convnextv2_block, cuda.refusal, cuda.detail),
+    minkowski=Implementation(layers.by_operators, minkowski_backend.refusal),
+    reference=Implementation(layers.reference, never),
 )
 
 
@@ -77,14 +63,44 @@ def convnextv2_block(
     check_sparse(x)
     if recompute not in (True, False, "auto"):
         raise ValueError(f"recompute is {recompute!r}: expected True, False or 'auto'")
+    check_scope(scope)
     p = BlockParameters(*parameters)
-    channels, ndim = x.features.shape[1], x.layout.ndim
-    kernel = tuple(p.dwconv_weight.shape[2:])
-    if p.dwconv_weight.shape[:2] != (channels, 1) or len(kernel) != ndim:
-        raise ValueError(f"dwconv_weight is {tuple(p.dwconv_weight.shape)}: expected ({channels}, 1{', k' * ndim})")
-    if any(size % 2 == 0 for size in kernel):
-        raise ValueError(f"dwconv_weight is {tuple(p.dwconv_weight.shape)}: kernel sizes must be odd")
-    hidden = p.pwconv1_weight.shape[0]
+    channels, hidden = x.features.shape[1], p.pwconv1_weight.shape[0]
+    _check_shapes(x, p, channels, hidden)
+    if survival is not None:
+        if tuple(survival.shape) != (x.layout.batch,):
+            raise ValueError(f"survival is {tuple(survival.shape)}: expected ({x.layout.batch},)")
+        check_device(survival, "survival", x)
+
+    x, (kernel, first, second) = autocast(x, p.dwconv_weight, p.pwconv1_weight, p.pwconv2_weight)
+    for name, value in (("dwconv_weight", kernel), ("pwconv1_weight", first), ("pwconv2_weight", second)):
+        check_device(value, name, x)
+        check_same_dtype(x, name, value)
+    dtype = statistics_dtype(x.dtype)
+    p = BlockParameters(
+        kernel.contiguous(),
+        vector(p.dwconv_bias, channels, dtype),
+        vector(p.norm_weight, channels, dtype),
+        vector(p.norm_bias, channels, dtype),
+        first.contiguous(),
+        vector(p.pwconv1_bias, hidden, dtype),
+        vector(p.grn_gamma, hidden, dtype),
+        vector(p.grn_beta, hidden, dtype),
+        second.contiguous(),
+        vector(p.pwconv2_bias, channels, dtype),
+    )
+    if survival is not None:
+        survival = survival.detach().to(dtype)
+    return x.with_features(operator(x, p, survival, scope, eps, None if recompute == "auto" else recompute))
+
+
+def _check_shapes(x: SparseTensor, p: BlockParameters, channels: int, hidden: int) -> None:
+    """Raise ValueError unless the parameters fit each other and `x`."""
+    ndim, kernel = x.layout.ndim, tuple(p.dwconv_weight.shape)
+    if kernel[:2] != (channels, 1) or len(kernel) != 2 + ndim:
+        raise ValueError(f"dwconv_weight is {kernel}: expected ({channels}, 1{', k' * ndim})")
+    if any(size % 2 == 0 for size in kernel[2:]):
+        raise ValueError(f"dwconv_weight is {kernel}: kernel sizes must be odd")
     for name, expected in (("pwconv1_weight", (hidden, channels)), ("pwconv2_weight", (channels, hidden))):
         if tuple(getattr(p, name).shape) != expected:
             raise ValueError(f"{name} is {tuple(getattr(p, name).shape)}: expected {expected}")
@@ -92,20 +108,3 @@ def convnextv2_block(
         check_vector(getattr(p, name), name, channels, x)
     for name in ("pwconv1_bias", "grn_gamma", "grn_beta"):
         check_vector(getattr(p, name), name, hidden, x)
-    if survival is not None:
-        if tuple(survival.shape) != (x.layout.batch,):
-            raise ValueError(f"survival is {tuple(survival.shape)}: expected ({x.layout.batch},)")
-        check_device(survival, "survival", x)
-
-    x, matrices = autocast(x, p.dwconv_weight, p.pwconv1_weight, p.pwconv2_weight)
-    dtype = statistics_dtype(x.dtype)
-    vectors = {name: value.flatten().to(dtype) for name, value in p._asdict().items()}
-    vectors |= zip(("dwconv_weight", "pwconv1_weight", "pwconv2_weight"), matrices, strict=True)
-    p = BlockParameters(**vectors)
-    for name in ("dwconv_weight", "pwconv1_weight", "pwconv2_weight"):
-        check_device(getattr(p, name), name, x)
-        check_same_dtype(x, name, getattr(p, name))
-    if survival is not None:
-        survival = survival.detach().to(dtype)
-    features = operator(x, p, survival, segments(x.layout, scope), eps, None if recompute == "auto" else recompute)
-    return x.with_features(features)

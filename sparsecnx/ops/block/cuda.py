@@ -1,4 +1,4 @@
-"""The fused ConvNeXt V2 block with the depthwise steps of CUDA C++. Everything else is that of `triton.py`."""
+"""The fused ConvNeXt V2 block with the depthwise steps of CUDA C++. The rest is `triton_kernels.py`."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ from typing import Any
 
 from torch import Tensor
 
-from sparsecnx.backends import triton_launch
-from sparsecnx.ops.cuda import refusal_2d
+from sparsecnx.backends import cuda, triton_launch
 from sparsecnx.tensor import SparseTensor
 
-triton: Any = importlib.import_module("sparsecnx.ops.block.triton_kernels") if triton_launch.available else None
+kernels: Any = importlib.import_module("sparsecnx.ops.block.triton_kernels") if triton_launch.available else None
 
 
 def refusal(x: SparseTensor) -> str | None:
-    """Why the block cannot run on `x` with CUDA's depthwise steps; None where it can."""
-    refused = refusal_2d(x)
+    """Return why the block cannot run on `x` with CUDA's depthwise steps; None where it can."""
+    refused = cuda.refusal(x)
     if refused is not None:
         return refused
-    refused = triton_launch.refusal(x.device)
-    return None if refused is None else f"all but its depthwise steps are Triton's: {refused}"
+    refused = triton_launch.device_refusal(x.device)
+    return None if refused is None else f"its other steps are Triton's: {refused}"
 
 
 def convnextv2_block(x: SparseTensor, *arguments: Any) -> Tensor:
-    """Features `(rows, C)` of the block; arguments as those of `triton.convnextv2_block`."""
-    return triton.convnextv2_block(x, *arguments, depthwise="cuda")
+    """Return features `(rows, C)` of the block; arguments as those of `triton_kernels.convnextv2_block`."""
+    return kernels.convnextv2_block(x, *arguments, depthwise="cuda")
 
 
 def detail(x: SparseTensor) -> str:
-    """How the block runs on `x`, for those who ask."""
-    return f"depthwise steps alone, the rest on triton; {triton.detail(x)}"
+    """Return how the block runs on `x`."""
+    return f"depthwise steps alone, the rest on triton; {kernels.detail(x)}"

@@ -24,7 +24,6 @@ The depthwise steps are Triton's or those of CUDA C++, one or the other in forwa
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -32,13 +31,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecnx.backends import compiled, triton_launch
+from sparsecnx.backends import triton_launch
 from sparsecnx.backends.triton_functions import aligned, dot, gelu, gelu_and_slope, grouped_blocks, rounded
 from sparsecnx.ops.block.parameters import BlockParameters
 from sparsecnx.ops.block.triton_folding import fold, unfold
+from sparsecnx.ops.depthwise_convolution import cuda as depthwise_cuda
 from sparsecnx.ops.depthwise_convolution import triton_kernels as depthwise_triton
-from sparsecnx.ops.depthwise_convolution.geometry import neighbour_table
+from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.ops.global_response_norm import triton_kernels as grn
+from sparsecnx.ops.global_response_norm.groups import group_splits, row_groups
 from sparsecnx.ops.layer_normalization import triton_kernels as layer_norm
 from sparsecnx.tensor import SparseTensor
 
@@ -50,10 +51,8 @@ GROUP = 8  # block rows that share the second operand
 # Rows of a block of the second pass over the hidden layer: elementwise where it was kept, else two products.
 GRADIENT_ROWS = {True: 32, False: 64}
 
-# The rooms whose kernels can do the depthwise steps.
-DEPTHWISE: dict[str, Any] = {"triton": depthwise_triton}
-if compiled.loaded:
-    DEPTHWISE["cuda"] = importlib.import_module("sparsecnx.ops.depthwise_conv.cuda")
+# The modules whose kernels can do the depthwise steps.
+DEPTHWISE: dict[str, Any] = {"triton": depthwise_triton, "cuda": depthwise_cuda}
 
 ONE_PRODUCT = [
     triton.Config({"BLOCK_N": 128}, num_warps=8, num_stages=3),
@@ -603,18 +602,18 @@ def convnextv2_block(
     x: SparseTensor,
     p: BlockParameters,
     survival: Tensor | None,
-    segments: Tensor,
+    scope: str,
     eps: float,
     recompute: bool | None,
     depthwise: str = "triton",
 ) -> Tensor:
-    """Features `(rows, C)` of the block; `recompute=None` decides by C, `depthwise` is one of `DEPTHWISE`."""
+    """Return features `(rows, C)` of the block; `recompute=None` decides by C, `depthwise` is one of `DEPTHWISE`."""
     if depthwise == "triton":
         depthwise_triton.check_kernel(p.dwconv_weight, "dwconv_weight")
     wanted = torch.is_grad_enabled() and any(value.requires_grad for value in (x.features, *p))
     keep = wanted and not recomputes(x, recompute)
-    row_scale = None if survival is None else survival[grn.row_groups(x.layout, "sample")]
-    row_group = grn.row_groups(x.layout, grn.scope_of(x.layout, segments))
+    row_scale = None if survival is None else survival[x.layout.row_image()]
+    row_group, segments = row_groups(x.layout, scope), group_splits(x.layout, scope)
     table = neighbour_table(x.layout, p.dwconv_weight.shape[2:])
     features, parameters = x.features.contiguous(), [value.contiguous() for value in p]
     places = row_scale, row_group, table, segments

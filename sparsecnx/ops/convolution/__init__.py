@@ -1,30 +1,30 @@
-"""Submanifold convolution with any kernel and stride; 1x1 and patchify kernels are plain GEMMs."""
+"""Submanifold convolution with any kernel and stride; 1x1 and patchify kernels are one matrix product."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from sparsecnx.backends.dispatch import Implementation, Operator, always
-from sparsecnx.backends.selection import selected
-from sparsecnx.ops.checks import (
-    autocast,
-    check_device,
-    check_same_dtype,
-    check_sparse,
-    check_vector,
-)
+from sparsecnx.backends import cpu as cpu_backend
+from sparsecnx.backends import minkowski as minkowski_backend
+from sparsecnx.backends import triton_launch
+from sparsecnx.backends.dispatch import Implementation, Operator, never
+from sparsecnx.ops.checks import autocast, check_device, check_same_dtype, check_sparse, check_vector
 from sparsecnx.ops.convolution import cpu, minkowski, patchify, reference
-from sparsecnx.ops.minkowski import refusal as minkowski_refusal
-from sparsecnx.ops.native import refusal
-from sparsecnx.ops.triton import implementation
 from sparsecnx.tensor import SparseTensor
 
 operator = Operator(
     "conv",
-    native=Implementation(native.conv, refusal),
-    triton=implementation(__name__, "conv"),
-    reference=Implementation(reference.conv, always),
-    minkowski=Implementation(minkowski.conv, minkowski_refusal, by_name=True),
+    cpu=Implementation(cpu.conv, cpu_backend.refusal),
+    triton=triton_launch.implementation("sparsecnx.ops.convolution.triton_kernels", "conv"),
+    minkowski=Implementation(minkowski.conv, minkowski_backend.refusal),
+    reference=Implementation(reference.conv, never),
+)
+# torch's own matrix product serves every device, and stands in for the CPU, Triton and CUDA backends alike.
+patchify_operator = Operator(
+    "patchify",
+    library=Implementation(patchify.conv, never),
+    minkowski=Implementation(minkowski.conv, minkowski_backend.refusal),
+    reference=Implementation(reference.conv, never),
 )
 
 
@@ -61,21 +61,18 @@ def conv(
         raise ValueError(f"weight is {tuple(weight.shape)}: expected (C_out, {channels}{', k' * ndim})")
     kernel = tuple(weight.shape[2:])
     layout = x.layout.coarsen(stride)
-    offsets = _padding(padding, kernel, stride)
+    before = _padding(padding, kernel, stride)
     check_device(weight, "weight", x)
     if bias is not None:
         check_vector(bias, "bias", weight.shape[0], x)
     x, (weight,) = autocast(x, weight)
     check_same_dtype(x, "weight", weight)
-    if gemm.applies(x, kernel, stride, offsets) and (
-        selected() == "auto" or operator.choose(x) not in ("reference", "minkowski")
-    ):
-        return x.with_features(gemm.conv(x, weight, bias, stride), layout)
-    return x.with_features(operator(x, weight, bias, stride, offsets), layout)
+    runs = patchify_operator if patchify.applies(x, kernel, stride, before) else operator
+    return x.with_features(runs(x, weight, bias, stride, before), layout)
 
 
 def _padding(padding: int | tuple[int, ...] | None, kernel: tuple[int, ...], stride: int) -> tuple[int, ...]:
-    """Zeros before the first site of each axis; raises ValueError if they do not fit the kernel."""
+    """Return the zeros before the first site of each axis; raise ValueError if they do not fit the kernel."""
     if padding is None:
         return tuple(0 if size == stride else size // 2 if size % 2 else max(size - stride, 0) // 2 for size in kernel)
     given = (padding,) * len(kernel) if isinstance(padding, int) else tuple(padding)

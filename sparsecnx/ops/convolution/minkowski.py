@@ -6,23 +6,24 @@ import torch
 from torch import Tensor
 
 from sparsecnx.backends import minkowski
-from sparsecnx.ops.minkowski import centred, convolution_mode, differentiable_once, maps, not_traced, taps
+from sparsecnx.backends.minkowski import centred, convolution_mode, differentiable_once, not_traced, taps
+from sparsecnx.geometry.minkowski_maps import maps
 from sparsecnx.tensor import SparseTensor
 
 
 @not_traced
 def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]) -> Tensor:
-    """Features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`.
+    """Return features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`.
 
     A gradient of a gradient raises NotImplementedError: the library has none.
 
-    Other paddings than those of MinkowskiEngine's kernels cost taps of zeros, see `centred`, which next to values that
-    are not finite give NaN.
+    Other paddings than those of MinkowskiEngine's kernels cost taps of zeros (`centred`). These give NaN next to values
+    that are not finite.
     """
     layout = x.layout
     weight = centred(weight, padding)
     kernel = taps(weight)
-    if layout.rows == 0:  # the library reads memory that is none of its own
+    if layout.rows == 0:  # The library would read memory that is not its own.
         out = x.features @ kernel.sum(0)
     else:
         library = minkowski.library()

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecnx.geometry.layout import tile_to_rows
+from sparsecnx.geometry.nested_order import tile_to_rows
 from sparsecnx.tensor import SparseTensor
 
 
 def applies(x: SparseTensor, kernel: tuple[int, ...], stride: int, padding: tuple[int, ...]) -> bool:
-    """Whether a convolution reads exactly the `stride**ndim` consecutive rows of each output site."""
+    """Return whether a convolution reads exactly the `stride**ndim` consecutive rows of each output site."""
     if any(size != stride for size in kernel) or any(padding):
         return False
     # The children of a site are consecutive only along whole levels of the nested order.
@@ -21,10 +21,9 @@ def applies(x: SparseTensor, kernel: tuple[int, ...], stride: int, padding: tupl
     return power_of_two or stride == x.layout.tile
 
 
-def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """Features `(rows / stride**ndim, C_out)`; `weight (C_out, C_in, *([stride] * ndim))`."""
-    ndim = x.layout.ndim
+def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]) -> Tensor:
+    """Return features `(rows / stride**ndim, C_out)`; `weight (C_out, C_in, *([stride] * ndim))`, no padding."""
     taps = weight.movedim(1, -1)  # (C_out, *kernel, C_in)
-    nested = tile_to_rows(taps, ndim).reshape(weight.shape[0], -1)
+    nested = tile_to_rows(taps, x.layout.ndim).reshape(weight.shape[0], -1)
     patches = x.features.reshape(-1, nested.shape[1])
     return F.linear(patches, nested, None if bias is None else bias.to(x.dtype))

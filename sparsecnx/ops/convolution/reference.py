@@ -11,11 +11,11 @@ from sparsecnx.tensor import SparseTensor
 
 
 def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]) -> Tensor:
-    """Features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`."""
+    """Return features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`."""
     coarse = x.layout.coarsen(stride)
     before_and_after = []
     for size, kernel, before in zip(coarse.shape[::-1], weight.shape[:1:-1], padding[::-1], strict=True):
-        extent = (size - 1) * stride + kernel  # input sites that the output of that size needs
+        extent = (size - 1) * stride + kernel  # Input sites that an output of that size needs.
         before_and_after += [before, extent - size * stride - before]
     padded = F.pad(x.dense(), before_and_after)
     bias = None if bias is None else bias.to(x.dtype)

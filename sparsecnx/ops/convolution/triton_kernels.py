@@ -3,7 +3,7 @@
     columns[o, k, :] = x[kernel_map[o, k], :]  (0 where that is -1)          out = columns @ weight.T
 
 a chunk of output rows at a time, so that the columns stay small. The gradient of x is the same computation with the
-map turned around: for every input row the output row that reads it through each tap, at most one.
+map invert_kernel_map around: for every input row the output row that reads it through each tap, at most one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.triton_functions import aligned
-from sparsecnx.geometry.kernel_map import turned
+from sparsecnx.geometry.kernel_map import invert_kernel_map
 from sparsecnx.tensor import SparseTensor
 
 COLUMN_VALUES = 2**28  # of a chunk of gathered rows
@@ -95,7 +95,7 @@ def _chunk(kernel_map: Tensor, x: Tensor) -> int:
 
 
 def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]) -> Tensor:
-    """Features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`."""
+    """Return features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`."""
     kernel_map = x.layout.kernel_map(tuple(weight.shape[2:]), stride, padding)
     taps = weight.flatten(2).movedim(1, 2).reshape(weight.shape[0], -1)  # (C_out, taps * C_in)
     out = rows_conv(x.features.contiguous(), taps.contiguous(), kernel_map, None)
@@ -116,7 +116,7 @@ def _conv_backward(
     if not needs_x:
         return x.new_empty(0), grad_weight
     if inverse_map is None:
-        inverse_map = turned(kernel_map, x.shape[0])
+        inverse_map = invert_kernel_map(kernel_map, x.shape[0])
     outputs, taps = weight.shape[0], kernel_map.shape[1]
     back = weight.view(outputs, taps, -1).permute(2, 1, 0).reshape(-1, taps * outputs)  # (C_in, taps * C_out)
     grad_x = convolve(grad, back, inverse_map)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sparsecnx.backends import minkowski
-from sparsecnx.ops.minkowski import differentiable_once, maps, not_traced, taps
+from sparsecnx.backends.minkowski import differentiable_once, not_traced, taps
+from sparsecnx.geometry.minkowski_maps import maps
 from sparsecnx.tensor import SparseTensor
 
 FORK = "MinkowskiDepthwiseConvolution"
@@ -21,10 +22,10 @@ FORK = "MinkowskiDepthwiseConvolution"
 
 @not_traced
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Features `(rows, C)` of the convolution of `x` with `weight (C, 1, *kernel)`."""
+    """Return features `(rows, C)` of the convolution of `x` with `weight (C, 1, *kernel)`."""
     layout, features = x.layout, x.features
     kernel = taps(weight)[:, 0]  # (K, C)
-    if layout.rows == 0:  # the library reads memory that is none of its own
+    if layout.rows == 0:  # The library would read memory that is not its own.
         out = features * kernel.sum(0)
     else:
         library = minkowski.library()
@@ -32,7 +33,7 @@ def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tens
         layer = _layer(getattr(library, FORK) if forked else library.MinkowskiChannelwiseConvolution)
         if forked:
             features, kernel = differentiable_once(features, kernel)
-        # A module for each call: while it runs the kernel is its parameter, and another thread has another kernel.
+        # Each call has its own module: while it runs, the kernel is its parameter.
         module = layer(features.shape[1], tuple(weight.shape[2:]), dimension=layout.ndim)
         with torch.cuda.device_of(features):
             geometry = maps(layout.tiles)
@@ -45,6 +46,6 @@ def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 @functools.cache
 def _layer(kind: Any) -> Any:
-    """The library's class, for modules whose own parameters are never used: none are drawn, so that the random numbers
-    of the process stay as they were."""
+    """Return the library's class for modules whose own parameters are never used. None are drawn, so that the random
+    numbers of the process stay as they were."""
     return type(kind.__name__, (kind,), {"reset_parameters": lambda *_: None})

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.triton_functions import aligned, nested_column, nested_line, rounded
-from sparsecnx.geometry.layout import nested_factors
-from sparsecnx.ops.depthwise_convolution.geometry import neighbour_table
+from sparsecnx.geometry.nested_order import nested_factors
+from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.tensor import SparseTensor
 
 LONGEST_STRIP = 8  # output rows, and with them accumulators, of a program
@@ -359,7 +359,9 @@ def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: tuple
     wide = triton_launch.blocks(channels, block)
     total = rows // tile  # of the positions of all tiles
     # Ranges short enough for L1 and for enough programs, long enough for the partial sums to be few beside the rows.
-    ranges = max(triton_launch.blocks(rows, SITES_IN_L1), triton_launch.blocks(4 * triton_launch.processors(x.device), wide))
+    ranges = max(
+        triton_launch.blocks(rows, SITES_IN_L1), triton_launch.blocks(4 * triton_launch.processors(x.device), wide)
+    )
     ranges = max(1, min(ranges, total // (4 * positions)))
     per_program = triton_launch.blocks(triton_launch.blocks(total, ranges), positions) * positions
     ranges = max(1, triton_launch.blocks(total, per_program)) if total else 1
@@ -422,7 +424,7 @@ def _reach(table: Tensor) -> int:
 
 
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Features `(rows, C)` of the convolution of `x` with `weight (C, 1, kh, kw)`."""
+    """Return features `(rows, C)` of the convolution of `x` with `weight (C, 1, kh, kw)`."""
     check_kernel(weight, "weight")
     table = neighbour_table(x.layout, weight.shape[2:])
     bias = None if bias is None else bias.contiguous()

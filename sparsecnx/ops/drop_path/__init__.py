@@ -5,21 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsecnx.backends.dispatch import Implementation, Operator, always
-from sparsecnx.ops.checks import check_sparse, statistics_dtype
+from sparsecnx.backends import cpu as cpu_backend
+from sparsecnx.backends import triton_launch
+from sparsecnx.backends.dispatch import Implementation, Operator, never
+from sparsecnx.common.dtypes import statistics_dtype
+from sparsecnx.ops.checks import check_sparse
 from sparsecnx.ops.drop_path import cpu, reference
-from sparsecnx.ops.minkowski import refusal as minkowski_refusal
-from sparsecnx.ops.native import refusal
-from sparsecnx.ops.triton import implementation
 from sparsecnx.tensor import SparseTensor
 
 operator = Operator(
     "stochastic_depth",
-    native=Implementation(native.scale_images, refusal),
-    triton=implementation(__name__, "scale_images"),
-    reference=Implementation(reference.scale_images, always),
-    # MinkowskiEngine has no such layer: code written for it does this in torch, on the rows.
-    minkowski=Implementation(reference.scale_images, minkowski_refusal, by_name=True),
+    cpu=Implementation(cpu.scale_images, cpu_backend.refusal),
+    triton=triton_launch.implementation("sparsecnx.ops.drop_path.triton_kernels", "scale_images"),
+    reference=Implementation(reference.scale_images, never),
 )
 
 
@@ -44,7 +42,7 @@ def stochastic_depth(x: SparseTensor, p: float, training: bool = True) -> Sparse
 
 
 def draw_survival(x: SparseTensor, p: float, training: bool) -> Tensor | None:
-    """Scale of each image, `(B,)`: 0 with probability `p`, else `1 / (1 - p)`; None for the identity.
+    """Draw the scale of each image, `(B,)`: 0 with probability `p`, else `1 / (1 - p)`; None for the identity.
 
     Raises:
         ValueError: `p` is outside [0, 1).

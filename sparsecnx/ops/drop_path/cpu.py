@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sparsecnx.backends import compiled
+from sparsecnx.backends.registration import Saved, register
 from sparsecnx.tensor import SparseTensor
 
 
 def scale_images(x: SparseTensor, scale: Tensor) -> Tensor:
-    """Features `(rows, C)`, those of image `n` times `scale[n]`."""
+    """Return features `(rows, C)`, those of image `n` times `scale[n]`."""
     return torch.ops.sparsecnx.scale_rows(x.features.contiguous(), scale, x.layout.row_splits)
 
 
+def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    return {"x": torch.ops.sparsecnx.scale_rows(grad, saved.scale, saved.splits)}
+
+
 if compiled.loaded:
-
-    @torch.library.register_fake("sparsecnx::scale_rows")
-    def _(x: Tensor, scale: Tensor, splits: Tensor) -> Tensor:
-        return torch.empty_like(x)
-
-    def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, scale, splits = inputs
-        ctx.save_for_backward(scale, splits)
-
-    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        scale, splits = ctx.saved_tensors
-        return torch.ops.sparsecnx.scale_rows(grad.contiguous(), scale, splits), None, None
-
-    torch.library.register_autograd("sparsecnx::scale_rows", _backward, setup_context=_setup_context)
+    register(
+        "sparsecnx::scale_rows",
+        fake=lambda x, scale, splits: torch.empty_like(x),
+        saves=("scale", "splits"),
+        backward=_backward,
+    )

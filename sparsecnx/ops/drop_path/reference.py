@@ -8,5 +8,5 @@ from sparsecnx.tensor import SparseTensor
 
 
 def scale_images(x: SparseTensor, scale: Tensor) -> Tensor:
-    """Features `(rows, C)`, those of image `n` times `scale[n]`."""
+    """Return features `(rows, C)`, those of image `n` times `scale[n]`."""
     return x.features * scale[x.layout.row_image()][:, None].to(x.dtype)

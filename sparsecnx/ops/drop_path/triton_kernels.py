@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.triton_functions import rounded
-from sparsecnx.ops.global_response_norm.triton_kernels import row_groups
 from sparsecnx.tensor import SparseTensor
 
 BLOCK_ROWS = 64
@@ -46,8 +45,8 @@ def scale_rows_kernel(
 
 
 def scale_images(x: SparseTensor, scale: Tensor) -> Tensor:
-    """Features `(rows, C)`, those of image `n` times `scale[n]`."""
-    return scale_rows(x.features.contiguous(), scale.contiguous(), row_groups(x.layout, "sample"))
+    """Return features `(rows, C)`, those of image `n` times `scale[n]`."""
+    return scale_rows(x.features.contiguous(), scale.contiguous(), x.layout.row_image())
 
 
 @torch.library.custom_op("sparsecnx_triton::scale_rows", mutates_args=())

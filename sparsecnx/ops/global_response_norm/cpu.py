@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sparsecnx.backends import compiled
+from sparsecnx.backends.registration import Saved, register
+from sparsecnx.ops.global_response_norm.groups import group_splits
 from sparsecnx.tensor import SparseTensor
 
 
-def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, segments: Tensor, eps: float) -> Tensor:
-    """Features `(rows, C)`; `segments (S + 1,)` splits the rows into the groups normalised together."""
-    out, _ = torch.ops.sparsecnx.grn(x.features.contiguous(), gamma.contiguous(), beta.contiguous(), segments, eps)
+def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, scope: str, eps: float) -> Tensor:
+    """Return features `(rows, C)`; `gamma`, `beta` `(C,)`."""
+    out, _ = torch.ops.sparsecnx.grn(x.features.contiguous(), gamma, beta, group_splits(x.layout, scope), eps)
     return out
 
 
+def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    (energy,) = saved.outputs
+    grads = torch.ops.sparsecnx.grn_backward(grad, saved.x, saved.gamma, saved.groups, energy, saved.eps)
+    return dict(zip(("x", "gamma", "beta"), grads, strict=True))
+
+
 if compiled.loaded:
-
-    @torch.library.register_fake("sparsecnx::grn")
-    def _(x: Tensor, gamma: Tensor, beta: Tensor, segments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x), gamma.new_empty(segments.shape[0] - 1, x.shape[1])
-
-    @torch.library.register_fake("sparsecnx::grn_backward")
-    def _(
-        grad: Tensor, x: Tensor, gamma: Tensor, segments: Tensor, energy: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
-
-    def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, gamma, _, segments, eps = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, gamma, segments, output[1])
-        ctx.eps = eps
-
-    def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None, None, None
-        x, gamma, segments, energy = ctx.saved_tensors
-        grads = torch.ops.sparsecnx.grn_backward(grad.contiguous(), x, gamma, segments, energy, ctx.eps)
-        return *grads, None, None
-
-    torch.library.register_autograd("sparsecnx::grn", _backward, setup_context=_setup_context)
+    register(
+        "sparsecnx::grn",
+        fake=lambda x, gamma, beta, groups, eps: (
+            torch.empty_like(x),
+            gamma.new_empty(groups.shape[0] - 1, x.shape[1]),
+        ),
+        saves=("x", "gamma", "groups", "eps"),
+        backward=_backward,
+    )
+    register(
+        "sparsecnx::grn_backward",
+        fake=lambda grad, x, gamma, groups, energy, eps: (
+            torch.empty_like(x),
+            torch.empty_like(gamma),
+            torch.empty_like(gamma),
+        ),
+    )

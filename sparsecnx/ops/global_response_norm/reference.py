@@ -1,18 +1,19 @@
-"""Global Response Normalization on rows, image by image, in plain torch (arXiv 2301.00808, algorithm 1)."""
+"""Global Response Normalization on rows, group by group, in plain torch (arXiv 2301.00808, algorithm 1)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from sparsecnx.ops.global_response_norm.groups import group_splits, row_groups
 from sparsecnx.tensor import SparseTensor
 
 
-def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, segments: Tensor, eps: float) -> Tensor:
-    """Features `(rows, C)`; `segments (S + 1,)` splits the rows into the groups normalised together."""
+def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, scope: str, eps: float) -> Tensor:
+    """Return features `(rows, C)`; `gamma`, `beta` `(C,)`."""
     values = x.features.to(gamma.dtype)
-    group = torch.bucketize(torch.arange(values.shape[0], device=x.device), segments[1:], right=True)
-    energy = values.new_zeros(segments.shape[0] - 1, values.shape[1]).index_add(0, group, values.square())
+    group, groups = row_groups(x.layout, scope), group_splits(x.layout, scope).shape[0] - 1
+    energy = values.new_zeros(groups, values.shape[1]).index_add(0, group, values.square())
     # torch.norm's subgradient at a channel that is zero everywhere is 0; sqrt alone would give nan.
     silent = energy == 0
     norm = torch.where(silent, 1.0, energy).sqrt() * ~silent

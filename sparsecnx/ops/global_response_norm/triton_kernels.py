@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.triton_functions import rounded
-from sparsecnx.geometry.layout import Layout, remember
+from sparsecnx.ops.global_response_norm.groups import group_splits, row_groups
 from sparsecnx.tensor import SparseTensor
 
 BLOCK_ROWS = 64  # a float32 partial row for 64 rows of x: 1/32 of the bytes of x in 16 bits
@@ -280,22 +280,6 @@ def response_backward_kernel(
         tl.store(scale_ptr + base + c, 1.0 + gamma * tl.where(silent, 0.0, norm * inverse), c < channels)
 
 
-def row_groups(layout: Layout, scope: str) -> Tensor:
-    """int32 `(rows,)`: the group of each row, its image for scope `"sample"`, 0 for `"batch"`."""
-
-    def build() -> Tensor:
-        if scope == "sample":
-            return layout.row_image().to(torch.int32)
-        return torch.zeros(layout.rows, dtype=torch.int32, device=layout.device)
-
-    return remember(layout, ("row groups", scope), build)
-
-
-def scope_of(layout: Layout, splits: Tensor) -> str:
-    """The scope whose groups are split at `splits`, `"sample"` or `"batch"`; a single image is both."""
-    return "sample" if splits.shape[0] == layout.batch + 1 else "batch"
-
-
 def partial_sums(rows: int, groups: int, channels: int, block_rows: int, like: Tensor) -> Tensor:
     """Uninitialised buffer of staircase sums, float32 `(blocks + groups, C)`, on the device of `like`."""
     shape = triton_launch.blocks(rows, block_rows) + groups, channels
@@ -428,11 +412,10 @@ def _row_blocks(rows: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
     return grid, {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_C": block_c, "ALIGN": math.gcd(channels, 16), "num_warps": 4}
 
 
-def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, segments: Tensor, eps: float) -> Tensor:
-    """Features `(rows, C)`; `segments (S + 1,)`, of `ops.grn.segments`, splits the rows into the groups normalised
-    together."""
-    groups = row_groups(x.layout, scope_of(x.layout, segments))
-    out, _ = grn_forward(x.features.contiguous(), gamma.contiguous(), beta.contiguous(), groups, segments, eps)
+def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, scope: str, eps: float) -> Tensor:
+    """Return features `(rows, C)`; `gamma`, `beta` `(C,)`."""
+    groups, splits = row_groups(x.layout, scope), group_splits(x.layout, scope)
+    out, _ = grn_forward(x.features.contiguous(), gamma, beta, groups, splits, eps)
     return out
 
 
@@ -440,7 +423,7 @@ def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, segments: Tensor, eps: flo
 def grn_forward(
     x: Tensor, gamma: Tensor, beta: Tensor, row_group: Tensor, splits: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Features `(rows, C)`, and the energy of every group and channel, `(groups, C)`."""
+    """Return features `(rows, C)`, and the energy of every group and channel, `(groups, C)`."""
     (rows, channels), groups = x.shape, splits.shape[0] - 1
     grid, options = _row_blocks(rows, channels)
     partial = partial_sums(rows, groups, channels, BLOCK_ROWS, x)
@@ -471,7 +454,9 @@ def grn_backward(
     grid, options = _row_blocks(rows, channels)
     partial = partial_sums(rows, groups, channels, BLOCK_ROWS, x)
     bias_partial = partial_sums(rows, 0, channels, BLOCK_ROWS, x)
-    triton_launch.launch(gradient_sums_kernel, grid, grad, x, row_group, partial, bias_partial, rows, channels, **options)
+    triton_launch.launch(
+        gradient_sums_kernel, grid, grad, x, row_group, partial, bias_partial, rows, channels, **options
+    )
     grad_gamma, grad_energy, scale = response_backward(partial, splits, BLOCK_ROWS, energy, gamma, eps)
     grad_x = torch.empty_like(x)
     triton_launch.launch(

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparsecnx.backends.dispatch import Implementation, Operator, always
-from sparsecnx.ops.checks import check_sparse, check_vector, statistics_dtype
+from sparsecnx.backends import cpu as cpu_backend
+from sparsecnx.backends import triton_launch
+from sparsecnx.backends.dispatch import Implementation, Operator, never
+from sparsecnx.common.dtypes import statistics_dtype
+from sparsecnx.ops.checks import check_sparse, check_vector, vector
 from sparsecnx.ops.layer_normalization import cpu, reference
-from sparsecnx.ops.minkowski import refusal as minkowski_refusal
-from sparsecnx.ops.native import refusal
-from sparsecnx.ops.triton import implementation
 from sparsecnx.tensor import SparseTensor
 
 operator = Operator(
     "layer_norm",
-    native=Implementation(native.layer_norm, refusal),
-    triton=implementation(__name__, "layer_norm"),
-    reference=Implementation(reference.layer_norm, always),
-    # MinkowskiEngine has no such layer: code written for it does this in torch, on the rows.
-    minkowski=Implementation(reference.layer_norm, minkowski_refusal, by_name=True),
+    cpu=Implementation(cpu.layer_norm, cpu_backend.refusal),
+    triton=triton_launch.implementation("sparsecnx.ops.layer_normalization.triton_kernels", "layer_norm"),
+    reference=Implementation(reference.layer_norm, never),
 )
 
 
@@ -42,4 +40,4 @@ def layer_norm(x: SparseTensor, weight: Tensor, bias: Tensor, eps: float = 1e-6)
     check_vector(weight, "weight", channels, x)
     check_vector(bias, "bias", channels, x)
     dtype = statistics_dtype(x.dtype)
-    return x.with_features(operator(x, weight.to(dtype), bias.to(dtype), eps))
+    return x.with_features(operator(x, vector(weight, channels, dtype), vector(bias, channels, dtype), eps))

@@ -9,6 +9,6 @@ from sparsecnx.tensor import SparseTensor
 
 
 def layer_norm(x: SparseTensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Features `(rows, C)`, statistics in the dtype of `weight`."""
+    """Return features `(rows, C)`, statistics in the dtype of `weight`."""
     values = x.features.to(weight.dtype)
     return F.layer_norm(values, weight.shape, weight, bias, eps).to(x.dtype)

@@ -160,14 +160,14 @@ def _block(channels: int) -> dict[str, int]:
 
 
 def layer_norm(x: SparseTensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Features `(rows, C)`."""
+    """Return features `(rows, C)`."""
     out, _ = layer_norm_forward(x.features.contiguous(), weight.contiguous(), bias.contiguous(), eps)
     return out
 
 
 @torch.library.custom_op("sparsecnx_triton::layer_norm", mutates_args=())
 def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Features `(rows, C)`, and the moments of the rows `(rows, 2)`: mean, 1 / sqrt(var + eps)."""
+    """Return features `(rows, C)`, and the moments of the rows `(rows, 2)`: mean, 1 / sqrt(var + eps)."""
     rows, channels = x.shape
     options = _block(channels)
     out, moments = torch.empty_like(x), weight.new_empty(rows, 2)
@@ -186,7 +186,9 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, moments: Tensor
     """Gradients of x, weight and bias."""
     rows, channels = x.shape
     options = _block(channels)
-    programs = min(triton_launch.blocks(rows, options["BLOCK_ROWS"]), PROGRAMS_PER_PROCESSOR * triton_launch.processors(x.device))
+    programs = min(
+        triton_launch.blocks(rows, options["BLOCK_ROWS"]), PROGRAMS_PER_PROCESSOR * triton_launch.processors(x.device)
+    )
     grad_x = torch.empty_like(x)
     weight_partial, bias_partial = weight.new_empty(programs, channels), weight.new_empty(programs, channels)
     triton_launch.launch(

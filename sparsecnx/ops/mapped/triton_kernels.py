@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.triton_functions import aligned, rounded
-from sparsecnx.geometry.kernel_map import MappedRows, turned
+from sparsecnx.geometry.kernel_map import MappedRows, invert_kernel_map
+from sparsecnx.ops.convolution.triton_kernels import rows_conv
 
 WARPS = 4
 CHANNEL_BLOCKS = (128, 64, 32)
@@ -151,7 +152,9 @@ def weight_grad(grad: Tensor, x: Tensor, kernel_map: Tensor) -> tuple[Tensor, Te
     block_r, block_c = _blocks(x)
     wide = triton_launch.blocks(channels, block_c)
     # Ranges short enough for L1 and for enough programs, long enough for the partial sums to be few beside the rows.
-    ranges = max(triton_launch.blocks(rows, ROWS_IN_L1), triton_launch.blocks(4 * triton_launch.processors(x.device), wide))
+    ranges = max(
+        triton_launch.blocks(rows, ROWS_IN_L1), triton_launch.blocks(4 * triton_launch.processors(x.device), wide)
+    )
     ranges = max(1, min(ranges, rows // (4 * block_r)))
     per_program = max(1, triton_launch.blocks(triton_launch.blocks(rows, ranges), block_r)) * block_r
     ranges = max(1, triton_launch.blocks(rows, per_program))
@@ -190,8 +193,16 @@ def _taps(kernel_map: Tensor) -> int:
     return max((size for size in range(1, MOST_TAPS + 1) if kernel_map.shape[1] % size == 0), default=1)
 
 
+def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return features `(rows_out, C_out)`; `weight (K, C_in, C_out)`, `bias (C_out,)`."""
+    taps = weight.permute(2, 0, 1).reshape(weight.shape[2], -1)  # (C_out, K * C_in)
+    maps = (x.kernel_map.contiguous(), None if x.inverse_map is None else x.inverse_map.contiguous())
+    out = rows_conv(x.features.contiguous(), taps.contiguous(), *maps)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
 def mapped_depthwise_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Features `(rows_out, C)`; `weight (K, C)`, `bias (C,)`."""
+    """Return features `(rows_out, C)`; `weight (K, C)`, `bias (C,)`."""
     maps = (x.kernel_map.contiguous(), None if x.inverse_map is None else x.inverse_map.contiguous())
     bias = None if bias is None else bias.contiguous()
     return _mapped_depthwise_conv(x.features.contiguous(), weight.contiguous(), bias, *maps)
@@ -232,7 +243,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
         # The adjoint reads the map the other way: every input row gathers from the output rows that read it.
-        inverse_map = turned(kernel_map, x.shape[0]) if inverse_map is None else inverse_map
+        inverse_map = invert_kernel_map(kernel_map, x.shape[0]) if inverse_map is None else inverse_map
         grad_x = _mapped_depthwise_conv(grad, weight, None, inverse_map, kernel_map)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         grad_weight, grad_bias = _weight_grad(grad, x, kernel_map)

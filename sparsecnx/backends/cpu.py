@@ -1,15 +1,16 @@
-"""What the compiled CPU kernels can take. Each operator's own `native.py` calls them."""
+"""Whether the compiled CPU kernels, `torch.ops.sparsecnx.*`, can run on an input."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from sparsecnx.backends import compiled
 from sparsecnx.backends.dispatch import Rows
-from sparsecnx.ops.checks import FLOATING
-from sparsecnx.tensor import SparseTensor
+from sparsecnx.common.dtypes import FLOATING
 
 
 def refusal(x: Rows) -> str | None:
-    """Why the compiled kernels cannot run on `x`; None where they can."""
+    """Return why the compiled kernels cannot run on `x`; None where they can."""
     if not compiled.loaded:
         return compiled.why_not
     if x.device.type != "cpu":
@@ -19,8 +20,8 @@ def refusal(x: Rows) -> str | None:
     return None
 
 
-def refusal_2d(x: SparseTensor) -> str | None:
-    """As `refusal`, for kernels that are written for two spatial dimensions."""
+def refusal_2d(x: Any) -> str | None:
+    """Return the refusal of kernels for SparseTensors of two spatial dimensions."""
     if x.layout.ndim != 2:
         return f"compiled kernel is two-dimensional, x has {x.layout.ndim} spatial dimensions"
     return refusal(x)

@@ -1,0 +1,102 @@
+"""The one helper that registers an operator with torch: its schema, fake kernel and gradient."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_libraries: dict[str, torch.library.Library] = {}
+
+
+class Saved(SimpleNamespace):
+    """What a gradient knows of the forward call: the saved arguments by name, `outputs` and `needs`.
+
+    Attributes:
+        outputs: the operator's outputs but the first.
+        needs: names of the arguments whose gradients are asked for.
+    """
+
+    outputs: tuple[Tensor, ...]
+    needs: set[str]
+
+
+def register(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    function: Callable[..., Any] | None = None,
+    saves: Collection[str] = (),
+    shapes: Collection[str] = (),
+    backward: Callable[[Any, Tensor], dict[str, Tensor | None]] | None = None,
+) -> Any:
+    """Register `name`, "namespace::operator", and return `torch.ops.namespace.operator`.
+
+    Only the first output is differentiable; the others are what the gradient needs, and are saved for it. An operator
+    without `backward` raises where its gradient is asked for.
+
+    Args:
+        fake: takes the operator's arguments, whose names it gives, and returns empty tensors of the shapes and dtypes
+            of its outputs.
+        function: the operator in Python with annotated arguments, from which the schema is made. None for an operator
+            of the compiled library, whose schema is in csrc/library.cpp.
+        saves: names of the arguments that `backward` reads.
+        shapes: names of the tensors of which `backward` needs the shape alone, as `Saved.<name>_shape`.
+        backward: takes `Saved` and the contiguous gradient of the first output, and returns gradients by argument name;
+            an argument that is not named has none.
+    """
+    namespace, _, short = name.partition("::")
+    if namespace not in _libraries:
+        _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
+    library = _libraries[namespace]
+    if function is not None:
+        library.define(short + torch.library.infer_schema(function, mutates_args=()))
+        library.impl(short, function, "CompositeExplicitAutograd")
+    operator = getattr(getattr(torch.ops, namespace), short)
+    torch.library.register_fake(name, fake, lib=library)
+
+    if backward is None:
+        torch.library.register_autograd(name, _no_gradient(name), lib=library)
+        return operator
+
+    arguments = list(inspect.signature(fake).parameters)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        extra = tuple(output[1:]) if isinstance(output, tuple) else ()
+        given = dict(zip(arguments, inputs, strict=True))
+        ctx.names = [key for key in saves if isinstance(given[key], Tensor)]
+        ctx.constants = {key: given[key] for key in saves if key not in ctx.names}
+        ctx.constants |= {f"{key}_shape": given[key].shape for key in shapes}
+        ctx.mark_non_differentiable(*extra)
+        ctx.set_materialize_grads(False)  # These would be zeros in the shapes of outputs that nobody reads.
+        ctx.save_for_backward(*(given[key] for key in ctx.names), *extra)
+
+    def gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(arguments)
+        tensors = ctx.saved_tensors
+        saved = Saved(
+            **ctx.constants,
+            **dict(zip(ctx.names, tensors, strict=False)),
+            outputs=tensors[len(ctx.names) :],
+            needs={key for key, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed},
+        )
+        found = backward(saved, grad.contiguous())
+        return tuple(found.get(key) if key in saved.needs else None for key in arguments)
+
+    torch.library.register_autograd(name, gradients, setup_context=setup_context, lib=library)
+    return operator
+
+
+def _no_gradient(name: str) -> Callable[..., Any]:
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError(
+            f"torch.ops.{name.replace('::', '.')} has no gradient (it is one already, or part of one): "
+            "use_backend('reference') has gradients of gradients"
+        )
+
+    return refuse

@@ -1,0 +1,143 @@
+"""Operators on an explicit kernel map: any pattern of sites, kernel, stride and dilation.
+
+The general path, for sites that are not made of tiles (generalised sparse convolution, arXiv 1904.08755, section 3).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sparsecnx.backends import cpu as cpu_backend
+from sparsecnx.backends import triton_launch
+from sparsecnx.backends.dispatch import Implementation, Operator, never
+from sparsecnx.common.dtypes import statistics_dtype
+from sparsecnx.ops.checks import autocast, check_device, check_mapped, check_same_dtype, check_vector, vector
+from sparsecnx.ops.mapped import cpu, reference
+from sparsecnx.ops.mapped.maximum import maximum
+
+POOL_MODES = ("sum", "avg", "max")
+
+conv_operator = Operator(
+    "mapped_conv",
+    cpu=Implementation(cpu.mapped_conv, cpu_backend.refusal),
+    triton=triton_launch.implementation("sparsecnx.ops.mapped.triton_kernels", "mapped_conv"),
+    reference=Implementation(reference.mapped_conv, never),
+)
+depthwise_operator = Operator(
+    "mapped_depthwise_conv",
+    cpu=Implementation(cpu.mapped_depthwise_conv, cpu_backend.refusal),
+    triton=triton_launch.implementation("sparsecnx.ops.mapped.triton_kernels", "mapped_depthwise_conv"),
+    reference=Implementation(reference.mapped_depthwise_conv, never),
+)
+
+
+def mapped_conv(
+    features: Tensor,
+    weight: Tensor,
+    kernel_map: Tensor,
+    inverse_map: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Convolution on an explicit kernel map: `out[o] = sum_k features[kernel_map[o, k]] @ weight[k] + bias`.
+
+    Args:
+        features: `(rows_in, C_in)`.
+        weight: `(K, C_in, C_out)`, of the dtype of `features`.
+        kernel_map: int32 `(rows_out, K)`: for every output row and tap the input row that is read, -1 where there is
+            none. No two output rows may read the same input row through the same tap.
+        inverse_map: int32 `(rows_in, K)`: for every input row and tap the output row that reads it, -1 where none
+            does; where None it is computed if a gradient needs it. Give it where one map serves many calls.
+        bias: `(C_out,)`, added to every output row, or None.
+
+    Returns:
+        `(rows_out, C_out)`.
+
+    Raises:
+        TypeError: an argument is not a tensor, a map not int32, or dtypes differ outside autocast.
+        ValueError: a shape does not fit, or devices differ.
+    """
+    x = check_mapped(features, kernel_map, inverse_map)
+    channels, taps = features.shape[1], kernel_map.shape[1]
+    if weight.ndim != 3 or weight.shape[:2] != (taps, channels):
+        raise ValueError(
+            f"weight is {tuple(weight.shape)}: expected (K, C_in, C_out), here ({taps}, {channels}, C_out)"
+        )
+    check_device(weight, "weight", x)
+    x, (weight,) = autocast(x, weight)
+    check_same_dtype(x, "weight", weight)
+    if bias is not None:
+        check_vector(bias, "bias", weight.shape[2], x)
+        bias = bias.reshape(weight.shape[2])
+    out: Tensor = conv_operator(x, weight, bias)
+    return out
+
+
+def mapped_depthwise_conv(
+    features: Tensor,
+    weight: Tensor,
+    kernel_map: Tensor,
+    inverse_map: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Depthwise convolution on an explicit kernel map: `out[o] = sum_k weight[k] * features[kernel_map[o, k]] + bias`.
+
+    Sums are float32, float64 for float64.
+
+    Args:
+        features: `(rows_in, C)`.
+        weight: `(K, C)`, of the dtype of `features`.
+        kernel_map: as in `mapped_conv`.
+        inverse_map: as in `mapped_conv`. The gradient of `features` gathers through it, without atomics.
+        bias: `(C,)`, added to every output row, or None.
+
+    Returns:
+        `(rows_out, C)`.
+
+    Raises:
+        TypeError, ValueError: as `mapped_conv`.
+    """
+    x = check_mapped(features, kernel_map, inverse_map)
+    channels, taps = features.shape[1], kernel_map.shape[1]
+    if weight.shape != (taps, channels):
+        raise ValueError(f"weight is {tuple(weight.shape)}: expected (K, C), here ({taps}, {channels})")
+    check_device(weight, "weight", x)
+    x, (weight,) = autocast(x, weight)
+    check_same_dtype(x, "weight", weight)
+    if bias is not None:
+        check_vector(bias, "bias", channels, x)
+        bias = vector(bias, channels, statistics_dtype(x.dtype))
+    out: Tensor = depthwise_operator(x, weight, bias)
+    return out
+
+
+def mapped_pool(features: Tensor, kernel_map: Tensor, mode: str, inverse_map: Tensor | None = None) -> Tensor:
+    """Pool the input rows under each output row, channel by channel: their sum, mean or maximum.
+
+    Only the taps that have an input count, also in the mean, as in MinkowskiEngine 0.5.4. An output row without any
+    is zero. Sum and mean run on the backend of `mapped_depthwise_conv`, the maximum in plain torch.
+
+    Args:
+        features: `(rows_in, C)`.
+        kernel_map: as in `mapped_conv`.
+        mode: `"sum"`, `"avg"` or `"max"`. The gradient of a maximum goes to the first tap that has it.
+        inverse_map: as in `mapped_conv`.
+
+    Returns:
+        `(rows_out, C)`, in the dtype of `features`, also under autocast.
+
+    Raises:
+        TypeError: an argument is not a tensor, or a map not int32.
+        ValueError: `mode` is unknown, a shape does not fit, or devices differ.
+    """
+    if mode not in POOL_MODES:
+        raise ValueError(f"mode is {mode!r}: expected 'sum', 'avg' or 'max'")
+    x = check_mapped(features, kernel_map, inverse_map)
+    if mode == "max":
+        return maximum(features, kernel_map, inverse_map)
+    if mode == "avg":
+        x = x.to(statistics_dtype(features.dtype))  # A sum may be too large for the dtype of its mean.
+    total: Tensor = depthwise_operator(x, x.features.new_ones(kernel_map.shape[1], features.shape[1]), None)
+    if mode == "sum":
+        return total
+    present = (kernel_map >= 0).sum(1, keepdim=True).clamp(min=1)
+    return (total / present).to(features.dtype)

@@ -1,0 +1,57 @@
+"""Convolutions on an explicit kernel map by the compiled CPU kernels (`csrc/cpu/conv.cpp`, `kernels_mapped.h`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsecnx.backends import compiled
+from sparsecnx.backends.registration import Saved, register
+from sparsecnx.geometry.kernel_map import MappedRows, invert_kernel_map
+from sparsecnx.ops.convolution import cpu as _convolution  # noqa: F401 - registers torch.ops.sparsecnx.conv
+
+
+def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return features `(rows_out, C_out)`; `weight (K, C_in, C_out)`, `bias (C_out,)`.
+
+    The inverse map is not used: the compiled gradient adds rows in the order of the map, in parallel over channels.
+    """
+    taps = weight.permute(2, 0, 1).reshape(weight.shape[2], -1)  # (C_out, K * C_in)
+    out = torch.ops.sparsecnx.conv(x.features.contiguous(), taps.contiguous(), x.kernel_map.contiguous())
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def mapped_depthwise_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return features `(rows_out, C)`; `weight (K, C)`, `bias (C,)`."""
+    inverse_map = None if x.inverse_map is None else x.inverse_map.contiguous()
+    return torch.ops.sparsecnx.mapped_depthwise_conv(
+        x.features.contiguous(), weight.contiguous(), bias, x.kernel_map.contiguous(), inverse_map
+    )
+
+
+def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    x, kernel_map, inverse_map = saved.x, saved.kernel_map, saved.inverse_map
+    grads: dict[str, Tensor | None] = {}
+    if "x" in saved.needs:
+        # The adjoint reads the map the other way: every input row gathers from the output rows that read it.
+        if inverse_map is None:
+            inverse_map = invert_kernel_map(kernel_map, x.shape[0])
+        grads["x"] = torch.ops.sparsecnx.mapped_depthwise_conv(grad, saved.weight, None, inverse_map, kernel_map)
+    if "weight" in saved.needs:
+        grads["weight"] = torch.ops.sparsecnx.mapped_depthwise_conv_weight_grad(grad, x, kernel_map)
+    if "bias" in saved.needs:
+        grads["bias"] = grad.sum(0, dtype=saved.bias.dtype)
+    return grads
+
+
+if compiled.loaded:
+    register(
+        "sparsecnx::mapped_depthwise_conv",
+        fake=lambda x, weight, bias, kernel_map, inverse_map: x.new_empty(kernel_map.shape[0], x.shape[1]),
+        saves=("x", "weight", "bias", "kernel_map", "inverse_map"),
+        backward=_backward,
+    )
+    register(
+        "sparsecnx::mapped_depthwise_conv_weight_grad",
+        fake=lambda grad, x, kernel_map: x.new_empty(kernel_map.shape[1], x.shape[1]),
+    )

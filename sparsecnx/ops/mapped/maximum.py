@@ -1,0 +1,67 @@
+"""The maximum of the rows under a kernel map in plain torch, tap by tap: nothing of size rows x K x C is made."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsecnx.backends.registration import Saved, register
+from sparsecnx.geometry.kernel_map import invert_kernel_map
+
+
+def maximum(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> Tensor:
+    """Return the maximum of `features (rows_in, C)` under each output row, `(rows_out, C)`, 0 without any input."""
+    return torch.ops.sparsecnx_mapped.max_pool(features, kernel_map, inverse_map)[0]
+
+
+def _max_pool(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the maximum `(rows_out, C)`, and the first tap that has it, int32, -1 without any input."""
+    padded = F.pad(features, (0, 0, 0, 1))
+    best = features.new_zeros(kernel_map.shape[0], features.shape[1])
+    winner = torch.full_like(best, -1, dtype=torch.int32)
+    for tap, rows in enumerate(kernel_map.unbind(1)):
+        value = padded.index_select(0, torch.where(rows == -1, features.shape[0], rows))
+        # A NaN wins, as in torch's own pooling.
+        better = (rows >= 0)[:, None] & ((winner < 0) | (value > best) | value.isnan())
+        best = torch.where(better, value, best)
+        winner = torch.where(better, tap, winner)
+    return best, winner
+
+
+def _max_pool_backward(grad: Tensor, winner: Tensor, inverse_map: Tensor) -> Tensor:
+    """Gather for every input row the gradients of the output rows that took it: no atomics."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    padded, taken = F.pad(grad.to(wide), (0, 0, 0, 1)), F.pad(winner, (0, 0, 0, 1), value=-1)
+    total = padded.new_zeros(inverse_map.shape[0], grad.shape[1])
+    for tap, rows in enumerate(inverse_map.unbind(1)):
+        rows = torch.where(rows == -1, grad.shape[0], rows)
+        total += torch.where(taken.index_select(0, rows) == tap, padded.index_select(0, rows), 0)
+    return total.to(grad.dtype)
+
+
+def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    (winner,), inverse_map = saved.outputs, saved.inverse_map
+    if inverse_map is None:
+        inverse_map = invert_kernel_map(saved.kernel_map, saved.features_shape[0])
+    return {"features": torch.ops.sparsecnx_mapped.max_pool_backward(grad, winner, inverse_map)}
+
+
+def _fake(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> tuple[Tensor, Tensor]:
+    best = features.new_empty(kernel_map.shape[0], features.shape[1])
+    return best, torch.empty_like(best, dtype=torch.int32)
+
+
+register(
+    "sparsecnx_mapped::max_pool",
+    function=_max_pool,
+    fake=_fake,
+    saves=("kernel_map", "inverse_map"),
+    shapes=("features",),
+    backward=_backward,
+)
+register(
+    "sparsecnx_mapped::max_pool_backward",
+    function=_max_pool_backward,
+    fake=lambda grad, winner, inverse_map: grad.new_empty(inverse_map.shape[0], grad.shape[1]),
+)

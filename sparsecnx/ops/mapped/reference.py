@@ -1,0 +1,34 @@
+"""Convolutions on an explicit kernel map in plain torch, tap by tap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsecnx.common.dtypes import statistics_dtype
+from sparsecnx.geometry.kernel_map import MappedRows
+
+
+def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return features `(rows_out, C_out)`; `weight (K, C_in, C_out)`, `bias (C_out,)`."""
+    return _sum_over_taps(x, weight, bias, weight.shape[2], torch.matmul)
+
+
+def mapped_depthwise_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return features `(rows_out, C)`; `weight (K, C)`, `bias (C,)`."""
+    return _sum_over_taps(x, weight, bias, weight.shape[1], torch.mul)
+
+
+def _sum_over_taps(
+    x: MappedRows, weight: Tensor, bias: Tensor | None, channels: int, product: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    wide = statistics_dtype(x.dtype)
+    padded = F.pad(x.features.to(wide), (0, 0, 0, 1))  # A tap without an input reads this row of zeros.
+    read = torch.where(x.kernel_map == -1, x.features.shape[0], x.kernel_map)
+    out = padded.new_zeros(read.shape[0], channels)
+    for tap, factor in zip(read.unbind(1), weight.to(wide), strict=True):
+        out = out + product(padded.index_select(0, tap), factor)
+    return (out if bias is None else out + bias.to(wide)).to(x.dtype)
