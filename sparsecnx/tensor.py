@@ -41,7 +41,7 @@ class SparseTensor:
         raise AttributeError(f"SparseTensor is immutable: cannot set {name!r}; use with_features()")
 
     def __reduce__(self) -> tuple[type[SparseTensor], tuple[Tensor, Layout]]:
-        return SparseTensor, (self.features, self.layout)  # to copy and pickle in spite of being immutable
+        return SparseTensor, (self.features, self.layout)  # Copying and pickling must not set attributes.
 
     @classmethod
     def from_dense(
@@ -93,11 +93,11 @@ class SparseTensor:
         return scatter_rows(self.features, self.layout, fill.to(self.dtype))
 
     def with_features(self, features: Tensor, layout: Layout | None = None) -> SparseTensor:
-        """Other features on the same sites, or on those of `layout`."""
+        """Return other features on the same sites, or on those of `layout`."""
         return SparseTensor(features, self.layout if layout is None else layout)
 
     def to(self, dtype: torch.dtype) -> SparseTensor:
-        """The same tensor with features of another dtype."""
+        """Return the same tensor with features of another dtype."""
         return self.with_features(self.features.to(dtype))
 
     @property

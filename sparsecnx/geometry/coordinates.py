@@ -19,16 +19,16 @@ from torch import Tensor
 
 from sparsecnx.geometry.layout import Layout, TileSet
 
-LARGEST_TILE = 32  # sites per side that are looked for; a patch of a masked autoencoder at full resolution
-CELLS_PER_SITE = 32  # of a bounding box that is looked up in a table of all its cells; a sparser one by bisection
-SMALL_BOX = 2**20  # cells: always a table
+LARGEST_TILE = 32  # sites per side: a patch of a masked autoencoder at full resolution
+CELLS_PER_SITE = 32  # up to which a bounding box has a table of all its cells; a sparser one is searched by bisection
+SMALL_BOX = 2**20  # cells up to which a box always has a table
 MOST_CELLS = 2**62  # that an int64 can number
 MAP_ENTRIES = 2**22  # of a kernel map that are looked up at a time
 
 
 @contextlib.contextmanager
 def for_any_mode() -> Iterator[None]:
-    """Tables that are made inside serve in any mode, training too, though they be made under inference mode."""
+    """Make tables that serve later calls in any mode, training too, also where inference mode is on outside."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -60,7 +60,7 @@ class CoordinateMap:
 
     @classmethod
     def from_coordinates(cls, coordinates: Tensor, stride: Sequence[int]) -> CoordinateMap:
-        """Sites in the order of `coordinates`, int32 `(rows, 1 + ndim)`, all distinct; tiles are recognised."""
+        """Map sites in the order of `coordinates`, int32 `(rows, 1 + ndim)`, all distinct; tiles are recognised."""
         with for_any_mode():
             found = CoordinateMap(stride, coordinates)
             found.layout = tiles_of(coordinates, found.stride)
@@ -73,14 +73,14 @@ class CoordinateMap:
     @cached_property
     def coordinates(self) -> Tensor:
         """int32 `(rows, 1 + ndim)`: image, then position."""
-        assert self.layout is not None  # the constructor saw to it
+        assert self.layout is not None  # The constructor makes sure of it.
         with for_any_mode():
             return self.layout.coordinates()
 
     @cached_property
     def back(self) -> Tensor:
         """int64 `(rows,)`: for every row here the row of `layout`; undoes `order`."""
-        assert self.order is not None  # otherwise there is nothing to undo
+        assert self.order is not None  # Otherwise there is nothing to undo.
         with for_any_mode():
             return self.order.argsort()
 
@@ -99,7 +99,7 @@ class CoordinateMap:
 
     @cached_property
     def bounds(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Smallest and largest coordinate along each axis, the image first; of a map with sites alone."""
+        """Smallest and largest coordinate along each axis, the image first. The map must have sites."""
         if self.layout is None:
             low, high = self.coordinates.aminmax(dim=0)
         else:
@@ -120,14 +120,14 @@ class CoordinateMap:
         return Images(index, number, counts, in_order)
 
     def find(self, coordinates: Tensor) -> Tensor:
-        """int32 `(n,)`: the row of each site of integer `(n, 1 + ndim)`, -1 where it is not here."""
+        """Return the row of each site of integer `(n, 1 + ndim)`, -1 where it is not here: int32 `(n,)`."""
         if self.rows == 0:
             return coordinates.new_full((coordinates.shape[0],), -1, dtype=torch.int32)
         return self._box.find(coordinates.long().unbind(dim=1))
 
     def strided(self, factors: Sequence[int]) -> CoordinateMap:
-        """The sites that a convolution with that stride along each axis gives: multiples of the new stride, every one
-        with a site here between it and the next."""
+        """Return the output sites of a convolution with that stride along each axis: the multiples of the new stride
+        that have a site here between them and the next."""
         stride = tuple(step * factor for step, factor in zip(self.stride, factors, strict=True))
         if self.layout is not None and len(set(factors)) == 1 and self.layout.tile % factors[0] == 0:
             return CoordinateMap(stride, layout=self.layout.coarsen(factors[0]))
@@ -137,24 +137,24 @@ class CoordinateMap:
             return CoordinateMap(stride, unique(torch.cat([self.coordinates[:, :1], position], dim=1)))
 
     def refined(self, factor: int) -> CoordinateMap:
-        """All sites of these tiles at a stride that is smaller by `factor`: undoes `strided`."""
-        assert self.layout is not None  # asked of tiles alone
+        """Return all sites of these tiles at a stride that is smaller by `factor`: undoes `strided`."""
+        assert self.layout is not None  # Only maps of tiles are refined.
         layout = Layout(self.layout.tiles, self.layout.tile * factor, self.layout.stride // factor)
         return CoordinateMap([step // factor for step in self.stride], layout=layout)
 
     def spread(self, offsets: Tensor, stride: Sequence[int]) -> CoordinateMap:
-        """All sites at `offsets`, integer `(K, ndim)`, from the sites here."""
+        """Return all sites at `offsets`, integer `(K, ndim)`, from the sites here."""
         with for_any_mode():
             position = self.coordinates[:, None, 1:] + offsets.to(self.coordinates)
             image = self.coordinates[:, None, :1].expand(-1, offsets.shape[0], 1)
             return CoordinateMap(stride, unique(torch.cat([image, position], dim=2).flatten(0, 1)))
 
     def kernel_map(self, out: CoordinateMap, offsets: Tensor) -> Tensor:
-        """int32 `(out.rows, K)`: the row here at each of `offsets`, integer `(K, ndim)`, from the sites of `out`; -1
-        where there is none."""
+        """Return the row here at each of `offsets`, integer `(K, ndim)`, from the sites of `out`; -1 where there is none:
+        int32 `(out.rows, K)`."""
         table = torch.full((out.rows, offsets.shape[0]), -1, dtype=torch.int32, device=self.device)
         if self.rows and out.rows:
-            offsets = torch.nn.functional.pad(offsets.to(self.device, torch.int64), (1, 0))  # of the image: 0
+            offsets = torch.nn.functional.pad(offsets.to(self.device, torch.int64), (1, 0))  # The image stays the same.
             chunk = max(1, MAP_ENTRIES // max(1, offsets.shape[0]))
             for sites, entries in zip(out.coordinates.split(chunk), table.split(chunk), strict=True):
                 reads = sites.long()[:, None, :] + offsets
@@ -208,14 +208,14 @@ class Images:
 
 
 class _Box:
-    """The sites of a map by number of their cell in a box around them."""
+    """A look-up of sites by the number of their cell in a box around them."""
 
     def __init__(
         self, coordinates: Tensor, stride: Sequence[int], bounds: tuple[tuple[int, ...], tuple[int, ...]]
     ) -> None:
         self.low, high = bounds
         position = coordinates.long() - coordinates.new_tensor(self.low)
-        steps = (1, *(max(1, step) for step in stride))  # 0 at the origin, where a map has one site for each image
+        steps = (1, *(max(1, step) for step in stride))  # A map of origins has stride 0: one site for each image.
         regular = not (position % position.new_tensor(steps)).any()
         self.steps = steps if regular else (1,) * len(steps)
         self.extents = [(top - low) // step + 1 for low, top, step in zip(self.low, high, self.steps, strict=True)]
@@ -234,7 +234,7 @@ class _Box:
             self.sorted_rows = rows[order]
 
     def find(self, axes: Sequence[Tensor]) -> Tensor:
-        """int32: the row at each place, given as one int64 tensor for each axis, all of one shape; -1 for none."""
+        """Return the row at each place, int32, -1 for none. Places are one int64 tensor for each axis, all of one shape."""
         number, inside = self._number(axes)
         number = number.where(inside, 0)
         if self.table is not None:
@@ -243,7 +243,7 @@ class _Box:
         return self.sorted_rows[place].where(inside & (self.sorted[place] == number), -1)
 
     def _number(self, axes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Number of the cell at each place, and whether there is one."""
+        """Return the number of the cell at each place, and whether there is one."""
         number, inside = torch.zeros_like(axes[0]), torch.ones_like(axes[0], dtype=torch.bool)
         for axis, low, step, extent in zip(axes, self.low, self.steps, self.extents, strict=True):
             cell = axis - low
@@ -256,13 +256,14 @@ class _Box:
 
 
 def unique(coordinates: Tensor) -> Tensor:
-    """The distinct rows of int32 `(rows, 1 + ndim)`, ascending: by image, then in raster order."""
+    """Return the distinct rows of int32 `(rows, 1 + ndim)`, ascending: by image, then in raster order."""
     return torch.unique(coordinates, dim=0) if coordinates.shape[0] else coordinates
 
 
 def tiles_of(coordinates: Tensor, stride: Sequence[int]) -> Layout | None:
-    """The layout of the same sites where they consist of full tiles, of the largest size that fits; None where they do
-    not: single sites are no tiles.
+    """Return the layout of the same sites where they consist of full tiles, of the largest size that fits, or None.
+
+    Single sites are not tiles.
 
     Args:
         coordinates: int32 `(rows, 1 + ndim)`, all distinct.
@@ -294,7 +295,7 @@ def tiles_of(coordinates: Tensor, stride: Sequence[int]) -> Layout | None:
 
 
 def tiles_of_mask(active: Tensor) -> Layout | None:
-    """As `tiles_of`, for the active sites of a dense tensor, bool `(B, *spatial)`; tiles divide the spatial shape."""
+    """Do as `tiles_of` for the active sites of a dense tensor, bool `(B, *spatial)`; tiles divide the spatial shape."""
     batch, *shape = active.shape
     tile = math.gcd(*shape, LARGEST_TILE)
     while tile > 1:
@@ -312,8 +313,10 @@ def tiles_of_mask(active: Tensor) -> Layout | None:
 
 
 def offsets_of(kernel: Sequence[int], step: Sequence[int]) -> Tensor:
-    """int64 `(K, ndim)`: where the taps of a kernel read, from its output site, in MinkowskiEngine's order: the first
-    axis varies fastest. Odd sizes are centred, even ones begin at the site.
+    """Return where the taps of a kernel read, from its output site: int64 `(K, ndim)`.
+
+    They are in MinkowskiEngine's order: the first axis varies fastest. Odd sizes are centred, even ones begin at the
+    site.
 
     Args:
         kernel: sizes along the axes.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsecnx.geometry.masks import check_mask, infer_grid
 from sparsecnx.geometry.nested_order import tile_sites
-from sparsecnx.geometry.tables import cached_table, capturing
+from sparsecnx.geometry.tables import cached_table, capturing, current_stream, ordinary_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +103,23 @@ class TileSet:
 
     @classmethod
     def all_visible(cls, batch: int, grid: tuple[int, ...], device: torch.device) -> TileSet:
-        """List every tile: the geometry of images of which nothing is masked."""
+        """List every tile: the geometry of images of which nothing is masked.
+
+        It is built once for each batch size, grid and device, and kept with its tables.
+        """
+        key = batch, grid, device, current_stream(device)
+        keeps = not torch.compiler.is_compiling() and not capturing()
+        if keeps and key in _all_visible:
+            return _all_visible[key]
         cells = math.prod(grid)
-        index = torch.arange(batch * cells, device=device)
-        return cls(batch, grid, index, torch.arange(batch + 1, device=device) * cells, cells)
+        with ordinary_tensors():
+            index = torch.arange(batch * cells, device=device)
+            tiles = cls(batch, grid, index, torch.arange(batch + 1, device=device) * cells, cells)
+        if keeps and type(index) is Tensor:
+            while len(_all_visible) >= MOST_KEPT:
+                del _all_visible[next(iter(_all_visible))]
+            _all_visible[key] = tiles
+        return tiles
 
     @property
     def ndim(self) -> int:
@@ -166,6 +179,10 @@ class TileSet:
         """Return int32 `(count,)`: the position of each visible tile at its place, int64 `(tiles,)`; -1 elsewhere."""
         blank = torch.full((count,), -1, dtype=torch.int32, device=self.device)
         return blank.index_copy(0, places, torch.arange(self.count, dtype=torch.int32, device=self.device))
+
+
+MOST_KEPT = 8  # geometries of which nothing is masked
+_all_visible: dict[Any, TileSet] = {}
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def nested_factors(tile: int) -> list[int]:
-    """Branching of one tile side from coarse to fine: `[odd, 2, 2, ...]` with product `tile`."""
+    """Return the branching of one tile side from coarse to fine: `[odd, 2, 2, ...]` with product `tile`."""
     factors = []
     while tile % 2 == 0:
         factors.append(2)
@@ -20,7 +20,7 @@ def nested_factors(tile: int) -> list[int]:
 
 
 def tile_to_rows(tiles: Tensor, ndim: int) -> Tensor:
-    """Dense tiles `(n, T, ..., T, C)` to rows in nested order, `(n * T**ndim, C)`."""
+    """Reorder dense tiles `(n, T, ..., T, C)` to rows in nested order, `(n * T**ndim, C)`."""
     count, tile, channels = tiles.shape[0], tiles.shape[1], tiles.shape[-1]
     factors = nested_factors(tile)
     levels = len(factors)
@@ -30,7 +30,7 @@ def tile_to_rows(tiles: Tensor, ndim: int) -> Tensor:
 
 
 def rows_to_tile(rows: Tensor, tile: int, ndim: int) -> Tensor:
-    """Rows in nested order `(n * T**ndim, C)` to dense tiles `(n, T, ..., T, C)`; undoes `tile_to_rows`."""
+    """Reorder rows in nested order `(n * T**ndim, C)` to dense tiles `(n, T, ..., T, C)`; undoes `tile_to_rows`."""
     factors = nested_factors(tile)
     levels, sites, channels = len(factors), tile**ndim, rows.shape[-1]
     count = rows.shape[0] // sites
@@ -40,7 +40,7 @@ def rows_to_tile(rows: Tensor, tile: int, ndim: int) -> Tensor:
 
 
 def tile_sites(tile: int, ndim: int, device: torch.device | None = None) -> Tensor:
-    """Coordinates of the sites of a tile in nested order, int64 `(T**ndim, ndim)`."""
+    """Return the coordinates of the sites of a tile in nested order, int64 `(T**ndim, ndim)`."""
     axes = [torch.arange(tile, device=device)] * ndim
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     return tile_to_rows(grid[None], ndim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -32,17 +33,21 @@ def cached_table(owner: Owner, key: Any, build: Callable[[], Tensor]) -> Tensor:
     fake tensors are not kept. Each stream of a GPU has its own. A table that a CUDA graph computes is kept only by a
     geometry that the graph computes too.
     """
-    key = key, _stream(owner.device)
+    key = key, current_stream(owner.device)
     if key in owner.tables:
         return owner.tables[key]
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            table = build()
-    else:
+    with ordinary_tensors():
         table = build()
     if type(table) is Tensor and owner.captured == capturing():
         owner.tables[key] = table
     return table
+
+
+def ordinary_tensors() -> AbstractContextManager[Any]:
+    """Return a context in which tensors serve later calls in any mode, also where inference mode is on outside."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(False)
 
 
 def capturing() -> bool:
@@ -52,7 +57,7 @@ def capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def _stream(device: torch.device) -> int:
+def current_stream(device: torch.device) -> int:
     """Return the stream in which a device works now; 0 where there is only one."""
     if torch.compiler.is_compiling() or device.type != "cuda" or not torch.cuda.is_initialized():
         return 0

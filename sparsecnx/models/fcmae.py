@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsecnx.geometry.layout import Layout, TileSet
 from sparsecnx.geometry.masks import check_mask, random_mask, visible_count
+from sparsecnx.geometry.packing import gather_rows
 from sparsecnx.models.convnextv2 import (
     STRIDE,
     ConvNeXtV2Encoder,
@@ -95,16 +96,15 @@ class FCMAE(nn.Module):
         else:
             mask = check_mask(mask, grid)
         pred = self.forward_decoder(self.encoder(images, mask.view(-1, *grid), visible))
-        return self.reconstruction_loss(images, pred, mask), pred, mask
+        return self._loss(images, pred, mask, grid), pred, mask
 
     def forward_decoder(self, encoded: SparseTensor) -> Tensor:
         """The last stage's SparseTensor to predictions `(B, patch_size**2 * C, gh, gw)`."""
         x = self.proj(encoded).dense(fill=self.mask_token.flatten())
         # The decoder sees every site. Its blocks run on a SparseTensor without a mask: the fused operator is
         # faster than the dense sequence and keeps less for backward.
-        layout = encoded.layout
-        nothing = torch.zeros(layout.batch, *layout.shape, dtype=torch.bool, device=x.device)
-        x = SparseTensor.from_dense(x, nothing, visible=math.prod(layout.shape))
+        layout = Layout(TileSet.all_visible(x.shape[0], encoded.layout.shape, x.device), 1, encoded.layout.stride)
+        x = SparseTensor(gather_rows(x, layout), layout)
         return self.pred(self.decoder(x).dense())
 
     def reconstruction_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
@@ -112,7 +112,10 @@ class FCMAE(nn.Module):
 
         With `norm_pix_loss` the target of a patch is `(t - mean) / sqrt(var + 1e-6)`, var unbiased.
         """
-        target = self.patchify(images.to(torch.promote_types(images.dtype, torch.float32)))
+        return self._loss(images, pred, mask, self.grid(images))
+
+    def _loss(self, images: Tensor, pred: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+        target = self._patches(images.to(torch.promote_types(images.dtype, torch.float32)), grid)
         if self.norm_pix_loss:
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()
@@ -121,7 +124,10 @@ class FCMAE(nn.Module):
 
     def patchify(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` to patches `(B, L, patch_size**2 * C)`, pixels as (row, column, colour)."""
-        (gh, gw), p = self.grid(images), self.patch_size
+        return self._patches(images, self.grid(images))
+
+    def _patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        (gh, gw), p = grid, self.patch_size
         patches = images.reshape(images.shape[0], self.in_chans, gh, p, gw, p)
         return patches.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], gh * gw, -1)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsecnx.backends.dispatch import Rows
-from sparsecnx.common.dtypes import FLOATING
+from sparsecnx.common.dtypes import FLOATING, statistics_dtype
 from sparsecnx.geometry.kernel_map import MappedRows
 from sparsecnx.tensor import SparseTensor
 
@@ -61,7 +61,7 @@ def _check_map(value: Tensor, name: str, rows: str, x: MappedRows) -> None:
 def check_vector(value: Tensor, name: str, channels: int, x: Rows) -> None:
     """Raise ValueError unless `value` is a per-channel parameter with `channels` elements on the device of `x`."""
     shape = value.shape
-    if shape[-1:] != (channels,) or value.numel() != channels:
+    if shape != (channels,) and (shape[-1:] != (channels,) or value.numel() != channels):
         raise ValueError(f"{name} is {tuple(shape)}: expected ({channels},)")
     check_device(value, name, x)
 
@@ -95,8 +95,14 @@ def autocast(x: X, *weights: Tensor) -> tuple[X, tuple[Tensor, ...]]:
     return x.to(dtype), tuple(weight.to(dtype) for weight in weights)
 
 
-def vector(value: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Return a checked per-channel parameter as contiguous `(C,)` in `dtype`; itself where it is that already."""
+def vector(value: Tensor, name: str, channels: int, x: Rows) -> Tensor:
+    """Check a per-channel parameter, and return it as contiguous `(channels,)` in the dtype of the statistics of `x`.
+
+    Raises:
+        ValueError: it has another number of elements, or is on another device than `x`.
+    """
+    check_vector(value, name, channels, x)
+    dtype = statistics_dtype(x.dtype)
     if value.ndim != 1:
         value = value.reshape(channels)
     if value.dtype != dtype:

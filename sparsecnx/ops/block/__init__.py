@@ -13,7 +13,7 @@ from sparsecnx.backends.dispatch import Implementation, Operator, never
 from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.ops.block import cpu, cuda, layers
 from sparsecnx.ops.block.parameters import BlockParameters
-from sparsecnx.ops.checks import autocast, check_device, check_same_dtype, check_sparse, check_vector, vector
+from sparsecnx.ops.checks import autocast, check_device, check_same_dtype, check_sparse, vector
 from sparsecnx.ops.global_response_norm.groups import check_scope
 from sparsecnx.tensor import SparseTensor
 
@@ -66,7 +66,7 @@ def convnextv2_block(
     check_scope(scope)
     p = BlockParameters(*parameters)
     channels, hidden = x.features.shape[1], p.pwconv1_weight.shape[0]
-    _check_shapes(x, p, channels, hidden)
+    _check_matrices(x, p, channels, hidden)
     if survival is not None:
         if tuple(survival.shape) != (x.layout.batch,):
             raise ValueError(f"survival is {tuple(survival.shape)}: expected ({x.layout.batch},)")
@@ -76,26 +76,25 @@ def convnextv2_block(
     for name, value in (("dwconv_weight", kernel), ("pwconv1_weight", first), ("pwconv2_weight", second)):
         check_device(value, name, x)
         check_same_dtype(x, name, value)
-    dtype = statistics_dtype(x.dtype)
     p = BlockParameters(
         kernel.contiguous(),
-        vector(p.dwconv_bias, channels, dtype),
-        vector(p.norm_weight, channels, dtype),
-        vector(p.norm_bias, channels, dtype),
+        vector(p.dwconv_bias, "dwconv_bias", channels, x),
+        vector(p.norm_weight, "norm_weight", channels, x),
+        vector(p.norm_bias, "norm_bias", channels, x),
         first.contiguous(),
-        vector(p.pwconv1_bias, hidden, dtype),
-        vector(p.grn_gamma, hidden, dtype),
-        vector(p.grn_beta, hidden, dtype),
+        vector(p.pwconv1_bias, "pwconv1_bias", hidden, x),
+        vector(p.grn_gamma, "grn_gamma", hidden, x),
+        vector(p.grn_beta, "grn_beta", hidden, x),
         second.contiguous(),
-        vector(p.pwconv2_bias, channels, dtype),
+        vector(p.pwconv2_bias, "pwconv2_bias", channels, x),
     )
     if survival is not None:
-        survival = survival.detach().to(dtype)
+        survival = survival.detach().to(statistics_dtype(x.dtype))
     return x.with_features(operator(x, p, survival, scope, eps, None if recompute == "auto" else recompute))
 
 
-def _check_shapes(x: SparseTensor, p: BlockParameters, channels: int, hidden: int) -> None:
-    """Raise ValueError unless the parameters fit each other and `x`."""
+def _check_matrices(x: SparseTensor, p: BlockParameters, channels: int, hidden: int) -> None:
+    """Raise ValueError unless the kernel and the matrices fit each other and `x`."""
     ndim, kernel = x.layout.ndim, tuple(p.dwconv_weight.shape)
     if kernel[:2] != (channels, 1) or len(kernel) != 2 + ndim:
         raise ValueError(f"dwconv_weight is {kernel}: expected ({channels}, 1{', k' * ndim})")
@@ -104,7 +103,3 @@ def _check_shapes(x: SparseTensor, p: BlockParameters, channels: int, hidden: in
     for name, expected in (("pwconv1_weight", (hidden, channels)), ("pwconv2_weight", (channels, hidden))):
         if tuple(getattr(p, name).shape) != expected:
             raise ValueError(f"{name} is {tuple(getattr(p, name).shape)}: expected {expected}")
-    for name in ("dwconv_bias", "norm_weight", "norm_bias", "pwconv2_bias"):
-        check_vector(getattr(p, name), name, channels, x)
-    for name in ("pwconv1_bias", "grn_gamma", "grn_beta"):
-        check_vector(getattr(p, name), name, hidden, x)

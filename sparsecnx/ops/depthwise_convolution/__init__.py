@@ -9,8 +9,7 @@ from sparsecnx.backends import cuda as cuda_backend
 from sparsecnx.backends import minkowski as minkowski_backend
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import Implementation, Operator, never
-from sparsecnx.common.dtypes import statistics_dtype
-from sparsecnx.ops.checks import autocast, check_device, check_same_dtype, check_sparse, check_vector, vector
+from sparsecnx.ops.checks import autocast, check_device, check_same_dtype, check_sparse, vector
 from sparsecnx.ops.depthwise_convolution import cpu, cuda, minkowski, reference
 from sparsecnx.tensor import SparseTensor
 
@@ -54,6 +53,5 @@ def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None = None) 
     x, (weight,) = autocast(x, weight)
     check_same_dtype(x, "weight", weight)
     if bias is not None:
-        check_vector(bias, "bias", channels, x)
-        bias = vector(bias, channels, statistics_dtype(x.dtype))
+        bias = vector(bias, "bias", channels, x)
     return x.with_features(operator(x, weight, bias))

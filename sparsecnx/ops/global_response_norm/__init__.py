@@ -7,8 +7,7 @@ from torch import Tensor
 from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import Implementation, Operator, never
-from sparsecnx.common.dtypes import statistics_dtype
-from sparsecnx.ops.checks import check_sparse, check_vector, vector
+from sparsecnx.ops.checks import check_sparse, vector
 from sparsecnx.ops.global_response_norm import cpu, reference
 from sparsecnx.ops.global_response_norm.groups import check_scope
 from sparsecnx.tensor import SparseTensor
@@ -43,8 +42,5 @@ def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, scope: str = "sample", eps
     check_sparse(x)
     check_scope(scope)
     channels = x.features.shape[1]
-    check_vector(gamma, "gamma", channels, x)
-    check_vector(beta, "beta", channels, x)
-    dtype = statistics_dtype(x.dtype)
-    gamma, beta = vector(gamma, channels, dtype), vector(beta, channels, dtype)
+    gamma, beta = vector(gamma, "gamma", channels, x), vector(beta, "beta", channels, x)
     return x.with_features(operator(x, gamma, beta, scope, eps))

@@ -7,8 +7,7 @@ from torch import Tensor
 from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import Implementation, Operator, never
-from sparsecnx.common.dtypes import statistics_dtype
-from sparsecnx.ops.checks import check_sparse, check_vector, vector
+from sparsecnx.ops.checks import check_sparse, vector
 from sparsecnx.ops.layer_normalization import cpu, reference
 from sparsecnx.tensor import SparseTensor
 
@@ -37,7 +36,5 @@ def layer_norm(x: SparseTensor, weight: Tensor, bias: Tensor, eps: float = 1e-6)
     """
     check_sparse(x)
     channels = x.features.shape[1]
-    check_vector(weight, "weight", channels, x)
-    check_vector(bias, "bias", channels, x)
-    dtype = statistics_dtype(x.dtype)
-    return x.with_features(operator(x, vector(weight, channels, dtype), vector(bias, channels, dtype), eps))
+    weight, bias = vector(weight, "weight", channels, x), vector(bias, "bias", channels, x)
+    return x.with_features(operator(x, weight, bias, eps))

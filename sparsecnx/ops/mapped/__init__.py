@@ -104,8 +104,7 @@ def mapped_depthwise_conv(
     x, (weight,) = autocast(x, weight)
     check_same_dtype(x, "weight", weight)
     if bias is not None:
-        check_vector(bias, "bias", channels, x)
-        bias = vector(bias, channels, statistics_dtype(x.dtype))
+        bias = vector(bias, "bias", channels, x)
     out: Tensor = depthwise_operator(x, weight, bias)
     return out
 
