@@ -150,8 +150,8 @@ class CoordinateMap:
             return CoordinateMap(stride, unique(torch.cat([image, position], dim=2).flatten(0, 1)))
 
     def kernel_map(self, out: CoordinateMap, offsets: Tensor) -> Tensor:
-        """Return the row here at each of `offsets`, integer `(K, ndim)`, from the sites of `out`; -1 where there is none:
-        int32 `(out.rows, K)`."""
+        """Return the row here at each of `offsets`, integer `(K, ndim)`, from the sites of `out`, -1 for none: int32
+        `(out.rows, K)`."""
         table = torch.full((out.rows, offsets.shape[0]), -1, dtype=torch.int32, device=self.device)
         if self.rows and out.rows:
             offsets = torch.nn.functional.pad(offsets.to(self.device, torch.int64), (1, 0))  # The image stays the same.
@@ -234,7 +234,7 @@ class _Box:
             self.sorted_rows = rows[order]
 
     def find(self, axes: Sequence[Tensor]) -> Tensor:
-        """Return the row at each place, int32, -1 for none. Places are one int64 tensor for each axis, all of one shape."""
+        """Return the row at each place, int32, -1 for none. Places are one int64 tensor for each axis."""
         number, inside = self._number(axes)
         number = number.where(inside, 0)
         if self.table is not None:

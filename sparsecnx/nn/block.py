@@ -32,7 +32,7 @@ class ConvNeXtV2Block(nn.Module):
         self.drop_path = StochasticDepth(drop_path)
 
     def forward(self, x: SparseTensor | Tensor) -> SparseTensor | Tensor:
-        """Dense `(B, C, H, W)` or a SparseTensor; same shape out."""
+        """Take dense `(B, C, H, W)` or a SparseTensor; return the same shape."""
         return self._sparse(x) if isinstance(x, SparseTensor) else self._dense(x)
 
     def _sparse(self, x: SparseTensor) -> SparseTensor:
@@ -45,8 +45,8 @@ class ConvNeXtV2Block(nn.Module):
         return x + self.drop_path(branch.permute(0, 3, 1, 2))
 
     def parameters_by_name(self) -> ops.BlockParameters:
-        """The block's parameters as `ops.convnextv2_block` takes them."""
-        assert self.dwconv.bias is not None  # for the type checker: the constructor asks for one
+        """Return the block's parameters as `ops.convnextv2_block` takes them."""
+        assert self.dwconv.bias is not None  # The constructor asks for one.
         return ops.BlockParameters(
             self.dwconv.weight,
             self.dwconv.bias,

@@ -12,7 +12,7 @@ from sparsecnx.tensor import SparseTensor
 
 
 class Conv2d(torch.nn.Conv2d):
-    """`torch.nn.Conv2d`; on a SparseTensor the submanifold convolution.
+    """Convolve as `torch.nn.Conv2d`; on a SparseTensor as the submanifold convolution.
 
     On a SparseTensor `groups` is 1, or equal to the channels with stride 1 and padding `k // 2` (depthwise);
     dilation is 1 and padding zeros.
@@ -23,7 +23,7 @@ class Conv2d(torch.nn.Conv2d):
     @overload
     def forward(self, input: Tensor) -> Tensor: ...
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:
-        """Dense `(B, C_in, H, W)` to `(B, C_out, H', W')`, or a SparseTensor.
+        """Map dense `(B, C_in, H, W)` to `(B, C_out, H', W')`, or a SparseTensor to one.
 
         Raises:
             ValueError: the layer has no submanifold counterpart.
@@ -53,43 +53,43 @@ class Conv2d(torch.nn.Conv2d):
 
 
 class Linear(torch.nn.Linear):
-    """`torch.nn.Linear`; on a SparseTensor applied to every active site."""
+    """Apply `torch.nn.Linear`; on a SparseTensor at every active site."""
 
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
-        """`(..., C_in)` to `(..., C_out)`, or a SparseTensor."""
+        """Map `(..., C_in)` to `(..., C_out)`, or a SparseTensor to one."""
         if isinstance(input, SparseTensor):
             return input.with_features(super().forward(input.features))
         return super().forward(input)
 
 
 class GELU(torch.nn.GELU):
-    """`torch.nn.GELU`; on a SparseTensor applied to its features."""
+    """Apply `torch.nn.GELU`; on a SparseTensor to its features."""
 
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
-        """Same shape out as in."""
+        """Return the same shape."""
         if isinstance(input, SparseTensor):
             return input.with_features(super().forward(input.features))
         return super().forward(input)
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """`torch.nn.LayerNorm` over C channels, the last dimension; on a SparseTensor over those of every site."""
+    """Apply `torch.nn.LayerNorm` over C channels, the last dimension; on a SparseTensor over those of every site."""
 
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
         super().__init__(num_channels, eps=eps)
 
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
-        """Dense `(..., C)`, or a SparseTensor."""
+        """Take dense `(..., C)` or a SparseTensor; return the same shape."""
         if isinstance(input, SparseTensor):
             return ops.layer_norm(input, self.weight, self.bias, self.eps)
         return super().forward(input)
 
 
 class LayerNorm2d(LayerNorm):
-    """LayerNorm over the channels of dense images `(B, C, H, W)`, or of every site of a SparseTensor."""
+    """Apply LayerNorm over the channels of dense images `(B, C, H, W)`, or of every site of a SparseTensor."""
 
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
-        """Dense `(B, C, H, W)`, or a SparseTensor."""
+        """Take dense `(B, C, H, W)` or a SparseTensor; return the same shape."""
         if isinstance(input, SparseTensor):
             return super().forward(input)
         return torch.nn.LayerNorm.forward(self, input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -112,7 +112,7 @@ class GRN(torch.nn.Module):
         self.beta = torch.nn.Parameter(torch.zeros(1, 1, 1, num_channels))
 
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:
-        """Dense channels-last `(B, H, W, C)`, normalised per image, or a SparseTensor."""
+        """Take dense channels-last `(B, H, W, C)`, normalised per image, or a SparseTensor; return the same shape."""
         if isinstance(input, SparseTensor):
             return ops.grn(input, self.gamma, self.beta, self.scope, self.eps)
         norm = torch.linalg.vector_norm(input, dim=(1, 2), keepdim=True)
@@ -133,7 +133,7 @@ class StochasticDepth(torch.nn.Module):
         self.p = p
 
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:
-        """Dense `(B, ...)` or a SparseTensor; the identity in evaluation."""
+        """Take dense `(B, ...)` or a SparseTensor; return the same shape, in evaluation the input."""
         if isinstance(input, SparseTensor):
             return ops.stochastic_depth(input, self.p, self.training)
         if self.p == 0.0 or not self.training:
