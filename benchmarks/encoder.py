@@ -1,24 +1,26 @@
-"""The masked encoder, sparse against dense: the same weights, images and mask, in one process, in turn.
+"""Compare the sparse encoder with the dense one: the same weights, images and mask, in one process, in turn.
 
     python benchmarks/encoder.py --out benchmarks/results/encoder-cpu.json
     python benchmarks/encoder.py --sweep all --out benchmarks/results/encoder-cpu.json --plot benchmarks/results
+    python benchmarks/encoder.py --device cuda --dtype bfloat16 --size tiny base --batch 64 --by-block --out gpu.json
 
-Four variants:
+Variants:
 
-    sparse     the sparse encoder, from images and mask: gathering pixels and neighbour tables are timed too
-    dense      all operators on the whole image, times the mask (`sparsecnx.models.masked_dense`), eager
-    compiled   the same through torch.compile
-    floor      no encoder, only the matrix products of its blocks at the visible rows through torch.mm into
-               buffers made before: two a block, with backward six
+    sparse         the sparse encoder, from images and mask: packing pixels and building neighbour tables are timed too
+    sparse_graph   the same as a CUDA graph, on a GPU
+    dense          all operators on the whole image, times the mask (`sparsecnx.models.masked_dense`), eager
+    compiled       the same through torch.compile: as a whole, or with --by-block block by block, which compiles faster
+    dense_nchw     eager, images and weights contiguous; those of the two above are channels_last
+    compiled_nchw  likewise, compiled
+    floor          no encoder, only the matrix products of its blocks at the visible rows, through torch.mm into
+                   buffers made before: two a block, with backward six
 
-Images, and the weights of the dense encoder, are channels_last. Before anything is timed, outputs and all
-parameter gradients of the variants are held against the dense encoder in float32. Forward alone is timed
-without gradients, forward + backward with those of all parameters, which start out as None.
+Before anything is timed, outputs and all parameter gradients are compared with the dense encoder in float32. Forward
+alone is timed without gradients. Forward + backward is timed with gradients of all parameters, which start out as None.
 
-Memory, for each encoder: `saved_bytes` is what autograd keeps for backward, without parameters and images;
-`peak_bytes` is the peak of forward + backward, gradients and all that kernels allocate included, over what a
-process of its own held with weights and images alone; for the compiled encoder, over what it held after its
-first steps, since compiling needs more than running (see measure.py).
+Memory, for each encoder: `saved_bytes` is what autograd keeps for backward, without parameters and images. `peak_bytes`
+is the peak of forward + backward, gradients included, beyond weights and images; on the CPU it is measured in a fresh
+process, for the compiled encoder after its first steps, since compiling needs more than running.
 """
 
 from __future__ import annotations
@@ -27,40 +29,32 @@ import argparse
 import copy
 import functools
 import itertools
-import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import measure
-import report
+import plots
 import torch
-from record import Results
+from measure import Mismatch, Results, say
 from torch import Tensor
 
 from sparsecnx import SparseTensor, random_mask
 from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import SIZES, ConvNeXtV2Encoder, masked_dense
 from sparsecnx.models.convnextv2 import STRIDE
-from sparsecnx.ops.block import operator as block_operator
 
-ENCODERS = ("sparse", "dense", "compiled")
+VARIANTS = ("sparse", "sparse_graph", "dense", "compiled", "dense_nchw", "compiled_nchw")
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "size": ("atto", "pico", "tiny"),
     "ratio": (0.0, 0.25, 0.5, 0.6, 0.75, 0.9),
     "batch": (1, 2, 4, 8, 16),
     "image": (160, 224, 320),
 }
-# Largest ||got - expected|| / ||expected|| of the output and of every gradient, expected being the eager dense
-# encoder in float32. In bfloat16 that one's own gradients are off by 2e-2 at Atto.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
-
-
-class Mismatch(Exception):
-    """Two encoders that should compute the same do not."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +71,8 @@ class Case:
 
     @property
     def key(self) -> str:
-        return (
-            f"{self.size}-mask{self.ratio:g}-batch{self.batch}-{self.image}px"
-            f"-{self.dtype}-{self.device}-{self.threads}threads"
-        )
+        setting = f"{self.size}-mask{self.ratio:g}-batch{self.batch}-{self.image}px"
+        return f"{setting}-{self.dtype}-{self.device}-{self.threads}threads"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -96,58 +88,76 @@ class Workload:
 
     Args:
         case: its ratio is the one to start with.
-        encoders: of `ENCODERS`, those to offer.
+        variants: the encoders to offer, of `VARIANTS`.
+        by_block: compile the dense encoders block by block.
     """
 
-    def __init__(self, case: Case, encoders: Sequence[str] = ENCODERS) -> None:
+    def __init__(self, case: Case, variants: Sequence[str] = ("sparse", "dense"), by_block: bool = False) -> None:
         torch.set_num_threads(case.threads)
         torch.manual_seed(0)
         torch.compiler.reset()
         size = SIZES[case.size]
         self.device = torch.device(case.device)
-        model = ConvNeXtV2Encoder(size.depths, size.dims)
-        randomize(model)
-        self.sparse_model = model.to(self.device)
-        self.dense_model = copy.deepcopy(self.sparse_model).to(memory_format=torch.channels_last)
-        self.models = {name: self.sparse_model if name == "sparse" else self.dense_model for name in encoders}
-        compiled = torch.compile(dense_encoder, dynamic=False, fullgraph=True)
-        self.dense_functions = {"dense": dense_encoder, "compiled": compiled}
-        images = torch.randn(case.batch, 3, case.image, case.image, device=self.device)
-        self.images = images.to(memory_format=torch.channels_last)
-        self.output_grad = torch.randn(case.batch, size.dims[-1], *case.grid, device=self.device)
+        self.reference = ConvNeXtV2Encoder(size.depths, size.dims)
+        randomize(self.reference)
+        self.reference.to(self.device)
+        images = torch.randn(case.batch, 3, case.image, case.image).to(self.device)
+        grad = torch.randn(case.batch, size.dims[-1], *case.grid).to(self.device)
+        layouts = (torch.channels_last, torch.contiguous_format)
+        self.images, self.nchw_images = (images.to(memory_format=layout) for layout in layouts)
+        self.output_grad, self.nchw_grad = (grad.to(memory_format=layout) for layout in layouts)
+        self.models: dict[str, ConvNeXtV2Encoder] = {}
+        self.functions: dict[str, Callable[..., Tensor]] = {}
+        for name in variants:
+            model = copy.deepcopy(self.reference)
+            if name in ("dense", "compiled"):
+                model.to(memory_format=torch.channels_last)
+            compiled = name.startswith("compiled")
+            self.models[name] = model
+            self.functions[name] = compiled_encoder(model, by_block) if compiled else masked_encoder
         self.set_ratio(case)
 
     def set_ratio(self, case: Case) -> None:
-        """Another mask ratio: all else as it was."""
+        """Change the mask ratio and leave all else as it is."""
         self.case = case
         # Drawn on the CPU: the same mask on every device.
         mask = random_mask(case.batch, case.grid, case.ratio, generator=torch.Generator().manual_seed(0))
         self.mask = mask.view(-1, *case.grid).to(self.device)
-        dense_grad = self.output_grad.to(memory_format=torch.channels_last)
-        sparse_grad = SparseTensor.from_dense(dense_grad, self.mask, case.visible).features
-        self.grads = {name: sparse_grad if name == "sparse" else dense_grad for name in self.models}
-        self.products = block_products(self.sparse_model, case)
+        self.row_grad = SparseTensor.from_dense(self.output_grad, self.mask, case.visible).features
+        self.products = block_products(self.reference, case)
+        self.graphs: dict[str, Graph] = {}
 
     def encode(self, name: str) -> Tensor:
-        """The last stage's output: `(rows, C)` by the sparse encoder, else `(B, C, h, w)`."""
-        dtype = getattr(torch, self.case.dtype)
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            if name == "sparse":
-                return self.sparse_model(self.images, self.mask, self.case.visible).features
-            return self.dense_functions[name](self.dense_model, self.images, self.mask)
+        """Return the last stage: `(rows, C)` from the sparse encoder, `(B, C, h, w)` from a dense one."""
+        with measure.autocast(self.case.device, self.case.dtype):
+            if name.startswith("sparse"):
+                return self.models[name](self.images, self.mask, self.case.visible).features
+            images = self.nchw_images if name.endswith("nchw") else self.images
+            return self.functions[name](self.models[name], images, self.mask)
 
-    def forward(self, name: str) -> None:
-        """One forward pass, keeping nothing for backward."""
+    def forward(self, name: str) -> Tensor:
+        """Run one forward pass without gradients and return the output."""
         with torch.no_grad():
-            self.encode(name)
+            return self.encode(name)
 
-    def forward_backward(self, name: str) -> None:
-        """One forward and one backward pass, to the gradients of all parameters."""
+    def forward_backward(self, name: str) -> Tensor:
+        """Run forward and backward, to the gradients of all parameters, and return the output."""
         out = self.encode(name)
-        out.backward(self.grads[name].to(out.dtype))
+        grad = self.nchw_grad if name.endswith("nchw") else self.output_grad
+        out.backward((self.row_grad if name.startswith("sparse") else grad).to(out.dtype))
+        return out.detach()
+
+    def call(self, name: str, mode: str) -> Callable[[], Tensor]:
+        """Return the call to time: a pass of an encoder, as a graph where the variant is one."""
+        step = functools.partial(self.forward_backward if mode == "forward_backward" else self.forward, name)
+        if name != "sparse_graph":
+            return step
+        if mode not in self.graphs:
+            self.graphs[mode] = Graph(step, self.models[name], self.device)
+        return self.graphs[mode]
 
     def floor(self, backward: bool) -> None:
-        """The matrix products of all blocks: of forward, or of forward and backward."""
+        """Compute the matrix products of all blocks: of forward, or of forward and backward."""
         with torch.no_grad():
             for products in self.products:
                 for a, b, out in products[: 6 if backward else 2]:
@@ -155,68 +165,111 @@ class Workload:
 
     def drop_grads(self) -> None:
         """Set all gradients to None."""
-        for model in (self.sparse_model, self.dense_model):
+        for model in self.models.values():
             model.zero_grad(set_to_none=True)
 
     def check(self) -> dict[str, dict[str, Any]]:
-        """Relative errors of every encoder against the dense one in float32.
-
-        Returns:
-            By encoder: `output`, `gradient` (the largest), `parameter` (whose gradient that is).
+        """Compare every encoder with the dense one in float32.
 
         Raises:
-            Mismatch: one is above `TOLERANCE`.
+            Mismatch: outputs or gradients differ by more than the tolerance of the dtype.
         """
-        self.drop_grads()
-        out = dense_encoder(self.dense_model, self.images, self.mask)
+        reference, limit = self.reference, measure.TOLERANCE[self.case.dtype]
+        reference.zero_grad(set_to_none=True)
+        out = masked_encoder(reference, self.images, self.mask)
         out.backward(self.output_grad)
-        expected, expected_grads = out.detach(), grads_by_name(self.dense_model)
-        expected_rows = SparseTensor.from_dense(expected, self.mask, self.case.visible).features
-        limit, errors = TOLERANCE[self.case.dtype], {}
+        expected = {"output": self.rows(out.detach()), **measure.gradients(reference)}
+        errors = {}
         for name, model in self.models.items():
             self.drop_grads()
-            out = self.encode(name)
-            out.backward(self.grads[name].to(out.dtype))
-            output = relative_error(out.detach(), expected_rows if name == "sparse" else expected)
-            errors_by_name = {
-                key: relative_error(grad, expected_grads[key]) for key, grad in grads_by_name(model).items()
-            }
-            # nan, which compares as neither, is the worst.
-            worst = max(errors_by_name, key=lambda key: (math.isnan(errors_by_name[key]), errors_by_name[key]))
-            gradient = errors_by_name[worst]
-            if not (output <= limit and gradient <= limit):
-                raise Mismatch(
-                    f"{name} and dense in float32 differ in {self.case.key}: output {output:.1e}, "
-                    f"gradient of {worst} {gradient:.1e}; at most {limit:g} is expected"
-                )
-            errors[name] = {"output": output, "gradient": gradient, "parameter": worst}
+            call = self.call(name, "forward_backward")
+            out = call().float()
+            found = {"output": out if name.startswith("sparse") else self.rows(out)}
+            found |= call.gradients if isinstance(call, Graph) else measure.gradients(model)
+            errors[name] = measure.compare(f"{name} in {self.case.key}", found, expected, limit)
         self.drop_grads()
+        reference.zero_grad(set_to_none=True)
         return errors
 
+    def rows(self, dense: Tensor) -> Tensor:
+        """Return the visible sites of the last stage as rows."""
+        return SparseTensor.from_dense(dense, self.mask, self.case.visible).features
+
     def time(self, repeats: int) -> dict[str, dict[str, Any]]:
-        """Milliseconds of all variants, forward and forward + backward, see `measure.spread`."""
+        """Return milliseconds of all variants, forward and forward + backward, see `measure.spread`."""
         result = {}
-        for mode, step in (("forward", self.forward), ("forward_backward", self.forward_backward)):
-            calls: dict[str, measure.Call] = {name: functools.partial(step, name) for name in self.models}
+        for mode in ("forward", "forward_backward"):
+            calls: dict[str, measure.Call] = {name: self.call(name, mode) for name in self.models}
             calls["floor"] = functools.partial(self.floor, backward=mode == "forward_backward")
-            times = measure.interleaved(calls, repeats, self.device, before=self.drop_grads)
-            result[mode] = {name: measure.spread(repeated) for name, repeated in times.items()}
+            result[mode] = measure.interleaved(calls, repeats, self.device, before=self.drop_grads)
         return result
 
     def saved_bytes(self) -> dict[str, int]:
-        """What autograd keeps for backward, by encoder."""
-        inputs = [self.images, self.mask, *self.sparse_model.parameters(), *self.dense_model.parameters()]
-        return {name: measure.saved_bytes(functools.partial(self.encode, name), inputs) for name in self.models}
+        """Return what autograd keeps for backward, by encoder."""
+        inputs = [
+            self.images,
+            self.nchw_images,
+            self.mask,
+            *(p for model in self.models.values() for p in model.parameters()),
+        ]
+        names = [name for name in self.models if name != "sparse_graph"]
+        return {name: measure.saved_bytes(functools.partial(self.encode, name), inputs) for name in names}
+
+    def peak_bytes(self, by_block: bool) -> dict[str, int]:
+        """Return the peak memory of forward + backward, by encoder."""
+        names = [name for name in self.models if name != "sparse_graph"]
+        if self.device.type == "cuda":
+            return {name: measure.peak_bytes(functools.partial(steps, self, name), self.device) for name in names}
+        # What a dense encoder needs does not depend on the mask: one measurement serves all ratios.
+        fixed = replace(self.case, ratio=0.0)
+        return {name: cpu_peak_bytes(self.case if name == "sparse" else fixed, name, by_block) for name in names}
 
 
-def dense_encoder(model: ConvNeXtV2Encoder, images: Tensor, mask: Tensor) -> Tensor:
-    """The last stage's output `(B, C, h, w)`, computed densely."""
+class Graph:
+    """A step of a model as a CUDA graph. Calling it replays the step and returns the output.
+
+    Attributes:
+        gradients: by parameter name, where a replay writes them.
+    """
+
+    def __init__(self, step: Callable[[], Tensor], model: ConvNeXtV2Encoder, device: torch.device) -> None:
+        self.out: list[Tensor] = []
+
+        def run() -> None:
+            self.out[:] = [step()]
+
+        self.replay = measure.captured(run, lambda: model.zero_grad(set_to_none=True), device)
+        self.gradients = measure.gradients(model)
+
+    def __call__(self) -> Tensor:
+        self.replay()
+        return self.out[0]
+
+
+def masked_encoder(model: ConvNeXtV2Encoder, images: Tensor, mask: Tensor) -> Tensor:
+    """Return the last stage `(B, C, h, w)`, computed densely."""
     return masked_dense.forward_features(model, images, mask)[-1]
 
 
-def randomize(model: ConvNeXtV2Encoder) -> None:
-    """Weights that keep every branch as large as its input, and nothing left at 0 or 1: GRN starts at 0,
-    where a wrong one would go unnoticed."""
+def compiled_encoder(model: ConvNeXtV2Encoder, by_block: bool) -> Callable[..., Tensor]:
+    """Return `masked_encoder` compiled as a whole, or block by block; then `model` is changed for good."""
+    if not by_block:
+        return torch.compile(masked_encoder, dynamic=False, fullgraph=True)
+    torch._dynamo.config.recompile_limit = 64  # every stage has shapes of its own
+    block = torch.compile(masked_dense.masked_block, dynamic=False, fullgraph=True)
+    for layer in model.downsample_layers:
+        layer.compile(dynamic=False, fullgraph=True)
+
+    def run(model: ConvNeXtV2Encoder, images: Tensor, mask: Tensor) -> Tensor:
+        with mock.patch.object(masked_dense, "masked_block", block):
+            return masked_encoder(model, images, mask)
+
+    return run
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Draw weights that keep every branch as large as its input, and leave nothing at 0 or 1: GRN starts at 0, where a
+    wrong one would go unnoticed."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("weight") and parameter.ndim > 1:
@@ -226,7 +279,7 @@ def randomize(model: ConvNeXtV2Encoder) -> None:
 
 
 def block_products(model: ConvNeXtV2Encoder, case: Case) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Operands and outputs of the matrix products of every block: two of forward, then four of backward."""
+    """Return operands and outputs of the matrix products of every block: two of forward, then four of backward."""
     dtype, blocks = getattr(torch, case.dtype), []
     stage: Any
     for index, stage in enumerate(model.stages):
@@ -237,56 +290,42 @@ def block_products(model: ConvNeXtV2Encoder, case: Case) -> list[list[tuple[Tens
         for block in stage:
             w1, w2 = block.pwconv1.weight.detach().to(dtype), block.pwconv2.weight.detach().to(dtype)
             forward = [(v, w1.T, h), (h, w2.T, y)]
-            backward = [
-                (g, w2, dh),
-                (g.T, h, torch.empty_like(w2)),
-                (dh, w1, dv),
-                (dh.T, v, torch.empty_like(w1)),
-            ]
+            backward = [(g, w2, dh), (g.T, h, torch.empty_like(w2)), (dh, w1, dv), (dh.T, v, torch.empty_like(w1))]
             blocks.append(forward + backward)
     return blocks
 
 
-def grads_by_name(model: ConvNeXtV2Encoder) -> dict[str, Tensor]:
-    """Gradients of all parameters; of one without, zero."""
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """||got - expected|| / ||expected||; nan where either is."""
-    difference = torch.linalg.vector_norm(got.float() - expected)
-    return float(difference / torch.linalg.vector_norm(expected).clamp(min=1e-30))
-
-
 @functools.cache
-def peak_bytes(case: Case, name: str) -> int:
-    """Peak memory of a forward + backward by one encoder, measured in a process of its own."""
-    return int(measure.in_fresh_process(_peak_bytes, case, name))
+def cpu_peak_bytes(case: Case, name: str, by_block: bool) -> int:
+    """Measure the peak memory of one encoder in a fresh process."""
+    return int(measure.in_fresh_process(_cpu_peak_bytes, case, name, by_block))
 
 
-def _peak_bytes(case: Case, name: str) -> int:
-    def steps(workload: Workload) -> None:
-        for _ in range(measure.WARM_UP):
-            workload.forward_backward(name)
-            workload.drop_grads()
-
-    # What kernels keep from call to call counts, so libraries are loaded by one small image. Code that is
-    # compiled for its shape has to meet that shape first; it keeps nothing.
-    compiled = name == "compiled"
-    warm = Workload(case if compiled else replace(case, batch=1, image=STRIDE, ratio=0.0), [name])
-    steps(warm)
-    workload = warm if compiled else Workload(case, [name])
-    return measure.peak_bytes(functools.partial(steps, workload), workload.device)
+def _cpu_peak_bytes(case: Case, name: str, by_block: bool) -> int:
+    # What kernels keep from call to call counts, so one small image loads the libraries. Code that is compiled for its
+    # shape has to meet that shape first; it keeps nothing.
+    compiled = name.startswith("compiled")
+    warm = Workload(case if compiled else replace(case, batch=1, image=STRIDE, ratio=0.0), [name], by_block)
+    steps(warm, name)
+    workload = warm if compiled else Workload(case, [name], by_block)
+    return measure.peak_bytes(functools.partial(steps, workload, name), workload.device)
 
 
-def run_case(workload: Workload, repeats: int) -> dict[str, Any]:
+def steps(workload: Workload, name: str) -> None:
+    """Run forward and backward twice."""
+    for _ in range(2):
+        workload.forward_backward(name)
+        workload.drop_grads()
+
+
+def run_case(workload: Workload, repeats: int, by_block: bool = False) -> dict[str, Any]:
     """Check, time and weigh one case.
 
     Raises:
         Mismatch: the encoders differ; nothing was timed.
     """
     case = workload.case
-    say("  compiling where it is new, checking that outputs and gradients agree")
+    say("  compiling what is new, comparing outputs and gradients")
     errors = workload.check()
     for name, found in errors.items():
         say(f"  {name}: relative error {found['output']:.1e}, gradients {found['gradient']:.1e} ({found['parameter']})")
@@ -294,24 +333,20 @@ def run_case(workload: Workload, repeats: int) -> dict[str, Any]:
     load = os.getloadavg()[0]
     times = workload.time(repeats)
     say("  measuring memory")
-    # What dense encoders need does not depend on the mask: one measurement serves all ratios.
-    peaks = {name: peak_bytes(case if name == "sparse" else replace(case, ratio=0.0), name) for name in workload.models}
-    sparse = SparseTensor.from_dense(workload.images, workload.mask, case.visible)
     return {
         **asdict(case),
         "visible": case.visible,
         "patches": case.grid[0] * case.grid[1],
-        "backend": block_operator.choose(sparse),
         "load": round(load, 2),
         "errors": errors,
         "ms": times,
         "saved_bytes": workload.saved_bytes(),
-        "peak_bytes": peaks,
+        "peak_bytes": workload.peak_bytes(by_block),
     }
 
 
 def selected_cases(options: argparse.Namespace) -> list[Case]:
-    """The cases asked for, those that share a `Workload` one after another."""
+    """Return the cases asked for, those that share a `Workload` one after another."""
     grids = [{axis: getattr(options, axis) for axis in SWEEPS}]
     if options.sweep:
         axes = list(SWEEPS) if options.sweep == "all" else [options.sweep]
@@ -326,74 +361,47 @@ def selected_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def measured(cases: Sequence[Case], options: argparse.Namespace) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Every case with its results, as soon as it has them."""
-    encoders = [name for name in ENCODERS if name != "compiled" or options.compile]
+    """Yield every case with its results, as soon as it has them."""
     workload = None
     for number, case in enumerate(cases, start=1):
         say(f"[{number}/{len(cases)}] {case.key}")
         if workload is None or replace(workload.case, ratio=case.ratio) != case:
-            workload = Workload(case, encoders)
+            workload = Workload(case, options.variants, options.by_block)
         else:
             workload.set_ratio(case)
-        yield case, run_case(workload, options.repeats)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+        yield case, run_case(workload, options.repeats, options.by_block)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Time the sparse encoder against the dense one. Several values: every combination."
-    )
-    parser.add_argument("--size", nargs="+", choices=list(SIZES), default=["atto", "tiny"], metavar="NAME")
-    parser.add_argument("--ratio", nargs="+", type=float, default=[0.6], help="mask ratio, in [0, 1)")
-    parser.add_argument("--batch", nargs="+", type=int, default=[8])
-    parser.add_argument("--image", nargs="+", type=int, default=[224], help=f"pixels, a multiple of {STRIDE}")
+    parser = measure.options(__doc__)
     sweeps = "; ".join(f"{axis}: {' '.join(map(str, values))}" for axis, values in SWEEPS.items())
-    parser.add_argument(
-        "--sweep", choices=[*SWEEPS, "all"], help=f"these values in place of the option's own: {sweeps}"
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32", help="bfloat16 by autocast")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out the compiled variant")
-    parser.add_argument("--out", type=Path, help="results file (JSON); cases that it already holds are replaced")
+    help = f"these values in place of the option's own: {sweeps}"
+    parser.add_argument("--sweep", choices=[*SWEEPS, "all"], help=help)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="by default all that the device can run")
+    parser.add_argument("--by-block", action="store_true", help="compile block by block")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw all of --out into this folder")
-    options = parser.parse_args(arguments)
-    for name in ("batch", "image", "threads", "repeats"):
-        value = getattr(options, name)
-        if min(value if isinstance(value, list) else [value]) < 1:
-            parser.error(f"--{name} is {value}: expected 1 or more")
+    options = measure.check_options(parser, parser.parse_args(arguments))
     if options.plot and not options.out:
         parser.error("--plot draws what --out holds: give both")
-    try:
-        for case in selected_cases(options):
-            if case.image % STRIDE:
-                raise ValueError(f"--image is {case.image}: expected a multiple of {STRIDE}")
-            _ = case.visible
-    except ValueError as error:
-        parser.error(str(error))
+    on_gpu = torch.device(options.device).type == "cuda"
+    options.variants = options.variants or [name for name in VARIANTS if on_gpu or name != "sparse_graph"]
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    results = Results(options.out) if options.out else None
-    found = []
+    results, found = Results(options.out), []
     try:
         for case, result in measured(selected_cases(options), options):
             found.append(result)
-            if results is not None:
-                results.add(case.key, result)
+            results.add(case.key, result)
     except Mismatch as error:
         say(f"not timed: {error}")
         return 1
     finally:
-        print(report.tables(found))
-    if results is not None and options.plot:
-        report.plot(results.content["cases"].values(), options.plot)
+        plots.print_tables(found)
+    if options.plot:
+        plots.draw(list(results.content["cases"].values()), options.plot)
     return 0
 
 

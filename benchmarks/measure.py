@@ -1,13 +1,30 @@
-"""Time and memory of a call: interleaved repeats, bytes kept for backward, peak memory."""
+"""Measure time and memory, keep results in a file, and print tables: what all benchmarks share.
+
+A results file is JSON, written as a whole after every case:
+
+    {"runs": {RUN: {"date", "command", "machine", "versions"}}, "cases": {KEY: {"run": RUN, ...}}}
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import ctypes
+import functools
 import gc
+import importlib.metadata
+import json
+import math
+import os
+import platform
 import re
+import shlex
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -16,60 +33,143 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-WARM_UP = 2
+import sparsecnx
+from sparsecnx.common.files import write_atomically
+from sparsecnx.geometry.masks import visible_count
+from sparsecnx.models import SIZES
+from sparsecnx.models.convnextv2 import STRIDE
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_UP = 3
+QUEUED = 5  # calls that a GPU is given at once, so that it never waits for the host as long as the host is faster
+# Largest ||got - expected|| / ||expected|| of an output or a gradient. In bfloat16 the gradients of the eager dense
+# encoder itself are off by 2e-2 at Atto.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 
 Call = Callable[[], object]
 
 
-def interleaved(calls: dict[str, Call], repeats: int, device: torch.device, before: Call) -> dict[str, list[float]]:
-    """Milliseconds of every call, `repeats` times: one of each in turn, so that a slow spell hits them all.
+class Mismatch(Exception):
+    """Two computations that should agree do not."""
+
+
+# Time
+
+
+def nothing() -> None:
+    """Do nothing, before a call that needs no preparation."""
+
+
+def milliseconds(call: Call, device: torch.device, before: Call = nothing, queued: int = QUEUED) -> float:
+    """Return the time of one call; on a GPU the mean of `queued` calls, launched one after another."""
+    if device.type != "cuda":
+        before()
+        begin = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - begin)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    for _ in range(queued):
+        before()
+        call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / queued
+
+
+def interleaved(
+    calls: Mapping[str, Call], repeats: int, device: torch.device, before: Call = nothing
+) -> dict[str, dict[str, Any]]:
+    """Time every call `repeats` times, one of each in turn, so that a slow spell hits them all.
 
     Args:
-        calls: what to time, by name; each runs `WARM_UP` times first.
-        device: whose clock to use: events on a GPU, the wall clock on the CPU.
-        before: runs before every call, untimed.
+        calls: what to time, by name. Each runs `WARM_UP` times first.
+        before: runs before every call; on the CPU it is not timed.
+
+    Returns:
+        For each name the `spread` of its times in milliseconds.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(-WARM_UP, repeats):
         for name, call in calls.items():
-            before()
-            elapsed = milliseconds(call, device)
+            elapsed = milliseconds(call, device, before)
             if repeat >= 0:
                 times[name].append(elapsed)
-    return times
+    return {name: spread(found) for name, found in times.items()}
 
 
-def milliseconds(call: Call, device: torch.device) -> float:
-    """Time of one call."""
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end)
-    begin = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - begin)
-
-
-def spread(times: list[float]) -> dict[str, float | list[float]]:
-    """Median, minimum, quartiles, and the repeats themselves."""
-    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+def spread(times: Sequence[float]) -> dict[str, Any]:
+    """Return median, minimum, quartiles, and the repeats themselves."""
+    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else list(times) * 3
     summary = {"median": median, "min": min(times), "q1": q1, "q3": q3}
     return {**{name: round(value, 4) for name, value in summary.items()}, "repeats": [round(t, 4) for t in times]}
 
 
-def saved_bytes(forward: Call, inputs: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps between `forward` and its backward.
+def captured(step: Call, reset: Call, device: torch.device) -> Call:
+    """Capture a step as a CUDA graph and return the call that replays it."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            reset()
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    reset()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
-    Counts every storage once, whole, whatever part of it was saved. Works alike on eager, custom and compiled
-    operators: all of them save through autograd.
+
+def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Measure what kernels are held against.
+
+    Returns:
+        copy_bytes_per_s: of a copy in memory, bytes read and bytes written.
+        matrix_flops_per_s: of a large square matrix product in `dtype`.
+        vector_flops_per_s: of float32 multiply-adds, from the number of processors and their highest clock; on the CPU
+            infinite, since it is not known.
+    """
+    on_gpu = device.type == "cuda"
+    source = torch.rand(2**28 if on_gpu else 2**22, device=device)
+    target = torch.empty_like(source)
+    side = 8192 if on_gpu else 512
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    out = torch.empty_like(a)
+    calls: dict[str, Call] = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=out)}
+    ms = {name: found["median"] for name, found in interleaved(calls, 9, device).items()}
+    vector = math.inf
+    if on_gpu:
+        properties = torch.cuda.get_device_properties(device)
+        vector = 2.0 * 128 * properties.multi_processor_count * 1e3 * properties.clock_rate
+    return {
+        "copy_bytes_per_s": 2e3 * source.numel() * source.element_size() / ms["copy"],
+        "matrix_flops_per_s": 2e3 * side**3 / ms["product"],
+        "vector_flops_per_s": vector,
+    }
+
+
+# Memory
+
+
+def saved_bytes(forward: Callable[[], Tensor], inputs: Iterable[Tensor]) -> int:
+    """Return the bytes that autograd keeps between `forward` and its backward.
+
+    On a GPU that is what the allocator holds more than before, without the output. On the CPU every storage that is
+    saved counts once, as a whole.
 
     Args:
-        inputs: parameters, images: there with or without backward, not counted.
+        inputs: parameters and images, which are there with or without backward and do not count.
     """
+    inputs = list(inputs)
+    if inputs[0].device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        out = forward()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated() - before - out.untyped_storage().nbytes()
     held: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -85,11 +185,11 @@ def saved_bytes(forward: Call, inputs: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """Memory that `call` needs at its peak beyond what the process holds before it, in bytes.
+    """Return the memory that `call` needs at its peak beyond what is held before it, in bytes.
 
-    On a GPU, of torch's allocator. On the CPU, resident memory as Linux counts it, so that buffers count which
-    kernels and libraries allocate for themselves: the high-water mark `VmHWM` is reset, and memory that malloc
-    keeps for reuse is given back first. Measure in a fresh process (`in_fresh_process`), with code loaded.
+    On a GPU this is memory of torch's allocator. On the CPU it is resident memory as Linux counts it, so that buffers
+    count which libraries allocate for themselves. Measure there in a fresh process (`in_fresh_process`), with code
+    loaded.
     """
     gc.collect()
     if device.type == "cuda":
@@ -99,15 +199,15 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = process_bytes("VmRSS")
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what malloc keeps for reuse
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _process_bytes("VmRSS")
     call()
-    return process_bytes("VmHWM") - before
+    return _process_bytes("VmHWM") - before
 
 
-def process_bytes(field: str) -> int:
-    """A memory field of `/proc/self/status`."""
+def _process_bytes(field: str) -> int:
+    """Return a memory field of `/proc/self/status`."""
     match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     if match is None:
         raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux alone")
@@ -115,6 +215,179 @@ def process_bytes(field: str) -> int:
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` in a Python process of its own, in which nothing has been allocated yet."""
+    """Return `function(*args)` from a new Python process, in which nothing has been allocated yet."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
+
+
+# Correctness
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Return ||got - expected|| / ||expected||, nan where either is nan."""
+    got, expected = got.detach(), expected.detach()
+    difference = torch.linalg.vector_norm(got.to(expected.dtype) - expected)
+    return float(difference / torch.linalg.vector_norm(expected).clamp(min=1e-30))
+
+
+def compare(who: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> dict[str, Any]:
+    """Compare an output and gradients by name with the expected ones.
+
+    Returns:
+        `output`: its relative error; `gradient`: the largest of the gradients; `parameter`: whose gradient that is.
+
+    Raises:
+        Mismatch: an error is above `limit`, or nan.
+    """
+    errors = {name: relative_error(found[name], value) for name, value in expected.items()}
+    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+    if not errors[worst] <= limit:
+        raise Mismatch(f"{who} differs from the expected result: {worst} by {errors[worst]:.1e}, at most {limit:g}")
+    output = errors.pop("output")
+    parameter = max(errors, key=lambda name: errors[name])
+    return {"output": output, "gradient": errors[parameter], "parameter": parameter}
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the gradients of all parameters by name; zeros for a parameter without one."""
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
+def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Return autocast to a dtype, which does nothing for float32."""
+    return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+# Results and tables
+
+
+class Results:
+    """A results file. A case that is measured again replaces its earlier self.
+
+    Args:
+        path: read where it exists, made with its folder otherwise. None: results are not written.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"runs": {}, "cases": {}}
+        if path is not None and path.exists():
+            self.content = json.loads(path.read_text())
+        self.run = datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+    def add(self, key: str, case: dict[str, Any]) -> None:
+        """Add a case of this run, drop runs of which no case is left, and write the file."""
+        runs, cases = self.content["runs"], self.content["cases"]
+        runs[self.run] = describe_run(self.run)
+        cases[key] = {"run": self.run, **case}
+        used = {case["run"] for case in cases.values()}
+        self.content["runs"] = {run: runs[run] for run in sorted(used)}
+        self.content["cases"] = dict(sorted(cases.items()))
+        if self.path is not None:
+            # The numbers of a list, which are repeats, stand on one line.
+            text = json.dumps(self.content, indent=1)
+            text = re.sub(r"\[([\s\d.,]+)\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, text + "\n")
+
+
+def describe_run(date: str) -> dict[str, Any]:
+    """Say when, how and on what this process measures."""
+    script = Path(sys.argv[0]).resolve()
+    name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
+    packages = ("triton", "transformers", "MinkowskiEngine")
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "sparsecnx": sparsecnx.__version__,
+    }
+    return {
+        "date": date,
+        "command": shlex.join(["python", name, *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "versions": {**versions, **{package: _version(package) for package in packages}, "commit": _commit()},
+    }
+
+
+@functools.cache
+def describe_machine() -> dict[str, Any]:
+    """Name processor, cores that this process may use, memory and GPU."""
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = re.findall(r"^model name\s*: (.*)$", cpuinfo, re.MULTILINE)
+    return {
+        "cpu": models[0].strip() if models else platform.processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _commit() -> str | None:
+    """Return the commit of the checkout, with `-dirty` where files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a Markdown table, floats with four significant digits."""
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        say("rich is not installed: no table (pip install rich)")
+        return
+    table = Table(*head, box=box.MARKDOWN)
+    for row in rows:
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    Console(width=200, highlight=False, markup=False).print(table)
+
+
+def say(line: str) -> None:
+    """Print a line on how far the benchmark has got."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# Command lines
+
+
+def options(description: str | None, sizes: Sequence[str] = ("atto", "tiny")) -> argparse.ArgumentParser:
+    """Return a parser with the options that benchmarks of whole models share."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--size", nargs="+", choices=list(SIZES), default=list(sizes), metavar="NAME")
+    parser.add_argument("--ratio", nargs="+", type=float, default=[0.6], help="mask ratio, in [0, 1)")
+    parser.add_argument("--batch", nargs="+", type=int, default=[8])
+    parser.add_argument("--image", nargs="+", type=int, default=[224], help=f"pixels, a multiple of {STRIDE}")
+    parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32", help="other than float32 by autocast")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="results file (JSON); cases that it already holds are replaced")
+    return parser
+
+
+def check_options(parser: argparse.ArgumentParser, found: argparse.Namespace) -> argparse.Namespace:
+    """Return the options, or end the process with an error that names the one that is wrong."""
+    for name in ("batch", "image", "threads", "repeats"):
+        value = getattr(found, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            parser.error(f"--{name} is {value}: expected 1 or more")
+    for image in found.image:
+        if image % STRIDE:
+            parser.error(f"--image is {image}: expected a multiple of {STRIDE}")
+        try:
+            for ratio in found.ratio:
+                visible_count((image // STRIDE) ** 2, ratio)
+        except ValueError as error:
+            parser.error(str(error))
+    return found

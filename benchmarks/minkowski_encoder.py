@@ -1,25 +1,24 @@
-"""The masked encoder as code for MinkowskiEngine has it, on MinkowskiEngine and here, beside our own modules.
+"""Compare the masked encoder as code for MinkowskiEngine has it, on MinkowskiEngine and here, with our own modules.
 
     make .venv/ready minkowski    # compiled operators; MinkowskiEngine 0.5.4 for the CPU, ten minutes, once
     PYTHONPATH=. build/minkowski/bin/python benchmarks/minkowski_encoder.py --out benchmarks/results/minkowski-cpu.json
 
-One set of weights, images and mask, in one process, in turn:
+Variants, on one set of weights, images and mask, in one process, in turn:
 
     minkowski     published_style.py on MinkowskiEngine itself, where it is installed (and built for the device)
     api           the same file, unchanged, on sparsecnx.compat.minkowski: a mask of patches, recognised as tiles
-    api_general   the same without recognising them: any other pattern of sites takes this path
-    fused         our own encoder, GRN over the batch as the published code has it
+    api_general   the same without recognising them, as for any other pattern of sites
+    fused         our own encoder, GRN over the batch as in the published code
     fused_sample  our own encoder, GRN by image
     floor         no encoder, only the matrix products of its blocks, see encoder.py
 
-Before anything is timed, outputs and all gradients of the first four are held against each other. Timed is forward +
-backward, from images and mask to the gradients of all parameters; and, of the code for MinkowskiEngine, forward +
-backward of the depthwise convolutions alone, all blocks, their kernel maps known already.
+Before anything is timed, outputs and all gradients of the first four are compared with each other. What is timed is
+forward + backward, from images and mask to the gradients of all parameters. For the code for MinkowskiEngine, forward +
+backward of the depthwise convolutions of all blocks is also timed alone, with their kernel maps known already.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 import os
@@ -27,26 +26,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import measure
 import torch
-from encoder import Case, Mismatch, block_products, randomize, relative_error
-from record import Results
+from encoder import Case, block_products, randomize
+from measure import Mismatch, Results, say
 from torch import Tensor, nn
 
 from sparsecnx import SparseTensor, random_mask
-from sparsecnx.backends import minkowski
+from sparsecnx.backends import minkowski as engine
 from sparsecnx.compat import checkpoints, minkowski
 from sparsecnx.compat.minkowski import operations
 from sparsecnx.models import SIZES, create_fcmae
-from sparsecnx.models.convnextv2 import STRIDE
 
-TOLERANCE = 1e-4  # largest ||got - expected|| / ||expected||, float32
 STYLES = ("minkowski", "api", "api_general")  # published_style.py
-SAME = (*STYLES, "fused")  # compute the same
 
 
 class Workload:
@@ -81,7 +76,7 @@ class Workload:
         self.depthwise = {name: self.depthwise_inputs(name) for name in self.models if name in STYLES}
 
     def forward(self, name: str) -> Tensor:
-        """The last stage: dense by code for MinkowskiEngine, rows by our own."""
+        """Return the last stage: dense from code for MinkowskiEngine, rows from our own."""
         if name.startswith("fused"):
             features: Tensor = self.models[name](self.images, self.mask, self.case.visible).features
             return features
@@ -91,20 +86,20 @@ class Workload:
             return dense
 
     def step(self, name: str) -> Tensor:
-        """Forward and backward; the output."""
+        """Run forward and backward, and return the output."""
         out = self.forward(name)
         out.backward(self.grad_rows if name.startswith("fused") else self.grad)
         return out.detach()
 
     def floor(self) -> None:
-        """The matrix products of all blocks, forward and backward."""
+        """Compute the matrix products of all blocks, forward and backward."""
         with torch.no_grad():
             for products in self.products:
                 for a, b, out in products:
                     torch.mm(a, b, out=out)
 
     def depthwise_inputs(self, name: str) -> list[tuple[nn.Module, Any, Tensor]]:
-        """The depthwise layers of all blocks, each with an input, and a gradient of its output."""
+        """Return the depthwise layers of all blocks, each with an input and a gradient of its output."""
         found: list[tuple[nn.Module, Any, Tensor]] = []
 
         def keep(layer: nn.Module, given: tuple[Any, ...]) -> None:
@@ -124,7 +119,7 @@ class Workload:
         return found
 
     def depthwise_step(self, name: str) -> None:
-        """Forward and backward of all depthwise layers."""
+        """Run forward and backward of all depthwise layers."""
         for layer, x, grad in self.depthwise[name]:
             x.F.grad = None
             layer(x).F.backward(grad)
@@ -134,33 +129,25 @@ class Workload:
             model.zero_grad(set_to_none=True)
 
     def check(self) -> dict[str, dict[str, Any]]:
-        """Largest relative errors of outputs and gradients against `fused`.
+        """Compare outputs and gradients with those of `fused`, see `measure.compare`.
 
         Raises:
-            Mismatch: one is above `TOLERANCE`.
+            Mismatch: they differ.
         """
-        found = {}
-        for name in (name for name in SAME if name in self.models):
-            self.drop_grads()
-            out = self.step(name)
-            rows = out if name == "fused" else self.rows(out)
-            found[name] = {"output": rows, **self.gradients(name)}
         self.drop_grads()
+        expected = {"output": self.step("fused"), **self.gradients("fused")}
         errors = {}
-        for name, tensors in found.items():
-            if name != "fused":
-                by_name = {key: relative_error(value, found["fused"][key]) for key, value in tensors.items()}
-                worst = max(by_name, key=lambda key: by_name[key])
-                if not by_name[worst] <= TOLERANCE:
-                    raise Mismatch(f"{name} and fused differ in {self.case.key}: {worst} by {by_name[worst]:.1e}")
-                errors[name] = {"output": by_name["output"], "largest": by_name[worst], "of": worst}
+        for name in self.depthwise:
+            found = {"output": self.rows(self.step(name)), **self.gradients(name)}
+            errors[name] = measure.compare(f"{name} in {self.case.key}", found, expected, measure.TOLERANCE["float32"])
+        self.drop_grads()
         return errors
 
     def rows(self, dense: Tensor) -> Tensor:
         return SparseTensor.from_dense(dense, self.mask.view(-1, *self.case.grid)).features
 
     def gradients(self, name: str) -> dict[str, Tensor]:
-        """By the names and in the shapes of our own encoder."""
+        """Return all gradients by the names and in the shapes of our own encoder."""
         found = {key: p.grad for key, p in self.models[name].named_parameters() if p.grad is not None}
         if not name.startswith("fused"):
             # Gradients have the shapes of weights, so that what converts these converts those.
@@ -171,7 +158,7 @@ class Workload:
 
 @contextmanager
 def unrecognised() -> Iterator[None]:
-    """Tiles are not recognised, as if the pattern consisted of single sites."""
+    """Recognise no tiles, as if the pattern consisted of single sites."""
     recognise = operations.tiles_of_mask
     operations.tiles_of_mask = lambda active: None  # type: ignore[assignment]
     try:
@@ -182,15 +169,17 @@ def unrecognised() -> Iterator[None]:
 
 @functools.cache
 def styles(device: torch.device) -> dict[str, ModuleType]:
-    """published_style.py as each library runs it, by name of the variant. Once: where MinkowskiEngine itself has been
-    imported, the stand-in for it refuses to be installed."""
+    """Return published_style.py as each library runs it, by name of the variant.
+
+    Only once: where MinkowskiEngine itself has been imported, the stand-in for it refuses to be installed.
+    """
     minkowski.install()
     try:
         here = _fresh_style()
     finally:
         minkowski.uninstall()
     found = {"api": here, "api_general": here}
-    refusal = minkowski.refusal(device)
+    refusal = engine.device_refusal(device)
     if refusal is None:
         found["minkowski"] = _fresh_style()
     else:
@@ -210,72 +199,49 @@ def run_case(case: Case, repeats: int) -> dict[str, Any]:
         Mismatch: the encoders differ; nothing was timed.
     """
     workload = Workload(case)
-    say(f"{case.key}: checking that outputs and gradients agree")
+    say(f"{case.key}: comparing outputs and gradients, then timing, {repeats} repeats")
     errors = workload.check()
-    for name, error in errors.items():
-        say(f"  {name}: output {error['output']:.1e}, largest {error['largest']:.1e} ({error['of']})")
-    say(f"  timing, {repeats} repeats")
-    steps: dict[str, measure.Call] = {name: functools.partial(workload.step, name) for name in workload.models}
-    depthwise: dict[str, measure.Call] = {
-        name: functools.partial(workload.depthwise_step, name) for name in workload.depthwise
-    }
     times = {}
-    for kind, calls in (("encoder", {**steps, "floor": workload.floor}), ("depthwise", depthwise)):
-        measured = measure.interleaved(calls, repeats, workload.device, before=workload.drop_grads)
-        times[kind] = {name: measure.spread(values) for name, values in measured.items()}
+    for kind, step, names in (
+        ("encoder", workload.step, workload.models),
+        ("depthwise", workload.depthwise_step, workload.depthwise),
+    ):
+        calls: dict[str, measure.Call] = {name: functools.partial(step, name) for name in names}
+        if kind == "encoder":
+            calls["floor"] = workload.floor
+        times[kind] = measure.interleaved(calls, repeats, workload.device, before=workload.drop_grads)
     return {**asdict(case), "load": round(os.getloadavg()[0], 2), "errors": errors, "ms": times}
 
 
-def table(cases: Sequence[dict[str, Any]]) -> str:
-    """Medians, and how many times as fast as MinkowskiEngine that is."""
-    lines = []
+def print_table(cases: Sequence[dict[str, Any]]) -> None:
+    """Print medians, and how they compare with our own encoder and with MinkowskiEngine."""
+    rows = []
     for case in cases:
-        lines.append(f"{case['size']}, mask {case['ratio']:g}, batch {case['batch']}, {case['image']} px")
         for kind, times in case["ms"].items():
-            medians = {name: spread["median"] for name, spread in times.items()}
-            for name, median in medians.items():
-                against = medians.get("minkowski")
-                line = f"  {kind:10} {name:14} {median:10.1f} ms"
-                if "fused" in medians:
-                    line += f"{median / medians['fused']:8.2f} x fused"
-                if against is not None:
-                    line += f"{against / median:8.1f} x as fast as MinkowskiEngine"
-                lines.append(line)
-    return "\n".join(lines)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time the encoder on MinkowskiEngine, on its API here, and fused.")
-    parser.add_argument("--size", nargs="+", choices=list(SIZES), default=["atto", "tiny"], metavar="NAME")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--image", type=int, default=224, help=f"pixels, a multiple of {STRIDE}")
-    parser.add_argument("--ratio", type=float, default=0.6, help="mask ratio, in [0, 1)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="results file (JSON); cases that it already holds are replaced")
-    return parser.parse_args(arguments)
+            medians = {name: found["median"] for name, found in times.items()}
+            for name, ms in medians.items():
+                by_fused = ms / medians["fused"] if "fused" in medians else ""
+                by_engine = ms / medians["minkowski"] if "minkowski" in medians else ""
+                rows.append([f"{case['size']}, {kind}", name, ms, by_fused, by_engine])
+    measure.print_table(["forward + backward", "variant", "ms", "of fused", "of MinkowskiEngine"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    results = Results(options.out) if options.out else None
-    found = []
+    parser = measure.options(__doc__)
+    parser.set_defaults(repeats=5)
+    options = measure.check_options(parser, parser.parse_args(arguments))
+    results, found = Results(options.out), []
+    batch, image, ratio = options.batch[0], options.image[0], options.ratio[0]
     try:
         for size in options.size:
-            case = Case("float32", options.device, options.threads, size, options.batch, options.image, options.ratio)
+            case = Case("float32", options.device, options.threads, size, batch, image, ratio)
             found.append(run_case(case, options.repeats))
-            if results is not None:
-                results.add(case.key, found[-1])
+            results.add(case.key, found[-1])
     except Mismatch as error:
         say(f"not timed: {error}")
         return 1
     finally:
-        print(table(found))
+        print_table(found)
     return 0
 
 

@@ -1,11 +1,11 @@
-"""ConvNeXt V2's published model files, unmodified, on MinkowskiEngine's API here, held against our own FCMAE.
+"""Run ConvNeXt V2's published model files, unmodified, on MinkowskiEngine's API here, and compare with our own FCMAE.
 
     git clone https://github.com/facebookresearch/ConvNeXt-V2
     python benchmarks/published_code.py ConvNeXt-V2
 
-The same weights (converted), images and mask in float64, GRN over the batch as the published code has it: the loss, the
-prediction and every gradient agree, or the exit code is 1. Then a few steps of training, whose loss falls. Needs a timm
-that still has `timm.models.layers`, such as 1.0.
+Both get the same weights (converted), images and mask in float64, and GRN over the batch as in the published code. The
+exit code is 0 if loss, prediction and every gradient agree, and the loss falls over a few steps of training. A timm is
+needed that still has `timm.models.layers`, such as 1.0.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import relative_error
 
 from sparsecnx.compat import checkpoints, minkowski
 from sparsecnx.models import create_fcmae
@@ -28,7 +29,7 @@ STEPS = 5
 
 
 def published(folder: Path, size: str) -> Any:
-    """The published FCMAE of a size, from the checkout in `folder`."""
+    """Return the published FCMAE of a size, from the checkout in `folder`."""
     minkowski.install()
     sys.path.insert(0, str(folder))
     with warnings.catch_warnings():
@@ -38,7 +39,7 @@ def published(folder: Path, size: str) -> Any:
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Weights that keep every branch as large as its input, GRN's too; theirs start at a standard deviation of 1."""
+    """Draw weights that keep every branch as large as its input, GRN's too, which starts at 0."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("kernel"):
@@ -50,7 +51,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def differences(theirs: Any, size: str, device: str) -> dict[str, float]:
-    """Relative errors of the published code against ours: of loss, prediction, and every gradient by our name."""
+    """Return relative errors of loss, prediction, and every gradient by our name."""
     ours = create_fcmae(size, grn_scope="batch").to(device, torch.float64)
     ours.load_state_dict(checkpoints.convert(theirs.state_dict(), "sparsecnx").state_dict)
     images = torch.randn(4, 3, 224, 224, dtype=torch.float64, device=device)
@@ -60,21 +61,15 @@ def differences(theirs: Any, size: str, device: str) -> dict[str, float]:
     expected_loss.backward()
     gradients = {name: p.grad for name, p in theirs.named_parameters()}
     found = checkpoints.convert(gradients, "sparsecnx").state_dict
-    errors = {"loss": error(loss, expected_loss), "prediction": error(pred, expected_pred)}
+    errors = {"loss": relative_error(loss, expected_loss), "prediction": relative_error(pred, expected_pred)}
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None
-        errors[f"gradient of {name}"] = error(found[name], parameter.grad)
+        errors[f"gradient of {name}"] = relative_error(found[name], parameter.grad)
     return errors
 
 
-def error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """||got - expected|| / ||expected||, in the precision of both."""
-    scale = torch.linalg.vector_norm(expected.detach()).clamp(min=1e-30)
-    return float(torch.linalg.vector_norm(got.detach() - expected.detach()) / scale)
-
-
 def train(theirs: Any, device: str) -> list[float]:
-    """Losses of a few steps on one batch, always under the same mask."""
+    """Return the losses of a few steps on one batch, always under the same mask."""
     theirs.float()
     images = torch.randn(4, 3, 224, 224, device=device)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3)
@@ -90,7 +85,7 @@ def train(theirs: Any, device: str) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Hold the published ConvNeXt V2 model files against our own.")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="a checkout of facebookresearch/ConvNeXt-V2")
     parser.add_argument("--size", default="atto")
     parser.add_argument("--device", default="cpu")

@@ -1,1 +1,1 @@
-"""The API of MinkowskiEngine, and the checkpoints of other libraries."""
+"""Other people's worlds: their APIs and their checkpoints, on what is here."""

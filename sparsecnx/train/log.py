@@ -1,8 +1,10 @@
-"""The log of a run: `log.jsonl`, TensorBoard, and the terminal."""
+"""Where a run's numbers go: `log.jsonl`, TensorBoard, and the terminal."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +15,7 @@ from typing import NamedTuple
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sparsecnx.common.files import printable, write_atomically
+from sparsecnx.train.errors import printable
 
 LOG = "log.jsonl"
 
@@ -31,7 +33,7 @@ class StepRecord(NamedTuple):
         loss: mean over the images of the step, before its update.
         lr: learning rate of the update.
         grad_norm: norm of all gradients, before clipping.
-        images_per_s: over this step, including the wait for data.
+        images_per_s: over this step, waiting for data included.
     """
 
     step: int
@@ -46,13 +48,13 @@ class RunLog:
     """Writes every step to `log.jsonl` and TensorBoard, and shows progress, images/s and time left.
 
     Args:
-        folder: of the run.
-        step: steps already done; lines of later steps are deleted from `log.jsonl`.
+        folder: the run's.
+        step: steps already done; later lines of an earlier attempt are dropped.
         total_steps: of the whole run.
         images_per_step: effective batch.
 
     Raises:
-        LogError: no space, or another failure of the file system; also raised by `write` and on leaving.
+        LogError: here, in `write` and on leaving: no space, or another failure of the file system.
     """
 
     def __init__(self, folder: Path, *, step: int, total_steps: int, images_per_step: int) -> None:
@@ -61,7 +63,7 @@ class RunLog:
         with _writing(self.path):
             _keep_steps_up_to(step, self.path)
             self.lines = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
-        self.events = folder / "events.out.tfevents.*"  # the writer does not tell the rest of the name
+        self.events = folder / "events.out.tfevents.*"  # the writer does not tell the rest
         with _writing(self.events):
             self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
         self.bar = tqdm(
@@ -70,10 +72,11 @@ class RunLog:
             unit="img",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=None,  # no bar unless standard error is a terminal
+            disable=None,  # in a pipe or a scheduler's log, the lines of `say` are enough
         )
 
     def __enter__(self) -> RunLog:
+        self.choices = _Choices(self)
         return self
 
     def __exit__(
@@ -82,8 +85,9 @@ class RunLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.choices.close()
         self.bar.close()
-        # If the run stops for another reason, that one is reported.
+        # A run that stops for another reason says that one.
         with suppress(*(() if error is None else (LogError,))):
             try:
                 with _writing(self.events):
@@ -108,9 +112,29 @@ class RunLog:
         sys.stdout.flush()
 
 
+class _Choices(logging.Handler):
+    """Says which implementation each operator runs on, see `sparsecnx.backends.dispatch`, until it is closed."""
+
+    def __init__(self, log: RunLog) -> None:
+        super().__init__(logging.INFO)
+        self.log = log
+        self.logger = logging.getLogger("sparsecnx")
+        self.level_before = self.logger.level
+        self.logger.setLevel(logging.INFO)
+        self.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.log.say(record.getMessage())
+
+    def close(self) -> None:
+        self.logger.removeHandler(self)
+        self.logger.setLevel(self.level_before)
+        super().close()
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turn errors of the file system into LogErrors that name `path`."""
+    """Name `path` in what the file system says."""
     try:
         yield
     except OSError as error:
@@ -118,14 +142,17 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _keep_steps_up_to(step: int, path: Path) -> None:
-    """Delete the lines of steps after `step`, which an earlier attempt logged."""
+    """Drop what an earlier attempt logged after the checkpoint that is resumed from."""
     if not path.exists():
         return
-    write_atomically(path, "".join(line for line in path.read_text().splitlines(keepends=True) if _step(line) <= step))
+    kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
 
 
 def _step(line: str) -> float:
-    """Return the step of a log line, or infinity for a line that a kill cut short."""
+    """Step of a log line; infinity for a line cut short by a kill."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

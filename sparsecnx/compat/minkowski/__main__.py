@@ -1,4 +1,5 @@
-"""`python -m sparsecnx.compat.minkowski (SCRIPT | -m MODULE) ARGUMENTS...`, see `runner`."""
+"""`python -m sparsecnx.compat.minkowski script.py ARGUMENTS...`: a script whose imports of MinkowskiEngine get this
+package. `-m MODULE` in place of the script runs a module, as python's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Enumerations of MinkowskiEngine. Those that choose between its implementations have no effect here."""
+"""MinkowskiEngine's enumerations. Those that choose between its own implementations choose nothing here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RegionType(Enum):
 
 
 class PoolingMode(Enum):
-    """The function of a pooling layer. The kinds of global pooling compute the same here."""
+    """What a pooling layer computes; MinkowskiEngine has several ways to compute a global one."""
 
     LOCAL_SUM_POOLING = 0
     LOCAL_AVG_POOLING = 1
@@ -36,14 +36,14 @@ class PoolingMode(Enum):
 
 
 class BroadcastMode(Enum):
-    """The operation between the features of an image and those of its sites."""
+    """How the features of an image meet those of its sites (MinkowskiEngine's spelling)."""
 
-    ELEMENTWISE_ADDITON = 0  # spelled as in MinkowskiEngine
+    ELEMENTWISE_ADDITON = 0
     ELEMENTWISE_MULTIPLICATION = 1
 
 
 class ConvolutionMode(Enum):
-    """The kernel of MinkowskiEngine that runs; has no effect here."""
+    """Which of MinkowskiEngine's kernels runs; chooses nothing here."""
 
     DEFAULT = 0
     DIRECT_GEMM = 1
@@ -51,7 +51,7 @@ class ConvolutionMode(Enum):
 
 
 class MinkowskiAlgorithm(Enum):
-    """MinkowskiEngine's trade of memory for speed; has no effect here."""
+    """MinkowskiEngine's trade of memory for speed; chooses nothing here."""
 
     DEFAULT = 0
     MEMORY_EFFICIENT = 1
@@ -59,28 +59,28 @@ class MinkowskiAlgorithm(Enum):
 
 
 class CoordinateMapType(Enum):
-    """The device of MinkowskiEngine's maps; here maps lie on the device of the coordinates."""
+    """Where MinkowskiEngine keeps coordinates; here they lie where the coordinates do."""
 
     CPU = 0
     CUDA = 1
 
 
 class GPUMemoryAllocatorType(Enum):
-    """The allocator of MinkowskiEngine; here it is always that of torch."""
+    """MinkowskiEngine's allocators; here it is always torch's."""
 
     PYTORCH = 0
     CUDA = 1
 
 
 class SparseTensorOperationMode(Enum):
-    """The choice between one manager for each tensor and one for all."""
+    """Whether tensors made from coordinates share one manager."""
 
     SEPARATE_COORDINATE_MANAGER = 0
     SHARE_COORDINATE_MANAGER = 1
 
 
 class SparseTensorQuantizationMode(Enum):
-    """The treatment of several rows at one site."""
+    """What becomes of several rows at one site."""
 
     RANDOM_SUBSAMPLE = 0
     UNWEIGHTED_AVERAGE = 1

@@ -1,4 +1,4 @@
-"""MinkowskiEngine.modules: residual blocks, with the parameter names of MinkowskiEngine."""
+"""MinkowskiEngine.modules: residual blocks, with MinkowskiEngine's names of parameters."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class MinkowskiNetwork(nn.Module, ABC):
 
 
 class _Residual(nn.Module):
-    """A branch of convolutions `conv1`, `conv2`, ..., each with `norm1`, `norm2`, ..., added to the input.
+    """Convolutions `conv1`, `conv2`, ..., each with its `norm1`, `norm2`, ..., beside the input.
 
     Args:
         inplanes, planes: channels of the input, and of the block; the output has `planes * expansion`.
-        stride, dilation: of the 3x3 convolution, the first of two or the second of three.
-        downsample: module that brings the input to the sites and channels of the output; None if they are the same.
+        stride, dilation: of the block's 3x3 convolution, the first of two or the second of three.
+        downsample: what brings the input to the output's sites and channels; by default nothing.
         bn_momentum: of the batch normalisations.
         dimension: number of spatial axes.
     """
@@ -66,7 +66,7 @@ class _Residual(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        """Compute features `(rows_out, planes * expansion)` from `(rows, inplanes)`."""
+        """Features `(rows, inplanes)` to `(rows_out, planes * expansion)`."""
         out = x
         for number in range(1, len(self.KERNELS) + 1):
             out = getattr(self, f"norm{number}")(getattr(self, f"conv{number}")(out))
@@ -77,7 +77,7 @@ class _Residual(nn.Module):
         return self.relu(out)
 
     def recalibrate(self, x: SparseTensor) -> SparseTensor:
-        """Change the branch before the sum; the SE blocks override this."""
+        """What is done before the sum."""
         return x
 
 
@@ -95,7 +95,7 @@ class Bottleneck(_Residual):
 
 
 class SELayer(nn.Module):
-    """Squeeze-and-excitation (arXiv 1709.01507): channels are weighted by a function of the whole image."""
+    """Squeeze-and-excitation (arXiv 1709.01507): channels weighed by what the whole image says."""
 
     def __init__(self, channel: int, reduction: int = 16, D: int = -1) -> None:  # noqa: N803 - MinkowskiEngine's name
         super().__init__()
@@ -109,13 +109,13 @@ class SELayer(nn.Module):
         self.broadcast_mul = MinkowskiBroadcastMultiplication()
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        """Weight features `(rows, C)`."""
+        """Features `(rows, C)` to `(rows, C)`."""
         weighed: SparseTensor = self.broadcast_mul(x, self.fc(self.pooling(x)))
         return weighed
 
 
 class SEBasicBlock(BasicBlock):
-    """BasicBlock with squeeze-and-excitation. `D` is the number of axes, as in MinkowskiEngine."""
+    """BasicBlock with squeeze-and-excitation. The number of axes is `D`, as in MinkowskiEngine's."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class SEBasicBlock(BasicBlock):
 
 
 class SEBottleneck(Bottleneck):
-    """Bottleneck with squeeze-and-excitation. `D` is the number of axes, as in MinkowskiEngine."""
+    """Bottleneck with squeeze-and-excitation. The number of axes is `D`, as in MinkowskiEngine's."""
 
     def __init__(
         self,

@@ -1,0 +1,143 @@
+"""Measure what a module adds to the torch operator that it ends in: checks, dispatch, and Python around one call.
+
+    python benchmarks/overhead.py
+
+Every module runs on a SparseTensor with a few rows, on one thread, and so does its operator alone: the last call of
+`torch.ops.sparsecnx.*` that the module makes (of a matrix product where it makes none), with the same arguments. Both
+run without gradients, and forward + backward with gradients of rows and parameters. The goal is that a module adds at
+most 60 microseconds; the exit code is 1 where one adds more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Results, print_table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from sparsecnx import SparseTensor, nn
+
+GOAL = 60.0  # microseconds
+CHANNELS = 8
+CALLS = 20  # in one time, of which the median is taken
+PRODUCTS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+
+
+class LastOperator(TorchDispatchMode):
+    """Remembers the last operator of ours that was called, or else the last matrix product.
+
+    Attributes:
+        call: the operator, its arguments and its options.
+    """
+
+    call: tuple[Any, tuple[Any, ...], dict[str, Any]]
+    _ours = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        ours = func.namespace.startswith("sparsecnx")
+        if ours or (func in PRODUCTS and not self._ours):
+            self.call, self._ours = (func, args, kwargs), ours
+        return func(*args, **kwargs)
+
+
+def cases() -> dict[str, tuple[Callable[[Any], SparseTensor], Any]]:
+    """Return modules, and `SparseTensor.from_dense`, each with an input."""
+    mask = torch.tensor([[[True, False], [False, True]]])
+
+    def rows(tile: int = 1) -> SparseTensor:
+        dense = torch.randn(1, CHANNELS, 2 * tile, 2 * tile)
+        x = SparseTensor.from_dense(dense, mask, visible=2)
+        return x.with_features(x.features.clone().requires_grad_())
+
+    def from_dense(x: Tensor) -> SparseTensor:
+        return SparseTensor.from_dense(x, mask, visible=2)
+
+    modules = [
+        nn.ConvNeXtV2Block(CHANNELS),
+        nn.LayerNorm(CHANNELS),
+        nn.GRN(CHANNELS),
+        nn.Conv2d(CHANNELS, CHANNELS, 2, stride=2),
+        nn.StochasticDepth(0.1),
+        nn.Linear(CHANNELS, CHANNELS),
+    ]
+    found: dict[str, Any] = {type(m).__name__: (m, rows(2 if isinstance(m, nn.Conv2d) else 1)) for m in modules}
+    found["from_dense"] = (from_dense, torch.randn(1, CHANNELS, 2, 2, requires_grad=True))
+    return found
+
+
+def measured(module: Callable[[Any], SparseTensor], x: Any, repeats: int) -> dict[str, dict[str, float]]:
+    """Return microseconds of a module and of its operator, without and with gradients."""
+    recorder = LastOperator()
+    with recorder:
+        module(x)
+    func, args, kwargs = recorder.call
+    # Leaves of their own, so that backward of the operator ends at its arguments.
+    args = tree_map(lambda v: v.detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v, args)
+    leaves = [v for v in tree_leaves(args) if isinstance(v, Tensor) and v.requires_grad]
+    parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
+    inputs = [x.features if isinstance(x, SparseTensor) else x, *parameters]
+
+    def run_module() -> Tensor:
+        return module(x).features
+
+    def run_operator() -> Tensor:
+        out = func(*args, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
+    found = {}
+    with torch.no_grad():
+        found["without gradients"] = pair(run_module, run_operator, repeats)
+    grad = torch.ones_like(run_module())
+    operator_grad = torch.ones_like(run_operator())
+    found["with gradients"] = pair(
+        lambda: torch.autograd.grad(run_module(), inputs, grad),
+        lambda: torch.autograd.grad(run_operator(), leaves, operator_grad),
+        repeats,
+    )
+    return found
+
+
+def pair(module: Callable[[], object], operator: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Time both in turn, and return the medians in microseconds and what the module adds."""
+    times: dict[str, list[float]] = {"module": [], "operator": []}
+    for repeat in range(-repeats // 10, repeats):
+        for name, call in (("module", module), ("operator", operator)):
+            begin = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            elapsed = 1e6 * (time.perf_counter() - begin) / CALLS
+            if repeat >= 0:
+                times[name].append(elapsed)
+    found = {name: round(statistics.median(values), 2) for name, values in times.items()}
+    return {**found, "added": round(found["module"] - found["operator"], 2)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--out", type=Path, help="results file (JSON)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    results, rows = Results(options.out), []
+    for name, (module, x) in cases().items():
+        found = measured(module, x, options.repeats)
+        results.add(name, found)
+        for mode, us in found.items():
+            rows.append([name, mode, us["module"], us["operator"], us["added"], "" if us["added"] <= GOAL else "above"])
+    print_table(["", "", "module, us", "its operator, us", "added, us", f"goal: {GOAL:g} us"], rows)
+    return int(any(row[-1] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""Check the machine code of every GPU kernel, without a GPU: no register spills, and shared memory within limits.
+
+The Triton kernels that the operators launch at the sizes of published models are compiled ahead of time, in a process
+without Triton's interpreter, which conftest.py asks for: this file run as a script. The CUDA kernels are those in the
+library that the install has compiled; tests/test_emulator.py looks after their shared memory, which launches ask for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsecnx import Layout, SparseTensor, ops, random_mask, use_backend
+from sparsecnx.backends import compiled, triton_launch
+from sparsecnx.models import SIZES
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that a block may have
+LIBRARIES = sorted((ROOT / "sparsecnx").glob("_C_cuda.*so"))
+DECODER_CHANNELS = 512
+# What is compiled: dtype, model size, stages (5 is the decoder), architectures. Every kernel on every architecture, on
+# sm_90 at the narrowest and the widest of the usual channels, and float32 where shared memory is scarcest.
+SELECTIONS = [
+    ("bfloat16", "atto", (1, 2, 3, 4), (90,)),
+    ("bfloat16", "base", (1, 2, 3, 4, 5), (90,)),
+    ("bfloat16", "tiny", (1,), (80, 100)),
+    ("float32", "atto", (1,), (80,)),
+]
+
+
+def programs(channels: int, tile: int, ratio: float, dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    """Yield every operator, forward and backward, on one stage of images of 224 pixels."""
+    mask = random_mask(16, (7, 7), ratio).view(16, 7, 7)  # 16 images: rows in multiples of 16, as in larger batches
+    visible = int((~mask[0]).sum())
+    layout = Layout.from_mask(mask, (7 * tile, 7 * tile), visible)
+    hidden = 4 * channels
+
+    def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+    def vector(size: int = channels) -> Tensor:
+        return leaf(size, dtype=torch.float32)
+
+    def program(forward: Callable[..., Any], *leaves: Any) -> Callable[[], object]:
+        inputs = [value.features if isinstance(value, SparseTensor) else value for value in leaves]
+
+        def run() -> None:
+            out = forward(*leaves)
+            out = out.features if isinstance(out, SparseTensor) else out
+            torch.autograd.grad(out, inputs, torch.zeros_like(out))
+
+        return run
+
+    def block(recompute: bool, survival: Tensor | None) -> Callable[[], object]:
+        def forward(x: SparseTensor, *parameters: Tensor) -> SparseTensor:
+            return ops.convnextv2_block(x, ops.BlockParameters(*parameters), survival, recompute=recompute)
+
+        first = [leaf(channels, 1, 7, 7), vector(), vector(), vector(), leaf(hidden, channels)]
+        second = [vector(hidden), vector(hidden), vector(hidden), leaf(channels, hidden), vector()]
+        return program(forward, rows(), *first, *second)
+
+    def rows(width: int = channels) -> SparseTensor:
+        return SparseTensor(leaf(layout.rows, width), layout)
+
+    kernel_map = torch.zeros(layout.rows, 49, dtype=torch.int32)
+    for bias in ([], [vector()]):
+        yield program(ops.depthwise_conv, rows(), leaf(channels, 1, 7, 7), *bias)
+        yield program(
+            lambda x, w, *bias: ops.mapped_depthwise_conv(x, w, kernel_map, kernel_map, *bias),
+            leaf(layout.rows, channels),
+            leaf(49, channels),
+            *bias,
+        )
+    yield program(ops.conv, rows(), leaf(channels, channels, 3, 3), vector())
+    yield program(ops.layer_norm, rows(), vector(), vector())
+    for scope in ("sample", "batch"):
+        yield program(lambda *x, scope=scope: ops.grn(*x, scope), rows(hidden), vector(hidden), vector(hidden))
+    yield program(lambda x: ops.stochastic_depth(x, 0.1), rows())
+    yield program(lambda x: SparseTensor.from_dense(x, mask, visible), leaf(16, channels, 7 * tile, 7 * tile))
+    yield program(lambda x, fill: x.dense(fill), rows(), leaf(channels))
+    for recompute in (False, True):
+        for survival in (None, torch.ones(16)):
+            yield block(recompute, survival)
+    if tile == 8:
+        yield program(lambda x: SparseTensor.from_dense(x, mask, visible), leaf(16, 3, 224, 224))  # images
+
+
+def main(selections: list[Any]) -> None:
+    """Compile what the programs launch, each specialisation once, and print as JSON what each kernel needs."""
+    # Imported here: this is the process in which kernels are compiled, not interpreted.
+    from triton import compile as triton_compile
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.autotuner import Autotuner, Heuristics
+    from triton.runtime.jit import create_function_from_signature
+
+    def configurations(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Iterator[Any]:
+        """Yield the function under the decorators of a kernel, with the options of every configuration that fits."""
+        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        if isinstance(kernel, Autotuner):
+            for config in triton_launch.fitting(kernel, arguments, options):
+                yield from configurations(kernel.fn, arguments, {**options, **config.all_kwargs()})
+        elif isinstance(kernel, Heuristics):
+            chosen = dict(options)
+            for name, choose in kernel.values.items():
+                chosen[name] = choose({**named, **chosen})
+            yield from configurations(kernel.fn, arguments, chosen)
+        else:
+            yield kernel, options
+
+    sources: dict[str, Any] = {}
+    arches: tuple[int, ...] = ()
+
+    def observe(kernel: Any, grid: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        for function, chosen in configurations(kernel, arguments, options):
+            for arch in arches:
+                target = GPUTarget("cuda", arch, 32)
+                backend = make_backend(target)
+                bind = create_function_from_signature(function.signature, function.params, backend)
+                bound, types, rest = bind(*arguments, **chosen)
+                _, signature, constants, attributes = function._pack_args(backend, dict(chosen), bound, types, rest)
+                flags = {name: value for name, value in chosen.items() if name not in bound}
+                key = f"{function.fn.__name__} sm_{arch} {signature} {constants} {attributes} {flags}"
+                sources[key] = (ASTSource(function, signature, constants, attributes), target, flags)
+
+    for dtype, size, stages, arches in selections:  # noqa: B007 - `observe` reads arches
+        for stage in stages:
+            place = (SIZES[size].dims[stage - 1], 2 ** (4 - stage), 0.6) if stage < 5 else (DECODER_CHANNELS, 1, 0.0)
+            with use_backend("triton"):
+                for run in programs(*place, getattr(torch, dtype)):
+                    with triton_launch.observing(observe):
+                        run()
+    found = []
+    for key, (source, target, flags) in sources.items():
+        kernel = triton_compile(source, target, flags)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            (stack,) = resource_usage(knobs.nvidia.cuobjdump.path, Path(file.name)).values()
+        found.append({"kernel": key, "arch": target.arch, "stack": stack, "shared": kernel.metadata.shared})
+    print(json.dumps(found))
+
+
+def resource_usage(cuobjdump: str, binary: Path) -> dict[tuple[str, str], int]:
+    """Return the bytes of local memory of every kernel, by architecture and name. Registers that spill live there."""
+    command = [cuobjdump, "--dump-resource-usage", str(binary)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found, arch, name = {}, "", ""
+    for line in text.splitlines():
+        if match := re.match(r"\s*(arch = |Function )(\w+)", line):
+            arch, name = (match[2], name) if match[1] == "arch = " else (arch, match[2])
+        elif sizes := re.findall(r"(?:STACK|LOCAL):(\d+)", line):
+            found[arch, name] = sum(map(int, sizes))
+    return found
+
+
+@pytest.mark.skipif(not triton_launch.available, reason="needs Triton")
+def test_triton_kernels() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", __file__, json.dumps(SELECTIONS)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**environment, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = json.loads(done.stdout)
+    text = "".join(path.read_text() for path in (ROOT / "sparsecnx").rglob("triton_*.py"))
+    kernels = set(re.findall(r"@triton\.jit[^\n]*\ndef (\w+_kernel)\(", text))
+    for arch in SHARED:
+        assert {one["kernel"].split()[0] for one in found if one["arch"] == arch} == kernels, "every kernel is launched"
+    assert [one for one in found if one["stack"] or one["shared"] > SHARED[one["arch"]]] == []
+
+
+@pytest.mark.skipif(not triton_launch.available, reason="needs Triton, which brings cuobjdump")
+@pytest.mark.skipif(not LIBRARIES, reason=f"needs the GPU operators: {compiled.cuda_why_not}")
+def test_cuda_kernels() -> None:
+    from triton import knobs
+
+    usage = resource_usage(knobs.nvidia.cuobjdump.path, LIBRARIES[0])
+    assert usage
+    assert {kernel: stack for kernel, stack in usage.items() if stack} == {}
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
