@@ -16,6 +16,7 @@ from torch import Tensor
 from sparsecnx import Layout, SparseTensor, use_backend
 from sparsecnx.backends import compiled, minkowski, triton_launch
 from sparsecnx.backends.dispatch import Operator as Dispatcher
+from sparsecnx.geometry import packing
 from sparsecnx.geometry.layout import TileSet
 from sparsecnx.ops import (
     block,
@@ -32,7 +33,9 @@ from sparsecnx.ops import (
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 needs_cpu = pytest.mark.skipif(not compiled.loaded, reason=f"needs the compiled operators: {compiled.why_not}")
-needs_triton = pytest.mark.skipif(triton_launch.device_refusal(DEVICE) is not None, reason=f"{triton_launch.device_refusal(DEVICE)}")
+needs_triton = pytest.mark.skipif(
+    triton_launch.device_refusal(DEVICE) is not None, reason=f"{triton_launch.device_refusal(DEVICE)}"
+)
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 needs_cuda = pytest.mark.needs_cuda  # see conftest.py
 needs_minkowski = pytest.mark.needs_minkowski  # see conftest.py
@@ -146,6 +149,8 @@ OPERATORS = {
         layer_normalization.operator,
         mapped.conv_operator,
         mapped.depthwise_operator,
+        packing.gather_operator,
+        packing.scatter_operator,
     )
 }
 

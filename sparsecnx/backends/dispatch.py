@@ -82,7 +82,7 @@ class Operator:
     Args:
         name: of the operator.
         strict: whether a backend asked for by name raises where it refuses. An operator that only moves values gives
-            the same bits on every backend, and goes on to the next one instead.
+            the same bits on every backend: it goes on to the next one instead, and its reference is no slow one.
         **implementations: by backend name, fastest first. The last one is the slow reference, which refuses nothing.
     """
 
@@ -103,7 +103,7 @@ class Operator:
         """
         name = self._first(x)
         if not torch.compiler.is_compiling():
-            if name == self._slowest and len(self.implementations) > 1 and selected() != name:
+            if self.strict and name == self._slowest and len(self.implementations) > 1 and selected() != name:
                 self._warn_slow(x)
             if _logger.isEnabledFor(logging.INFO):
                 self._log(x, name)

@@ -275,7 +275,8 @@ class Layout:
 
         def build() -> Tensor:
             image = self.tiles.positions()[0].to(torch.int32)
-            return image[:, None].expand(-1, self.sites_per_tile).flatten()
+            # flatten() alone gives stride 0 where there is one tile, and kernels read the table in order.
+            return image[:, None].expand(-1, self.sites_per_tile).flatten().contiguous()
 
         return cached_table(self.tiles, ("row_image", self.tile), build)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsecnx import Layout
-from sparsecnx import coordinates as geometry
+from sparsecnx.geometry import coordinates as geometry
 from sparsecnx.geometry.coordinates import CoordinateMap, offsets_of, tiles_of, tiles_of_mask, unique
 
 

@@ -1,0 +1,350 @@
+"""Row order, neighbour tables and kernel maps against brute force over coordinates."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    DEVICE,
+    MASKS,
+    assert_close,
+    draw_mask,
+    example_layout,
+    layouts,
+    make_layout,
+    masks,
+    needs_gpu,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsecnx import Layout, SparseTensor, TileSet, use_backend
+from sparsecnx.geometry.nested_order import rows_to_tile, tile_sites, tile_to_rows
+
+NDIMS = pytest.mark.parametrize("ndim", [1, 2, 3], ids=["1d", "2d", "3d"])
+READS_DATA = {"aten::nonzero", "aten::_local_scalar_dense"}
+
+
+class Recorder(TorchDispatchMode):
+    """Lists the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name().split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@st.composite
+def any_layouts(draw: Any, tiles: tuple[int, ...] = (1, 2, 3, 4, 6, 8)) -> Layout:
+    """In one to three dimensions."""
+    ndim = draw(st.integers(1, 3))
+    return draw(layouts(ndim, sites=(16, 12, 8)[ndim - 1], tiles=tiles))
+
+
+def site_rows(layout: Layout) -> dict[tuple[int, ...], int]:
+    """Row of each active site by image and position in sites."""
+    coordinates = layout.coordinates()
+    assert (coordinates[:, 1:] % layout.stride == 0).all()
+    coordinates[:, 1:] //= layout.stride
+    return {tuple(site): row for row, site in enumerate(coordinates.tolist())}
+
+
+@NDIMS
+@pytest.mark.parametrize("tile", [*range(1, 13), 16, 24])
+def test_nested_order_is_a_bijection(tile: int, ndim: int) -> None:
+    sites = tile_sites(tile, ndim)
+    assert sites.shape == (tile**ndim, ndim) and sites.dtype == torch.int64
+    assert sorted(sites.tolist()) == [list(site) for site in itertools.product(range(tile), repeat=ndim)]
+    tiles = torch.arange(2 * tile**ndim * 3).view(2, *([tile] * ndim), 3)
+    rows = tile_to_rows(tiles, ndim)
+    assert torch.equal(rows, tiles[(slice(None), *sites.T)].flatten(0, 1))
+    assert torch.equal(rows_to_tile(rows, tile, ndim), tiles)
+
+
+def test_nested_order_spelled_out() -> None:
+    square = torch.zeros(4, 4, dtype=torch.int64)
+    square[tuple(tile_sites(4, 2).T)] = torch.arange(16)
+    assert square.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert torch.equal(tile_sites(5, 2), torch.tensor(list(itertools.product(range(5), repeat=2))))
+    assert tile_sites(6, 2)[:12:4].tolist() == [[0, 0], [0, 2], [0, 4]]
+
+
+@NDIMS
+@pytest.mark.parametrize("tile", [2, 4, 6, 8, 12, 16])
+def test_children_of_a_site_are_consecutive_rows_at_every_level(tile: int, ndim: int) -> None:
+    fine = make_layout(draw_mask("equal counts", 2, (3, 1, 2)[:ndim], seed=1), tile)
+    offsets = torch.tensor(list(itertools.product((0, 1), repeat=ndim)))
+    while fine.tile % 2 == 0:
+        coarse = fine.coarsen(2)
+        assert (coarse.tile, coarse.stride) == (fine.tile // 2, fine.stride * 2)
+        assert coarse.tiles is fine.tiles and coarse.rows * 2**ndim == fine.rows > 0
+        children = fine.coordinates().view(coarse.rows, 2**ndim, 1 + ndim)
+        parents = coarse.coordinates()[:, None, :]
+        assert torch.equal(children[..., :1], parents[..., :1].expand(-1, 2**ndim, -1))
+        parent_sites, child_sites = parents[..., 1:] // coarse.stride, children[..., 1:] // fine.stride
+        assert torch.equal(child_sites.long(), parent_sites * 2 + offsets)
+        fine = coarse
+
+
+@given(any_layouts(), st.sampled_from([1, 2, 4]))
+def test_rows_are_the_sites_of_visible_tiles(layout: Layout, stride: int) -> None:
+    mask = layout.tiles.mask().view(layout.batch, *layout.tiles.grid)
+    layout = Layout(layout.tiles, layout.tile, stride)
+    coordinates = layout.coordinates()
+    assert coordinates.dtype == torch.int32 and coordinates.shape == (layout.rows, 1 + layout.ndim)
+    everywhere = itertools.product(range(layout.batch), *map(range, layout.shape))
+    active = [site for site in everywhere if not mask[(site[0], *(p // layout.tile for p in site[1:]))]]
+    assert sorted(site_rows(layout)) == active
+
+    image = layout.row_image()
+    assert image.dtype == torch.int32 and torch.equal(image, coordinates[:, 0])
+    assert image.is_contiguous() and layout.row_image() is image  # kernels read it in order
+    assert torch.equal(layout.row_splits.diff(), image.bincount(minlength=layout.batch))
+    assert layout.row_splits[0] == 0 and layout.row_splits is layout.row_splits
+    counts = set(layout.row_splits.diff().tolist())
+    assert layout.rows_per_image == (counts.pop() if len(counts) == 1 else None)
+
+
+@NDIMS
+@pytest.mark.parametrize("kind", MASKS)
+def test_mask_round_trip(kind: str, ndim: int) -> None:
+    mask = draw_mask(kind, 3, (3, 2, 4)[:ndim], seed=7)
+    for given_mask in (mask, mask.flatten(1)):
+        tiles = TileSet.from_mask(given_mask, (3, 2, 4)[:ndim])
+        assert torch.equal(tiles.mask(), mask.flatten(1))
+        assert tiles.count == (~mask).sum() and tiles.ndim == ndim
+        assert torch.equal(torch.stack(tiles.positions(), dim=1), (~mask).nonzero())
+        assert torch.equal(tiles.splits.diff(), (~mask).flatten(1).sum(1))
+        assert torch.equal(tiles.index, tiles.index.sort().values)
+        slots = tiles.slots()
+        assert slots.dtype == torch.int32 and tiles.slots() is slots
+        assert torch.equal(slots[tiles.index], torch.arange(tiles.count, dtype=torch.int32))
+        assert torch.equal(slots < 0, mask.flatten())
+
+
+def test_nothing_masked() -> None:
+    tiles, expected = TileSet.all_visible(3, (2, 4), DEVICE), TileSet.from_mask(torch.zeros(3, 8) > 0, (2, 4))
+    assert (tiles.batch, tiles.grid, tiles.visible) == (expected.batch, expected.grid, expected.visible)
+    assert torch.equal(tiles.index.cpu(), expected.index) and torch.equal(tiles.splits.cpu(), expected.splits)
+
+
+@given(st.data(), st.integers(1, 3))
+def test_what_is_known_gives_the_same_tiles(data: st.DataObject, ndim: int) -> None:
+    mask, _ = data.draw(masks(ndim))
+    counts, cells = (~mask).flatten(1).sum(1).tolist(), mask[0].numel()
+    counted = TileSet.from_mask(mask, tuple(mask.shape[1:]))
+    assert counted.visible == (counts[0] if len(set(counts)) == 1 else None)
+    known = [TileSet.from_mask(mask, counted.grid, count=counted.count)]
+    assert known[0].visible is None
+    if counted.visible is not None:
+        known.append(TileSet.from_mask(mask, counted.grid, counted.visible))
+        assert known[1].visible == counted.visible
+    for tiles in known:
+        for found, expected in ((tiles.index, counted.index), (tiles.splits, counted.splits)):
+            assert found.dtype == expected.dtype == torch.int64 and torch.equal(found, expected)
+    for visible in {*counts, counts[0] - 1, counts[0] + 1} & set(range(cells + 1)) - {counted.visible}:
+        with pytest.raises(ValueError, match=f"mask does not keep visible={visible} tiles in every image"):
+            TileSet.from_mask(mask, counted.grid, visible)
+    for count in {counted.count - 1, counted.count + 1} & set(range(mask.numel() + 1)):
+        with pytest.raises(ValueError, match=f"mask does not keep count={count} tiles in all"):
+            TileSet.from_mask(mask, counted.grid, count=count)
+
+
+@given(st.data(), st.integers(1, 3), st.integers(0, 2))
+def test_neighbours(data: st.DataObject, ndim: int, radius: int) -> None:
+    mask, _ = data.draw(masks(ndim))
+    tiles = TileSet.from_mask(mask, tuple(mask.shape[1:]))
+    places = [tuple(place) for place in torch.stack(tiles.positions(), dim=1).tolist()]
+    order = {place: i for i, place in enumerate(places)}
+    steps = list(itertools.product(range(-radius, radius + 1), repeat=ndim))
+    expected = [[order.get((n, *map(sum, zip(at, step, strict=True))), -1) for step in steps] for n, *at in places]
+    table = tiles.neighbours(radius)
+    assert table.dtype == torch.int32 and table.shape == (tiles.count, len(steps))
+    assert table.tolist() == expected
+    assert tiles.neighbours(radius) is table
+
+
+@given(st.data(), any_layouts())
+def test_kernel_map(data: st.DataObject, layout: Layout) -> None:
+    sizes = st.integers(1, 5 if layout.ndim < 3 else 3)
+    kernel = tuple(data.draw(sizes) for _ in range(layout.ndim))
+    padding = tuple(data.draw(st.integers(0, size)) for size in kernel)
+    stride = data.draw(st.sampled_from([s for s in range(1, layout.tile + 1) if layout.tile % s == 0]))
+    rows, taps = site_rows(layout), list(itertools.product(*map(range, kernel)))
+    expected = []
+    for image, *site in site_rows(layout.coarsen(stride)):
+        reads = ((o * stride - p + k for o, p, k in zip(site, padding, tap, strict=True)) for tap in taps)
+        expected.append([rows.get((image, *read), -1) for read in reads])
+    table = layout.kernel_map(kernel, stride, padding)
+    assert table.dtype == torch.int32
+    assert table.shape == (layout.coarsen(stride).rows, math.prod(kernel))
+    assert table.tolist() == expected
+    assert layout.kernel_map(kernel, stride, padding) is table
+
+
+@pytest.mark.parametrize("tile", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_kernel_map_reaches_beyond_the_next_tile(size: int, tile: int) -> None:
+    layout = example_layout(batch=2, grid=(5, 4), tile=tile)
+    rows = site_rows(layout)
+    padding = size // 2
+    table = layout.kernel_map((size, size), 1, (padding, padding)).tolist()
+    for (image, y, x), found in zip(rows, table, strict=True):
+        taps = itertools.product(range(-padding, size - padding), repeat=2)
+        assert found == [rows.get((image, y + dy, x + dx), -1) for dy, dx in taps]
+
+
+@pytest.mark.parametrize("factor", [-2, 0, 4, 5, 12])
+def test_coarsen_refuses_what_does_not_divide_the_tile(factor: int) -> None:
+    layout = example_layout(tile=6)
+    message = f"stride is {factor}: it must divide the tile side, 6 sites"
+    with pytest.raises(ValueError, match=message):
+        layout.coarsen(factor)
+    with pytest.raises(ValueError, match=message):
+        layout.kernel_map((3, 3), factor, (1, 1))
+
+
+def test_coarsen() -> None:
+    layout = example_layout(tile=12)
+    assert layout.coarsen(1) is layout
+    coarse = layout.coarsen(3).coarsen(2)
+    assert (coarse.tile, coarse.stride, coarse.shape, coarse.sites_per_tile) == (2, 6, (6, 4), 4)
+    assert set(coarse.coordinates()[:, 1:].unique().tolist()) <= set(range(0, 36, 6))
+
+
+def test_grid_is_inferred_from_the_shapes() -> None:
+    def found(mask_shape: tuple[int, ...], shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+        layout = Layout.from_mask(torch.zeros(mask_shape, dtype=torch.bool), shape)
+        assert layout.shape == shape
+        return layout.tiles.grid, layout.tile
+
+    assert found((2, 49), (224, 224)) == ((7, 7), 32)
+    assert found((2, 6), (24, 16)) == found((2, 3, 2), (24, 16)) == ((3, 2), 8)
+    assert found((1, 5), (35,)) == ((5,), 7)
+    assert found((1, 12), (6, 4, 4)) == found((1, 3, 2, 2), (6, 4, 4)) == ((3, 2, 2), 2)
+    assert found((1, 5, 7), (5, 7)) == ((5, 7), 1)
+
+
+FLAT = torch.zeros(2, 6, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: TileSet.from_mask([[True]], (1,)), TypeError, "mask is a list: expected a bool tensor"),
+        (lambda: TileSet.from_mask(FLAT.float(), (2, 3)), TypeError, r"mask is torch\.float32: expected torch\.bool"),
+        (lambda: TileSet.from_mask(FLAT, (2, 2)), ValueError, r"mask is \(2, 6\): a 2x2 grid needs \(2, 4\)"),
+        (lambda: TileSet.from_mask(FLAT.view(2, 3, 2), (2, 3)), ValueError, r"mask is \(2, 3, 2\): a 2x3 grid needs"),
+        (lambda: TileSet.from_mask(FLAT[0, 0], (2, 3)), ValueError, r"mask is \(\): a 2x3 grid needs \('B', 6\)"),
+        (lambda: Layout.from_mask(None, (4, 6)), TypeError, "mask is a NoneType: expected a bool tensor"),
+        (lambda: Layout.from_mask(FLAT.int(), (4, 6)), TypeError, r"mask is torch\.int32: expected torch\.bool"),
+        (lambda: Layout.from_mask(FLAT[0], (4, 6)), ValueError, r"mask is \(6,\): expected \(B, L\) or \(B, g, g\)"),
+        (lambda: Layout.from_mask(FLAT[None, None], (4, 6)), ValueError, "for a tensor of 4x6 sites"),
+        (lambda: Layout.from_mask(FLAT, (4, 4)), ValueError, r"mask is \(2, 6\): no grid of square tiles .* 4x4 sites"),
+        (lambda: Layout.from_mask(FLAT, (5, 7)), ValueError, "no grid of square tiles .* 5x7 sites"),
+        (lambda: Layout.from_mask(FLAT.view(2, 2, 3), (4, 9)), ValueError, "no grid of square tiles .* 4x9 sites"),
+        (lambda: Layout.from_mask(FLAT[:, :0], (4, 4)), ValueError, r"mask is \(2, 0\): no grid"),
+        (lambda: Layout.from_mask(FLAT, (0, 0)), ValueError, "no grid of square tiles .* 0x0 sites"),
+        (lambda: Layout.from_mask(FLAT, (7,)), ValueError, "no grid of square tiles .* 7 sites"),
+        (lambda: Layout.from_mask(FLAT, (4, 6), -1), ValueError, "visible is -1: a grid of 6 tiles keeps 0 to 6"),
+        (lambda: Layout.from_mask(FLAT, (4, 6), 7), ValueError, "visible is 7: a grid of 6 tiles keeps 0 to 6"),
+        (lambda: Layout.from_mask(FLAT, (4, 6), count=-1), ValueError, "count is -1: 2 images of 6 tiles keep 0 to 12"),
+        (lambda: Layout.from_mask(FLAT, (4, 6), count=13), ValueError, "count is 13: 2 images of 6 tiles keep 0 to 12"),
+        (lambda: Layout.from_mask(FLAT, (4, 6), 3, 5), ValueError, "count is 5: 2 images with visible=3 keep 6"),
+    ],
+)
+def test_errors_name_the_argument_and_what_was_expected(
+    call: Callable[[], object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def geometry(mask: Tensor, **known: int) -> tuple[Tensor, ...]:
+    """All that a network asks of a layout."""
+    layout = Layout.from_mask(mask, (12, 8), **known)
+    maps = [layout.kernel_map((3, 3), 1, (1, 1)), layout.kernel_map((2, 2), 2, (0, 0))]
+    return (layout.tiles.index, layout.row_splits, layout.coordinates(), layout.tiles.mask(), *maps)
+
+
+# What is known of a mask `(2, 3, 2)` that keeps 3 tiles in every image, and what is said where it does not.
+KNOWN = pytest.mark.parametrize(
+    ("known", "message"),
+    [({"visible": 3}, "visible=3 tiles in every image"), ({"count": 6}, "count=6 tiles in all")],
+    ids=["visible", "count"],
+)
+
+
+@KNOWN
+@pytest.mark.parametrize("device", ["meta", pytest.param(DEVICE.type, marks=needs_gpu)])
+def test_what_is_known_leaves_no_shape_to_data(known: dict[str, int], message: str, device: str) -> None:
+    with Recorder() as recorder:
+        geometry(draw_mask("equal counts", 2, (3, 2), seed=2).to(device), **known)
+    assert not READS_DATA & set(recorder.names)
+
+
+@KNOWN
+def test_what_is_known_compiles_to_one_graph_that_reads_nothing_back(known: dict[str, int], message: str) -> None:
+    mask = draw_mask("equal counts", 2, (3, 2), seed=2).to(DEVICE)
+    ran: list[str] = []
+
+    def recording(graph: Any, _: Any) -> Any:
+        def run(*args: Any) -> Any:
+            with Recorder() as recorder:
+                out = graph(*args)
+            ran.extend(recorder.names)
+            return out
+
+        return run
+
+    def run(mask: Tensor) -> tuple[Tensor, ...]:
+        return geometry(mask, **known)
+
+    expected = run(mask.cpu())
+    for compiler in ("eager", "aot_eager", recording):
+        torch.compiler.reset()
+        compiled = torch.compile(run, fullgraph=True, backend=compiler)
+        for found, wanted in zip(compiled(mask), expected, strict=True):
+            assert torch.equal(found.cpu(), wanted)
+        if DEVICE.type == "cpu":  # On a GPU a process cannot go on after an assertion that fails.
+            with pytest.raises(RuntimeError, match=f"mask does not keep {re.sub('=[0-9]+', '', message)}"):
+                compiled(torch.zeros_like(mask))
+    assert ran and not READS_DATA & set(ran)
+
+
+@pytest.mark.parametrize("known", ["visible", "count"])
+def test_one_compilation_serves_every_batch_and_image_size(known: str) -> None:
+    """Geometry, gather, scatter and their gradients, where torch.compile leaves sizes open."""
+
+    def run(images: Tensor, mask: Tensor, known_tiles: dict[str, int]) -> tuple[Tensor, ...]:
+        x = SparseTensor.from_dense(images, mask, **known_tiles)
+        return x.with_features(2 * x.features).dense(), x.layout.tiles.neighbours(1), x.layout.row_splits
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    # No two sizes alike in the first call, which torch.compile would take for one size.
+    for batch, grid in ((5, (3, 2)), (7, (3, 2)), (4, (3, 2)), (6, (7, 3))):
+        mask = (torch.rand(batch, math.prod(grid)).argsort(1).argsort(1) >= 3).view(batch, *grid).to(DEVICE)
+        images = torch.randn(batch, 9, *(4 * size for size in grid), device=DEVICE, requires_grad=True)
+        tiles = {"visible": 3} if known == "visible" else {"count": 3 * batch}
+        found = compiled(images, mask, tiles)
+        with use_backend("reference"):
+            expected = run(images, mask, tiles)
+        for value, wanted in zip(found, expected, strict=True):
+            assert torch.equal(value, wanted)
+        gradients = [torch.autograd.grad(out[0].sin().sum(), images)[0] for out in (found, expected)]
+        assert_close(*gradients, 1e-6)
+    assert counter.frame_count == 1
