@@ -2,7 +2,8 @@
 #
 #   make demo              pretrains on 22 photographs for a few minutes and draws what the network reconstructs
 #   make test              runs linters, type checker and tests
-#   make wheel-test        builds the wheel and tests it under another torch
+#   make wheel-test        builds the wheel and tests it under another Python with another torch
+#   make wheel-matrix      the same under three Pythons with three torches: 5 GB of disk for each
 #   make minkowski-test    compares with MinkowskiEngine, which it compiles first: ten minutes, once. It also needs
 #                          OpenBLAS, and Python 3.10 or 3.11.
 #
@@ -11,10 +12,12 @@
 PYTHON ?= python3
 TORCH := torch==2.14.1 torchvision==0.29.2
 TORCH_CUDA := 13
-OTHER_TORCH := torch==2.13.0
+# Each is a Python, python<x.y> on the PATH or in pyenv, and a torch.
+WHEEL_TEST := 3.13-2.13.0
+WHEEL_MATRIX := 3.10-2.11.0 3.12-2.14.1 3.13-2.13.0
 BIN := .venv/bin
 READY := .venv/ready
-OTHER := build/other-torch
+WHEEL := build/wheel
 MINKOWSKI := build/minkowski
 RUN := runs/demo
 # Two test files run at a time. On a GPU they run one after the other, because some tests read its memory and streams.
@@ -31,7 +34,7 @@ ifndef SPARSECNX_BUILD
 endif
 export SPARSECNX_BUILD
 
-.PHONY: demo test wheel-test minkowski minkowski-test lint format clean
+.PHONY: demo test wheel wheel-test wheel-matrix minkowski minkowski-test lint format clean
 
 # The published recipe, with a learning rate for a run of minutes. A second `make demo` resumes an interrupted run.
 demo: $(READY)
@@ -41,25 +44,35 @@ demo: $(READY)
 test: lint
 	$(BIN)/pytest $(WORKERS)
 
-# One wheel serves every torch: its CPU operators pass their tests, and its GPU operators load where that torch is built
-# for CUDA and are refused with the reason where it is not. Compiled for one kind of GPU, which is as good for this as for all; tested away from the
-# source folder, whose package would be imported instead.
-wheel-test: $(READY)
+wheel-test: $(addprefix wheel-in-,$(WHEEL_TEST))
+
+wheel-matrix: $(addprefix wheel-in-,$(WHEEL_MATRIX))
+
+# The GPU operators are compiled for one architecture only, which makes no difference to these tests.
+wheel: $(READY)
 	rm -rf build/lib* build/bdist* dist
 	TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/pip wheel . --no-deps --no-build-isolation --wheel-dir dist
-	$(BIN)/python -m venv --clear $(OTHER)
-	$(OTHER)/bin/pip install $(OTHER_TORCH) pytest pytest-timeout pytest-xdist hypothesis numpy
-	$(OTHER)/bin/pip install --no-deps dist/*.whl
-	$(OTHER)/bin/sparsecnx doctor
-	cp -r tests pyproject.toml $(OTHER)
-	cd $(OTHER) && bin/python tests/installed_wheel.py $(SPARSECNX_BUILD)
-	cd $(OTHER) && bin/pytest $(WORKERS) -k native tests/ops
+
+# The tests run outside the source folder, so that they import the installed package.
+wheel-in-%: wheel $(WHEEL)/%/ready
+	$(WHEEL)/$*/bin/pip install --force-reinstall --no-deps dist/*.whl
+	$(WHEEL)/$*/bin/sparsecnx doctor
+	rm -rf $(WHEEL)/$*/tests && cp -r tests pyproject.toml $(WHEEL)/$*
+	cd $(WHEEL)/$* && bin/python tests/installed_wheel.py $(SPARSECNX_BUILD)
+	cd $(WHEEL)/$* && bin/pytest $(WORKERS) -k cpu tests/ops
+
+.PRECIOUS: $(WHEEL)/%/ready
+$(WHEEL)/%/ready: VERSION = $(firstword $(subst -, ,$*))
+$(WHEEL)/%/ready:
+	$(firstword $(wildcard $(HOME)/.pyenv/versions/$(VERSION).*/bin/python) python$(VERSION)) -m venv --clear $(WHEEL)/$*
+	$(WHEEL)/$*/bin/pip install torch==$(lastword $(subst -, ,$*)) pytest pytest-timeout pytest-xdist hypothesis numpy
+	touch $@
 
 # MinkowskiEngine needs an older torch. The compiled operators of .venv work with that one too, so the tests run on the
 # source folder as it is.
 minkowski-test: $(READY) minkowski
-	$(MINKOWSKI)/bin/python -c 'import sys, torch; from sparsecnx import _minkowski; \
-	  sys.exit(_minkowski.refusal(torch.device("cpu")))'
+	$(MINKOWSKI)/bin/python -c 'import sys, torch; from sparsecnx.backends import minkowski; \
+	  sys.exit(minkowski.device_refusal(torch.device("cpu")))'
 	$(MINKOWSKI)/bin/python -m pytest -m needs_minkowski
 
 minkowski: $(MINKOWSKI)/ready
@@ -81,7 +94,7 @@ format: $(READY)
 
 clean:
 	rm -rf .venv build dist *.egg-info $(RUN)
-	rm -f sparsecnx/_C.*so sparsecnx/_C_cuda.*so sparsecnx/_build_info.*so sparsecnx/_build_failure*.txt
+	rm -f sparsecnx/_C.*so sparsecnx/_C_cuda.*so sparsecnx/_build.json
 
 $(READY): $(SOURCES) $(BIN)/python pyproject.toml setup.py
 	$(BIN)/pip install $(TORCH)

@@ -160,11 +160,9 @@ def _cpu_operators() -> Check:
     name = "CPU operators"
     if not compiled.loaded:
         return Check(name, False, f"{compiled.why_not}", compiled.remedy)
-    facts = compiled.build_info()
-    if facts is None:
-        return Check(name, False, "compiled, but for another Python", compiled.reinstall())
-    if facts["version"] != sparsecnx.__version__:
-        detail = f"compiled from sparsecnx {facts['version']}"
+    facts = compiled.build_info() or {}
+    if facts.get("version") != sparsecnx.__version__:
+        detail = f"compiled from sparsecnx {facts.get('version', '(unknown version)')}"
         return Check(name, False, detail, compiled.reinstall())
     detail = (
         f"running on {torch.ops.sparsecnx.cpu_isa()}; compiled by {facts['compiler']} ({facts['flags']})"
@@ -177,13 +175,11 @@ def _cuda_operators() -> Check:
     name = "CUDA operators"
     if not compiled.cuda_loaded:
         return Check(name, False, f"{compiled.cuda_why_not}", compiled.cuda_remedy)
-    facts = compiled.build_info()
+    facts = compiled.build_info() or {}
     anew = compiled.reinstall(build="cuda")
-    if facts is None:
-        return Check(name, False, "compiled, but for another Python", anew)
-    if facts["version"] != sparsecnx.__version__:
-        return Check(name, False, f"compiled from sparsecnx {facts['version']}", anew)
-    if facts["cuda"] is None:
+    if facts.get("version") != sparsecnx.__version__:
+        return Check(name, False, f"compiled from sparsecnx {facts.get('version', '(unknown version)')}", anew)
+    if facts.get("cuda") is None:
         return Check(name, False, "left from another build than the CPU operators", anew)
     detail = (
         f"architectures {facts['cuda_architectures']}; compiled by nvcc {facts['cuda']} ({facts['cuda_flags']})"

@@ -41,7 +41,7 @@ FLAGS = [
     "-Wno-unknown-pragmas",
 ]
 FLAGS += ["-U_FORTIFY_SOURCE"]  # which takes a change of stacks for an error
-FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DSPARSECNX_DISPATCH_KEY=CPU"]
 # Undefined behaviour of kernels, misaligned accesses among it, traps; the emulator makes an error of it.
 TRAPS = ["-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error"]
 LINK = ["-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic"]
@@ -124,9 +124,7 @@ def _build(sources: list[Path], link: list[str]) -> Path:
 def build_operators() -> Path:
     """The library of the operators in csrc/cuda."""
     sources = [
-        path
-        for path in sorted(KERNELS.iterdir())
-        if path.suffix in (".cu", ".cpp") and path.name not in ("library.cpp", "stream.cpp")
+        path for path in sorted(KERNELS.iterdir()) if path.suffix in (".cu", ".cpp") and path.name != "stream.cpp"
     ]
     torch_libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     return build([HERE / "library.cpp", *sources], torch_libraries)
@@ -172,11 +170,6 @@ class Emulator:
             x, y, z, threads_x, threads_y, threads_z, shared_bytes = numbers
             found.append(Launch(name, (x, y, z), (threads_x, threads_y, threads_z), shared_bytes))
         return found
-
-    def kernels(self) -> list[str]:
-        """All that the library could launch."""
-        kernel = r"(void )?(\w+::|\(anonymous namespace\)::)*\w+_kernel(<[^()]*>)?\("
-        return [name for name in self._symbols().values() if re.match(kernel, name)]
 
     def guarded(self, tensor: Tensor) -> Tensor:
         """A copy of a CPU tensor that begins at a multiple of 16 bytes, as on a GPU, and ends where memory ends.

@@ -1,4 +1,4 @@
-"""What `make wheel-test` asserts of a wheel installed beside another torch. Argument: its SPARSECNX_BUILD."""
+"""Checks an installed wheel beside another torch, for `make wheel-test`. Argument: its SPARSECNX_BUILD."""
 
 from __future__ import annotations
 

@@ -1,20 +1,19 @@
-"""What `pip install` leaves behind, with a compiler and without."""
+"""What an install builds, what it records where it cannot, and how the compiled operators are loaded."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
 import re
-import runpy
 import shutil
-import site
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,38 +25,30 @@ from sparsecnx import doctor
 from sparsecnx.backends import compiled
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A fresh source folder, with operators that compile in a second."""
-    folder = tmp_path / "source"
-    binaries = shutil.ignore_patterns("*.so", "_build_failure*.txt", "__pycache__")
-    shutil.copytree(ROOT / "sparsecnx", folder / "sparsecnx", ignore=binaries)
-    (folder / "csrc/cuda").mkdir(parents=True)
-    (folder / "csrc/library.cpp").write_text("int nothing;\n")
-    (folder / "csrc/cuda/library.cpp").write_text("int kernel();\nint nothing = kernel();\n")
-    (folder / "csrc/cuda/library.cu").write_text('#include "kernel.cuh"\nint kernel() { return value; }\n')
-    (folder / "csrc/cuda/kernel.cuh").write_text("const int value = 1;\n")
-    for name in (
-        "setup.py",
-        "pyproject.toml",
-        "MANIFEST.in",
-        "README.md",
-        "LICENSE",
-        "csrc/build_info.cpp",
-        "csrc/find_nvcc.py",
-    ):
-        shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
 TORCH_CUDA = torch.version.cuda or "13.0"
 needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built for CPU only")
 
 
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A fresh source folder whose operators compile in a second."""
+    folder = tmp_path / "source"
+    binaries = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    shutil.copytree(ROOT / "sparsecnx", folder / "sparsecnx", ignore=binaries)
+    (folder / "csrc/cuda").mkdir(parents=True)
+    (folder / "csrc/library.cpp").write_text('#include "value.h"\nint nothing = value;\n')
+    (folder / "csrc/value.h").write_text("const int value = 1;\n")
+    (folder / "csrc/cuda/library.cpp").write_text("int kernel();\nint nothing = kernel();\n")
+    (folder / "csrc/cuda/kernel.cu").write_text('#include "kernel.cuh"\nint kernel() { return value; }\n')
+    (folder / "csrc/cuda/kernel.cuh").write_text("const int value = 1;\n")
+    files = [path.name for path in ROOT.iterdir() if path.is_file()]
+    for name in [*files, *(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.py"))]:
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
 def fake_toolkit(folder: Path, *, release: str = TORCH_CUDA, library: bool = True) -> Path:
-    """A CUDA toolkit whose nvcc takes kernels for C++, and does not compile a file that says `error`."""
+    """Make a CUDA toolkit whose nvcc compiles kernels as C++, fails on a file that says `error`, and knows no sm_70."""
     (folder / "bin").mkdir(parents=True)
     (folder / "lib").mkdir()
     if library:
@@ -68,85 +59,66 @@ def fake_toolkit(folder: Path, *, release: str = TORCH_CUDA, library: bool = Tru
         'case "$*" in\n'
         "  *compute_70*) echo \"nvcc fatal   : Unsupported gpu architecture 'compute_70'\"; exit 1;;\n"
         f"  *--version*) echo 'Cuda compilation tools, release {release}, V{release}.88'; exit;;\n"
-        f"""  *--dryrun*) echo '#$ LIBRARIES=  "-L{folder}/stubs" "-L{folder}/bin/../lib"' >&2; exit;;\n"""
+        f"""  *--verbose*) echo '#$ LIBRARIES=  "-L{folder}/stubs" "-L{folder}/bin/../lib"';;\n"""
         "esac\n"
-        'while [ "$1" != -c ]; do shift; done\n'
-        'if grep -q error "$2"; then echo "$2(1): error: no such thing"; exit 1; fi\n'
-        'exec c++ -fPIC -x c++ -c "$2" -o "$4"\n'
+        'while [ $# -gt 0 ]; do\n  case "$1" in -c) source=$2;; -o) object=$2;; -MF) listed=$2;; esac\n  shift\ndone\n'
+        'if grep -q error "$source"; then echo "$source(1): error: no such thing"; exit 1; fi\n'
+        'exec c++ -fPIC -x c++ ${listed:+-MD -MF "$listed"} -c "$source" -o "$object"\n'
     )
     nvcc.chmod(0o755)
     return folder
 
 
-def build_in_place(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What an editable install does."""
-    return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=source,
-        env={**os.environ, **environment},
-        text=True,
-        capture_output=True,
-    )
-
-
-def build_facts(package: Path) -> dict[str, str | None]:
-    """What the module _build_info in that folder says."""
-    program = "import json, torch, _build_info; print(json.dumps(_build_info.facts))"
-    environment = {**os.environ, "PYTHONPATH": str(package)}
-    command = [sys.executable, "-c", program]
-    facts: dict[str, str | None] = json.loads(subprocess.check_output(command, env=environment, text=True))
-    return facts
-
-
-@pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The functions of setup.py, which sets up nothing."""
-    monkeypatch.setenv("SPARSECNX_BUILD", "none")
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
-    return runpy.run_path(str(ROOT / "setup.py"))
-
-
-def torch_of(cuda: str | None) -> SimpleNamespace:
-    """All of a torch that the search for a toolkit looks at."""
-    return SimpleNamespace(__version__="2.99.0", version=SimpleNamespace(cuda=cuda))
-
-
-def pip(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `pip` without build isolation: the environment that runs the tests has all that a build needs."""
-    return subprocess.run(
-        [sys.executable, "-m", "pip", *arguments, "--no-build-isolation", "--no-deps"],
-        env={**os.environ, **environment},
-        text=True,
-        capture_output=True,
-    )
-
-
-def compiled(package: Path) -> list[str]:
-    return sorted(path.name for path in package.iterdir() if path.suffix == ".so")
-
-
-def failing_compiler(folder: Path, *, on: str) -> str:
-    """A C++ compiler that fails on source files whose name contains `on`."""
+def failing_compiler(folder: Path) -> str:
+    """Make a C++ compiler that fails on library.cpp."""
     script = folder / "c++"
-    script.write_text(f'#!/bin/sh\ncase "$*" in *{on}*) echo "error: no"; exit 1;; esac\nexec c++ "$@"\n')
+    script.write_text('#!/bin/sh\ncase "$*" in *library.cpp*) echo "error: no"; exit 1;; esac\nexec c++ "$@"\n')
     script.chmod(0o755)
     return str(script)
 
 
-def test_pure_python_on_request(source: Path, tmp_path: Path) -> None:
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": "", "PYTHONPATH": "", **environment}
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, text=True, capture_output=True)
+
+
+def build_in_place(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run what an editable install runs."""
+    return run("setup.py", "build_ext", "--inplace", cwd=source, **environment)
+
+
+def pip(command: str, what: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `pip` without build isolation: the environment of the tests has all that a build needs."""
+    options = ("--no-build-isolation", "--no-deps")
+    return run("-m", "pip", command, what, *options, *arguments, cwd=what.parent, **environment)
+
+
+def libraries(package: Path) -> list[str]:
+    return sorted(path.name for path in package.glob("*.so"))
+
+
+@pytest.fixture
+def compilers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "csrc")
+    return importlib.import_module("compilers")
+
+
+def torch_of(cuda: str | None) -> Any:
+    """Return all of a torch that the search for a toolkit reads."""
+    extension = SimpleNamespace(CUDA_HOME=None)
+    version = SimpleNamespace(cuda=cuda)
+    return SimpleNamespace(__version__="2.99.0", version=version, utils=SimpleNamespace(cpp_extension=extension))
+
+
+def test_pure_python_wheel(source: Path, tmp_path: Path) -> None:
+    """Its metadata ask for torch alone, and `doctor` knows what the extra [train] adds."""
     result = pip("wheel", source, "--wheel-dir", tmp_path, SPARSECNX_BUILD="none")
     assert result.returncode == 0, result.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"sparsecnx-{sparsecnx.__version__}-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
     assert "sparsecnx/doctor.py" in names and "sparsecnx/py.typed" in names
-    assert not [name for name in names if name.endswith((".so", "_build_failure.txt"))]
-
-
-def test_core_depends_on_torch_alone_and_doctor_knows_the_train_extra(source: Path, tmp_path: Path) -> None:
-    result = pip("wheel", source, "--wheel-dir", tmp_path, SPARSECNX_BUILD="none")
-    assert result.returncode == 0, result.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    assert not [name for name in names if name.endswith((".so", "_build.json"))]
     metadata = zipfile.Path(wheel, f"sparsecnx-{sparsecnx.__version__}.dist-info/")
     requires = importlib.metadata.PathDistribution(metadata).requires or []
     assert [item for item in requires if "extra ==" not in item] == ["torch>=2.11"]
@@ -154,195 +126,107 @@ def test_core_depends_on_torch_alone_and_doctor_knows_the_train_extra(source: Pa
     assert sorted(train) == sorted(doctor.TRAIN)
 
 
-def test_compiled_wheel_has_both_modules(source: Path, tmp_path: Path) -> None:
-    result = pip("install", source, "--target", tmp_path / "installed", SPARSECNX_BUILD="cpu")
+def test_one_wheel_serves_every_python(source: Path, tmp_path: Path) -> None:
+    """Nothing of an earlier editable install is in it."""
+    for stale in ("_C_cuda.abi3.so", "_build.json"):
+        (source / "sparsecnx" / stale).write_text("stale")
+    result = pip("wheel", source, "--wheel-dir", tmp_path, SPARSECNX_BUILD="cpu")
     assert result.returncode == 0, result.stderr
-    library, info = compiled(tmp_path / "installed/sparsecnx")
-    assert library == "_C.abi3.so"
-    assert info.startswith("_build_info.")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"sparsecnx-{sparsecnx.__version__}-cp310-abi3-")
+    archive = zipfile.ZipFile(wheel)
+    assert [name for name in archive.namelist() if name.endswith(".so")] == ["sparsecnx/_C.abi3.so"]
+    facts = json.loads(archive.read("sparsecnx/_build.json"))
+    assert (facts["version"], facts["torch"]) == (sparsecnx.__version__, torch.__version__)
+    assert facts["cuda"] is None and facts["cpu_failure"] is None
 
 
-def test_without_compiler_the_install_succeeds_and_doctor_says_why(source: Path, tmp_path: Path) -> None:
+def test_without_a_compiler_the_install_succeeds_and_doctor_says_why(source: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     result = pip("install", source, "--target", installed, CXX="/nowhere/c++", SPARSECNX_BUILD="auto")
     assert result.returncode == 0, result.stderr
-    assert compiled(installed / "sparsecnx") == []
-
     program = "import sparsecnx.doctor; print(sparsecnx.doctor.__file__); sparsecnx.doctor.run()"
-    report = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-        check=True,
-    ).stdout
-    assert str(installed) in report
-    assert "built as pure Python because: no C++ compiler: found none of /nowhere/c++" in report
-    assert "-> Install g++" in report
+    report = run("-c", program, cwd=tmp_path, PYTHONPATH=str(installed)).stdout
+    assert str(installed) in report and libraries(installed / "sparsecnx") == []
+    assert "not compiled: no C++ compiler: found none of /nowhere/c++" in report and "-> Install g++" in report
 
-
-def test_without_compiler_cpu_is_an_error(source: Path, tmp_path: Path) -> None:
-    result = pip("install", source, "--target", tmp_path / "t", CXX="/nowhere/c++", SPARSECNX_BUILD="cpu")
+    result = pip("install", source, "--target", tmp_path / "other", CXX="/nowhere/c++", SPARSECNX_BUILD="cpu")
     assert result.returncode != 0
     assert "SPARSECNX_BUILD=cpu: no C++ compiler: found none of /nowhere/c++" in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("on", ["library.cpp", "build_info.cpp"])
-def test_failed_compilation_leaves_neither_module(source: Path, tmp_path: Path, on: str) -> None:
+def test_a_failed_compilation_leaves_no_library(source: Path, tmp_path: Path) -> None:
     package = source / "sparsecnx"
-    for stale in ("_C.abi3.so", "_C_cuda.abi3.so", "_build_info.so", "_build_failure_cuda.txt"):
+    for stale in ("_C.abi3.so", "_C_cuda.abi3.so", "_build.json"):
         (package / stale).touch()
-    environment = {"CXX": failing_compiler(tmp_path, on=on), "SPARSECNX_BUILD": "auto"}
-    result = build_in_place(source, **environment)
-    assert result.returncode == 0, result.stderr
-    assert compiled(package) == []
+    result = build_in_place(source, CXX=failing_compiler(tmp_path), SPARSECNX_BUILD="auto")
+    assert result.returncode == 0 and "WITHOUT its compiled operators" in result.stderr, result.stderr
+    assert libraries(package) == []
     missing = compiled.load(package)
-    assert missing is not None
-    assert f"compiling against torch {torch.__version__} failed" in missing.reason
-    assert "WITHOUT its compiled operators" in result.stderr
-    assert not (package / "_build_failure_cuda.txt").exists()
+    assert missing is not None and f"compiling against torch {torch.__version__} failed" in missing.reason
+    assert missing.remedy.startswith(
+        "Install with SPARSECNX_BUILD=cpu to see the compiler's messages. Then: pip install"
+    )
 
 
 @needs_cuda_torch
 def test_gpu_operators_are_built_where_nvcc_fits(source: Path, tmp_path: Path) -> None:
-    toolkit = fake_toolkit(tmp_path / "cuda")
-    installed = tmp_path / "installed"
-    environment = {"CUDA_HOME": str(toolkit), "SPARSECNX_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": ""}
-    result = pip("install", source, "--target", installed, **environment)
+    installed, toolkit = tmp_path / "installed", fake_toolkit(tmp_path / "cuda")
+    result = pip("install", source, "--target", installed, CUDA_HOME=str(toolkit), SPARSECNX_BUILD="cuda")
     assert result.returncode == 0, result.stdout + result.stderr
-    cpu, gpu, _ = compiled(installed / "sparsecnx")
-    assert (cpu, gpu) == ("_C.abi3.so", "_C_cuda.abi3.so")
-    facts = build_facts(installed / "sparsecnx")
+    assert libraries(installed / "sparsecnx") == ["_C.abi3.so", "_C_cuda.abi3.so"]
+    facts = compiled.build_info(installed / "sparsecnx") or {}
     assert (facts["cuda"], facts["cuda_architectures"]) == (TORCH_CUDA, "8.0;9.0+PTX")
-    assert "-O3" in f"{facts['cuda_flags']}"
-
-    # The CPU operators alone, from the same folder: nothing of the others is left in the wheel.
-    result = pip("wheel", source, "--wheel-dir", tmp_path, SPARSECNX_BUILD="cpu")
-    assert result.returncode == 0, result.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "cuda.abi3" in name or "_build_failure" in name]
+    assert "-O3" in facts["cuda_flags"]
 
 
 @needs_cuda_torch
 @pytest.mark.parametrize("mode", ["auto", "cuda"])
 def test_kernels_that_do_not_compile(source: Path, tmp_path: Path, mode: str) -> None:
-    (source / "csrc/cuda/kernel.cuh").write_text("")
-    (source / "csrc/cuda/library.cu").write_text("error\n")
     package = source / "sparsecnx"
+    (source / "csrc/cuda/kernel.cu").write_text("error\n")
     (package / "_C_cuda.abi3.so").write_text("of an earlier install")
     result = build_in_place(source, CUDA_HOME=str(fake_toolkit(tmp_path / "cuda")), SPARSECNX_BUILD=mode)
-    reason = f"nvcc {TORCH_CUDA} on csrc/cuda/library.cu: csrc/cuda/library.cu(1): error: no such thing"
-    if mode == "cuda":  # an error, and what was installed before stays
-        assert result.returncode != 0 and reason in result.stderr
-        assert compiled(package) == ["_C_cuda.abi3.so"]
+    assert "kernel.cu(1): error: no such thing" in result.stdout
+    if mode == "cuda":  # It is an error, and what was installed before stays.
+        assert result.returncode != 0 and libraries(package) == ["_C_cuda.abi3.so"]
         return
-    assert result.returncode == 0, result.stderr
-    cpu, _ = compiled(package)
-    assert cpu == "_C.abi3.so"
-    assert build_facts(package)["cuda"] is None
+    assert result.returncode == 0 and "without its GPU operators" in result.stderr, result.stderr
+    assert libraries(package) == ["_C.abi3.so"] and (compiled.build_info(package) or {})["cuda"] is None
     missing = compiled.load_cuda(package)
     assert missing is not None
-    assert missing.reason == f"not compiled because: compiling against torch {torch.__version__} failed: {reason}"
-    assert "SPARSECNX_BUILD=cuda pip install" in missing.remedy and "WITHOUT" not in result.stderr
-    assert "without its GPU operators" in result.stderr
-
-
-HOST_CONFIG = (
-    "host_config.h:137:2: error: #error -- unsupported GNU version! gcc versions later than 15 are not supported!"
-)
+    assert missing.reason.startswith(f"not compiled: compiling against torch {torch.__version__} failed: ")
+    assert "SPARSECNX_BUILD=cuda pip install" in missing.remedy
 
 
 @needs_cuda_torch
-@pytest.mark.parametrize(
-    ("mode", "architectures", "kernel", "remedy"),
-    [
-        ("auto", "7.0;9.0", "", "Set or shorten TORCH_CUDA_ARCH_LIST, now '7.0;9.0', to what this nvcc compiles for."),
-        ("cuda", "9.0", HOST_CONFIG, "Set CXX to a g++ that this nvcc takes."),
-    ],
-    ids=["architecture", "compiler"],
-)
-def test_errors_of_nvcc_come_with_advice(
-    source: Path, tmp_path: Path, mode: str, architectures: str, kernel: str, remedy: str
-) -> None:
-    toolkit = fake_toolkit(tmp_path / "cuda")
-    if kernel:
-        nvcc = toolkit / "bin/nvcc"
-        nvcc.write_text(nvcc.read_text().replace("error: no such thing", kernel))
-        (source / "csrc/cuda/library.cu").write_text("error\n")
-    environment = {"CUDA_HOME": str(toolkit), "SPARSECNX_BUILD": mode, "TORCH_CUDA_ARCH_LIST": architectures}
-    result = build_in_place(source, **environment)
-    assert (result.returncode == 0) == (mode == "auto"), result.stderr
-    if mode == "cuda":
-        said = result.stderr.splitlines()
-        assert said[-1] == remedy
-        assert said[-2].startswith(f"SPARSECNX_BUILD=cuda: nvcc {TORCH_CUDA} on csrc/cuda/library.cu: ")
-    else:
-        missing = compiled.load_cuda(source / "sparsecnx")
-        assert missing is not None and missing.remedy.startswith(f"{remedy} Then: SPARSECNX_BUILD=cuda pip install")
-        assert remedy not in missing.reason
-
-
-@needs_cuda_torch
-def test_a_rebuild_links_anew(source: Path, tmp_path: Path) -> None:
-    """Without ninja too, which knows of headers and flags; then setuptools alone decides what is out of date."""
-    (tmp_path / "ninja").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "ninja").chmod(0o755)
-    environment = {
-        "CUDA_HOME": str(fake_toolkit(tmp_path / "cuda")),
-        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
-    }
-    package = source / "sparsecnx"
-    assert build_in_place(source, SPARSECNX_BUILD="cpu", **environment).returncode == 0
-    assert build_facts(package)["cuda"] is None
-    result = build_in_place(source, SPARSECNX_BUILD="cuda", **environment)
-    assert result.returncode == 0 and "ninja" in result.stderr, result.stderr
-    assert build_facts(package)["cuda"] == TORCH_CUDA
-    before = (package / "_C_cuda.abi3.so").read_bytes()
-    (source / "csrc/cuda/kernel.cuh").write_text("const int value = 2;\n")
-    assert build_in_place(source, SPARSECNX_BUILD="cuda", **environment).returncode == 0
-    assert (package / "_C_cuda.abi3.so").read_bytes() != before
-
-
-@pytest.mark.skipif(shutil.which("ninja") is None, reason="needs ninja")
-def test_a_rebuild_compiles_what_changed_alone(source: Path) -> None:
-    assert build_in_place(source, SPARSECNX_BUILD="cpu").returncode == 0
-    times = {path: path.stat().st_mtime_ns for path in (source / "build").rglob("*.o")}
-    assert times and build_in_place(source, SPARSECNX_BUILD="cpu").returncode == 0
-    assert {path: path.stat().st_mtime_ns for path in times} == times
-
-
-@needs_cuda_torch
-def test_mismatched_nvcc_costs_the_gpu_operators_alone(source: Path, tmp_path: Path) -> None:
+def test_a_toolkit_that_does_not_fit_costs_the_gpu_operators_alone(source: Path, tmp_path: Path) -> None:
     toolkit = fake_toolkit(tmp_path / "cuda", release="10.2")
-    installed = tmp_path / "installed"
-    result = pip("install", source, "--target", installed, CUDA_HOME=str(toolkit), SPARSECNX_BUILD="cuda")
-    assert result.returncode != 0 and not installed.exists()
+    result = pip("install", source, "--target", tmp_path / "t", CUDA_HOME=str(toolkit), SPARSECNX_BUILD="cuda")
+    assert result.returncode != 0
     assert f"SPARSECNX_BUILD=cuda: {toolkit}/bin/nvcc is of CUDA 10.2, torch" in result.stdout + result.stderr
-    assert build_in_place(source, CUDA_HOME=str(toolkit), SPARSECNX_BUILD="cuda").returncode != 0
 
     result = build_in_place(source, CUDA_HOME=str(toolkit), SPARSECNX_BUILD="auto")
-    assert result.returncode == 0, result.stderr
-    cpu, _ = compiled(source / "sparsecnx")
-    assert cpu == "_C.abi3.so"
+    assert result.returncode == 0 and libraries(source / "sparsecnx") == ["_C.abi3.so"], result.stderr
     missing = compiled.load_cuda(source / "sparsecnx")
     assert missing is not None and "nvcc is of CUDA 10.2" in missing.reason
     assert missing.remedy.startswith(f"Install the CUDA {TORCH_CUDA.partition('.')[0]} toolkit")
 
 
-def test_toolkit_without_its_runtime_library(recipe: dict[str, Any], monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "cuda", release="13.0", library=False)))
-    with pytest.raises(recipe["CannotCompile"]) as error:
-        recipe["find_toolkit"](torch_of("13.0"))
-    reason, remedy = str(error.value).split("\n")
-    assert reason == (
-        f"the toolkit of {tmp_path}/cuda/bin/nvcc lacks libcudart_static.a: "
-        f"looked in {tmp_path}/cuda/stubs, {tmp_path}/cuda/lib"
-    )
-    assert "cuda-cudart-dev-13-0" in remedy
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="needs ninja")
+def test_a_rebuild_compiles_what_changed_alone(source: Path) -> None:
+    assert build_in_place(source, SPARSECNX_BUILD="cpu").returncode == 0
+    (object_file,) = (source / "build").rglob("*.o")
+    time, library = object_file.stat().st_mtime_ns, source / "sparsecnx/_C.abi3.so"
+    content = library.read_bytes()
+    assert build_in_place(source, SPARSECNX_BUILD="cpu").returncode == 0
+    assert object_file.stat().st_mtime_ns == time
+    (source / "csrc/value.h").write_text("const int value = 2;\n")
+    assert build_in_place(source, SPARSECNX_BUILD="cpu").returncode == 0
+    assert library.read_bytes() != content
 
 
-def test_toolkit_behind_a_script_on_the_path(recipe: dict[str, Any], monkeypatch: Any, tmp_path: Path) -> None:
+def test_a_toolkit_behind_a_script_on_the_path(compilers: Any, monkeypatch: Any, tmp_path: Path) -> None:
     toolkit = fake_toolkit(tmp_path / "cuda", release="13.1")
     script = tmp_path / "bin/nvcc"
     script.parent.mkdir()
@@ -351,129 +235,109 @@ def test_toolkit_behind_a_script_on_the_path(recipe: dict[str, Any], monkeypatch
     monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "no toolkit"))
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    found = recipe["find_toolkit"](torch_of("13.0"))
-    assert found.nvcc == str(script)
-    assert found.version == "13.1"  # another minor version than torch's does no harm
-    assert found.cudart == f"{toolkit}/lib/libcudart_static.a"
+    torch_13 = torch_of("13.0")
+    found = compilers.find_toolkit(torch_13)  # Another minor version than torch's does no harm.
+    assert found == {"version": "13.1", "include": [], "runtime": f"{toolkit}/lib/libcudart_static.a"}
+    assert str(tmp_path) == torch_13.utils.cpp_extension.CUDA_HOME
 
 
-def test_no_toolkit(recipe: dict[str, Any], monkeypatch: Any, tmp_path: Path) -> None:
-    search = runpy.run_path(str(ROOT / "csrc/find_nvcc.py"))
-    monkeypatch.setitem(search["find_nvcc"].__globals__, "USUAL_TOOLKIT", tmp_path / "usual")
-    monkeypatch.setattr(runpy, "run_path", lambda path: search)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CUDA_HOME", "/nowhere")
-    monkeypatch.delenv("CUDA_PATH", raising=False)
-    with pytest.raises(recipe["CannotCompile"]) as error:
-        recipe["find_toolkit"](torch_of("13.0"))
-    reason, remedy = str(error.value).split("\n")
-    assert reason == f"no nvcc: looked in CUDA_HOME=/nowhere, PATH, {tmp_path}/usual"
-    assert remedy.startswith("Install the CUDA 13 toolkit") and "set CUDA_HOME" in remedy
-
-
-def test_make_finds_the_toolkit_that_setup_finds(recipe: dict[str, Any], monkeypatch: Any, tmp_path: Path) -> None:
-    """Not on the PATH: by CUDA_HOME alone."""
-    toolkit = fake_toolkit(tmp_path / "cuda", release="13.2")
+@pytest.mark.parametrize(
+    ("change", "reason", "remedy"),
+    [
+        ("no library", "lacks libcudart_static.a: looked in .*/cuda/stubs, .*/cuda/lib$", ".*cuda-cudart-dev-13-0"),
+        ("architecture", "nvcc 13.0 does not compile: .*Unsupported gpu architecture", "Set TORCH_CUDA_ARCH_LIST"),
+        ("compiler", "nvcc 13.0 does not compile: .*unsupported GNU version!", "Set NVCC_CCBIN to a g\\+\\+"),
+        ("version", "nvcc is of CUDA 12.8, torch 2.99.0 is built for CUDA 13.0", "Install the CUDA 13 toolkit"),
+        ("CPU torch", "torch 2.99.0 is not built for CUDA", "Install a CUDA build of torch"),
+        ("no nvcc", "no nvcc: looked in CUDA_HOME=/nowhere, PATH, ", "Install the CUDA 13 toolkit .*set CUDA_HOME"),
+    ],
+)
+def test_reasons_and_remedies(
+    compilers: Any, monkeypatch: Any, tmp_path: Path, change: str, reason: str, remedy: str
+) -> None:
+    release = "12.8" if change == "version" else "13.0"
+    toolkit = fake_toolkit(tmp_path / "cuda", release=release, library=change != "no library")
     monkeypatch.setenv("CUDA_HOME", str(toolkit))
-    monkeypatch.delenv("SPARSECNX_BUILD")
-    assert recipe["find_toolkit"](torch_of("13.0")).nvcc == f"{toolkit}/bin/nvcc"
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    if change == "architecture":
+        monkeypatch.setattr(compilers, "ARCHITECTURES", "7.0;9.0")
+    if change == "compiler":
+        nvcc = toolkit / "bin/nvcc"
+        nvcc.write_text(
+            nvcc.read_text().replace("if grep", "echo 'host_config.h: error: unsupported GNU version!'; exit 1 #")
+        )
+    if change == "no nvcc":
+        monkeypatch.setitem(compilers.find_nvcc.__globals__, "USUAL_TOOLKIT", tmp_path / "usual")
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    with pytest.raises(compilers.CannotCompile) as error:
+        compilers.find_toolkit(torch_of(None if change == "CPU torch" else "13.0"))
+    facts = error.value.facts()
+    assert re.search(reason, facts["reason"]) and re.match(remedy, facts["remedy"]), facts
+
+
+def test_architectures(compilers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilers, "ARCHITECTURES", "8.0;9.0a+PTX")
+    code = [flag.removeprefix("-gencode=arch=") for flag in compilers.architecture_flags()]
+    assert code == ["compute_80,code=sm_80", "compute_90a,code=sm_90a", "compute_90a,code=compute_90a"]
+    monkeypatch.setattr(compilers, "ARCHITECTURES", "Hopper")
+    with pytest.raises(compilers.CannotCompile, match="TORCH_CUDA_ARCH_LIST is 'Hopper': 'Hopper' is no compute"):
+        compilers.architecture_flags()
+
+
+def test_make_builds_what_nvcc_can(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SPARSECNX_BUILD", raising=False)
     command = ["make", "--dry-run", "clean", f"PYTHON={sys.executable}"]
-    assert f"SPARSECNX_BUILD=cuda ({toolkit}/bin/nvcc)\n" in subprocess.check_output(command, cwd=ROOT, text=True)
-    fake_toolkit(tmp_path / "old", release="12.8")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "old"))
-    assert "SPARSECNX_BUILD=cpu (" in subprocess.check_output(command, cwd=ROOT, text=True)
+    for release, mode in (("13.2", "cuda"), ("12.8", "cpu")):
+        toolkit = fake_toolkit(tmp_path / release, release=release)
+        monkeypatch.setenv("CUDA_HOME", str(toolkit))
+        said = subprocess.check_output(command, cwd=ROOT, text=True)
+        assert f"SPARSECNX_BUILD={mode} ({toolkit}/bin/nvcc)\n" in said
 
 
-def test_torch_without_cuda_compiles_no_kernels(recipe: dict[str, Any]) -> None:
-    with pytest.raises(recipe["CannotCompile"], match=r"torch 2\.99\.0 is not built for CUDA\nInstall a CUDA build"):
-        recipe["find_toolkit"](torch_of(None))
-
-
-def test_architectures(recipe: dict[str, Any]) -> None:
-    flags = recipe["architecture_flags"]
-    (sm_80, sm_90, ptx) = flags("8.0;9.0+PTX")
-    assert sm_80 == "-gencode=arch=compute_80,code=sm_80"
-    assert (sm_90, ptx) == ("-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90")
-    assert flags("9.0a 12.0") == ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_120,code=sm_120"]
-    with pytest.raises(recipe["CannotCompile"], match="TORCH_CUDA_ARCH_LIST is 'Hopper': 'Hopper' is no compute"):
-        flags("Hopper")
-
-
-def test_source_distribution_installs(source: Path, tmp_path: Path) -> None:
-    """The kernels' headers are in it, and a compiler finds them."""
-    toolkit = fake_toolkit(tmp_path / "cuda")
-    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path]
-    built = subprocess.run(command, cwd=source, text=True, capture_output=True)
-    assert built.returncode == 0, built.stderr
-    (archive,) = tmp_path.glob("*.tar.gz")
-    installed = tmp_path / "installed"
-    mode = "cpu" if torch.version.cuda is None else "cuda"
-    result = pip("install", archive, "--target", installed, CUDA_HOME=str(toolkit), SPARSECNX_BUILD=mode)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert len(compiled(installed / "sparsecnx")) == (2 if mode == "cpu" else 3)
-
-
-def test_source_distribution_has_all_sources(source: Path, tmp_path: Path) -> None:
-    shutil.rmtree(source / "csrc")
-    shutil.copytree(ROOT / "csrc", source / "csrc")
-    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path]
-    built = subprocess.run(command, cwd=source, text=True, capture_output=True)
-    assert built.returncode == 0, built.stderr
+def test_a_source_distribution_has_all_sources_and_installs(source: Path, tmp_path: Path) -> None:
+    result = run("setup.py", "-q", "sdist", "--dist-dir", tmp_path, cwd=source)
+    assert result.returncode == 0, result.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as content:
         names = {name.partition("/")[2] for name in content.getnames()}
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert sources <= names
+    assert {str(path.relative_to(source)) for path in (source / "csrc").rglob("*.*")} - names == set()
+    result = pip("install", archive, "--target", tmp_path / "installed", SPARSECNX_BUILD="cpu")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert libraries(tmp_path / "installed/sparsecnx") == ["_C.abi3.so"]
 
 
-def test_unknown_build_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPARSECNX_BUILD", "fast")
-    with pytest.raises(SystemExit, match="SPARSECNX_BUILD is 'fast': expected auto, cpu, cuda or none"):
-        runpy.run_path(str(ROOT / "setup.py"))
+def test_unknown_build_mode(source: Path) -> None:
+    result = run("setup.py", "--version", cwd=source, SPARSECNX_BUILD="fast")
+    assert result.stderr == "SPARSECNX_BUILD is 'fast': expected auto, cpu, cuda or none\n"
 
 
-def test_old_torch_is_not_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    metadata = tmp_path / "torch-2.4.1.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.4.1\n")
-    monkeypatch.setattr(site, "getsitepackages", lambda: [str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"torch 2\.4\.1 is installed and sparsecnx needs 2\.11 or later"):
-        runpy.run_path(str(ROOT / "setup.py"))
-
-
-# Sees setuptools and the standard library alone, as in pip's build isolation; prints what `setup` gets.
+# Runs a hook of the build backend as pip does with build isolation: it sees setuptools and the folder argv[1] alone.
 ISOLATED = """
-import json, os, runpy, site, sys
-sys.path = [path for path in sys.path if path not in site.getsitepackages()] + [sys.argv[1]]
-if sys.argv[2] == "without torch":
-    site.getsitepackages = lambda: []
-import setuptools
-setuptools.setup = lambda **arguments: print(json.dumps({
-    "extensions": [extension.name for extension in arguments.get("ext_modules", [])],
-    "requires": arguments.get("setup_requires", []),
-}))
-runpy.run_path("setup.py")
+import site, sys
+environment, visible = sys.argv[1:]
+sys.path = [path for path in sys.path if path not in site.getsitepackages()] + [visible, "csrc"]
+site.getsitepackages = lambda: [environment]
+import build_backend
+print(build_backend.get_requires_for_build_wheel())
 """
 
 
-@pytest.mark.parametrize("torch_is", ["with torch", "without torch"])
-def test_build_isolation_compiles_with_the_installed_torch(tmp_path: Path, torch_is: str) -> None:
-    for name in ("setuptools", "_distutils_hack"):
-        shutil.copytree(Path(setuptools.__file__).parents[1] / name, tmp_path / name)
-    found = json.loads(
-        subprocess.run(
-            [sys.executable, "-c", ISOLATED, tmp_path, torch_is],
-            cwd=ROOT,
-            env={**os.environ, "SPARSECNX_BUILD": "cpu"},
-            text=True,
-            stdout=subprocess.PIPE,
-            check=True,
-        ).stdout
-    )
-    if torch_is == "with torch":
-        assert found == {"extensions": ["sparsecnx._C", "sparsecnx._build_info"], "requires": []}
+@pytest.mark.parametrize("version", [None, "2.4.1", "2.11.0"])
+def test_a_torch_that_is_installed_is_never_replaced(source: Path, tmp_path: Path, version: str | None) -> None:
+    environment, visible = tmp_path / "environment", tmp_path / "visible"
+    packages = Path(setuptools.__file__).parents[1]
+    for folder in (*packages.glob("setuptools*"), packages / "_distutils_hack"):
+        shutil.copytree(folder, visible / folder.name)
+    if version is not None:
+        metadata = environment / f"torch-{version}.dist-info/METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    result = run("-c", ISOLATED, environment, visible, cwd=source, SPARSECNX_BUILD="auto")
+    if version == "2.4.1":
+        assert "torch 2.4.1 is installed and sparsecnx needs 2.11 or later" in result.stderr
     else:
-        assert found == {"extensions": [], "requires": ["torch>=2.11"]}
+        assert result.stdout.splitlines()[-1] == str([] if version else ["torch>=2.11"]), result.stderr
 
 
 @pytest.mark.parametrize("name", ["_C", "_C_cuda"])
@@ -489,70 +353,12 @@ def test_operators_use_the_stable_abi_alone(name: str) -> None:
     assert re.findall(r"\b(?:c10|at|torch)::.*|\b_?Py[A-Z_]\w*|\bcu(?:da)?[A-Z]\w*", symbols) == []
     if name == "_C_cuda":
         assert "libtorch_cuda.so" in needed
-        # The runtime inside is its own: neither does torch's take its place, nor the other way round.
+        # The runtime inside is private: it neither replaces torch's, nor is it replaced.
         offered = subprocess.check_output(["nm", "-D", "--defined-only", library], text=True)
         assert re.findall(r"\bcuda[A-Z]\w*", offered) == []
-
-
-def test_gpu_operators_hold_code_for_the_architectures_they_name() -> None:
-    facts = compiled.build_info() or {}
-    library = compiled.find("_C_cuda")
-    if library is None or not facts.get("cuda"):
-        pytest.skip(f"{compiled.cuda_why_not}")
-    content = library.read_bytes()
-    names = [name.partition("+")[0].replace(".", "") for name in re.split("[; ,]+", f"{facts['cuda_architectures']}")]
-    assert all(f"sm_{name}".encode() in content for name in names)
-
-
-def test_gpu_operators_need_a_cuda_build_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", None)
-    missing = compiled.load_cuda(tmp_path)
-    assert missing is not None
-    assert missing.reason == "this torch is built for CPU only" and "Install a CUDA build" in missing.remedy
-
-
-@needs_cuda_torch
-def test_gpu_library_that_does_not_load_is_no_crash(tmp_path: Path) -> None:
-    missing = compiled.load_cuda(tmp_path)
-    assert missing is not None and missing.reason.startswith("not compiled")
-    (tmp_path / "_C_cuda.abi3.so").write_text("not a library")
-    missing = compiled.load_cuda(tmp_path)
-    assert missing is not None
-    assert "_C_cuda.abi3.so does not load into torch" in missing.reason
-    assert missing.remedy.startswith("SPARSECNX_BUILD=cuda pip install --force-reinstall")
-
-
-def test_libraries_of_an_earlier_version_are_no_crash(tmp_path: Path) -> None:
-    """As in a source folder after `git pull`: without the operators that came since."""
-    package = tmp_path / "sparsecnx"
-    binaries = shutil.ignore_patterns("*.so", "_build_failure*.txt", "__pycache__")
-    shutil.copytree(ROOT / "sparsecnx", package, ignore=binaries)
-    subprocess.run(
-        ["c++", "-shared", "-fPIC", "-x", "c++", "-", "-o", package / "_C.abi3.so"],
-        input="int nothing;",
-        text=True,
-        check=True,
-    )
-    program = "import sparsecnx.backends.compiled as e; print(e.loaded, e.why_not, e.remedy, sep='\\n')"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", program]
-    said = subprocess.check_output(command, cwd=tmp_path, env=environment, text=True).splitlines()
-    assert said[0] == "False"
-    assert said[1].startswith("_C.abi3.so is of another version of sparsecnx: it lacks sparsecnx::cpu_isa, ")
-    assert "sparsecnx_cuda::tile_index" in said[1]
-    assert said[2].startswith("pip install --force-reinstall")
-
-
-@needs_cuda_torch
-def test_gpu_operators_without_kernels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library of the GPU left from an earlier version, beside one of the CPU of this version."""
-    (tmp_path / "_C_cuda.abi3.so").touch()
-    monkeypatch.setattr(compiled, "register", lambda library, remedy: None)
-    lacking = "sparsecnx_cuda::tile_index"
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: name != lacking)
-    missing = compiled.load_cuda(tmp_path)
-    assert missing is not None and missing.remedy.startswith("SPARSECNX_BUILD=cuda pip install")
-    assert missing.reason == f"_C_cuda.abi3.so is of another version of sparsecnx: it lacks {lacking}"
+        architectures = (compiled.build_info() or {})["cuda_architectures"]
+        names = [item.partition("+")[0].replace(".", "") for item in re.split("[; ,]+", architectures)]
+        assert all(f"sm_{name}".encode() in library.read_bytes() for name in names)
 
 
 def test_operators_of_this_version_are_those_of_the_library() -> None:
@@ -562,35 +368,51 @@ def test_operators_of_this_version_are_those_of_the_library() -> None:
     assert found == {"sparsecnx": compiled.OPERATORS, "sparsecnx_cuda": compiled.CUDA_OPERATORS}
 
 
+@pytest.mark.skipif(not compiled.loaded, reason=f"{compiled.why_not}")
 def test_build_info_is_of_this_version() -> None:
-    if not compiled.loaded:
-        pytest.skip(f"{compiled.why_not}")
-    facts = compiled.build_info()
-    assert facts is not None
-    assert facts["version"] == sparsecnx.__version__
-    assert facts["oldest_torch"] == compiled.OLDEST_TORCH
+    facts = compiled.build_info() or {}
+    assert (facts["version"], facts["oldest_torch"]) == (sparsecnx.__version__, compiled.OLDEST_TORCH)
     assert facts["compiler"] and facts["torch"]
-    assert "-O3" in f"{facts['flags']}" and "-march" not in f"{facts['flags']}"
+    assert "-O3" in facts["flags"] and "-march" not in facts["flags"]
 
 
-def test_library_that_does_not_load_is_no_crash(tmp_path: Path) -> None:
-    (tmp_path / "_C.abi3.so").write_text("not a library")
-    missing = compiled.load(tmp_path)
-    assert missing is not None
-    assert "_C.abi3.so does not load into torch" in missing.reason
-    assert missing.remedy.startswith("pip install --force-reinstall")
+def test_libraries_that_do_not_load_are_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for load, library, again in (
+        (compiled.load, "_C.abi3.so", "pip install"),
+        (compiled.load_cuda, "_C_cuda.abi3.so", "SPARSECNX_BUILD=cuda pip install"),
+    ):
+        missing = load(tmp_path)
+        assert missing is not None and missing.reason.startswith("not compiled: installed without them")
+        (tmp_path / library).write_text("not a library")
+        missing = load(tmp_path)
+        assert missing is not None and f"{library} does not load into torch" in missing.reason
+        assert missing.remedy.startswith(f"{again} --force-reinstall")
 
 
-def test_folder_without_library(tmp_path: Path) -> None:
-    missing = compiled.load(tmp_path)
-    assert missing is not None
-    assert missing.reason.startswith("not compiled")
-
-
-def test_operators_refuse_an_older_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_that_the_operators_do_not_run_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "_C.abi3.so").touch()
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1"))
-    missing = compiled.load(tmp_path)
-    assert missing == compiled.Missing(
+    assert compiled.load(tmp_path) == compiled.Missing(
         "the compiled operators need torch 2.11 or later, this is 2.9.1", "pip install --upgrade torch"
     )
+    monkeypatch.setattr(torch.version, "cuda", None)
+    missing = compiled.load_cuda(tmp_path)
+    assert missing is not None and missing.reason == "this torch is built for CPU only"
+
+
+def test_libraries_of_another_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are left in a source folder after `git pull` and lack the operators that were added since."""
+    for name in ("_C.abi3.so", "_C_cuda.abi3.so"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(compiled, "register", lambda library, remedy: None)
+    monkeypatch.setattr(compiled, "OPERATORS", ["cpu_isa", "of_tomorrow"])
+    lacking = "sparsecnx_cuda::depthwise_conv"
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: name != lacking)
+    cpu, cuda = compiled.load(tmp_path), compiled.load_cuda(tmp_path)
+    assert cpu is not None and cuda is not None
+    assert cpu.reason.startswith("_C.abi3.so is of another version of sparsecnx: it lacks ")
+    assert "sparsecnx::of_tomorrow" in cpu.reason and cpu.remedy.startswith("pip install --force-reinstall")
+    assert cuda.reason == f"_C_cuda.abi3.so is of another version of sparsecnx: it lacks {lacking}"
+    assert cuda.remedy.startswith("SPARSECNX_BUILD=cuda pip install")

@@ -1,12 +1,12 @@
 // sparsecnx::convnextv2_block: the fused ConvNeXt V2 block and its gradient.
 //
 //   u = dwconv(x) + b      v = LN(u)      a = v W1'      h = gelu(a + b1)
-//   energy[n] = sum over rows of segment n of h^2,  s[n] = 1 + gamma N(energy[n])
+//   energy[n] = sum over rows of group n of h^2,  s[n] = 1 + gamma N(energy[n])
 //   y = x + d ((h s[n] + beta) W2' + b2)                                 d: stochastic depth of the row's image
 //
-// Rows go through all of it in chunks of whole segments, sized so that a chunk's hidden layer (rows, H) stays in
-// cache between the GEMMs and the elementwise passes around them. Where there are segments for every thread, each
-// thread takes its own segments through the whole block, without waiting for the others; otherwise the threads
+// Rows go through all of it in chunks of whole groups, sized so that a chunk's hidden layer (rows, H) stays in
+// cache between the GEMMs and the elementwise passes around them. Where there are groups for every thread, each
+// thread takes its own groups through the whole block, without waiting for the others; otherwise the threads
 // share every step of one chunk after another. Kept for the gradient: x, u, the moments of u, the energies, and a
 // unless it is to be computed again.
 //
@@ -20,7 +20,6 @@
 #include "depthwise_conv.h"
 #include "grn.h"
 #include "op.h"
-#include "ops.h"
 
 namespace sparsecnx {
 namespace {
@@ -29,10 +28,10 @@ namespace {
 constexpr int64_t kChunkValues = int64_t{1} << 18;
 
 struct Chunk {
-  int64_t first_segment, last_segment, begin, end;  // segments and rows
+  int64_t first_group, last_group, begin, end;  // groups and rows
 };
 
-// Segments [first, last) in runs of at most `rows` rows, or of a single segment.
+// Segments [first, last) in runs of at most `rows` rows, or of a single group.
 std::vector<Chunk> split_chunks(const int64_t* splits, int64_t first, int64_t last, int64_t rows) {
   std::vector<Chunk> chunks;
   while (first < last) {
@@ -49,23 +48,23 @@ constexpr int64_t kWorkerBytes = int64_t{64} << 20;
 
 // The chunks of each worker. One worker: threads work inside its chunks. Several: each is a thread's own, and needs
 // `bytes` of memory besides its chunks.
-std::vector<std::vector<Chunk>> split_work(const int64_t* splits, int64_t segments, int64_t hidden, int64_t bytes) {
-  const int64_t threads = torch::stable::get_num_threads(), rows = splits[segments];
+std::vector<std::vector<Chunk>> split_work(const int64_t* splits, int64_t groups, int64_t hidden, int64_t bytes) {
+  const int64_t threads = torch::stable::get_num_threads(), rows = splits[groups];
   const int64_t chunk_rows = std::max<int64_t>(1, kChunkValues / std::max<int64_t>(hidden, 1));
-  std::vector<int64_t> bounds{0};  // segments where a worker begins: nearest to an equal share of the rows
+  std::vector<int64_t> bounds{0};  // groups where a worker begins: nearest to an equal share of the rows
   int64_t largest = 0;
   for (int64_t worker = 1; worker <= threads; ++worker) {
     const int64_t share = rows * worker / threads;
-    int64_t at = std::lower_bound(splits + bounds.back(), splits + segments, share) - splits;
+    int64_t at = std::lower_bound(splits + bounds.back(), splits + groups, share) - splits;
     if (at > bounds.back() && share - splits[at - 1] < splits[at] - share) --at;
-    if (worker == threads) at = segments;
+    if (worker == threads) at = groups;
     largest = std::max(largest, splits[at] - splits[bounds.back()]);
     bounds.push_back(at);
   }
   // Uneven shares would leave threads waiting at the end: a fifth is what sharing every step costs.
   const bool uneven = 5 * rows < 4 * largest * threads;
   if (threads == 1 || uneven || (threads - 1) * bytes > kWorkerBytes)
-    return {split_chunks(splits, 0, segments, chunk_rows * threads)};
+    return {split_chunks(splits, 0, groups, chunk_rows * threads)};
   std::vector<std::vector<Chunk>> work;
   for (int64_t worker = 0; worker < threads; ++worker)
     work.push_back(split_chunks(splits, bounds[worker], bounds[worker + 1], chunk_rows));
@@ -83,7 +82,7 @@ template <class S>
 struct Block {
   using A = Compute<S>;
 
-  int64_t rows, channels, hidden, segments, tile, tiles;
+  int64_t rows, channels, hidden, groups, tile, tiles;
   double eps;
   Halo halo;
   const S* x;
@@ -96,11 +95,11 @@ struct Block {
   Block(const Tensor& x_, const Tensor& dwconv_weight, const Tensor& norm_weight_, const Tensor& norm_bias_,
         const Tensor& pwconv1_weight, const Tensor& pwconv1_bias_, const Tensor& gamma_, const Tensor& beta_,
         const Tensor& pwconv2_weight, const std::optional<Tensor>& row_scale_, const Tensor& table_,
-        const Tensor& segments_, int64_t tile_, double eps_, int64_t worker_bytes)
+        const Tensor& groups_, int64_t tile_, double eps_, int64_t worker_bytes)
       : rows(feature_shape(x_, "x")[0]),
         channels(feature_shape(x_, "x")[1]),
         hidden(pwconv1_weight.size(0)),
-        segments(segments_.numel() - 1),
+        groups(groups_.numel() - 1),
         tile(tile_),
         eps(eps_),
         halo(check_halo(tile_, check_kernel(dwconv_weight, channels)[0], check_kernel(dwconv_weight, channels)[1])),
@@ -114,16 +113,16 @@ struct Block {
         w1{data<S>(pwconv1_weight), hidden, channels},
         w2{data<S>(pwconv2_weight), channels, hidden},
         table(data<int32_t>(table_)),
-        splits(check_splits(segments_, "segments", rows)),
-        work(split_work(splits, segments, hidden, worker_bytes)) {
+        splits(check_groups(groups_, "groups", rows)),
+        work(split_work(splits, groups, hidden, worker_bytes)) {
     tiles = check_table(table_, halo, rows);
     check_dtype(dwconv_weight, "dwconv_weight", x_.scalar_type());
     check_dtype(pwconv1_weight, "pwconv1_weight", x_.scalar_type());
     check_dtype(pwconv2_weight, "pwconv2_weight", x_.scalar_type());
     check_matrix(pwconv1_weight, "pwconv1_weight", hidden, channels);
     check_matrix(pwconv2_weight, "pwconv2_weight", channels, hidden);
-    for (int64_t n = 0; n <= segments; ++n)
-      STD_TORCH_CHECK(splits[n] % (tile * tile) == 0, "sparsecnx: segments must be whole tiles of ", tile * tile,
+    for (int64_t n = 0; n <= groups; ++n)
+      STD_TORCH_CHECK(splits[n] % (tile * tile) == 0, "sparsecnx: groups must be whole tiles of ", tile * tile,
                       " rows");
   }
 
@@ -174,23 +173,23 @@ void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>
   });
   gemm<S>(hidden, {v, rows, C}, block.w1.t());
 
-  const std::vector<RowBlock> blocks = split_rows(block.splits, chunk.first_segment, chunk.last_segment, H);
+  const std::vector<RowBlock> blocks = split_rows(block.splits, chunk.first_group, chunk.last_group, H);
   BlockSums<A> sums(blocks.size(), H);
   for_blocks(blocks, [&](int64_t i) {
     const int64_t at = (blocks[i].begin - chunk.begin) * H;
     k.gelu_energy(hidden + at, block.pwconv1_bias, blocks[i].end - blocks[i].begin, H, h + at, sums.at(i));
   });
-  std::vector<std::vector<A>> scale(chunk.last_segment - chunk.first_segment);
-  for_segments(blocks, [&](int64_t segment, int64_t first, int64_t last) {
-    A* energy = out.energy + segment * H;
+  std::vector<std::vector<A>> scale(chunk.last_group - chunk.first_group);
+  for_groups(blocks, [&](int64_t group, int64_t first, int64_t last) {
+    A* energy = out.energy + group * H;
     sums.add_to(energy, first, last);
-    scale[segment - chunk.first_segment] = GrnResponse<A>(energy, block.gamma, H, block.eps).scale;
+    scale[group - chunk.first_group] = GrnResponse<A>(energy, block.gamma, H, block.eps).scale;
   });
   for_blocks(blocks, [&](int64_t i) {
     const RowBlock b = blocks[i];
     const A* d = block.row_scale_at(b.begin);
     S* at = h + (b.begin - chunk.begin) * H;
-    k.affine(at, scale[b.segment - chunk.first_segment].data(), block.beta, d, b.end - b.begin, H, at);
+    k.affine(at, scale[b.group - chunk.first_group].data(), block.beta, d, b.end - b.begin, H, at);
     k.add_shift(block.x + b.begin * C, pwconv2_bias, d, b.end - b.begin, C, out.y + b.begin * C);
   });
   gemm_add<S>(out.y + chunk.begin * C, {h, rows, H}, block.w2.t());
@@ -203,7 +202,7 @@ void forward(const Block<S>& block, const Tensor& dwconv_weight, const Tensor& d
   const std::vector<A> taps = taps_first<S>(dwconv_weight, false);
   const Depthwise<S> conv{block.halo,  block.table,          block.channels, block.x, 0,
                           taps.data(), data<A>(dwconv_bias), nullptr,        out.u,   0};
-  std::fill_n(out.energy, block.segments * block.hidden, A(0));
+  std::fill_n(out.energy, block.groups * block.hidden, A(0));
   block.for_workers([&](int64_t worker) {
     const int64_t rows = longest(block.work[worker]);
     const Scratch<S> v(rows * block.channels), h(rows * block.hidden);
@@ -266,8 +265,8 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const std::vector
   using A = Compute<S>;
   const Kernels<S>& k = kernels<S>();
   const int64_t C = block.channels, H = block.hidden, sites = block.tile * block.tile;
-  const int64_t rows = chunk.end - chunk.begin, segments = chunk.last_segment - chunk.first_segment;
-  const std::vector<RowBlock> blocks = split_rows(block.splits, chunk.first_segment, chunk.last_segment, H);
+  const int64_t rows = chunk.end - chunk.begin, groups = chunk.last_group - chunk.first_group;
+  const std::vector<RowBlock> blocks = split_rows(block.splits, chunk.first_group, chunk.last_group, H);
   const Matrix<S> g{const_cast<S*>(kept.grad) + chunk.begin * C, rows, C};
   const Matrix<S> v{worker.v.data(), rows, C}, t{worker.t.data(), rows, H}, scaled{worker.scaled.data(), rows, H};
   S* du = worker.du.data();
@@ -283,24 +282,24 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const std::vector
   gemm<S>(t.at, g, block.w2);
 
   std::vector<GrnResponse<A>> response;
-  for (int64_t n = 0; n < segments; ++n)
-    response.emplace_back(kept.energy + (chunk.first_segment + n) * H, block.gamma, H, block.eps);
+  for (int64_t n = 0; n < groups; ++n)
+    response.emplace_back(kept.energy + (chunk.first_group + n) * H, block.gamma, H, block.eps);
   BlockSums<A> scale_sums(blocks.size(), H), beta_sums(blocks.size(), H), bias2_sums(blocks.size(), C);
   for_blocks(blocks, [&](int64_t i) {
     const RowBlock b = blocks[i];
     const int64_t at = (b.begin - chunk.begin) * H, count = b.end - b.begin;
     const A* d = block.row_scale_at(b.begin);
-    k.gelu_grn_sums(hidden + at, block.pwconv1_bias, t.at + at, response[b.segment - chunk.first_segment].scale.data(),
+    k.gelu_grn_sums(hidden + at, block.pwconv1_bias, t.at + at, response[b.group - chunk.first_group].scale.data(),
                     block.beta, d, count, H, h + at, slope + at, scaled.at + at, scale_sums.at(i), beta_sums.at(i));
     k.column_sum(kept.grad + b.begin * C, d, count, C, bias2_sums.at(i));
   });
   beta_sums.add_to(worker.vectors.beta.data());
   bias2_sums.add_to(worker.vectors.pwconv2_bias.data());
-  std::vector<std::vector<A>> p(segments);
-  for_segments(blocks, [&](int64_t segment, int64_t first, int64_t last) {
+  std::vector<std::vector<A>> p(groups);
+  for_groups(blocks, [&](int64_t group, int64_t first, int64_t last) {
     std::vector<A> scale_grad(H, A(0));
     scale_sums.add_to(scale_grad.data(), first, last);
-    const int64_t n = segment - chunk.first_segment;
+    const int64_t n = group - chunk.first_group;
     p[n] = response[n].backward(scale_grad.data(), block.gamma, worker.vectors.gamma.data());
   });
   worker.w2.add(g.t(), scaled);
@@ -308,7 +307,7 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const std::vector
   BlockSums<A> bias1_sums(blocks.size(), H);
   for_blocks(blocks, [&](int64_t i) {
     const RowBlock b = blocks[i];
-    const int64_t at = (b.begin - chunk.begin) * H, n = b.segment - chunk.first_segment;
+    const int64_t at = (b.begin - chunk.begin) * H, n = b.group - chunk.first_group;
     k.gelu_grn_backward(h + at, slope + at, t.at + at, response[n].scale.data(), p[n].data(),
                         block.row_scale_at(b.begin), b.end - b.begin, H, bias1_sums.at(i));
   });
@@ -384,24 +383,22 @@ void backward(const Block<S>& block, const Tensor& dwconv_weight, const Kept<S>&
   states[0].taps.store(out.dwconv_weight);
 }
 
-}  // namespace
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> convnextv2_block(
     const Tensor& x, const Tensor& dwconv_weight, const Tensor& dwconv_bias, const Tensor& norm_weight,
     const Tensor& norm_bias, const Tensor& pwconv1_weight, const Tensor& pwconv1_bias, const Tensor& grn_gamma,
     const Tensor& grn_beta, const Tensor& pwconv2_weight, const Tensor& pwconv2_bias,
-    const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& segments, int64_t tile, double eps,
+    const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& groups, int64_t tile, double eps,
     bool keep_hidden) {
   const int64_t rows = x.size(0), hidden_channels = pwconv1_weight.size(0);
   Tensor y = torch::stable::empty_like(x), u = torch::stable::empty_like(x);
   Tensor moments = empty({rows, 2}, compute_dtype(x));
-  Tensor energy = empty({segments.numel() - 1, hidden_channels}, compute_dtype(x));
+  Tensor energy = empty({groups.numel() - 1, hidden_channels}, compute_dtype(x));
   Tensor hidden = empty({keep_hidden ? rows : 0, hidden_channels}, x.scalar_type());
   for_dtype(x, [&](auto tag) {
     using S = typename decltype(tag)::type;
     using A = Compute<S>;
     const Block<S> block(x, dwconv_weight, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma, grn_beta,
-                         pwconv2_weight, row_scale, table, segments, tile, eps, 0);
+                         pwconv2_weight, row_scale, table, groups, tile, eps, 0);
     parameter<A>(dwconv_bias, "dwconv_bias", block.channels, x);
     parameter<A>(pwconv2_bias, "pwconv2_bias", block.channels, x);
     forward<S>(block, dwconv_weight, dwconv_bias, pwconv2_bias,
@@ -415,7 +412,7 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
                           const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& pwconv1_weight,
                           const Tensor& pwconv1_bias, const Tensor& grn_gamma, const Tensor& grn_beta,
                           const Tensor& pwconv2_weight, const Tensor& pwconv2_bias,
-                          const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& segments,
+                          const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& groups,
                           int64_t tile, double eps, const Tensor& u, const Tensor& moments, const Tensor& energy,
                           const Tensor& hidden) {
   using torch::stable::empty_like;
@@ -432,15 +429,14 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
   check_dtype(moments, "moments", compute_dtype(x));
   check_dtype(energy, "energy", compute_dtype(x));
   check_dtype(hidden, "hidden", x.scalar_type());
-  check_dense(energy, "energy", (segments.numel() - 1) * pwconv1_weight.size(0));
+  check_dense(energy, "energy", (groups.numel() - 1) * pwconv1_weight.size(0));
   const bool kept = x.size(0) == 0 || hidden.size(0) > 0;
   check_dense(hidden, "hidden", kept ? x.size(0) * pwconv1_weight.size(0) : 0);
   for_dtype(x, [&](auto tag) {
     using S = typename decltype(tag)::type;
     using A = Compute<S>;
     const Block<S> block(x, dwconv_weight, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma, grn_beta,
-                         pwconv2_weight, row_scale, table, segments, tile, eps,
-                         2 * w1_grad.numel() * int64_t{sizeof(A)});
+                         pwconv2_weight, row_scale, table, groups, tile, eps, 2 * w1_grad.numel() * int64_t{sizeof(A)});
     parameter<A>(dwconv_bias, "dwconv_bias", block.channels, x);
     parameter<A>(pwconv2_bias, "pwconv2_bias", block.channels, x);
     Grads<S> grads{data<S>(x_grad), data<S>(dwconv_weight_grad), data<S>(w1_grad), data<S>(w2_grad), {}};
@@ -453,4 +449,10 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
           vectors[3], vectors[4],         vectors[5], w2_grad,    vectors[6]};
 }
 
+STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CPU, m) {
+  m.impl("convnextv2_block", TORCH_BOX(&convnextv2_block));
+  m.impl("convnextv2_block_backward", TORCH_BOX(&convnextv2_block_backward));
+}
+
+}  // namespace
 }  // namespace sparsecnx

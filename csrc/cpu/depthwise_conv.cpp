@@ -1,7 +1,5 @@
-// sparsecnx::depthwise_conv and its weight gradient. The input gradient is the same operator, kernel flipped.
+// sparsecnx::depthwise_conv and its weight gradient. The input gradient is the same operator with a flipped kernel.
 #include "depthwise_conv.h"
-
-#include "ops.h"
 
 namespace sparsecnx {
 
@@ -27,6 +25,8 @@ std::array<int64_t, 2> check_kernel(const Tensor& weight, int64_t channels) {
   check_dense(weight, "weight", weight.numel());
   return {weight.size(2), weight.size(3)};
 }
+
+namespace {
 
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& table,
                       int64_t tile) {
@@ -67,4 +67,10 @@ Tensor depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Ten
   return out;
 }
 
+STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CPU, m) {
+  m.impl("depthwise_conv", TORCH_BOX(&depthwise_conv));
+  m.impl("depthwise_conv_weight_grad", TORCH_BOX(&depthwise_conv_weight_grad));
+}
+
+}  // namespace
 }  // namespace sparsecnx

@@ -1,4 +1,4 @@
-// The per-segment arithmetic of Global Response Normalization, on C values; the rows are never touched here.
+// The arithmetic per group of Global Response Normalization, on C values; the rows are never touched here.
 #pragma once
 
 #include <cmath>

@@ -79,18 +79,18 @@ void check_range(const Tensor& table, const char* name, int64_t count) {
 std::vector<RowBlock> split_rows(const int64_t* splits, int64_t first, int64_t last, int64_t channels) {
   const int64_t size = std::clamp<int64_t>((int64_t{1} << 15) / std::max<int64_t>(channels, 1), 8, 512);
   std::vector<RowBlock> blocks;
-  for (int64_t segment = first; segment < last; ++segment) {
-    for (int64_t row = splits[segment]; row < splits[segment + 1]; row += size)
-      blocks.push_back({segment, row, std::min(row + size, splits[segment + 1])});
+  for (int64_t group = first; group < last; ++group) {
+    for (int64_t row = splits[group]; row < splits[group + 1]; row += size)
+      blocks.push_back({group, row, std::min(row + size, splits[group + 1])});
   }
   return blocks;
 }
 
-const int64_t* check_splits(const Tensor& splits, const char* name, int64_t rows) {
+const int64_t* check_groups(const Tensor& splits, const char* name, int64_t rows) {
   check_dense(splits, name, splits.numel());
   check_dtype(splits, name, ScalarType::Long);
   const int64_t count = splits.numel();
-  STD_TORCH_CHECK(count >= 1, "sparsecnx: ", name, " is empty, expected segments + 1 positions");
+  STD_TORCH_CHECK(count >= 1, "sparsecnx: ", name, " is empty, expected groups + 1 positions");
   const int64_t* at = data<int64_t>(splits);
   STD_TORCH_CHECK(at[0] == 0 && at[count - 1] == rows && std::is_sorted(at, at + count), "sparsecnx: ", name,
                   " must ascend from 0 to the number of rows, ", rows);

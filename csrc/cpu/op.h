@@ -97,16 +97,16 @@ inline Tensor empty(std::vector<int64_t> shape, ScalarType dtype) {
 
 // --- work split between threads --------------------------------------------------------------------------------
 
-// A run of rows of one segment (the rows GRN normalises together).
+// A run of rows of one group (the rows GRN normalises together).
 struct RowBlock {
-  int64_t segment, begin, end;
+  int64_t group, begin, end;
 };
 
-// Rows of segments [first, last) in blocks that keep a thread busy for some ten microseconds.
+// Rows of groups [first, last) in blocks that keep a thread busy for some ten microseconds.
 std::vector<RowBlock> split_rows(const int64_t* splits, int64_t first, int64_t last, int64_t channels);
 
-// Checks row splits (segments + 1 ascending positions covering all rows) and returns them.
-const int64_t* check_splits(const Tensor& splits, const char* name, int64_t rows);
+// Checks row splits (groups + 1 ascending positions covering all rows) and returns them.
+const int64_t* check_groups(const Tensor& splits, const char* name, int64_t rows);
 
 // f(block index) for every block, in parallel.
 template <class F>
@@ -136,13 +136,13 @@ class BlockSums {
   std::vector<A> partial_;
 };
 
-// Calls f(segment, first block, last block) for every run of blocks of one segment.
+// Calls f(group, first block, last block) for every run of blocks of one group.
 template <class F>
-void for_segments(const std::vector<RowBlock>& blocks, const F& f) {
+void for_groups(const std::vector<RowBlock>& blocks, const F& f) {
   for (size_t first = 0; first < blocks.size();) {
     size_t last = first;
-    while (last < blocks.size() && blocks[last].segment == blocks[first].segment) ++last;
-    f(blocks[first].segment, static_cast<int64_t>(first), static_cast<int64_t>(last));
+    while (last < blocks.size() && blocks[last].group == blocks[first].group) ++last;
+    f(blocks[first].group, static_cast<int64_t>(first), static_cast<int64_t>(last));
     first = last;
   }
 }

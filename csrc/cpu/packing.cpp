@@ -1,7 +1,6 @@
-// sparsecnx::gather_tiles and scatter_tiles: between dense images (B, C, H, W) and the rows of visible tiles.
-// Each is the other's adjoint. Values are only moved, so the kernels know their size alone.
+// sparsecnx::gather_tiles and scatter_tiles move values between dense images (B, C, H, W) and the rows of visible tiles.
+// Each is the other's adjoint. Values are only moved, so the kernels know nothing but their size.
 #include "op.h"
-#include "ops.h"
 
 namespace sparsecnx {
 namespace {
@@ -58,8 +57,6 @@ void for_size(const Tensor& x, const F& f) {
   }
 }
 
-}  // namespace
-
 Tensor gather_tiles(const Tensor& dense, const Tensor& index, int64_t tile) {
   const Shape shape = check(dense, index, tile);
   Tensor rows = empty({shape.tiles * shape.sites(), shape.channels}, dense.scalar_type());
@@ -115,4 +112,10 @@ Tensor scatter_tiles(const Tensor& rows, const Tensor& fill, const Tensor& index
   return dense;
 }
 
+STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CPU, m) {
+  m.impl("gather_tiles", TORCH_BOX(&gather_tiles));
+  m.impl("scatter_tiles", TORCH_BOX(&scatter_tiles));
+}
+
+}  // namespace
 }  // namespace sparsecnx

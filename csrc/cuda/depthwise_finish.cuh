@@ -1,7 +1,7 @@
 // What becomes of the rows that a depthwise convolution has computed: stored, or normalised first.
 #pragma once
 
-#include "depthwise_conv.cuh"
+#include "depthwise_squares.cuh"
 
 namespace sparsecnx::cuda {
 

@@ -1,27 +1,269 @@
-// Depthwise convolution of squares of 8 x 8 and 4 x 4 sites.
-#include "depthwise_halo.cuh"
+// Depthwise convolution of squares of 8 x 8 and 4 x 4 sites, see depthwise_squares.cuh. The warp gathers the halo of its
+// square, the (S + K - 1)^2 sites that the outputs see. All S x S sums of a channel stay in registers, so that a value
+// is read once and serves all outputs that see it, up to min(K, S)^2 of them.
+#include "depthwise_finish.cuh"
 #include "depthwise_launch.cuh"
 
 namespace sparsecnx::cuda {
 namespace {
 
-constexpr int64_t kMost = 4;  // squares of a warp: its weights, loaded once, are then a small part of the work
+constexpr int kHaloPer = 1;  // channels of a lane
+constexpr int kHaloChannels = kHaloPer * kLanes;
+
+// Shared memory of a warp.
+template <class T, int K, int S>
+struct HaloMemory {
+  static constexpr int kChannels = kHaloChannels;
+  static constexpr int kSites = Reach<K, S>::kHalo * Reach<K, S>::kHalo;
+  static constexpr int kOutputs = S * S;
+  static constexpr int kBlockBytes = kSites * sizeof(int);  // of `places`, which the warps of a block share
+
+  alignas(16) T halo[kSites * kHaloChannels];
+  int rows[kSites];  // of x, -1 where the site is masked
+};
+
+// For every site of a halo: which neighbour of the square it lies in, times 64, and where there in nested order. The
+// same for all squares, so the block works it out once.
+template <int K, int S>
+__device__ void find_places(int* places) {
+  using R = Reach<K, S>;
+  for (int i = threadIdx.x; i < R::kHalo * R::kHalo; i += blockDim.x) {
+    const int y = i / R::kHalo + R::kShift, x = i % R::kHalo + R::kShift;
+    places[i] = (y / S * R::kAcross + x / S) << 6 | nested_in_square<S>(y % S, x % S);
+  }
+  __syncthreads();
+}
+
+// The rows of the halo of square q. Returns which neighbours of the square are visible, a bit for each.
+template <int K, int S>
+__device__ unsigned seek_halo(const Squares& squares, int q, const int* places, int* rows, int lane) {
+  using R = Reach<K, S>;
+  static_assert(R::kAround <= kLanes && S * S <= 64);
+  const int dy = lane / R::kAcross - R::kSquares, dx = lane % R::kAcross - R::kSquares;
+  const int around = lane < R::kAround ? squares.neighbour(q, dy, dx) : -1;
+  const unsigned present = __ballot_sync(kAll, around >= 0);
+  constexpr int kSites = R::kHalo * R::kHalo;
+#pragma unroll 1  // or the compiler keeps what depends on the lane alone in registers that the weights need
+  for (int i0 = 0; i0 < kSites; i0 += kLanes) {
+    const int i = min(i0 + lane, kSites - 1);
+    const int place = places[i];
+    const int square = __shfl_sync(kAll, around, place >> 6);
+    rows[i] = square < 0 ? -1 : square * (S * S) + (place & 63);
+  }
+  __syncwarp();
+  return present;
+}
+
+// f(line, column, value) for every visible site of the halo, counted from its corner; `column` is the lane's value there.
+template <class T, int K, int S, class F>
+__device__ __forceinline__ void for_halo(const T* column, unsigned present, const F& f) {
+  using R = Reach<K, S>;
+#pragma unroll
+  for (int j = 0; j < R::kAround; ++j) {
+    if (present >> j & 1) {
+#pragma unroll
+      for (int i = 0; i < S * S; ++i) {
+        const int y = j / R::kAcross * S - R::kShift + i / S, x = j % R::kAcross * S - R::kShift + i % S;
+        if (y >= 0 && y < R::kHalo && x >= 0 && x < R::kHalo) {
+          f(y, x, widen(column[(y * R::kHalo + x) * kHaloChannels]));
+        }
+      }
+    }
+  }
+}
+
+// f(output line, output column, ky, kx) for every output that sees the site at (line, column) of the halo.
+template <int K, int S, class F>
+__device__ __forceinline__ void for_outputs(int line, int column, const F& f) {
+#pragma unroll
+  for (int y = 0; y < S; ++y) {
+#pragma unroll
+    for (int x = 0; x < S; ++x) {
+      const int ky = line - y, kx = column - x;
+      if (ky >= 0 && ky < K && kx >= 0 && kx < K) f(y, x, ky, kx);
+    }
+  }
+}
+
+// Rows to normalise are the work of a block, all of whose warps take the same square and different slabs; otherwise
+// warps take squares of their own and blockIdx.y is the slab.
+template <class T, int K, int S>
+__global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_halo_kernel(const ConvArguments<T> a) {
+  using R = Reach<K, S>;
+  using Memory = HaloMemory<T, K, S>;
+  const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
+  Memory* memories = shared_memory<Memory>();
+  Memory& memory = memories[warp];
+  Moments* moments = reinterpret_cast<Moments*>(memories + warps);  // (warps, S * S)
+  float2* scales = reinterpret_cast<float2*>(moments + warps * S * S);
+  static_assert(K * K <= Memory::kSites, "the weights of a slab pass through the halo's memory");
+  const bool normalise = a.rstd != nullptr;
+  int* places = normalise ? reinterpret_cast<int*>(scales + S * S) : reinterpret_cast<int*>(memories + warps);
+  find_places<K, S>(places);
+  const int slabs = (a.channels + kHaloChannels - 1) / kHaloChannels;
+  const int first_slab = normalise ? warp : blockIdx.y, slab_step = normalise ? warps : slabs;
+  const int begin = a.squares.at((normalise ? int64_t{blockIdx.x} : int64_t{blockIdx.x} * warps + warp) * a.per_warp);
+  const int end = a.squares.at(int64_t{begin} + a.per_warp);
+  const auto place = [](int i) {
+    return ((i >> 1 & 1) | (i >> 2 & 2) | (i >> 3 & 4)) * R::kHalo + ((i & 1) | (i >> 1 & 2) | (i >> 2 & 4));
+  };
+
+  float weights[K * K][kHaloPer];
+  int held = -1;  // slab of the weights
+  for (int q = begin; q < end; ++q) {
+    const Finish<T, kHaloPer> finish{a.out, int64_t{q} * (S * S), S * S};
+    if (normalise) {
+      for (int i = lane; i < S * S; i += kLanes) moments[warp * S * S + i] = Moments{0.0f, 0.0f, 0.0f};
+    }
+    const unsigned present = seek_halo<K, S>(a.squares, q, places, memory.rows, lane);
+    for (int s = first_slab; s < slabs; s += slab_step) {
+      const Slab<T, kHaloPer> slab(a.channels, s, a.packs);
+      if (held != s) {
+        load_weights<K>(weights, a.weight, slab, a.flip, memory.halo);
+        held = s;
+      }
+      slab.fetch(memory.halo, a.x, Memory::kSites, [&](int i) { return memory.rows[i]; });
+      const float bias = a.bias != nullptr && slab.inside(0) ? a.bias[slab.channel(0)] : 0.0f;
+      slab.arrive();
+      float sums[S][S];
+#pragma unroll
+      for (int y = 0; y < S; ++y) {
+#pragma unroll
+        for (int x = 0; x < S; ++x) sums[y][x] = bias;
+      }
+      if (a.residual != nullptr && slab.inside(0)) {
+        const T* residual = a.residual + slab.offset(q * (S * S), lane);
+#pragma unroll
+        for (int y = 0; y < S; ++y) {
+#pragma unroll
+          for (int x = 0; x < S; ++x) sums[y][x] += widen(residual[nested_in_square<S>(y, x) * a.channels]);
+        }
+      }
+      T* column = memory.halo + lane;
+      for_halo<T, K, S>(column, present, [&](int line, int across, float value) {
+        for_outputs<K, S>(line, across, [&](int y, int x, int ky, int kx) {
+          sums[y][x] = fmaf(value, weights[ky * K + kx][0], sums[y][x]);
+        });
+      });
+      // The outputs take the place of the halo. A lane's column is its own.
+#pragma unroll
+      for (int y = 0; y < S; ++y) {
+#pragma unroll
+        for (int x = 0; x < S; ++x) column[(y * R::kHalo + x) * kHaloChannels] = narrow<T>(sums[y][x]);
+      }
+      __syncwarp();
+      if (normalise) finish.measure(slab, memory.halo, place, moments + warp * S * S);
+      if (!normalise || slabs > warps) finish.store(slab, memory.halo, place);
+      __syncwarp();
+    }
+    if (normalise) {
+      __syncthreads();
+      settle(moments, warps, S * S, S * S, a.eps, scales, a.rstd + int64_t{q} * (S * S));
+      __syncthreads();
+      for (int s = first_slab; s < slabs; s += slab_step) {
+        const Slab<T, kHaloPer> slab(a.channels, s, a.packs);
+        finish.normalise(slab, slabs > warps ? nullptr : memory.halo, place, scales);
+      }
+      __syncthreads();
+    }
+  }
+}
+
+// Shared memory of a warp for the weight gradient: the halo, and the incoming gradient of the square.
+template <class T, int K, int S>
+struct HaloGradMemory {
+  static constexpr int kChannels = kHaloChannels;
+  static constexpr int kBlockBytes = HaloMemory<T, K, S>::kBlockBytes;
+
+  HaloMemory<T, K, S> input;
+  T grad[S * S * kHaloChannels];
+};
+
+// Sums over a range of squares, blockIdx.x, of grad * shifted x for every tap and of grad, for slab blockIdx.y. The
+// sums of all taps stay in registers; those of the warps are added up in order.
+template <class T, int K, int S>
+__global__ void __launch_bounds__(kThreads, kGradBlocks<T>) depthwise_halo_grad_kernel(const WeightGradArguments<T> a) {
+  using R = Reach<K, S>;
+  using Memory = HaloGradMemory<T, K, S>;
+  const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes, lane = threadIdx.x % kLanes;
+  Memory* memories = shared_memory<Memory>();
+  Memory& memory = memories[warp];
+  const Slab<T, kHaloPer> slab(a.channels, blockIdx.y, a.packs);
+  const int begin = a.squares.at(int64_t{blockIdx.x} * a.per_range);
+  const int end = a.squares.at(int64_t{begin} + a.per_range);
+
+  int* places = reinterpret_cast<int*>(memories + warps);
+  find_places<K, S>(places);
+  static_assert((K * K + 1) * kHaloChannels * sizeof(float) <= sizeof(Memory), "as add_up_warps needs");
+
+  float sums[K * K][kHaloPer];
+#pragma unroll
+  for (int k = 0; k < K * K; ++k) sums[k][0] = 0.0f;
+  float total[kHaloPer] = {0.0f};
+  for (int q = begin + warp; q < end; q += warps) {
+    const unsigned present = seek_halo<K, S>(a.squares, q, places, memory.input.rows, lane);
+    slab.fetch(memory.input.halo, a.x, HaloMemory<T, K, S>::kSites, [&](int i) { return memory.input.rows[i]; });
+    slab.fetch(memory.grad, a.grad, S * S, [&](int i) { return q * (S * S) + i; });
+    slab.arrive();
+    float grads[S][S];
+#pragma unroll
+    for (int y = 0; y < S; ++y) {
+#pragma unroll
+      for (int x = 0; x < S; ++x) {
+        grads[y][x] = widen(memory.grad[nested_in_square<S>(y, x) * kHaloChannels + lane]);
+        total[0] += grads[y][x];
+      }
+    }
+    for_halo<T, K, S>(memory.input.halo + lane, present, [&](int line, int across, float value) {
+      for_outputs<K, S>(line, across, [&](int y, int x, int ky, int kx) {
+        sums[ky * K + kx][0] = fmaf(value, grads[y][x], sums[ky * K + kx][0]);
+      });
+    });
+    __syncwarp();
+  }
+  add_up_warps<K>(sums, total, slab, reinterpret_cast<float*>(memories), sizeof(Memory) / sizeof(float), a.partial);
+}
+
+constexpr int64_t kMost = 4;  // squares of a warp: loading its weights once is then a small part of the work
 
 template <class T, int K, int S>
-void run(const DepthwiseConv& job, Device device, cudaStream_t stream) {
-  launch_conv<T, HaloMemory<T, K, S>>("depthwise_halo_kernel", depthwise_halo_kernel<T, K, S>, job, S, kMost, device,
-                                      stream);
+struct Run {
+  static void convolve(const DepthwiseConv& job, Device device, cudaStream_t stream) {
+    launch_conv<T, HaloMemory<T, K, S>>("depthwise_halo_kernel", depthwise_halo_kernel<T, K, S>, job, S, kMost, device,
+                                        stream);
+  }
+  static void weight_grad(const DepthwiseWeightGrad& job, Device device, cudaStream_t stream) {
+    launch_weight_grad<T, HaloGradMemory<T, K, S>>("depthwise_halo_grad_kernel", depthwise_halo_grad_kernel<T, K, S>,
+                                                   job, S, device, stream);
+  }
+  static int64_t ranges(const DepthwiseGeometry& geometry, Device device) {
+    return weight_grad_ranges<T, HaloGradMemory<T, K, S>>(geometry, S, 1, device);
+  }
+};
+
+// Calls f(Run) for the dtype and the kernel size of a geometry.
+template <class F>
+void for_run(const DepthwiseGeometry& geometry, int side, const F& f) {
+  for_dtype(geometry.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for_kernel(geometry.kernel_h, [&](auto size) { side == 8 ? f(Run<T, size(), 8>()) : f(Run<T, size(), 4>()); });
+  });
 }
 
 }  // namespace
 
 void depthwise_halo(const DepthwiseConv& job, int side, Device device, cudaStream_t stream) {
-  for_dtype(job.geometry.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    for_kernel(job.geometry.kernel_h, [&](auto size) {
-      side == 8 ? run<T, size(), 8>(job, device, stream) : run<T, size(), 4>(job, device, stream);
-    });
-  });
+  for_run(job.geometry, side, [&](auto run) { run.convolve(job, device, stream); });
+}
+
+void depthwise_halo_grad(const DepthwiseWeightGrad& job, int side, Device device, cudaStream_t stream) {
+  for_run(job.geometry, side, [&](auto run) { run.weight_grad(job, device, stream); });
+}
+
+int64_t depthwise_halo_ranges(const DepthwiseGeometry& geometry, int side, Device device) {
+  int64_t found = 0;
+  for_run(geometry, side, [&](auto run) { found = run.ranges(geometry, device); });
+  return found;
 }
 
 }  // namespace sparsecnx::cuda

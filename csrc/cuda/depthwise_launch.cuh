@@ -80,7 +80,7 @@ ConvArguments<T> conv_arguments(const DepthwiseConv& job, int side, int per_warp
           in_packs(g.channels, g.dtype, {job.x, job.out})};
 }
 
-// Launches a kernel of depthwise_halo.cuh or depthwise_window.cuh, whose warps take up to `most` squares one after
+// Launches a kernel of depthwise_halo.cu or depthwise_window.cu, whose warps take up to `most` squares one after
 // another: less where that would leave multiprocessors without work for two rounds.
 template <class T, class Memory, class Kernel>
 void launch_conv(const char* name, Kernel kernel, const DepthwiseConv& job, int side, int64_t most, Device device,

@@ -1,4 +1,152 @@
-// The shared library sparsecnx._C_cuda: loading it gives the operators of csrc/library.cpp their GPU implementations.
-#include "implement.h"
+// The shared library sparsecnx._C_cuda. Loading it gives the operators sparsecnx_cuda::* their GPU implementations; their
+// schemas are in csrc/library.cpp. Only PyTorch's ABI-stable headers are used.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
 
-STABLE_TORCH_LIBRARY_IMPL(sparsecnx_cuda, CUDA, m) { sparsecnx::cuda::implement(m); }
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "depthwise.h"
+#include "stream.h"
+
+#ifndef SPARSECNX_DISPATCH_KEY  // The emulator of the tests registers the operators for tensors on the CPU.
+#define SPARSECNX_DISPATCH_KEY CUDA
+#endif
+
+namespace sparsecnx::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kMostChannels = 1 << 16;
+
+Dtype dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "sparsecnx: ", name, " is ", torch::headeronly::toString(x.scalar_type()),
+                      ", expected float32, bfloat16 or float16");
+  }
+}
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+void* data(const Tensor& x) { return x.mutable_data_ptr(); }
+
+const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->mutable_data_ptr() : nullptr; }
+
+// Raises unless x is on the device of `like`.
+void check_device(const Tensor& x, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(x.device() == like.device(), "sparsecnx: ", name, " is on device ", x.get_device_index(),
+                  ", the first argument on device ", like.get_device_index());
+}
+
+void check_dtype(const Tensor& x, const char* name, ScalarType expected) {
+  STD_TORCH_CHECK(x.scalar_type() == expected, "sparsecnx: ", name, " is ",
+                  torch::headeronly::toString(x.scalar_type()), ", expected ", torch::headeronly::toString(expected));
+}
+
+// Raises unless x is contiguous, of that many elements and that dtype, on the device of `like`.
+void check_dense(const Tensor& x, const char* name, int64_t numel, ScalarType dtype, const Tensor& like) {
+  check_device(x, name, like);
+  check_dtype(x, name, dtype);
+  STD_TORCH_CHECK(x.is_contiguous(), "sparsecnx: ", name, " must be contiguous");
+  STD_TORCH_CHECK(x.numel() == numel, "sparsecnx: ", name, " has ", x.numel(), " elements, expected ", numel);
+}
+
+// (rows, channels) of a contiguous feature matrix whose start can be read 16 bytes at a time.
+std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "sparsecnx: ", name, " must be contiguous, (rows, channels)");
+  STD_TORCH_CHECK(1 <= x.size(1) && x.size(1) <= kMostChannels, "sparsecnx: ", name, " has ", x.size(1),
+                  " channels, expected 1 to ", kMostChannels);
+  STD_TORCH_CHECK(x.size(0) < (int64_t{1} << 31), "sparsecnx: ", name, " has ", x.size(0),
+                  " rows, expected fewer than 2^31");
+  return {x.size(0), x.size(1)};
+}
+
+Tensor empty_on(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+// Checks what describes the sites, and gathers it.
+DepthwiseGeometry check_geometry(const Tensor& x, const Tensor& table, int64_t tile, int64_t kernel_h,
+                                 int64_t kernel_w) {
+  const auto [rows, channels] = feature_shape(x, "x");
+  STD_TORCH_CHECK(tile >= 1 && tile <= (1 << 15), "sparsecnx: tile is ", tile, ", expected 1 to 32768 sites");
+  STD_TORCH_CHECK(kernel_h > 0 && kernel_w > 0 && kernel_h % 2 == 1 && kernel_w % 2 == 1, "sparsecnx: the kernel is ",
+                  kernel_h, "x", kernel_w, ", expected odd sizes");
+  STD_TORCH_CHECK(kernel_h < 1024 && kernel_w < 1024, "sparsecnx: the kernel is ", kernel_h, "x", kernel_w,
+                  ", expected sizes below 1024");
+  const int64_t sites = tile * tile, tiles = rows / sites;
+  STD_TORCH_CHECK(rows % sites == 0, "sparsecnx: x has ", rows, " rows, expected a multiple of tile^2 = ", sites);
+  const int64_t reach = blocks_of(std::max(kernel_h, kernel_w) / 2, tile), span = 2 * reach + 1;
+  check_dense(table, "table", tiles * span * span, ScalarType::Int, x);
+  return {data<int32_t>(table),       tiles,
+          static_cast<int>(tile),     static_cast<int>(span),
+          static_cast<int>(kernel_h), static_cast<int>(kernel_w),
+          static_cast<int>(channels), dtype_of(x, "x")};
+}
+
+std::tuple<Tensor, Tensor> depthwise_conv_fused(const Tensor& x, const Tensor& weight,
+                                                const std::optional<Tensor>& bias,
+                                                const std::optional<Tensor>& residual, const Tensor& table,
+                                                int64_t tile, bool flip, std::optional<double> eps) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1, "sparsecnx: weight must be (C, 1, kh, kw)");
+  const DepthwiseGeometry geometry = check_geometry(x, table, tile, weight.size(2), weight.size(3));
+  const int64_t rows = x.size(0), channels = x.size(1);
+  check_dense(weight, "weight", channels * weight.size(2) * weight.size(3), x.scalar_type(), x);
+  if (bias) check_dense(*bias, "bias", channels, ScalarType::Float, x);
+  if (residual) check_dense(*residual, "residual", rows * channels, x.scalar_type(), x);
+  const OnDevice guard(x);
+  Tensor out = empty_on(x, {rows, channels}, x.scalar_type());
+  Tensor rstd = empty_on(x, {eps ? rows : 0}, ScalarType::Float);
+  run_depthwise_conv(
+      {geometry, data(x), data(weight), static_cast<const float*>(data_or_null(bias)), data_or_null(residual),
+       data(out), eps ? data<float>(rstd) : nullptr, static_cast<float>(eps.value_or(0.0)), flip},
+      current_stream(x));
+  return {out, rstd};
+}
+
+Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& table,
+                      int64_t tile) {
+  return std::get<0>(depthwise_conv_fused(x, weight, bias, std::nullopt, table, tile, false, std::nullopt));
+}
+
+std::tuple<Tensor, Tensor> depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& table,
+                                                      int64_t tile, int64_t kernel_h, int64_t kernel_w) {
+  const DepthwiseGeometry geometry = check_geometry(x, table, tile, kernel_h, kernel_w);
+  const int64_t channels = x.size(1);
+  check_dense(grad, "grad", x.numel(), x.scalar_type(), x);
+  const OnDevice guard(x);
+  const int64_t ranges = depthwise_ranges(geometry);
+  Tensor partial = empty_on(x, {ranges, kernel_h * kernel_w + 1, channels}, ScalarType::Float);
+  Tensor grad_weight = empty_on(x, {channels, 1, kernel_h, kernel_w}, x.scalar_type());
+  Tensor grad_bias = empty_on(x, {channels}, ScalarType::Float);
+  run_depthwise_weight_grad(
+      {geometry, data(grad), data(x), data<float>(partial), ranges, data(grad_weight), data<float>(grad_bias)},
+      current_stream(x));
+  return {grad_weight, grad_bias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sparsecnx_cuda, SPARSECNX_DISPATCH_KEY, m) {
+  m.impl("depthwise_conv", TORCH_BOX(&depthwise_conv));
+  m.impl("depthwise_conv_fused", TORCH_BOX(&depthwise_conv_fused));
+  m.impl("depthwise_conv_weight_grad", TORCH_BOX(&depthwise_conv_weight_grad));
+}
+
+}  // namespace sparsecnx::cuda

@@ -1,10 +1,9 @@
-// Where torch works: its current stream and device.
 #define USE_CUDA  // torch's own name: declares the CUDA part of the C interface
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #undef USE_CUDA
 #include <torch/headeronly/util/shim_utils.h>
 
-#include "op.h"
+#include "stream.h"
 
 namespace sparsecnx::cuda {
 

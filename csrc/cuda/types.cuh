@@ -5,9 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
-#include "dtype.h"
+#include "depthwise.h"
 
 namespace sparsecnx::cuda {
 

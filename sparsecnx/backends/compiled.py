@@ -1,15 +1,16 @@
-"""Loads the compiled operators; where they are missing, knows why and what to do.
+"""Load the compiled operators or, where they are missing, say why and what to do.
 
 `sparsecnx._C` (CPU: `torch.ops.sparsecnx.*`) and `sparsecnx._C_cuda` (GPU: `torch.ops.sparsecnx_cuda.*`, whose schemas
-are in `_C`) are plain shared libraries, no Python modules: loading them registers their operators with torch.
+are in `_C`) are plain shared libraries, not Python modules. Loading them registers their operators with torch.
 """
 
 from __future__ import annotations
 
-import importlib
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ OLDEST_TORCH = "2.11"  # torch.__version__ compares as a version, not as a strin
 CUDA_BUILDS = "https://pytorch.org/get-started/locally"
 PACKAGE = Path(__file__).parents[1]
 
-# What this version calls, as csrc/library.cpp defines it. Libraries left from an earlier version can lack some.
+# The operators that this version calls, in the order of csrc/library.cpp. An older library can lack some.
 OPERATORS = [
     "cpu_isa",
     "gather_tiles",
@@ -36,29 +37,19 @@ OPERATORS = [
     "convnextv2_block",
     "convnextv2_block_backward",
 ]
-CUDA_OPERATORS = [
-    "gather_tiles",
-    "scatter_tiles",
-    "depthwise_conv",
-    "depthwise_conv_fused",
-    "depthwise_conv_weight_grad",
-    "grn",
-    "grn_backward",
-    "tile_index",
-    "neighbour_table",
-]
+CUDA_OPERATORS = ["depthwise_conv", "depthwise_conv_fused", "depthwise_conv_weight_grad"]
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Why the compiled operators are not there, and what to do about it."""
+    """Says why compiled operators are missing and what to do about it."""
 
     reason: str
     remedy: str
 
 
 def reinstall(package: Path = PACKAGE, build: str = "auto") -> str:
-    """The command that installs this package anew, with that SPARSECNX_BUILD."""
+    """Return the command that installs this package again, with that SPARSECNX_BUILD."""
     command = "pip install --force-reinstall --no-deps --no-cache-dir"
     if build != "auto":
         command = f"SPARSECNX_BUILD={build} {command}"
@@ -68,17 +59,23 @@ def reinstall(package: Path = PACKAGE, build: str = "auto") -> str:
     return f"{command} . (in the source folder of sparsecnx)"
 
 
+def build_info(package: Path = PACKAGE) -> dict[str, Any] | None:
+    """Return what setup.py recorded about the build in `_build.json`; None if it recorded nothing.
+
+    `version`, `compiler`, `flags`, `torch` (compiled with) and `oldest_torch` describe the CPU operators. `cuda` (the
+    version of the toolkit), `cuda_architectures` (as in TORCH_CUDA_ARCH_LIST) and `cuda_flags` describe the GPU
+    operators and are None without them. `cpu_failure` and `cuda_failure` hold the `reason` and the `remedy` where
+    operators could not be compiled.
+    """
+    file = package / "_build.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def load(package: Path = PACKAGE) -> Missing | None:
-    """Load the operators of the CPU that lie in the folder `package`; None where that worked."""
+    """Load the CPU operators of the folder `package`. Return None if that worked."""
     library = find("_C", package)
     if library is None:
-        note = package / "_build_failure.txt"
-        if not note.exists():
-            return Missing(
-                "not compiled: a pure Python install, or a source folder never installed", reinstall(package)
-            )
-        reason, _, remedy = note.read_text().strip().partition("\n")
-        return Missing(f"built as pure Python because: {reason}", f"{remedy} Then: {reinstall(package)}")
+        return not_compiled("cpu", package)
     if torch.__version__ < OLDEST_TORCH:
         return Missing(
             f"the compiled operators need torch {OLDEST_TORCH} or later, this is {torch.__version__}",
@@ -89,60 +86,54 @@ def load(package: Path = PACKAGE) -> Missing | None:
         return missing
     lacks = [f"sparsecnx::{name}" for name in OPERATORS if not hasattr(torch.ops.sparsecnx, name)]
     lacks += [f"sparsecnx_cuda::{name}" for name in CUDA_OPERATORS if not hasattr(torch.ops.sparsecnx_cuda, name)]
-    return of_another_version(library, lacks, reinstall(package))
+    return version_mismatch(library, lacks, reinstall(package))
 
 
 def load_cuda(package: Path = PACKAGE) -> Missing | None:
-    """Load the operators of the GPU, once those of the CPU are loaded; None where that worked."""
+    """Load the GPU operators, after the CPU operators. Return None if that worked."""
     if torch.version.cuda is None:
         return Missing("this torch is built for CPU only", f"Install a CUDA build of torch: {CUDA_BUILDS}")
-    anew = reinstall(package, build="cuda")
+    remedy = reinstall(package, build="cuda")
     library = find("_C_cuda", package)
     if library is None:
-        note = package / "_build_failure_cuda.txt"
-        if not note.exists():
-            return Missing("not compiled: installed without them, or a source folder never installed", anew)
-        reason, _, remedy = note.read_text().strip().partition("\n")
-        return Missing(f"not compiled because: {reason}", f"{remedy} Then: {anew}")
-    missing = register(library, anew)
+        return not_compiled("cuda", package)
+    missing = register(library, remedy)
     if missing is not None:
         return missing
     needed = [f"sparsecnx_cuda::{name}" for name in CUDA_OPERATORS]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return of_another_version(library, [name for name in needed if not has_kernel(name, "CUDA")], anew)
+    return version_mismatch(library, [name for name in needed if not has_kernel(name, "CUDA")], remedy)
 
 
-def of_another_version(library: Path, lacks: list[str], remedy: str) -> Missing | None:
-    """What to say of a library that lacks these operators; None where it lacks nothing."""
+def not_compiled(kind: str, package: Path) -> Missing:
+    """Return why the "cpu" or the "cuda" operators were not compiled."""
+    again = reinstall(package, build="auto" if kind == "cpu" else kind)
+    failure = (build_info(package) or {}).get(f"{kind}_failure")
+    if failure is None:
+        return Missing("not compiled: installed without them, or a source folder that was never installed", again)
+    return Missing(f"not compiled: {failure['reason']}", f"{failure['remedy']} Then: {again}")
+
+
+def version_mismatch(library: Path, lacks: list[str], remedy: str) -> Missing | None:
+    """Return what to report about a library that lacks these operators; None if it lacks nothing."""
     if not lacks:
         return None
     return Missing(f"{library.name} is of another version of sparsecnx: it lacks {', '.join(lacks)}", remedy)
 
 
 def find(name: str, package: Path = PACKAGE) -> Path | None:
-    """The shared library with that name, whatever its suffix."""
+    """Return the shared library of that name, whatever its suffix."""
     return next(iter(sorted(package.glob(f"{name}.*so"))), None)
 
 
 def register(library: Path, remedy: str) -> Missing | None:
-    """Load a shared library into torch; None where that worked."""
+    """Load a shared library into torch. Return None if that worked."""
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        reason = error.__cause__ or error  # what the loader says, before torch's "Could not load this library"
+        reason = error.__cause__ or error  # the loader's own words, without torch's "Could not load this library"
         return Missing(f"{library.name} does not load into torch {torch.__version__}: {reason}", remedy)
     return None
-
-
-def build_info() -> dict[str, str | None] | None:
-    """How the operators were built: `version`, `compiler`, `flags`, `torch` (compiled with), `oldest_torch`,
-    and of the GPU operators (None without them) `cuda` (version of the toolkit), `cuda_architectures` (as in
-    TORCH_CUDA_ARCH_LIST) and `cuda_flags`. None where nothing is compiled."""
-    try:
-        facts: dict[str, str | None] = importlib.import_module("sparsecnx._build_info").facts
-    except ImportError:
-        return None
-    return dict(facts)
 
 
 _missing = load()

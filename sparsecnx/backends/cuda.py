@@ -44,7 +44,7 @@ def device_refusal(device: torch.device) -> str | None:
 
 @torch.compiler.assume_constant_result
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU: what torch.compile may ask while tracing, but cannot put into a graph."""
+    """Return the compute capability of a GPU. torch.compile takes it as a constant: it cannot put it into a graph."""
     return torch.cuda.get_device_capability(device)
 
 
@@ -55,12 +55,11 @@ def _why_unserved(device: torch.device) -> str | None:
 
 @functools.cache
 def _unserved(device: torch.device) -> str | None:
-    """Why a GPU or its driver does not run what was built; None where it does, or where what was built is not known:
-    those facts are in a module of one Python version, the operators run under any."""
-    if torch.cuda.device_count() == 0:  # tensors that are only imitated lie on a GPU all the same
+    """Return why a GPU or its driver does not run the compiled operators; None where it does or nothing is recorded."""
+    if torch.cuda.device_count() == 0:  # FakeTensors report a CUDA device even without a GPU.
         return "there is no GPU"
-    facts = compiled.build_info()
-    if facts is None or facts["cuda"] is None:
+    facts = compiled.build_info() or {}
+    if facts.get("cuda") is None:
         return None
     driver = driver_version()
     if driver is not None and driver[0] < int(facts["cuda"].partition(".")[0]):
@@ -72,10 +71,10 @@ def _unserved(device: torch.device) -> str | None:
 
 
 def serves(architectures: str, capability: tuple[int, int]) -> bool:
-    """Whether what was built for `architectures`, as TORCH_CUDA_ARCH_LIST spells them ("8.0;9.0+PTX"), runs on a GPU.
+    """Return whether a build for `architectures`, written as in TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), runs on a GPU.
 
-    Machine code serves later GPUs of its major version, that of an architecture with a letter ("9.0a") that GPU alone;
-    PTX serves all later ones.
+    Machine code runs on later GPUs of its major version; for a name with a letter ("9.0a") it runs on that GPU alone.
+    PTX runs on all later GPUs.
     """
     for name in architectures.replace(" ", ";").replace(",", ";").split(";"):
         number, _, ptx = name.partition("+")
@@ -91,7 +90,7 @@ def serves(architectures: str, capability: tuple[int, int]) -> bool:
 
 
 def driver_version() -> tuple[int, int] | None:
-    """The newest CUDA that the NVIDIA driver runs, (major, minor); None without a driver."""
+    """Return the newest CUDA that the NVIDIA driver runs, (major, minor); None without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

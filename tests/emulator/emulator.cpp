@@ -46,10 +46,6 @@ const char* name_of(Call call) {
       return "__ballot_sync";
     case Call::kShuffle:
       return "__shfl_sync";
-    case Call::kShuffleUp:
-      return "__shfl_up_sync";
-    case Call::kShuffleDown:
-      return "__shfl_down_sync";
     case Call::kShuffleXor:
       return "__shfl_xor_sync";
   }
@@ -59,7 +55,7 @@ const char* name_of(Call call) {
 struct Copy {
   void* to;
   const void* from;
-  size_t size, zeros;
+  size_t size;
   long batch;
 };
 
@@ -442,12 +438,11 @@ void explain_fault() {
   fault.signal = 0;
 }
 
-int setting(const char* name, int standard) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? standard : std::atoi(value);
+// Bytes of shared memory that a block may ask for: those of an H200, unless a test asks for a smaller device.
+size_t most_shared_bytes() {
+  const char* asked = std::getenv("SPARSECNX_EMULATOR_SHARED_BYTES");
+  return asked == nullptr ? 232448 : std::atoi(asked);
 }
-
-size_t most_shared_bytes() { return setting("SPARSECNX_EMULATOR_SHARED_BYTES", 232448); }
 
 cudaError_t refuse(cudaError_t status, const std::string& why) {
   message = why;
@@ -484,12 +479,9 @@ void sync_threads(Place place) {
 // The lane whose value a lane gets from a shuffle: its own where there is none.
 static int source_lane(const WarpCall& call, int lane) {
   const int first = lane & ~(call.width - 1), last = first + call.width - 1;
-  int from = lane;
-  if (call.call == Call::kShuffle) from = first + (call.operand & (call.width - 1));
-  if (call.call == Call::kShuffleUp) from = lane - call.operand < first ? lane : lane - call.operand;
-  if (call.call == Call::kShuffleDown) from = lane + call.operand > last ? lane : lane + call.operand;
-  if (call.call == Call::kShuffleXor) from = (lane ^ call.operand) > last ? lane : lane ^ call.operand;
-  return from;
+  if (call.call == Call::kShuffle) return first + (call.operand & (call.width - 1));
+  if (call.call == Call::kShuffleXor && (lane ^ call.operand) <= last) return lane ^ call.operand;
+  return lane;
 }
 
 // The last lane to arrive does the work for all and goes on; the others get their turn.
@@ -531,9 +523,8 @@ uint64_t meet_in_warp(const WarpCall& call) {
   return self.result;
 }
 
-void copy_async(void* to, const void* from, size_t size, size_t zeros) {
+void copy_async(void* to, const void* from, size_t size) {
   if (size != 4 && size != 8 && size != 16) fail("__pipeline_memcpy_async of " + std::to_string(size) + " bytes");
-  if (zeros > size) fail("__pipeline_memcpy_async of " + std::to_string(size) + " bytes, more of them zeros");
   if (reinterpret_cast<uintptr_t>(to) % size != 0 || reinterpret_cast<uintptr_t>(from) % size != 0) {
     fail("__pipeline_memcpy_async of " + std::to_string(size) + " bytes at no multiple of that");
   }
@@ -542,7 +533,7 @@ void copy_async(void* to, const void* from, size_t size, size_t zeros) {
     fail("__pipeline_memcpy_async to outside its shared memory");
   }
   std::memset(to, kPoison, size);
-  running->copies.push_back({to, from, size, zeros, running->batches});
+  running->copies.push_back({to, from, size, running->batches});
 }
 
 void commit_copies() { ++running->batches; }
@@ -556,10 +547,7 @@ void wait_for_copies(size_t batches_left) {
   if (end == copies.begin()) return;
   running->state = State::kWaitsForCopies;
   back_to_scheduler();
-  for (auto copy = copies.begin(); copy != end; ++copy) {
-    std::memcpy(copy->to, copy->from, copy->size - copy->zeros);
-    std::memset(static_cast<char*>(copy->to) + copy->size - copy->zeros, 0, copy->zeros);
-  }
+  for (auto copy = copies.begin(); copy != end; ++copy) std::memcpy(copy->to, copy->from, copy->size);
   copies.erase(copies.begin(), end);
 }
 
@@ -616,45 +604,15 @@ const char* cudaGetErrorName(cudaError_t status) {
   return "?";
 }
 
-cudaError_t cudaGetLastError() { return cudaSuccess; }  // every status is given at once
-
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
 
-// Of an H200; a test sets what it wants smaller.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock:
-      *value = emulator::kMostThreads;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      *value = emulator::kSharedWithoutAsking;
-      return cudaSuccess;
-    case cudaDevAttrWarpSize:
-      *value = warpSize;
-      return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount:
-      *value = emulator::setting("SPARSECNX_EMULATOR_MULTIPROCESSORS", 132);
-      return cudaSuccess;
-    case cudaDevAttrMaxThreadsPerMultiProcessor:
-      *value = 2048;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = static_cast<int>(emulator::most_shared_bytes()) + 1024;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(emulator::most_shared_bytes());
-      return cudaSuccess;
-  }
-  return emulator::refuse(cudaErrorInvalidValue, "an attribute that the emulator does not know");
+  const bool processors = attribute == cudaDevAttrMultiProcessorCount;
+  *value = processors ? 132 : static_cast<int>(emulator::most_shared_bytes());
+  return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
@@ -664,17 +622,6 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int va
                                                        std::to_string(emulator::most_shared_bytes()));
   }
   emulator::allowed_shared_bytes[function] = value;
-  return cudaSuccess;
-}
-
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads, size_t shared_bytes) {
-  const size_t by_memory = (emulator::most_shared_bytes() + 1024) / (shared_bytes + 1024);
-  *blocks = std::min({32, 2048 / threads, static_cast<int>(by_memory)});
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void* start, int value, size_t bytes, cudaStream_t) {
-  std::memset(start, value, bytes);
   return cudaSuccess;
 }
 

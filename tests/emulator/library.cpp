@@ -1,14 +1,16 @@
-// The GPU operators for tensors on the CPU, in the place of csrc/cuda/library.cpp and csrc/cuda/stream.cpp. What they
-// allocate ends at memory that cannot be read, and is full of NaN: what a kernel leaves out shows.
+// What the GPU operators need of torch when they run on the CPU: memory and, instead of csrc/cuda/stream.cpp, a stream. The
+// memory that they allocate ends where nothing may be read and is full of NaN, so that values which a kernel leaves out
+// are noticed.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include "implement.h"
-#include "op.h"
+#include <vector>
+
+#include "stream.h"
 
 extern "C" void* emulator_allocate(size_t bytes, unsigned char poison);
 extern "C" void emulator_release(void* start);
 
-// Found before torch's own of that name by all that is linked into this library: op.h allocates with it.
+// The linker prefers this function to torch's own of the same name, so that csrc/cuda/library.cpp allocates with it.
 AOTITorchError aoti_torch_aten_new_empty(AtenTensorHandle, const int64_t* size, int64_t dims, int32_t* dtype,
                                          int32_t* layout, int32_t* device, int32_t device_index, int32_t*,
                                          AtenTensorHandle* result) {
@@ -36,5 +38,3 @@ OnDevice::OnDevice(const Tensor&) : guard_(nullptr) {}
 OnDevice::~OnDevice() {}
 
 }  // namespace sparsecnx::cuda
-
-STABLE_TORCH_LIBRARY_IMPL(sparsecnx_cuda, CPU, m) { sparsecnx::cuda::implement(m); }

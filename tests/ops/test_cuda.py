@@ -1,5 +1,5 @@
-"""The CUDA depthwise convolution beyond what every backend is held to: what is fused into it, how its work is cut, its
-limits, wrong arguments. On a GPU, or in the emulator."""
+"""The CUDA depthwise convolution beyond the tests of every backend: what is fused into it, how its work is divided, its
+limits, wrong arguments. These tests run on a GPU or in the emulator."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import Layout, SparseTensor, ops, use_backend
-from sparsecnx.ops.depthwise_convolution.geometry import neighbour_table
+from sparsecnx.ops.depthwise_convolution import cuda
+from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 
 pytestmark = needs_cuda
 
@@ -37,7 +38,7 @@ EPS = 1e-6
 
 
 class Calls(TorchDispatchMode):
-    """Names of the operators of sparsecnx_cuda that run."""
+    """Records the names of the operators of sparsecnx_cuda that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,14 +75,12 @@ EVERY_SHAPE = pytest.mark.parametrize("tile,kernel,channels,grid", SHAPES, ids=n
 
 
 class Case:
-    """Random tensors on a geometry, and what the reference makes of them in float64."""
+    """Holds random tensors on a geometry and the results of the reference in float64."""
 
     def __init__(
         self, tile: int, kernel: tuple[int, int], channels: int, grid: tuple[int, int], dtype: torch.dtype
     ) -> None:
-        from sparsecnx.ops.depthwise_convolution import cuda
-
-        self.room, self.tile, self.kernel, self.dtype = cuda, tile, kernel, dtype
+        self.tile, self.kernel, self.dtype = tile, kernel, dtype
         self.layout = make_layout(draw_mask("equal counts", 2, grid, seed=7), tile)
         x = random_sparse(self.layout, channels, dtype)
         grad = 1 + torch.randn(self.layout.rows, channels)
@@ -113,12 +112,12 @@ class Case:
 def test_convolution_and_gradients(tile, kernel, channels, grid, dtype):
     case = Case(tile, kernel, channels, grid, dtype)
     x, weight, grad = case.there("x"), case.there("weight"), case.there("grad")
-    out, rstd = case.room.convolve(x, weight, case.there("bias"), case.table, tile)
+    out, rstd = cuda.convolve(x, weight, case.there("bias"), case.table, tile)
     case.close(out, case.out)
     assert rstd.numel() == 0
-    grad_x, _ = case.room.convolve(grad, weight, None, case.table, tile, residual=case.there("residual"), flip=True)
+    grad_x, _ = cuda.convolve(grad, weight, None, case.table, tile, residual=case.there("residual"), flip=True)
     case.close(grad_x, case.grads[0] + case.residual.double())
-    grad_weight, grad_bias = case.room.weight_grad(grad, x, case.table, tile, kernel)
+    grad_weight, grad_bias = cuda.weight_grad(grad, x, case.table, tile, kernel)
     assert grad_weight.dtype == dtype and grad_bias.dtype == torch.float32
     case.close(grad_weight, case.grads[1])
     case.close(grad_bias, case.grads[2])
@@ -132,7 +131,7 @@ def test_convolution_and_gradients(tile, kernel, channels, grid, dtype):
 )
 def test_normalised_rows(tile, kernel, channels, grid, dtype):
     case = Case(tile, kernel, channels, grid, dtype)
-    found, rstd = case.room.convolve(
+    found, rstd = cuda.convolve(
         case.there("x"), case.there("weight"), case.there("bias"), case.table, tile, normalise=EPS
     )
     scale = (case.out.var(1, unbiased=False, keepdim=True) + EPS).rsqrt()
@@ -148,10 +147,10 @@ def test_same_bits_in_any_order_of_threads(tile):
     for seed in (1, 2):
         if DEVICE.type == "cpu":
             cuda_emulator.load().seed(seed)
-        normalised, _ = case.room.convolve(
+        normalised, _ = cuda.convolve(
             case.there("x"), case.there("weight"), case.there("bias"), case.table, tile, normalise=EPS
         )
-        outputs.append((normalised, *case.room.weight_grad(*arguments)))
+        outputs.append((normalised, *cuda.weight_grad(*arguments)))
     for first, second in zip(*outputs, strict=True):
         assert torch.equal(first, second)
 
@@ -200,10 +199,10 @@ def test_launches(tile, kernel, expected):
         return [launch.kernel.split("<")[0].split("::")[-1] for launch in emulator.launches()]
 
     emulator.forget_launches()
-    case.room.convolve(case.there("x"), case.there("weight"), case.there("bias"), case.table, tile, normalise=EPS)
+    cuda.convolve(case.there("x"), case.there("weight"), case.there("bias"), case.table, tile, normalise=EPS)
     assert names() == expected
     emulator.forget_launches()
-    case.room.weight_grad(case.there("grad"), case.there("x"), case.table, tile, kernel)
+    cuda.weight_grad(case.there("grad"), case.there("x"), case.table, tile, kernel)
     assert names() == [expected[0].replace("_kernel", "_grad_kernel"), "add_up_ranges_kernel"]
 
 
@@ -281,9 +280,9 @@ def test_rows_that_begin_off_a_multiple_of_16_bytes(tile):
         return whole[1:].view(value.shape)
 
     x, weight, grad = shifted(case.x), shifted(case.weight), shifted(case.grad)
-    out, _ = case.room.convolve(x, weight, case.there("bias"), case.table, tile)
+    out, _ = cuda.convolve(x, weight, case.there("bias"), case.table, tile)
     case.close(out, case.out)
-    grad_weight, _ = case.room.weight_grad(grad, x, case.table, tile, (7, 7))
+    grad_weight, _ = cuda.weight_grad(grad, x, case.table, tile, (7, 7))
     case.close(grad_weight, case.grads[1])
 
 
@@ -292,8 +291,8 @@ def test_narrow_rows_are_normalised_as_they_are_rounded(tile):
     """A LayerNorm of its own gets the convolution rounded too; of 3 channels it may hang on the last bit."""
     case = Case(tile, (5, 5), 3, (2, 2), torch.bfloat16)
     arguments = case.there("x"), case.there("weight"), case.there("bias"), case.table, tile
-    rounded = case.room.convolve(*arguments)[0].cpu().double()
-    found, rstd = case.room.convolve(*arguments, normalise=EPS)
+    rounded = cuda.convolve(*arguments)[0].cpu().double()
+    found, rstd = cuda.convolve(*arguments, normalise=EPS)
     scale = (rounded.var(1, unbiased=False, keepdim=True) + EPS).rsqrt()
     case.close(rstd, scale[:, 0], 1e-5)
     case.close(found, (rounded - rounded.mean(1, keepdim=True)) * scale)
@@ -303,10 +302,10 @@ def test_threads_that_launch_one_kernel_with_different_memory():
     """The limit of a kernel's shared memory is the kernel's, not the launch's."""
     case = Case(1, (7, 7), 768, (3, 3), torch.bfloat16)
     arguments = case.there("x"), case.there("weight"), case.there("bias"), case.table, 1
-    expected = {eps: case.room.convolve(*arguments, normalise=eps)[0] for eps in (None, EPS)}
+    expected = {eps: cuda.convolve(*arguments, normalise=eps)[0] for eps in (None, EPS)}
 
     def repeat(eps: float | None) -> bool:
-        return all(torch.equal(case.room.convolve(*arguments, normalise=eps)[0], expected[eps]) for _ in range(40))
+        return all(torch.equal(cuda.convolve(*arguments, normalise=eps)[0], expected[eps]) for _ in range(40))
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(repeat, (None, EPS) * 2))
@@ -328,7 +327,7 @@ def test_gradients_of_gradients():
             (seconds[backend],) = torch.autograd.grad(first.square().sum(), features, retain_graph=True)
             if backend == "cuda":
                 (of_weight,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
-                with pytest.raises(NotImplementedError, match="not offered"):
+                with pytest.raises(NotImplementedError, match="has no gradient"):
                     of_weight.square().sum().backward()
     assert relative_error(seconds["cuda"], seconds["reference"]) < BOUNDS[torch.float32]
     assert seconds["cuda"].any()
@@ -361,16 +360,10 @@ def test_offsets_beyond_32_bits(tile):
     assert torch.equal(out, expected)
 
 
-def test_operator_takes_the_room():
+def test_the_dispatcher_runs_it():
     case = Case(4, (7, 7), 8, (2, 2), torch.float32)
     x = SparseTensor(case.x, case.layout)
     with use_backend("cuda"):
         assert dispatcher("depthwise_conv").choose(move(x, DEVICE)) == "cuda"
-    assert_matches_reference(
-        ops.depthwise_conv,
-        x,
-        {"weight": case.weight, "bias": case.bias},
-        torch.float32,
-        statistics=("bias",),
-        backend="cuda",
-    )
+    parameters = {"weight": case.weight, "bias": case.bias}
+    assert_matches_reference(ops.depthwise_conv, x, parameters, torch.float32, statistics=("bias",), backend="cuda")

@@ -1,4 +1,4 @@
-"""General submanifold convolution by the compiled CPU kernel (`csrc/cpu/conv.cpp`): gathered rows, chunked GEMMs."""
+"""General submanifold convolution by the compiled CPU kernel (`csrc/cpu/mapped.cpp`): gathered rows, chunked GEMMs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Submanifold depthwise convolution by the CUDA kernels (`csrc/cuda/depthwise_conv.cuh` tells how they work)."""
+"""Submanifold depthwise convolution by the CUDA kernels (`csrc/cuda/depthwise_squares.cuh` says how they work)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Per-image scaling of rows by the compiled CPU kernel (`csrc/cpu/scale_rows.cpp`)."""
+"""Per-image scaling of rows by the compiled CPU kernel (`csrc/cpu/normalization.cpp`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Global Response Normalization by the compiled CPU kernel (`csrc/cpu/grn.cpp`)."""
+"""Global Response Normalization by the compiled CPU kernel (`csrc/cpu/normalization.cpp`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer normalization by the compiled CPU kernel (`csrc/cpu/layer_norm.cpp`)."""
+"""Layer normalization by the compiled CPU kernel (`csrc/cpu/normalization.cpp`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions on an explicit kernel map by the compiled CPU kernels (`csrc/cpu/conv.cpp`, `kernels_mapped.h`)."""
+"""Convolutions on an explicit kernel map by the compiled CPU kernels (`csrc/cpu/mapped.cpp`, `kernels_mapped.h`)."""
 
 from __future__ import annotations
 

@@ -6,9 +6,6 @@
 struct __half {
   uint16_t bits;
 };
-struct alignas(4) __half2 {
-  __half x, y;
-};
 
 inline float __half2float(__half x) {
   const uint32_t sign = (uint32_t{x.bits} & 0x8000) << 16;
@@ -33,7 +30,3 @@ inline __half __float2half_rn(float x) {
   const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
   return {static_cast<uint16_t>(sign | (rounded - (uint32_t{112} << 23)) >> 13)};
 }
-
-inline float2 __half22float2(__half2 x) { return {__half2float(x.x), __half2float(x.y)}; }
-inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
-inline __half2 __float22half2_rn(float2 x) { return __floats2half2_rn(x.x, x.y); }

@@ -6,7 +6,6 @@
 
 #include <bit>
 #include <cmath>
-#include <concepts>
 #include <cstring>
 #include <tuple>
 #include <type_traits>
@@ -25,9 +24,6 @@
 // ends where nothing may be read.
 #define sparsecnx_shared_memory (*emulator_shared_memory())
 
-struct alignas(8) int2 {
-  int x, y;
-};
 struct alignas(16) int4 {
   int x, y, z, w;
 };
@@ -43,16 +39,6 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
   float x, y;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-
 namespace sparsecnx::cuda {
 uint4 (*emulator_shared_memory())[];
 }
@@ -69,7 +55,7 @@ struct Place {
   int line;
 };
 
-enum class Call { kSyncThreads, kSyncWarp, kBallot, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor };
+enum class Call { kSyncThreads, kSyncWarp, kBallot, kShuffle, kShuffleXor };
 
 // One lane's part in a call that all lanes in `mask` make together.
 struct WarpCall {
@@ -111,51 +97,11 @@ T __shfl_sync(unsigned mask, T value, int lane, int width = warpSize, EMULATOR_P
   return emulator::shuffle(emulator::Call::kShuffle, mask, value, lane, width, {file, line});
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize, EMULATOR_PLACE) {
-  return emulator::shuffle(emulator::Call::kShuffleUp, mask, value, static_cast<int>(delta), width, {file, line});
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize, EMULATOR_PLACE) {
-  return emulator::shuffle(emulator::Call::kShuffleDown, mask, value, static_cast<int>(delta), width, {file, line});
-}
-template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize, EMULATOR_PLACE) {
   return emulator::shuffle(emulator::Call::kShuffleXor, mask, value, bits, width, {file, line});
 }
 #undef EMULATOR_PLACE
 
-// Integers alone: sums of floats by atomics would differ from run to run on a GPU. Threads take turns, so plain
-// operations are atomic.
-template <std::integral T>
-T atomicAdd(T* at, std::type_identity_t<T> value) {
-  return std::exchange(*at, static_cast<T>(*at + value));
-}
-template <std::integral T>
-T atomicMin(T* at, std::type_identity_t<T> value) {
-  return std::exchange(*at, *at < value ? *at : value);
-}
-template <std::integral T>
-T atomicMax(T* at, std::type_identity_t<T> value) {
-  return std::exchange(*at, *at < value ? value : *at);
-}
-template <std::integral T>
-T atomicOr(T* at, std::type_identity_t<T> value) {
-  return std::exchange(*at, static_cast<T>(*at | value));
-}
-
-template <class T>
-T __ldg(const T* at) {
-  return *at;
-}
-
-inline int __popc(unsigned bits) { return std::popcount(bits); }
-inline int __popcll(unsigned long long bits) { return std::popcount(bits); }
-inline int __clz(int bits) { return std::countl_zero(static_cast<unsigned>(bits)); }
-inline int __ffs(int bits) { return bits == 0 ? 0 : std::countr_zero(static_cast<unsigned>(bits)) + 1; }
-inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
-inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
-inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
-inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 // As CUDA's overloads: arguments of different types meet as in a + b.
@@ -188,12 +134,4 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 template <class T>
 cudaError_t cudaFuncSetAttribute(T* function, cudaFuncAttribute attribute, int value) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(function), attribute, value);
-}
-
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* function, int threads,
-                                                          size_t shared_bytes);
-template <class T>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T function, int threads, size_t shared_bytes) {
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, reinterpret_cast<const void*>(function), threads,
-                                                       shared_bytes);
 }

@@ -1,13 +1,21 @@
-// Submanifold depthwise convolution on tiles: what the launchers take. No torch here.
+// Submanifold depthwise convolution on tiles: the interface between the operators (library.cpp) and the kernels. It needs
+// neither torch nor CUDA's device code.
 #pragma once
+
+#include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-#include "dtype.h"
-
 namespace sparsecnx::cuda {
 
-// Where the sites lie, and which of them a kernel reaches.
+enum class Dtype { kFloat32, kBFloat16, kFloat16 };
+
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+// Blocks of `size` that cover `count`.
+constexpr int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Says where the sites lie and which of them a kernel reaches.
 struct DepthwiseGeometry {
   const int32_t* table;  // (tiles, span * span): neighbouring tiles of each tile, -1 where masked
   int64_t tiles;
@@ -20,7 +28,7 @@ struct DepthwiseGeometry {
   int64_t rows() const { return tiles * tile * tile; }
 };
 
-// out = conv(x) + bias + residual; with `rstd`, each row of it to zero mean and unit variance.
+// out = conv(x) + bias + residual. With `rstd`, each row of it is normalised to zero mean and unit variance.
 struct DepthwiseConv {
   DepthwiseGeometry geometry;
   const void* x;         // (rows, C)
@@ -30,23 +38,23 @@ struct DepthwiseConv {
   void* out;             // (rows, C)
   float* rstd;           // (rows) or null: 1 / sqrt(variance + eps)
   float eps;
-  bool flip;  // with the kernel turned by half a turn, as the gradient of x needs it
+  bool flip;  // rotate the kernel by 180 degrees, as the gradient of x needs it
 };
-void depthwise_conv(const DepthwiseConv& job, cudaStream_t stream);
+void run_depthwise_conv(const DepthwiseConv& job, cudaStream_t stream);
 
-// Gradients of weight and bias: partial sums over ranges of sites, added up in a fixed order.
+// Gradients of weight and bias: partial sums over ranges of sites, which are added up in a fixed order.
 struct DepthwiseWeightGrad {
   DepthwiseGeometry geometry;
   const void* grad;   // (rows, C)
   const void* x;      // (rows, C)
   float* partial;     // (ranges, kernel_h * kernel_w + 1, C), scratch
-  int64_t ranges;     // as depthwise_ranges says
+  int64_t ranges;     // from depthwise_ranges
   void* grad_weight;  // (C, 1, kernel_h, kernel_w)
   float* grad_bias;   // (C)
 };
-void depthwise_conv_weight_grad(const DepthwiseWeightGrad& job, cudaStream_t stream);
+void run_depthwise_weight_grad(const DepthwiseWeightGrad& job, cudaStream_t stream);
 
-// Into how many ranges the sites are cut on the current device.
+// Returns the number of ranges into which the sites are cut on the current device.
 int64_t depthwise_ranges(const DepthwiseGeometry& geometry);
 
 }  // namespace sparsecnx::cuda

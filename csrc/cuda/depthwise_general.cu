@@ -1,6 +1,5 @@
 // Depthwise convolution on the GPU: the choice of kernel, kernel sizes without kernels of their own, and the second
 // stage of weight gradients.
-#include "depthwise_conv.h"
 #include "depthwise_launch.cuh"
 
 namespace sparsecnx::cuda {
@@ -162,7 +161,7 @@ void general(const DepthwiseConv& job, const ConvArguments<T>& arguments, Device
 
 }  // namespace
 
-void depthwise_conv(const DepthwiseConv& job, cudaStream_t stream) {
+void run_depthwise_conv(const DepthwiseConv& job, cudaStream_t stream) {
   const DepthwiseGeometry& g = job.geometry;
   const Device device = Device::current();
   const int side = square_side(g.tile);
@@ -187,7 +186,7 @@ int64_t depthwise_ranges(const DepthwiseGeometry& g) {
   return std::clamp<int64_t>(8 * device.processors / blocks, 1, blocks_of(std::max<int64_t>(g.rows(), 1), 64));
 }
 
-void depthwise_conv_weight_grad(const DepthwiseWeightGrad& job, cudaStream_t stream) {
+void run_depthwise_weight_grad(const DepthwiseWeightGrad& job, cudaStream_t stream) {
   const DepthwiseGeometry& g = job.geometry;
   const Device device = Device::current();
   const int side = square_side(g.tile), taps = g.kernel_h * g.kernel_w;

@@ -6,9 +6,9 @@
 // and without passing through registers, and every value read from there serves up to K rows and K columns of
 // outputs. Since a warp shares its slab with no other, warps do not wait for each other.
 //
-//   S = 8, 4 (depthwise_halo.cuh):    the square that the outputs see, (S + K - 1)^2 sites, is gathered from its
+//   S = 8, 4 (depthwise_halo.cu):    the square that the outputs see, (S + K - 1)^2 sites, is gathered from its
 //                                     neighbours.
-//   S = 2, 1 (depthwise_window.cuh):  squares see many times their own size, so the warp takes several in a row and
+//   S = 2, 1 (depthwise_window.cu):  squares see many times their own size, so the warp takes several in a row and
 //                                     stages the run of rows in which all that they see lies.
 //
 // A neighbour that is masked costs neither loads nor multiplications: which are there is the same for a whole warp.
@@ -18,7 +18,7 @@
 
 #include <type_traits>
 
-#include "depthwise_conv.h"
+#include "depthwise.h"
 #include "nested.cuh"
 #include "types.cuh"
 

@@ -1,0 +1,165 @@
+// Convolutions on an explicit kernel map, (rows_out, taps): sparsecnx::conv and sparsecnx::mapped_depthwise_conv.
+//
+// A general convolution goes chunk by chunk: it gathers the rows under the kernel, then makes one GEMM. The input
+// gradient of the depthwise convolution is the same operator on the inverse map, which holds for every input row the
+// output row that reads it through each tap.
+#include <atomic>
+
+#include "op.h"
+
+namespace sparsecnx {
+namespace {
+
+// The sizes of an operator on an explicit kernel map.
+struct Mapped {
+  int64_t rows_in, channels, rows_out, taps;
+  const int32_t* map;  // (rows_out, taps): row of x, -1 for none
+};
+
+Mapped check_map(const Tensor& x, const Tensor& kernel_map) {
+  const auto [rows, channels] = feature_shape(x, "x");
+  STD_TORCH_CHECK(kernel_map.dim() == 2, "sparsecnx: kernel_map must be (rows_out, taps)");
+  check_dense(kernel_map, "kernel_map", kernel_map.numel());
+  check_dtype(kernel_map, "kernel_map", ScalarType::Int);
+  return {rows, channels, kernel_map.size(0), kernel_map.size(1), data<int32_t>(kernel_map)};
+}
+
+// Output rows gathered at a time: 2^20 values, which stay in a shared cache.
+int64_t chunk_rows(int64_t width) { return std::max<int64_t>(64, (int64_t{1} << 20) / std::max<int64_t>(width, 1)); }
+
+// Raises unless weight is (C_out, taps * C_in) and the map is in range. Returns C_out.
+int64_t check_conv(const Tensor& x, const Tensor& weight, const Tensor& kernel_map, const Mapped& shape) {
+  const int64_t width = shape.taps * shape.channels;
+  check_range(kernel_map, "kernel_map", shape.rows_in);
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == width, "sparsecnx: weight must be (C_out, ", width, ")");
+  check_dense(weight, "weight", weight.numel());
+  check_dtype(weight, "weight", x.scalar_type());
+  return weight.size(0);
+}
+
+template <class S>
+void gather(const Mapped& shape, const Tensor& x, int64_t first, int64_t rows, S* columns) {
+  parallel_for(0, rows, 32, [&](int64_t begin, int64_t end) {
+    kernels<S>().gather(data<S>(x), shape.map + (first + begin) * shape.taps, end - begin, shape.taps, shape.channels,
+                        columns + begin * shape.taps * shape.channels);
+  });
+}
+
+Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& kernel_map) {
+  const Mapped shape = check_map(x, kernel_map);
+  const int64_t width = shape.taps * shape.channels, outputs = check_conv(x, weight, kernel_map, shape);
+  Tensor out = empty({shape.rows_out, outputs}, x.scalar_type());
+  for_dtype(x, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    const int64_t step = std::min(chunk_rows(width), shape.rows_out);
+    std::vector<S> columns(step * width);
+    const Matrix<S> w{data<S>(weight), outputs, width};
+    for (int64_t first = 0; first < shape.rows_out; first += step) {
+      const int64_t rows = std::min(step, shape.rows_out - first);
+      gather(shape, x, first, rows, columns.data());
+      gemm<S>(data<S>(out) + first * outputs, {columns.data(), rows, width}, w.t());
+    }
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                         const Tensor& kernel_map, bool needs_x) {
+  const Mapped shape = check_map(x, kernel_map);
+  const int64_t width = shape.taps * shape.channels, outputs = check_conv(x, weight, kernel_map, shape);
+  check_dense(grad, "grad", shape.rows_out * outputs);
+  check_dtype(grad, "grad", x.scalar_type());
+  Tensor x_grad = empty({needs_x ? shape.rows_in : 0, shape.channels}, x.scalar_type());
+  Tensor weight_grad = torch::stable::empty_like(weight);
+  for_dtype(x, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    const int64_t step = std::min(chunk_rows(width), shape.rows_out);
+    std::vector<S> columns(step * width);
+    std::vector<Compute<S>> sum(x_grad.numel(), Compute<S>(0));
+    const Matrix<S> w{data<S>(weight), outputs, width};
+    const Scratch<Compute<S>> weight_sum(outputs * width);
+    GemmSum<S> dw(weight_sum.data(), outputs, width);
+    for (int64_t first = 0; first < shape.rows_out; first += step) {
+      const int64_t rows = std::min(step, shape.rows_out - first);
+      const Matrix<S> g{data<S>(grad) + first * outputs, rows, outputs};
+      gather(shape, x, first, rows, columns.data());
+      dw.add(g.t(), {columns.data(), rows, width});
+      if (!needs_x) continue;
+      gemm<S>(columns.data(), g, w);
+      // Rows overlap under the kernel: each thread adds a range of channels, in the order of the rows.
+      constexpr int64_t kSlice = 16;
+      parallel_for(0, (shape.channels + kSlice - 1) / kSlice, 1, [&](int64_t begin, int64_t end) {
+        kernels<S>().scatter_add(columns.data(), shape.map + first * shape.taps, rows, shape.taps, shape.channels,
+                                 begin * kSlice, std::min(end * kSlice, shape.channels), sum.data());
+      });
+    }
+    kernels<S>().narrow(sum.data(), sum.size(), data<S>(x_grad));
+    dw.finish();
+    kernels<S>().narrow(weight_sum.data(), outputs * width, data<S>(weight_grad));
+  });
+  return {x_grad, weight_grad};
+}
+
+constexpr int64_t kRows = 64;  // that a thread takes at least
+
+Tensor mapped_depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const Tensor& kernel_map, const std::optional<Tensor>&) {
+  const Mapped shape = check_map(x, kernel_map);
+  check_matrix(weight, "weight", shape.taps, shape.channels);
+  check_dtype(weight, "weight", x.scalar_type());
+  Tensor out = empty({shape.rows_out, shape.channels}, x.scalar_type());
+  for_dtype(x, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using A = Compute<S>;
+    const std::vector<A> taps = widened<S>(weight);
+    const A* offset = bias ? parameter<A>(*bias, "bias", shape.channels, x) : nullptr;
+    const MappedDepthwise<S> job{shape.map,  shape.taps,  shape.channels, shape.rows_in,
+                                 data<S>(x), taps.data(), offset,         data<S>(out)};
+    // The kernels check the map as they come to it, while it is in cache.
+    std::atomic<bool> good = true;
+    parallel_for(0, shape.rows_out, kRows, [&](int64_t begin, int64_t end) {
+      if (!kernels<S>().mapped_depthwise(job, begin, end)) good = false;
+    });
+    if (!good) check_range(kernel_map, "kernel_map", shape.rows_in);
+  });
+  return out;
+}
+
+Tensor mapped_depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& kernel_map) {
+  const Mapped shape = check_map(x, kernel_map);
+  check_matrix(grad, "grad", shape.rows_out, shape.channels);
+  check_dtype(grad, "grad", x.scalar_type());
+  Tensor out = empty({shape.taps, shape.channels}, x.scalar_type());
+  for_dtype(x, [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using A = Compute<S>;
+    const MappedDepthwiseWeightGrad<S> job{shape.map,     shape.taps, shape.channels,
+                                           shape.rows_in, data<S>(x), data<S>(grad)};
+    // Each slab of rows is summed by one thread, the slabs in order: the result does not depend on timing.
+    const int64_t width = shape.taps * shape.channels;
+    const int64_t slabs = std::clamp<int64_t>(shape.rows_out / kRows, 1, torch::stable::get_num_threads());
+    BlockSums<A> sums(slabs, width);
+    std::atomic<bool> good = true;
+    parallel_for(0, slabs, 1, [&](int64_t first, int64_t last) {
+      for (int64_t slab = first; slab < last; ++slab) {
+        const int64_t begin = shape.rows_out * slab / slabs, end = shape.rows_out * (slab + 1) / slabs;
+        if (!kernels<S>().mapped_depthwise_weight_grad(job, begin, end, sums.at(slab))) good = false;
+      }
+    });
+    if (!good) check_range(kernel_map, "kernel_map", shape.rows_in);
+    std::vector<const A*> rest;
+    for (int64_t slab = 1; slab < slabs; ++slab) rest.push_back(sums.at(slab));
+    add_up<S>(sums.at(0), rest, width, data<S>(out));
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CPU, m) {
+  m.impl("conv", TORCH_BOX(&conv));
+  m.impl("conv_backward", TORCH_BOX(&conv_backward));
+  m.impl("mapped_depthwise_conv", TORCH_BOX(&mapped_depthwise_conv));
+  m.impl("mapped_depthwise_conv_weight_grad", TORCH_BOX(&mapped_depthwise_conv_weight_grad));
+}
+
+}  // namespace
+}  // namespace sparsecnx
