@@ -2,45 +2,45 @@
 
 Exit codes:
     0    done
-    1    a run stopped: loss not finite, images gone, checkpoint or log not written; its last good one is there
+    1    a run stopped: loss not finite, images gone, checkpoint or log not written; its last good checkpoint is there
     2    an argument or an installation that cannot work; nothing was changed
-    130  stopped by Ctrl-C, 143 by SIGTERM; `pretrain` saves first, and `--resume` goes on
+    130  Ctrl-C, 143 SIGTERM; `pretrain` saves first, and `--resume` goes on
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 
 import torch
 
 from sparsecnx import doctor
-from sparsecnx.common.dtypes import DTYPES as ALL_DTYPES
+from sparsecnx.common.dtypes import DTYPES
+from sparsecnx.common.errors import CheckpointError, InputError, MissingExtra, TrainingStopped
+from sparsecnx.common.files import printable
 from sparsecnx.compat import checkpoints
 from sparsecnx.models import SIZES
-from sparsecnx.train.errors import InputError, MissingExtra, TrainingStopped, printable, require_train_extra
-from sparsecnx.train.recipe import DTYPES, Recipe
+from sparsecnx.train.recipe import TRAINING_DTYPES, Recipe
 
-# What `doctor --explain` can be asked about: the default first.
+# The choices of `doctor --explain`, with the default first.
 EXPLAINED = {
     "device": ("auto", "cpu", "cuda"),
-    "dtype": tuple(ALL_DTYPES),
+    "dtype": tuple(DTYPES),
     "model": ("tiny", *(size for size in SIZES if size != "tiny")),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code listed at the top of this file."""
+    """Run one command and return its exit code, see the top of this file."""
     arguments = build_parser().parse_args(argv)
     command = f"sparsecnx {arguments.command}"
     try:
         return int(arguments.run(arguments))
-    except InputError as error:
-        print(f"{command}: error: {_as_typed(error.argument)} {error.problem}", file=sys.stderr)
-        return 2
-    except MissingExtra as error:
-        print(f"{command}: error: {error}", file=sys.stderr)
+    except (InputError, MissingExtra) as error:
+        text = f"{_as_typed(error.argument)} {error.problem}" if isinstance(error, InputError) else str(error)
+        print(f"{command}: error: {text}", file=sys.stderr)
         return 2
     except TrainingStopped as error:
         print(f"{command}: stopped: {error}", file=sys.stderr)
@@ -51,23 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="sparsecnx", description="Masked-autoencoder pretraining at the cost of the visible pixels."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_pretrain(commands.add_parser("pretrain", help="pretrain ConvNeXt V2 as a masked autoencoder"))
-    _add_reconstruct(commands.add_parser("reconstruct", help="draw what a checkpoint makes of masked images"))
-    _add_convert(commands.add_parser("convert", help="turn a checkpoint into another library's"))
-    checkup = commands.add_parser("doctor", help="print what is available, and for what is missing why")
-    _add_doctor(checkup)
+    _add_reconstruct(commands.add_parser("reconstruct", help="draw how a checkpoint reconstructs masked images"))
+    _add_convert(commands.add_parser("convert", help="convert a checkpoint to the format of another library"))
+    _add_doctor(commands.add_parser("doctor", help="print what is available, and why the rest is missing"))
     return parser
 
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Pretrain on any folder of images with the published FCMAE recipe. Ctrl-C and SIGTERM save a "
-        "checkpoint and exit with 130 and 143; --resume goes on from it to the same losses."
+        "Pretrain on any folder of images with the published FCMAE recipe. Ctrl-C and SIGTERM save a checkpoint and "
+        "exit with 130 and 143; --resume goes on from it with the same losses."
     )
     parser.set_defaults(run=_pretrain)
     where = parser.add_argument_group("data and output")
@@ -76,13 +75,13 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="images, in sub-folders or not (default: the photographs inside scikit-image and scikit-learn)",
     )
-    where.add_argument("--output", metavar="FOLDER", help="checkpoints and logs (default: runs/pretrain)")
+    where.add_argument("--output", metavar="FOLDER", help="of checkpoints and logs (default: runs/pretrain)")
     where.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="go on from a checkpoint, or, without a name or with 'auto', from the newest in --output",
+        help="go on from a checkpoint; without a name or with 'auto', from the newest in --output",
     )
     where.add_argument("--save-every", type=int, default=1, metavar="EPOCHS", help="between checkpoints (default: 1)")
     where.add_argument("--keep", type=int, default=3, metavar="K", help="checkpoints kept (default: 3)")
@@ -92,28 +91,22 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="SIZE", help=f"{', '.join(SIZES)} (default: {Recipe.model})")
     add("--image-size", type=int, metavar="PIXELS", help="side of the training crop (default: 224)")
     add("--mask-ratio", type=float, metavar="R", help="fraction of patches removed (default: 0.6)")
-    add(
-        "--norm-pix-loss",
-        action=argparse.BooleanOptionalAction,
-        help="predict pixels normalised per patch (default: yes)",
-    )
+    normalised = "predict pixels normalised per patch (default: yes)"
+    add("--norm-pix-loss", action=argparse.BooleanOptionalAction, help=normalised)
     add("--epochs", type=int, metavar="N", help="passes over the data (default: 800)")
     add("--batch-size", type=int, metavar="N", help="images per forward pass (default: 64)")
     add("--grad-accum-steps", type=int, metavar="N", help="forward passes per optimizer step (default: 1)")
     add("--base-lr", type=float, metavar="LR", help="per 256 images of a step (default: 1.5e-4)")
     add("--weight-decay", type=float, metavar="WD", help="not on biases and vectors (default: 0.05)")
-    add("--warmup-epochs", type=float, metavar="N", help="(default: 40, at most a tenth of --epochs)")
+    add("--warmup-epochs", type=float, metavar="N", help="of warm-up (default: 40, at most a tenth of --epochs)")
     add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm (default: no clipping)")
-    add("--dtype", metavar="DTYPE", help=f"{' or '.join(DTYPES)} autocast (default: float32)")
+    add("--dtype", metavar="DTYPE", help=f"{' or '.join(TRAINING_DTYPES)} autocast (default: float32)")
     add("--seed", type=int, metavar="N", help="of weights, order, crops and masks (default: 0)")
     add(
-        "--epoch-repeats",
-        type=int,
-        metavar="N",
-        help="times an epoch shows each image (default: 1, without --data 20)",
+        "--epoch-repeats", type=int, metavar="N", help="times an epoch shows each image (default: 1, without --data 20)"
     )
     for action in recipe._group_actions:
-        action.default = argparse.SUPPRESS  # absent unless given: a resumed run has its own values
+        action.default = argparse.SUPPRESS  # absent unless given, because a resumed run has its own values
 
     machine = parser.add_argument_group("machine (the losses do not depend on the workers)")
     machine.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda (default: auto)")
@@ -124,7 +117,7 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
-    require_train_extra()
+    _require_train_extra()
     from sparsecnx.train.loop import Options, pretrain
 
     values = vars(arguments)
@@ -134,8 +127,8 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Draw images, their visible patches, and the reconstruction side by side. Where the model predicts "
-        "normalised patches, each takes mean and contrast from the true patch, as in MAE's demonstration."
+        "Draw images, their visible patches, and the reconstruction side by side. If the model predicts normalised "
+        "patches, each takes mean and contrast from the true patch, as in MAE's demonstration."
     )
     parser.set_defaults(run=_reconstruct)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of sparsecnx pretrain, such as last.pt")
@@ -148,34 +141,29 @@ def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
-    require_train_extra()
+    _require_train_extra()
     from sparsecnx.train.reconstruct import reconstruct
 
-    loss = reconstruct(
-        arguments.checkpoint,
-        arguments.images,
-        arguments.out,
-        mask_ratio=arguments.mask_ratio,
-        seed=arguments.seed,
-    )
-    print(printable(f"{arguments.out}: loss {loss:.4f} on the masked patches"))
+    a = arguments
+    loss = reconstruct(a.checkpoint, a.images, a.out, mask_ratio=a.mask_ratio, seed=a.seed)
+    print(printable(f"{a.out}: loss {loss:.4f} on the masked patches"))
     return 0
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Turn a checkpoint of ConvNeXt V2 or its masked autoencoder into another library's, bit for bit: names and "
-        "layouts change, values and dtypes do not. What has no place there, such as the decoder in a classifier, is "
-        "left out and listed; an entry that is missing, unknown or of a wrong shape is an error."
+        "Convert a checkpoint of ConvNeXt V2 or its masked autoencoder to the format of another library, bit for bit: "
+        "names and layouts change, values and dtypes do not. Entries without a place there, such as the decoder in a "
+        "classifier, are left out and listed. A missing or unknown entry, or one of a wrong shape, is an error."
     )
     parser.set_defaults(run=_convert)
     parser.add_argument("source", metavar="IN", help=".pt, .pth, .safetensors, or a folder of transformers")
     parser.add_argument(
         "target",
         metavar="OUT",
-        help="its ending chooses: .pt, .pth, .safetensors; a folder for transformers' from_pretrained",
+        help="the ending chooses: .pt, .pth, .safetensors; a folder for from_pretrained of transformers",
     )
-    parser.add_argument("--to", required=True, metavar="FORMAT", help=f"{', '.join(checkpoints.FORMATS)}")
+    parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(checkpoints.FORMATS))
     parser.add_argument("--from", dest="origin", metavar="FORMAT", help="of IN (default: recognised by its names)")
     parser.add_argument(
         "--key",
@@ -199,14 +187,14 @@ def _convert(arguments: argparse.Namespace) -> int:
     if (problem := checkpoints.path_problem(target, to)) is not None:
         raise InputError("target", target, problem)
     if checkpoints.overwrites(target, source):
-        raise InputError("target", target, "IN itself; expected another file")
+        raise InputError("target", target, "the same file as IN; expected another one")
     try:
         loaded = checkpoints.load(source, arguments.key)
         conversion = checkpoints.convert(loaded.state_dict, to, arguments.origin, arguments.conv_mlp)
     except checkpoints.PartError as error:
         others = ", ".join(error.candidates[:3]) + (", ..." if error.candidates[3:] else "")
         raise InputError("source", source, f"{error}" + (f"; --key can be {others}" if others else "")) from error
-    except checkpoints.CheckpointError as error:
+    except CheckpointError as error:
         raise InputError("source", source, str(error)) from error
     try:
         checkpoints.save(target, conversion)
@@ -220,7 +208,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     lines = [f"{source}{part}: {conversion.source.name}, {conversion.architecture}, {len(loaded.state_dict)} entries"]
     lines.append(f"{target}: {to}, {len(conversion.state_dict)} entries")
     if conversion.left_out:
-        lines.append(f"left out, having no place in {to}: {len(conversion.left_out)} entries")
+        lines.append(f"left out, because {to} has no place for them: {len(conversion.left_out)} entries")
         lines.extend(f"    {name}" for name in conversion.left_out)
     print(printable("\n".join(lines)))
     return 0
@@ -228,8 +216,8 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Print what is available here, and for what is missing why, and what to do about it. With --explain print "
-        "instead which implementation each operator takes at the stages of a model, and why not the others."
+        "Print what is available here, why the rest is missing, and what to do about it. With --explain, print instead "
+        "which implementation each operator takes at the stages of a model, and why not the others."
     )
     parser.set_defaults(run=_doctor)
     parser.add_argument("--explain", action="store_true", help="print which implementation runs, and why")
@@ -254,12 +242,20 @@ def _doctor(arguments: argparse.Namespace) -> int:
         raise InputError("device", device, "this torch sees no CUDA device; expected auto or cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(doctor.explain(torch.device(device), ALL_DTYPES[dtype], model))
+    print(doctor.explain(torch.device(device), DTYPES[dtype], model))
     return 0
 
 
+def _require_train_extra() -> None:
+    """Raise MissingExtra, with the command that helps, unless every library of `[train]` is installed."""
+    wanted = ("torchvision", "tensorboard", "tqdm", "matplotlib", "skimage", "sklearn")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtra(f"{', '.join(missing)} not installed: pip install sparsecnx[train]")
+
+
 def _as_typed(argument: str) -> str:
-    """A Python argument's name as it stands on the command line."""
+    """Return the name of a Python argument on the command line."""
     positional = {"checkpoint": "CHECKPOINT", "images": "IMAGE", "source": "IN", "target": "OUT"}
     return positional.get(argument, f"--{argument.replace('_', '-')}")
 

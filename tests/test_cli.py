@@ -89,7 +89,7 @@ def test_doctor_returns_what_the_checkup_finds(monkeypatch):
     ("arguments", "message"),
     [
         (["--explain", "--device", "tpu"], "--device is tpu: expected one of auto, cpu, cuda"),
-        (["--explain", "--dtype", "int8"], "--dtype is int8: expected one of float32, bfloat16, float16, float64"),
+        (["--explain", "--dtype", "int8"], "--dtype is int8: expected one of float32, float64, bfloat16, float16"),
         (["--explain", "--model", "giant"], "--model is giant: expected one of tiny, atto, "),
         (["--model", "tiny"], "--model is tiny: expected together with --explain"),
     ],

@@ -1,1 +1,1 @@
-"""Other people's worlds: their APIs and their checkpoints, on what is here."""
+"""The API of MinkowskiEngine, and the checkpoints of other libraries."""

@@ -1,4 +1,4 @@
-"""Masked-autoencoder pretraining: recipe, data, checkpoints, the loop, and the picture of what was learned.
+"""Masked-autoencoder pretraining: recipe, data, checkpoints, the loop, and pictures of reconstructions.
 
-Needs the extra `[train]`; `errors` and `recipe` import without it.
+Needs the extra `[train]`; `recipe` imports without it.
 """

@@ -1,7 +1,7 @@
-"""Images, and which of them a training step sees.
+"""Image files, and the batches of crops that a run trains on.
 
-Every random choice is a function of the seed and of where in the run it is made, so a run that was stopped
-goes on exactly as it would have, with any number of workers:
+Every random choice is a function of the seed and of its place in the run. A run that was stopped therefore goes on
+exactly as it would have, with any number of workers:
 
     order of an epoch    (seed, epoch)
     crop and flip        (seed, epoch, position in the epoch)
@@ -26,22 +26,22 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from sparsecnx.train.errors import InputError, MissingExtra
+from sparsecnx.common.errors import InputError, MissingExtra
 from sparsecnx.train.recipe import Recipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# The photographs (no drawings, no masks) that lie in the wheels themselves, colourful ones first.
+# The photographs (no drawings, no masks) inside the wheels, colourful ones first.
 PHOTOGRAPHS = {
-    "sklearn": """datasets/images/china.jpg datasets/images/flower.jpg""",
+    "sklearn": "datasets/images/china.jpg datasets/images/flower.jpg",
     "skimage": """
         data/astronaut.png data/chelsea.png data/coffee.png data/rocket.jpg data/motorcycle_left.png
         data/motorcycle_right.png data/hubble_deep_field.jpg data/ihc.png data/retina.jpg data/camera.png
         data/coins.png data/brick.png data/grass.png data/gravel.png data/moon.png data/page.png
         data/text.png data/cell.png data/clock_motion.png data/microaneurysms.png""",
 }
-# Shows each of the 22 photographs this often in an epoch, so that an epoch is a few hundred images.
+# An epoch shows each of the 22 photographs this often, so that it has a few hundred images.
 PHOTOGRAPH_REPEATS = 20
 
 
@@ -51,7 +51,7 @@ class ImageSet(NamedTuple):
     Attributes:
         root: folder that `names` are relative to.
         names: paths below `root`, with forward slashes.
-        small: few enough to be kept decoded in memory.
+        small: True if the decoded images are kept in memory.
     """
 
     root: str
@@ -62,14 +62,14 @@ class ImageSet(NamedTuple):
         return os.path.join(self.root, self.names[index])
 
     def fingerprint(self) -> str:
-        """Equal for the same files in the same order, wherever the folder is."""
+        """Return a hash of the names and their order, which does not depend on the place of the folder."""
         return hashlib.blake2b(os.fsencode("\n".join(self.names)), digest_size=16).hexdigest()
 
 
 def find_images(folder: str | Path) -> ImageSet:
-    """All image files below `folder`, class folders or not, links followed, sorted by path.
+    """Return all image files below `folder`, in class folders or not, sorted by path.
 
-    A folder that can be reached in several ways, such as by a link to its parent, is listed once.
+    Links are followed. A folder that can be reached in several ways, such as by a link to its parent, is listed once.
 
     Raises:
         InputError: `folder` does not exist, is not a folder, or holds no image file.
@@ -89,7 +89,7 @@ def find_images(folder: str | Path) -> ImageSet:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every folder below `root`, itself included, and the files in it; links followed, no folder twice."""
+    """Yield `root` and every folder below it with its files. Links are followed, and no folder comes twice."""
     visited: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(root, followlinks=True):
         status = os.stat(parent)
@@ -97,13 +97,13 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
             folders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        # Folders before links to them, so that the names do not depend on the order on disk.
+        # Folders come before links to them, so that the names do not depend on the order on disk.
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
         yield parent, files
 
 
 def wheel_photographs() -> ImageSet:
-    """The photographs inside the installed scikit-image and scikit-learn. Nothing is downloaded.
+    """Return the photographs inside the installed scikit-image and scikit-learn. Nothing is downloaded.
 
     Raises:
         MissingExtra: neither is installed.
@@ -123,48 +123,44 @@ def wheel_photographs() -> ImageSet:
 def read_image(path: str) -> Tensor:
     """Decode a file to RGB, uint8 `(3, H, W)`. Raises whatever the decoder raises."""
     with Image.open(path) as image:
-        eight_bits = _to_eight_bits(image) if image.mode.startswith("I") else image
-        pixels: Tensor = v2.functional.pil_to_tensor(eight_bits.convert("RGB"))
+        if image.mode.startswith("I"):  # grey of 0 to 65535, which Pillow's own conversion clips to 255
+            image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        pixels: Tensor = v2.functional.pil_to_tensor(image.convert("RGB"))
     return pixels
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 0 to 65535 as grey of 0 to 255; Pillow's own conversion clips."""
-    return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
-
-
 def normalize(images: Tensor) -> Tensor:
-    """uint8 `(B, 3, H, W)` to float32 with ImageNet's mean and standard deviation taken out."""
+    """Return uint8 images `(B, 3, H, W)` as float32, normalised by ImageNet's mean and standard deviation."""
     return v2.functional.normalize(images.float() / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
 def mix(*parts: int | str) -> int:
-    """A 63-bit seed from several numbers or words; near inputs give unrelated seeds."""
+    """Return a 63-bit seed from several numbers or words; similar inputs give unrelated seeds."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 class Draw(NamedTuple):
-    """One sample to be made: which image, and the seed of its crop and flip."""
+    """One sample to make: the number of the image, and the seed of its crop and flip."""
 
     image: int
     seed: int
 
 
 class Unreadable(NamedTuple):
-    """A file that could not be decoded, and why."""
+    """A file that could not be decoded, and the reason."""
 
     name: str
     reason: str
 
 
 class Batch(NamedTuple):
-    """uint8 images `(B, 3, S, S)`, and the files met while making it that could not be read.
+    """One batch of crops.
 
     Attributes:
-        images: none of them where `problem` is set.
-        unreadable: the files passed over.
-        problem: why there is no batch. A worker must not raise it: it would arrive as a traceback in words.
+        images: uint8 `(B, 3, S, S)`; empty if `problem` is set.
+        unreadable: the files that were skipped.
+        problem: the reason why there is no batch. A worker that raised it would send a traceback in words instead.
     """
 
     images: Tensor
@@ -173,9 +169,9 @@ class Batch(NamedTuple):
 
 
 class Crops(Dataset[Any]):
-    """Augmented crops of an image set; item `Draw` is a pure function of the draw.
+    """Augmented crops of an image set, indexed by `Draw`; equal draws give equal crops.
 
-    A file that cannot be read gives its place to the next one that can, so batches stay full.
+    The next readable file takes the place of an unreadable one, so that batches stay full.
     """
 
     def __init__(self, images: ImageSet, image_size: int) -> None:
@@ -197,10 +193,10 @@ class Crops(Dataset[Any]):
             return self.augment(pixels), unreadable
 
     def read(self, index: int) -> tuple[Tensor, list[Unreadable]]:
-        """Image `index`, or the first readable one after it, and the files passed over.
+        """Return image `index`, or the first readable one after it, and the files that were skipped.
 
         Raises:
-            InputError: not one file can be read.
+            InputError: no file can be read.
         """
         unreadable: list[Unreadable] = []
         for place in range(index, index + len(self.images.names)):
@@ -209,7 +205,7 @@ class Crops(Dataset[Any]):
                 return self.decoded[place], unreadable
             try:
                 pixels = read_image(self.images.path(place))
-            except Exception as error:  # decoders raise many kinds; none may end a long run
+            except Exception as error:  # decoders raise many kinds, and none may end a long run
                 reason = f"{type(error).__name__}: {error}"
                 unreadable.append(Unreadable(self.images.names[place], reason))
                 continue
@@ -226,10 +222,7 @@ class Crops(Dataset[Any]):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run torch's CPU randomness from `seed`, and put it back afterwards.
-
-    torchvision's transforms draw from the global generator and from nowhere else.
-    """
+    """Seed torch's CPU generator, from which torchvision's transforms draw, and restore it afterwards."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -239,7 +232,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Draws(Sampler[list[Draw]]):
-    """The draws of every batch of a run, from batch `start` to the last of the last epoch."""
+    """Yields the draws of every batch of a run, from batch `start` to the end of the last epoch."""
 
     def __init__(self, recipe: Recipe, images: int, *, start: int = 0) -> None:
         self.recipe = recipe
@@ -259,7 +252,7 @@ class Draws(Sampler[list[Draw]]):
                 ]
 
     def order(self, epoch: int) -> list[int]:
-        """Image of every position in the epoch: each image `epoch_repeats` times, shuffled."""
+        """Return the image at every position in the epoch: each image `epoch_repeats` times, shuffled."""
         generator = torch.Generator().manual_seed(mix(self.recipe.seed, "order", epoch))
         positions = torch.randperm(self.images * self.recipe.epoch_repeats, generator=generator)
         order: list[int] = (positions % self.images).tolist()
@@ -267,7 +260,7 @@ class Draws(Sampler[list[Draw]]):
 
 
 def load_batches(crops: Crops, recipe: Recipe, *, start: int, workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """The batches of a run from number `start` on, the same whatever the number of workers."""
+    """Return the batches of a run from number `start` on, which do not depend on the number of workers."""
     return DataLoader(
         crops,
         batch_sampler=Draws(recipe, len(crops.images.names), start=start),
@@ -279,7 +272,7 @@ def load_batches(crops: Crops, recipe: Recipe, *, start: int, workers: int, pin_
 
 
 def collate(samples: list[tuple[Tensor, list[Unreadable]] | InputError]) -> Batch:
-    """Stack crops; join what could not be read."""
+    """Stack the crops of a batch and join the lists of unreadable files."""
     images, unreadable = [], []
     for sample in samples:
         if isinstance(sample, InputError):
@@ -290,6 +283,6 @@ def collate(samples: list[tuple[Tensor, list[Unreadable]] | InputError]) -> Batc
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; only the trainer answers them."""
+    """Ignore Ctrl-C and SIGTERM, which reach the whole process group; only the trainer answers them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,10 +1,8 @@
-"""Where a run's numbers go: `log.jsonl`, TensorBoard, and the terminal."""
+"""The log of a run: `log.jsonl`, TensorBoard, and the terminal."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +13,7 @@ from typing import NamedTuple
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from sparsecnx.train.errors import printable
+from sparsecnx.common.files import printable, write_atomically
 
 LOG = "log.jsonl"
 
@@ -33,7 +31,7 @@ class StepRecord(NamedTuple):
         loss: mean over the images of the step, before its update.
         lr: learning rate of the update.
         grad_norm: norm of all gradients, before clipping.
-        images_per_s: over this step, waiting for data included.
+        images_per_s: over this step, including the wait for data.
     """
 
     step: int
@@ -48,13 +46,13 @@ class RunLog:
     """Writes every step to `log.jsonl` and TensorBoard, and shows progress, images/s and time left.
 
     Args:
-        folder: the run's.
-        step: steps already done; later lines of an earlier attempt are dropped.
+        folder: of the run.
+        step: steps already done; lines of later steps are deleted from `log.jsonl`.
         total_steps: of the whole run.
         images_per_step: effective batch.
 
     Raises:
-        LogError: here, in `write` and on leaving: no space, or another failure of the file system.
+        LogError: no space, or another failure of the file system; also raised by `write` and on leaving.
     """
 
     def __init__(self, folder: Path, *, step: int, total_steps: int, images_per_step: int) -> None:
@@ -63,7 +61,7 @@ class RunLog:
         with _writing(self.path):
             _keep_steps_up_to(step, self.path)
             self.lines = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
-        self.events = folder / "events.out.tfevents.*"  # the writer does not tell the rest
+        self.events = folder / "events.out.tfevents.*"  # the writer does not tell the rest of the name
         with _writing(self.events):
             self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
         self.bar = tqdm(
@@ -72,11 +70,10 @@ class RunLog:
             unit="img",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=None,  # in a pipe or a scheduler's log, the lines of `say` are enough
+            disable=None,  # no bar unless standard error is a terminal
         )
 
     def __enter__(self) -> RunLog:
-        self.choices = _Choices(self)
         return self
 
     def __exit__(
@@ -85,9 +82,8 @@ class RunLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.choices.close()
         self.bar.close()
-        # A run that stops for another reason says that one.
+        # If the run stops for another reason, that one is reported.
         with suppress(*(() if error is None else (LogError,))):
             try:
                 with _writing(self.events):
@@ -112,29 +108,9 @@ class RunLog:
         sys.stdout.flush()
 
 
-class _Choices(logging.Handler):
-    """Says which implementation each operator runs on, see `sparsecnx.backends.dispatch`, until it is closed."""
-
-    def __init__(self, log: RunLog) -> None:
-        super().__init__(logging.INFO)
-        self.log = log
-        self.logger = logging.getLogger("sparsecnx")
-        self.level_before = self.logger.level
-        self.logger.setLevel(logging.INFO)
-        self.logger.addHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.log.say(record.getMessage())
-
-    def close(self) -> None:
-        self.logger.removeHandler(self)
-        self.logger.setLevel(self.level_before)
-        super().close()
-
-
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Name `path` in what the file system says."""
+    """Turn errors of the file system into LogErrors that name `path`."""
     try:
         yield
     except OSError as error:
@@ -142,17 +118,14 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _keep_steps_up_to(step: int, path: Path) -> None:
-    """Drop what an earlier attempt logged after the checkpoint that is resumed from."""
+    """Delete the lines of steps after `step`, which an earlier attempt logged."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_atomically(path, "".join(line for line in path.read_text().splitlines(keepends=True) if _step(line) <= step))
 
 
 def _step(line: str) -> float:
-    """Step of a log line; infinity for a line cut short by a kill."""
+    """Return the step of a log line, or infinity for a line that a kill cut short."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

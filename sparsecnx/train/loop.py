@@ -1,4 +1,4 @@
-"""The pretraining loop: start or resume a run, step, log, save, and stop when asked."""
+"""The pretraining loop: start or resume a run, step, log, save, and stop on a signal."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
+from sparsecnx.common.dtypes import DTYPES
+from sparsecnx.common.errors import CheckpointError, InputError, TrainingStopped
 from sparsecnx.geometry.masks import random_mask
 from sparsecnx.train import checkpoint
-from sparsecnx.train.checkpoint import CheckpointError, CheckpointFolder
+from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.data import (
     PHOTOGRAPH_REPEATS,
     Batch,
@@ -29,24 +31,26 @@ from sparsecnx.train.data import (
     normalize,
     wheel_photographs,
 )
-from sparsecnx.train.errors import InputError, TrainingStopped
 from sparsecnx.train.log import LOG, LogError, RunLog, StepRecord
-from sparsecnx.train.recipe import BETAS, DTYPES, Recipe, build_model, learning_rate, param_groups
+from sparsecnx.train.recipe import BETAS, Recipe, build_model, learning_rate, param_groups
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where a run lives and on what it computes; the recipe decides everything else.
+    """Data, output folder and device of a run; the recipe decides everything else.
 
     Attributes:
-        data: folder of images; None for the resumed run's, or the photographs inside the wheels.
-        output: folder of checkpoints and logs; None for the resumed checkpoint's, or `runs/pretrain`.
-        resume: a checkpoint; or "auto", the newest in `output`, a new run where there is none.
+        data: folder of images; None for that of the resumed run, or for the photographs inside the wheels.
+        output: folder of checkpoints and logs; None for that of the resumed checkpoint, or `runs/pretrain`.
+        resume: a checkpoint; or "auto" for the newest in `output`, or a new run if there is none.
         device: auto, cpu or cuda.
         workers: processes that read images; None for one per two cores, at most 8.
         compile: run the model through `torch.compile`.
         save_every: epochs between checkpoints.
         keep: checkpoints kept.
+
+    Raises:
+        InputError: a field is out of range, or there is no CUDA device.
     """
 
     data: str | None = None
@@ -71,42 +75,52 @@ class Options:
 
 
 def pretrain(options: Options, given: Mapping[str, Any]) -> int:
-    """Start or resume a run and take it to its end.
+    """Start or resume a run and train to its end.
 
     Args:
-        options: where and on what.
-        given: recipe fields the user chose; the others are the published ones, or the resumed run's.
+        options: data, output folder and device.
+        given: recipe fields that the user chose; the others are the published ones, or those of the resumed run.
 
     Returns:
-        0 when the run is complete; 128 + the signal's number when Ctrl-C (130) or SIGTERM (143)
-        stopped it after saving.
+        0 if the run is complete; 128 + the number of the signal if Ctrl-C (130) or SIGTERM (143) stopped it. It saves
+        a checkpoint first.
 
     Raises:
         InputError: an argument cannot work; nothing was changed on disk.
-        TrainingStopped: the loss is not finite, no image can be read any more, or a checkpoint or a log
-            could not be written.
+        TrainingStopped: the loss is not finite, no image can be read any more, or a checkpoint or a log could not be
+            written.
     """
     folder, source = _place(options)
-    state = _read_resumed(source) if source else None
-    where = options.data if options.data is not None or state is None else state["data"]["folder"]
+    if source is None:
+        images = wheel_photographs() if options.data is None else find_images(options.data)
+        repeats = PHOTOGRAPH_REPEATS if options.data is None else 1
+        return Trainer(Recipe(**{"epoch_repeats": repeats, **given}), images, folder, options).run()
+
+    state = _read_resumed(source)
+    saved = state["data"]
+    where = saved["folder"] if options.data is None else options.data
     images = wheel_photographs() if where is None else find_images(where)
-    if state is None:
-        repeats = PHOTOGRAPH_REPEATS if where is None else 1
-        recipe = Recipe(**{"epoch_repeats": repeats, **given})
-    else:
-        recipe = _continue_recipe(state, given, source)
-        _expect_same_images(state, images, options, where)
+    try:
+        recipe = Recipe.continued(state["recipe"], given)
+    except TypeError as error:
+        raise InputError("resume", source, f"its recipe was written by another version ({error})") from error
+    if saved["fingerprint"] != images.fingerprint():
+        raise InputError(
+            "resume" if options.data is None else "data",
+            where or "the installed photographs",
+            f"{len(images.names)} image files, not the {saved['images']} that the run was started with "
+            "(or under other names); the losses could not continue",
+        )
     trainer = Trainer(recipe, images, folder, options)
-    if state is not None:
-        try:
-            trainer.load(state)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise InputError("resume", source, f"its weights do not fit {recipe.model} ({error})") from error
+    try:
+        trainer.load(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError("resume", source, f"its weights do not fit {recipe.model} ({error})") from error
     return trainer.run()
 
 
 def _place(options: Options) -> tuple[CheckpointFolder, Path | None]:
-    """The run's folder and the checkpoint to go on from, refusing to write over another run."""
+    """Return the folder of the run and the checkpoint to go on from; refuse to write over another run."""
     resume = None if options.resume in (None, "auto") else Path(str(options.resume))
     output = Path(options.output or (resume.parent if resume else "runs/pretrain"))
     folder = CheckpointFolder(output, options.keep)
@@ -135,32 +149,14 @@ def _read_resumed(path: Path) -> dict[str, Any]:
         raise InputError("resume", path, f"{error}{hint}") from error
 
 
-def _continue_recipe(state: dict[str, Any], given: Mapping[str, Any], source: Path | None) -> Recipe:
-    try:
-        return Recipe.continued(state["recipe"], given)
-    except TypeError as error:
-        raise InputError("resume", source, f"its recipe is of another version ({error})") from error
-
-
-def _expect_same_images(state: dict[str, Any], images: ImageSet, options: Options, where: str | None) -> None:
-    saved = state["data"]
-    if saved["fingerprint"] != images.fingerprint():
-        raise InputError(
-            "data" if options.data is not None else "resume",
-            where or "the installed photographs",
-            f"{len(images.names)} image files, not the {saved['images']} that the run was started with "
-            "(or under other names); the losses could not continue",
-        )
-
-
 class Trainer:
     """One pretraining run.
 
     Args:
-        recipe: what decides the losses.
-        images: what to train on.
-        folder: where checkpoints go; logs go beside them.
-        options: device, workers, compile and save_every are read here.
+        recipe: decides the losses.
+        images: the data set.
+        folder: of the checkpoints and logs.
+        options: only device, workers, compile and save_every are read.
 
     Raises:
         InputError: an epoch is smaller than the effective batch, or no image can be read.
@@ -169,7 +165,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, images: ImageSet, folder: CheckpointFolder, options: Options) -> None:
         self.recipe, self.images, self.folder, self.options = recipe, images, folder, options
         self.crops = Crops(images, recipe.image_size)
-        self.crops.read(0)  # one readable image, or the run is refused here
+        self.crops.read(0)  # raises unless there is a readable image
         self.steps_per_epoch = recipe.steps_per_epoch(len(images.names))
         self.total_steps = self.steps_per_epoch * recipe.epochs
         self.device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -185,15 +181,15 @@ class Trainer:
         self.unreadable: dict[str, str] = {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up a checkpoint's model, optimizer and step."""
+        """Take model, optimizer and step from a checkpoint."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
     def state(self) -> dict[str, Any]:
-        """What `load` needs, and what a reader of the checkpoint wants to know.
+        """Return the contents of a checkpoint, see `checkpoint.read`.
 
-        No generator state: every random choice is a function of the seed and the step (see data.py).
+        It needs no state of a generator: every random choice is a function of the seed and the step, see data.py.
         """
         return {
             "model": self.model.state_dict(),
@@ -209,7 +205,7 @@ class Trainer:
         }
 
     def run(self) -> int:
-        """Train to the end of the recipe. Returns and raises as `pretrain`."""
+        """Train to the end of the recipe; returns and raises as `pretrain` does."""
         self._make_folder()
         try:
             return self._run()
@@ -250,7 +246,7 @@ class Trainer:
         return 0
 
     def batches(self) -> Iterator[Batch]:
-        """The batches that are still to come."""
+        """Return the batches that are still to come."""
         loader = load_batches(
             self.crops,
             self.recipe,
@@ -261,11 +257,11 @@ class Trainer:
         return iter(loader)
 
     def train_step(self, batches: Iterator[Batch], log: RunLog) -> StepRecord:
-        """One optimizer step over `grad_accum_steps` batches.
+        """Take one optimizer step over `grad_accum_steps` batches.
 
         Raises:
-            TrainingStopped: loss or gradient is not finite, or no image can be read any more; the parameters
-                are as before the step.
+            TrainingStopped: loss or gradient is not finite, or no image can be read any more; the parameters are as
+                before the step.
         """
         recipe, start = self.recipe, time.perf_counter()
         lr = learning_rate(
@@ -290,7 +286,7 @@ class Trainer:
 
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        # One wait for the device, and before the update: a bad step must not reach a checkpoint.
+        # This waits for the device once. It stands before the update, so that a bad step never reaches a checkpoint.
         mean_loss, grad_norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise TrainingStopped(
@@ -305,7 +301,7 @@ class Trainer:
         return StepRecord(self.step, self.step / self.steps_per_epoch, mean_loss, lr, grad_norm, speed)
 
     def _loss(self, images: torch.Tensor, forward_pass: int) -> torch.Tensor:
-        """Loss of one batch; its mask is a function of the seed and the number of the forward pass."""
+        """Return the loss of one batch, with a mask that depends on the seed and the number of the forward pass."""
         recipe = self.recipe
         generator = torch.Generator().manual_seed(mix(recipe.seed, "mask", forward_pass))
         mask = random_mask(len(images), recipe.grid, recipe.mask_ratio, generator=generator)
@@ -329,24 +325,18 @@ class Trainer:
             ) from error
 
     def describe(self) -> list[str]:
-        """What is about to be trained, for the terminal."""
+        """Return the first lines of a run: model, data, and the folder that it writes to."""
         r = self.recipe
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        times = f" x {r.epoch_repeats}" if r.epoch_repeats > 1 else ""
+        repeats = f" x {r.epoch_repeats}" if r.epoch_repeats > 1 else ""
         accumulated = f" x {r.grad_accum_steps}" if r.grad_accum_steps > 1 else ""
-        capped = "" if r.warmup_epochs is not None or r.warmup == 40 else " (40, at most a tenth)"
-        lines = [
-            f"FCMAE {r.model}, {millions:.1f} M parameters, {r.image_size} px, mask {r.mask_ratio}, "
-            f"{r.dtype} on {self.device}",
-            f"{len(self.images.names)} images{times} from {self.images.root}: "
-            f"{self.steps_per_epoch} steps of {r.batch_size}{accumulated} an epoch",
-            f"{r.epochs} epochs, {r.warmup:g} of warm-up{capped}, learning rate {r.peak_lr:.3g} "
-            f"= {r.base_lr:g} x {r.effective_batch} / 256",
-            f"checkpoints and logs in {self.folder.folder}",
+        start = f", going on from step {self.step}" if self.step else ""
+        return [
+            f"FCMAE {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.device}, mask ratio {r.mask_ratio:g}",
+            f"{len(self.images.names)} images{repeats} of {r.image_size} px from {self.images.root}, batch "
+            f"{r.batch_size}{accumulated}, {r.epochs} epochs of {self.steps_per_epoch} steps",
+            f"learning rate {r.peak_lr:.3g} after {r.warmup:g} epochs; writes to {self.folder.folder}{start}",
         ]
-        if self.step:
-            lines.append(f"going on from step {self.step} of {self.total_steps}")
-        return lines
 
     def _make_folder(self) -> None:
         folder = self.folder.folder
@@ -373,7 +363,7 @@ class Trainer:
 
 
 def default_workers() -> int:
-    """One process per two cores this process may use, at most 8: the others compute."""
+    """Return one process per two cores that this process may use, at most 8; the other cores compute."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // 2))
 
@@ -389,7 +379,7 @@ def _epoch_line(epoch: int, epochs: int, records: list[StepRecord]) -> str:
 
 @contextmanager
 def _caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that the step in hand is finished and saved; a second one kills."""
+    """Collect SIGINT and SIGTERM, so that the current step is finished and saved; a second one kills."""
     caught: list[int] = []
     previous: dict[int, Any] = {}
 

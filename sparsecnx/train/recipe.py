@@ -1,7 +1,7 @@
 """The published FCMAE recipe (arXiv 2301.00808, appendix A.1) as data, and its arithmetic as pure functions.
 
-A `Recipe` holds everything that decides the losses of a run, and nothing else: two runs with the same recipe
-on the same images have the same losses. Where a run lives and on what it computes is the loop's business.
+A `Recipe` holds everything that decides the losses of a run, and nothing else: two runs with the same recipe on the
+same images have the same losses. The output folder and the device are options of the loop.
 """
 
 from __future__ import annotations
@@ -12,41 +12,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from sparsecnx.common.errors import InputError
 from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import FCMAE, SIZES, create_fcmae
-from sparsecnx.train.errors import InputError
 
 PATCH_SIZE = 32
 BETAS = (0.9, 0.95)
 WARMUP_EPOCHS = 40
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TRAINING_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the losses of a pretraining run. Checked when made.
+    """Everything that decides the losses of a pretraining run. The constructor checks it.
 
     Attributes:
         model: size, a name in `sparsecnx.models.SIZES`.
         image_size: side of the square training crop, pixels; a multiple of the 32-pixel patch.
-        mask_ratio: fraction of patches removed, in [0, 1); some patch must stay and some must go.
+        mask_ratio: fraction of patches removed, in [0, 1); at least one patch stays and at least one goes.
         norm_pix_loss: predict pixels normalised per patch.
         epochs: passes over the images, warm-up included.
         batch_size: images per forward pass.
         grad_accum_steps: forward passes per optimizer step.
         base_lr: learning rate per 256 images of effective batch.
-        weight_decay: AdamW's, on parameters with two or more dimensions.
+        weight_decay: of AdamW, on matrices and filters.
         warmup_epochs: linear warm-up; None is the published 40, at most a tenth of `epochs`.
         clip_grad: largest gradient norm; None does not clip, as published.
         dtype: float32, or bfloat16 for autocast (parameters and loss stay float32).
         seed: of the initial weights, the order of images, crops, flips and masks.
-        epoch_repeats: how often an epoch shows each image; for small data sets.
+        epoch_repeats: times an epoch shows each image; for small data sets.
 
     Raises:
-        InputError: a field is outside what is said here.
+        InputError: a field is out of range.
     """
 
     model: str = "atto"
@@ -66,7 +65,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self._expect("model", self.model in SIZES, f"one of {', '.join(SIZES)}")
-        self._expect("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        self._expect("dtype", self.dtype in TRAINING_DTYPES, f"one of {', '.join(TRAINING_DTYPES)}")
         for field in ("epochs", "batch_size", "grad_accum_steps", "epoch_repeats"):
             self._expect(field, getattr(self, field) >= 1, "1 or more")
         self._expect("seed", self.seed >= 0, "0 or more")
@@ -116,13 +115,13 @@ class Recipe:
 
     @property
     def warmup(self) -> float:
-        """Warm-up epochs. Forty would be a whole short run, so by default at most a tenth of it."""
+        """Epochs of warm-up: by default the published 40, but at most a tenth of the run."""
         if self.warmup_epochs is not None:
             return self.warmup_epochs
         return min(WARMUP_EPOCHS, self.epochs / 10)
 
     def steps_per_epoch(self, images: int) -> int:
-        """Optimizer steps in an epoch over `images` images; an incomplete last batch is left out.
+        """Return the optimizer steps in an epoch over `images` images, without an incomplete last batch.
 
         Raises:
             InputError: the effective batch is larger than an epoch.
@@ -140,14 +139,14 @@ class Recipe:
 
     @classmethod
     def continued(cls, saved: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
-        """The recipe a run was started with, for going on with it.
+        """Return the recipe of a run that goes on.
 
         Args:
             saved: the checkpoint's recipe as a dict.
-            given: fields the user asks for now.
+            given: fields that the user asks for now.
 
         Raises:
-            InputError: a field given now differs: the losses could not continue.
+            InputError: a field given now differs, so that the losses could not continue.
             TypeError: `saved` is not a recipe of this version.
         """
         recipe = cls(**saved)
@@ -162,17 +161,17 @@ class Recipe:
         return recipe
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint."""
+        """Return the fields as plain values, for a checkpoint."""
         return dataclasses.asdict(self)
 
 
 def build_model(recipe: Recipe) -> FCMAE:
-    """The model a recipe trains; its weights are drawn from torch's global generator."""
+    """Build the model that a recipe trains, with weights drawn from torch's global generator."""
     return create_fcmae(recipe.model, patch_size=PATCH_SIZE, norm_pix_loss=recipe.norm_pix_loss)
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: float, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear from 0 to `peak`, then half a cosine to 0."""
+    """Return the learning rate of optimizer step `step` (from 0): linear to `peak`, then half a cosine to 0."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
@@ -180,9 +179,9 @@ def learning_rate(step: int, *, peak: float, warmup_steps: float, total_steps: i
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's two groups: matrices and filters decay; biases and everything one-dimensional do not.
+    """Return AdamW's two groups: matrices and filters decay, biases and vectors do not.
 
-    One-dimensional is by content: GRN's `(1, 1, 1, C)` and the mask token's `(1, C, 1, 1)` are vectors.
+    A vector has one side larger than 1, as GRN's `(1, 1, 1, C)` and the mask token's `(1, C, 1, 1)` have.
     """
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []

@@ -1,4 +1,4 @@
-"""The picture of what a masked autoencoder learned: image, what it saw of it, and what it made of that."""
+"""A picture of what a masked autoencoder learned: image, visible patches, reconstruction."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms import v2
 
+from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.geometry.masks import random_mask
 from sparsecnx.models import FCMAE
 from sparsecnx.train import checkpoint
-from sparsecnx.train.checkpoint import CheckpointError
 from sparsecnx.train.data import IMAGENET_MEAN, IMAGENET_STD, normalize, read_image, wheel_photographs
-from sparsecnx.train.errors import InputError
 from sparsecnx.train.recipe import Recipe, build_model
 
 SHOWN_PHOTOGRAPHS = 6
@@ -30,7 +29,7 @@ class Reconstruction(NamedTuple):
         original: the input.
         masked: the input with masked patches grey.
         reconstructed: the input with masked patches as predicted.
-        loss: mean squared error on the masked patches, in the unit the model was trained on.
+        loss: mean squared error on the masked patches, in the unit of the training.
     """
 
     original: Tensor
@@ -51,17 +50,17 @@ def reconstruct(
 
     Args:
         path: checkpoint of `sparsecnx pretrain`.
-        images: files; none means a few photographs from the wheels.
+        images: files; if there are none, a few photographs from the wheels.
         out: picture to write; the ending chooses the format.
         mask_ratio: fraction of patches removed; None is the ratio of the pretraining.
         seed: of the masks.
 
     Returns:
-        The loss over these images.
+        The loss on these images.
 
     Raises:
-        InputError: a checkpoint or an image that cannot be read, a ratio that masks nothing or everything,
-            or a picture that cannot be written.
+        InputError: the checkpoint or an image cannot be read, the ratio masks nothing or everything, or the picture
+            cannot be written.
     """
     try:
         state = checkpoint.read(path)
@@ -93,9 +92,9 @@ def reconstruct(
 def fill_in(model: FCMAE, images: Tensor, mask: Tensor) -> Reconstruction:
     """Predict the masked patches of images and put them into the visible ones.
 
-    A model trained with `norm_pix_loss` predicts patches of mean 0 and variance 1. To be seen, they are given
-    mean and variance of the true patch, as in MAE's demonstration: brightness and contrast of a masked patch
-    are then told to the model, its content is not.
+    A model trained with `norm_pix_loss` predicts patches of mean 0 and variance 1. The picture gives each of them mean
+    and variance of the true patch, as MAE's demonstration does: brightness and contrast are true, the content is
+    predicted.
 
     Args:
         model: trained FCMAE.
@@ -120,16 +119,12 @@ def fill_in(model: FCMAE, images: Tensor, mask: Tensor) -> Reconstruction:
 
 
 def draw(result: Reconstruction, title: str) -> Figure:
-    """A figure with one row of three panels per image."""
+    """Draw one row of three panels per image."""
     rows = len(result.original)
     figure = Figure(figsize=(3 * PANEL_INCHES, rows * PANEL_INCHES + 0.7), dpi=100, layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(rows, 3, squeeze=False)
-    columns = {
-        "original": result.original,
-        "masked": result.masked,
-        "reconstruction": result.reconstructed,
-    }
+    columns = {"original": result.original, "masked": result.masked, "reconstruction": result.reconstructed}
     for column, (name, images) in enumerate(columns.items()):
         axes[0, column].set_title(name)
         for row in range(rows):
@@ -139,7 +134,7 @@ def draw(result: Reconstruction, title: str) -> Figure:
 
 
 def _read_square(path: str | Path, side: int) -> Tensor:
-    """Central square of an image file, uint8 `(3, side, side)`."""
+    """Return the central square of an image file, uint8 `(3, side, side)`."""
     try:
         pixels = read_image(str(path))
     except Exception as error:  # decoders raise many kinds
@@ -150,7 +145,7 @@ def _read_square(path: str | Path, side: int) -> Tensor:
 
 
 def _to_unit_range(images: Tensor) -> Tensor:
-    """Normalised images to RGB in [0, 1]."""
+    """Return normalised images as RGB in [0, 1]."""
     mean = images.new_tensor(IMAGENET_MEAN).view(3, 1, 1)
     std = images.new_tensor(IMAGENET_STD).view(3, 1, 1)
     return (images * std + mean).clamp(0, 1)

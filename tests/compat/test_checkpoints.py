@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from sparsecnx import models
+from sparsecnx.common.errors import MissingExtra
 from sparsecnx.compat import checkpoints, minkowski
 from sparsecnx.compat.checkpoints import CheckpointError, convert, detect_format
 from sparsecnx.train import checkpoint
-from sparsecnx.train.errors import MissingExtra
 
 DEPTHS, DIMS, CLASSES = (1, 1, 2, 1), (8, 16, 24, 32), 5
 SIZES = {"depths": DEPTHS, "dims": DIMS}
@@ -461,7 +461,7 @@ def test_a_network_without_channels_is_refused():
 def test_a_decoder_for_larger_patches_has_no_published_form():
     tensors = autoencoder(patch_size=64).state_dict()
     assert convert(tensors, "sparsecnx").architecture.decoder == (12, 2, 64)
-    with pytest.raises(CheckpointError, match="patches of 64 pixels: fcmae has decoders for 32 alone"):
+    with pytest.raises(CheckpointError, match="patches of 64 pixels: decoders of fcmae predict 32 pixels only"):
         convert(tensors, "fcmae")
 
 

@@ -48,7 +48,7 @@ def test_it_says_what_it_did(published, tmp_path, capsys):
         lines[0] == f"{published}, part model (beside model_ema, args): fcmae, {network} (encoder, decoder), 81 entries"
     )
     assert lines[1] == f"{out}: convnextv2, 66 entries"
-    assert lines[2] == "left out, having no place in convnextv2: 15 entries"
+    assert lines[2] == "left out, because convnextv2 has no place for them: 15 entries"
     assert sorted(line.strip() for line in lines[3:]) == sorted(
         name for name in autoencoder().state_dict() if not name.startswith("encoder.")
     )
@@ -99,9 +99,9 @@ def test_a_part_by_name(published, tmp_path, capsys):
             ["{published}", "{tmp}/out.npz", "--to", "timm"],
             "OUT is {tmp}/out.npz: expected a name that ends in .pt, .pth, .safetensors\n",
         ),
-        (["{published}", "{tmp}", "--to", "timm"], "OUT is {tmp}: a folder, which transformers alone has; expected"),
+        (["{published}", "{tmp}", "--to", "timm"], "OUT is {tmp}: a folder, which only transformers takes; expected"),
         (["{published}", "{tmp}/none/out.pt", "--to", "timm"], "OUT is {tmp}/none/out.pt: cannot be written ("),
-        (["{published}", "{published}", "--to", "timm"], "OUT is {published}: IN itself; expected another file"),
+        (["{published}", "{published}", "--to", "timm"], "OUT is {published}: the same file as IN; "),
         (["{tmp}/" + "a" * 300, "{tmp}/out.pt", "--to", "timm"], "IN is {tmp}/" + "a" * 300 + ": cannot be read ("),
         (["{published}", "{tmp}/" + "a" * 300, "--to", "transformers"], "OUT is {tmp}/" + "a" * 300 + ": cannot be w"),
     ],
@@ -137,7 +137,7 @@ def test_it_does_not_overwrite_its_input_with_a_folder_on_either_side(source, ta
     assert convert(source, target, "--to", "transformers") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == f"sparsecnx convert: error: OUT is {target}: IN itself; expected another file\n"
+    assert captured.err == f"sparsecnx convert: error: OUT is {target}: the same file as IN; expected another one\n"
     assert {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()} == contents
 
 

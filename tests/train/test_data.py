@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from sparsecnx.common.errors import InputError
 from sparsecnx.train.data import (
     Crops,
     Draw,
@@ -16,7 +17,6 @@ from sparsecnx.train.data import (
     read_image,
     wheel_photographs,
 )
-from sparsecnx.train.errors import InputError
 from sparsecnx.train.recipe import Recipe
 
 SMALL = Recipe(image_size=64, epochs=2, batch_size=2, seed=5)

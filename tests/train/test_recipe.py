@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from sparsecnx.train.errors import InputError
+from sparsecnx.common.errors import InputError
 from sparsecnx.train.recipe import Recipe, build_model, learning_rate, param_groups
 
 

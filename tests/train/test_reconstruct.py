@@ -3,8 +3,8 @@ import torch
 from PIL import Image
 from small_runs import train
 
+from sparsecnx.common.errors import InputError
 from sparsecnx.models import FCMAE
-from sparsecnx.train.errors import InputError
 from sparsecnx.train.recipe import Recipe, build_model
 from sparsecnx.train.reconstruct import draw, fill_in, reconstruct
 

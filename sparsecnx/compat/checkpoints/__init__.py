@@ -1,4 +1,4 @@
-"""Checkpoints of ConvNeXt V2 and FCMAE in everybody's names and layouts: see docs/checkpoints.md.
+"""Conversion of ConvNeXt V2 and FCMAE checkpoints between libraries, see docs/checkpoints.md.
 
 loaded = checkpoints.load("convnextv2_tiny_22k_224_ema.pt")
 conversion = checkpoints.convert(loaded.state_dict, "timm")
@@ -6,12 +6,12 @@ timm.create_model("convnextv2_tiny", num_classes=21841).load_state_dict(conversi
 checkpoints.save("tiny.safetensors", conversion)
 """
 
+from sparsecnx.common.errors import CheckpointError
 from sparsecnx.compat.checkpoints.architecture import Architecture, Decoder
 from sparsecnx.compat.checkpoints.conversion import Conversion, convert, detect_format
 from sparsecnx.compat.checkpoints.files import Loaded, PartError, load, overwrites, path_problem, save
 from sparsecnx.compat.checkpoints.formats import NAMES as FORMATS
 from sparsecnx.compat.checkpoints.formats import Format
-from sparsecnx.train.checkpoint import CheckpointError
 
 __all__ = [
     "FORMATS",

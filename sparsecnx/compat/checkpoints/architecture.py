@@ -1,4 +1,4 @@
-"""Which network a checkpoint is of, read from its names and shapes: any depths and widths."""
+"""The network that a checkpoint belongs to, of any depths and widths, read from names and shapes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sparsecnx.models.convnextv2 import STRIDE
 
 
 class Unfit(Exception):
-    """An entry, under our name, that is missing or of a shape that no network has.
+    """An entry is missing, or has a shape that no network has.
 
     Attributes:
-        name: of the entry.
-        expected: what its shape should be, in words; None: the entry is missing.
+        name: our name of the entry.
+        expected: the right shape, in words; None if the entry is missing.
     """
 
     def __init__(self, name: str, expected: str | None = None) -> None:
@@ -31,7 +31,7 @@ class Unfit(Exception):
 
 
 class Decoder(NamedTuple):
-    """The decoder of `FCMAE`: its arguments."""
+    """Arguments of the decoder of `FCMAE`."""
 
     dim: int
     depth: int
@@ -40,14 +40,14 @@ class Decoder(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A ConvNeXt V2, and what of it a checkpoint holds beside the encoder.
+    """A ConvNeXt V2, and the parts of it that a checkpoint holds beside the encoder.
 
     Attributes:
         depths, dims: blocks and channels of the stages.
         in_chans: channels of the images.
-        norm: whether the LayerNorm before the classifier is there.
-        num_classes: outputs of the classifier, None without one.
-        decoder: None without one.
+        norm: True if the LayerNorm before the classifier is there.
+        num_classes: outputs of the classifier; None if there is none.
+        decoder: None if there is none.
     """
 
     depths: tuple[int, ...]
@@ -59,7 +59,7 @@ class Architecture:
 
     @property
     def size(self) -> str | None:
-        """Its name, such as `atto`; None for depths and widths of one's own."""
+        """The name of the size, such as `atto`; None for other depths and widths."""
         config = (self.depths, self.dims)
         return next((name for name, size in SIZES.items() if (size.depths, size.dims) == config), None)
 
@@ -72,26 +72,24 @@ class Architecture:
         return f"ConvNeXt V2 {size} ({', '.join(parts)})"
 
     def parameters(self) -> dict[str, Tensor]:
-        """Every entry under our name, without values (on the device `meta`), in the order of the modules."""
+        """Return every entry by our name, in the order of the modules, on the device `meta` (without values)."""
         with torch.device("meta"):
             sizes: dict[str, Any] = {"depths": self.depths, "dims": self.dims, "in_chans": self.in_chans}
             entries = ConvNeXtV2(num_classes=self.num_classes or 1, **sizes).state_dict()
             if self.decoder is not None:
                 dim, depth, patch_size = self.decoder
                 entries |= FCMAE(ConvNeXtV2Encoder(**sizes), patch_size, depth, dim).state_dict()
-        absent = ["encoder."]  # there without the prefix
+        absent = ["encoder."]  # the classifier has the same entries without the prefix
         absent += [] if self.norm else ["norm."]
         absent += [] if self.num_classes is not None else ["head."]
         return {name: entry for name, entry in entries.items() if not name.startswith(tuple(absent))}
 
 
 def infer(entries: Mapping[str, Tensor]) -> Architecture:
-    """The network that entries under our names, whatever their layout, are of.
-
-    Whether all of them are there and fit is the caller's to compare.
+    """Infer the network from entries with our names, in any layout. The caller checks that they are complete and fit.
 
     Raises:
-        Unfit: an entry that has to tell something is missing, or cannot be.
+        Unfit: an entry that is needed for this is missing, or has an impossible shape.
     """
     stages = range(max(_count(r"stages\.(\d+)\..*", entries), 1))
     depths = tuple(_count(rf"stages\.{i}\.(\d+)\..*", entries) for i in stages)
@@ -131,18 +129,18 @@ def _get(name: str, entries: Mapping[str, Tensor]) -> Tensor:
 
 
 def _width(pattern: str, example: str, entries: Mapping[str, Tensor]) -> int:
-    """The size that most entries of a pattern have: one that is wrong shall be named, not all others."""
+    """Return the size that most entries of a pattern have, so that a wrong one is reported and not all others."""
     sizes = [entry.numel() for name, entry in entries.items() if re.fullmatch(pattern, name)]
     return statistics.mode(sizes) if sizes else _get(example, entries).numel()
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
-    """How many different numbers the pattern's first group is."""
+    """Return how many different numbers the first group of the pattern takes."""
     return len({match[1] for name in names if (match := re.fullmatch(pattern, name))})
 
 
 def _patch_size(outputs: int, in_chans: int) -> int:
-    """Side of the patch whose pixels are the outputs of the decoder."""
+    """Return the side of the patch whose pixels the decoder predicts."""
     side = math.isqrt(outputs // max(in_chans, 1))
     if side == 0 or side % STRIDE or side**2 * in_chans != outputs:
         raise Unfit("pred.bias", f"(patch_size ** 2 * {in_chans},), patch_size a multiple of {STRIDE}")

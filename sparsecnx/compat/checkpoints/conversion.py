@@ -1,4 +1,4 @@
-"""From one format to another: recognise, check every entry against the network, rename and lay out anew."""
+"""Conversion between formats: recognise, check every entry against the network, rename, change layouts."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsecnx.common.errors import CheckpointError
 from sparsecnx.compat.checkpoints import formats
 from sparsecnx.compat.checkpoints.architecture import Architecture, Unfit, infer
 from sparsecnx.compat.checkpoints.formats import Format
 from sparsecnx.models.convnextv2 import STRIDE
-from sparsecnx.train.checkpoint import CheckpointError
 
 
 class Conversion(NamedTuple):
-    """What `convert` made.
+    """The result of `convert`.
 
     Attributes:
         state_dict: in the new format; contiguous tensors that share no memory with each other. Those that need no
-            change share it with the input.
+            change share memory with the input.
         format: the new format.
         source: the format of the input.
         architecture: the network.
-        left_out: entries of the input, by its names, that have no place in the new format: the decoder in a
-            classifier, final norm and head in a masked autoencoder. Never one of the encoder.
+        left_out: entries of the input, by its names, that the new format has no place for: the decoder in a
+            classifier, final norm and head in a masked autoencoder. Entries of the encoder are never left out.
     """
 
     state_dict: dict[str, Tensor]
@@ -38,21 +38,21 @@ class Conversion(NamedTuple):
 def convert(
     state_dict: Mapping[str, Tensor], to: str, source: str | None = None, conv_mlp: bool | None = None
 ) -> Conversion:
-    """A state dict in another format; values and dtypes stay as they are, bit for bit.
+    """Convert a state dict to another format; values and dtypes stay as they are, bit for bit.
 
     Args:
         state_dict: a ConvNeXt V2 in any of the formats, whole: an encoder, with or without final norm and head, or
             with a decoder.
         to: `"fcmae"`, `"fcmae-encoder"`, `"sparsecnx"`, `"convnextv2"`, `"timm"` or `"transformers"`.
         source: format of the input; None recognises it.
-        conv_mlp: with `to="timm"`, whether the model is built with `conv_mlp=True`; None is as timm builds that size
-            (atto to nano are, others and any other widths are not).
+        conv_mlp: with `to="timm"`, True for a model built with `conv_mlp=True`; None for what timm builds: True for
+            atto to nano, False for the other sizes and any other widths.
 
     Raises:
-        CheckpointError: an entry is unknown, missing, or of another shape than the rest of the network asks for, or
-            is sparse, quantized or otherwise no plain tensor of floating-point numbers; or there is a decoder that the
-            new format cannot express.
-        ValueError: there is no such format, or `conv_mlp` without timm.
+        CheckpointError: an entry is unknown, missing, or of a shape that the rest of the network contradicts, or is
+            sparse, quantized or otherwise no plain tensor of floating-point numbers; or the new format cannot express
+            the decoder.
+        ValueError: there is no such format, or `conv_mlp` is given without timm.
     """
     _check_name("to", to)
     if conv_mlp is not None and to != "timm":
@@ -62,8 +62,8 @@ def convert(
     target = _target(to, architecture, conv_mlp)
     if target is formats.FCMAE and architecture.decoder and architecture.decoder.patch_size != STRIDE:
         raise CheckpointError(
-            f"its decoder predicts patches of {architecture.decoder.patch_size} pixels: fcmae has decoders for "
-            f"{STRIDE} alone"
+            f"its decoder predicts patches of {architecture.decoder.patch_size} pixels: decoders of fcmae predict "
+            f"{STRIDE} pixels only"
         )
     converted: dict[str, Tensor] = {}
     left_out = []
@@ -78,14 +78,14 @@ def convert(
 
 
 def detect_format(state_dict: Mapping[str, Tensor], among: str | None = None) -> Format:
-    """The format that knows most of the names.
+    """Return the format that knows most of the names.
 
     Args:
         state_dict: names and tensors.
-        among: name of the format where it is known: chosen is then only between its variants.
+        among: name of the format if it is known; the choice is then between its variants.
 
     Raises:
-        CheckpointError: none knows any of them, or an entry is no dense tensor of floating-point numbers, or empty.
+        CheckpointError: no format knows any name, or an entry is empty or no dense tensor of floating-point numbers.
         ValueError: `among` is no format.
     """
     if among is not None:
@@ -102,7 +102,7 @@ def detect_format(state_dict: Mapping[str, Tensor], among: str | None = None) ->
 
 
 def _check_entry(name: object, tensor: object) -> None:
-    """Of any network: nothing that later code could stumble over instead of saying what is wrong."""
+    """Raise CheckpointError unless an entry is a dense floating-point tensor with a name, not empty."""
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         raise CheckpointError(f"{name} is {type(tensor).__name__}: expected a state dict, names with tensors")
     if tensor.layout != torch.strided or tensor.is_nested:
@@ -115,13 +115,13 @@ def _check_entry(name: object, tensor: object) -> None:
 
 
 def _score(format: Format, state_dict: Mapping[str, Tensor]) -> tuple[int, int]:
-    """How many names a format knows, and how many of these have the dimensions that it alone gives them."""
+    """Return how many names a format knows, and how many of these have dimensions that only this format has."""
     layouts = {name: place[1] for name in state_dict if (place := format.to_ours(name)) is not None}
     return len(layouts), sum(layout.ndim == state_dict[name].ndim for name, layout in layouts.items())
 
 
 def _to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str, tuple[str, Tensor]], Architecture]:
-    """Our name of every entry with its name in the input and the tensor in our layout, in the order of our modules."""
+    """Return by our names, in the order of our modules, the name in the input and the tensor in our layout."""
     given: dict[str, tuple[str, Tensor]] = {}
     unknown = {}
     for name, tensor in state_dict.items():
@@ -136,7 +136,7 @@ def _to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str
         architecture = infer({name: tensor for name, (_, tensor) in given.items()})
     except Unfit as unfit:
         place = origin.to_theirs(unfit.name)
-        assert place is not None  # only entries of the format are looked at
+        assert place is not None  # infer only names entries that the format has
         if unfit.expected is None:
             raise CheckpointError(f"lacks {place[0]}") from None
         shape = tuple(given[unfit.name][1].shape)
@@ -146,7 +146,7 @@ def _to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str
     lacking, misshapen = {}, []
     for name, parameter in entries.items():
         place = origin.to_theirs(name)
-        assert place is not None  # the architecture has the parts that entries of the format told of
+        assert place is not None  # the format has every part of the architecture
         expected = place[1].theirs(parameter)
         if name not in given:
             lacking[place[0]] = expected
@@ -169,7 +169,7 @@ def _to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str
 
 
 def _target(to: str, architecture: Architecture, conv_mlp: bool | None) -> Format:
-    """The variant of a format that the network goes into."""
+    """Return the variant of a format that fits the network."""
     if to == "timm":
         conv = architecture.size in formats.TIMM_CONV_SIZES if conv_mlp is None else conv_mlp
         return formats.TIMM_CONV if conv else formats.TIMM_LINEAR
@@ -179,7 +179,7 @@ def _target(to: str, architecture: Architecture, conv_mlp: bool | None) -> Forma
 
 
 def _own(tensor: Tensor, storages: set[int]) -> Tensor:
-    """A contiguous tensor with a storage for itself alone: files hold storages, and safetensors refuses shared ones."""
+    """Return a contiguous tensor with its own storage. Files hold storages, and safetensors refuses shared ones."""
     tensor = tensor.detach().contiguous()
     storage = tensor.untyped_storage()
     if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
@@ -194,7 +194,7 @@ def _check_name(argument: str, name: str) -> None:
 
 
 def _some(entries: Mapping[str, Tensor], shown: int = 3) -> str:
-    """A few entries with their shapes, and how many more there are."""
+    """Format a few entries with their shapes, and the number of the others."""
     names = [f"{name} {tuple(tensor.shape)}" for name, tensor in list(entries.items())[:shown]]
     more = [f"{len(entries) - shown} more"] if len(entries) > shown else []
     return ", ".join(names + more) or "none"

@@ -1,8 +1,7 @@
-"""Checkpoint files of any of the formats: `.pt` and `.pth` by torch, `.safetensors`, and transformers' folders.
+"""Checkpoint files of any format: `.pt` and `.pth` of torch, `.safetensors`, and folders of transformers.
 
-What is written is chosen by the name, what is read is recognised by its contents.
-
-Nothing in a file is run: `.pt` loads with `weights_only=True`. Files are written whole or not at all.
+The name chooses the kind of file to write; the contents tell the kind of file to read. Reading runs no code in a file,
+and files are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -17,28 +16,28 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from sparsecnx.common.errors import CheckpointError, MissingExtra
+from sparsecnx.common.files import open_atomically
+from sparsecnx.common.torch_files import is_torch_file, load_torch, save_torch
 from sparsecnx.compat.checkpoints.architecture import Architecture
 from sparsecnx.compat.checkpoints.conversion import Conversion
-from sparsecnx.train import checkpoint
-from sparsecnx.train.checkpoint import CheckpointError
-from sparsecnx.train.errors import MissingExtra
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 FOLDER_WEIGHTS = "model.safetensors"
-# Where training code keeps the model beside its optimizer: this package, the published code and timm.
+# Training code keeps the model under these names: this package, the published code and timm.
 MODEL_KEYS = ("model", "state_dict")
-# What DistributedDataParallel and torch.compile put before the names of the module that they wrap.
+# DistributedDataParallel and torch.compile put these before the names of the module that they wrap.
 WRAPPERS = ("module.", "_orig_mod.")
 
 
 class Loaded(NamedTuple):
-    """A state dict, and where in its file it was.
+    """A state dict, and its place in the file.
 
     Attributes:
         state_dict: names and tensors, on the CPU.
-        key: the part of the file that it is; None where it is the file.
+        key: the part of the file that held it; None if it was the whole file.
         parts: the names of all parts of the file.
-        prefix: what all names began with in the file, such as `module._orig_mod.`, and no longer do.
+        prefix: removed from all names, such as `module._orig_mod.`.
     """
 
     state_dict: dict[str, Tensor]
@@ -48,7 +47,7 @@ class Loaded(NamedTuple):
 
 
 class PartError(CheckpointError):
-    """A file without the part that is wanted.
+    """A file does not have the wanted part.
 
     Attributes:
         candidates: parts that `key` could name instead, those with the most entries first.
@@ -66,17 +65,17 @@ class PartError(CheckpointError):
 def load(path: str | Path, key: str | None = None) -> Loaded:
     """Read a state dict onto the CPU.
 
-    Tensors stay in the file, mapped into memory, until they are used, where its kind allows that: so the optimizer
+    Tensors are mapped into memory and read when they are used, if the kind of file allows it, so that the optimizer
     beside a model costs nothing. The file may be replaced or deleted meanwhile, but not written into.
 
     Args:
         path: a `.safetensors` file, a folder of transformers with `model.safetensors` in it, or a file of `torch.save`:
             a state dict, or a training checkpoint that holds one beside other things.
-        key: the part of a training checkpoint that is wanted, such as `model_ema`, or `model.net` for a part of a part;
-            None is `model` or `state_dict`.
+        key: the wanted part of a training checkpoint, such as `model_ema`, or `model.net` for a part of a part; None is
+            `model` or `state_dict`.
 
     Raises:
-        CheckpointError: no such file, damaged, or with more in it than tensors and plain values.
+        CheckpointError: there is no such file, it is damaged, or it holds more than tensors and plain values.
         PartError: it has no such part.
         MissingExtra: safetensors is not installed.
     """
@@ -100,14 +99,20 @@ def _contents(path: Path) -> Any:
         path = path / FOLDER_WEIGHTS
         if not path.is_file():
             raise CheckpointError(f"a folder without {FOLDER_WEIGHTS}; expected a file, or a folder of transformers")
-    if _is_safetensors(path):
-        return _load_safetensors(path)
-    # The published code saves its command line, a Namespace, beside the model.
-    return checkpoint.load(path, allowed=[argparse.Namespace], mmap=True)
+    if not _is_safetensors(path):
+        # The published code saves its command line, a Namespace, beside the model.
+        return load_torch(path, allowed=[argparse.Namespace], mmap=True)
+    safetensors = _import_safetensors()
+    if not path.is_file():
+        raise CheckpointError("no such file")
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"truncated or damaged, or not of safetensors ({error})") from error
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its contents, and where these are of neither kind by its name.
+    """Tell the kind of a file by its contents, or by its name if the contents are of neither kind.
 
     A file of safetensors begins with the length of its header, 8 bytes, and the header, a JSON object.
     """
@@ -117,11 +122,11 @@ def _is_safetensors(path: Path) -> bool:
         start = file.read(9)
     if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8:
         return True
-    return path.suffix == ".safetensors" and not checkpoint.is_torch_file(path)
+    return path.suffix == ".safetensors" and not is_torch_file(path)
 
 
 def _part(contents: dict[str, Any], key: str | None) -> tuple[dict[str, Any], str | None, tuple[str, ...]]:
-    """The state dict, the key it is under, and the names of all parts of the file."""
+    """Return the state dict, its key, and the names of all parts of the file."""
     if contents and all(isinstance(value, Tensor) for value in contents.values()):
         if key is not None:
             raise CheckpointError(f"is a state dict itself: there is no part {key} in it")
@@ -138,7 +143,7 @@ def _part(contents: dict[str, Any], key: str | None) -> tuple[dict[str, Any], st
 
 
 def _state_dicts(contents: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every part, and part of a part, that holds tensors, under its names joined by dots."""
+    """Return every part, and part of a part, that holds tensors, by its names joined by dots."""
     found: dict[str, dict[str, Any]] = {}
     opened = {id(contents)}  # a file can hold a dict that holds itself
     within = [("", contents)]
@@ -155,76 +160,61 @@ def _state_dicts(contents: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _unwrap(state_dict: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The state dict of the module inside its wrappers, and the prefix that these gave all of its names."""
-    prefix = ""
-    while wrapper := next((w for w in WRAPPERS if _all_begin_with(prefix + w, state_dict)), None):
+    """Return the state dict of the module inside its wrappers, and the prefix that these gave all names."""
+    prefix, names = "", list(map(str, state_dict))
+    while wrapper := next((w for w in WRAPPERS if names and all(n.startswith(prefix + w) for n in names)), None):
         prefix += wrapper
     return {name[len(prefix) :]: tensor for name, tensor in state_dict.items()} if prefix else state_dict, prefix
 
 
-def _all_begin_with(prefix: str, state_dict: dict[str, Any]) -> bool:
-    return bool(state_dict) and all(isinstance(name, str) and name.startswith(prefix) for name in state_dict)
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    _require_safetensors()
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise CheckpointError("no such file")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"truncated or damaged, or not of safetensors ({error})") from error
-
-
 def save(path: str | Path, conversion: Conversion) -> None:
-    """Write a converted checkpoint as the code that is to load it expects it.
+    """Write a converted checkpoint in the form that its library loads.
 
     Args:
-        path: the ending chooses. `.safetensors`: the state dict. `.pt`, `.pth`: `{"model": state_dict}` for the
-            published code (`fcmae`, `fcmae-encoder`, `convnextv2`), otherwise the state dict. A folder, only for
-            transformers, which is there already, ends in `/` or has no ending: `config.json` and
-            `model.safetensors`, for `from_pretrained`.
-        conversion: what `convert` returned.
+        path: the ending chooses the kind. `.safetensors`: the state dict. `.pt`, `.pth`: `{"model": state_dict}` for
+            the published code (`fcmae`, `fcmae-encoder`, `convnextv2`), otherwise the state dict. A folder, for
+            transformers only: `config.json` and `model.safetensors`, for `from_pretrained`. A path is a folder if it
+            exists as one, ends in `/`, or has no ending.
+        conversion: the result of `convert`.
 
     Raises:
-        ValueError: another ending, or a folder for another format.
-        OSError: it could not be written; what was there is as before, and a folder that was not there is not.
+        ValueError: the ending is another one, or a folder is given for another format.
+        OSError: it could not be written; files and folders are as before.
         MissingExtra: safetensors is not installed.
     """
     problem = path_problem(path, conversion.format.name)
     if problem is not None:
         raise ValueError(f"path is {path}: {problem}")
     folder, path = _is_folder(path), Path(path)
-    if folder:
-        _require_safetensors()
-        config = json.dumps(transformers_config(conversion.architecture), indent=2)
-        with _made(path), checkpoint.whole(path / FOLDER_WEIGHTS, path / "config.json") as (weights, description):
-            _write_safetensors(weights.name, conversion.state_dict)
-            description.write(f"{config}\n".encode())
-    elif path.suffix == ".safetensors":
-        _require_safetensors()
-        with checkpoint.whole(path) as (file,):
-            _write_safetensors(file.name, conversion.state_dict)
-    else:
-        state: dict[str, Any] = conversion.state_dict
-        checkpoint.write(path, {"model": state} if conversion.format.nested else state)
+    state: dict[str, Any] = conversion.state_dict
+    if not folder and path.suffix != ".safetensors":
+        return save_torch(path, {"model": state} if conversion.format.nested else state)
+    library = _import_safetensors()
+    with contextlib.ExitStack() as stack:
+        if folder:
+            stack.enter_context(_made(path))
+            weights, description = stack.enter_context(open_atomically(path / FOLDER_WEIGHTS, path / "config.json"))
+            description.write(f"{json.dumps(transformers_config(conversion.architecture), indent=2)}\n".encode())
+        else:
+            (weights,) = stack.enter_context(open_atomically(path))
+        try:
+            library.torch.save_file(state, weights.name, {"format": "pt"})  # without this transformers refuses the file
+        except library.SafetensorError as error:  # its name for errors of the file system
+            raise OSError(f"{weights.name}: {error}") from error
 
 
 def path_problem(path: str | Path, format: str) -> str | None:
-    """Why a format cannot be saved there, None where it can."""
+    """Return why `path` cannot take a format, or None if it can."""
     names = f"expected a name that ends in {', '.join(SUFFIXES)}"
     if _is_folder(path):
-        return None if format == "transformers" else f"a folder, which transformers alone has; {names}"
+        return None if format == "transformers" else f"a folder, which only transformers takes; {names}"
     if Path(path).suffix in SUFFIXES:
         return None
     return names + (", or a folder" if format == "transformers" else "")
 
 
 def overwrites(target: str | Path, source: str | Path) -> bool:
-    """Whether saving to `target` replaces the file that `load` reads for `source`, whatever names and links it has."""
+    """Return whether saving to `target` replaces the file that `load` reads for `source`, under any name or link."""
     read = Path(source) / FOLDER_WEIGHTS if os.path.isdir(source) else Path(source)
     written = Path(target) / FOLDER_WEIGHTS if _is_folder(target) else Path(target)
     return os.path.exists(read) and os.path.exists(written) and read.samefile(written)
@@ -236,27 +226,26 @@ def _is_folder(path: str | Path) -> bool:
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """A folder, made with those it is in where they are not there, and these gone again after an error."""
+    """Make a folder and its parents, and remove those that were missing after an error."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         for path in missing:
-            with contextlib.suppress(OSError):  # never made, or somebody else put something into it
+            with contextlib.suppress(OSError):  # it was not made, or somebody else put something into it
                 path.rmdir()
         raise
 
 
 def transformers_config(architecture: Architecture) -> dict[str, Any]:
-    """What `config.json` has to say for transformers to build the network of a checkpoint.
+    """Return the `config.json` from which transformers builds the network of a checkpoint.
 
-    transformers' own default for the last LayerNorm is eps 1e-12; ConvNeXt V2 is trained with 1e-6.
+    The last LayerNorm has eps 1e-12 by default in transformers; ConvNeXt V2 is trained with 1e-6.
     """
+    kind = "ConvNextV2Model" if architecture.num_classes is None else "ConvNextV2ForImageClassification"
     config = {
-        "architectures": [
-            "ConvNextV2Model" if architecture.num_classes is None else "ConvNextV2ForImageClassification"
-        ],
+        "architectures": [kind],
         "model_type": "convnextv2",
         "depths": list(architecture.depths),
         "hidden_sizes": list(architecture.dims),
@@ -272,23 +261,9 @@ def transformers_config(architecture: Architecture) -> dict[str, Any]:
     return config
 
 
-def _write_safetensors(name: str, state_dict: dict[str, Tensor]) -> None:
-    """Write a file by its name.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+def _import_safetensors() -> Any:
     try:
-        save_file(state_dict, name, metadata={"format": "pt"})  # transformers refuses files that do not say so
-    except SafetensorError as error:  # its own name for the file system's errors
-        raise OSError(f"{name}: {error}") from error
-
-
-def _require_safetensors() -> None:
-    try:
-        import safetensors.torch  # noqa: F401
+        import safetensors.torch
     except ImportError as error:
         raise MissingExtra(f"safetensors does not import ({error}): pip install safetensors") from error
+    return safetensors

@@ -1,9 +1,9 @@
-"""What each format calls a tensor, and how the same numbers lie in it.
+"""The names and layouts of each format.
 
 A format is one list of entries: our name, its name, the layout. Both directions follow from that list. Our names are
-those of `ConvNeXtV2` (encoder, `norm`, `head`), with those of the decoder of `FCMAE` beside them.
+those of `ConvNeXtV2` (encoder, `norm`, `head`) and of the decoder of `FCMAE`.
 
-In names `{i}` is a stage, `{d}` a stage after the first (which is preceded by a downsampling), `{j}` a block.
+In names `{i}` is a stage, `{d}` a stage after the first (with a downsampling before it), `{j}` a block.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """How the numbers of an entry lie in a format.
+    """The layout of an entry in a format.
 
     Attributes:
-        theirs, ours: from our layout to the format's and back: views, each undoing the other.
-        ndim: dimensions in the format; None where they are ours.
+        theirs, ours: functions from our layout to that of the format and back; both return views.
+        ndim: dimensions in the format; None if they are the same as ours.
     """
 
     theirs: Callable[[Tensor], Tensor]
@@ -32,7 +32,7 @@ class Layout(NamedTuple):
 
 
 def _square(kernel: Tensor) -> Tensor:
-    """`(K, ...)` to `(kw, kh, ...)`."""
+    """Reshape `(K, ...)` to `(kw, kh, ...)`."""
     side = math.isqrt(kernel.shape[0])
     return kernel.unflatten(0, (side, side))
 
@@ -59,7 +59,7 @@ POINTWISE = Layout(lambda linear: linear[..., None, None], lambda conv: conv.fla
 
 
 class Entry(NamedTuple):
-    """One parameter, or the parameters of one kind in all stages and blocks."""
+    """One parameter, or the same parameter in all stages and blocks."""
 
     ours: str
     theirs: str
@@ -67,18 +67,18 @@ class Entry(NamedTuple):
 
 
 def _layer(ours: str, theirs: str, weight: Layout = SAME, bias: Layout = SAME) -> tuple[Entry, Entry]:
-    """Weight and bias of a layer."""
+    """Return the entries of weight and bias of a layer."""
     return Entry(f"{ours}.weight", f"{theirs}.weight", weight), Entry(f"{ours}.bias", f"{theirs}.bias", bias)
 
 
 @dataclass(frozen=True)
 class Format:
-    """Somebody's names and layouts.
+    """The names and layouts of one library.
 
     Attributes:
-        name: as `convert` and `sparsecnx convert` call it.
-        entries: all it has a place for.
-        nested: whether its `.pt` files are `{"model": state_dict}` rather than the state dict itself.
+        name: the name for `convert` and `sparsecnx convert`.
+        entries: all entries that the format has a place for.
+        nested: True if its `.pt` files are `{"model": state_dict}` instead of the state dict itself.
     """
 
     name: str
@@ -86,11 +86,11 @@ class Format:
     nested: bool = False
 
     def to_ours(self, name: str) -> tuple[str, Layout] | None:
-        """Our name of an entry, and its layout; None for a name that the format does not have."""
+        """Return our name of an entry and its layout, or None if the format does not have the name."""
         return next((found for e in self.entries if (found := _rename(name, e.theirs, e.ours, e.layout))), None)
 
     def to_theirs(self, name: str) -> tuple[str, Layout] | None:
-        """The format's name of what we call `name`, and its layout; None where it has no place for it."""
+        """Return the name in the format of our entry `name` and its layout, or None if there is no place for it."""
         return next((found for e in self.entries if (found := _rename(name, e.ours, e.theirs, e.layout))), None)
 
 
@@ -106,7 +106,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 
 def _dense_block(ours: str, theirs: str, grn: Layout = SAME) -> tuple[Entry, ...]:
-    """A block under our names, and the published ones."""
+    """Return the entries of a block with the published names."""
     return (
         *_layer(f"{ours}.dwconv", f"{theirs}.dwconv"),
         *_layer(f"{ours}.norm", f"{theirs}.norm"),
@@ -127,7 +127,7 @@ def _dense_encoder(prefix: str = "", grn: Layout = SAME) -> tuple[Entry, ...]:
     )
 
 
-# The decoder is dense in the published code too.
+# The published decoder is dense, like ours.
 DECODER = (
     *_layer("proj", "proj"),
     Entry("mask_token", "mask_token", SAME),
@@ -155,8 +155,8 @@ FCMAE = Format(
     nested=True,
 )
 
-# The FCMAE weights offered for download: no decoder, dense names and kernels (ConvNeXt-V2 issues 47 and 65), and GRN
-# parameters (1, C), to which the published fine-tuning adds the other two dimensions.
+# The FCMAE weights for download: no decoder, dense names and kernels (ConvNeXt-V2 issues 47 and 65), and GRN parameters
+# (1, C), to which the published fine-tuning adds two dimensions.
 FCMAE_ENCODER = Format("fcmae-encoder", _dense_encoder(grn=GRN_ROW), nested=True)
 
 SPARSECNX = Format("sparsecnx", (*_dense_encoder("encoder."), *DECODER))
@@ -184,7 +184,7 @@ def _timm(pointwise: Layout) -> Format:
     )
 
 
-# timm's atto to nano are built with conv_mlp=True, its larger sizes without.
+# timm builds atto to nano with conv_mlp=True, and its larger sizes without.
 TIMM_LINEAR = _timm(SAME)
 TIMM_CONV = _timm(POINTWISE)
 TIMM_CONV_SIZES = ("atto", "femto", "pico", "nano")
@@ -212,19 +212,13 @@ def _transformers(prefix: str) -> Format:
     )
 
 
-# ConvNextV2Model, and ConvNextV2ForImageClassification, which holds one and a classifier.
+# ConvNextV2Model, and ConvNextV2ForImageClassification, which holds a ConvNextV2Model and a classifier.
 TRANSFORMERS_MODEL = _transformers("")
 TRANSFORMERS_CLASSIFIER = _transformers("convnextv2.")
 
-# Of two with the same names the first is taken, unless the other knows the number of dimensions better.
+# Of two formats with the same names the first is taken, unless the dimensions fit the other better.
 ALL = (
-    FCMAE,
-    SPARSECNX,
-    CONVNEXTV2,
-    FCMAE_ENCODER,
-    TIMM_LINEAR,
-    TIMM_CONV,
-    TRANSFORMERS_MODEL,
-    TRANSFORMERS_CLASSIFIER,
+    *(FCMAE, SPARSECNX, CONVNEXTV2, FCMAE_ENCODER),
+    *(TIMM_LINEAR, TIMM_CONV, TRANSFORMERS_MODEL, TRANSFORMERS_CLASSIFIER),
 )
 NAMES = tuple(dict.fromkeys(format.name for format in ALL))

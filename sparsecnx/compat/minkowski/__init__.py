@@ -1,11 +1,12 @@
-"""MinkowskiEngine's Python API, for images and volumes, on sparsecnx's operators. MinkowskiEngine is not needed.
+"""The Python API of MinkowskiEngine, for images and volumes, on the operators of sparsecnx.
 
     import sparsecnx.compat.minkowski as ME               # in place of `import MinkowskiEngine as ME`
-    sparsecnx.compat.minkowski.install()                  # or: answer every `import MinkowskiEngine` from here on
-    python -m sparsecnx.compat.minkowski script.py ...    # or: run somebody's script that way
+    sparsecnx.compat.minkowski.install()                  # or: make every later `import MinkowskiEngine` find this
+    python -m sparsecnx.compat.minkowski script.py ...    # or: run a script that way
 
-Names, arguments, shapes of parameters and conventions are those of version 0.5.4, and of the fork that has
-`MinkowskiDepthwiseConvolution`. What is not offered imports, and raises `NotOffered` where it is called.
+MinkowskiEngine is not needed. Names, arguments, shapes of parameters and conventions are those of version 0.5.4, and of
+the fork with `MinkowskiDepthwiseConvolution`. Parts that are not offered can be imported; calls raise `NotOffered`.
+Arguments that do not fit raise `ArgumentError` or `ArgumentTypeError`, and the message names them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import torch
 from sparsecnx.compat.minkowski import functional as MinkowskiFunctional
 from sparsecnx.compat.minkowski import modules, utils
 from sparsecnx.compat.minkowski import operations as MinkowskiOps
+from sparsecnx.compat.minkowski.base import MinkowskiModuleBase
 from sparsecnx.compat.minkowski.convolution import (
     MinkowskiChannelwiseConvolution,
     MinkowskiConvolution,
     MinkowskiConvolutionBase,
     MinkowskiConvolutionTranspose,
     MinkowskiDepthwiseConvolution,
-    MinkowskiModuleBase,
 )
 from sparsecnx.compat.minkowski.enums import (
     BroadcastMode,
@@ -123,7 +124,7 @@ from sparsecnx.compat.minkowski.pooling import (
 )
 from sparsecnx.compat.minkowski.tensor import SparseTensor
 
-__version__ = "0.5.4"  # of MinkowskiEngine, which codes ask for
+__version__ = "0.5.4"  # of MinkowskiEngine; code checks it
 
 
 def __getattr__(name: str) -> Any:
@@ -133,111 +134,32 @@ def __getattr__(name: str) -> Any:
 
 
 def is_cuda_available() -> bool:
-    """Whether torch sees a GPU."""
+    """Return whether torch sees a GPU."""
     return torch.cuda.is_available()
 
 
+# fmt: off
 __all__ = [
-    "ArgumentError",
-    "ArgumentTypeError",
-    "BroadcastMode",
-    "ConvolutionMode",
-    "CoordinateManager",
-    "CoordinateMapKey",
-    "CoordinateMapType",
-    "GPUMemoryAllocatorType",
-    "KernelGenerator",
-    "MinkowskiAdaptiveLogSoftmaxWithLoss",
-    "MinkowskiAlgorithm",
-    "MinkowskiAlphaDropout",
-    "MinkowskiAvgPooling",
-    "MinkowskiBatchNorm",
-    "MinkowskiBroadcast",
-    "MinkowskiBroadcastAddition",
-    "MinkowskiBroadcastConcatenation",
-    "MinkowskiBroadcastMultiplication",
-    "MinkowskiCELU",
-    "MinkowskiChannelwiseConvolution",
-    "MinkowskiConvolution",
-    "MinkowskiConvolutionBase",
-    "MinkowskiConvolutionTranspose",
-    "MinkowskiDepthwiseConvolution",
-    "MinkowskiDropout",
-    "MinkowskiELU",
-    "MinkowskiFunctional",
-    "MinkowskiGELU",
-    "MinkowskiGlobalAvgPooling",
-    "MinkowskiGlobalMaxPooling",
-    "MinkowskiGlobalPooling",
-    "MinkowskiGlobalSumPooling",
-    "MinkowskiHardshrink",
-    "MinkowskiHardsigmoid",
-    "MinkowskiHardswish",
-    "MinkowskiHardtanh",
-    "MinkowskiInstanceNorm",
-    "MinkowskiLayerNorm",
-    "MinkowskiLeakyReLU",
-    "MinkowskiLinear",
-    "MinkowskiLogSigmoid",
-    "MinkowskiLogSoftmax",
-    "MinkowskiMaxPooling",
-    "MinkowskiModuleBase",
-    "MinkowskiNetwork",
-    "MinkowskiNonlinearityBase",
-    "MinkowskiOps",
-    "MinkowskiPReLU",
-    "MinkowskiPruning",
-    "MinkowskiRReLU",
-    "MinkowskiReLU",
-    "MinkowskiReLU6",
-    "MinkowskiSELU",
-    "MinkowskiSiLU",
-    "MinkowskiSigmoid",
-    "MinkowskiSinusoidal",
-    "MinkowskiSoftmax",
-    "MinkowskiSoftmin",
-    "MinkowskiSoftplus",
-    "MinkowskiSoftshrink",
-    "MinkowskiSoftsign",
-    "MinkowskiStableInstanceNorm",
-    "MinkowskiStackCat",
-    "MinkowskiStackMean",
-    "MinkowskiStackSum",
-    "MinkowskiStackVar",
-    "MinkowskiSumPooling",
-    "MinkowskiSyncBatchNorm",
-    "MinkowskiTanh",
-    "MinkowskiTanhshrink",
-    "MinkowskiThreshold",
-    "MinkowskiToDenseTensor",
-    "MinkowskiToFeature",
-    "MinkowskiToSparseTensor",
-    "MinkowskiUnion",
-    "NotOffered",
-    "PoolingMode",
-    "RegionType",
-    "SparseTensor",
-    "SparseTensorOperationMode",
-    "SparseTensorQuantizationMode",
-    "cat",
-    "clear_global_coordinate_manager",
-    "convert_to_int_list",
-    "dense_coordinates",
-    "global_coordinate_manager",
-    "install",
-    "installed",
-    "is_cuda_available",
-    "mean",
-    "modules",
-    "set_global_coordinate_manager",
-    "set_gpu_allocator",
-    "set_memory_manager_backend",
-    "set_sparse_tensor_operation_mode",
-    "sparse_tensor_operation_mode",
-    "sum",
-    "to_sparse",
-    "to_sparse_all",
-    "uninstall",
-    "utils",
-    "var",
+    "ArgumentError", "ArgumentTypeError", "BroadcastMode", "ConvolutionMode", "CoordinateManager", "CoordinateMapKey",
+    "CoordinateMapType", "GPUMemoryAllocatorType", "KernelGenerator", "MinkowskiAdaptiveLogSoftmaxWithLoss",
+    "MinkowskiAlgorithm", "MinkowskiAlphaDropout", "MinkowskiAvgPooling", "MinkowskiBatchNorm", "MinkowskiBroadcast",
+    "MinkowskiBroadcastAddition", "MinkowskiBroadcastConcatenation", "MinkowskiBroadcastMultiplication",
+    "MinkowskiCELU", "MinkowskiChannelwiseConvolution", "MinkowskiConvolution", "MinkowskiConvolutionBase",
+    "MinkowskiConvolutionTranspose", "MinkowskiDepthwiseConvolution", "MinkowskiDropout", "MinkowskiELU",
+    "MinkowskiFunctional", "MinkowskiGELU", "MinkowskiGlobalAvgPooling", "MinkowskiGlobalMaxPooling",
+    "MinkowskiGlobalPooling", "MinkowskiGlobalSumPooling", "MinkowskiHardshrink", "MinkowskiHardsigmoid",
+    "MinkowskiHardswish", "MinkowskiHardtanh", "MinkowskiInstanceNorm", "MinkowskiLayerNorm", "MinkowskiLeakyReLU",
+    "MinkowskiLinear", "MinkowskiLogSigmoid", "MinkowskiLogSoftmax", "MinkowskiMaxPooling", "MinkowskiModuleBase",
+    "MinkowskiNetwork", "MinkowskiNonlinearityBase", "MinkowskiOps", "MinkowskiPReLU", "MinkowskiPruning",
+    "MinkowskiRReLU", "MinkowskiReLU", "MinkowskiReLU6", "MinkowskiSELU", "MinkowskiSiLU", "MinkowskiSigmoid",
+    "MinkowskiSinusoidal", "MinkowskiSoftmax", "MinkowskiSoftmin", "MinkowskiSoftplus", "MinkowskiSoftshrink",
+    "MinkowskiSoftsign", "MinkowskiStableInstanceNorm", "MinkowskiStackCat", "MinkowskiStackMean", "MinkowskiStackSum",
+    "MinkowskiStackVar", "MinkowskiSumPooling", "MinkowskiSyncBatchNorm", "MinkowskiTanh", "MinkowskiTanhshrink",
+    "MinkowskiThreshold", "MinkowskiToDenseTensor", "MinkowskiToFeature", "MinkowskiToSparseTensor", "MinkowskiUnion",
+    "NotOffered", "PoolingMode", "RegionType", "SparseTensor", "SparseTensorOperationMode",
+    "SparseTensorQuantizationMode", "cat", "clear_global_coordinate_manager", "convert_to_int_list",
+    "dense_coordinates", "global_coordinate_manager", "install", "installed", "is_cuda_available", "mean", "modules",
+    "set_global_coordinate_manager", "set_gpu_allocator", "set_memory_manager_backend",
+    "set_sparse_tensor_operation_mode", "sparse_tensor_operation_mode", "sum", "to_sparse", "to_sparse_all",
+    "uninstall", "utils", "var",
 ]

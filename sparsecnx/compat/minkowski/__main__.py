@@ -1,5 +1,4 @@
-"""`python -m sparsecnx.compat.minkowski script.py ARGUMENTS...`: a script whose imports of MinkowskiEngine get this
-package. `-m MODULE` in place of the script runs a module, as python's."""
+"""`python -m sparsecnx.compat.minkowski (SCRIPT | -m MODULE) ARGUMENTS...`, see `runner`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions. Tiles take the operators of `sparsecnx.ops` on tiles, anything else those on kernel maps."""
+"""Convolutions. Tiles take the operators of `sparsecnx.ops` on tiles, other sites those on kernel maps."""
 
 from __future__ import annotations
 
@@ -9,67 +9,41 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnx import ops
+from sparsecnx.compat.minkowski.base import KernelLayer, Target, tables
 from sparsecnx.compat.minkowski.enums import ConvolutionMode, RegionType
-from sparsecnx.compat.minkowski.errors import insist, insist_type, not_offered
+from sparsecnx.compat.minkowski.errors import not_offered, require, require_type
 from sparsecnx.compat.minkowski.kernel import KernelGenerator
-from sparsecnx.compat.minkowski.manager import CoordinateMapKey, KernelMap
-from sparsecnx.compat.minkowski.rows import permuted
+from sparsecnx.compat.minkowski.rows import permute
 from sparsecnx.compat.minkowski.tensor import SparseTensor, in_layout, output_key
 from sparsecnx.geometry.coordinates import CoordinateMap
 from sparsecnx.geometry.nested_order import tile_to_rows
+from sparsecnx.tensor import SparseTensor as TileTensor
 
 
-class MinkowskiModuleBase(nn.Module):
-    """Base of all layers."""
-
-
-class _Convolution(MinkowskiModuleBase):
-    """What the convolutions share: geometry, initialisation, the check of the input.
+class _Convolution(KernelLayer):
+    """Base of the convolutions.
 
     Attributes:
-        kernel: the weight, in MinkowskiEngine's layout: K taps first, of which the first axis varies fastest.
+        kernel: the weight in MinkowskiEngine's layout: K taps first, of which the first axis varies fastest.
         bias: `(1, C_out)`, or None.
     """
 
-    is_transpose = False
     kernel: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_generator: KernelGenerator | None,
-        dimension: int | None,
-        bias: bool,
-        **geometry: Any,
-    ) -> None:
-        super().__init__()
-        insist_type(dimension, int, "dimension", "the number of spatial axes")
-        assert dimension is not None
-        if kernel_generator is None:
-            kernel_generator = KernelGenerator(dimension=dimension, **geometry)
-        insist_type(kernel_generator, KernelGenerator, "kernel_generator", "a KernelGenerator")
-        insist(
-            kernel_generator.dimension == dimension,
-            f"dimension is {dimension}: kernel_generator has {kernel_generator.dimension} axes",
-        )
+    def __init__(self, in_channels: int, out_channels: int, bias: bool, *geometry: Any) -> None:
+        super().__init__(*geometry)
         for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            insist_type(channels, int, name, "a number of channels")
-            insist(channels > 0, f"{name} is {channels}: expected at least 1")
+            require_type(channels, int, name, "a number of channels")
+            require(channels > 0, f"{name} is {channels}: expected at least 1")
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.kernel_generator = kernel_generator
-        self.dimension = dimension
         self.kernel = nn.Parameter(torch.empty(self._kernel_shape()))
         self.bias = nn.Parameter(torch.empty(1, out_channels)) if bias else None
         self.reset_parameters(self.is_transpose)
 
-    def _kernel_shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
-
     def reset_parameters(self, is_transpose: bool = False) -> None:
-        """Uniform within 1 / sqrt(K * channels), those of the input, or of the output where transposed."""
+        """Draw uniformly within 1 / sqrt(K * channels) of the input, or of the output in a transposed layer."""
         channels = self.out_channels if is_transpose else self.in_channels
         bound = 1 / math.sqrt(channels * self.kernel_generator.kernel_volume)
         for parameter in (self.kernel, self.bias):
@@ -77,36 +51,44 @@ class _Convolution(MinkowskiModuleBase):
                 nn.init.uniform_(parameter, -bound, bound)
 
     def _check(self, input: SparseTensor) -> None:
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
-        insist(self.dimension == input.D, f"input has {input.D} spatial axes: the layer has dimension={self.dimension}")
-        insist(
-            input.F.shape[1] == self.in_channels,
-            f"input has {input.F.shape[1]} channels: the layer takes {self.in_channels}",
-        )
+        super()._check(input)
+        channels = input.F.shape[1]
+        require(channels == self.in_channels, f"input has {channels} channels: the layer takes {self.in_channels}")
 
-    def _output(self, input: SparseTensor, features: Tensor, key: CoordinateMapKey) -> SparseTensor:
-        return SparseTensor(features, coordinate_map_key=key, coordinate_manager=input.coordinate_manager)
+    def _convolve(self, input: SparseTensor, coordinates: Target) -> SparseTensor:
+        manager, kernel = input.coordinate_manager, self.kernel_generator
+        key = self._output_key(input, coordinates)
+        out = manager.map(key)
+        if self._takes_tiles() and _are_children(input._map, out, kernel.kernel_stride[0]):
+            rows = self._convolve_tiles(in_layout(input), to_torch(self.kernel, kernel.kernel_size)).features
+            return self._output(input, rows if out.order is None else permute(rows, out.back, out.order), key)
+        table = manager.table(input.coordinate_map_key, key, kernel)
+        return self._output(input, self._convolve_rows(input.F, *tables(input, table)), key)
 
-    def _key(self, input: SparseTensor, coordinates: Any) -> CoordinateMapKey:
-        """Key of the sites that are asked for, or else of those that follow from the stride."""
+    def _takes_tiles(self) -> bool:
+        """Return whether the operators on tiles have this kernel."""
         kernel = self.kernel_generator
-        stride = [a * b for a, b in zip(input.tensor_stride, kernel.kernel_stride, strict=True)]
-        asked = output_key(input, coordinates, stride)
-        if asked is not None:
-            return asked
-        return input.coordinate_manager.stride(input.coordinate_map_key, kernel.kernel_stride)
+        plain = kernel.region_type == RegionType.HYPER_CUBE and set(kernel.kernel_dilation) == {1}
+        return plain and len(set(kernel.kernel_stride)) == 1
 
-    def __repr__(self) -> str:
-        kernel = self.kernel_generator
-        shape = "" if kernel.region_type == RegionType.HYPER_CUBE else f", region_type={kernel.region_type.name}"
-        return (
-            f"{type(self).__name__}(in={self.in_channels}, out={self.out_channels}, kernel_size={kernel.kernel_size}, "
-            f"stride={kernel.kernel_stride}, dilation={kernel.kernel_dilation}{shape})"
-        )
+    def _kernel_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _convolve_tiles(self, x: TileTensor, weight: Tensor) -> TileTensor:
+        raise NotImplementedError
+
+    def _convolve_rows(self, features: Tensor, kernel_map: Tensor, inverse: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _flat_bias(self) -> Tensor | None:
+        return None if self.bias is None else self.bias.view(-1)
+
+    def _repr_channels(self) -> str:
+        return f"in={self.in_channels}, out={self.out_channels}, "
 
 
 class MinkowskiConvolutionBase(_Convolution):
-    """What the convolutions with a kernel between all channels share, transposed and not: see MinkowskiConvolution."""
+    """Base of the convolutions between all channels, transposed and not, see MinkowskiConvolution."""
 
     def __init__(
         self,
@@ -123,115 +105,112 @@ class MinkowskiConvolutionBase(_Convolution):
     ) -> None:
         if expand_coordinates:
             raise not_offered("expand_coordinates=True", "a list of output sites as the argument `coordinates`")
-        geometry = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-        super().__init__(in_channels, out_channels, kernel_generator, dimension, bias, **geometry)
+        super().__init__(in_channels, out_channels, bias, kernel_size, stride, dilation, kernel_generator, dimension)
 
     @property
     def use_mm(self) -> bool:
-        """Whether the layer is one matrix product: kernel and stride are 1."""
+        """True if the layer is one matrix product: kernel and stride are 1."""
         return self.kernel_generator.kernel_volume == 1 and self.kernel_generator.requires_strided_coordinates
 
     def _kernel_shape(self) -> tuple[int, ...]:
         taps = () if self.use_mm else (self.kernel_generator.kernel_volume,)
         return (*taps, self.in_channels, self.out_channels)
 
-    def forward(
-        self, input: SparseTensor, coordinates: Tensor | CoordinateMapKey | SparseTensor | None = None
-    ) -> SparseTensor:
-        """Features `(rows, C_in)` to `(rows_out, C_out)`.
+    def forward(self, input: SparseTensor, coordinates: Target = None) -> SparseTensor:
+        """Convolve features `(rows, C_in)` to `(rows_out, C_out)`.
 
         Args:
-            coordinates: the sites to compute, a tensor `(rows_out, 1 + D)`, or those of another tensor of the same
-                manager; by default those that follow from the stride. Ignored, as by MinkowskiEngine, where kernel
-                and stride are 1.
+            coordinates: the sites to compute, as a tensor `(rows_out, 1 + D)`, or those of another tensor of the same
+                manager; by default those that follow from the stride. Ignored, as in MinkowskiEngine, if kernel and
+                stride are 1.
         """
         self._check(input)
         if self.use_mm:
-            product = nn.functional.linear(input.F, self.kernel.t(), _flat(self.bias))
+            product = nn.functional.linear(input.F, self.kernel.t(), self._flat_bias())
             return self._output(input, product, input.coordinate_map_key)
         return self._convolve(input, coordinates)
 
-    def _convolve(self, input: SparseTensor, coordinates: Any) -> SparseTensor:
-        raise NotImplementedError
-
 
 class MinkowskiConvolution(MinkowskiConvolutionBase):
-    """Convolution; the output's sites are the input's, or with a stride the multiples of it that hold any.
+    """Convolution. The output has the sites of the input, or with a stride its multiples that have a site behind them.
 
     Odd kernels are centred on the output's site, even ones begin at it. `kernel` is `(K, C_in, C_out)`, or
-    `(C_in, C_out)` where kernel and stride are 1.
+    `(C_in, C_out)` if kernel and stride are 1.
 
     Args:
         in_channels, out_channels: C_in, C_out.
-        kernel_size, stride, dilation: a number, or one for each axis.
-        bias: whether to add one.
-        kernel_generator: the geometry, instead of the three numbers.
+        kernel_size, stride, dilation: one number, or one for each axis.
+        bias: True adds a bias.
+        kernel_generator: the geometry, instead of the three sizes.
         expand_coordinates: not offered.
         convolution_mode: ignored.
         dimension: number of spatial axes.
 
     Raises:
-        ArgumentError, ArgumentTypeError: an argument does not fit.
         NotOffered: `expand_coordinates`, or a custom region.
     """
 
-    def _convolve(self, input: SparseTensor, coordinates: Any) -> SparseTensor:
-        manager, kernel = input.coordinate_manager, self.kernel_generator
-        key = self._key(input, coordinates)
-        bias = _flat(self.bias)
-        if _is_on_tiles(input._map, manager.map(key), kernel):
-            padding = tuple(size // 2 if size % 2 else 0 for size in kernel.kernel_size)
-            weight = to_torch(self.kernel, kernel.kernel_size)
-            convolved = ops.conv(in_layout(input), weight, bias, kernel.kernel_stride[0], padding)
-            return self._output(input, _from_layout(convolved.features, manager.map(key)), key)
-        table = manager.table(input.coordinate_map_key, key, kernel)
-        return self._output(input, ops.mapped_conv(input.F, self.kernel, *_maps(input, table), bias), key)
+    def _convolve_tiles(self, x: TileTensor, weight: Tensor) -> TileTensor:
+        kernel = self.kernel_generator
+        padding = tuple(size // 2 if size % 2 else 0 for size in kernel.kernel_size)
+        return ops.conv(x, weight, self._flat_bias(), kernel.kernel_stride[0], padding)
+
+    def _convolve_rows(self, features: Tensor, kernel_map: Tensor, inverse: Tensor | None) -> Tensor:
+        return ops.mapped_conv(features, self.kernel, kernel_map, inverse, self._flat_bias())
 
 
-class _ByChannel(_Convolution):
-    """A kernel `(K, C)` of its own for every channel."""
+class MinkowskiChannelwiseConvolution(_Convolution):
+    """Depthwise convolution of MinkowskiEngine 0.5.4, with `kernel (K, C)`.
+
+    Args:
+        in_channels: C.
+        kernel_size, ...: as MinkowskiConvolution.
+
+    Raises:
+        NotOffered: a custom region.
+    """
 
     def __init__(
         self,
         in_channels: int,
-        kernel_generator: KernelGenerator | None,
-        dimension: int | None,
-        bias: bool,
-        **geometry: Any,
+        kernel_size: Any = -1,
+        stride: Any = 1,
+        dilation: Any = 1,
+        bias: bool = False,
+        kernel_generator: KernelGenerator | None = None,
+        dimension: int = -1,
     ) -> None:
-        super().__init__(in_channels, in_channels, kernel_generator, dimension, bias, **geometry)
+        super().__init__(in_channels, in_channels, bias, kernel_size, stride, dilation, kernel_generator, dimension)
+
+    def forward(self, input: SparseTensor, coords: Target = None) -> SparseTensor:
+        """Convolve features `(rows, C)` to `(rows_out, C)`. MinkowskiEngine ignores `coords`; this layer does not."""
+        self._check(input)
+        return self._convolve(input, coords)
 
     def _kernel_shape(self) -> tuple[int, ...]:
         return self.kernel_generator.kernel_volume, self.in_channels
 
-    def _convolve(self, input: SparseTensor, coordinates: Any) -> SparseTensor:
-        self._check(input)
-        manager, kernel = input.coordinate_manager, self.kernel_generator
-        key = self._key(input, coordinates)
-        bias = _flat(self.bias)
+    def _takes_tiles(self) -> bool:
+        kernel = self.kernel_generator
         centred = kernel.requires_strided_coordinates and all(size % 2 for size in kernel.kernel_size)
-        if centred and kernel.dimension == 2 and _is_on_tiles(input._map, manager.map(key), kernel):
-            weight = to_torch(self.kernel, kernel.kernel_size)
-            convolved = ops.depthwise_conv(in_layout(input), weight, bias)
-            return self._output(input, _from_layout(convolved.features, manager.map(key)), key)
-        table = manager.table(input.coordinate_map_key, key, kernel)
-        found = ops.mapped_depthwise_conv(input.F, self.kernel, *_maps(input, table), bias)
-        return self._output(input, found, key)
+        return super()._takes_tiles() and centred and kernel.dimension == 2
+
+    def _convolve_tiles(self, x: TileTensor, weight: Tensor) -> TileTensor:
+        return ops.depthwise_conv(x, weight, self._flat_bias())
+
+    def _convolve_rows(self, features: Tensor, kernel_map: Tensor, inverse: Tensor | None) -> Tensor:
+        return ops.mapped_depthwise_conv(features, self.kernel, kernel_map, inverse, self._flat_bias())
 
 
-class MinkowskiDepthwiseConvolution(_ByChannel):
-    """Depthwise convolution, of the fork that the published ConvNeXt V2 code needs. `kernel` is `(K, C)`.
+class MinkowskiDepthwiseConvolution(MinkowskiChannelwiseConvolution):
+    """Depthwise convolution of the fork that the published ConvNeXt V2 code needs, with `kernel (K, C)`.
 
     Args:
         in_channels: C.
-        kernel_size, stride, dilation: a number, or one for each axis.
-        bias: whether to add one.
-        kernel_generator: the geometry, instead of the three numbers.
+        kernel_size, ...: as MinkowskiConvolution.
         convolution_mode, use_cuda_kernel: ignored.
-        dimension: number of spatial axes.
 
     Raises:
-        ArgumentError, ArgumentTypeError: an argument does not fit.
         NotOffered: a custom region.
     """
 
@@ -247,92 +226,42 @@ class MinkowskiDepthwiseConvolution(_ByChannel):
         dimension: int = -1,
         use_cuda_kernel: bool = True,
     ) -> None:
-        geometry = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-        super().__init__(in_channels, kernel_generator, dimension, bias, **geometry)
+        super().__init__(in_channels, kernel_size, stride, dilation, bias, kernel_generator, dimension)
 
-    def forward(
-        self, input: SparseTensor, coordinates: Tensor | CoordinateMapKey | SparseTensor | None = None
-    ) -> SparseTensor:
-        """Features `(rows, C)` to `(rows_out, C)`; `coordinates` as of MinkowskiConvolution."""
-        return self._convolve(input, coordinates)
-
-
-class MinkowskiChannelwiseConvolution(_ByChannel):
-    """Depthwise convolution, as MinkowskiEngine 0.5.4 has it. `kernel` is `(K, C)`.
-
-    Args:
-        in_channels: C.
-        kernel_size, stride, dilation: a number, or one for each axis.
-        bias: whether to add one.
-        kernel_generator: the geometry, instead of the three numbers.
-        dimension: number of spatial axes.
-
-    Raises:
-        ArgumentError, ArgumentTypeError: an argument does not fit.
-        NotOffered: a custom region.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        kernel_size: Any = -1,
-        stride: Any = 1,
-        dilation: Any = 1,
-        bias: bool = False,
-        kernel_generator: KernelGenerator | None = None,
-        dimension: int = -1,
-    ) -> None:
-        geometry = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
-        super().__init__(in_channels, kernel_generator, dimension, bias, **geometry)
-
-    def forward(
-        self, input: SparseTensor, coords: Tensor | CoordinateMapKey | SparseTensor | None = None
-    ) -> SparseTensor:
-        """Features `(rows, C)` to `(rows_out, C)`. MinkowskiEngine ignores `coords`; here it is followed."""
-        return self._convolve(input, coords)
+    def forward(self, input: SparseTensor, coordinates: Target = None) -> SparseTensor:
+        """Convolve features `(rows, C)` to `(rows_out, C)`; `coordinates` as in MinkowskiConvolution."""
+        return super().forward(input, coordinates)
 
 
 class MinkowskiConvolutionTranspose(MinkowskiConvolutionBase):
-    """Transposed convolution: back to the map that a layer of the same stride came from, or, where there was none, to
-    all sites under the kernel. Of a tensor that was pruned on the way, the map is that from before, as in
-    MinkowskiEngine. `kernel` is `(K, C_in, C_out)`.
+    """Transposed convolution, with `kernel (K, C_in, C_out)`; arguments and errors as MinkowskiConvolution.
 
-    Args:
-        in_channels, out_channels: C_in, C_out.
-        kernel_size, stride, dilation: a number, or one for each axis.
-        bias: whether to add one.
-        kernel_generator: the geometry, instead of the three numbers.
-        expand_coordinates: not offered.
-        convolution_mode: ignored.
-        dimension: number of spatial axes.
-
-    Raises:
-        ArgumentError, ArgumentTypeError: an argument does not fit.
-        NotOffered: `expand_coordinates`, or a custom region.
+    The output has the map from which a layer of the same stride made the map of the input, or else all sites under the
+    kernel. If the input was pruned on the way, it is the map before the pruning, as in MinkowskiEngine.
     """
 
     is_transpose = True
 
-    def _convolve(self, input: SparseTensor, coordinates: Any) -> SparseTensor:
+    def _convolve(self, input: SparseTensor, coordinates: Target) -> SparseTensor:
         manager, kernel = input.coordinate_manager, self.kernel_generator
         stride = [max(1, a // b) for a, b in zip(input.tensor_stride, kernel.kernel_stride, strict=True)]
         asked = output_key(input, coordinates, stride)
         key = manager.finer(input.coordinate_map_key, kernel) if asked is None else asked
-        bias = _flat(self.bias)
+        bias = self._flat_bias()
         fine, coarse = manager.map(key), input._map
         ordered = fine.order is None and coarse.order is None
         if kernel.covers and ordered and _are_children(fine, coarse, kernel.kernel_stride[0]):
-            # The children of a site are consecutive rows: one product gives them all, side by side.
+            # The children of a site are consecutive rows, so that one product computes them all, side by side.
             weight = _nested(self.kernel, kernel.kernel_stride[0], kernel.dimension)
             bias = None if bias is None else bias.repeat(weight.shape[0])
             found = nn.functional.linear(input.F, weight.transpose(1, 2).flatten(0, 1), bias)
             return self._output(input, found.view(-1, self.out_channels), key)
         table = manager.table(key, input.coordinate_map_key, kernel).swapped
-        return self._output(input, ops.mapped_conv(input.F, self.kernel, *_maps(input, table), bias), key)
+        return self._output(input, ops.mapped_conv(input.F, self.kernel, *tables(input, table), bias), key)
 
 
 def to_torch(kernel: Tensor, size: list[int]) -> Tensor:
-    """A kernel `(K, C_in, C_out)` or `(K, C)` in torch's layout, `(C_out, C_in, *size)` or `(C, 1, *size)`."""
+    """Return a kernel `(K, C_in, C_out)` or `(K, C)` in torch's layout, `(C_out, C_in, *size)` or `(C, 1, *size)`."""
     if kernel.ndim == 2:
         kernel = kernel[:, None, :]
     axes = len(size)
@@ -341,46 +270,21 @@ def to_torch(kernel: Tensor, size: list[int]) -> Tensor:
 
 
 def to_minkowski(weight: Tensor) -> Tensor:
-    """A weight `(C_out, C_in, *size)` in MinkowskiEngine's layout, `(K, C_in, C_out)`; undoes `to_torch`."""
+    """Return a weight `(C_out, C_in, *size)` in MinkowskiEngine's layout, `(K, C_in, C_out)`; undoes `to_torch`."""
     axes = weight.ndim - 2
     taps = weight.permute(*reversed(range(2, 2 + axes)), 1, 0)
     return taps.reshape(-1, *taps.shape[axes:])
 
 
-def _flat(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.view(-1)
-
-
-def _is_on_tiles(source: CoordinateMap, out: CoordinateMap, kernel: KernelGenerator) -> bool:
-    """Whether the operators on tiles convolve from these sites to those: both are the same tiles."""
-    stride = kernel.kernel_stride
-    plain = kernel.region_type == RegionType.HYPER_CUBE and set(kernel.kernel_dilation) == {1} and len(set(stride)) == 1
-    return plain and _are_children(source, out, stride[0])
-
-
 def _are_children(fine: CoordinateMap, coarse: CoordinateMap, factor: int) -> bool:
-    """Whether the rows of the layout of `fine` are those of that of `coarse`, each divided into `factor**ndim`."""
+    """Return whether `fine` and `coarse` are the same tiles, each site of `coarse` divided into `factor**ndim`."""
     if fine.layout is None or coarse.layout is None:
         return False
     return fine.layout.tiles is coarse.layout.tiles and fine.layout.tile == coarse.layout.tile * factor
 
 
-def _from_layout(features: Tensor, known: CoordinateMap) -> Tensor:
-    """Rows in the order of the map."""
-    if known.order is None:
-        return features
-    return permuted(features, known.back, known.order)
-
-
-def _maps(input: SparseTensor, table: KernelMap) -> tuple[Tensor, Tensor | None]:
-    """A kernel map, and where a gradient needs it the inverse."""
-    needed = torch.is_grad_enabled() and input.requires_grad
-    return table.table, table.inverse if needed else None
-
-
 def _nested(kernel: Tensor, factor: int, axes: int) -> Tensor:
-    """Taps `(K, C_in, C_out)` of a kernel as large as its stride in the nested order of a site's children."""
+    """Return the taps of a kernel as large as its stride, `(K, C_in, C_out)`, in the nested order of the children."""
     by_axis = kernel.reshape(*[factor] * axes, *kernel.shape[1:])  # the last axis first
-    return tile_to_rows(by_axis.permute(*reversed(range(axes)), axes, axes + 1).flatten(axes)[None], axes).view(
-        kernel.shape
-    )
+    taps = by_axis.permute(*reversed(range(axes)), axes, axes + 1).flatten(axes)
+    return tile_to_rows(taps[None], axes).view(kernel.shape)

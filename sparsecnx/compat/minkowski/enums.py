@@ -1,20 +1,36 @@
-"""MinkowskiEngine's enumerations. Those that choose between its own implementations choose nothing here."""
+"""Enumerations of MinkowskiEngine. Those that choose between its implementations have no effect here."""
 
 from __future__ import annotations
 
 from enum import Enum
 
+# The shape of a kernel.
+RegionType = Enum("RegionType", "HYPER_CUBE HYPER_CROSS CUSTOM", start=0)
 
-class RegionType(Enum):
-    """Shape of a kernel."""
+# The operation between the features of an image and those of its sites, spelled as in MinkowskiEngine.
+BroadcastMode = Enum("BroadcastMode", "ELEMENTWISE_ADDITON ELEMENTWISE_MULTIPLICATION", start=0)
 
-    HYPER_CUBE = 0
-    HYPER_CROSS = 1
-    CUSTOM = 2
+# The choice between one manager for each tensor that is made from coordinates, and one for all.
+SparseTensorOperationMode = Enum(
+    "SparseTensorOperationMode", "SEPARATE_COORDINATE_MANAGER SHARE_COORDINATE_MANAGER", start=0
+)
+
+# The treatment of several rows at one site.
+SparseTensorQuantizationMode = Enum(
+    "SparseTensorQuantizationMode",
+    "RANDOM_SUBSAMPLE UNWEIGHTED_AVERAGE UNWEIGHTED_SUM NO_QUANTIZATION MAX_POOL SPLAT_LINEAR_INTERPOLATION",
+    start=0,
+)
+
+# These have no effect.
+ConvolutionMode = Enum("ConvolutionMode", "DEFAULT DIRECT_GEMM COPY_GEMM", start=0)
+MinkowskiAlgorithm = Enum("MinkowskiAlgorithm", "DEFAULT MEMORY_EFFICIENT SPEED_OPTIMIZED", start=0)
+CoordinateMapType = Enum("CoordinateMapType", "CPU CUDA", start=0)
+GPUMemoryAllocatorType = Enum("GPUMemoryAllocatorType", "PYTORCH CUDA", start=0)
 
 
 class PoolingMode(Enum):
-    """What a pooling layer computes; MinkowskiEngine has several ways to compute a global one."""
+    """The function of a pooling layer. The kinds of global pooling compute the same here."""
 
     LOCAL_SUM_POOLING = 0
     LOCAL_AVG_POOLING = 1
@@ -33,58 +49,3 @@ class PoolingMode(Enum):
     def reduction(self) -> str:
         """`"sum"`, `"avg"` or `"max"`."""
         return self.name.split("_")[1].lower()
-
-
-class BroadcastMode(Enum):
-    """How the features of an image meet those of its sites (MinkowskiEngine's spelling)."""
-
-    ELEMENTWISE_ADDITON = 0
-    ELEMENTWISE_MULTIPLICATION = 1
-
-
-class ConvolutionMode(Enum):
-    """Which of MinkowskiEngine's kernels runs; chooses nothing here."""
-
-    DEFAULT = 0
-    DIRECT_GEMM = 1
-    COPY_GEMM = 2
-
-
-class MinkowskiAlgorithm(Enum):
-    """MinkowskiEngine's trade of memory for speed; chooses nothing here."""
-
-    DEFAULT = 0
-    MEMORY_EFFICIENT = 1
-    SPEED_OPTIMIZED = 2
-
-
-class CoordinateMapType(Enum):
-    """Where MinkowskiEngine keeps coordinates; here they lie where the coordinates do."""
-
-    CPU = 0
-    CUDA = 1
-
-
-class GPUMemoryAllocatorType(Enum):
-    """MinkowskiEngine's allocators; here it is always torch's."""
-
-    PYTORCH = 0
-    CUDA = 1
-
-
-class SparseTensorOperationMode(Enum):
-    """Whether tensors made from coordinates share one manager."""
-
-    SEPARATE_COORDINATE_MANAGER = 0
-    SHARE_COORDINATE_MANAGER = 1
-
-
-class SparseTensorQuantizationMode(Enum):
-    """What becomes of several rows at one site."""
-
-    RANDOM_SUBSAMPLE = 0
-    UNWEIGHTED_AVERAGE = 1
-    UNWEIGHTED_SUM = 2
-    NO_QUANTIZATION = 3
-    MAX_POOL = 4
-    SPLAT_LINEAR_INTERPOLATION = 5

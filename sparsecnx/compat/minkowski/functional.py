@@ -7,17 +7,18 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from sparsecnx.compat.minkowski.errors import insist_type
+from sparsecnx.compat.minkowski.base import on_features
+from sparsecnx.compat.minkowski.errors import require_type
 from sparsecnx.compat.minkowski.tensor import SparseTensor
 
-# To a SparseTensor on the same sites.
+# These return a SparseTensor on the same sites.
 FUNCTIONS = (
     *("threshold", "relu", "hardtanh", "hardswish", "relu6", "elu", "selu", "celu", "leaky_relu", "prelu", "rrelu"),
     *("glu", "gelu", "logsigmoid", "hardshrink", "tanhshrink", "softsign", "softplus", "softmin", "softmax"),
     *("softshrink", "gumbel_softmax", "log_softmax", "tanh", "sigmoid", "hardsigmoid", "silu"),
     *("batch_norm", "normalize", "linear", "dropout", "alpha_dropout"),
 )
-# To a number, from features and a target.
+# These take a target and return a number.
 LOSSES = (
     *("binary_cross_entropy", "binary_cross_entropy_with_logits", "poisson_nll_loss", "cross_entropy"),
     *("hinge_embedding_loss", "kl_div", "l1_loss", "mse_loss", "multilabel_margin_loss"),
@@ -25,11 +26,15 @@ LOSSES = (
 )
 
 
-def _on_features(function: Callable[..., Any], name: str, returns_loss: bool) -> Callable[..., Any]:
+def _function(name: str) -> Callable[..., Any]:
+    """Return `torch.nn.functional.name` for SparseTensors."""
+    function = getattr(F, name)
+
     def apply(input: SparseTensor, *args: Any, **kwargs: Any) -> Any:
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
-        out = function(input.F, *args, **kwargs)
-        return out if returns_loss else input._with(out)
+        if name not in LOSSES:
+            return on_features(input, lambda rows: function(rows, *args, **kwargs))
+        require_type(input, SparseTensor, "input", "a SparseTensor")
+        return function(input.F, *args, **kwargs)
 
     apply.__name__ = apply.__qualname__ = name
     apply.__doc__ = f"`torch.nn.functional.{name}` on the features of a SparseTensor."
@@ -37,6 +42,6 @@ def _on_features(function: Callable[..., Any], name: str, returns_loss: bool) ->
 
 
 for _name in FUNCTIONS + LOSSES:
-    globals()[_name] = _on_features(getattr(F, _name), _name, _name in LOSSES)
+    globals()[_name] = _function(_name)
 
 __all__ = [*FUNCTIONS, *LOSSES]

@@ -1,4 +1,4 @@
-"""Other people's imports answered: `import MinkowskiEngine as ME`, `from MinkowskiOps import to_sparse`."""
+"""Installing this package as MinkowskiEngine, for imports such as `from MinkowskiOps import to_sparse`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from types import ModuleType
 
 PACKAGE = "sparsecnx.compat.minkowski"
-# MinkowskiEngine puts its own folder on the path, so that its files are modules of the top level too.
+# MinkowskiEngine puts its own folder on the path, so that its files are also modules of the top level.
 FILES = (
     *("MinkowskiBroadcast", "MinkowskiChannelwiseConvolution", "MinkowskiCommon", "MinkowskiConvolution"),
     *("MinkowskiCoordinateManager", "MinkowskiDepthwiseConvolution", "MinkowskiInterpolation"),
@@ -18,7 +18,7 @@ FILES = (
     *("MinkowskiPooling", "MinkowskiPruning", "MinkowskiSparseTensor", "MinkowskiTensor", "MinkowskiTensorField"),
     *("MinkowskiUnion", "sparse_matrix_functions"),
 )
-# Modules of this package under MinkowskiEngine's names.
+# Names of modules in MinkowskiEngine, and the modules of this package.
 MODULES = {
     "MinkowskiEngine": "",
     "MinkowskiEngine.utils": ".utils",
@@ -42,11 +42,12 @@ MODULES = {
 
 
 def install() -> None:
-    """From now on, in this process, imports of MinkowskiEngine get this package, and those of `torch._six`, which codes
-    of that time have, what torch 1 had there.
+    """Make imports of MinkowskiEngine in this process find this package.
+
+    Imports of `torch._six`, which old code has, find what torch 1 had there.
 
     Raises:
-        RuntimeError: MinkowskiEngine itself has been imported already: what holds its classes would not meet these.
+        RuntimeError: MinkowskiEngine itself is imported already, and code may hold its classes.
     """
     for name in MODULES:
         found = sys.modules.get(name)
@@ -65,19 +66,19 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo `install`: later imports look for MinkowskiEngine itself."""
+    """Undo `install`, so that later imports find MinkowskiEngine itself."""
     for name in MODULES:
         if name in sys.modules and is_ours(sys.modules[name]):
             del sys.modules[name]
 
 
 def installed() -> bool:
-    """Whether imports of MinkowskiEngine get this package."""
+    """Return whether imports of MinkowskiEngine find this package."""
     return "MinkowskiEngine" in sys.modules and is_ours(sys.modules["MinkowskiEngine"])
 
 
 def restore_torch_six() -> None:
-    """Answer `import torch._six`, as codes of MinkowskiEngine's days do; torch 2.0 has removed it."""
+    """Make `import torch._six` work, which torch 2.0 has removed."""
     if "torch._six" not in sys.modules and importlib.util.find_spec("torch._six") is None:
         module = ModuleType("torch._six")
         module.__dict__.update(
@@ -87,5 +88,5 @@ def restore_torch_six() -> None:
 
 
 def is_ours(module: ModuleType) -> bool:
-    """Whether a module found under one of MinkowskiEngine's names belongs to this package."""
+    """Return whether a module under a name of MinkowskiEngine belongs to this package."""
     return getattr(module, "__name__", "").startswith(PACKAGE)

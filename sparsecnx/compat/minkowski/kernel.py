@@ -11,24 +11,23 @@ import torch
 from torch import Tensor
 
 from sparsecnx.compat.minkowski.enums import RegionType
-from sparsecnx.compat.minkowski.errors import ArgumentTypeError, insist, insist_type, not_offered, with_missing_members
+from sparsecnx.compat.minkowski.errors import ArgumentTypeError, not_offered, require, require_type
+from sparsecnx.compat.minkowski.missing import with_missing_members
 from sparsecnx.geometry.coordinates import offsets_of
 
 
 def int_list(value: Any, dimension: int, name: str) -> list[int]:
-    """A number, or one for each axis, as a list of `dimension` numbers.
+    """Return one number, or one for each axis, as a list of `dimension` numbers.
 
     Raises:
         ArgumentError, ArgumentTypeError: it is something else; the message calls it `name`.
     """
     if isinstance(value, (Sequence, np.ndarray, Tensor)) and not isinstance(value, str):
         entries = [entry.item() if isinstance(entry, (Tensor, np.generic)) else entry for entry in value]
-        whole = all(
-            isinstance(entry, (int, float)) and math.isfinite(entry) and int(entry) == entry for entry in entries
-        )
-        insist(whole, f"{name} is {entries}: expected whole numbers")
+        whole = all(isinstance(e, (int, float)) and math.isfinite(e) and int(e) == e for e in entries)
+        require(whole, f"{name} is {entries}: expected whole numbers")
         found = [int(entry) for entry in entries]
-        insist(len(found) == dimension, f"{name} is {found}: expected {dimension} numbers, one for each axis")
+        require(len(found) == dimension, f"{name} is {found}: expected {dimension} numbers, one for each axis")
         return found
     if isinstance(value, (int, np.integer)):
         return [int(value)] * dimension
@@ -36,19 +35,19 @@ def int_list(value: Any, dimension: int, name: str) -> list[int]:
 
 
 def convert_to_int_list(arg: Any, dimension: int) -> list[int]:
-    """MinkowskiEngine's name for a number, or one for each axis, as a list."""
+    """Return one number, or one for each axis, as a list."""
     return int_list(arg, dimension, "arg")
 
 
 @with_missing_members
 class KernelGenerator:
-    """The geometry of a kernel, as MinkowskiEngine's layers take it.
+    """The geometry of a kernel.
 
     Attributes:
         kernel_size, kernel_stride, kernel_dilation: one number for each of `dimension` axes.
-        region_type: a cube, or a cross: the sites along the axes alone, odd sizes.
+        region_type: a cube, or a cross of odd sizes, which has the sites along the axes only.
         kernel_volume: number K of taps.
-        requires_strided_coordinates: whether all strides are 1 (MinkowskiEngine's name).
+        requires_strided_coordinates: True if all strides are 1, as in MinkowskiEngine.
     """
 
     def __init__(
@@ -68,9 +67,9 @@ class KernelGenerator:
             ArgumentError, ArgumentTypeError: a size does not fit; the message names it.
             NotOffered: a custom region, mixed axis types, or `expand_coordinates`.
         """
-        insist_type(dimension, int, "dimension", "the number of spatial axes")
-        insist(dimension > 0, f"dimension is {dimension}: expected the number of spatial axes, at least 1")
-        insist_type(region_type, RegionType, "region_type", "a RegionType")
+        require_type(dimension, int, "dimension", "the number of spatial axes")
+        require(dimension > 0, f"dimension is {dimension}: expected the number of spatial axes, at least 1")
+        require_type(region_type, RegionType, "region_type", "a RegionType")
         if region_type == RegionType.CUSTOM or region_offsets is not None or axis_types is not None:
             raise not_offered("KernelGenerator with a custom region", "region_type=RegionType.HYPER_CUBE")
         if expand_coordinates:
@@ -79,12 +78,9 @@ class KernelGenerator:
         self.kernel_size = int_list(kernel_size, dimension, "kernel_size")
         self.kernel_stride = int_list(stride, dimension, "stride")
         self.kernel_dilation = int_list(dilation, dimension, "dilation")
-        for name, sizes in (
-            ("kernel_size", self.kernel_size),
-            ("stride", self.kernel_stride),
-            ("dilation", self.kernel_dilation),
-        ):
-            insist(min(sizes) > 0, f"{name} is {sizes}: expected at least 1 along each axis")
+        named = {"kernel_size": self.kernel_size, "stride": self.kernel_stride, "dilation": self.kernel_dilation}
+        for name, sizes in named.items():
+            require(min(sizes) > 0, f"{name} is {sizes}: expected at least 1 along each axis")
         self.region_type = region_type
         self.region_offsets = torch.IntTensor()
         self.axis_types = None
@@ -92,22 +88,22 @@ class KernelGenerator:
         self.requires_strided_coordinates = set(self.kernel_stride) == {1}
         if region_type == RegionType.HYPER_CROSS:
             odd = all(size % 2 for size in self.kernel_size)
-            insist(odd, f"kernel_size is {self.kernel_size}: a cross needs odd sizes")
+            require(odd, f"kernel_size is {self.kernel_size}: a cross needs odd sizes")
             self.kernel_volume = 1 + sum(size - 1 for size in self.kernel_size)
         else:
             self.kernel_volume = math.prod(self.kernel_size)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells kernels apart that read different sites."""
+        """Equal for kernels that read the same sites."""
         return (self.region_type, *self.kernel_size, *self.kernel_dilation)
 
     def offsets(self, tensor_stride: Sequence[int]) -> Tensor:
-        """int64 `(K, dimension)`: where the taps read, from the output's site, on a map of that stride."""
+        """Return int64 `(K, dimension)`: the offsets of the taps from the output's site, on a map of this stride."""
         step = [stride * dilation for stride, dilation in zip(tensor_stride, self.kernel_dilation, strict=True)]
         if self.region_type == RegionType.HYPER_CUBE:
             return offsets_of(self.kernel_size, step)
-        # MinkowskiEngine's order: the site itself, then along each axis the sites after it and those before it.
+        # The order of MinkowskiEngine: the site itself, then along each axis the sites after it and before it.
         taps = [[0] * self.dimension]
         for axis, size in enumerate(self.kernel_size):
             reach = size // 2
@@ -116,8 +112,7 @@ class KernelGenerator:
         return torch.tensor(taps, dtype=torch.int64)
 
     def partition(self, tensor_stride: Sequence[int]) -> Tensor:
-        """int64 `(K, dimension)`: the sites from each output's on that no other output has, of pooling whose kernel
-        is its stride: also of odd sizes not centred."""
+        """Return the offsets for pooling with a kernel as large as its stride: they start at the output's site."""
         if self.region_type != RegionType.HYPER_CUBE:
             raise not_offered("pooling with a cross as large as its stride", "RegionType.HYPER_CUBE")
         centred = offsets_of(self.kernel_size, list(tensor_stride))
@@ -125,13 +120,12 @@ class KernelGenerator:
 
     @property
     def partitions(self) -> bool:
-        """Whether kernel and stride are the same."""
+        """True if kernel and stride are the same."""
         return self.kernel_size == self.kernel_stride
 
     @property
     def covers(self) -> bool:
-        """Whether the taps are exactly the sites from each output's on, up to the next: even cubes as large as their
-        stride."""
+        """True for even cubes as large as their stride: the taps read the sites from one output site up to the next."""
         cube = self.region_type == RegionType.HYPER_CUBE and len(set(self.kernel_stride)) == 1
         return cube and self.partitions and self.kernel_size[0] % 2 == 0 and set(self.kernel_dilation) == {1}
 

@@ -1,4 +1,4 @@
-"""Layers that see each site alone: linear, nonlinear, dropout, batch normalisation; and normalisation by image."""
+"""Layers on the features of each site (linear, nonlinear, dropout, batch normalisation), and instance normalisation."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecnx.compat.minkowski.convolution import MinkowskiModuleBase
-from sparsecnx.compat.minkowski.errors import insist_type
-from sparsecnx.compat.minkowski.pooling import normalised_by_image
+from sparsecnx.compat.minkowski.base import MinkowskiModuleBase, on_features
+from sparsecnx.compat.minkowski.errors import require_type
+from sparsecnx.compat.minkowski.pooling import normalise_by_image
 from sparsecnx.compat.minkowski.tensor import SparseTensor
 
 
 class MinkowskiNonlinearityBase(MinkowskiModuleBase):
-    """A torch layer, `MODULE`, on the features of a SparseTensor; its arguments are those of torch's."""
+    """A layer of torch, `MODULE`, on the features of a SparseTensor, with the arguments of torch."""
 
     MODULE: type[nn.Module]
 
@@ -23,16 +23,15 @@ class MinkowskiNonlinearityBase(MinkowskiModuleBase):
         self.module = self.MODULE(*args, **kwargs)
 
     def forward(self, input: SparseTensor) -> SparseTensor:
-        """Features `(rows, C)` to `(rows, C)`."""
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
-        return input._with(self.module(input.F))
+        """Compute features `(rows, C)` from `(rows, C)`."""
+        return on_features(input, self.module)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
 
 def _layer(module: type[nn.Module]) -> type[MinkowskiNonlinearityBase]:
-    """`torch.nn.X` as `MinkowskiX`."""
+    """Make the class `MinkowskiX` of `torch.nn.X`."""
     doc = f"`torch.nn.{module.__name__}` on the features of a SparseTensor."
     members = {"MODULE": module, "__doc__": doc, "__module__": __name__}
     return type(f"Minkowski{module.__name__}", (MinkowskiNonlinearityBase,), members)
@@ -68,18 +67,18 @@ MinkowskiAlphaDropout = _layer(nn.AlphaDropout)
 
 
 class MinkowskiAdaptiveLogSoftmaxWithLoss(MinkowskiModuleBase):
-    """`torch.nn.AdaptiveLogSoftmaxWithLoss` on the features of a SparseTensor. MinkowskiEngine's takes no target, and
-    so cannot be called."""
+    """`torch.nn.AdaptiveLogSoftmaxWithLoss` on the features of a SparseTensor.
 
-    MODULE = nn.AdaptiveLogSoftmaxWithLoss
+    That of MinkowskiEngine takes no target, so that it cannot be called.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        self.module = self.MODULE(*args, **kwargs)
+        self.module = nn.AdaptiveLogSoftmaxWithLoss(*args, **kwargs)
 
     def forward(self, input: SparseTensor, target: Tensor) -> Any:
-        """Features `(rows, C)` and classes `(rows,)` to torch's named tuple of output and loss."""
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
+        """Return torch's named tuple of output and loss for features `(rows, C)` and classes `(rows,)`."""
+        require_type(input, SparseTensor, "input", "a SparseTensor")
         return self.module(input.F, target)
 
 
@@ -95,9 +94,8 @@ class MinkowskiSinusoidal(MinkowskiModuleBase):
         self.coef = nn.Parameter(torch.rand(1, out_channel))
 
     def forward(self, input: SparseTensor) -> SparseTensor:
-        """Features `(rows, C_in)` to `(rows, C_out)`."""
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
-        return input._with(torch.sin(input.F.mm(self.kernel) + self.bias) * self.coef)
+        """Compute features `(rows, C_out)` from `(rows, C_in)`."""
+        return on_features(input, lambda rows: torch.sin(rows.mm(self.kernel) + self.bias) * self.coef)
 
 
 class MinkowskiLinear(nn.Module):
@@ -108,36 +106,25 @@ class MinkowskiLinear(nn.Module):
         self.linear = nn.Linear(in_features, out_features, bias=bias)
 
     def forward(self, input: SparseTensor) -> SparseTensor:
-        """Features `(rows, C_in)` to `(rows, C_out)`."""
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
-        return input._with(self.linear(input.F))
+        """Compute features `(rows, C_out)` from `(rows, C_in)`."""
+        return on_features(input, self.linear)
 
     def __repr__(self) -> str:
-        linear = self.linear
-        return (
-            f"{type(self).__name__}(in_features={linear.in_features}, out_features={linear.out_features}, "
-            f"bias={linear.bias is not None})"
-        )
+        return f"{type(self).__name__}({self.linear.extra_repr()})"
 
 
 class MinkowskiBatchNorm(nn.Module):
-    """`torch.nn.BatchNorm1d`, as `bn`, over all sites of the batch; its arguments are those of torch's."""
+    """`torch.nn.BatchNorm1d`, as `bn`, over all sites of the batch, with the arguments of torch."""
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-    ) -> None:
+    MODULE: type[nn.Module] = nn.BatchNorm1d
+
+    def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        self.bn: nn.Module = nn.BatchNorm1d(num_features, eps, momentum, affine, track_running_stats)
+        self.bn = self.MODULE(num_features, *args, **kwargs)
 
     def forward(self, input: SparseTensor) -> SparseTensor:
-        """Features `(rows, C)` to `(rows, C)`."""
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
-        return input._with(self.bn(input.F))
+        """Normalise features `(rows, C)`."""
+        return on_features(input, self.bn)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.bn.extra_repr()})"
@@ -146,21 +133,11 @@ class MinkowskiBatchNorm(nn.Module):
 class MinkowskiSyncBatchNorm(MinkowskiBatchNorm):
     """`torch.nn.SyncBatchNorm`, as `bn`: batch normalisation over the batches of all processes."""
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        process_group: Any = None,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.bn = nn.SyncBatchNorm(num_features, eps, momentum, affine, track_running_stats, process_group)
+    MODULE = nn.SyncBatchNorm
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """The module with every MinkowskiBatchNorm in it replaced by one of these, of the same state."""
+        """Replace every MinkowskiBatchNorm in a module by one of these with the same state, and return the module."""
         if isinstance(module, MinkowskiBatchNorm):
             converted = cls.__new__(cls)
             nn.Module.__init__(converted)
@@ -172,21 +149,19 @@ class MinkowskiSyncBatchNorm(MinkowskiBatchNorm):
 
 
 class MinkowskiLayerNorm(nn.Module):
-    """`torch.nn.LayerNorm`, as `ln`, over the channels of every site: what ConvNeXt's MinkowskiEngine codes define."""
+    """`torch.nn.LayerNorm`, as `ln`, over the channels of every site, as ConvNeXt code for MinkowskiEngine has it."""
 
     def __init__(self, normalized_shape: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.ln = nn.LayerNorm(normalized_shape, eps=eps)
 
     def forward(self, input: SparseTensor) -> SparseTensor:
-        """Features `(rows, C)` to `(rows, C)`."""
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
-        return input._with(self.ln(input.F))
+        """Normalise features `(rows, C)`."""
+        return on_features(input, self.ln)
 
 
 class MinkowskiInstanceNorm(MinkowskiModuleBase):
-    """Instance normalisation: over the sites of each image, with `weight` and `bias (1, C)`. `EPS` is added to the
-    variance."""
+    """Normalisation over the sites of each image, with `weight` and `bias (1, C)`; `EPS` is added to the variance."""
 
     EPS = 1e-8
 
@@ -201,9 +176,8 @@ class MinkowskiInstanceNorm(MinkowskiModuleBase):
         nn.init.zeros_(self.bias)
 
     def forward(self, input: SparseTensor) -> SparseTensor:
-        """Features `(rows, C)` to `(rows, C)`."""
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
-        return input._with(normalised_by_image(input, self.EPS) * self.weight + self.bias)
+        """Normalise features `(rows, C)`."""
+        return on_features(input, lambda _: normalise_by_image(input, self.EPS) * self.weight + self.bias)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(nchannels={self.num_features})"

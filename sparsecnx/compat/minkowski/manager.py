@@ -1,4 +1,4 @@
-"""The coordinate manager: the sparsity patterns of a batch by key, and what was looked up about them, once."""
+"""The coordinate manager: the maps of a batch by key, and the kernel maps between them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from sparsecnx.compat.minkowski.enums import RegionType, SparseTensorOperationMode
-from sparsecnx.compat.minkowski.errors import ArgumentError, insist, insist_type, not_offered, with_missing_members
+from sparsecnx.compat.minkowski.errors import ArgumentError, not_offered, require, require_type
 from sparsecnx.compat.minkowski.kernel import KernelGenerator, int_list
+from sparsecnx.compat.minkowski.missing import with_missing_members
 from sparsecnx.geometry.coordinates import CoordinateMap, for_any_mode, unique
 from sparsecnx.geometry.kernel_map import invert_kernel_map
 
@@ -21,9 +22,9 @@ Name = tuple[tuple[int, ...], str]  # tensor stride and string of a key
 
 @with_missing_members
 class CoordinateMapKey:
-    """Names a map of a manager: its tensor stride, and a string that tells maps of one stride apart.
+    """The name of a map: its tensor stride, and a string that distinguishes maps of one stride.
 
-    As in MinkowskiEngine made from `(tensor_stride, string)`; made from the number of coordinates, `1 + D`, unset.
+    As in MinkowskiEngine, it is made from `(tensor_stride, string)`, or unset from the number of coordinates, `1 + D`.
     """
 
     def __init__(self, stride_or_size: Any, string_id: str | None = None) -> None:
@@ -38,7 +39,7 @@ class CoordinateMapKey:
         return self._name is not None
 
     def get_key(self) -> tuple[list[int], str]:
-        """Tensor stride and string.
+        """Return tensor stride and string.
 
         Raises:
             ArgumentError: the key is not set.
@@ -54,7 +55,7 @@ class CoordinateMapKey:
 
     @property
     def name(self) -> Name:
-        """As `get_key`, hashable."""
+        """Tensor stride and string, hashable."""
         if self._name is None:
             raise ArgumentError("coordinate_map_key is not set: it names no map yet")
         return self._name
@@ -71,11 +72,11 @@ class CoordinateMapKey:
 
 @dataclass(frozen=True, eq=False)
 class KernelMap:
-    """Which rows a kernel reads.
+    """The rows that a kernel reads.
 
     Attributes:
-        table: int32 `(rows_out, K)`, -1 where there is no site.
-        rows: of the input.
+        table: int32 `(rows_out, K)`, -1 for no site.
+        rows: number of rows of the input.
     """
 
     table: Tensor
@@ -83,26 +84,26 @@ class KernelMap:
 
     @cached_property
     def inverse(self) -> Tensor:
-        """int32 `(rows, K)`: which rows of the output read each row of the input."""
+        """int32 `(rows, K)`: the row of the output that reads each row of the input through each tap."""
         with for_any_mode():
             return invert_kernel_map(self.table, self.rows)
 
     @cached_property
     def swapped(self) -> KernelMap:
-        """Of the transposed kernel: from the output to the input."""
+        """The map of the transposed kernel, from the output to the input."""
         other = KernelMap(self.inverse, self.table.shape[0])
-        other.__dict__["inverse"] = self.table  # known, where `cached_property` looks for it
+        other.__dict__["inverse"] = self.table  # the place of a cached_property
         return other
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What the sites of a map are to a global pooling.
+    """The images of the sites of a map, for global pooling.
 
     Attributes:
         rows: int64 `(rows,)`, the row of each site's image in the result.
         counts: int64 `(images,)`, sites of each image; 1 for an image that has lost all of them.
-        by_image: the sites of each image, int64, none for one that has lost them.
+        by_image: int64, the sites of each image; empty for an image that has lost all of them.
     """
 
     rows: Tensor
@@ -112,38 +113,38 @@ class Origin:
 
 @with_missing_members
 class CoordinateManager:
-    """The maps of tensors that are computed from one another, with everything looked up about them.
+    """The maps of tensors that are computed from one another.
 
-    Tensors of different managers cannot be combined: their maps are not known to each other. A map is made once, and a
-    kernel map once for each pair of maps and kernel, whatever the number of layers.
+    Tensors of different managers cannot be combined. A map is made once, and a kernel map once for each pair of maps
+    and kernel, for any number of layers.
     """
 
     def __init__(self, D: int = 0, *_: Any, **__: Any) -> None:  # noqa: N803 - MinkowskiEngine's name
         """
         Args:
-            D: number of spatial axes. What else MinkowskiEngine takes (threads, allocator, algorithm) is ignored.
+            D: number of spatial axes. Other arguments of MinkowskiEngine (threads, allocator, algorithm) are ignored.
 
         Raises:
             ArgumentError: `D` is not positive.
         """
-        insist_type(D, int, "D", "the number of spatial axes")
-        insist(D >= 1, f"D is {D}: expected the number of spatial axes, at least 1")
+        require_type(D, int, "D", "the number of spatial axes")
+        require(D >= 1, f"D is {D}: expected the number of spatial axes, at least 1")
         self.D = D
         self._maps: dict[Name, CoordinateMap] = {}
         self._tables: dict[Hashable, KernelMap] = {}
         self._unions: dict[Hashable, tuple[CoordinateMapKey, list[Tensor]]] = {}
         self._origins: dict[Name, Origin] = {}
-        self._given: list[Name] = []  # maps that were not derived from others
-        self._roots: dict[str, str] = {}  # string of a map made from another to that of the first of those
+        self._given: list[Name] = []  # maps that no stride made from others
+        self._roots: dict[str, str] = {}  # string of a map of `insert_from` to the string of its first source
         self._numbered = 0
 
     # Maps
 
     def map(self, key: CoordinateMapKey) -> CoordinateMap:
-        """The map of that key.
+        """Return the map of a key.
 
         Raises:
-            ArgumentError: it is not of this manager.
+            ArgumentError: this manager has no such map.
         """
         found = self._maps.get(key.name)
         if found is None:
@@ -151,7 +152,7 @@ class CoordinateManager:
         return found
 
     def insert(self, new: CoordinateMap, string_id: str = "") -> CoordinateMapKey:
-        """Keep a map under its stride and that string, or under a new string where they are taken."""
+        """Keep a map by its stride and the string, or by a new string if that name is taken."""
         name = (new.stride, string_id)
         while name in self._maps:
             name = (new.stride, f"{string_id}{self._new_string()}")
@@ -160,8 +161,11 @@ class CoordinateManager:
         return CoordinateMapKey(*name)
 
     def insert_from(self, source: CoordinateMapKey, new: CoordinateMap) -> CoordinateMapKey:
-        """Keep a map of other sites that was made from one of this manager: always under a new string, so that it is
-        not taken for what a stride makes of that one; transposed layers go back to where that one came from."""
+        """Keep a map of other sites that was made from the map `source`.
+
+        It gets a new string, so that it is not taken for a strided map of `source`. Transposed layers go back to the
+        map from which `source` came.
+        """
         key = self.insert(new, self._new_string())
         self._roots[key.name[1]] = self._root(source.name[1])
         return key
@@ -176,10 +180,10 @@ class CoordinateManager:
     def insert_and_map(
         self, coordinates: Tensor, tensor_stride: Any = 1, string_id: str = ""
     ) -> tuple[CoordinateMapKey, tuple[Tensor, Tensor]]:
-        """A map of the distinct rows of int32 `(n, 1 + D)`, in the order in which they first appear.
+        """Keep a map of the distinct rows of int32 `(n, 1 + D)`, in the order in which they first appear.
 
         Returns:
-            Its key, and `(unique_map, inverse_map)`, int64: the first row of each site, and the site of each row.
+            The key, and `(unique_map, inverse_map)`, int64: the first row of each site, and the site of each row.
         """
         check_coordinates(coordinates, self.D)
         stride = int_list(tensor_stride, self.D, "tensor_stride")
@@ -187,27 +191,27 @@ class CoordinateManager:
         return self.insert(self._new_map(coordinates, first, stride), string_id), (first, site)
 
     def insert_asked(self, source: CoordinateMapKey, coordinates: Tensor, tensor_stride: list[int]) -> CoordinateMapKey:
-        """A map of the sites, int32 `(n, 1 + D)`, that a layer is to compute from another.
+        """Keep a map of the sites, int32 `(n, 1 + D)`, that a layer shall compute from `source`.
 
         Raises:
             ArgumentError: they are not distinct.
         """
         check_coordinates(coordinates, self.D)
         first, site = distinct(coordinates)
-        insist(first.shape[0] == site.shape[0], "coordinates has equal rows: expected distinct sites")
+        require(first.shape[0] == site.shape[0], "coordinates has equal rows: expected distinct sites")
         return self.insert_from(source, self._new_map(coordinates, first, tensor_stride))
 
     def _new_map(self, coordinates: Tensor, first: Tensor, stride: list[int]) -> CoordinateMap:
-        """A map of these rows of the coordinates; a copy: what becomes of the argument does not move the sites."""
-        insist(min(stride) >= 1, f"tensor_stride is {stride}: expected at least 1 along each axis")
+        """Return a map of the rows `first` of the coordinates. It is a copy: changes of the argument move no sites."""
+        require(min(stride) >= 1, f"tensor_stride is {stride}: expected at least 1 along each axis")
         new = CoordinateMap.from_coordinates(coordinates[first], stride)
-        insist(new.rows == 0 or new.bounds[0][0] >= 0, "coordinates has image numbers below 0: expected 0, 1, ...")
+        require(new.rows == 0 or new.bounds[0][0] >= 0, "coordinates has image numbers below 0: expected 0, 1, ...")
         between = (new.coordinates[:, 1:] % new.coordinates.new_tensor(stride)).any()
-        insist(not between, f"coordinates has sites between multiples of the tensor stride, {stride}")
+        require(not between, f"coordinates has sites between multiples of the tensor stride, {stride}")
         return new
 
     def stride(self, coordinate_map_key: CoordinateMapKey, stride: Any, string_id: str = "") -> CoordinateMapKey:
-        """Key of the map that a convolution with that stride gives; made on first use."""
+        """Return the key of the map that a convolution with this stride gives; it is made on first use."""
         factors = int_list(stride, self.D, "stride")
         old_stride, old_string = coordinate_map_key.name
         name = (tuple(a * b for a, b in zip(old_stride, factors, strict=True)), string_id or old_string)
@@ -216,32 +220,32 @@ class CoordinateManager:
         return CoordinateMapKey(*name)
 
     def finer(self, key: CoordinateMapKey, kernel: KernelGenerator) -> CoordinateMapKey:
-        """Key of the map that a transposed convolution gives: the one from which `key`'s was made by that stride where
-        there is one, otherwise all sites under the kernel.
+        """Return the key of the map that a transposed convolution gives.
+
+        It is the map from which that of `key` was made by this stride, or else all sites under the kernel.
 
         Raises:
             ArgumentError: the stride of the kernel does not divide that of the map.
         """
         coarse = key.name[0]
-        insist(
+        require(
             not any(a % b for a, b in zip(coarse, kernel.kernel_stride, strict=True)),
-            f"stride is {kernel.kernel_stride}: a transposed layer's must divide the tensor stride, {list(coarse)}",
+            f"stride is {kernel.kernel_stride}: in a transposed layer it must divide the tensor stride, {list(coarse)}",
         )
         fine = tuple(a // b for a, b in zip(coarse, kernel.kernel_stride, strict=True))
         for string in (self._root(key.name[1]), key.name[1]):
             if (fine, string) in self._maps:
                 return CoordinateMapKey(fine, string)
-        self._maps[fine, key.name[1]] = self._finer(key, kernel, fine)
+        source = self.map(key)
+        if kernel.covers and source.layout is not None and source.order is None:
+            made = source.refined(kernel.kernel_stride[0])
+        else:
+            made = source.spread(kernel.offsets(fine), fine)
+        self._maps[fine, key.name[1]] = made
         return CoordinateMapKey(fine, key.name[1])
 
-    def _finer(self, key: CoordinateMapKey, kernel: KernelGenerator, fine: tuple[int, ...]) -> CoordinateMap:
-        coarse = self.map(key)
-        if kernel.covers and coarse.layout is not None and coarse.order is None:
-            return coarse.refined(kernel.kernel_stride[0])
-        return coarse.spread(kernel.offsets(fine), fine)
-
     def origin(self) -> CoordinateMapKey:
-        """Key of the map with one site for each image, of stride 0, as global pooling gives it."""
+        """Return the key of the map that global pooling gives: one site for each image, stride 0."""
         name = ((0,) * self.D, "")
         if name not in self._maps:
             with for_any_mode():
@@ -251,7 +255,7 @@ class CoordinateManager:
         return CoordinateMapKey(*name)
 
     def at_origin(self, key: CoordinateMapKey) -> Origin:
-        """What the sites of a map are to a global pooling.
+        """Return the images of the sites of a map, for global pooling.
 
         Raises:
             ArgumentError: an image came to this manager after the origin.
@@ -264,10 +268,10 @@ class CoordinateManager:
     def _at_origin(self, key: CoordinateMapKey) -> Origin:
         images, origin = self.map(key).images, self.map(self.origin())
         place = origin.find(torch.nn.functional.pad(images.index[:, None], (0, self.D))).long()
-        insist(
+        require(
             bool((place >= 0).all()),
-            "the images of this tensor are not those that global pooling was first asked for: expected tensors of one "
-            "batch in a coordinate manager",
+            "this tensor has images that were not there at the first global pooling: expected tensors of one batch in "
+            "a coordinate manager",
         )
         counts = images.counts.new_zeros(origin.rows).index_copy(0, place, images.counts)
         by_image = [images.number.new_empty(0)] * origin.rows
@@ -276,21 +280,21 @@ class CoordinateManager:
         return Origin(place[images.number], counts.clamp(min=1), by_image)
 
     def origin_map(self, key: CoordinateMapKey) -> tuple[Tensor, list[Tensor]]:
-        """The images with sites, int64, and the rows of every image up to the last of them, none for one without."""
+        """Return the images with sites, int64, and the rows of every image up to the last of them."""
         images = self.map(key).images
         return images.index, [rows.clone() for rows in images.rows_by_number]
 
     def union(self, keys: list[CoordinateMapKey]) -> tuple[CoordinateMapKey, list[Tensor]]:
-        """The sites of several maps of one stride as a new map.
+        """Keep the sites of several maps of one stride as a new map.
 
         Returns:
-            Its key, and for each of the maps int64 `(rows,)`: where its rows are in the union.
+            The key, and for each of the maps int64 `(rows,)`: the places of its rows in the union.
 
         Raises:
             ArgumentError: strides differ.
         """
         strides = sorted({key.name[0] for key in keys})
-        insist(len(strides) == 1, f"tensors have strides {[list(stride) for stride in strides]}: a union needs one")
+        require(len(strides) == 1, f"tensors have strides {[list(stride) for stride in strides]}: a union needs one")
         names = tuple(key.name for key in keys)
         if names not in self._unions:
             with for_any_mode():
@@ -301,15 +305,15 @@ class CoordinateManager:
             self._unions[names] = self.insert_from(keys[0], new), places
         return self._unions[names]
 
-    # What is asked about maps
+    # Kernel maps, and facts about maps
 
     def table(
         self, in_key: CoordinateMapKey, out_key: CoordinateMapKey, kernel: KernelGenerator, partition: bool = False
     ) -> KernelMap:
-        """Which rows of one map the kernel reads for those of another.
+        """Return the rows of `in_key` that the kernel reads for each row of `out_key`.
 
         Args:
-            partition: of pooling whose kernel is its stride, see `KernelGenerator.partition`.
+            partition: True for pooling whose kernel is as large as its stride, see `KernelGenerator.partition`.
         """
         name = (in_key.name, out_key.name, kernel.key, partition)
         if name not in self._tables:
@@ -331,34 +335,32 @@ class CoordinateManager:
         is_transpose: bool = False,
         is_pool: bool = False,
     ) -> dict[int, Tensor]:
-        """For every tap that reads anything int32 `(2, pairs)`: input rows, output rows."""
+        """Return int32 `(2, pairs)`, input rows and output rows, for every tap that reads any row."""
         if region_offset is not None and region_offset.numel():
             raise not_offered("kernel_map with region_offset", "kernel_size and region_type")
         kernel = KernelGenerator(kernel_size, stride, dilation, region_type=region_type, dimension=self.D)
-        if is_transpose:
-            table = self.table(out_key, in_key, kernel, is_pool and kernel.partitions).swapped.table
-        else:
-            table = self.table(in_key, out_key, kernel, is_pool and kernel.partitions).table
+        keys = (out_key, in_key) if is_transpose else (in_key, out_key)
+        found = self.table(*keys, kernel, is_pool and kernel.partitions)
         pairs = {}
-        for tap, rows in enumerate(table.unbind(dim=1)):
+        for tap, rows in enumerate((found.swapped if is_transpose else found).table.unbind(dim=1)):
             (out,) = (rows >= 0).nonzero(as_tuple=True)
             if out.shape[0]:
                 pairs[tap] = torch.stack([rows[out], out.to(torch.int32)])
         return pairs
 
     def size(self, coordinate_map_key: CoordinateMapKey) -> int:
-        """Number of sites."""
+        """Return the number of sites."""
         return self.map(coordinate_map_key).rows
 
     def get_coordinates(self, coords_key_or_tensor_strides: Any) -> Tensor:
-        """int32 `(rows, 1 + D)`, a copy."""
+        """Return a copy of the coordinates, int32 `(rows, 1 + D)`."""
         return self.map(self._key(coords_key_or_tensor_strides)).coordinates.clone()
 
     def number_of_unique_batch_indices(self) -> int:
         return self.size(self.origin())
 
     def exists(self, key: CoordinateMapKey) -> bool:
-        """Whether a map of that key is known."""
+        """Return whether there is a map of that key."""
         return key.is_key_set() and key.name in self._maps
 
     def _key(self, key: Any) -> CoordinateMapKey:
@@ -368,7 +370,7 @@ class CoordinateManager:
         for name in self._maps:
             if name[0] == stride:
                 return CoordinateMapKey(*name)
-        raise ArgumentError(f"tensor_stride is {list(stride)}: this coordinate manager has no map of it")
+        raise ArgumentError(f"tensor_stride is {list(stride)}: this coordinate manager has no map of this stride")
 
     def __repr__(self) -> str:
         maps = "".join(f"\n  {list(stride)} {string!r}: {m.rows} sites" for (stride, string), m in self._maps.items())
@@ -376,21 +378,20 @@ class CoordinateManager:
 
 
 def check_coordinates(coordinates: Tensor, dimension: int | None = None) -> None:
-    """Raises unless the coordinates are int32 `(n, 1 + dimension)`."""
-    insist_type(coordinates, Tensor, "coordinates", "an int32 tensor (rows, 1 + D)")
-    insist(
+    """Raise unless the coordinates are int32 `(n, 1 + dimension)`."""
+    require_type(coordinates, Tensor, "coordinates", "an int32 tensor (rows, 1 + D)")
+    require(
         coordinates.ndim == 2 and coordinates.shape[1] >= 2,
-        f"coordinates is {tuple(coordinates.shape)}: expected (rows, 1 + D), the image's number first",
+        f"coordinates is {tuple(coordinates.shape)}: expected (rows, 1 + D), the image number first",
     )
-    insist(
-        dimension is None or coordinates.shape[1] == 1 + dimension,
-        f"coordinates is {tuple(coordinates.shape)}: D={dimension} needs {1 + (dimension or 0)} columns",
-    )
-    insist(coordinates.dtype == torch.int32, f"coordinates is {coordinates.dtype}: expected torch.int32")
+    columns = coordinates.shape[1] if dimension is None else 1 + dimension
+    shape = tuple(coordinates.shape)
+    require(shape[1] == columns, f"coordinates is {shape}: D={dimension} needs {columns} columns")
+    require(coordinates.dtype == torch.int32, f"coordinates is {coordinates.dtype}: expected torch.int32")
 
 
 def distinct(coordinates: Tensor) -> tuple[Tensor, Tensor]:
-    """int64: the first row of each distinct site, ascending, and for every row the position of its site in that."""
+    """Return int64: the first row of each distinct site, ascending, and for every row the place of its site there."""
     count = coordinates.shape[0]
     rows = torch.arange(count, device=coordinates.device)
     if not count:
@@ -408,9 +409,9 @@ _global: CoordinateManager | None = None
 
 
 def set_sparse_tensor_operation_mode(operation_mode: SparseTensorOperationMode) -> None:
-    """Whether tensors made from coordinates share one manager, until `clear_global_coordinate_manager`."""
+    """Choose whether tensors made from coordinates share a manager, until `clear_global_coordinate_manager`."""
     global _mode
-    insist_type(operation_mode, SparseTensorOperationMode, "operation_mode", "a SparseTensorOperationMode")
+    require_type(operation_mode, SparseTensorOperationMode, "operation_mode", "a SparseTensorOperationMode")
     _mode = operation_mode
 
 
@@ -419,7 +420,7 @@ def sparse_tensor_operation_mode() -> SparseTensorOperationMode:
 
 
 def global_coordinate_manager() -> CoordinateManager | None:
-    """The manager that tensors share; None before the first of them, and where they do not share."""
+    """Return the shared manager; None before the first tensor, and if tensors share none."""
     return _global
 
 
@@ -429,12 +430,12 @@ def set_global_coordinate_manager(coordinate_manager: CoordinateManager | None) 
 
 
 def clear_global_coordinate_manager() -> None:
-    """Forget the shared manager: to be called after every step of a training that shares it."""
+    """Forget the shared manager. Training that shares one calls this after every step."""
     set_global_coordinate_manager(None)
 
 
 def new_manager(dimension: int) -> CoordinateManager:
-    """A manager for a tensor made from coordinates: a new one, or the shared one.
+    """Return a manager for a tensor made from coordinates: a new one, or the shared one.
 
     Raises:
         ArgumentError: the shared one has another number of axes.
@@ -444,12 +445,12 @@ def new_manager(dimension: int) -> CoordinateManager:
     if _global is None:
         set_global_coordinate_manager(CoordinateManager(dimension))
     assert _global is not None
-    insist(dimension == _global.D, f"coordinates has {dimension} spatial axes: the shared manager has {_global.D}")
+    require(dimension == _global.D, f"coordinates has {dimension} spatial axes: the shared manager has {_global.D}")
     return _global
 
 
 def set_gpu_allocator(backend: Any) -> None:
-    """Accepted, and ignored: memory is always torch's."""
+    """Do nothing: torch always allocates the memory."""
 
 
 set_memory_manager_backend = set_gpu_allocator

@@ -1,4 +1,4 @@
-"""MinkowskiEngine.modules: residual blocks, with MinkowskiEngine's names of parameters."""
+"""MinkowskiEngine.modules: residual blocks, with the parameter names of MinkowskiEngine."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class MinkowskiNetwork(nn.Module, ABC):
 
 
 class _Residual(nn.Module):
-    """Convolutions `conv1`, `conv2`, ..., each with its `norm1`, `norm2`, ..., beside the input.
+    """A branch of convolutions `conv1`, `conv2`, ..., each with `norm1`, `norm2`, ..., added to the input.
 
     Args:
         inplanes, planes: channels of the input, and of the block; the output has `planes * expansion`.
-        stride, dilation: of the block's 3x3 convolution, the first of two or the second of three.
-        downsample: what brings the input to the output's sites and channels; by default nothing.
+        stride, dilation: of the 3x3 convolution, the first of two or the second of three.
+        downsample: module that brings the input to the sites and channels of the output; None if they are the same.
         bn_momentum: of the batch normalisations.
         dimension: number of spatial axes.
     """
@@ -64,21 +64,18 @@ class _Residual(nn.Module):
             self.add_module(f"norm{number + 1}", MinkowskiBatchNorm(channels[number + 1], momentum=bn_momentum))
         self.relu = MinkowskiReLU(inplace=True)
         self.downsample = downsample
+        self.se: nn.Module = nn.Identity()  # the blocks with squeeze-and-excitation replace it
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        """Features `(rows, inplanes)` to `(rows_out, planes * expansion)`."""
+        """Compute features `(rows_out, planes * expansion)` from `(rows, inplanes)`."""
         out = x
         for number in range(1, len(self.KERNELS) + 1):
             out = getattr(self, f"norm{number}")(getattr(self, f"conv{number}")(out))
             if number < len(self.KERNELS):
                 out = self.relu(out)
-        out = self.recalibrate(out)
+        out = self.se(out)
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
-
-    def recalibrate(self, x: SparseTensor) -> SparseTensor:
-        """What is done before the sum."""
-        return x
 
 
 class BasicBlock(_Residual):
@@ -95,7 +92,7 @@ class Bottleneck(_Residual):
 
 
 class SELayer(nn.Module):
-    """Squeeze-and-excitation (arXiv 1709.01507): channels weighed by what the whole image says."""
+    """Squeeze-and-excitation (arXiv 1709.01507): channels are weighted by a function of the whole image."""
 
     def __init__(self, channel: int, reduction: int = 16, D: int = -1) -> None:  # noqa: N803 - MinkowskiEngine's name
         super().__init__()
@@ -109,13 +106,13 @@ class SELayer(nn.Module):
         self.broadcast_mul = MinkowskiBroadcastMultiplication()
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        """Features `(rows, C)` to `(rows, C)`."""
+        """Weight features `(rows, C)`."""
         weighed: SparseTensor = self.broadcast_mul(x, self.fc(self.pooling(x)))
         return weighed
 
 
 class SEBasicBlock(BasicBlock):
-    """BasicBlock with squeeze-and-excitation. The number of axes is `D`, as in MinkowskiEngine's."""
+    """BasicBlock with squeeze-and-excitation. `D` is the number of axes, as in MinkowskiEngine."""
 
     def __init__(
         self,
@@ -130,13 +127,9 @@ class SEBasicBlock(BasicBlock):
         super().__init__(inplanes, planes, stride, dilation, downsample, dimension=D)
         self.se = SELayer(planes * self.expansion, reduction, D)
 
-    def recalibrate(self, x: SparseTensor) -> SparseTensor:
-        weighed: SparseTensor = self.se(x)
-        return weighed
-
 
 class SEBottleneck(Bottleneck):
-    """Bottleneck with squeeze-and-excitation. The number of axes is `D`, as in MinkowskiEngine's."""
+    """Bottleneck with squeeze-and-excitation. `D` is the number of axes, as in MinkowskiEngine."""
 
     def __init__(
         self,
@@ -150,7 +143,3 @@ class SEBottleneck(Bottleneck):
     ) -> None:
         super().__init__(inplanes, planes, stride, dilation, downsample, dimension=D)
         self.se = SELayer(planes * self.expansion, reduction, D)
-
-    def recalibrate(self, x: SparseTensor) -> SparseTensor:
-        weighed: SparseTensor = self.se(x)
-        return weighed

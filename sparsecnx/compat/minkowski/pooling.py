@@ -1,4 +1,4 @@
-"""Pooling over windows and over whole images, and what brings an image's features back to its sites."""
+"""Pooling over windows and over whole images, and layers that bring the features of an image back to its sites."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from torch import Tensor
 
 from sparsecnx import ops
 from sparsecnx.common.dtypes import statistics_dtype
-from sparsecnx.compat.minkowski.convolution import MinkowskiModuleBase
+from sparsecnx.compat.minkowski.base import KernelLayer, MinkowskiModuleBase, Target, tables
 from sparsecnx.compat.minkowski.enums import BroadcastMode, PoolingMode
-from sparsecnx.compat.minkowski.errors import insist, insist_type, not_offered
+from sparsecnx.compat.minkowski.errors import not_offered, require, require_type
 from sparsecnx.compat.minkowski.kernel import KernelGenerator
-from sparsecnx.compat.minkowski.manager import CoordinateMapKey, Origin
-from sparsecnx.compat.minkowski.rows import spread, totals
-from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor, output_key
+from sparsecnx.compat.minkowski.manager import Origin
+from sparsecnx.compat.minkowski.rows import spread, sum_by_number
+from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor
 
 
-class _Pooling(MinkowskiModuleBase):
-    """Pooling over the sites under a kernel; sites that are not there do not count, also not in a mean.
+class _Pooling(KernelLayer):
+    """Pooling over the active sites under a kernel; a mean counts these only.
 
-    A kernel as large as its stride takes the sites from the output's on; any other lies as a convolution's does.
+    A kernel as large as its stride begins at the output's site. Any other kernel lies as that of a convolution.
 
     Args:
-        kernel_size, stride, dilation: a number, or one for each axis.
-        kernel_generator: the geometry, instead of the three numbers.
+        kernel_size, stride, dilation: one number, or one for each axis.
+        kernel_generator: the geometry, instead of these three.
         dimension: number of spatial axes.
 
     Raises:
-        ArgumentError, ArgumentTypeError: an argument does not fit.
         NotOffered: a custom region.
     """
 
@@ -43,48 +42,21 @@ class _Pooling(MinkowskiModuleBase):
         kernel_generator: KernelGenerator | None = None,
         dimension: int | None = None,
     ) -> None:
-        super().__init__()
-        insist_type(dimension, int, "dimension", "the number of spatial axes")
-        assert dimension is not None
-        if kernel_generator is None:
-            kernel_generator = KernelGenerator(kernel_size, stride, dilation, dimension=dimension)
-        insist_type(kernel_generator, KernelGenerator, "kernel_generator", "a KernelGenerator")
-        insist(
-            kernel_generator.dimension == dimension,
-            f"dimension is {dimension}: kernel_generator has {kernel_generator.dimension} axes",
-        )
-        self.kernel_generator = kernel_generator
+        super().__init__(kernel_size, stride, dilation, kernel_generator, dimension)
         self.pooling_mode = self.MODE
-        self.dimension = dimension
-        self.is_transpose = False
 
-    def forward(
-        self, input: SparseTensor, coordinates: Tensor | CoordinateMapKey | SparseTensor | None = None
-    ) -> SparseTensor:
-        """Features `(rows, C)` to `(rows_out, C)`.
+    def forward(self, input: SparseTensor, coordinates: Target = None) -> SparseTensor:
+        """Pool features `(rows, C)` to `(rows_out, C)`.
 
         Args:
-            coordinates: the sites to compute, a tensor `(rows_out, 1 + D)`, or those of another tensor of the same
+            coordinates: the sites to compute, as a tensor `(rows_out, 1 + D)`, or those of another tensor of the same
                 manager; by default those that follow from the stride.
         """
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
-        insist(self.dimension == input.D, f"input has {input.D} spatial axes: the layer has dimension={self.dimension}")
-        manager, kernel = input.coordinate_manager, self.kernel_generator
-        stride = [a * b for a, b in zip(input.tensor_stride, kernel.kernel_stride, strict=True)]
-        key = output_key(input, coordinates, stride)
-        if key is None:
-            key = manager.stride(input.coordinate_map_key, kernel.kernel_stride)
-        table = manager.table(input.coordinate_map_key, key, kernel, kernel.partitions)
-        back = table.inverse if torch.is_grad_enabled() and input.requires_grad else None
-        pooled = ops.mapped_pool(input.F, table.table, self.MODE.reduction, back)
-        return SparseTensor(pooled, coordinate_map_key=key, coordinate_manager=manager)
-
-    def __repr__(self) -> str:
-        kernel = self.kernel_generator
-        return (
-            f"{type(self).__name__}(kernel_size={kernel.kernel_size}, stride={kernel.kernel_stride}, "
-            f"dilation={kernel.kernel_dilation})"
-        )
+        self._check(input)
+        kernel, key = self.kernel_generator, self._output_key(input, coordinates)
+        table = input.coordinate_manager.table(input.coordinate_map_key, key, kernel, kernel.partitions)
+        kernel_map, inverse = tables(input, table)
+        return self._output(input, ops.mapped_pool(input.F, kernel_map, self.MODE.reduction, inverse), key)
 
 
 class MinkowskiSumPooling(_Pooling):
@@ -109,19 +81,22 @@ class MinkowskiGlobalPooling(MinkowskiModuleBase):
         mode: a global PoolingMode: sum, mean or maximum.
     """
 
-    def __init__(self, mode: PoolingMode = PoolingMode.GLOBAL_AVG_POOLING_PYTORCH_INDEX) -> None:
+    MODE = PoolingMode.GLOBAL_AVG_POOLING_PYTORCH_INDEX
+
+    def __init__(self, mode: PoolingMode | None = None) -> None:
         super().__init__()
-        insist_type(mode, PoolingMode, "mode", "a global PoolingMode")
-        insist(mode.name.startswith("GLOBAL"), f"mode is {mode.name}: expected a global PoolingMode")
+        mode = self.MODE if mode is None else mode
+        require_type(mode, PoolingMode, "mode", "a global PoolingMode")
+        require(mode.name.startswith("GLOBAL"), f"mode is {mode.name}: expected a global PoolingMode")
         self.pooling_mode = mode
 
     def forward(self, input: SparseTensor, coordinates: Any = None) -> SparseTensor:
-        """Features `(rows, C)` to `(images, C)`, of the images that have sites.
+        """Pool features `(rows, C)` to `(images, C)`, for the images that have sites.
 
         Raises:
-            NotOffered: with `coordinates`.
+            NotOffered: `coordinates` is given.
         """
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
+        require_type(input, SparseTensor, "input", "a SparseTensor")
         if coordinates is not None:
             raise not_offered("global pooling onto given coordinates", "global pooling without `coordinates`")
         manager = input.coordinate_manager
@@ -129,7 +104,7 @@ class MinkowskiGlobalPooling(MinkowskiModuleBase):
         if self.pooling_mode.reduction == "max":
             pooled = _maximum(input, origin)
         else:
-            pooled = totals(input.F, origin.rows, len(origin.counts))
+            pooled = sum_by_number(input.F, origin.rows, len(origin.counts))
             if self.pooling_mode.reduction == "avg":
                 pooled = pooled / origin.counts[:, None]
             pooled = pooled.to(input.dtype)
@@ -140,34 +115,29 @@ class MinkowskiGlobalPooling(MinkowskiModuleBase):
 
 
 class MinkowskiGlobalSumPooling(MinkowskiGlobalPooling):
-    """The sum over all sites of each image."""
+    """Sum over all sites of each image."""
 
-    def __init__(self, mode: PoolingMode = PoolingMode.GLOBAL_SUM_POOLING_PYTORCH_INDEX) -> None:
-        super().__init__(mode)
+    MODE = PoolingMode.GLOBAL_SUM_POOLING_PYTORCH_INDEX
 
 
 class MinkowskiGlobalAvgPooling(MinkowskiGlobalPooling):
-    """The mean over all sites of each image."""
-
-    def __init__(self, mode: PoolingMode = PoolingMode.GLOBAL_AVG_POOLING_PYTORCH_INDEX) -> None:
-        super().__init__(mode)
+    """Mean over all sites of each image."""
 
 
 class MinkowskiGlobalMaxPooling(MinkowskiGlobalPooling):
-    """The maximum over all sites of each image."""
+    """Maximum over all sites of each image."""
 
-    def __init__(self, mode: PoolingMode = PoolingMode.GLOBAL_MAX_POOLING_PYTORCH_INDEX) -> None:
-        super().__init__(mode)
+    MODE = PoolingMode.GLOBAL_MAX_POOLING_PYTORCH_INDEX
 
 
 class _Broadcast(MinkowskiModuleBase):
     def forward(self, input: SparseTensor, input_glob: SparseTensor) -> SparseTensor:
-        """Features `(rows, C)` and those of the images, `(images, C)` from a global pooling, to `(rows, C')`."""
-        insist_type(input, SparseTensor, "input", "a SparseTensor")
-        insist_type(input_glob, SparseTensor, "input_glob", "a SparseTensor from a global pooling")
-        insist(input_glob.coordinate_manager is input.coordinate_manager, OTHER_MANAGER)
+        """Combine features `(rows, C)` with those of the images, `(images, C)` from a global pooling."""
+        require_type(input, SparseTensor, "input", "a SparseTensor")
+        require_type(input_glob, SparseTensor, "input_glob", "a SparseTensor from a global pooling")
+        require(input_glob.coordinate_manager is input.coordinate_manager, OTHER_MANAGER)
         origin = input.coordinate_manager.at_origin(input.coordinate_map_key)
-        insist(
+        require(
             input_glob.coordinate_map_key == input.coordinate_manager.origin(),
             f"input_glob is on {input_glob.coordinate_map_key}: expected the sites of a global pooling",
         )
@@ -176,12 +146,9 @@ class _Broadcast(MinkowskiModuleBase):
     def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def __repr__(self) -> str:
-        return type(self).__name__
-
 
 class MinkowskiBroadcastAddition(_Broadcast):
-    """To every site's features those of its image added."""
+    """Adds the features of the image to those of every site."""
 
     operation_type = BroadcastMode.ELEMENTWISE_ADDITON
 
@@ -190,7 +157,7 @@ class MinkowskiBroadcastAddition(_Broadcast):
 
 
 class MinkowskiBroadcastMultiplication(_Broadcast):
-    """Every site's features times those of its image."""
+    """Multiplies the features of every site by those of the image."""
 
     operation_type = BroadcastMode.ELEMENTWISE_MULTIPLICATION
 
@@ -199,32 +166,34 @@ class MinkowskiBroadcastMultiplication(_Broadcast):
 
 
 class MinkowskiBroadcast(_Broadcast):
-    """At every site the features of its image."""
+    """Gives every site the features of its image."""
 
     def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
         return of_image
 
 
 class MinkowskiBroadcastConcatenation(_Broadcast):
-    """Behind every site's features those of its image."""
+    """Appends the features of the image to those of every site."""
 
     def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
         return torch.cat([features, of_image], dim=1)
 
 
-def normalised_by_image(x: SparseTensor, eps: float) -> Tensor:
-    """Features `(rows, C)` of zero mean and, but for `eps` in the variance, unit variance in each image and channel."""
+def normalise_by_image(x: SparseTensor, eps: float) -> Tensor:
+    """Return the features with mean 0 and variance 1 in each image and channel; `eps` is added to the variance."""
     origin = x.coordinate_manager.at_origin(x.coordinate_map_key)
     rows, count = origin.rows, origin.counts[:, None]
     features = x.F.to(statistics_dtype(x.dtype))
-    centred = features - spread(totals(features, rows, len(count)) / count, rows)
-    variance = totals(centred.square(), rows, len(count)) / count
+    centred = features - spread(sum_by_number(features, rows, len(count)) / count, rows)
+    variance = sum_by_number(centred.square(), rows, len(count)) / count
     return (centred * spread((variance + eps).rsqrt(), rows)).to(x.dtype)
 
 
 def _maximum(x: SparseTensor, origin: Origin) -> Tensor:
-    """Maxima by image, `(images, C)`; the gradient goes to one site, also where several have it. 0 for an image that
-    has lost all its sites."""
+    """Return the maxima `(images, C)`, 0 for an image that has lost all its sites.
+
+    The gradient goes to one site, even if several have the maximum.
+    """
     nothing = x.F.new_zeros(1, x.F.shape[1])
     maxima = [x.F[rows].max(dim=0, keepdim=True).values if len(rows) else nothing for rows in origin.by_image]
     return torch.cat(maxima) if maxima else nothing[:0]

@@ -1,4 +1,4 @@
-"""Rows taken by number, with gradients that are summed in float32, or not summed where none is taken twice."""
+"""Gathers and sums of rows by number, with gradients that lose no precision."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsecnx.common.dtypes import statistics_dtype
 
 
-class _Permuted(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(order, back)
@@ -19,7 +19,7 @@ class _Permuted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         order, back = ctx.saved_tensors
-        return _Permuted.apply(grad, back, order), None, None
+        return _Permute.apply(grad, back, order), None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -32,22 +32,22 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (number,) = ctx.saved_tensors
-        return totals(grad, number, ctx.count).to(grad.dtype), None
+        return sum_by_number(grad, number, ctx.count).to(grad.dtype), None
 
 
-def permuted(rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
-    """`rows[order]`, where `order[back]` counts up: the gradient gathers, too."""
-    found: Tensor = _Permuted.apply(rows, order, back)
-    return found
+def permute(rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """Return `rows[order]`. `back` is the inverse of `order`, so that the gradient is a gather, too."""
+    permuted: Tensor = _Permute.apply(rows, order, back)
+    return permuted
 
 
 def spread(values: Tensor, number: Tensor) -> Tensor:
-    """`values[number]`, for values that many rows take: the gradient is summed in float32 at least."""
+    """Return `values[number]`; the gradient is summed in float32 at least."""
     found: Tensor = _Spread.apply(values, number)
     return found
 
 
-def totals(rows: Tensor, number: Tensor, count: int) -> Tensor:
-    """`(count, C)`: the sum of the rows of each number, in float32 at least."""
+def sum_by_number(rows: Tensor, number: Tensor, count: int) -> Tensor:
+    """Return `(count, C)`: the sum of the rows with each number, in float32 at least."""
     rows = rows.to(statistics_dtype(rows.dtype))
     return rows.new_zeros(count, rows.shape[1]).index_add(0, number, rows)

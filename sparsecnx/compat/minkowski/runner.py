@@ -1,4 +1,4 @@
-"""Runs somebody's script such that its imports of MinkowskiEngine get this package."""
+"""Running a script so that its imports of MinkowskiEngine find this package."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ USAGE = "usage: python -m sparsecnx.compat.minkowski (SCRIPT | -m MODULE) [ARGUM
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run what the command line names, as `__main__`; its own exit code goes through."""
+    """Run the script or module of a command line as `__main__`, and return its exit code."""
     arguments = list(argv)
     if arguments and arguments[0] in ("-h", "--help"):
-        print(f"{USAGE}\n\nRuns code that is written against MinkowskiEngine without MinkowskiEngine.")
+        print(f"{USAGE}\n\nRuns code for MinkowskiEngine without MinkowskiEngine.")
         return 0
     as_module = bool(arguments) and arguments[0] == "-m"
     if as_module:
@@ -36,14 +36,16 @@ def main(argv: Sequence[str]) -> int:
     if as_module:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
-        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))  # where python puts a script's own folder
+        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))  # as python does for a script
         runpy.run_path(arguments[0], run_name="__main__")
     return 0
 
 
 class Arguments(list[str]):
-    """`sys.argv`. A process that multiprocessing spawns, for a DataLoader or a launcher, reads it before it imports the
-    script: reading it prepares that process too."""
+    """A `sys.argv` that prepares spawned processes.
+
+    multiprocessing sends `sys.argv` to a process, which unpickles it before it imports the script.
+    """
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _arguments, (list(self),)
@@ -55,6 +57,6 @@ def _arguments(values: list[str]) -> Arguments:
 
 
 def prepare() -> None:
-    """Answer the imports of a script of MinkowskiEngine's days, and let it load its own checkpoints."""
+    """Install the package as MinkowskiEngine, and let old scripts load their own checkpoints."""
     install()
-    torch.serialization.add_safe_globals([argparse.Namespace])  # which they hold beside the weights
+    torch.serialization.add_safe_globals([argparse.Namespace])  # they hold one beside the weights

@@ -1,4 +1,4 @@
-"""MinkowskiEngine's SparseTensor: features, and the key of the map that says where their sites are."""
+"""The SparseTensor of MinkowskiEngine: features, and the key of the map of their sites."""
 
 from __future__ import annotations
 
@@ -12,21 +12,10 @@ import torch
 from torch import Tensor
 
 from sparsecnx.compat.minkowski.enums import SparseTensorQuantizationMode
-from sparsecnx.compat.minkowski.errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    insist,
-    insist_type,
-    not_offered,
-    with_missing_members,
-)
-from sparsecnx.compat.minkowski.manager import (
-    CoordinateManager,
-    CoordinateMapKey,
-    check_coordinates,
-    new_manager,
-)
-from sparsecnx.compat.minkowski.rows import permuted
+from sparsecnx.compat.minkowski.errors import ArgumentError, ArgumentTypeError, not_offered, require, require_type
+from sparsecnx.compat.minkowski.manager import CoordinateManager, CoordinateMapKey, check_coordinates, new_manager
+from sparsecnx.compat.minkowski.missing import with_missing_members
+from sparsecnx.compat.minkowski.rows import permute
 from sparsecnx.geometry.coordinates import CoordinateMap
 from sparsecnx.geometry.packing import scatter_rows
 from sparsecnx.tensor import SparseTensor as TileTensor
@@ -40,14 +29,14 @@ Quantization = SparseTensorQuantizationMode
 
 @with_missing_members
 class SparseTensor:
-    """Features of active sites, one row for each, as MinkowskiEngine's class of that name.
+    """Features of active sites, one row for each.
 
-    Made from `coordinates`, or from the key and manager of another tensor on the same sites.
+    A tensor is made from `coordinates`, or from the key and manager of another tensor on the same sites.
 
     Attributes:
-        coordinate_map_key, coordinate_manager: name the sites.
-        unique_index, inverse_mapping: of a tensor made from coordinates, int64: the row given of each site, and the
-            site of each row given.
+        coordinate_map_key, coordinate_manager: identify the map of the sites.
+        unique_index, inverse_mapping: int64, of a tensor made from coordinates: the given row of each site, and the
+            site of each given row.
     """
 
     def __init__(
@@ -66,30 +55,26 @@ class SparseTensor:
         """
         Args:
             features: `(rows, C)`.
-            coordinates: int32 `(rows, 1 + D)`: the image's number, then the position. Rows keep their order.
+            coordinates: int32 `(rows, 1 + D)`: the image number, then the position. Rows keep their order.
             tensor_stride: step between neighbouring sites, one number or one for each axis.
-            coordinate_map_key, coordinate_manager: of the tensor whose sites these are, instead of coordinates.
-            quantization_mode: what becomes of several rows at one site. By default that is an error, where
+            coordinate_map_key, coordinate_manager: of a tensor on the same sites, instead of coordinates.
+            quantization_mode: treatment of several rows at one site. By default they are an error, where
                 MinkowskiEngine silently keeps one of them (`RANDOM_SUBSAMPLE`).
             allocator_type, minkowski_algorithm: ignored.
             requires_grad: set on the features.
-            device: where features and coordinates are moved.
-
-        Raises:
-            ArgumentError, ArgumentTypeError: an argument does not fit; the message names it.
+            device: features and coordinates are moved to it.
         """
-        insist_type(features, Tensor, "features", "a tensor (rows, C)")
-        insist(features.ndim == 2, f"features is {tuple(features.shape)}: expected (rows, C)")
+        require_type(features, Tensor, "features", "a tensor (rows, C)")
+        require(features.ndim == 2, f"features is {tuple(features.shape)}: expected (rows, C)")
         if device is not None:
             features = features.to(device)
         if quantization_mode is not None:
-            insist_type(quantization_mode, Quantization, "quantization_mode", "a SparseTensorQuantizationMode")
+            require_type(quantization_mode, Quantization, "quantization_mode", "a SparseTensorQuantizationMode")
         self.quantization_mode = quantization_mode or Quantization.RANDOM_SUBSAMPLE
         if coordinates is not None:
-            insist(
-                coordinate_map_key is None, "coordinates and coordinate_map_key are both given: expected one of them"
-            )
-            insist_type(coordinates, Tensor, "coordinates", "an int32 tensor (rows, 1 + D)")
+            both = coordinate_map_key is not None
+            require(not both, "coordinates and coordinate_map_key are both given: expected one of them")
+            require_type(coordinates, Tensor, "coordinates", "an int32 tensor (rows, 1 + D)")
             coordinates = _as_int(coordinates).to(device or coordinates.device)
             features, coordinate_map_key, coordinate_manager = self._insert(
                 features, coordinates, tensor_stride, coordinate_manager, quantization_mode
@@ -97,17 +82,12 @@ class SparseTensor:
         elif coordinate_map_key is None or coordinate_manager is None:
             raise ArgumentError("coordinates is None: expected them, or both coordinate_map_key and coordinate_manager")
         else:
-            insist_type(coordinate_map_key, CoordinateMapKey, "coordinate_map_key", "a CoordinateMapKey")
-            insist_type(coordinate_manager, CoordinateManager, "coordinate_manager", "a CoordinateManager")
-            known = coordinate_manager.map(coordinate_map_key)
-            insist(
-                features.shape[0] == known.rows,
-                f"features is {tuple(features.shape)}: the map of coordinate_map_key has {known.rows} sites",
-            )
-            insist(
-                features.device == known.device,
-                f"features is on {features.device}: the map of coordinate_map_key is on {known.device}",
-            )
+            require_type(coordinate_map_key, CoordinateMapKey, "coordinate_map_key", "a CoordinateMapKey")
+            require_type(coordinate_manager, CoordinateManager, "coordinate_manager", "a CoordinateManager")
+            known, of = coordinate_manager.map(coordinate_map_key), "the map of coordinate_map_key"
+            shape, device = tuple(features.shape), features.device
+            require(shape[0] == known.rows, f"features is {shape}: {of} has {known.rows} sites")
+            require(device == known.device, f"features is on {device}: {of} is on {known.device}")
         if requires_grad is not None:
             features.requires_grad_(requires_grad)
         self._F = features
@@ -124,24 +104,22 @@ class SparseTensor:
         mode: SparseTensorQuantizationMode | None,
     ) -> tuple[Tensor, CoordinateMapKey, CoordinateManager]:
         check_coordinates(coordinates)
-        insist(
+        require(
             features.shape[0] == coordinates.shape[0],
             f"features is {tuple(features.shape)} and coordinates is {tuple(coordinates.shape)}: expected as many rows",
         )
-        insist(
-            features.device == coordinates.device,
-            f"features is on {features.device}: coordinates is on {coordinates.device}",
-        )
+        where = coordinates.device
+        require(features.device == where, f"features is on {features.device}: coordinates is on {where}")
         if manager is None:
             manager = new_manager(coordinates.shape[1] - 1)
-        insist_type(manager, CoordinateManager, "coordinate_manager", "a CoordinateManager")
+        require_type(manager, CoordinateManager, "coordinate_manager", "a CoordinateManager")
         key, (first, site) = manager.insert_and_map(coordinates, tensor_stride)
         self.unique_index, self.inverse_mapping = first, site
         if first.shape[0] != site.shape[0]:
             features = _quantized(features, coordinates, first, site, mode)
         return features, key, manager
 
-    # What it holds
+    # Attributes
 
     @property
     def F(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
@@ -152,8 +130,7 @@ class SparseTensor:
 
     @property
     def C(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
-        """Coordinates, int32 `(rows, 1 + D)`: the image's number, then the position. A copy: what is done to it does
-        not move the sites."""
+        """A copy of the coordinates, int32 `(rows, 1 + D)`: the image number, then the position."""
         if self._C is None:
             self._C = self._map.coordinates.clone()
         return self._C
@@ -212,7 +189,7 @@ class SparseTensor:
     def requires_grad_(self, requires_grad: bool = True) -> None:
         self._F.requires_grad_(requires_grad)
 
-    # Changed in place, as MinkowskiEngine does
+    # Changes in place, as in MinkowskiEngine
 
     def float(self) -> SparseTensor:
         self._F = self._F.float()
@@ -230,17 +207,17 @@ class SparseTensor:
 
     @property
     def decomposition_permutations(self) -> list[Tensor]:
-        """int64: the rows of each image, up to the last that has any; none for one without."""
+        """The rows of each image, int64, up to the last image with sites."""
         return [rows.clone() for rows in self._map.images.rows_by_number]
 
     @property
     def decomposed_coordinates(self) -> list[Tensor]:
-        """int32 `(n, D)`: the positions of each image, up to the last that has any."""
+        """The positions of each image, int32 `(n, D)`, up to the last image with sites."""
         return self._by_image(self._map.coordinates[:, 1:].clone())
 
     @property
     def decomposed_features(self) -> list[Tensor]:
-        """`(n, C)`: the features of each image, up to the last that has any."""
+        """The features of each image, `(n, C)`, up to the last image with sites."""
         return self._by_image(self._F)
 
     @property
@@ -249,16 +226,16 @@ class SparseTensor:
 
     def _by_image(self, values: Tensor) -> list[Tensor]:
         images = self._map.images
-        if images.sizes is not None:  # one image after the other, as they usually lie: no copies
+        if images.sizes is not None:  # the images lie one after the other, so that views do
             return list(values.split(images.sizes))
         return [values[rows] for rows in images.rows_by_number]
 
     def coordinates_at(self, batch_index: int) -> Tensor:
-        """int32 `(n, D)`: the positions of one image."""
+        """Return the positions of one image, int32 `(n, D)`."""
         return self._map.coordinates[self._map.images.rows_by_number[batch_index], 1:]
 
     def features_at(self, batch_index: int) -> Tensor:
-        """`(n, C)`: the features of one image."""
+        """Return the features of one image, `(n, C)`."""
         return self._F[self._map.images.rows_by_number[batch_index]]
 
     def coordinates_and_features_at(self, batch_index: int) -> tuple[Tensor, Tensor]:
@@ -272,13 +249,13 @@ class SparseTensor:
         min_coordinate: Tensor | None = None,
         contract_stride: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The features in a dense tensor, 0 at inactive sites.
+        """Return the features in a dense tensor, 0 at inactive sites.
 
         Args:
-            shape: `(B, C, *spatial)` of the dense tensor; by default as large as the largest coordinates, so that
-                rows, columns and images behind the last active site are missing.
+            shape: `(B, C, *spatial)` of the dense tensor; by default it ends at the largest coordinates, so that rows,
+                columns and images behind the last active site are missing.
             min_coordinate: int32 `(D,)`: position of its first site, a multiple of the tensor stride; by default 0.
-            contract_stride: put neighbouring sites side by side, rather than `tensor_stride` apart.
+            contract_stride: True puts neighbouring sites side by side, False `tensor_stride` apart.
 
         Returns:
             The dense tensor, the smallest position int32 `(1, D)` (or `min_coordinate`), and the tensor stride, int32.
@@ -288,27 +265,26 @@ class SparseTensor:
         """
         stride = torch.tensor(self.tensor_stride, dtype=torch.int32)
         if shape is not None:
-            insist_type(shape, Sequence, "shape", "a torch.Size (B, C, *spatial)")
-            insist(len(shape) == self.D + 2, f"shape is {tuple(shape)}: expected (B, C{', n' * self.D})")
+            require_type(shape, Sequence, "shape", "a torch.Size (B, C, *spatial)")
+            require(len(shape) == self.D + 2, f"shape is {tuple(shape)}: expected (B, C{', n' * self.D})")
             shape = (shape[0], self._F.shape[1], *shape[2:])
         if len(self) == 0:
-            insist(shape is not None, "shape is None: expected (B, C, *spatial) for a tensor without sites")
+            require(shape is not None, "shape is None: expected (B, C, *spatial) for a tensor without sites")
             assert shape is not None
             return self._F.new_zeros(tuple(shape)), stride.new_zeros(self.D), stride
         low, high = self._map.bounds
         first, lowest = (0,) * self.D, low[1:]
         if min_coordinate is not None:
-            insist_type(min_coordinate, Tensor, "min_coordinate", "an int32 tensor (D,)")
-            insist(
-                min_coordinate.numel() == self.D and min_coordinate.dtype == torch.int32,
-                f"min_coordinate is {min_coordinate.dtype} {tuple(min_coordinate.shape)}: expected int32 ({self.D},)",
-            )
+            require_type(min_coordinate, Tensor, "min_coordinate", "an int32 tensor (D,)")
+            dtype, given = min_coordinate.dtype, tuple(min_coordinate.shape)
+            fits = math.prod(given) == self.D and dtype == torch.int32
+            require(fits, f"min_coordinate is {dtype} {given}: expected int32 ({self.D},)")
             first = lowest = tuple(min_coordinate.flatten().tolist())
         else:
-            insist(
-                min(low) >= 0, f"coordinates go down to {list(low[1:])}: expected min_coordinate where some are below 0"
+            require(
+                min(low) >= 0, f"coordinates go down to {list(low[1:])}: expected min_coordinate if some are below 0"
             )
-        insist(
+        require(
             not any(a % max(1, b) for a, b in zip(lowest, self.tensor_stride, strict=True)),
             f"min_coordinate is {list(lowest)}: expected multiples of the tensor stride, {self.tensor_stride}",
         )
@@ -318,7 +294,7 @@ class SparseTensor:
         if shape is None:
             shape = (high[0] + 1, self._F.shape[1], *(place + 1 for place in last))
         inside = high[0] < shape[0] and all(place < size for place, size in zip(last, shape[2:], strict=True))
-        insist(
+        require(
             inside and all(base <= bottom for base, bottom in zip(first, low[1:], strict=True)),
             f"shape is {tuple(shape)}: sites of {high[0] + 1} images reach from {list(low[1:])} to {list(high[1:])}",
         )
@@ -348,21 +324,16 @@ class SparseTensor:
         return dense.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
     def features_at_coordinates(self, query_coordinates: Tensor) -> Tensor:
-        """Features `(n, C)` at the sites of `query_coordinates (n, 1 + D)`; 0 where there is no site. Positions are
-        whole numbers: MinkowskiEngine's interpolation between sites is not offered.
+        """Return features `(n, C)` at `query_coordinates (n, 1 + D)`, 0 where there is no site.
 
         Raises:
-            NotOffered: a position lies between sites.
+            NotOffered: a position is not a whole number; the interpolation of MinkowskiEngine is not offered.
         """
-        insist_type(query_coordinates, Tensor, "query_coordinates", "a tensor (n, 1 + D)")
-        insist(
-            query_coordinates.ndim == 2 and query_coordinates.shape[1] == 1 + self.D,
-            f"query_coordinates is {tuple(query_coordinates.shape)}: expected (n, {1 + self.D})",
-        )
+        require_type(query_coordinates, Tensor, "query_coordinates", "a tensor (n, 1 + D)")
+        shape = tuple(query_coordinates.shape)
+        require(shape[1:] == (1 + self.D,), f"query_coordinates is {shape}: expected (n, {1 + self.D})")
         whole = query_coordinates.long()
-        if query_coordinates.is_floating_point() and not torch.equal(
-            whole.to(query_coordinates.dtype), query_coordinates
-        ):
+        if not torch.equal(whole.to(query_coordinates.dtype), query_coordinates):
             raise not_offered("features_at_coordinates between sites", "whole numbers as query_coordinates")
         if len(self) == 0:
             return self._F.new_zeros(whole.shape[0], self._F.shape[1])
@@ -372,32 +343,34 @@ class SparseTensor:
     # Arithmetic
 
     def _with(self, features: Tensor) -> SparseTensor:
-        """Other features on the same sites."""
+        """Return a tensor with other features on the same sites."""
         return type(self)(
             features, coordinate_map_key=self.coordinate_map_key, coordinate_manager=self.coordinate_manager
         )
 
-    def _check_same(self, other: Any) -> None:
-        insist_type(other, SparseTensor, "other", "a SparseTensor on the same sites")
-        insist(other.coordinate_manager is self.coordinate_manager, OTHER_MANAGER)
-        insist(
+    def _combine_in_place(self, other: Any, combine: Callable[[Any, Any], Tensor]) -> SparseTensor:
+        require_type(other, SparseTensor, "other", "a SparseTensor on the same sites")
+        require(other.coordinate_manager is self.coordinate_manager, OTHER_MANAGER)
+        require(
             other.coordinate_map_key == self.coordinate_map_key,
             f"other is on {other.coordinate_map_key}: expected the same sites, {self.coordinate_map_key}",
         )
+        self._F = combine(self._F, other.F)
+        return self
 
-    def _combined(self, other: Any, combine: Callable[[Any, Any], Tensor]) -> SparseTensor:
+    def _combine(self, other: Any, combine: Callable[[Any, Any], Tensor]) -> SparseTensor:
         if isinstance(other, (Tensor, int, float)):
             return self._with(combine(self._F, other))
         if not isinstance(other, SparseTensor):
             raise ArgumentTypeError(f"other is a {type(other).__name__}: expected a SparseTensor, a tensor or a number")
-        insist(other.coordinate_manager is self.coordinate_manager, OTHER_MANAGER)
+        require(other.coordinate_manager is self.coordinate_manager, OTHER_MANAGER)
         if other.coordinate_map_key == self.coordinate_map_key:
             return self._with(combine(self._F, other.F))
-        insist(
+        require(
             other.F.shape[1] == self._F.shape[1],
             f"other has {other.F.shape[1]} channels: expected {self._F.shape[1]} on different sites",
         )
-        # On the sites of either: a missing row counts as 0, and where `other` has none nothing is done.
+        # The result has the sites of either. A missing row of `self` counts as 0; one of `other` changes nothing.
         key, (mine, others) = self._manager.union([self.coordinate_map_key, other.coordinate_map_key])
         dtype = combine(self._F.new_ones(()), other.F.new_ones(())).dtype
         features = self._F.new_zeros(self._manager.size(key), self._F.shape[1], dtype=dtype)
@@ -406,39 +379,31 @@ class SparseTensor:
         return type(self)(features, coordinate_map_key=key, coordinate_manager=self._manager)
 
     def __add__(self, other: Any) -> SparseTensor:
-        return self._combined(other, operator.add)
+        return self._combine(other, operator.add)
 
     def __sub__(self, other: Any) -> SparseTensor:
-        return self._combined(other, operator.sub)
+        return self._combine(other, operator.sub)
 
     def __mul__(self, other: Any) -> SparseTensor:
-        return self._combined(other, operator.mul)
+        return self._combine(other, operator.mul)
 
     def __truediv__(self, other: Any) -> SparseTensor:
-        return self._combined(other, operator.truediv)
+        return self._combine(other, operator.truediv)
 
     def __pow__(self, power: Any) -> SparseTensor:
         return self._with(self._F**power)
 
     def __iadd__(self, other: Any) -> SparseTensor:
-        self._check_same(other)
-        self._F += other.F
-        return self
+        return self._combine_in_place(other, operator.iadd)
 
     def __isub__(self, other: Any) -> SparseTensor:
-        self._check_same(other)
-        self._F -= other.F
-        return self
+        return self._combine_in_place(other, operator.isub)
 
     def __imul__(self, other: Any) -> SparseTensor:
-        self._check_same(other)
-        self._F *= other.F
-        return self
+        return self._combine_in_place(other, operator.imul)
 
     def __itruediv__(self, other: Any) -> SparseTensor:
-        self._check_same(other)
-        self._F /= other.F
-        return self
+        return self._combine_in_place(other, operator.itruediv)
 
     def __repr__(self) -> str:
         return (
@@ -448,60 +413,63 @@ class SparseTensor:
 
 
 def in_layout(x: SparseTensor) -> TileTensor:
-    """The same tensor with its rows in the order of its layout, as the operators on tiles take it."""
+    """Return a tensor on tiles with its rows in the order of its layout, as the operators on tiles take it."""
     known = x._map
-    assert known.layout is not None  # asked of tiles alone
+    assert known.layout is not None  # callers have tiles
     if known.order is None:
         return TileTensor(x.F, known.layout)
-    return TileTensor(permuted(x.F, known.order, known.back), known.layout)
+    return TileTensor(permute(x.F, known.order, known.back), known.layout)
 
 
 def output_key(
     x: SparseTensor, coordinates: Tensor | CoordinateMapKey | SparseTensor | None, stride: Sequence[int]
 ) -> CoordinateMapKey | None:
-    """Key of the sites that a layer was asked to compute, None where it was not asked; `stride` is that of the output.
+    """Return the key of the sites in the argument `coordinates` of a layer, or None if there are none.
+
+    Args:
+        stride: tensor stride of the output.
 
     Raises:
-        ArgumentError, ArgumentTypeError: `coordinates` is none of these, or of another manager.
+        ArgumentError, ArgumentTypeError: `coordinates` has another type, or another manager.
     """
     if coordinates is None:
         return None
     if isinstance(coordinates, SparseTensor):
-        insist(coordinates.coordinate_manager is x.coordinate_manager, OTHER_MANAGER)
+        require(coordinates.coordinate_manager is x.coordinate_manager, OTHER_MANAGER)
         return coordinates.coordinate_map_key
     if isinstance(coordinates, CoordinateMapKey):
         return coordinates
-    insist_type(coordinates, Tensor, "coordinates", "a tensor (rows, 1 + D), a SparseTensor or a CoordinateMapKey")
+    require_type(coordinates, Tensor, "coordinates", "a tensor (rows, 1 + D), a SparseTensor or a CoordinateMapKey")
     coordinates = _as_int(coordinates)
     check_coordinates(coordinates, x.D)
-    insist(coordinates.device == x.device, f"coordinates is on {coordinates.device}: the input is on {x.device}")
+    require(coordinates.device == x.device, f"coordinates is on {coordinates.device}: the input is on {x.device}")
     return x.coordinate_manager.insert_asked(x.coordinate_map_key, coordinates, list(stride))
 
 
 def _as_int(coordinates: Tensor) -> Tensor:
-    """Coordinates as int32; other numbers are rounded down, with MinkowskiEngine's warning.
+    """Return coordinates as int32; other numbers are rounded down, with a warning as in MinkowskiEngine.
 
     Raises:
-        ArgumentError, ArgumentTypeError: numbers that int32 does not hold.
+        ArgumentError, ArgumentTypeError: int32 does not hold a number.
     """
     if coordinates.dtype == torch.int32:
         return coordinates
     if coordinates.dtype == torch.bool or coordinates.is_complex():
         raise ArgumentTypeError(f"coordinates is {coordinates.dtype}: expected torch.int32")
     warnings.warn(
-        f"coordinates is {coordinates.dtype} and is converted: `.int()` says so without this warning", stacklevel=4
+        f"coordinates is {coordinates.dtype} and is converted: `.int()` does the same without a warning", stacklevel=4
     )
     whole = coordinates.floor() if coordinates.is_floating_point() else coordinates
     limits = torch.iinfo(torch.int32)
-    held = bool(((whole >= limits.min) & (whole <= limits.max)).all())  # of NaN neither holds
-    insist(held, f"coordinates has numbers outside {limits.min} to {limits.max}, or NaN: expected those of int32")
+    held = bool(((whole >= limits.min) & (whole <= limits.max)).all())  # False for NaN
+    require(held, f"coordinates has numbers outside {limits.min} to {limits.max}, or NaN: expected those of int32")
     return whole.to(torch.int32)
 
 
 def _quantized(
     features: Tensor, coordinates: Tensor, first: Tensor, site: Tensor, mode: SparseTensorQuantizationMode | None
 ) -> Tensor:
-    """One row for each site where several were given."""
+    """Return one row for each site."""
     count = first.shape[0]
     if mode == Quantization.RANDOM_SUBSAMPLE:
         return features[first]
@@ -517,6 +485,6 @@ def _quantized(
     again = coordinates[seen.nonzero()[0, 0]].tolist()
     raise ArgumentError(
         f"coordinates has {site.shape[0] - count} rows at sites that have one already, the first at {again}: expected "
-        "distinct sites, or a quantization_mode such as UNWEIGHTED_AVERAGE (MinkowskiEngine silently keeps one row of "
+        "distinct sites, or a quantization_mode such as UNWEIGHTED_AVERAGE (MinkowskiEngine silently keeps one row at "
         "each site: RANDOM_SUBSAMPLE)"
     )

@@ -1,4 +1,4 @@
-"""MinkowskiEngine.utils: batches of coordinates, initialisation."""
+"""MinkowskiEngine.utils: batches of coordinates, and initialisation."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import bisect
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecnx.compat.minkowski.errors import insist, insist_type, not_offered
+from sparsecnx.compat.minkowski.errors import require, require_type
+from sparsecnx.compat.minkowski.missing import QUANTIZED, refusing
 
 DTYPES = (torch.int32, torch.float32)
 
@@ -21,22 +22,19 @@ DTYPES = (torch.int32, torch.float32)
 def batched_coordinates(
     coords: Sequence[Tensor | np.ndarray], dtype: torch.dtype = torch.int32, device: torch.device | str | None = None
 ) -> Tensor:
-    """The coordinates of several images, each `(n_i, D)`, as `(sum n_i, 1 + D)` with the image's number first.
+    """Join the coordinates of several images, each `(n_i, D)`, to `(sum n_i, 1 + D)` with the image number first.
 
     Args:
-        coords: tensors or arrays; numbers with a fraction are rounded down where `dtype` is int32.
+        coords: tensors or arrays; fractions are rounded down if `dtype` is int32.
         dtype: int32 or float32.
-        device: where the result lies; that of the first tensor by default.
-
-    Raises:
-        ArgumentError, ArgumentTypeError: an argument does not fit.
+        device: of the result; by default that of the first tensor.
     """
-    insist_type(coords, Sequence, "coords", "a sequence of tensors or arrays (n, D)")
-    insist(dtype in DTYPES, f"dtype is {dtype}: expected torch.int32 or torch.float32")
+    require_type(coords, Sequence, "coords", "a sequence of tensors or arrays (n, D)")
+    require(dtype in DTYPES, f"dtype is {dtype}: expected torch.int32 or torch.float32")
     tensors = [_tensor(entry, f"coords[{number}]") for number, entry in enumerate(coords)]
-    insist(bool(tensors), "coords is empty: expected the coordinates of at least one image")
+    require(bool(tensors), "coords is empty: expected the coordinates of at least one image")
     axes = {entry.shape[1] for entry in tensors}
-    insist(len(axes) == 1, f"coords have {sorted(axes)} columns: expected the same number D in all")
+    require(len(axes) == 1, f"coords have {sorted(axes)} columns: expected the same number D in all")
     batched = []
     for image, entry in enumerate(tensors):
         if dtype == torch.int32 and entry.is_floating_point():
@@ -53,22 +51,20 @@ def sparse_collate(
     dtype: torch.dtype = torch.int32,
     device: torch.device | str | None = None,
 ) -> tuple[Any, ...]:
-    """The images of a batch in one: `batched_coordinates` of `coords`, `feats` one after the other, and, where they
-    are given, the labels, one after the other where they are tensors.
+    """Return `batched_coordinates` of `coords`, the features joined, and the labels if they are given.
 
-    Raises:
-        ArgumentError, ArgumentTypeError: an argument does not fit.
+    Labels are joined if they are tensors, and otherwise returned as a list.
     """
     batched = batched_coordinates(coords, dtype, device)
-    insist_type(feats, Sequence, "feats", "a sequence of tensors or arrays (n, C)")
+    require_type(feats, Sequence, "feats", "a sequence of tensors or arrays (n, C)")
     features = torch.cat([_tensor(entry, f"feats[{number}]") for number, entry in enumerate(feats)])
-    insist(
+    require(
         features.shape[0] == batched.shape[0],
         f"feats have {features.shape[0]} rows in all: coords have {batched.shape[0]}",
     )
     if labels is None:
         return batched, features
-    insist_type(labels, Sequence, "labels", "a sequence, an entry for each image")
+    require_type(labels, Sequence, "labels", "a sequence with one entry for each image")
     entries = [torch.from_numpy(entry) if isinstance(entry, np.ndarray) else entry for entry in labels]
     return batched, features, torch.cat(entries) if isinstance(entries[0], Tensor) else entries
 
@@ -76,7 +72,7 @@ def sparse_collate(
 def batch_sparse_collate(
     data: Sequence[Any], dtype: torch.dtype = torch.int32, device: torch.device | str | None = None
 ) -> tuple[Any, ...]:
-    """`sparse_collate` of `(coordinates, features)` or `(coordinates, features, labels)` of each image."""
+    """Apply `sparse_collate` to `(coordinates, features)` or `(coordinates, features, labels)` of each image."""
     coords, feats, *labels = zip(*data, strict=True)
     return sparse_collate(coords, feats, labels[0] if labels else None, dtype, device)
 
@@ -85,8 +81,8 @@ class SparseCollation:
     """`sparse_collate` as the `collate_fn` of a DataLoader.
 
     Args:
-        limit_numpoints: largest number of sites in a batch; images beyond it are left out, with a warning. No limit
-            where it is not positive.
+        limit_numpoints: largest number of sites in a batch; later images are left out, with a warning. There is no
+            limit if it is not positive.
     """
 
     def __init__(
@@ -101,7 +97,7 @@ class SparseCollation:
         if self.limit_numpoints > 0:
             ends = list(itertools.accumulate(len(entry[0]) for entry in list_data))
             kept = bisect.bisect_right(ends, self.limit_numpoints)
-            insist(kept > 0, f"limit_numpoints is {self.limit_numpoints}: the first image alone has {ends[0]} sites")
+            require(kept > 0, f"limit_numpoints is {self.limit_numpoints}: the first image alone has {ends[0]} sites")
             if kept < len(list_data):
                 warnings.warn(
                     f"{ends[-1]} sites are more than limit_numpoints={self.limit_numpoints}: "
@@ -112,15 +108,15 @@ class SparseCollation:
 
 
 def kaiming_normal_(tensor: Tensor, a: float = 0, mode: str = "fan_in", nonlinearity: Any = "leaky_relu") -> Tensor:
-    """He's initialisation (arXiv 1502.01852) of a kernel `(K, C_in, C_out)`, in place.
+    """Initialise a kernel `(K, C_in, C_out)` in place by He's method (arXiv 1502.01852).
 
-    A matrix counts as torch's of a linear layer, `(C_out, C_in)`, as in MinkowskiEngine.
+    A matrix is taken for that of a linear layer in torch, `(C_out, C_in)`, as in MinkowskiEngine.
 
     Raises:
-        ArgumentError: `tensor` is no kernel, or `mode` neither `"fan_in"` nor `"fan_out"`.
+        ArgumentError: `tensor` is no kernel, or `mode` is neither `"fan_in"` nor `"fan_out"`.
     """
-    insist(tensor.ndim >= 2, f"tensor is {tuple(tensor.shape)}: expected a kernel (K, C_in, C_out)")
-    insist(mode.lower() in ("fan_in", "fan_out"), f"mode is {mode!r}: expected 'fan_in' or 'fan_out'")
+    require(tensor.ndim >= 2, f"tensor is {tuple(tensor.shape)}: expected a kernel (K, C_in, C_out)")
+    require(mode.lower() in ("fan_in", "fan_out"), f"mode is {mode!r}: expected 'fan_in' or 'fan_out'")
     taps, fan_in, fan_out = (1, *tensor.shape[::-1]) if tensor.ndim == 2 else tensor.shape[:3]
     fan = taps * (fan_in if mode.lower() == "fan_in" else fan_out)
     with torch.no_grad():
@@ -128,23 +124,14 @@ def kaiming_normal_(tensor: Tensor, a: float = 0, mode: str = "fan_in", nonlinea
 
 
 def _tensor(entry: Any, name: str) -> Tensor:
-    """A tensor or array of rows as a tensor."""
-    insist_type(entry, (Tensor, np.ndarray), name, "a tensor or an array")
-    insist(entry.ndim == 2, f"{name} is {tuple(entry.shape)}: expected two axes, the rows first")
+    """Return a tensor or array of rows as a tensor."""
+    require_type(entry, (Tensor, np.ndarray), name, "a tensor or an array")
+    require(entry.ndim == 2, f"{name} is {tuple(entry.shape)}: expected two axes, the rows first")
     return torch.from_numpy(entry) if isinstance(entry, np.ndarray) else entry
 
 
-def _refusing(name: str, nearest: str) -> Callable[..., Any]:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise not_offered(f"utils.{name}", nearest)
-
-    return refuse
-
-
-sparse_quantize = _refusing(
-    "sparse_quantize",
-    "SparseTensor(features, coordinates, quantization_mode=SparseTensorQuantizationMode.UNWEIGHTED_AVERAGE)",
-)
-unique_coordinate_map = _refusing("unique_coordinate_map", "CoordinateManager.insert_and_map")
-ravel_hash_vec = fnv_hash_vec = _refusing("ravel_hash_vec", "torch.unique(coordinates, dim=0, return_inverse=True)")
-summary = _refusing("summary", "print(model)")
+sparse_quantize = refusing("utils.sparse_quantize", QUANTIZED)
+unique_coordinate_map = refusing("utils.unique_coordinate_map", "CoordinateManager.insert_and_map")
+ravel_hash_vec = refusing("utils.ravel_hash_vec", "torch.unique(coordinates, dim=0, return_inverse=True)")
+fnv_hash_vec = ravel_hash_vec
+summary = refusing("utils.summary", "print(model)")
