@@ -79,7 +79,7 @@ CHANNELS = {torch.bfloat16: [32, 48, 64]}
 @DTYPES
 @settings(max_examples=30)
 @given(data=st.data(), kernel=st.sampled_from([(3, 3), (5, 5), (7, 7), (9, 3)]), options=st.fixed_dictionaries(OPTIONS))
-def test_native_equals_reference(dtype, data, kernel, options):
+def test_cpu_equals_reference(dtype, data, kernel, options):
     layout = data.draw(layouts(tiles=(1, 2, 3, 4, 6, 8)))
     assume(dtype != torch.bfloat16 or layout.rows == 0 or layout.rows >= 32)
     channels = data.draw(st.sampled_from(CHANNELS.get(dtype, [4, 7, 16, 40])))
@@ -90,7 +90,7 @@ def test_native_equals_reference(dtype, data, kernel, options):
 @needs_cpu
 @DTYPES
 @pytest.mark.parametrize("channels", [32, 64, 96])
-def test_native_equals_reference_where_sums_of_gradients_cancel(dtype, channels):
+def test_cpu_equals_reference_where_sums_of_gradients_cancel(dtype, channels):
     x, p = random_sparse(example_layout(grid=(4, 4)), channels), block_parameters(channels, 7, 7)
     assert_matches_reference(block(), x, p, dtype, statistics=BLOCK_VECTORS, mean=0.0)
 
@@ -120,12 +120,12 @@ def test_narrow_blocks_in_bfloat16_are_as_accurate_as_torch():
 
 @needs_cpu
 @pytest.mark.parametrize("tile", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16])
-def test_native_equals_reference_at_every_tile_side(tile):
+def test_cpu_equals_reference_at_every_tile_side(tile):
     layout = make_layout(draw_mask("random counts", 2, (2, 3), seed=tile), tile)
     assert_matches_reference(block(), random_sparse(layout, 6), block_parameters(6, 7, 7), torch.float32)
 
 
-# Rows go through the native kernel in chunks of whole images, and threads either take images of their own or share
+# Rows go through the compiled kernel in chunks of whole images, and threads either take images of their own or share
 # each chunk: as many images, of such sizes, that each way is taken.
 WORK = {
     "one-large-image": [36],

@@ -248,7 +248,7 @@ def test_compiled_operators_check_what_they_read(name, change, message, calls):
         operator(**args)
 
 
-def test_native_gradients_do_not_depend_on_what_else_is_wanted():
+def test_cpu_gradients_do_not_depend_on_what_else_is_wanted():
     x = random_sparse(example_layout(), 4, torch.float32)
     weight = torch.randn(4, 1, 3, 3, requires_grad=True)
     with use_backend("cpu"):

@@ -50,7 +50,7 @@ def test_reference_is_a_dense_convolution_of_the_masked_input(ndim, data):
     kernel=st.sampled_from([(1, 1), (3, 3), (5, 5), (7, 7), (9, 9), (1, 7), (5, 3), (3, 11)]),
     bias=st.booleans(),
 )
-def test_native_equals_reference(dtype, layout, channels, kernel, bias):
+def test_cpu_equals_reference(dtype, layout, channels, kernel, bias):
     p = conv_parameters(channels, 1, *kernel)
     if not bias:
         del p["bias"]
@@ -59,14 +59,14 @@ def test_native_equals_reference(dtype, layout, channels, kernel, bias):
 
 @needs_cpu
 @pytest.mark.parametrize("tile", range(1, 25))
-def test_native_equals_reference_at_every_tile_side(tile):
+def test_cpu_equals_reference_at_every_tile_side(tile):
     layout = make_layout(draw_mask("random counts", 2, (2, 3), seed=tile), tile)
     assert_matches_reference(ops.depthwise_conv, random_sparse(layout, 5), conv_parameters(5, 1, 7, 7), torch.float32)
 
 
 @needs_cpu
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9, 11, 15, 31])
-def test_native_equals_reference_for_every_kernel(kernel):
+def test_cpu_equals_reference_for_every_kernel(kernel):
     layout = example_layout(grid=(4, 3))
     p = conv_parameters(20, 1, kernel, kernel)
     assert_matches_reference(ops.depthwise_conv, random_sparse(layout, 20), p, torch.float32)

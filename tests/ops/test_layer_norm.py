@@ -40,7 +40,7 @@ def test_reference_is_torch_layer_norm_over_channels_of_the_visible_sites(ndim, 
 @DTYPES
 @settings(max_examples=30)
 @given(layout=layouts(), channels=st.sampled_from([4, 7, 16, 37, 160]))
-def test_native_equals_reference(dtype, layout, channels):
+def test_cpu_equals_reference(dtype, layout, channels):
     x, p = random_sparse(layout, channels), channel_parameters(channels, "weight", "bias")
     assert_matches_reference(ops.layer_norm, x, p, dtype, statistics=("weight", "bias"))
 

@@ -138,7 +138,7 @@ def compare(operator, backend, dtype, case, channels, given, bias=True):
 @BOTH
 @pytest.mark.parametrize("case", MAPS)
 @pytest.mark.parametrize("dtype", list(BOUNDS), ids=name)
-def test_native_equals_reference(operator, dtype, case):
+def test_cpu_equals_reference(operator, dtype, case):
     for channels, given in ((1, True), (7, False), (40, True), (118, False)):
         compare(operator, "cpu", dtype, case, channels, given, bias=channels != 7)
 
