@@ -1,4 +1,4 @@
-"""ConvNeXt V2 (arXiv 2301.00808), dense and sparse from one set of weights, in its eight sizes."""
+"""ConvNeXt V2 (arXiv 2301.00808) in its eight sizes, dense and sparse with the same weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SIZES = {
 
 
 def get_size(name: str) -> Size:
-    """The size of that name.
+    """Return the size with this name.
 
     Raises:
         ValueError: there is none.
@@ -50,7 +50,7 @@ def get_size(name: str) -> Size:
 
 
 class ConvNeXtV2Encoder(nn.Module):
-    """The four stages: dense on images, sparse on images with a mask, from the same weights.
+    """The four stages: dense on images, sparse on images with a mask, with the same weights.
 
     State-dict names are the published ones: `downsample_layers.{0..3}.{0,1}` and
     `stages.{i}.{j}.{dwconv,norm,pwconv1,grn,pwconv2}`.
@@ -58,8 +58,8 @@ class ConvNeXtV2Encoder(nn.Module):
     Args:
         depths, dims: blocks and channels of the stages.
         in_chans: channels of the images.
-        drop_path_rate: stochastic depth of the last block; grows linearly from 0 over the blocks.
-        grn_scope: groups of GRN under a mask, `"sample"` or `"batch"` (the published sparse code).
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over the blocks.
+        grn_scope: groups of GRN under a mask, `"sample"` or `"batch"` (as in the published sparse code).
     """
 
     def __init__(
@@ -87,20 +87,20 @@ class ConvNeXtV2Encoder(nn.Module):
         self.apply(init_weights)
 
     def forward(self, images: Tensor, mask: Tensor | None = None, visible: int | None = None) -> Any:
-        """The last stage's output, at stride 32: see `forward_features`."""
+        """Return the output of the last stage, at stride 32, see `forward_features`."""
         return self.forward_features(images, mask, visible)[-1]
 
     def forward_features(self, images: Tensor, mask: Tensor | None = None, visible: int | None = None) -> list[Any]:
-        """Outputs of the four stages, at strides 4, 8, 16 and 32, finest first.
+        """Return the outputs of the four stages, at strides 4, 8, 16 and 32.
 
         Args:
             images: `(B, in_chans, H, W)`, H and W multiples of 32.
-            mask: bool `(B, L)` or `(B, gh, gw)`, True = masked, on a grid of square patches whose side is a
-                multiple of 32 pixels. None: all sites, dense.
-            visible: visible patches per image where known and equal, see `SparseTensor.from_dense`.
+            mask: bool `(B, L)` or `(B, gh, gw)`, True = masked, on a grid of square patches whose side is a multiple of
+                32 pixels. None computes all sites, dense.
+            visible: number of visible patches, if it is known and equal in all images, see `SparseTensor.from_dense`.
 
         Returns:
-            SparseTensors under a mask, otherwise dense tensors `(B, dims[i], H / s, W / s)`.
+            SparseTensors with a mask, otherwise dense tensors `(B, dims[i], H / s, W / s)`.
 
         Raises:
             TypeError, ValueError: `images` or `mask` does not fit, see `SparseTensor.from_dense`.
@@ -127,7 +127,7 @@ class ConvNeXtV2(ConvNeXtV2Encoder):
     Args:
         num_classes: outputs of the head.
         head_init_scale: factor on the initial head weights.
-        **encoder: as `ConvNeXtV2Encoder`.
+        **encoder: arguments of `ConvNeXtV2Encoder`.
     """
 
     def __init__(self, num_classes: int = 1000, head_init_scale: float = 1.0, **encoder: Any) -> None:
@@ -139,12 +139,12 @@ class ConvNeXtV2(ConvNeXtV2Encoder):
             self.head.weight.mul_(head_init_scale)
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
-        """Images `(B, in_chans, H, W)` to logits `(B, num_classes)`."""
+        """Return logits `(B, num_classes)` for images `(B, in_chans, H, W)`."""
         return self.head(self.norm(super().forward(images).mean(dim=(2, 3))))
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal with std 0.02 for convolutions and linear layers, biases 0."""
+    """Draw weights of convolutions and linear layers from a truncated normal with std 0.02, and set biases to 0."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -152,7 +152,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 def check_images(images: Tensor, channels: int) -> None:
-    """Raises TypeError or ValueError unless `images` is a floating `(B, channels, H, W)`, strides of 32."""
+    """Raise TypeError or ValueError unless `images` is floating `(B, channels, H, W)`, H and W multiples of 32."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images is {kind}: expected a floating tensor (B, {channels}, H, W)")
@@ -163,10 +163,10 @@ def check_images(images: Tensor, channels: int) -> None:
 
 
 def create_convnextv2(size: str, **options: Any) -> ConvNeXtV2:
-    """The classifier of a named size; options as `ConvNeXtV2`.
+    """Build the classifier of a named size; options are those of `ConvNeXtV2`.
 
     Raises:
-        ValueError: unknown size.
+        ValueError: there is no such size.
     """
     config = get_size(size)
     return ConvNeXtV2(depths=config.depths, dims=config.dims, **options)

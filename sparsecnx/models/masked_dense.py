@@ -1,7 +1,7 @@
 """The masked encoder computed densely: every operator on the whole image, times the mask.
 
-This is what codebases without sparse kernels do (SparK, the paper's JAX code): all of the cost and none of
-the sparsity. Here it is the truth the sparse encoder is tested against and the time it is measured against.
+Code without sparse kernels does this (SparK, the paper's JAX code). It costs as much as an image without a mask. The
+tests compare the results of the sparse encoder with it, and the benchmarks its time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from sparsecnx.nn import ConvNeXtV2Block
 
 
 def forward_features(encoder: ConvNeXtV2Encoder, images: Tensor, mask: Tensor) -> list[Tensor]:
-    """Outputs of the four stages `(B, dims[i], H / s, W / s)`, zero at masked sites.
+    """Return the outputs of the four stages `(B, dims[i], H / s, W / s)`, zero at masked sites.
 
     Args:
-        encoder: whose weights to use.
-        images: `(B, C, H, W)`, in channels-last memory format for speed.
+        encoder: the model whose weights are used.
+        images: `(B, C, H, W)`; the channels-last memory format is faster.
         mask: bool `(B, gh, gw)`, True = masked.
     """
     keep = (~mask).to(images.dtype)[:, None]
@@ -38,7 +38,7 @@ def forward_features(encoder: ConvNeXtV2Encoder, images: Tensor, mask: Tensor) -
 
 
 def masked_block(block: ConvNeXtV2Block, x: Tensor, active: Tensor) -> Tensor:
-    """A block on `x (B, C, H, W)` that is zero wherever `active (B, 1, H, W)` is."""
+    """Run a block on `x (B, C, H, W)`, which is zero wherever `active (B, 1, H, W)` is."""
     branch = block.norm(block.dwconv(x).permute(0, 2, 3, 1))
     h = block.act(block.pwconv1(branch)) * active.permute(0, 2, 3, 1)
     norm = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True)

@@ -1,7 +1,7 @@
 """The same programs on MinkowskiEngine 0.5.4 and on `sparsecnx.compat.minkowski`, side by side in one process.
 
-Rows have no order of their own in MinkowskiEngine: they are compared by coordinates. Everything is float64, and
-gradients come from a loss that gives each site and channel a weight of its own.
+MinkowskiEngine does not fix the order of rows, so that they are compared by coordinates. Everything is float64, and the
+gradients come from a loss that gives each site and channel its own weight.
 """
 
 # ruff: noqa: N803, N806 - ME is what everybody calls the library
@@ -38,7 +38,7 @@ CHANNELS = 3
 
 @dataclass(frozen=True)
 class Sites:
-    """Where the input's sites are: int32 `(rows, 1 + D)`, multiples of `stride`."""
+    """The sites of an input: int32 `(rows, 1 + D)`, multiples of `stride`."""
 
     coordinates: Tensor
     stride: int = 1
@@ -52,7 +52,7 @@ class Sites:
 
 
 def generator(name: str) -> torch.Generator:
-    """Random numbers that depend on the name alone."""
+    """Return a generator whose seed is the name."""
     return torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
 
@@ -90,15 +90,15 @@ ON_PATTERNS = pytest.mark.parametrize(
 )
 
 
-# --- programs and what they give
+# --- programs and their results
 
 
 class Run:
     """One library running one program.
 
     Attributes:
-        ME: the library, under the name that everybody gives it.
-        found: what the program has said, by name.
+        ME: the library.
+        found: results by name.
     """
 
     def __init__(self, library: Any) -> None:
@@ -108,17 +108,17 @@ class Run:
         self._loss = torch.zeros((), dtype=torch.float64)
 
     def tensor(self, where: Sites, channels: int = CHANNELS, name: str = "x") -> Any:
-        """An input of the program."""
+        """Return an input of the program."""
         features = self.leaf(name, where.features(channels))
         return self.ME.SparseTensor(features, where.coordinates.clone(), tensor_stride=where.stride)
 
     def leaf(self, name: str, value: Tensor) -> Tensor:
-        """A tensor whose gradient is compared."""
+        """Return a tensor whose gradient is compared."""
         self._leaves[name] = value.clone().requires_grad_()
         return self._leaves[name]
 
     def module(self, module: torch.nn.Module, name: str = "layer") -> Any:
-        """A layer with parameters and statistics that depend on their names and shapes alone."""
+        """Fill the parameters and statistics of a layer by their names and shapes, and return it."""
         module.double()
         state = module.state_dict()
         for key, value in state.items():
@@ -130,12 +130,12 @@ class Run:
         return module
 
     def state(self, module: torch.nn.Module, name: str) -> None:
-        """The names, shapes and dtypes of a layer's parameters and statistics."""
+        """Record the names, shapes and dtypes of the parameters and statistics of a layer."""
         state = module.state_dict()
         self.say(f"state of {name}", {key: (tuple(value.shape), value.dtype) for key, value in state.items()})
 
     def say(self, name: str, value: Any) -> None:
-        """A result. Tensors also enter the loss."""
+        """Record a result. Tensors also enter the loss."""
         assert name not in self.found
         if isinstance(value, Tensor):
             self.found[name] = value.detach()
@@ -162,7 +162,7 @@ class Run:
             self._loss = self._loss + (features * weights(torch.cat(places, dim=1)).view(features.shape)).sum()
 
     def finish(self) -> dict[str, Any]:
-        """All results, and the gradients of the loss."""
+        """Return all results, and the gradients of the loss."""
         if self._loss.requires_grad:
             gradients = torch.autograd.grad(self._loss, list(self._leaves.values()), allow_unused=True)
             self.found.update(
@@ -172,13 +172,13 @@ class Run:
 
 
 def weights(places: Tensor) -> Tensor:
-    """A number for each row of whole numbers, neither equal nor in any order."""
+    """Return a number for each row of whole numbers; they are all different and in no order."""
     steps = torch.tensor([0.37, 1.93, 2.71, 0.83, 3.3], dtype=torch.float64)[: places.shape[1]]
     return torch.sin(places.double() @ steps) + 1.5
 
 
 def by_coordinates(coordinates: Tensor) -> Tensor:
-    """The permutation that puts rows into the order of their coordinates."""
+    """Return the permutation that sorts rows by coordinates."""
     order = torch.arange(len(coordinates))
     for column in reversed(range(coordinates.shape[1])):
         order = order[coordinates[order, column].argsort(stable=True)]
@@ -189,7 +189,7 @@ Program = Callable[[Run], None]
 
 
 def agree(program: Program) -> dict[str, Any]:
-    """Run the program on both libraries and compare all that it says. Returns what it says."""
+    """Run the program on both libraries, compare the results, and return those of MinkowskiEngine."""
     results = []
     for library in (minkowski.library(), ours):
         torch.manual_seed(0)
@@ -222,7 +222,7 @@ def assert_equal(name: str, found: Any, expected: Any) -> None:
 
 
 def kernels(layer: str) -> dict[str, Callable[[Any, int], torch.nn.Module]]:
-    """A convolution or pooling of many shapes: by name, what makes it of a library and a number of axes."""
+    """Return functions by name that make a layer in many shapes, from a library and a number of axes."""
 
     def make(kernel: Any, stride: Any, dilation: Any, bias: bool | None) -> Callable[[Any, int], torch.nn.Module]:
         def layer_of(ME: Any, axes: int) -> torch.nn.Module:
@@ -260,30 +260,23 @@ LOCAL = {
 }
 
 
-def on_patterns(*layers: str, patterns: list[tuple[str, int]]) -> Any:
-    """Every shape of these layers on some patterns."""
+def on_patterns(layers: dict[str, list[tuple[str, int]]]) -> Any:
+    """Parametrise over every shape of these layers, each on its patterns."""
     return pytest.mark.parametrize(
         ("layer", "shape", "pattern", "axes"),
         [
             pytest.param(layer, shape, pattern, axes, id=f"{layer}-{shape}-{pattern.replace(' ', '-')}-{axes}-D")
-            for layer in layers
+            for layer, patterns in layers.items()
             for shape in LOCAL[layer]
             for pattern, axes in patterns
         ],
     )
 
 
-@on_patterns("Convolution", patterns=EVERYWHERE)
-def test_convolution(layer: str, shape: str, pattern: str, axes: int) -> None:
-    agree_on_layer(layer, shape, pattern, axes)
-
-
-@on_patterns("ChannelwiseConvolution", "SumPooling", "AvgPooling", patterns=SOMEWHERE)
-def test_channelwise_convolution_and_pooling(layer: str, shape: str, pattern: str, axes: int) -> None:
-    agree_on_layer(layer, shape, pattern, axes)
-
-
-def agree_on_layer(layer: str, shape: str, pattern: str, axes: int) -> None:
+@on_patterns(
+    {"Convolution": EVERYWHERE, "ChannelwiseConvolution": SOMEWHERE, "SumPooling": SOMEWHERE, "AvgPooling": SOMEWHERE}
+)
+def test_convolution_and_pooling(layer: str, shape: str, pattern: str, axes: int) -> None:
     def program(run: Run) -> None:
         module = run.module(LOCAL[layer][shape](run.ME, axes))
         run.say("output", module(run.tensor(sites(pattern, axes))))
@@ -291,10 +284,10 @@ def agree_on_layer(layer: str, shape: str, pattern: str, axes: int) -> None:
     agree(program)
 
 
-@on_patterns("MaxPooling", patterns=SOMEWHERE)
+@on_patterns({"MaxPooling": SOMEWHERE})
 def test_max_pooling(layer: str, shape: str, pattern: str, axes: int) -> None:
-    """But for outputs that no input reaches, as with a kernel smaller than its stride: there MinkowskiEngine gives the
-    smallest number and its backward writes outside of the gradient."""
+    """Compare the outputs that an input reaches. MinkowskiEngine gives the others, as with a kernel smaller than its
+    stride, the smallest number, and its backward writes outside of the gradient."""
 
     def program(run: Run) -> None:
         where = sites(pattern, axes)
@@ -328,7 +321,7 @@ def test_state_dicts_load_both_ways(layer: str) -> None:
 @ON_PATTERNS
 @pytest.mark.parametrize("size", [2, 3], ids="{0}x{0}".format)
 def test_down_and_up_again(size: int, pattern: str, axes: int) -> None:
-    """A strided convolution, a depthwise one, and transposed back to the sites from which it all came."""
+    """A strided convolution, a depthwise one, and a transposed one back to the first sites."""
 
     def program(run: Run) -> None:
         ME, x = run.ME, run.tensor(sites(pattern, axes))
@@ -362,8 +355,8 @@ def test_transposed_convolution_onto_sites_that_are_new(size: int, axes: int) ->
     agree(program)
 
 
-# MinkowskiEngine's own choice of how to take sums and means mistakes images for each other where it lists three in
-# certain orders, and takes no batch with an empty image.
+# By default MinkowskiEngine confuses images in sums and means if it lists three in certain orders, and takes no batch
+# with an empty image.
 IN_ORDER = ("raster", "shuffled", "negative", "patches")
 
 
@@ -396,7 +389,7 @@ def test_broadcast(pattern: str, axes: int) -> None:
 
 
 def test_broadcast_and_concatenation() -> None:
-    """Where every image has sites and the first has the first: otherwise MinkowskiEngine takes another image's row."""
+    """Every image has sites, and the first image the first site: otherwise MinkowskiEngine confuses the images."""
 
     def program(run: Run) -> None:
         ME, x = run.ME, run.tensor(sites("raster", 2))
@@ -422,40 +415,18 @@ def test_pruning(pattern: str, axes: int) -> None:
     agree(program)
 
 
-# --- layers that see one site
+# --- layers on single sites
 
 POINTWISE: dict[str, tuple[Any, ...]] = {
     "Linear": (CHANNELS, 4),
     "Sinusoidal": (CHANNELS, 4),
-    "BatchNorm": (CHANNELS,),
-    "SyncBatchNorm": (CHANNELS,),
-    "Dropout": (0.4,),
-    "AlphaDropout": (0.4,),
     "Threshold": (0.1, 20.0),
-    "Softmin": (1,),
-    "Softmax": (1,),
-    "LogSoftmax": (1,),
-    "ELU": (),
-    "Hardshrink": (),
-    "Hardsigmoid": (),
-    "Hardtanh": (),
-    "Hardswish": (),
-    "LeakyReLU": (),
-    "LogSigmoid": (),
-    "PReLU": (),
-    "ReLU": (),
-    "ReLU6": (),
-    "RReLU": (),
-    "SELU": (),
-    "CELU": (),
-    "GELU": (),
-    "Sigmoid": (),
-    "SiLU": (),
-    "Softplus": (),
-    "Softshrink": (),
-    "Softsign": (),
-    "Tanh": (),
-    "Tanhshrink": (),
+    **dict.fromkeys(("BatchNorm", "SyncBatchNorm"), (CHANNELS,)),
+    **dict.fromkeys(("Dropout", "AlphaDropout"), (0.4,)),
+    **dict.fromkeys(("Softmin", "Softmax", "LogSoftmax"), (1,)),
+    **dict.fromkeys(("ELU", "SELU", "CELU", "GELU", "ReLU", "ReLU6", "RReLU", "PReLU", "LeakyReLU", "SiLU"), ()),
+    **dict.fromkeys(("Sigmoid", "LogSigmoid", "Hardsigmoid", "Hardswish", "Hardtanh", "Hardshrink"), ()),
+    **dict.fromkeys(("Softplus", "Softshrink", "Softsign", "Tanh", "Tanhshrink"), ()),
 }
 
 
@@ -508,7 +479,7 @@ def test_stack(stack: str) -> None:
 
 
 def dense_images(axes: int) -> Tensor:
-    """Images where sites are 0, some in one channel alone."""
+    """Return images in which sites are 0, some of them only in one channel."""
     random = generator("images")
     images = torch.randn(2, CHANNELS, *{2: (6, 5), 3: (4, 3, 5)}[axes], dtype=torch.float64, generator=random)
     images = images * (torch.rand(2, 1, *images.shape[2:], generator=random) < 0.6)
@@ -565,7 +536,7 @@ def test_dense(pattern: str, axes: int) -> None:
 
 @ON_PATTERNS
 def test_by_image(pattern: str, axes: int) -> None:
-    """The rows of each image, in whatever order they are."""
+    """The rows of each image, in any order."""
 
     def program(run: Run) -> None:
         x = run.tensor(sites(pattern, axes))
@@ -797,7 +768,7 @@ def test_squeeze_and_excitation() -> None:
 
 
 def blocks(ME: Any, module: str) -> Any:
-    """The module of a library that has ready-made blocks; ours is one, under all its names once it is installed."""
+    """Return a module of a library with ready-made blocks; ours has one module for all."""
     return ours.modules if ME is ours else importlib.import_module(f"{ME.__name__}.modules.{module}")
 
 
@@ -834,14 +805,14 @@ def test_a_network(pattern: str) -> None:
 
 
 def with_features(run: Run, x: Any, features: Tensor) -> Any:
-    """Other features on the same sites."""
+    """Return a tensor with other features on the same sites."""
     return run.ME.SparseTensor(
         features, coordinate_map_key=x.coordinate_map_key, coordinate_manager=x.coordinate_manager
     )
 
 
 def test_every_public_name_is_known() -> None:
-    """Offered, or a placeholder that says what comes nearest."""
+    """Every name is offered, or a placeholder that names the nearest alternative."""
     library = minkowski.library()
     beside = ("file_dir", "os", "sys", "torch", "warnings", "diagnostics", "sparse_matrix_functions")
     modules = [name for name, value in vars(library).items() if isinstance(value, types.ModuleType)]
