@@ -196,12 +196,6 @@ def test_what_a_run_leaves_behind(photos, tmp_path):
     assert [event.step for event in events.Scalars("pretrain/loss")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_in_the_output_is_not_overwritten(photos, tmp_path):
-    train(photos, tmp_path / "run", epochs=1)
-    with pytest.raises(InputError, match=r"output is .*run: holds a run already"):
-        train(photos, tmp_path / "run")
-
-
 def test_resume_auto_without_a_checkpoint_starts_a_run(photos, tmp_path):
     options = Options(data=str(photos), output=str(tmp_path / "run"), resume="auto", device="cpu", workers=0)
     assert pretrain(options, {"image_size": 64, "epochs": 1, "batch_size": 4}) == 0
@@ -210,6 +204,8 @@ def test_resume_auto_without_a_checkpoint_starts_a_run(photos, tmp_path):
 def test_resume_refuses_what_cannot_continue(photos, tmp_path):
     run = tmp_path / "run"
     train(photos, run)
+    with pytest.raises(InputError, match=r"output is .*run: holds a run already"):
+        train(photos, run)
     newest, older = run / "checkpoint-00000008.pt", run / "checkpoint-00000004.pt"
 
     with pytest.raises(InputError, match="model is femto: the run to resume was started with atto"):

@@ -12,9 +12,7 @@ from sparsecnx.compat.minkowski.enums import RegionType
 from sparsecnx.compat.minkowski.errors import require, require_type
 from sparsecnx.compat.minkowski.kernel import KernelGenerator
 from sparsecnx.compat.minkowski.manager import CoordinateMapKey, KernelMap
-from sparsecnx.compat.minkowski.tensor import SparseTensor, output_key
-
-Target = Tensor | CoordinateMapKey | SparseTensor | None  # the argument `coordinates` of layers
+from sparsecnx.compat.minkowski.tensor import SparseTensor, Target, output_key
 
 
 class MinkowskiModuleBase(nn.Module):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnx import ops
-from sparsecnx.compat.minkowski.base import KernelLayer, Target, tables
+from sparsecnx.compat.minkowski.base import KernelLayer, tables
 from sparsecnx.compat.minkowski.enums import ConvolutionMode, RegionType
 from sparsecnx.compat.minkowski.errors import not_offered, require, require_type
 from sparsecnx.compat.minkowski.kernel import KernelGenerator
 from sparsecnx.compat.minkowski.rows import permute
-from sparsecnx.compat.minkowski.tensor import SparseTensor, in_layout, output_key
+from sparsecnx.compat.minkowski.tensor import SparseTensor, Target, in_layout, output_key
 from sparsecnx.geometry.coordinates import CoordinateMap
 from sparsecnx.geometry.nested_order import tile_to_rows
 from sparsecnx.tensor import SparseTensor as TileTensor

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from sparsecnx import ops
 from sparsecnx.common.dtypes import statistics_dtype
-from sparsecnx.compat.minkowski.base import KernelLayer, MinkowskiModuleBase, Target, tables
+from sparsecnx.compat.minkowski.base import KernelLayer, MinkowskiModuleBase, tables
 from sparsecnx.compat.minkowski.enums import BroadcastMode, PoolingMode
 from sparsecnx.compat.minkowski.errors import not_offered, require, require_type
 from sparsecnx.compat.minkowski.kernel import KernelGenerator
 from sparsecnx.compat.minkowski.manager import Origin
 from sparsecnx.compat.minkowski.rows import spread, sum_by_number
-from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor
+from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor, Target
 
 
 class _Pooling(KernelLayer):

@@ -85,9 +85,9 @@ class SparseTensor:
             require_type(coordinate_map_key, CoordinateMapKey, "coordinate_map_key", "a CoordinateMapKey")
             require_type(coordinate_manager, CoordinateManager, "coordinate_manager", "a CoordinateManager")
             known, of = coordinate_manager.map(coordinate_map_key), "the map of coordinate_map_key"
-            shape, device = tuple(features.shape), features.device
+            shape, where = tuple(features.shape), features.device
             require(shape[0] == known.rows, f"features is {shape}: {of} has {known.rows} sites")
-            require(device == known.device, f"features is on {device}: {of} is on {known.device}")
+            require(where == known.device, f"features is on {where}: {of} is on {known.device}")
         if requires_grad is not None:
             features.requires_grad_(requires_grad)
         self._F = features
@@ -421,9 +421,10 @@ def in_layout(x: SparseTensor) -> TileTensor:
     return TileTensor(permute(x.F, known.order, known.back), known.layout)
 
 
-def output_key(
-    x: SparseTensor, coordinates: Tensor | CoordinateMapKey | SparseTensor | None, stride: Sequence[int]
-) -> CoordinateMapKey | None:
+Target = Tensor | CoordinateMapKey | SparseTensor | None  # the argument `coordinates` of layers
+
+
+def output_key(x: SparseTensor, coordinates: Target, stride: Sequence[int]) -> CoordinateMapKey | None:
     """Return the key of the sites in the argument `coordinates` of a layer, or None if there are none.
 
     Args:
