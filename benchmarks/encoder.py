@@ -103,9 +103,12 @@ class Workload:
         self.reference.to(self.device)
         images = torch.randn(case.batch, 3, case.image, case.image).to(self.device)
         grad = torch.randn(case.batch, size.dims[-1], *case.grid).to(self.device)
-        layouts = (torch.channels_last, torch.contiguous_format)
-        self.images, self.nchw_images = (images.to(memory_format=layout) for layout in layouts)
-        self.output_grad, self.nchw_grad = (grad.to(memory_format=layout) for layout in layouts)
+        self.images = images.to(memory_format=torch.channels_last)
+        self.output_grad = grad.to(memory_format=torch.channels_last)
+        # What the dense encoders get: images in the dtype of autocast bring the mask, and so all features, to it.
+        low = images.to(getattr(torch, case.dtype))
+        self.dense_images = {False: low.to(memory_format=torch.channels_last), True: low}
+        self.dense_grads = {False: self.output_grad, True: grad}
         self.models: dict[str, ConvNeXtV2Encoder] = {}
         self.functions: dict[str, Callable[..., Tensor]] = {}
         for name in variants:
@@ -132,8 +135,7 @@ class Workload:
         with measure.autocast(self.case.device, self.case.dtype):
             if name.startswith("sparse"):
                 return self.models[name](self.images, self.mask, self.case.visible).features
-            images = self.nchw_images if name.endswith("nchw") else self.images
-            return self.functions[name](self.models[name], images, self.mask)
+            return self.functions[name](self.models[name], self.dense_images[name.endswith("nchw")], self.mask)
 
     def forward(self, name: str) -> Tensor:
         """Run one forward pass without gradients and return the output."""
@@ -143,8 +145,8 @@ class Workload:
     def forward_backward(self, name: str) -> Tensor:
         """Run forward and backward, to the gradients of all parameters, and return the output."""
         out = self.encode(name)
-        grad = self.nchw_grad if name.endswith("nchw") else self.output_grad
-        out.backward((self.row_grad if name.startswith("sparse") else grad).to(out.dtype))
+        grad = self.row_grad if name.startswith("sparse") else self.dense_grads[name.endswith("nchw")]
+        out.backward(grad.to(out.dtype))
         return out.detach()
 
     def call(self, name: str, mode: str) -> Callable[[], Tensor]:
@@ -208,7 +210,7 @@ class Workload:
         """Return what autograd keeps for backward, by encoder."""
         inputs = [
             self.images,
-            self.nchw_images,
+            *self.dense_images.values(),
             self.mask,
             *(p for model in self.models.values() for p in model.parameters()),
         ]

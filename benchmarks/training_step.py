@@ -87,7 +87,7 @@ def fcmae_step(case: dict[str, Any], variant: str, by_block: bool) -> Step:
     def loss() -> Tensor:
         with measure.autocast(case["device"], case["dtype"]):
             if variant == "dense":
-                return dense_loss(model, encode, images, mask)
+                return dense_loss(model, encode, images, mask, case["dtype"])
             return model(images, mask=mask, visible=visible)[0]
 
     found, limit = loss(), measure.TOLERANCE[case["dtype"]]
@@ -96,10 +96,13 @@ def fcmae_step(case: dict[str, Any], variant: str, by_block: bool) -> Step:
     return Step(model, loss, graph=variant == "sparse_graph")
 
 
-def dense_loss(model: FCMAE, encode: Callable[..., Tensor], images: Tensor, mask: Tensor) -> Tensor:
+def dense_loss(
+    model: FCMAE, encode: Callable[..., Tensor], images: Tensor, mask: Tensor, dtype: str = "float32"
+) -> Tensor:
     """Return the loss with the encoder computed densely: what `FCMAE` does with a SparseTensor."""
     grid_mask = mask.view(-1, *model.grid(images))
-    encoded = encode(model.encoder, images, grid_mask)
+    # Images in the dtype of autocast bring the mask, and so all features, to it.
+    encoded = encode(model.encoder, images.to(getattr(torch, dtype)), grid_mask)
     x = torch.where(~grid_mask[:, None], model.proj(encoded), model.mask_token)
     loss: Tensor = model.reconstruction_loss(images, model.pred(model.decoder(x)), mask)
     return loss

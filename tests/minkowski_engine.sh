@@ -34,7 +34,7 @@ PATH="$folder/bin:$PATH"
 pip() {
   "$folder/bin/python" -m pip "$@" # no other environment's
 }
-pip install "torch==$torch" "numpy==$numpy" ninja pytest pytest-timeout hypothesis
+pip install "torch==$torch" "numpy==$numpy" ninja pytest pytest-timeout hypothesis rich
 pip install "setuptools==$setuptools" wheel # older than torch asks for, which only its compiler needs
 
 # Of no use to another torch, so not left to pip's own cache, which does not ask for which it was built.
