@@ -77,34 +77,39 @@ def cases() -> dict[str, tuple[Callable[[Any], SparseTensor], Any]]:
 
 def measured(module: Callable[[Any], SparseTensor], x: Any, repeats: int) -> dict[str, dict[str, float]]:
     """Return microseconds of a module and of its operator, without and with gradients."""
-    recorder = LastOperator()
-    with recorder:
-        module(x)
-    func, args, kwargs = recorder.call
-    # Leaves of their own, so that backward of the operator ends at its arguments.
-    args = tree_map(lambda v: v.detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v, args)
-    leaves = [v for v in tree_leaves(args) if isinstance(v, Tensor) and v.requires_grad]
-    parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
-    inputs = [x.features if isinstance(x, SparseTensor) else x, *parameters]
 
     def run_module() -> Tensor:
         return module(x).features
 
-    def run_operator() -> Tensor:
-        out = func(*args, **kwargs)
-        return out if isinstance(out, Tensor) else out[0]
-
-    found = {}
     with torch.no_grad():
-        found["without gradients"] = pair(run_module, run_operator, repeats)
-    grad = torch.ones_like(run_module())
-    operator_grad = torch.ones_like(run_operator())
-    found["with gradients"] = pair(
+        run_operator, _ = last_operator(run_module)
+        without = pair(run_module, run_operator, repeats)
+    run_operator, leaves = last_operator(run_module)
+    parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
+    inputs = [x.features if isinstance(x, SparseTensor) else x, *parameters]
+    grad, operator_grad = torch.ones_like(run_module()), torch.ones_like(run_operator())
+    with_gradients = pair(
         lambda: torch.autograd.grad(run_module(), inputs, grad),
         lambda: torch.autograd.grad(run_operator(), leaves, operator_grad),
         repeats,
     )
-    return found
+    return {"without gradients": without, "with gradients": with_gradients}
+
+
+def last_operator(run: Callable[[], object]) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """Return the last operator that `run` calls, as a call of its own, and its arguments that ask for gradients."""
+    recorder = LastOperator()
+    with recorder:
+        run()
+    func, args, kwargs = recorder.call
+    # Its arguments become leaves, at which backward of the operator ends.
+    args = tree_map(lambda v: v.detach().requires_grad_(v.requires_grad) if isinstance(v, Tensor) else v, args)
+
+    def call() -> Tensor:
+        out = func(*args, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
+    return call, [v for v in tree_leaves(args) if isinstance(v, Tensor) and v.requires_grad]
 
 
 def pair(module: Callable[[], object], operator: Callable[[], object], repeats: int) -> dict[str, float]:
