@@ -142,6 +142,7 @@ OPERATORS = {
     operator.name: operator
     for operator in (
         convolution.operator,
+        convolution.patchify_operator,
         block.operator,
         depthwise_convolution.operator,
         drop_path.operator,

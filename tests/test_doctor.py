@@ -15,7 +15,7 @@ import torch
 from cases import needs_triton
 
 import sparsecnx
-from sparsecnx import doctor, explain, ops
+from sparsecnx import doctor, ops
 from sparsecnx.backends import compiled, cuda, triton_launch
 
 
@@ -227,21 +227,22 @@ def test_cuda_operators_of_another_build(
 
 
 def test_explanation_covers_every_operator_at_every_stage() -> None:
+    names = [operator.name for operator in doctor.EXPLAINED_OPERATORS]
     public = {name for name in ops.__all__ if not name.startswith("mapped_")} - {"BlockParameters", "draw_survival"}
-    assert {operator.name for operator in explain.OPERATORS} == public
-    cpu = torch.device("cpu")
-    lines = explain.report(cpu, torch.float32, "tiny").splitlines()
-    table = lines[3 : lines.index("", 2)]
+    assert set(names) == {*public, "patchify"}
+    lines = doctor.explain(torch.device("cpu"), torch.float32, "tiny").splitlines()
+    table = [line.split() for line in lines[3 : lines.index("", 2)]]
+    stages = list(zip(("96", "192", "384", "768"), ("8", "4", "2", "1"), strict=True))
     fast = "cpu" if compiled.loaded else "reference"
-    found = [tuple(line.split()[:4]) for line in table]
-    stages = zip(("96", "192", "384", "768"), ("8", "4", "2", "1"), strict=True)
-    assert found == [(operator.name, *stage, fast) for operator, stage in product(explain.OPERATORS, stages)]
-    assert all("the fastest that can run" in line for line in table)
+    assert [tuple(line[:4]) for line in table] == [
+        (name, *stage, "library" if name == "patchify" else fast) for name, stage in product(names, stages)
+    ]
+    assert all("the fastest that can run" in " ".join(line) for line in table)
 
 
 @pytest.mark.skipif(not compiled.loaded, reason=f"{compiled.why_not}")
 def test_explanation_of_the_hidden_layer() -> None:
-    pico, tiny = (explain.report(torch.device("cpu"), torch.float32, size) for size in ("pico", "tiny"))
+    pico, tiny = (doctor.explain(torch.device("cpu"), torch.float32, size) for size in ("pico", "tiny"))
     blocks = [line for line in pico.splitlines() if line.startswith("convnextv2_block ")]
     assert ["recomputed in backward" in line for line in blocks] == [True, False, False, False]
     assert "recomputed in backward" not in tiny
@@ -250,10 +251,11 @@ def test_explanation_of_the_hidden_layer() -> None:
 def test_explanation_says_why_the_others_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "loaded", False)
     monkeypatch.setattr(compiled, "why_not", "no C++ compiler")
-    report = explain.report(torch.device("cpu"), torch.bfloat16, "atto")
-    everything = ", ".join(operator.name for operator in explain.OPERATORS)
-    assert f"native: no C++ compiler\n    {everything}" in report
+    report = doctor.explain(torch.device("cpu"), torch.bfloat16, "atto")
+    names = [operator.name for operator in doctor.EXPLAINED_OPERATORS if "cpu" in operator.implementations]
+    assert f"cpu: no C++ compiler\n    {', '.join(names)}" in report
     assert "triton: Triton kernels run on the CPU only when asked for by name" in report
+    assert "minkowski: runs only where it is asked for by name" in report
     assert "What runs on cpu in bfloat16, in the four stages of ConvNeXt V2 Atto" in report
 
 

@@ -43,17 +43,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from operators import conv_parameters
 
-from sparsecnx import BackendError, Layout, SparseTensor, models, nn, ops, use_backend
+from sparsecnx import BackendError, Layout, SparseTensor, models, ops, use_backend
 from sparsecnx.backends import minkowski
-from sparsecnx.backends.dispatch import BY_NAME
 from sparsecnx.compat import minkowski as api
-from sparsecnx.ops import minkowski
+from sparsecnx.geometry.minkowski_maps import maps
 from sparsecnx.ops.depthwise_convolution import minkowski as depthwise
 
 DTYPES = pytest.mark.parametrize("dtype", dtypes_of("minkowski"), ids=name)
 OPERATORS = pytest.mark.parametrize("operator", ["conv", "depthwise_conv"])
-ON_TILES = ["conv", "convnextv2_block", "depthwise_conv", "grn", "layer_norm", "stochastic_depth"]
-EVERY_OPERATOR = pytest.mark.parametrize("operator", ON_TILES)
+OFFERED = pytest.mark.parametrize("operator", ["conv", "patchify", "depthwise_conv", "convnextv2_block"])
+CPU = torch.device("cpu")
 CHANNELS = 4
 
 
@@ -61,7 +60,7 @@ def parameters(operator: str, *kernel: int, out: int = 5) -> dict[str, torch.Ten
     return conv_parameters(CHANNELS, 1, *kernel) if operator == "depthwise_conv" else conv_parameters(out, 4, *kernel)
 
 
-# --- on MinkowskiEngine
+# Where it is installed.
 
 
 @needs_minkowski
@@ -128,34 +127,8 @@ def test_patchify_convolutions_run_on_it_too(stride, monkeypatch):
 
 
 @needs_minkowski
-def test_a_network_of_modules():
-    """Stem, depthwise convolution, downsampling: forward and backward as on the other backends."""
-    torch.manual_seed(0)
-    layers = [
-        nn.Conv2d(3, 6, 4, stride=4),
-        nn.Conv2d(6, 6, 7, padding=3, groups=6),
-        nn.GELU(),
-        nn.Conv2d(6, 8, 2, stride=2),
-        nn.Conv2d(8, 8, 3, padding=1),
-    ]
-    network = torch.nn.Sequential(*layers).double()
-    images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
-    x = SparseTensor.from_dense(images, draw_mask("random counts", 2, (2, 3), seed=4))
-    p = dict(network.named_parameters())
-
-    def run(x, **p):
-        return torch.func.functional_call(network, p, (x,))
-
-    expected = outputs_and_gradients(run, x, p)
-    with use_backend("minkowski"):
-        found = outputs_and_gradients(run, x, p)
-    assert_same(found, expected, 1e-11)
-
-
-@needs_minkowski
-@pytest.mark.parametrize("model", ["encoder", "FCMAE"])
-def test_the_published_model(model, monkeypatch):
-    """Every convolution of it is MinkowskiEngine's, forward and backward."""
+def test_the_published_model(monkeypatch):
+    """Every convolution of encoder and decoder is MinkowskiEngine's, forward and backward."""
     channelwise, function = (
         getattr(minkowski.library(), kind)
         for kind in ("MinkowskiChannelwiseConvolution", "MinkowskiConvolutionFunction")
@@ -169,13 +142,10 @@ def test_the_published_model(model, monkeypatch):
         if "grn" in key:  # which begin at 0
             torch.nn.init.normal_(parameter)
     images, mask = torch.randn(2, 3, 64, 96, dtype=torch.float64), draw_mask("equal counts", 2, (2, 3), seed=4)
-    leaves = dict((network.encoder if model == "encoder" else network).named_parameters())
+    leaves = dict(network.named_parameters())
 
     def run():
-        if model == "encoder":
-            outputs = {"output": network.encoder(images, mask).features}
-        else:
-            outputs = dict(zip(("loss", "prediction"), network(images, mask=mask)[:2], strict=True))
+        outputs = dict(zip(("loss", "prediction"), network(images, mask=mask)[:2], strict=True))
         total = sum(value.sin().sum() for value in outputs.values())
         return outputs | dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
 
@@ -186,9 +156,8 @@ def test_the_published_model(model, monkeypatch):
     assert not calls
     with use_backend("minkowski"):
         found = run()
-    # Stem, downsampling and five blocks; and the decoder's projection and block.
-    more = model == "FCMAE"
-    assert sorted(calls) == ["conv"] * (4 + more) + ["depthwise"] * (5 + more)
+    # Stem, three downsamplings and the decoder's projection; five blocks and the decoder's.
+    assert sorted(calls) == ["conv"] * 5 + ["depthwise"] * 6
     for backend in expected:
         assert_same(found, expected[backend], 1e-11)
 
@@ -225,21 +194,11 @@ def test_what_is_kept_for_a_layout_goes_with_it():
     x = random_sparse(example_layout(), CHANNELS)
     with use_backend("minkowski"):
         ops.depthwise_conv(x, **parameters("depthwise_conv", 3, 3))
-    kept = weakref.ref(minkowski.maps(x.layout.tiles))
-    assert kept() is minkowski.maps(x.layout.tiles)
+    kept = weakref.ref(maps(x.layout.tiles))
+    assert kept() is maps(x.layout.tiles)
     del x
     gc.collect()
     assert kept() is None
-
-
-@needs_minkowski
-@OPERATORS
-def test_random_numbers_stay_as_they_were(operator):
-    x, p = random_sparse(example_layout(), CHANNELS), parameters(operator, 3, 5)
-    before = torch.get_rng_state()
-    with use_backend("minkowski"):
-        getattr(ops, operator)(x, **p)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 @needs_minkowski
@@ -254,21 +213,23 @@ def test_compiled_around_it(operator):
 
     with use_backend("minkowski"):
         assert_close(torch.compile(run, backend="aot_eager")(x.features), run(x.features))
-        with pytest.raises(torch._dynamo.exc.Unsupported, match=minkowski.NOT_TRACEABLE):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="MinkowskiEngine cannot be traced"):
             torch.compile(run, backend="aot_eager", fullgraph=True)(x.features)
 
 
 @needs_minkowski
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=name)
 @OPERATORS
-def test_training_after_evaluation(operator, mode):
+def test_training_after_evaluation_draws_no_random_numbers(operator, mode):
     x, p = random_sparse(example_layout(), CHANNELS), parameters(operator, 3, 3)
     run = getattr(ops, operator)
     expected = outputs_and_gradients(run, x, p)
+    before = torch.get_rng_state()
     with use_backend("minkowski"):
         with mode():
             assert_close(run(x, **p).features, expected["output"])
         assert_same(outputs_and_gradients(run, x, p), expected, 1e-11)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @needs_minkowski
@@ -337,11 +298,12 @@ def test_dtypes_that_it_does_not_take(operator, dtype):
 
 
 @needs_minkowski
-def test_import_leaves_collections_and_warnings_alone():
+def test_import_leaves_collections_warnings_and_the_environment_alone():
     program = (
-        "import collections, os, sys, torch; from sparsecnx import _minkowski;"
-        "os.cpu_count = lambda: 64; before = dict(os.environ);"  # it has a warning for more than 16 cores, too
-        "sys.exit(minkowski.refusal(torch.device('cpu')) or hasattr(collections, 'Sequence') or os.environ != before)"
+        "import collections, os, sys, torch; from sparsecnx.backends import minkowski;"
+        "os.cpu_count = lambda: 64; before = dict(os.environ);"  # It warns on more than 16 cores.
+        "refusal = minkowski.device_refusal(torch.device('cpu'));"
+        "sys.exit(refusal or hasattr(collections, 'Sequence') or os.environ != before)"
     )
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     command = [sys.executable, "-W", "error", "-c", program]
@@ -349,29 +311,19 @@ def test_import_leaves_collections_and_warnings_alone():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# --- without it
+@needs_minkowski
+@OFFERED
+def test_explanation_where_it_is_asked_for(operator):
+    with use_backend("minkowski"):
+        choice = dispatcher(operator).explain(random_sparse(example_layout(), CHANNELS))
+    assert (choice.backend, choice.reasons["minkowski"]) == ("minkowski", "asked for")
+    assert choice.reasons["reference"] == "can run, not asked for"
 
 
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """An empty stand-in under the library's name."""
-    found = ModuleType(minkowski.NAME)
-    monkeypatch.setitem(sys.modules, minkowski.NAME, found)
-    return found
+# Where it is not, or is not what runs.
 
 
-def broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """As where importing the library raises."""
-
-    def import_module(name: str) -> ModuleType:
-        assert name == minkowski.NAME
-        raise error
-
-    monkeypatch.delitem(sys.modules, minkowski.NAME, raising=False)
-    monkeypatch.setattr(importlib, "import_module", import_module)
-
-
-@OPERATORS
+@OFFERED
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -382,23 +334,23 @@ def broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         ),
         (ImportError("undefined symbol: _ZN3c10"), "installed, but does not import: undefined symbol: _ZN3c10"),
         (RuntimeError("CUDA error"), "installed, but does not import: CUDA error"),
+        (None, "not installed"),
     ],
-    ids=["absent", "half", "another torch", "raises"],
+    ids=["absent", "half", "another torch", "raises", "blocked"],
 )
 def test_it_says_why_it_cannot_be_imported(operator, error, reason, monkeypatch):
-    broken(monkeypatch, error)
-    x = random_sparse(example_layout(), CHANNELS)
+    def import_module(name: str) -> ModuleType:
+        assert name == minkowski.NAME
+        raise error
+
+    if error is None:
+        monkeypatch.setitem(sys.modules, minkowski.NAME, None)
+    else:
+        monkeypatch.delitem(sys.modules, minkowski.NAME, raising=False)
+        monkeypatch.setattr(importlib, "import_module", import_module)
     message = f"backend 'minkowski' cannot run {operator}: MinkowskiEngine is {reason}"
     with use_backend("minkowski"), pytest.raises(BackendError, match=re.escape(message)):
-        getattr(ops, operator)(x, **parameters(operator, 3, 3))
-
-
-@OPERATORS
-def test_an_import_that_is_blocked(operator, monkeypatch):
-    monkeypatch.setitem(sys.modules, minkowski.NAME, None)
-    message = f"backend 'minkowski' cannot run {operator}: MinkowskiEngine is not installed"
-    with use_backend("minkowski"), pytest.raises(BackendError, match=message):
-        getattr(ops, operator)(random_sparse(example_layout(), CHANNELS), **parameters(operator, 3, 3))
+        dispatcher(operator).choose(random_sparse(example_layout(), CHANNELS))
 
 
 @pytest.fixture
@@ -412,47 +364,33 @@ def on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return code
 
 
-@pytest.mark.parametrize("own", ["ours", "plain"])
-def test_threads_wait_for_the_import(own, on_disk):
+@pytest.mark.parametrize("first", ["ours", "plain", "all at once"])
+def test_threads_wait_for_the_import(first, on_disk, monkeypatch):
     """Whoever imports it: through us, or by a plain `import` somewhere else."""
-    on_disk.write_text(
-        "import collections, time\n"
-        + ("collections.Mapping, collections.Sequence\n" if own == "ours" else "")
-        + "time.sleep(0.3)\n"
-        "def is_cuda_available(): return True\n"
-    )
-    importers = [minkowski.library] * 4
-    if own == "plain":
-        importers[0] = lambda: importlib.import_module(minkowski.NAME)
 
-    def first(importer):
-        if importer is not importers[0]:
-            while minkowski.NAME not in sys.modules:  # half imported
-                pass
-        return importer().is_cuda_available()
-
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(first, importers)) == [True] * 4
-    assert not hasattr(collections, "Mapping")
-
-
-def test_threads_that_all_begin_the_import(on_disk, monkeypatch):
     class Slow(list):
         def __iter__(self):
             for found in super().__iter__():
                 time.sleep(0.002)
                 yield found
 
-    monkeypatch.setattr(collections.abc, "__all__", Slow(collections.abc.__all__))
-    on_disk.write_text("import collections, time\ntime.sleep(0.1)\ncollections.Mapping\n")
+    if first == "all at once":
+        monkeypatch.setattr(collections.abc, "__all__", Slow(collections.abc.__all__))
+    old_names = "" if first == "plain" else "collections.Mapping, collections.Sequence\n"
+    on_disk.write_text(f"import collections, time\n{old_names}time.sleep(0.2)\ndef is_cuda_available(): return True\n")
+    importers = [minkowski.library] * 4
+    if first == "plain":
+        importers[0] = lambda: importlib.import_module(minkowski.NAME)
     start = threading.Barrier(4)
 
-    def importer(_):
+    def run(number):
         start.wait(60)
-        return minkowski.library().__name__
+        while number and first != "all at once" and minkowski.NAME not in sys.modules:  # Until it is half imported.
+            pass
+        return importers[number]().is_cuda_available()
 
     with ThreadPoolExecutor(4) as pool:
-        assert set(pool.map(importer, range(4))) == {minkowski.NAME}
+        assert list(pool.map(run, range(4))) == [True] * 4
     assert not hasattr(collections, "Mapping")
 
 
@@ -482,7 +420,7 @@ def test_number_of_threads_in_the_environment_during_the_import_alone(cores, dur
 
 @pytest.fixture
 def fork(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The fork as far as the room goes, on our API of the same names; `calls` tells what its layers were given."""
+    """The fork as far as the backend goes, on our API of the same names; `calls` tells what its layers were given."""
     found = ModuleType("fork")
     vars(found).update({key: getattr(api, key) for key in ("CoordinateManager", "CoordinateMapType", "SparseTensor")})
     calls = found.calls = []
@@ -539,21 +477,21 @@ def test_gradients_of_the_gradients_of_the_fork(fork):
         first.sum().backward()
 
 
-def test_a_library_without_cuda(library):
-    library.is_cuda_available = lambda: False
-    assert minkowski.refusal(torch.device("cpu")) is None
-    found = minkowski.refusal(torch.device("cuda", 0))
-    assert found == "MinkowskiEngine is built for the CPU only, x is on cuda:0"
-    library.is_cuda_available = lambda: True
-    assert minkowski.refusal(torch.device("cuda", 0)) is None
-    assert minkowski.refusal(torch.device("meta")) == "MinkowskiEngine runs on the CPU and on CUDA, x is on meta"
+def test_a_library_without_cuda(monkeypatch):
+    library = ModuleType(minkowski.NAME)
+    monkeypatch.setitem(sys.modules, minkowski.NAME, library)
+    for cuda, refusal in ((False, "MinkowskiEngine is built for the CPU only, x is on cuda:0"), (True, None)):
+        library.is_cuda_available = lambda cuda=cuda: cuda
+        assert minkowski.device_refusal(CPU) is None
+        assert minkowski.device_refusal(torch.device("cuda", 0)) == refusal
+    assert minkowski.device_refusal(torch.device("meta")) == "MinkowskiEngine runs on the CPU and on CUDA, x is on meta"
 
 
 def test_our_own_stand_in_is_not_taken_for_it():
     program = (
         "import torch; from sparsecnx.compat import minkowski; minkowski.install();"
-        "from sparsecnx import _minkowski; print(minkowski.refusal(torch.device('cpu')));"
-        "minkowski.uninstall(); print(minkowski.refusal(torch.device('cpu')))"
+        "from sparsecnx.backends import minkowski as backend; print(backend.device_refusal(torch.device('cpu')));"
+        "minkowski.uninstall(); print(backend.device_refusal(torch.device('cpu')))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     installed, uninstalled = done.stdout.splitlines()
@@ -577,7 +515,7 @@ def test_old_names_of_collections_during_the_import_alone(monkeypatch):
     assert not hasattr(collections, "Sequence") and not hasattr(collections, "Mapping")
 
 
-@EVERY_OPERATOR
+@OFFERED
 def test_never_without_being_asked_for(operator, monkeypatch):
     def asked(*_):
         raise AssertionError("MinkowskiEngine was looked for")
@@ -586,18 +524,6 @@ def test_never_without_being_asked_for(operator, monkeypatch):
     monkeypatch.setattr(minkowski, "library", asked)
     x, chosen = random_sparse(example_layout(), CHANNELS, torch.float32), dispatcher(operator)
     for backend, layout in product(("auto", "reference"), (x.layout, example_layout(grid=(2, 2, 1), tile=2))):
-        y = random_sparse(layout, CHANNELS, torch.float32)
         with use_backend(backend):
-            choice = chosen.explain(y)
-        assert choice.backend != "minkowski" and choice.reasons["minkowski"] == BY_NAME
-        assert list(choice.reasons)[-1] == "minkowski"
-
-
-@needs_minkowski
-@EVERY_OPERATOR
-def test_explanation_where_it_is_asked_for(operator):
-    x = random_sparse(example_layout(), CHANNELS)
-    with use_backend("minkowski"):
-        choice = dispatcher(operator).explain(x)
-    assert (choice.backend, choice.reasons["minkowski"]) == ("minkowski", "asked for")
-    assert choice.reasons["reference"] == "can run, not asked for"
+            choice = chosen.explain(random_sparse(layout, CHANNELS, torch.float32))
+        assert choice.backend != "minkowski" and choice.reasons["minkowski"] == minkowski.BY_NAME

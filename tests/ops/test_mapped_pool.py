@@ -9,7 +9,6 @@ from cases import BOUNDS, DTYPES, assert_same, backends, device_of, incoming_gra
 from mapped import inverse, random_map, site_map, with_gradients
 
 from sparsecnx import ops, use_backend
-from sparsecnx.ops.mapped_pooling.maximum import maximum
 
 MODES = pytest.mark.parametrize("mode", ["sum", "avg", "max"])
 BACKENDS = pytest.mark.parametrize("backend", backends("mapped_depthwise_conv"))
@@ -114,11 +113,11 @@ def test_compiled_whole_in_any_size(mode):
 def test_opcheck():
     kernel_map = random_map(20, 15, 4, 0.6)
     features = torch.randn(20, 8, requires_grad=True)
+    operators = torch.ops.sparsecnx_mapped
     for inverse_map in (None, inverse(kernel_map, 20)):
-        torch.library.opcheck(maximum._opoverload, (features, kernel_map, inverse_map))
-    winner = maximum(features, kernel_map, None)[1]
-    backward = torch.ops.sparsecnx_mapped.max_pool_backward.default
-    torch.library.opcheck(backward, (torch.randn(15, 8), winner, inverse(kernel_map, 20)))
+        torch.library.opcheck(operators.max_pool.default, (features, kernel_map, inverse_map))
+    _, winner = operators.max_pool(features, kernel_map, None)
+    torch.library.opcheck(operators.max_pool_backward.default, (torch.randn(15, 8), winner, inverse(kernel_map, 20)))
 
 
 @MODES

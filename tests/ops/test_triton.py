@@ -36,12 +36,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mapped import run_mapped_depthwise_conv
 from operators import BLOCK_VECTORS, CASES, block, block_parameters, channel_parameters, conv_parameters, scaled_images
+from sparsecnx.choices import Comparison
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import BackendError, Layout, SparseTensor, choices, models, ops, use_backend
 from sparsecnx.backends import triton_launch
-from sparsecnx.choices import Comparison
 from sparsecnx.geometry.packing import gather_rows, scatter_rows
 
 pytestmark = needs_triton
