@@ -28,7 +28,7 @@ def photos(tmp_path):
 
 
 def refused(arguments, capsys):
-    """Run a command that must be refused; returns the one line it prints."""
+    """Run a command that must be refused, and return the one line that it prints."""
     assert main([str(argument) for argument in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -121,7 +121,7 @@ def test_help_lists_the_commands(capsys):
 
 
 def test_a_terminated_run_saves_resumes_and_is_drawn(photos, tmp_path, capsys):
-    """SIGTERM to the whole process group, workers included, as a scheduler sends it."""
+    """Send SIGTERM to the whole process group, including workers, as a scheduler does."""
     run = tmp_path / "run"
     arguments = ["--data", photos, "--output", run, "--image-size", 64, "--batch-size", 2, "--epochs", 1000]
     command = [sys.executable, "-m", "sparsecnx.cli", "pretrain", "--workers", "1", *map(str, arguments)]

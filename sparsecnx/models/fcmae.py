@@ -23,14 +23,14 @@ from sparsecnx.tensor import SparseTensor
 
 
 class FCMAE(nn.Module):
-    """Sparse ConvNeXt V2 encoder on the visible patches, a light dense decoder, loss on the masked ones.
+    """A sparse ConvNeXt V2 encoder on the visible patches, a light decoder on all, and the loss on the masked ones.
 
     Args:
-        encoder: the masked encoder, `encoder(images, mask)` giving a SparseTensor at stride 32.
+        encoder: the masked encoder; `encoder(images, mask)` returns a SparseTensor at stride 32.
         patch_size: pixels per patch side, a multiple of 32.
         decoder_depth: blocks of the decoder.
         decoder_dim: channels of the decoder.
-        norm_pix_loss: normalise the target pixels of every patch to zero mean and unit variance.
+        norm_pix_loss: True normalises the target pixels of every patch to zero mean and unit variance.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class FCMAE(nn.Module):
         visible: int | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mask, encode, reconstruct.
+        """Mask, encode and reconstruct images.
 
         Args:
             images: `(B, C, H, W)`, H and W multiples of the patch size.
-            mask_ratio: fraction of patches removed by a random mask; used where `mask` is None.
+            mask_ratio: fraction of patches removed by a random mask, if `mask` is None.
             mask: bool `(B, L)` or `(B, gh, gw)`, True = masked.
-            visible: visible patches per image of `mask` where known and equal, see
+            visible: number of visible patches of `mask`, if it is known and equal in all images, see
                 `SparseTensor.from_dense`.
             generator: source of the random mask, on the device of `images` or on the CPU.
 
@@ -99,7 +99,7 @@ class FCMAE(nn.Module):
         return self._loss(images, pred, mask, grid), pred, mask
 
     def forward_decoder(self, encoded: SparseTensor) -> Tensor:
-        """The last stage's SparseTensor to predictions `(B, patch_size**2 * C, gh, gw)`."""
+        """Return predictions `(B, patch_size**2 * C, gh, gw)` for the SparseTensor of the last stage."""
         x = self.proj(encoded).dense(fill=self.mask_token.flatten())
         # The decoder sees every site. Its blocks run on a SparseTensor without a mask: the fused operator is
         # faster than the dense sequence and keeps less for backward.
@@ -108,7 +108,7 @@ class FCMAE(nn.Module):
         return self.pred(self.decoder(x).dense())
 
     def reconstruction_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error of the patches' pixels, averaged over masked patches; 0 where none is masked.
+        """Return the mean squared error of the pixels of the masked patches, 0 if none is masked.
 
         With `norm_pix_loss` the target of a patch is `(t - mean) / sqrt(var + 1e-6)`, var unbiased.
         """
@@ -123,7 +123,7 @@ class FCMAE(nn.Module):
         return (error * mask).sum() / mask.sum().clamp(min=1)
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` to patches `(B, L, patch_size**2 * C)`, pixels as (row, column, colour)."""
+        """Cut images `(B, C, H, W)` into patches `(B, L, patch_size**2 * C)`, pixels as (row, column, colour)."""
         return self._patches(images, self.grid(images))
 
     def _patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -132,7 +132,7 @@ class FCMAE(nn.Module):
         return patches.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], gh * gw, -1)
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patches `(B, L, patch_size**2 * C)` to images `(B, C, H, W)`; undoes `patchify`.
+        """Join patches `(B, L, patch_size**2 * C)` to images `(B, C, H, W)`; undoes `patchify`.
 
         Raises:
             ValueError: L is not the number of cells of `grid`.
@@ -144,10 +144,10 @@ class FCMAE(nn.Module):
         return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_chans, gh * p, gw * p)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
-        """Patches per axis of images `(B, C, H, W)`.
+        """Return the patches per axis of images `(B, C, H, W)`.
 
         Raises:
-            TypeError, ValueError: not floating images, or a side is not a multiple of the patch size.
+            TypeError, ValueError: `images` is not floating, or a side is not a multiple of the patch size.
         """
         check_images(images, self.in_chans)
         height, width = images.shape[2:]
@@ -162,10 +162,10 @@ class FCMAE(nn.Module):
 def create_fcmae(
     size: str, *, in_chans: int = 3, drop_path_rate: float = 0.0, grn_scope: str = "sample", **options: Any
 ) -> FCMAE:
-    """FCMAE with the encoder of a named size; other options as `FCMAE`.
+    """Build an FCMAE with the encoder of a named size; other options are those of `FCMAE`.
 
     Raises:
-        ValueError: unknown size.
+        ValueError: there is no such size.
     """
     config = get_size(size)
     encoder = ConvNeXtV2Encoder(config.depths, config.dims, in_chans, drop_path_rate, grn_scope)

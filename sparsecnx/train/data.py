@@ -205,7 +205,7 @@ class Crops(Dataset[Any]):
                 return self.decoded[place], unreadable
             try:
                 pixels = read_image(self.images.path(place))
-            except Exception as error:  # decoders raise many kinds, and none may end a long run
+            except Exception as error:  # decoders raise many kinds of errors, and none may end a long run
                 reason = f"{type(error).__name__}: {error}"
                 unreadable.append(Unreadable(self.images.names[place], reason))
                 continue

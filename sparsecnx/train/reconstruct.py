@@ -137,7 +137,7 @@ def _read_square(path: str | Path, side: int) -> Tensor:
     """Return the central square of an image file, uint8 `(3, side, side)`."""
     try:
         pixels = read_image(str(path))
-    except Exception as error:  # decoders raise many kinds
+    except Exception as error:  # decoders raise many kinds of errors
         raise InputError("images", path, f"cannot be read ({type(error).__name__}: {error})") from error
     pixels = v2.functional.resize(pixels, [side], interpolation=v2.InterpolationMode.BICUBIC)
     square: Tensor = v2.functional.center_crop(pixels, [side])

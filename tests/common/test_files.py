@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Tests of files that are written whole or not at all."""
 
 import os
 import pathlib
@@ -14,7 +14,7 @@ def names(folder):
 
 
 def record_syncs(monkeypatch):
-    """Inode and mode of everything forced to disk."""
+    """Return a list that records inode and mode of everything forced to disk."""
     synced = []
     fsync = os.fsync
 
@@ -32,7 +32,7 @@ def save_through_the_file(files):
 
 
 def save_another_in_its_place(files):
-    """As safetensors does: a file of its own, for the user alone, renamed over ours."""
+    """Rename another file, with mode 600, over the given one, as safetensors does."""
     other = pathlib.Path(f"{files[0].name}.other")
     other.touch(mode=0o600)
     other.write_bytes(b"whole")

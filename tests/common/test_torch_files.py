@@ -1,4 +1,4 @@
-"""Files of `torch.save`: no code in them runs, and large ones stay on disk."""
+"""Tests of files of `torch.save`: no code in them runs, and large ones stay on disk."""
 
 import os
 import pathlib
@@ -23,11 +23,11 @@ def test_the_class_that_is_refused_is_named(legacy, tmp_path):
 
 
 class Known:
-    """A class that the process lets in, and one that it does not."""
+    """A class that the process allows in files."""
 
 
 class Unknown:
-    pass
+    """A class that it does not allow."""
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_the_classes_that_the_process_lets_in_stay_as_they_were(fails, known, tm
 
 
 def test_threads_do_not_take_classes_from_each_other(tmp_path, monkeypatch):
-    """The second thread comes, and could leave, while the first is about to read."""
+    """The second thread starts, and would end, while the first is about to read."""
     torch.save(Unknown(), tmp_path / "a.pt")
     load = torch.load
     results = []
@@ -58,7 +58,7 @@ def test_threads_do_not_take_classes_from_each_other(tmp_path, monkeypatch):
     def wait_for_the_second(*arguments, **options):
         monkeypatch.setattr(torch, "load", load)
         second.start()
-        second.join(0.3)  # longer than it takes to read the file; it has to wait for us instead
+        second.join(0.3)  # longer than it takes to read the file, but it has to wait for this thread
         return load(*arguments, **options)
 
     monkeypatch.setattr(torch, "load", wait_for_the_second)
@@ -69,7 +69,7 @@ def test_threads_do_not_take_classes_from_each_other(tmp_path, monkeypatch):
 
 
 def is_mapped(tensor, path):
-    """Whether a tensor's numbers are where the kernel shows the file."""
+    """Return whether the numbers of a tensor lie where the kernel has mapped the file."""
     for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
         addresses, _, rest = line.partition(" ")
         start, end = (int(address, 16) for address in addresses.split("-"))
@@ -92,7 +92,7 @@ def test_what_is_mapped_outlives_its_file_and_does_not_change_it(tmp_path):
     loaded, deleted = load_torch(path, mmap=True), load_torch(path, mmap=True)
     loaded["weight"][0] = 7
     assert load_torch(path)["weight"][0] == 1
-    save_torch(path, loaded)  # over what it is read from
+    save_torch(path, loaded)  # over the file that it is read from
     assert load_torch(path)["weight"][:2].tolist() == [7, 1]
     path.unlink()
     assert deleted["weight"].unique().tolist() == [1]

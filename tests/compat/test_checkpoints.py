@@ -1,4 +1,4 @@
-"""`sparsecnx.compat.checkpoints`: every pair of formats, the real classes of timm and transformers, files, errors."""
+"""Tests of `sparsecnx.compat.checkpoints`: pairs of formats, the classes of timm and transformers, files, errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLASSIFIERS = ("convnextv2", "timm", "timm conv_mlp", "transformers")
 
 @pytest.fixture(scope="session")
 def transformers():
-    """Imported once, and only for the tests that need it: it takes seconds."""
+    """Import transformers once, and only for the tests that need it: it takes seconds."""
     return pytest.importorskip("transformers", reason="needs transformers")
 
 
@@ -40,7 +40,7 @@ def timm():
 
 
 def randomised(model):
-    """Every parameter random: GRN starts as the identity, biases at 0."""
+    """Draw every parameter, because GRN starts as the identity and biases at 0."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -55,7 +55,7 @@ def autoencoder(patch_size=32):
 
 
 def minkowski_kernel(weight):
-    """`(O, I, kh, kw)`, or depthwise `(C, 1, kh, kw)`, to MinkowskiEngine's kernel, number by number."""
+    """Convert `(O, I, kh, kw)`, or depthwise `(C, 1, kh, kw)`, to a kernel of MinkowskiEngine, number by number."""
     outputs, inputs, height, width = weight.shape
     kernel = torch.empty(width, height, inputs, outputs, dtype=weight.dtype)
     for o, i, y, x in itertools.product(range(outputs), range(inputs), range(height), range(width)):
@@ -64,7 +64,7 @@ def minkowski_kernel(weight):
 
 
 def published_state_dict(model):
-    """What the published pretraining saves of a network with our model's parameters."""
+    """Return the state dict that the published pretraining saves for the parameters of our model."""
     state = {}
     for name, tensor in model.state_dict().items():
         module, _, parameter = name.rpartition(".")
@@ -103,7 +103,7 @@ MADE = {}
 
 
 def state_dict(kind, request):
-    """A checkpoint in a format, from the class that has it where that class can be had; made once."""
+    """Return a checkpoint in a format, made once, by the class of that library if it is installed."""
     if kind not in MADE:
         MADE[kind] = make_state_dict(kind, request)
     return MADE[kind]
@@ -132,7 +132,7 @@ def make_state_dict(kind, request):
     return randomised(library.ConvNextV2Model(transformers_config(library))).state_dict()
 
 
-FORMAT_OF = {  # the format a kind of checkpoint is in, and what `convert` is asked for to get back to it
+FORMAT_OF = {  # the format of a kind of checkpoint, and the options of `convert` for it
     "encoder": ("convnextv2", {}),
     "timm conv_mlp": ("timm", {"conv_mlp": True}),
     "timm features": ("timm", {}),
@@ -147,7 +147,7 @@ def to_kind(tensors, kind):
 
 
 def assert_same_bits(actual, expected):
-    """Same names, dtypes, shapes and bits, NaNs and the sign of zero included."""
+    """Compare names, dtypes, shapes and bits, including NaNs and the sign of zero."""
     assert actual.keys() == expected.keys()
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, tensor in expected.items():
@@ -175,7 +175,7 @@ def test_every_pair_of_formats_goes_there_and_back_bit_for_bit(here, there, requ
     tensors = state_dict(here, request)
     converted = to_kind(tensors, there)
     expected = {name: tensor for name, tensor in tensors.items() if name not in converted.left_out}
-    if "classifier.weight" in converted.left_out:  # then it comes back as the ConvNextV2Model that it was built on
+    if "classifier.weight" in converted.left_out:  # then the ConvNextV2Model inside it comes back
         expected = {name.removeprefix("convnextv2."): tensor for name, tensor in expected.items()}
     returned = to_kind(converted.state_dict, here)
     assert returned.left_out == []
@@ -203,7 +203,7 @@ def test_minkowski_layout_number_by_number():
     kernel = published_state_dict(model)["encoder.downsample_layers.2.1.kernel"]
     assert kernel.shape == (4, DIMS[1], DIMS[2])
     weight = converted.state_dict["encoder.downsample_layers.2.1.weight"]
-    # With MinkowskiEngine the row varies fastest: row 1, column 0 is its kernel's second.
+    # In MinkowskiEngine the row varies fastest: row 1, column 0 is the second tap.
     assert torch.equal(weight[:, :, 1, 0], kernel[1].T)
 
 
@@ -219,7 +219,7 @@ def test_what_has_no_place_is_named():
 
 
 def test_our_models_load_what_is_converted():
-    """A published autoencoder into ours: the same loss as where it came from; its encoder into a classifier."""
+    """Our autoencoder has the loss of the published one, and our classifier takes its encoder."""
     model = autoencoder().double()
     tensors = published_state_dict(model)
     ours = autoencoder().double()
@@ -235,13 +235,13 @@ def test_our_models_load_what_is_converted():
 
 
 def test_code_written_for_minkowski_engine_computes_the_same(monkeypatch):
-    """The model in the style of the published one, on MinkowskiEngine's API: its names, its kernels, our loss."""
+    """The model in the style of the published one, on the API of MinkowskiEngine, has the loss of ours."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     monkeypatch.delitem(sys.modules, "published_style", raising=False)
     minkowski.install()
     try:
         theirs = importlib.import_module("published_style").FCMAE(DEPTHS, DIMS, decoder_dim=12).double()
-        encoder = models.ConvNeXtV2Encoder(**SIZES, grn_scope="batch")  # as the published code's
+        encoder = models.ConvNeXtV2Encoder(**SIZES, grn_scope="batch")  # as in the published code
         ours = randomised(models.FCMAE(encoder, decoder_dim=12)).double()
         theirs.load_state_dict(convert(ours.state_dict(), "fcmae").state_dict)
         x, mask = torch.randn(2, 3, 64, 64, dtype=torch.float64), torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0]])
@@ -276,7 +276,7 @@ def test_timm_computes_the_features_of_an_autoencoder(kind, timm, request):
 
 
 def test_atto_is_what_timm_and_transformers_build(timm, transformers):
-    """A named size: timm builds atto with 1x1 convolutions, which nobody has to be told."""
+    """timm builds atto with 1x1 convolutions; `convert` knows that without an option."""
     ours, x = randomised(models.convnextv2_atto(num_classes=10)), torch.randn(1, 3, 64, 64)
     expected = ours(x)
     theirs = timm.create_model("convnextv2_atto", num_classes=10).eval()
@@ -444,7 +444,7 @@ def test_a_tensor_of_no_use_is_refused_with_its_name(name, change, message, timm
 
 
 def test_a_network_without_channels_is_refused():
-    """All of its entries agree with each other."""
+    """The entries of such a network agree with each other."""
     tensors = {name: tensor[:0] if len(tensor) == 8 else tensor for name, tensor in classifier().state_dict().items()}
     with pytest.raises(CheckpointError, match=r"downsample_layers\.0\.0\.weight is \(0, 3, 4, 4\): expected sizes"):
         convert(tensors, "timm")
@@ -470,7 +470,7 @@ def test_arguments_are_checked():
 
 
 def test_no_tensors_share_memory():
-    """Views of one storage would be written as that whole storage, and safetensors refuses them."""
+    """torch.save would write views of one storage as the whole storage, and safetensors refuses them."""
     tensors = dict(classifier().state_dict())
     flat = torch.randn(100)
     tensors["stages.0.0.norm.weight"], tensors["stages.0.0.norm.bias"] = flat[:8], flat[:8]
@@ -511,7 +511,7 @@ def test_other_endings_are_refused(path, to, tmp_path):
 
 
 def published_file(path, **more):
-    """A checkpoint as the published code writes it, with its command line beside the model."""
+    """Write a checkpoint as the published code does, with the command line beside the model."""
     state = published_state_dict(autoencoder())
     args = argparse.Namespace(model="convnextv2_atto", blr=1.5e-4, betas=(0.9, 0.95), data_path=None)
     torch.save({"model": state, "optimizer": {"state": {}}, "epoch": 799, "args": args, **more}, path)
@@ -523,7 +523,7 @@ def test_the_command_line_in_a_published_file_is_no_hindrance(tmp_path):
     loaded = checkpoints.load(tmp_path / "checkpoint-799.pth")
     assert (loaded.key, loaded.parts, loaded.prefix) == ("model", ("model", "optimizer", "epoch", "args"), "")
     assert_same_bits(loaded.state_dict, state)
-    # and stays so only while loading
+    # The class is allowed only while loading.
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
@@ -568,7 +568,7 @@ def test_two_names_of_one_part(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.module."])
 def test_wrappers_before_every_name_are_taken_off(prefix, tmp_path):
-    """Names as DistributedDataParallel and torch.compile, in any order, give them."""
+    """The names are those of DistributedDataParallel and torch.compile in any order."""
     path, state = tmp_path / "checkpoint.pt", dict(classifier().state_dict())
     wrapped = {prefix + name: tensor for name, tensor in state.items()}
     for contents in (wrapped, {"model": wrapped}):

@@ -1,4 +1,4 @@
-"""`sparsecnx convert`: what it prints, what it refuses."""
+"""Tests of `sparsecnx convert`: its lines and its errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def autoencoder():
 
 @pytest.fixture
 def published(tmp_path):
-    """A published training checkpoint: the model, its moving average, and the command line."""
+    """Write a published training checkpoint: the model, its moving average, and the command line."""
     state = checkpoints.convert(autoencoder().state_dict(), "fcmae").state_dict
     path = tmp_path / "checkpoint-799.pth"
     torch.save({"model": state, "model_ema": state, "args": argparse.Namespace(epochs=800)}, path)

@@ -118,7 +118,7 @@ def test_transposed_convolution_of_kernel_and_stride_alike(kind: str, ndim: int,
     down = ME.MinkowskiConvolution(3, 4, kernel_size=size, stride=size, dimension=ndim).double()
     up = ME.MinkowskiConvolutionTranspose(4, 5, kernel_size=size, stride=size, bias=True, dimension=ndim).double()
     coarse = down(x)
-    if not from_fine:  # the same sites in a manager that does not know what they came from
+    if not from_fine:  # the same sites in a manager that has no finer map
         coarse = ME.SparseTensor(coarse.F, coarse.C.contiguous(), tensor_stride=coarse.tensor_stride)
     features = coarse.F.detach().requires_grad_()
     out = up(coarse._with(features))
@@ -268,7 +268,7 @@ def test_dense_and_back(kind: str) -> None:
 
 def test_to_sparse_drops_the_sites_that_are_zero() -> None:
     dense = torch.randn(2, 4, 3, 5) * (torch.rand(2, 1, 3, 5) < 0.5)
-    dense[0, 1, 0, 0], dense[0, 0, 0, 0] = 0.0, 1.0  # one channel alone keeps a site
+    dense[0, 1, 0, 0], dense[0, 0, 0, 0] = 0.0, 1.0  # one channel keeps a site
     x = ME.to_sparse(dense)
     assert x.C.tolist() == (dense != 0).any(1).nonzero().tolist()
     assert torch.equal(dense_of(x, dense), dense)
@@ -543,7 +543,7 @@ def test_a_pruned_tensor_goes_back_to_all_the_sites() -> None:
     kept = ME.MinkowskiPruning()(x, torch.arange(len(x)) % 3 == 0)
     down = ME.MinkowskiConvolution(4, 4, kernel_size=2, stride=2, dimension=2).double()
     up = ME.MinkowskiConvolutionTranspose(4, 4, kernel_size=2, stride=2, dimension=2).double()
-    assert up(down(kept)).coordinate_map_key == x.coordinate_map_key  # as MinkowskiEngine's
+    assert up(down(kept)).coordinate_map_key == x.coordinate_map_key  # as in MinkowskiEngine
     assert len(ME.cat(up(down(kept)), x)) == len(x)
 
 
@@ -698,9 +698,9 @@ def convolution_of(**geometry: Any) -> Any:
     ],
 )
 def test_bad_input(make: Any, message: str) -> None:
-    with pytest.raises(AssertionError, match=message) as caught:  # MinkowskiEngine's kind
+    with pytest.raises(AssertionError, match=message) as caught:  # as MinkowskiEngine raises
         make()
-    assert isinstance(caught.value, (ValueError, TypeError))  # and Python's
+    assert isinstance(caught.value, (ValueError, TypeError))  # as Python raises
 
 
 def test_coordinates_of_other_numbers_are_rounded_down_with_a_warning() -> None:
@@ -906,7 +906,7 @@ def test_runs_a_script(tmp_path: Path) -> None:
 
 
 def test_processes_that_a_script_spawns_import_it_too(tmp_path: Path) -> None:
-    # Also before a MinkowskiEngine that is installed, and from modules of torch's past before it.
+    # It comes before an installed MinkowskiEngine, and `torch._six` can be imported before it.
     (tmp_path / "MinkowskiOps.py").write_text("raise ImportError('the wrong one')\n")
     (tmp_path / "script.py").write_text(
         "from torch._six import inf\n"

@@ -1,4 +1,4 @@
-"""Code in the style of ConvNeXt V2's published sparse code, against the dense masked computation of its weights."""
+"""Code in the style of the published sparse ConvNeXt V2, against the dense masked computation with its weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=needs_gpu)]
 
 @pytest.fixture
 def style(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The code, its imports of MinkowskiEngine answered by the API."""
+    """Import the code, with our API as its MinkowskiEngine."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     sys.modules.pop("published_style", None)
     minkowski.install()
@@ -38,7 +38,7 @@ def style(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def make(style: ModuleType, device: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Tensor, Tensor]:
-    """A small model whose GRN does something, images, and a mask that leaves the last row and column visible."""
+    """Return a small model with random GRN, images, and a mask that leaves the last row and column visible."""
     model = style.FCMAE(DEPTHS, DIMS, decoder_dim=16, **options)
     for name, parameter in model.named_parameters():
         if "grn" in name or "bias" in name:
@@ -57,7 +57,7 @@ def norm_over_batch(x: Tensor, grn: Any) -> Tensor:
 
 
 def dense_encoder(encoder: Any, images: Tensor, mask: Tensor) -> Tensor:
-    """All operators on the whole image, times the mask."""
+    """Run all operators on the whole image, times the mask."""
     side = int(mask.shape[1] ** 0.5)
 
     def active(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`sparsecnx.models.convnextv2`: sizes, dense and sparse results, initialisation, errors."""
+"""Tests of `sparsecnx.models.convnextv2`: sizes, dense and sparse results, initialisation, errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PUBLISHED = {
 
 
 def randomise_grn(model):
-    """GRN starts as the identity, which would hide its errors."""
+    """Draw the parameters of GRN, which starts as the identity and would hide its errors."""
     for name, parameter in model.named_parameters():
         if ".grn." in name:
             torch.nn.init.normal_(parameter)
@@ -46,7 +46,7 @@ def images(batch: int = 3, channels: int = 3):
 
 
 def as_printed(value: float, printed: str) -> str:
-    """A value with as many digits as its printed form has."""
+    """Format a value with as many digits as its printed form has."""
     return f"{value:.{len(printed.partition('.')[2])}f}"
 
 
@@ -66,8 +66,8 @@ def test_parameters_and_flops_are_the_published_ones(size):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             assert model(torch.empty(1, 3, 224, 224)).shape == (1, 1000)
     assert as_printed(sum(p.numel() for p in model.parameters()) / 1e6, parameters) == parameters
-    # The published table mixes two ways of counting: products alone, or (Tiny, taken over from the first ConvNeXt)
-    # with 5 operations for each normalised number besides.
+    # The published table mixes two ways of counting: products only, or (for Tiny, as for the first ConvNeXt) also 5
+    # operations for each normalised number.
     products = counter.get_total_flops() / 2
     assert flops in (as_printed(count / 1e9, flops) for count in (products, products + 5 * sum(normalised)))
 
@@ -135,7 +135,7 @@ def test_images_depend_on_each_other_only_with_batch_scope(scope):
 
 
 def timm_name(name: str) -> str:
-    """timm's name of a parameter of the classifier."""
+    """Return the name in timm of a parameter of the classifier."""
     name = re.sub(r"^downsample_layers\.0\.", "stem.", name)
     name = re.sub(r"^downsample_layers\.(\d)\.", r"stages.\1.downsample.", name)
     name = re.sub(r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2.", name)

@@ -1,4 +1,4 @@
-"""`sparsecnx.models.FCMAE`: loss, masks, gradients, compilation, autocast, errors."""
+"""Tests of `sparsecnx.models.FCMAE`: loss, masks, gradients, compilation, autocast, errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsecnx.models import masked_dense
 
 
 def small_model(patch_size: int = 32, **options):
-    """A model with four blocks in the encoder, one in the decoder, and a GRN that is not the identity."""
+    """Build four blocks of encoder and one of decoder, with a GRN that is not the identity."""
     encoder = models.ConvNeXtV2Encoder(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
     model = models.FCMAE(encoder, patch_size=patch_size, decoder_dim=16, **options)
     for name, parameter in model.named_parameters():
@@ -32,14 +32,14 @@ def some_mask(kind: str = "equal counts", batch: int = 2, grid: tuple[int, int] 
 
 
 def expected_prediction(model, x, mask):
-    """Everything dense, the mask token written over the hidden sites: `(B, patch**2 * 3, gh, gw)`."""
+    """Compute the prediction `(B, patch**2 * 3, gh, gw)` densely, with the mask token at the hidden sites."""
     hidden = mask[:, None].repeat_interleave(model.patch_size // 32, 2).repeat_interleave(model.patch_size // 32, 3)
     encoded = model.proj(masked_dense.forward_features(model.encoder, x, mask)[-1])
     return model.pred(model.decoder(torch.where(hidden, model.mask_token, encoded)))
 
 
 def expected_loss(x, prediction, mask, patch: int, normalise: bool):
-    """Patch by patch: the mean squared error of each hidden patch, averaged over them."""
+    """Average the mean squared errors of the hidden patches, one by one."""
     errors = []
     for image, row, column in mask.nonzero().tolist():
         pixels = x[image, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
@@ -206,7 +206,7 @@ def test_masks_that_do_not_fit(mask, error, message):
 
 
 class Recorder(TorchDispatchMode):
-    """Names of the operators that ran, and dtypes of the numbers that were read back."""
+    """Records the names of operators, and the dtypes of numbers that are read back."""
 
     def __init__(self):
         super().__init__()

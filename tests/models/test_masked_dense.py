@@ -1,4 +1,4 @@
-"""`sparsecnx.models.masked_dense`, the encoder that the sparse one is held to, and the sparse one in training."""
+"""Tests of `sparsecnx.models.masked_dense`, the reference of the sparse encoder, and of the sparse one in training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def images():
 
 
 def suited(backend, encoder, x, mask):
-    """An encoder and its input where a backend takes them."""
+    """Move an encoder and its input to the device and dtype of a backend."""
     device, dtype = device_of(backend), widest(backend)
     return encoder.to(device, dtype), x.to(device, dtype), mask.to(device)
 
@@ -61,7 +61,7 @@ def test_masked_pixels_do_not_matter():
 
 @pytest.mark.parametrize("backend", MODEL_BACKENDS)
 def test_training_drops_the_same_branches_of_the_same_images(backend):
-    """Dense or sparse, stochastic depth takes one random number an image and block."""
+    """Stochastic depth takes one random number for each image and block, dense or sparse."""
     mask = draw_mask("equal counts", 3, (2, 3), seed=2)
     encoder, x, mask = suited(backend, small_encoder(drop_path_rate=0.8), images(), mask)
     results = []
@@ -77,7 +77,7 @@ def test_training_drops_the_same_branches_of_the_same_images(backend):
 
 
 def on_an_imitated_gpu(run):
-    """Run a model on fake tensors of a GPU: whatever reads a value back, or has a shape that depends on one, raises."""
+    """Run a model on fake tensors of a GPU. Reading a value back raises, and so does a shape that depends on one."""
     mask = draw_mask("equal counts", 2, (2, 3), seed=2)
     model = models.FCMAE(models.ConvNeXtV2Encoder(**SMALL), decoder_dim=16)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
@@ -99,7 +99,7 @@ def test_counting_a_mask_reads_from_a_gpu():
 
 @pytest.mark.parametrize("backend", MODEL_BACKENDS)
 def test_known_counts_change_no_bit(backend):
-    """What `visible` saves is a read; the tiles it finds are the same."""
+    """`visible` saves a read, and the tiles are the same."""
     encoder, x, mask = suited(backend, small_encoder(), images(), draw_mask("equal counts", 3, (2, 3), seed=2))
     visible = int((~mask[0]).sum())
     model = models.FCMAE(encoder, decoder_dim=16).to(x)

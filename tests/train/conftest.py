@@ -1,4 +1,4 @@
-"""A model and photographs small enough that a test can train for real."""
+"""A model and photographs that are small enough for real training in a test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsecnx.train import recipe
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real architecture with few channels; two sizes that differ, as real ones do."""
+    """Give two sizes of the real architecture few channels, different ones."""
     monkeypatch.setitem(SIZES, "atto", Size((1, 1, 1, 1), (8, 8, 16, 16)))
     monkeypatch.setitem(SIZES, "femto", Size((1, 1, 1, 1), (8, 8, 16, 24)))
     monkeypatch.setattr(recipe, "create_fcmae", partial(create_fcmae, decoder_dim=16))
@@ -27,7 +27,7 @@ def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Eight images of different sizes, some in class folders."""
+    """Write eight images of different sizes, some in class folders."""
     folder = tmp_path / "photos"
     generator = torch.Generator().manual_seed(7)
     for i in range(8):

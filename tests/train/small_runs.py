@@ -1,4 +1,4 @@
-"""Runs short enough for a test: eight images, two a batch, four steps an epoch, eight in all."""
+"""Runs for tests: eight images in batches of two, two epochs of four steps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ SMALL: dict[str, Any] = {"image_size": 64, "epochs": 2, "batch_size": 2, "base_l
 
 
 def train(data: Path | None, output: Path, resume: str | None = None, workers: int = 0, **given: Any) -> int:
-    """Train; recipe fields not given are SMALL's, and on resuming the run's own."""
+    """Train with the recipe SMALL and the given fields, or go on with the recipe of the resumed run."""
     where = None if data is None else str(data)
     options = Options(data=where, output=str(output), resume=resume, device="cpu", workers=workers)
     return pretrain(options, given if resume else {**SMALL, **given})
 
 
 def logged(output: Path) -> list[dict[str, float]]:
-    """The run's log, without the one number that is a time."""
+    """Return the log of a run without its times."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]

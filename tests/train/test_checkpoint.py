@@ -28,7 +28,7 @@ def names(folder):
 
 
 def assert_holds_step(folder, step):
-    """The folder is as after saving `step`, and nothing else lies in it."""
+    """Check that the folder holds the checkpoint of `step`, the link, and nothing else."""
     assert names(folder) == [f"checkpoint-{step:08d}.pt", "last.pt"]
     loaded = checkpoint.read(folder / "last.pt")
     assert loaded["step"] == step
@@ -49,7 +49,7 @@ def test_no_checkpoint_yet(tmp_path):
 
 
 def fail_to_write(error, monkeypatch):
-    """The disk takes half a checkpoint and then fails."""
+    """Make the disk fail after half a checkpoint."""
 
     def save(state, file):
         file.write(b"half")
@@ -59,7 +59,7 @@ def fail_to_write(error, monkeypatch):
 
 
 def fail_to_flush(error, monkeypatch):
-    """Everything is written, and the disk says only then that it is full."""
+    """Make the disk fail after everything is written."""
 
     def fsync(descriptor):
         raise OSError(error, os.strerror(error))
@@ -78,7 +78,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(fail, tmp_path, monkeypatch
 
 
 def in_another_process(function, *arguments):
-    """Run a function in a forked process; returns its exit code, negative for a signal."""
+    """Run a function in a forked process and return its exit code, negative for a signal."""
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
     process.start()
     process.join(60)
@@ -109,7 +109,7 @@ def save_and_die(path, where):
     elif where == "before the rename":
         os.replace = die
     else:
-        CheckpointFolder.all = die  # first called to drop old ones
+        CheckpointFolder.all = die  # its first call is to drop old ones
     CheckpointFolder(path, keep=1).save(state(2))
 
 

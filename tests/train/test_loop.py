@@ -45,7 +45,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(photos, tmp_path, 
     assert [line["step"] for line in logged(tmp_path / "parts")] == list(range(1, stop + 1))
     assert checkpoint.read(tmp_path / "parts" / "last.pt")["step"] == stop
 
-    torch.rand(3)  # the state of the global generator plays no part
+    torch.rand(3)  # the losses do not depend on the global generator
     assert train(None, tmp_path / "parts", resume="auto", workers=1) == 0
 
     whole, parts = logged(tmp_path / "whole"), logged(tmp_path / "parts")
@@ -287,7 +287,7 @@ def test_images_that_vanish_stop_the_run(photos, tmp_path, monkeypatch, workers)
 
 
 def test_file_names_in_another_encoding(photos, tmp_path):
-    """Named where they are skipped, on a terminal that cannot show them; the run is resumed."""
+    """A terminal that cannot show the names of skipped files gets them escaped, and the run can be resumed."""
     folder = os.fsdecode(os.fsencode(photos) + b"/caf\xe9")
     try:
         os.mkdir(folder)

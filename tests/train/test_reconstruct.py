@@ -10,7 +10,7 @@ from sparsecnx.train.reconstruct import draw, fill_in, reconstruct
 
 
 class Oracle(FCMAE):
-    """Predicts every patch exactly, in the unit of the target."""
+    """A model that predicts every patch exactly, in the unit of the target."""
 
     def forward_decoder(self, encoded):
         target = self.patchify(self.truth)

@@ -111,7 +111,7 @@ class KernelGenerator:
                 taps.append([place * step[axis] if other == axis else 0 for other in range(self.dimension)])
         return torch.tensor(taps, dtype=torch.int64)
 
-    def partition(self, tensor_stride: Sequence[int]) -> Tensor:
+    def partition_offsets(self, tensor_stride: Sequence[int]) -> Tensor:
         """Return the offsets for pooling with a kernel as large as its stride: they start at the output's site."""
         if self.region_type != RegionType.HYPER_CUBE:
             raise not_offered("pooling with a cross as large as its stride", "RegionType.HYPER_CUBE")
@@ -119,7 +119,7 @@ class KernelGenerator:
         return centred - centred.amin(dim=0)
 
     @property
-    def partitions(self) -> bool:
+    def is_partition(self) -> bool:
         """True if kernel and stride are the same."""
         return self.kernel_size == self.kernel_stride
 
@@ -127,7 +127,7 @@ class KernelGenerator:
     def covers(self) -> bool:
         """True for even cubes as large as their stride: the taps read the sites from one output site up to the next."""
         cube = self.region_type == RegionType.HYPER_CUBE and len(set(self.kernel_stride)) == 1
-        return cube and self.partitions and self.kernel_size[0] % 2 == 0 and set(self.kernel_dilation) == {1}
+        return cube and self.is_partition and self.kernel_size[0] % 2 == 0 and set(self.kernel_dilation) == {1}
 
     def __repr__(self) -> str:
         return (

@@ -92,7 +92,7 @@ class KernelMap:
     def swapped(self) -> KernelMap:
         """The map of the transposed kernel, from the output to the input."""
         other = KernelMap(self.inverse, self.table.shape[0])
-        other.__dict__["inverse"] = self.table  # the place of a cached_property
+        other.__dict__["inverse"] = self.table  # sets the cached_property
         return other
 
 
@@ -155,7 +155,7 @@ class CoordinateManager:
         """Keep a map by its stride and the string, or by a new string if that name is taken."""
         name = (new.stride, string_id)
         while name in self._maps:
-            name = (new.stride, f"{string_id}{self._new_string()}")
+            name = (new.stride, f"{string_id}{self._unused_string()}")
         self._maps[name] = new
         self._given.append(name)
         return CoordinateMapKey(*name)
@@ -166,11 +166,11 @@ class CoordinateManager:
         It gets a new string, so that it is not taken for a strided map of `source`. Transposed layers go back to the
         map from which `source` came.
         """
-        key = self.insert(new, self._new_string())
+        key = self.insert(new, self._unused_string())
         self._roots[key.name[1]] = self._root(source.name[1])
         return key
 
-    def _new_string(self) -> str:
+    def _unused_string(self) -> str:
         self._numbered += 1
         return f"-{self._numbered}"
 
@@ -190,7 +190,7 @@ class CoordinateManager:
         first, site = distinct(coordinates)
         return self.insert(self._new_map(coordinates, first, stride), string_id), (first, site)
 
-    def insert_asked(self, source: CoordinateMapKey, coordinates: Tensor, tensor_stride: list[int]) -> CoordinateMapKey:
+    def insert_target(self, source: CoordinateMapKey, coordinates: Tensor, stride: list[int]) -> CoordinateMapKey:
         """Keep a map of the sites, int32 `(n, 1 + D)`, that a layer shall compute from `source`.
 
         Raises:
@@ -199,7 +199,7 @@ class CoordinateManager:
         check_coordinates(coordinates, self.D)
         first, site = distinct(coordinates)
         require(first.shape[0] == site.shape[0], "coordinates has equal rows: expected distinct sites")
-        return self.insert_from(source, self._new_map(coordinates, first, tensor_stride))
+        return self.insert_from(source, self._new_map(coordinates, first, stride))
 
     def _new_map(self, coordinates: Tensor, first: Tensor, stride: list[int]) -> CoordinateMap:
         """Return a map of the rows `first` of the coordinates. It is a copy: changes of the argument move no sites."""
@@ -305,7 +305,7 @@ class CoordinateManager:
             self._unions[names] = self.insert_from(keys[0], new), places
         return self._unions[names]
 
-    # Kernel maps, and facts about maps
+    # Kernel maps and sizes
 
     def table(
         self, in_key: CoordinateMapKey, out_key: CoordinateMapKey, kernel: KernelGenerator, partition: bool = False
@@ -313,12 +313,12 @@ class CoordinateManager:
         """Return the rows of `in_key` that the kernel reads for each row of `out_key`.
 
         Args:
-            partition: True for pooling whose kernel is as large as its stride, see `KernelGenerator.partition`.
+            partition: True for pooling whose kernel is as large as its stride, see `KernelGenerator.partition_offsets`.
         """
         name = (in_key.name, out_key.name, kernel.key, partition)
         if name not in self._tables:
             source = self.map(in_key)
-            offsets = (kernel.partition if partition else kernel.offsets)(in_key.name[0])
+            offsets = (kernel.partition_offsets if partition else kernel.offsets)(in_key.name[0])
             with for_any_mode():
                 self._tables[name] = KernelMap(source.kernel_map(self.map(out_key), offsets), source.rows)
         return self._tables[name]
@@ -340,7 +340,7 @@ class CoordinateManager:
             raise not_offered("kernel_map with region_offset", "kernel_size and region_type")
         kernel = KernelGenerator(kernel_size, stride, dilation, region_type=region_type, dimension=self.D)
         keys = (out_key, in_key) if is_transpose else (in_key, out_key)
-        found = self.table(*keys, kernel, is_pool and kernel.partitions)
+        found = self.table(*keys, kernel, is_pool and kernel.is_partition)
         pairs = {}
         for tap, rows in enumerate((found.swapped if is_transpose else found).table.unbind(dim=1)):
             (out,) = (rows >= 0).nonzero(as_tuple=True)

@@ -54,7 +54,7 @@ class _Pooling(KernelLayer):
         """
         self._check(input)
         kernel, key = self.kernel_generator, self._output_key(input, coordinates)
-        table = input.coordinate_manager.table(input.coordinate_map_key, key, kernel, kernel.partitions)
+        table = input.coordinate_manager.table(input.coordinate_map_key, key, kernel, kernel.is_partition)
         kernel_map, inverse = tables(input, table)
         return self._output(input, ops.mapped_pool(input.F, kernel_map, self.MODE.reduction, inverse), key)
 

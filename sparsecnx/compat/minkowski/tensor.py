@@ -226,7 +226,7 @@ class SparseTensor:
 
     def _by_image(self, values: Tensor) -> list[Tensor]:
         images = self._map.images
-        if images.sizes is not None:  # the images lie one after the other, so that views do
+        if images.sizes is not None:  # the rows are sorted by image, so that views suffice
             return list(values.split(images.sizes))
         return [values[rows] for rows in images.rows_by_number]
 
@@ -415,7 +415,7 @@ class SparseTensor:
 def in_layout(x: SparseTensor) -> TileTensor:
     """Return a tensor on tiles with its rows in the order of its layout, as the operators on tiles take it."""
     known = x._map
-    assert known.layout is not None  # callers have tiles
+    assert known.layout is not None  # the caller has checked that there are tiles
     if known.order is None:
         return TileTensor(x.F, known.layout)
     return TileTensor(permute(x.F, known.order, known.back), known.layout)
@@ -444,7 +444,7 @@ def output_key(x: SparseTensor, coordinates: Target, stride: Sequence[int]) -> C
     coordinates = _as_int(coordinates)
     check_coordinates(coordinates, x.D)
     require(coordinates.device == x.device, f"coordinates is on {coordinates.device}: the input is on {x.device}")
-    return x.coordinate_manager.insert_asked(x.coordinate_map_key, coordinates, list(stride))
+    return x.coordinate_manager.insert_target(x.coordinate_map_key, coordinates, list(stride))
 
 
 def _as_int(coordinates: Tensor) -> Tensor:
