@@ -1,5 +1,7 @@
-"""The CUDA kernels without a GPU: csrc/cuda compiled with g++ against tests/emulator/include, where a block's threads
-are fibers on the CPU. Loading the library gives the operators `sparsecnx_cuda::*` an implementation for CPU tensors.
+"""Runs CUDA kernels without a GPU.
+
+csrc/cuda is compiled with g++ against tests/emulator/include, where the threads of a block are fibers on the CPU. The
+library gives the operators `sparsecnx_cuda::*` an implementation for CPU tensors.
 
     python tests/cuda_emulator.py    build it
 """
@@ -16,7 +18,6 @@ import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -40,15 +41,15 @@ FLAGS = [
     "-Wall",
     "-Wno-unknown-pragmas",
 ]
-FLAGS += ["-U_FORTIFY_SOURCE"]  # which takes a change of stacks for an error
+FLAGS += ["-U_FORTIFY_SOURCE"]  # It takes a change of stacks for an error.
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DSPARSECNX_DISPATCH_KEY=CPU"]
-# Undefined behaviour of kernels, misaligned accesses among it, traps; the emulator makes an error of it.
+# Undefined behaviour of kernels, such as misaligned accesses, traps. The emulator turns it into an error.
 TRAPS = ["-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error"]
 LINK = ["-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic"]
 
 
 class DoesNotCompile(Exception):
-    """With what the compiler says."""
+    """Contains the messages of the compiler."""
 
 
 def compiler() -> str | None:
@@ -56,7 +57,7 @@ def compiler() -> str | None:
 
 
 def refusal() -> str | None:
-    """Why there is no emulator here; None where there is."""
+    """Return why there is no emulator here; None if there is one."""
     from sparsecnx.backends import compiled
 
     if compiler() is None:
@@ -82,7 +83,7 @@ def digest(*parts: bytes) -> str:
 
 @cache
 def headers() -> bytes:
-    """All that a compilation depends on beside its source and flags."""
+    """Return all that a compilation depends on apart from its source and flags."""
     assert compiler() is not None
     version = subprocess.run([str(compiler()), "--version"], capture_output=True, check=True).stdout
     files = sorted(path for folder in (HERE / "include", KERNELS) for path in folder.glob("*.*h"))
@@ -90,7 +91,7 @@ def headers() -> bytes:
 
 
 def compile_one(source: Path) -> Path:
-    """The object file of a source, compiled unless that was done before."""
+    """Return the object file of a source. Compile it unless that was done before."""
     flags = [*FLAGS, *(TRAPS if source.suffix == ".cu" else [])]
     key = digest(headers(), source.name.encode(), source.read_bytes(), " ".join(flags).encode())
     built = BUILT / f"{source.stem}-{key}.o"
@@ -103,7 +104,7 @@ def compile_one(source: Path) -> Path:
 
 
 def build(sources: list[Path], link: list[str]) -> Path:
-    """A shared library of these sources, beside the emulator itself. One process builds, others find it built."""
+    """Return a shared library of these sources and the emulator. One process builds it, others wait for it."""
     BUILT.mkdir(parents=True, exist_ok=True)
     with open(BUILT / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -122,7 +123,7 @@ def _build(sources: list[Path], link: list[str]) -> Path:
 
 
 def build_operators() -> Path:
-    """The library of the operators in csrc/cuda."""
+    """Return the library of the operators in csrc/cuda."""
     sources = [
         path for path in sorted(KERNELS.iterdir()) if path.suffix in (".cu", ".cpp") and path.name != "stream.cpp"
     ]
@@ -130,51 +131,35 @@ def build_operators() -> Path:
     return build([HERE / "library.cpp", *sources], torch_libraries)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch of a kernel."""
-
-    kernel: str
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    shared_bytes: int
-
-
 class Emulator:
-    """What a library that is loaded tells of its kernels."""
+    """A loaded library of emulated kernels."""
 
     def __init__(self, library: Path) -> None:
         self.path = library
         self.library = ctypes.CDLL(str(library))
         self.library.emulator_launches.restype = ctypes.c_size_t
         self.library.emulator_launch.restype = ctypes.c_size_t
-        self.library.emulator_launch.argtypes = [ctypes.c_size_t, ctypes.POINTER(ctypes.c_uint64)]
+        self.library.emulator_launch.argtypes = [ctypes.c_size_t]
         self.library.emulator_allocate.restype = ctypes.c_void_p
         self.library.emulator_allocate.argtypes = [ctypes.c_size_t, ctypes.c_ubyte]
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
         self._names: dict[int, str] | None = None
 
     def seed(self, seed: int) -> None:
-        """Another order of threads and blocks."""
+        """Change the order of threads and blocks."""
         self.library.emulator_seed(seed)
 
     def forget_launches(self) -> None:
         self.library.emulator_forget_launches()
 
-    def launches(self) -> list[Launch]:
-        """Since `forget_launches`."""
-        found = []
-        numbers = (ctypes.c_uint64 * 7)()
-        for index in range(self.library.emulator_launches()):
-            name = self._name(self.library.emulator_launch(index, numbers))
-            x, y, z, threads_x, threads_y, threads_z, shared_bytes = numbers
-            found.append(Launch(name, (x, y, z), (threads_x, threads_y, threads_z), shared_bytes))
-        return found
+    def launches(self) -> list[str]:
+        """Return the names of the kernels that ran since `forget_launches`."""
+        return [self._name(self.library.emulator_launch(index)) for index in range(self.library.emulator_launches())]
 
     def guarded(self, tensor: Tensor) -> Tensor:
-        """A copy of a CPU tensor that begins at a multiple of 16 bytes, as on a GPU, and ends where memory ends.
+        """Return a copy of a CPU tensor that begins at a multiple of 16 bytes, as on a GPU, and ends where memory ends.
 
-        A kernel that goes beyond fails; where the size is no multiple of 16 bytes, reads fail from the next one on.
+        A kernel that writes beyond its end fails. Reads fail from the next multiple of 16 bytes on.
         """
         if tensor.numel() == 0:
             return tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -186,7 +171,7 @@ class Emulator:
         return copy.copy_(tensor.detach())
 
     def _name(self, address: int) -> str:
-        """Of the kernel at an address of the library, template arguments included."""
+        """Return the name of the kernel at an address of the library, with template arguments."""
         return self._symbols().get(address, hex(address))
 
     def _symbols(self) -> dict[int, str]:
@@ -199,14 +184,14 @@ class Emulator:
 
 @cache
 def load() -> Emulator:
-    """Build the operators where that was not done before, and give them to torch."""
+    """Build the operators unless that was done before, and load them into torch."""
     library = build_operators()
     torch.ops.load_library(str(library))
     return Emulator(library)
 
 
 def guarded(tensor: Tensor) -> Tensor:
-    """`Emulator.guarded` for the operators of csrc/cuda."""
+    """Return `Emulator.guarded` of the operators in csrc/cuda."""
     return load().guarded(tensor)
 
 

@@ -4,11 +4,10 @@
 //   energy[n] = sum over rows of group n of h^2,  s[n] = 1 + gamma N(energy[n])
 //   y = x + d ((h s[n] + beta) W2' + b2)                                 d: stochastic depth of the row's image
 //
-// Rows go through all of it in chunks of whole groups, sized so that a chunk's hidden layer (rows, H) stays in
-// cache between the GEMMs and the elementwise passes around them. Where there are groups for every thread, each
-// thread takes its own groups through the whole block, without waiting for the others; otherwise the threads
-// share every step of one chunk after another. Kept for the gradient: x, u, the moments of u, the energies, and a
-// unless it is to be computed again.
+// Rows pass through all of it in chunks of whole groups. A chunk's hidden layer (rows, H) stays in cache between the
+// GEMMs and the elementwise passes around them. If there are groups for every thread, each thread takes its own groups
+// through the whole block without waiting for the others. Otherwise the threads share every step of one chunk after
+// another. The gradient needs x, u, the moments of u, the energies, and a unless it is computed again.
 //
 // Gradient, with g = dL/dy, per chunk:
 //   t = g W2                                   scale_grad[n] = sum d t h        beta_grad += d t
@@ -31,7 +30,7 @@ struct Chunk {
   int64_t first_group, last_group, begin, end;  // groups and rows
 };
 
-// Segments [first, last) in runs of at most `rows` rows, or of a single group.
+// Divides groups [first, last) into runs of at most `rows` rows, or of a single group.
 std::vector<Chunk> split_chunks(const int64_t* splits, int64_t first, int64_t last, int64_t rows) {
   std::vector<Chunk> chunks;
   while (first < last) {
@@ -43,11 +42,11 @@ std::vector<Chunk> split_chunks(const int64_t* splits, int64_t first, int64_t la
   return chunks;
 }
 
-// Bytes that workers may hold beside the chunks, all together: their own sums of the matrices' gradients.
+// The bytes that all workers together may hold in addition to the chunks: their sums of the matrices' gradients.
 constexpr int64_t kWorkerBytes = int64_t{64} << 20;
 
-// The chunks of each worker. One worker: threads work inside its chunks. Several: each is a thread's own, and needs
-// `bytes` of memory besides its chunks.
+// Returns the chunks of each worker. If there is one worker, the threads share its chunks. If there are several, each
+// is a thread and needs `bytes` of memory in addition to its chunks.
 std::vector<std::vector<Chunk>> split_work(const int64_t* splits, int64_t groups, int64_t hidden, int64_t bytes) {
   const int64_t threads = torch::stable::get_num_threads(), rows = splits[groups];
   const int64_t chunk_rows = std::max<int64_t>(1, kChunkValues / std::max<int64_t>(hidden, 1));
@@ -61,7 +60,7 @@ std::vector<std::vector<Chunk>> split_work(const int64_t* splits, int64_t groups
     largest = std::max(largest, splits[at] - splits[bounds.back()]);
     bounds.push_back(at);
   }
-  // Uneven shares would leave threads waiting at the end: a fifth is what sharing every step costs.
+  // With uneven shares threads wait at the end. Sharing every step costs a fifth.
   const bool uneven = 5 * rows < 4 * largest * threads;
   if (threads == 1 || uneven || (threads - 1) * bytes > kWorkerBytes)
     return {split_chunks(splits, 0, groups, chunk_rows * threads)};
@@ -77,7 +76,7 @@ int64_t longest(const std::vector<Chunk>& chunks) {
   return rows;
 }
 
-// The arguments that forward and backward share, checked.
+// Checks and holds the arguments that forward and backward share.
 template <class S>
 struct Block {
   using A = Compute<S>;
@@ -128,7 +127,7 @@ struct Block {
 
   const A* row_scale_at(int64_t row) const { return row_scale == nullptr ? nullptr : row_scale + row; }
 
-  // f(worker) for every worker, each in a thread of its own; a single worker has all threads to itself.
+  // Calls f(worker) for every worker, each in its own thread. A single worker has all threads.
   template <class F>
   void for_workers(const F& f) const {
     if (work.size() == 1) return f(0);
@@ -137,7 +136,8 @@ struct Block {
     });
   }
 
-  // f(first tile, last tile) over the tiles of a chunk, in parallel, few enough tiles for their rows to stay in L1.
+  // Calls f(first tile, last tile) over the tiles of a chunk, in parallel, with so few tiles that their rows stay in
+  // L1.
   template <class F>
   void for_tiles(const Chunk& chunk, const F& f) const {
     const int64_t sites = tile * tile, step = tiles_per_call(tile);
@@ -148,7 +148,7 @@ struct Block {
   }
 };
 
-// What forward writes.
+// The outputs of forward.
 template <class S>
 struct Outputs {
   S *y, *u;
@@ -211,7 +211,7 @@ void forward(const Block<S>& block, const Tensor& dwconv_weight, const Tensor& d
   });
 }
 
-// What forward kept, and the gradient that comes in.
+// What forward kept for backward, and the incoming gradient.
 template <class S>
 struct Kept {
   const S *grad, *u;
@@ -334,7 +334,7 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const std::vector
   worker.taps.add({block.halo, block.table, C, block.x, du, first_tile}, first_tile, chunk.end / sites, worker.slabs);
 }
 
-// What backward writes, in the order of the block's parameters.
+// The outputs of backward, in the order of the block's parameters.
 template <class S>
 struct Grads {
   S *x, *dwconv_weight, *w1, *w2;
@@ -346,7 +346,7 @@ void backward(const Block<S>& block, const Tensor& dwconv_weight, const Kept<S>&
   using A = Compute<S>;
   const std::vector<A> adjoint_taps = taps_first<S>(dwconv_weight, true);
   const int64_t workers = static_cast<int64_t>(block.work.size()), matrix = block.hidden * block.channels;
-  // The first worker sums where the result goes, if that is in the computing type already.
+  // If the result has the computing type, the first worker sums into it directly.
   constexpr bool kInPlace = std::is_same_v<S, A>;
   std::vector<Scratch<A>> sums;
   for (int64_t i = 0; i < 2 * workers; ++i) sums.emplace_back(kInPlace && i < 2 ? 0 : matrix);

@@ -1,24 +1,24 @@
-// Pieces of the depthwise convolution that the fused block uses too.
+// Parts of the depthwise convolution that the fused block uses too.
 #pragma once
 
 #include "op.h"
 
 namespace sparsecnx {
 
-// Tiles that one call of the kernel takes: about 64 rows, so that they are still in cache for what follows.
+// Returns how many tiles one call of the kernel takes: about 64 rows, which are still in cache for the next step.
 inline int64_t tiles_per_call(int64_t tile) { return std::max<int64_t>(1, 64 / (tile * tile)); }
 
-// The geometry of a kernel of odd sizes on tiles of that side, checked.
+// Checks tile and kernel size and returns their geometry.
 Halo check_halo(int64_t tile, int64_t kernel_h, int64_t kernel_w);
 
-// Number of tiles in a neighbour table int32 (tiles, halo.table_width) for `rows` rows, checked.
+// Checks a neighbour table, int32 (tiles, halo.table_width), for `rows` rows. Returns the number of tiles.
 int64_t check_table(const Tensor& table, const Halo& halo, int64_t rows);
 
-// Kernel size of a weight (channels, 1, kernel_h, kernel_w), checked.
+// Checks a weight (channels, 1, kernel_h, kernel_w) and returns its kernel size.
 std::array<int64_t, 2> check_kernel(const Tensor& weight, int64_t channels);
 
-// Weight (channels, 1, kernel_h, kernel_w) as the kernels read it, (kernel_h * kernel_w, channels), perhaps flipped
-// to the kernel of the adjoint.
+// Returns a weight (channels, 1, kernel_h, kernel_w) as the kernels read it, (kernel_h * kernel_w, channels); flipped,
+// it is the kernel of the adjoint.
 template <class S>
 std::vector<Compute<S>> taps_first(const Tensor& weight, bool flipped) {
   const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3);
@@ -30,7 +30,7 @@ std::vector<Compute<S>> taps_first(const Tensor& weight, bool flipped) {
   return out;
 }
 
-// Gradient of the weight, summed over calls of `add`, as the kernels write it: (kernel_h * kernel_w, channels).
+// The gradient of the weight, summed over calls of `add`, as the kernels write it: (kernel_h * kernel_w, channels).
 template <class S>
 class WeightGradSum {
   using A = Compute<S>;
@@ -39,7 +39,7 @@ class WeightGradSum {
   WeightGradSum(const Halo& halo, int64_t channels)
       : channels_(channels), taps_(halo.kernel_h * halo.kernel_w), sum_(taps_ * channels, A(0)) {}
 
-  // Adds the contribution of tiles [begin, end). Each slab of tiles and slice of channels is summed by one thread.
+  // Adds the contribution of tiles [begin, end). One thread sums each slab of tiles and slice of channels.
   void add(const DepthwiseWeightGrad<S>& job, int64_t begin, int64_t end, int64_t slabs) {
     constexpr int64_t kSlice = 64;  // channels of a task
     const int64_t slices = (channels_ + kSlice - 1) / kSlice, count = end - begin;
@@ -56,7 +56,7 @@ class WeightGradSum {
   }
   void add(const WeightGradSum& other) { add_from(other.sum_.data()); }
 
-  // The sum in torch's layout (channels, 1, kernel_h, kernel_w).
+  // Stores the sum in torch's layout (channels, 1, kernel_h, kernel_w).
   void store(S* out) const {
     std::vector<A> total(sum_.size());
     for (int64_t k = 0; k < taps_; ++k) {

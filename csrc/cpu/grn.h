@@ -1,4 +1,4 @@
-// The arithmetic per group of Global Response Normalization, on C values; the rows are never touched here.
+// The arithmetic of Global Response Normalization for one group, on C values. It reads no rows.
 #pragma once
 
 #include <cmath>

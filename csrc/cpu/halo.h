@@ -1,5 +1,5 @@
-// Geometry of a depthwise convolution on tiles: which site of which neighbouring tile lies at each position of
-// the square that the outputs of one tile can see.
+// The geometry of a depthwise convolution on tiles: for each position of the square that the outputs of a tile see, the
+// neighbouring tile and the site in it.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace sparsecnx {
 
-// Index of site (y, x) of a tile in nested order: raster over the odd factor of the side, Morton order below it.
+// Returns the nested index of site (y, x) of a tile: raster over the odd factor of the side, Morton order below it.
 inline int64_t nested_site(int64_t tile, int64_t y, int64_t x) {
   int64_t morton = 0, bit = 1;
   for (; tile % 2 == 0; tile /= 2, bit *= 4) {
@@ -25,7 +25,7 @@ struct Halo {
   int64_t tile, kernel_h, kernel_w;
   int64_t height, width;        // sites of the square: tile + kernel - 1
   int64_t table_width;          // neighbouring tiles listed for each tile
-  std::vector<int32_t> slot;    // (height * width): which neighbouring tile a position lies in
+  std::vector<int32_t> slot;    // (height * width): the neighbouring tile of a position
   std::vector<int32_t> site;    // (height * width): its nested index there
   std::vector<int32_t> output;  // (tile * tile): nested index of each output in raster order
 };

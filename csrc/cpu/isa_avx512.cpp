@@ -1,5 +1,5 @@
-// Kernels compiled for AVX-512, whatever the flags of the build. Standard headers come before the pragma: their
-// inline functions must not be compiled for a machine that may lack it.
+// Kernels compiled for AVX-512, whatever the flags of the build. Standard headers come before the pragma, because their
+// inline functions must not be compiled for an instruction set that a machine may lack.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

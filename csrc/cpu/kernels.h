@@ -1,8 +1,8 @@
-// The kernels compiled once per instruction set, and the choice between them.
+// The kernels, which are compiled once per instruction set, and the choice between them.
 //
-// A kernel works on raw rows in one thread; splitting work between threads, GEMMs and memory are the business of
-// the operators (depthwise_conv.cpp, grn.cpp, ...). S is the storage type of features, A = Compute<S> that of
-// sums, statistics and per-channel parameters.
+// A kernel works on raw rows in one thread. The operators (depthwise_conv.cpp, ...) divide work between threads, call
+// GEMMs and allocate memory. S is the storage type of features; A = Compute<S> is the type of sums, statistics and
+// per-channel parameters.
 #pragma once
 
 #include "halo.h"
@@ -66,9 +66,9 @@ struct Kernels {
   void (*depthwise_weight_grad)(const DepthwiseWeightGrad<S>&, int64_t begin, int64_t end, int64_t from, int64_t to,
                                 A* weight_grad);
 
-  // Output rows [begin, end). False, and the rest is left undone, where an entry of the map is no row of x and not -1.
+  // Computes output rows [begin, end). Stops and returns false if an entry of the map is neither a row of x nor -1.
   bool (*mapped_depthwise)(const MappedDepthwise<S>&, int64_t begin, int64_t end);
-  // weight_grad (taps, channels) += contribution of output rows [begin, end); false as above.
+  // weight_grad (taps, channels) += contribution of output rows [begin, end). Returns false as above.
   bool (*mapped_depthwise_weight_grad)(const MappedDepthwiseWeightGrad<S>&, int64_t begin, int64_t end, A* weight_grad);
 
   // moments (rows, 2): mean and 1 / sqrt(var + eps) of each row.
@@ -116,8 +116,8 @@ struct Kernels {
   void (*narrow)(const A* x, int64_t count, S* out);
 };
 
-// The kernels for this machine: AVX-512 or AVX2 where it has them. SPARSECNX_CPU_ISA=avx512|avx2|baseline in the
-// environment, read once, asks for less.
+// Returns the kernels for this machine: AVX-512 or AVX2 where it has them. The environment variable
+// SPARSECNX_CPU_ISA=avx512|avx2|baseline, which is read once, asks for less.
 template <class S>
 const Kernels<S>& kernels();
 

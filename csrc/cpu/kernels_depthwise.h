@@ -1,8 +1,8 @@
 // Depthwise convolution on tiles, forward and weight gradient.
 //
-// For one tile and one register of channels, the square of sites that the tile's outputs see (14x14 for a tile
-// of 8 and a 7x7 kernel) is gathered into a buffer in L1, zeros where tiles are masked. A block of outputs of one
-// row then slides along the kernel row: OB + KW - 1 loads serve OB * KW multiply-adds.
+// For one tile and one register of channels, the square of sites that the tile's outputs see (14x14 for a tile of 8 and
+// a 7x7 kernel) is gathered into a buffer in L1, with zeros where tiles are masked. Then a block of outputs of one row
+// slides along the kernel row: OB + KW - 1 loads serve OB * KW multiply-adds.
 #pragma once
 
 #include <vector>
@@ -12,14 +12,15 @@
 
 namespace sparsecnx::SPARSECNX_ISA {
 
-// Outputs of one row computed together: as many as fit the 32 (AVX-512) or 16 registers beside their inputs.
+// The number of outputs of a row that are computed together: as many as fit 32 (AVX-512) or 16 registers with their
+// inputs.
 #if defined(SPARSECNX_AVX512)
 constexpr int kOutputs = 8;
 #else
 constexpr int kOutputs = 4;
 #endif
 
-// Where the rows of each neighbouring tile begin. A masked tile reads a row of zeros, for all of its sites: no
+// Holds where the rows of each neighbouring tile begin. All sites of a masked tile read a row of zeros, so that no
 // branch depends on the mask, which is random and would be mispredicted.
 template <class S>
 class Neighbours {
@@ -27,7 +28,7 @@ class Neighbours {
   Neighbours(const Halo& halo, int64_t channels)
       : halo_(halo), channels_(channels), zeros_(channels), begin_(halo.table_width), step_(halo.table_width) {}
 
-  // The neighbours of one tile; x is row 0 of tile 0.
+  // Finds the neighbours of one tile. x is row 0 of tile 0.
   void visit(const int32_t* tiles, const S* x) {
     const int64_t size = halo_.tile * halo_.tile * channels_;
     for (int64_t i = 0; i < halo_.table_width; ++i) {
@@ -36,7 +37,7 @@ class Neighbours {
     }
   }
 
-  // The square of sites that the tile's outputs see, n channels from `channel` on.
+  // Fills the square of sites that the tile's outputs see with n channels from `channel` on.
   void fill(int64_t channel, int64_t n, Vec<Compute<S>>* square) const {
     const int64_t count = halo_.height * halo_.width;
     for (int64_t i = 0; i < count; ++i) {
@@ -78,8 +79,8 @@ inline void slide(const Vec<A>* square, int64_t width, const Vec<A>* weight, int
   }
 }
 
-// The same for outputs of two rows, one below the other, which share the inputs they load: where few outputs stand
-// side by side, this keeps enough independent sums in flight.
+// Does the same for outputs of two adjacent rows, which share the inputs that they load. Where a row has few outputs,
+// this keeps enough independent sums in flight.
 template <class A, int OB, int KW>
 inline void slide_two_rows(const Vec<A>* square, int64_t width, const Vec<A>* weight, int64_t kernel_h,
                            Vec<A> (&upper)[OB], Vec<A> (&lower)[OB]) {
@@ -126,7 +127,7 @@ inline void correlate(const Vec<A>* square, const Vec<A>* grad, Vec<A>* acc, int
   }
 }
 
-// One tile, one register of channels.
+// The outputs of one tile for one register of channels.
 template <class S>
 struct TileOutput {
   using A = Compute<S>;
@@ -147,7 +148,7 @@ struct TileOutput {
     }
   }
 
-  // OB outputs of row y from column x on.
+  // Computes OB outputs of row y from column x on.
   template <int OB, int KW>
   void row(int64_t y, int64_t x) const {
     const Halo& halo = job.halo;
@@ -158,7 +159,7 @@ struct TileOutput {
     write(acc, y, x);
   }
 
-  // The same for rows y and y + 1.
+  // Does the same for rows y and y + 1.
   template <int OB, int KW>
   void two_rows(int64_t y, int64_t x) const {
     const Halo& halo = job.halo;
@@ -171,7 +172,7 @@ struct TileOutput {
   }
 };
 
-// All outputs of a tile, in blocks that fit its side.
+// Computes all outputs of a tile, in blocks that fit its side.
 template <class S, int KW>
 void tile_outputs(const TileOutput<S>& out) {
   const int64_t side = out.job.halo.tile;
@@ -193,7 +194,7 @@ void tile_outputs(const TileOutput<S>& out) {
   }
 }
 
-// Tiles of one site: nothing to share between outputs, so masked neighbours are skipped.
+// Computes a tile of one site. Outputs share nothing, so masked neighbours are skipped.
 template <class S>
 void depthwise_site(const Depthwise<S>& job, const Vec<Compute<S>>* weight, Vec<Compute<S>> bias, int64_t site,
                     int64_t channel, int64_t n) {

@@ -1,14 +1,14 @@
 // Depthwise convolution on an explicit kernel map, forward and weight gradient.
 //
-// Both are sums of products of a factor and a row of x, wherever the map says it lies: forward, a sum is an output
-// row, its factors the rows of the weight; in the gradient, a sum is a tap, its factors the rows of the output's
-// gradient. Four sums that read about the same are taken together: a factor, once loaded, serves all four, and where
-// one of them reads nothing it reads a row of zeros, so that no branch depends on the map. Factors for which none of
-// them reads anything are left out. Where the four have too little in common (single sites of a random mask) each is
-// summed alone over what it reads.
+// Both are sums of products of a factor and a row of x, which the map names. Forward, a sum is an output row and its
+// factors are the rows of the weight. In the gradient, a sum is a tap and its factors are the rows of the output's
+// gradient. Four sums that read nearly the same rows are taken together: a factor, once loaded, serves all four. If one
+// of them reads nothing, it reads a row of zeros, so that no branch depends on the map. Factors for which none of them
+// reads anything are left out. If the four have too little in common (single sites of a random mask), each is summed
+// alone.
 //
-// Blocks of 64 rows, and inside them a few registers of channels at a time: the weight, the list of reads and most of
-// the rows that are read stay in L1.
+// Rows are taken in blocks of 64, and a few registers of channels at a time, so that the weight, the list of reads and
+// most of the rows that are read stay in L1.
 #pragma once
 
 #include <vector>
@@ -21,14 +21,14 @@ namespace sparsecnx::SPARSECNX_ISA {
 constexpr int kTogether = 4;    // sums that share their factors
 constexpr int64_t kBlock = 64;  // rows
 
-// Registers of channels taken at a time: with four sums of each, as many as fit.
+// Registers of channels that are taken at a time: as many as fit with four sums of each.
 #if defined(SPARSECNX_AVX512)
 constexpr int kMostRegisters = 4;
 #else
 constexpr int kMostRegisters = 2;
 #endif
 
-// Whether all entries are -1 or rows below `rows`.
+// Returns whether all entries are -1 or rows below `rows`.
 inline bool all_rows(const int32_t* map, int64_t count, int64_t rows) {
   typedef int32_t Ints __attribute__((vector_size(SPARSECNX_BYTES)));
   constexpr int64_t kInts = SPARSECNX_BYTES / sizeof(int32_t);
@@ -46,10 +46,10 @@ inline bool all_rows(const int32_t* map, int64_t count, int64_t rows) {
   return good;
 }
 
-// Which rows of x some sums read, and with which factors.
+// Lists which rows of x some sums read, and with which factors.
 class Reads {
  public:
-  // What sums [first, first + sums) read, factor by factor.
+  // The reads of sums [first, first + sums), factor by factor.
   struct Run {
     int64_t first;
     int sums;              // 1 or kTogether
@@ -57,7 +57,7 @@ class Reads {
     int64_t count;
   };
 
-  // For `sums` sums of `factors` factors.
+  // Makes room for `sums` sums of `factors` factors.
   Reads(int64_t sums, int64_t factors) : entries_(2 * sums * factors) { runs_.reserve(sums); }
 
   void clear() {
@@ -65,7 +65,7 @@ class Reads {
     end_ = entries_.data();
   }
 
-  // Sums [first, first + sums); sum i reads row map[i * sum_step + f * factor_step] with factor f, none where it is -1.
+  // Adds sums [first, first + sums). Sum i reads row map[i * sum_step + f * factor_step] with factor f, or none for -1.
   void add(const int32_t* map, int64_t first, int64_t sums, int64_t sum_step, int64_t factors, int64_t factor_step) {
     int64_t i = 0;
     for (; i + kTogether <= sums; i += kTogether) {
@@ -80,7 +80,7 @@ class Reads {
   const std::vector<Run>& runs() const { return runs_; }
 
  private:
-  // Together, a factor costs five loads, its own and one for each sum; alone, every read costs two.
+  // Together, a factor costs five loads: its own and one for each sum. Alone, every read costs two.
   bool add_together(const int32_t* map, int64_t first, int64_t sum_step, int64_t factors, int64_t factor_step) {
     int32_t* entry = end_;
     int64_t reads = 0;
@@ -118,7 +118,7 @@ class Reads {
   std::vector<Run> runs_;
 };
 
-// Channels [at, at + REGISTERS * lanes), all of them there if WHOLE, else the first `n` of one register.
+// Channels [at, at + REGISTERS * lanes) if WHOLE, otherwise the first `n` of one register.
 template <class S, int REGISTERS, bool WHOLE>
 struct Channels {
   static constexpr int kRegisters = REGISTERS;
@@ -134,7 +134,7 @@ struct Channels {
   }
 };
 
-// f(Channels) for all channels, the widest blocks first.
+// Calls f(Channels) for all channels, the widest blocks first.
 template <class S, class F>
 inline void for_channel_blocks(int64_t channels, const F& f) {
   constexpr int64_t W = kLanes<S>;
@@ -163,8 +163,8 @@ inline void add_products(const Reads::Run& run, const Vec<Compute<S>>* factors, 
     for (int j = 0; j < R; ++j) factor[j] = at_factor[j];
 #pragma GCC unroll 4
     for (int i = 0; i < SUMS; ++i) {
-      // Arithmetic, for the compiler makes a branch of a condition, and the map is random. The complement of a row is
-      // negative, all ones in front; that of -1 is 0 and leaves nothing of the distance from the row of zeros.
+      // This is arithmetic because the compiler makes a branch of a condition, and the map is random. The complement of
+      // a row is negative, so that the shift gives all ones. The complement of -1 is 0 and selects the row of zeros.
       const int64_t complement = entry[1 + i];
       const uintptr_t distance = (before - static_cast<uintptr_t>(complement * bytes)) & (complement >> 63);
       const S* at = reinterpret_cast<const S*>(nothing + distance);
@@ -174,7 +174,7 @@ inline void add_products(const Reads::Run& run, const Vec<Compute<S>>* factors, 
   }
 }
 
-// Sums start(j), each finished by finish(i-th sum, j, value).
+// Starts every sum with start(j), adds its products and passes it to finish(sum, j, value).
 template <class S, int SUMS, class C, class Start, class Finish>
 inline void run_sums(const Reads::Run& run, const Vec<Compute<S>>* factors, const S* x, int64_t channels,
                      const S* zeros, const C& block, const Start& start, const Finish& finish) {
@@ -209,7 +209,7 @@ bool mapped_depthwise(const MappedDepthwise<S>& job, int64_t begin, int64_t end)
   using A = Compute<S>;
   const int64_t channels = job.channels, taps = job.taps;
   const std::vector<S> zeros(channels);
-  // By blocks of channels, so that each is read from one place.
+  // The weight is stored by blocks of channels, so that each block reads it from one place.
   Registers<A> weight(taps * ((channels + kLanes<S> - 1) / kLanes<S>));
   for_channel_blocks<S>(channels, [&](auto block) {
     Vec<A>* at = weight.data() + block.at / kLanes<S> * taps;

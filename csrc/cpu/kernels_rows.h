@@ -6,7 +6,7 @@
 
 namespace sparsecnx::SPARSECNX_ISA {
 
-// f(column, lanes) for every register of a row.
+// Calls f(column, lanes) for every register of a row.
 template <class S, class F>
 inline void for_columns(int64_t channels, const F& f) {
   constexpr int64_t W = kLanes<S>;

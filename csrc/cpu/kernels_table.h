@@ -1,4 +1,4 @@
-// Fills the table of kernels for the instruction set at hand; the last include of an isa_*.cpp file.
+// Fills the table of kernels for an instruction set. The isa_*.cpp files include it last.
 #pragma once
 
 #include "kernels_depthwise.h"

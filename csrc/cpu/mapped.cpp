@@ -24,7 +24,7 @@ Mapped check_map(const Tensor& x, const Tensor& kernel_map) {
   return {rows, channels, kernel_map.size(0), kernel_map.size(1), data<int32_t>(kernel_map)};
 }
 
-// Output rows gathered at a time: 2^20 values, which stay in a shared cache.
+// Returns how many output rows are gathered at a time: 2^20 values, which stay in a shared cache.
 int64_t chunk_rows(int64_t width) { return std::max<int64_t>(64, (int64_t{1} << 20) / std::max<int64_t>(width, 1)); }
 
 // Raises unless weight is (C_out, taps * C_in) and the map is in range. Returns C_out.
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, co
       dw.add(g.t(), {columns.data(), rows, width});
       if (!needs_x) continue;
       gemm<S>(columns.data(), g, w);
-      // Rows overlap under the kernel: each thread adds a range of channels, in the order of the rows.
+      // Rows overlap under the kernel, so each thread adds a range of channels, in the order of the rows.
       constexpr int64_t kSlice = 16;
       parallel_for(0, (shape.channels + kSlice - 1) / kSlice, 1, [&](int64_t begin, int64_t end) {
         kernels<S>().scatter_add(columns.data(), shape.map + first * shape.taps, rows, shape.taps, shape.channels,
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, co
   return {x_grad, weight_grad};
 }
 
-constexpr int64_t kRows = 64;  // that a thread takes at least
+constexpr int64_t kRows = 64;  // A thread takes at least this many.
 
 Tensor mapped_depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                              const Tensor& kernel_map, const std::optional<Tensor>&) {
@@ -115,7 +115,7 @@ Tensor mapped_depthwise_conv(const Tensor& x, const Tensor& weight, const std::o
     const A* offset = bias ? parameter<A>(*bias, "bias", shape.channels, x) : nullptr;
     const MappedDepthwise<S> job{shape.map,  shape.taps,  shape.channels, shape.rows_in,
                                  data<S>(x), taps.data(), offset,         data<S>(out)};
-    // The kernels check the map as they come to it, while it is in cache.
+    // The kernels check the map when they read it, while it is in cache.
     std::atomic<bool> good = true;
     parallel_for(0, shape.rows_out, kRows, [&](int64_t begin, int64_t end) {
       if (!kernels<S>().mapped_depthwise(job, begin, end)) good = false;
@@ -135,7 +135,7 @@ Tensor mapped_depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, co
     using A = Compute<S>;
     const MappedDepthwiseWeightGrad<S> job{shape.map,     shape.taps, shape.channels,
                                            shape.rows_in, data<S>(x), data<S>(grad)};
-    // Each slab of rows is summed by one thread, the slabs in order: the result does not depend on timing.
+    // One thread sums each slab of rows, and slabs are added up in order, so the result does not depend on timing.
     const int64_t width = shape.taps * shape.channels;
     const int64_t slabs = std::clamp<int64_t>(shape.rows_out / kRows, 1, torch::stable::get_num_threads());
     BlockSums<A> sums(slabs, width);

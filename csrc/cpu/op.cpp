@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kKept = int64_t{128} << 20;  // bytes a thread keeps between operators
 
-// A stack of memory. What does not fit is allocated apart, and the stack grows to that size once it is empty.
+// A stack of memory. What does not fit is allocated separately, and the stack grows to that size once it is empty.
 class ScratchStack {
  public:
   ~ScratchStack() { std::free(base_); }
@@ -49,7 +49,7 @@ class ScratchStack {
  private:
   char* base_ = nullptr;
   int64_t capacity_ = 0, used_ = 0;   // of the stack itself
-  int64_t wanted_ = 0, highest_ = 0;  // including what was allocated apart
+  int64_t wanted_ = 0, highest_ = 0;  // including what was allocated separately
 };
 
 thread_local ScratchStack scratch_stack;
@@ -99,7 +99,7 @@ const int64_t* check_groups(const Tensor& splits, const char* name, int64_t rows
 
 namespace {
 
-// A view of memory as torch sees it; a transposed matrix is a matter of strides.
+// Returns memory as a tensor. Strides make it transposed.
 Tensor view(const void* at, int64_t rows, int64_t columns, bool transposed, ScalarType dtype) {
   const std::array<int64_t, 2> shape{rows, columns};
   const std::array<int64_t, 2> strides = transposed ? std::array<int64_t, 2>{1, std::max<int64_t>(rows, 1)}

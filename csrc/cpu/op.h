@@ -1,4 +1,4 @@
-// What the operators share: dispatch on dtype, typed access to tensors, GEMMs, work split between threads.
+// What the operators share: dispatch on dtype, typed access to tensors, GEMMs, division of work between threads.
 // Only PyTorch's ABI-stable headers are used, so that one build serves every torch from 2.11 on.
 #pragma once
 
@@ -44,7 +44,7 @@ void for_dtype(const Tensor& x, const F& f) {
   }
 }
 
-// Data of a contiguous CPU tensor; T is the storage type, unchecked against the dtype.
+// Returns the data of a contiguous CPU tensor. T is the storage type and is not checked against the dtype.
 template <class T>
 T* data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
@@ -71,12 +71,12 @@ inline void check_dtype(const Tensor& x, const char* name, ScalarType expected) 
 // Raises unless all entries of an int32 table are -1 or positions below `count`.
 void check_range(const Tensor& table, const char* name, int64_t count);
 
-// Dtype of per-channel parameters and statistics.
+// Returns the dtype of per-channel parameters and statistics.
 inline ScalarType compute_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// (rows, channels) of a feature matrix, checked.
+// Checks a feature matrix and returns (rows, channels).
 inline std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 2, "sparsecnx: ", name, " must be (rows, channels)");
   check_dense(x, name, x.numel());
@@ -95,20 +95,20 @@ inline Tensor empty(std::vector<int64_t> shape, ScalarType dtype) {
   return torch::stable::empty(shape, dtype, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
 }
 
-// --- work split between threads --------------------------------------------------------------------------------
+// --- division of work between threads --------------------------------------------------------------------------------
 
-// A run of rows of one group (the rows GRN normalises together).
+// A run of rows of one group (the rows that GRN normalises together).
 struct RowBlock {
   int64_t group, begin, end;
 };
 
-// Rows of groups [first, last) in blocks that keep a thread busy for some ten microseconds.
+// Divides the rows of groups [first, last) into blocks that occupy a thread for about ten microseconds.
 std::vector<RowBlock> split_rows(const int64_t* splits, int64_t first, int64_t last, int64_t channels);
 
-// Checks row splits (groups + 1 ascending positions covering all rows) and returns them.
+// Checks the boundaries of groups (groups + 1 ascending positions that cover all rows) and returns them.
 const int64_t* check_groups(const Tensor& splits, const char* name, int64_t rows);
 
-// f(block index) for every block, in parallel.
+// Calls f(block index) for every block, in parallel.
 template <class F>
 void for_blocks(const std::vector<RowBlock>& blocks, const F& f) {
   parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
@@ -116,7 +116,7 @@ void for_blocks(const std::vector<RowBlock>& blocks, const F& f) {
   });
 }
 
-// Sums over rows: one partial row per block, added up in order, so that the result does not depend on timing.
+// Sums over rows. Each block has a partial sum; they are added up in order, so the result does not depend on timing.
 template <class A>
 class BlockSums {
  public:
@@ -149,7 +149,7 @@ void for_groups(const std::vector<RowBlock>& blocks, const F& f) {
 
 // --- GEMM through torch's BLAS ---------------------------------------------------------------------------------
 
-// A row-major matrix in memory owned by somebody else, or its transpose.
+// A row-major matrix in memory that it does not own, or the transpose of one.
 template <class T>
 struct Matrix {
   T* at;
@@ -185,8 +185,8 @@ void gemm_add(T* out, Matrix<T> a, Matrix<T> b) {
   gemm_raw(out, a.at, a.transposed, b.at, b.transposed, a.rows, a.columns, b.columns, kDtype<T>, true);
 }
 
-// out (rows, columns) = a sum of products, in the computing type: 16-bit products are rounded once each, never
-// their sum. The memory belongs to the caller; it need not be cleared.
+// out (rows, columns) = a sum of products in the computing type. Each 16-bit product is rounded once, their sum never.
+// The memory belongs to the caller and need not be cleared.
 template <class S>
 class GemmSum {
   using A = Compute<S>;
@@ -220,9 +220,8 @@ class GemmSum {
 };
 
 // Uninitialised memory that an operator needs while it runs. It comes from a stack that the calling thread keeps
-// between calls, up to a limit, so that steady training does not pay for fresh pages at every operator. An object
-// must be destroyed by the thread that made it; neighbours in the stack go in any order, so long as nothing new is
-// made between the first and the last of them.
+// between calls, up to a limit, so that training does not pay for fresh pages at every operator. The thread that made
+// an object must destroy it. Neighbours in the stack may be destroyed in any order if nothing new is made in between.
 class ScratchBytes {
  public:
   explicit ScratchBytes(int64_t bytes);
@@ -247,7 +246,8 @@ class Scratch {
   ScratchBytes bytes_;
 };
 
-// total = total + rest, element by element and in order, in parallel; then narrowed into out (which may be total).
+// Adds `rest` to `total` in order and narrows the sum into `out`, which may be `total`. Elements are divided between
+// threads.
 template <class S>
 void add_up(Compute<S>* total, const std::vector<const Compute<S>*>& rest, int64_t count, S* out) {
   parallel_for(0, count, 1 << 14, [&](int64_t begin, int64_t end) {
@@ -259,7 +259,7 @@ void add_up(Compute<S>* total, const std::vector<const Compute<S>*>& rest, int64
   });
 }
 
-// Storage values in the computing type.
+// Returns the values of a tensor in the computing type.
 template <class S>
 std::vector<Compute<S>> widened(const Tensor& x) {
   std::vector<Compute<S>> out(x.numel());

@@ -1,5 +1,5 @@
-// sparsecnx::gather_tiles and scatter_tiles move values between dense images (B, C, H, W) and the rows of visible tiles.
-// Each is the other's adjoint. Values are only moved, so the kernels know nothing but their size.
+// sparsecnx::gather_tiles and scatter_tiles move values between dense images (B, C, H, W) and the rows of visible
+// tiles. Each is the other's adjoint. Values are only moved, so the kernels know nothing but their size.
 #include "op.h"
 
 namespace sparsecnx {
@@ -40,7 +40,7 @@ Shape check(const Tensor& dense, const Tensor& index, int64_t tile) {
   return shape;
 }
 
-// f(Tag<T>()) with an unsigned integer as large as the tensor's elements.
+// Calls f(Tag<T>()) with an unsigned integer of the size of the tensor's elements.
 template <class F>
 void for_size(const Tensor& x, const F& f) {
   switch (x.element_size()) {

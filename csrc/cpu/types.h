@@ -1,4 +1,4 @@
-// Storage types of features and the types they are computed in.
+// Storage types of features, and the types in which they are computed.
 #pragma once
 
 #include <algorithm>

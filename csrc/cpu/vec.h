@@ -1,5 +1,4 @@
-// A register of lanes, for the instruction set named by SPARSECNX_ISA. Included once per instruction set, by the
-// isa_*.cpp files, which define:
+// A register of lanes for the instruction set SPARSECNX_ISA. Each isa_*.cpp file includes it once and defines:
 //   SPARSECNX_ISA         namespace of everything compiled for it
 //   SPARSECNX_BYTES       bytes of a register
 //   SPARSECNX_AVX2/_AVX512  whether the intrinsics for partial loads and half precision may be used
@@ -27,7 +26,7 @@ struct Lanes<double> {
 template <class A>
 using Vec = typename Lanes<A>::type;
 
-// Lanes of a register that computes for storage type S.
+// The number of lanes of a register for storage type S.
 template <class S>
 constexpr int64_t kLanes = SPARSECNX_BYTES / sizeof(Compute<S>);
 
@@ -36,7 +35,7 @@ inline V splat(A value) {
   return value - V{};
 }
 
-// An array of registers in memory, aligned (std::vector does not align vector types), uninitialised.
+// An uninitialised, aligned array of registers in memory. std::vector does not align vector types.
 template <class A>
 class Registers {
  public:
@@ -104,7 +103,7 @@ inline void store(A* p, Vec<A> v, int64_t n = kLanes<A>) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// 16-bit storage: the bits are moved first, whole or in part, then widened.
+// Values of 16 bits are moved first, all or some of them, and then widened.
 typedef uint16_t Bits16 __attribute__((vector_size(SPARSECNX_BYTES / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(SPARSECNX_BYTES)));
 
@@ -172,7 +171,7 @@ inline A sum(Vec<A> v) {
   return total;
 }
 
-// The first n lanes, zeros in the others.
+// Returns the first n lanes, and zeros in the others.
 template <class V>
 inline V only(V v, int64_t n) {
   for (int64_t i = n; i < static_cast<int64_t>(sizeof(V) / sizeof(v[0])); ++i) v[i] = 0;

@@ -1,5 +1,5 @@
-// Submanifold depthwise convolution on tiles: the interface between the operators (library.cpp) and the kernels. It needs
-// neither torch nor CUDA's device code.
+// Submanifold depthwise convolution on tiles: the interface between the operators (library.cpp) and the kernels. It
+// needs neither torch nor CUDA's device code.
 #pragma once
 
 #include <cuda_runtime_api.h>

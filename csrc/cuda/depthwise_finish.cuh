@@ -1,15 +1,15 @@
-// What becomes of the rows that a depthwise convolution has computed: stored, or normalised first.
+// The end of a depthwise convolution: its rows are stored, or normalised and then stored.
 #pragma once
 
 #include "depthwise_squares.cuh"
 
 namespace sparsecnx::cuda {
 
-// Mean and sum of squared distances from it, of `count` values.
+// The mean of `count` values and the sum of their squared distances from it.
 struct Moments {
   float count, mean, squares;
 
-  // With those of other values (Chan, Golub, LeVeque 1979).
+  // Returns the moments of these and the other values together (Chan, Golub, LeVeque 1979).
   __device__ Moments merged(Moments other) const {
     const float total = count + other.count;
     const float share = total > 0.0f ? other.count / total : 0.0f;
@@ -18,20 +18,20 @@ struct Moments {
   }
 };
 
-// The moments of all lanes of each group of neighbours, in each of them.
+// Gives every lane the merged moments of its group of kWidth neighbouring lanes.
 template <int kWidth>
 __device__ Moments merged_across(Moments m) {
 #pragma unroll
   for (int step = 1; step < kWidth; step *= 2) {
     const Moments other{__shfl_xor_sync(kAll, m.count, step), __shfl_xor_sync(kAll, m.mean, step),
                         __shfl_xor_sync(kAll, m.squares, step)};
-    // In the same order in both lanes, so that both get the same bits.
+    // Both lanes merge in the same order, so that both get the same bits.
     m = threadIdx.x & step ? other.merged(m) : m.merged(other);
   }
   return m;
 }
 
-// What a lane moves at once: 16 bytes where rows allow it, otherwise a value.
+// How a lane moves values: 16 bytes at once where rows allow it, otherwise one value.
 template <class T>
 struct Sixteen {
   static constexpr int kValues = Pack<T>::kSize;
@@ -49,15 +49,15 @@ struct Single {
   static __device__ void store(T* to, const Pack<T>& pack) { *to = pack.at[0]; }
 };
 
-// The rows of squares that a warp has computed, on their way from shared memory to `out`. place(i) is where the
-// slab's values of row i lie in shared memory.
+// Moves the rows that a warp has computed from shared memory to `out`. place(i) is the place of the slab's values of
+// row i in shared memory.
 template <class T, int kPer>
 struct Finish {
   T* out;         // (rows, C)
   int64_t first;  // row of place 0
   int count;
 
-  // The values as they are.
+  // Stores the values.
   template <class F>
   __device__ void store(const Slab<T, kPer>& slab, const T* memory, const F& place) const {
     for_rows(slab, [&](int i, int part, bool known, auto move) {
@@ -68,8 +68,8 @@ struct Finish {
     });
   }
 
-  // Adds the moments of the slab's values of every row to `moments`. The values are rounded already, as they are for a
-  // LayerNorm that stands apart.
+  // Adds the moments of the slab's values of every row to `moments`. The values are rounded first, as they are for a
+  // separate LayerNorm.
   template <class F>
   __device__ void measure(const Slab<T, kPer>& slab, const T* memory, const F& place, Moments* moments) const {
     for_rows(slab, [&](int i, int part, bool known, auto move) {
@@ -91,7 +91,8 @@ struct Finish {
     });
   }
 
-  // (value - mean) * rstd, of values in shared memory or, where `memory` is null, stored before by the same lane.
+  // Stores (value - mean) * rstd. The values are in shared memory or, if `memory` is null, the same lane has stored
+  // them.
   template <class F>
   __device__ void normalise(const Slab<T, kPer>& slab, const T* memory, const F& place, const float2* scales) const {
     for_rows(slab, [&](int i, int part, bool known, auto move) {
@@ -110,7 +111,7 @@ struct Finish {
   }
 
  private:
-  // f(row, first value of it, whether it is there, how to move values), for a whole warp at a time.
+  // Calls f(row, its first value, whether the row exists, how to move values) for a whole warp at a time.
   template <class F>
   __device__ void for_rows(const Slab<T, kPer>& slab, const F& f) const {
     if (slab.packs) {
@@ -120,7 +121,7 @@ struct Finish {
     }
   }
 
-  // Lanes that share a row.
+  // The number of lanes that share a row.
   template <class Move>
   static constexpr int kLanesPerRow =
       Slab<T, kPer>::kChannels / Move::kValues < kLanes ? Slab<T, kPer>::kChannels / Move::kValues : kLanes;
@@ -140,7 +141,8 @@ struct Finish {
   }
 };
 
-// Mean and scale of each row from the moments that each warp found, (warps, places). All threads of the block.
+// Computes mean and scale of each row from the moments of all warps, (warps, places). All threads of the block take
+// part.
 inline __device__ void settle(const Moments* moments, int warps, int places, int count, float eps, float2* scales,
                               float* rstd) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {

@@ -1,5 +1,5 @@
-// Depthwise convolution on the GPU: the choice of kernel, kernel sizes without kernels of their own, and the second
-// stage of weight gradients.
+// Depthwise convolution on the GPU: the choice of the kernel, the kernels for any kernel size, and the second stage of
+// weight gradients.
 #include "depthwise_launch.cuh"
 
 namespace sparsecnx::cuda {
@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kGroup = 8;  // rows of threads that share a sum
 
-// Where a kernel of any size reads: for each output site, tap by tap.
+// Finds the rows that an output site reads, tap by tap, for a kernel of any size.
 struct Taps {
   const int32_t* table;
   TileSide tile;
@@ -18,7 +18,7 @@ struct Taps {
 
   __host__ __device__ int count() const { return kernel_h * kernel_w; }
 
-  // The row that a row reads through a tap; -1 where that site is masked.
+  // Returns the row that `row` reads through a tap, -1 if that site is masked.
   __device__ int64_t read_by(int64_t row, int tap) const {
     const int64_t index = row / tile.sites();
     const int site = static_cast<int>(row % tile.sites());
@@ -31,7 +31,7 @@ struct Taps {
   }
 };
 
-// A thread has a row and a pack of channels, or one where packs do not fit.
+// A thread computes a pack of channels of a row, or one channel where packs do not fit.
 template <class T, class Move>
 __global__ void __launch_bounds__(256)
     depthwise_general_kernel(const ConvArguments<T> a, const Taps taps, int64_t rows) {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// Every row of `out` to zero mean and unit variance, in place. A warp has a row.
+// Normalises every row of `out` to zero mean and unit variance, in place. A warp takes a row.
 template <class T, class Move>
 __global__ void __launch_bounds__(256) normalise_rows_kernel(const ConvArguments<T> a, int64_t rows) {
   const int lane = threadIdx.x % kLanes;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(256) normalise_rows_kernel(const ConvArguments
   }
 }
 
-// The sum of a column of (kGroup, kLanes) threads, in order, in its first thread.
+// Adds up, in order, the values of each column of (kGroup, kLanes) threads. The first thread gets the sum.
 __device__ float column_sum(float value) {
   float* sums = shared_memory<float>();
   sums[threadIdx.x] = value;
@@ -99,7 +99,7 @@ __device__ float column_sum(float value) {
   return value;
 }
 
-// Sum over a range of rows, blockIdx.y, for 32 channels and one tap; after the last tap comes the gradient itself.
+// Sums over a range of rows, blockIdx.y, for 32 channels and one tap. After the last tap it sums the gradient itself.
 template <class T>
 __global__ void __launch_bounds__(kGroup* kLanes)
     depthwise_general_grad_kernel(const WeightGradArguments<T> a, const Taps taps, int64_t rows, int64_t per_range) {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kGroup* kLanes)
   }
 }
 
-// Second stage of weight gradients: the sum of all ranges for 32 channels and one tap.
+// Second stage of weight gradients: adds up all ranges for 32 channels and one tap.
 template <class T>
 __global__ void __launch_bounds__(kGroup* kLanes) add_up_ranges_kernel(const float* partial, int64_t ranges, int taps,
                                                                        int channels, T* grad_weight, float* grad_bias) {

@@ -1,5 +1,5 @@
-// Depthwise convolution of squares of 8 x 8 and 4 x 4 sites, see depthwise_squares.cuh. The warp gathers the halo of its
-// square, the (S + K - 1)^2 sites that the outputs see. All S x S sums of a channel stay in registers, so that a value
+// Depthwise convolution of squares of 8 x 8 and 4 x 4 sites (see depthwise_squares.cuh). The warp gathers the halo of
+// its square, the (S + K - 1)^2 sites that the outputs see. All S x S sums of a channel stay in registers, so a value
 // is read once and serves all outputs that see it, up to min(K, S)^2 of them.
 #include "depthwise_finish.cuh"
 #include "depthwise_launch.cuh"
@@ -10,7 +10,7 @@ namespace {
 constexpr int kHaloPer = 1;  // channels of a lane
 constexpr int kHaloChannels = kHaloPer * kLanes;
 
-// Shared memory of a warp.
+// The shared memory of a warp.
 template <class T, int K, int S>
 struct HaloMemory {
   static constexpr int kChannels = kHaloChannels;
@@ -22,8 +22,8 @@ struct HaloMemory {
   int rows[kSites];  // of x, -1 where the site is masked
 };
 
-// For every site of a halo: which neighbour of the square it lies in, times 64, and where there in nested order. The
-// same for all squares, so the block works it out once.
+// Stores for every site of a halo the neighbour of the square that contains it, times 64, plus its nested index there.
+// It is the same for all squares, so the block computes it once.
 template <int K, int S>
 __device__ void find_places(int* places) {
   using R = Reach<K, S>;
@@ -34,7 +34,7 @@ __device__ void find_places(int* places) {
   __syncthreads();
 }
 
-// The rows of the halo of square q. Returns which neighbours of the square are visible, a bit for each.
+// Stores the rows of the halo of square q. Returns one bit for each neighbour of the square: whether it is visible.
 template <int K, int S>
 __device__ unsigned seek_halo(const Squares& squares, int q, const int* places, int* rows, int lane) {
   using R = Reach<K, S>;
@@ -43,7 +43,7 @@ __device__ unsigned seek_halo(const Squares& squares, int q, const int* places, 
   const int around = lane < R::kAround ? squares.neighbour(q, dy, dx) : -1;
   const unsigned present = __ballot_sync(kAll, around >= 0);
   constexpr int kSites = R::kHalo * R::kHalo;
-#pragma unroll 1  // or the compiler keeps what depends on the lane alone in registers that the weights need
+#pragma unroll 1  // Otherwise the compiler keeps values that depend on the lane alone in registers of the weights.
   for (int i0 = 0; i0 < kSites; i0 += kLanes) {
     const int i = min(i0 + lane, kSites - 1);
     const int place = places[i];
@@ -54,7 +54,8 @@ __device__ unsigned seek_halo(const Squares& squares, int q, const int* places, 
   return present;
 }
 
-// f(line, column, value) for every visible site of the halo, counted from its corner; `column` is the lane's value there.
+// Calls f(line, column, value) for every visible site of the halo, counted from its corner. `column` points to the
+// lane's value at the corner.
 template <class T, int K, int S, class F>
 __device__ __forceinline__ void for_halo(const T* column, unsigned present, const F& f) {
   using R = Reach<K, S>;
@@ -72,7 +73,7 @@ __device__ __forceinline__ void for_halo(const T* column, unsigned present, cons
   }
 }
 
-// f(output line, output column, ky, kx) for every output that sees the site at (line, column) of the halo.
+// Calls f(output line, output column, ky, kx) for every output that sees the site at (line, column) of the halo.
 template <int K, int S, class F>
 __device__ __forceinline__ void for_outputs(int line, int column, const F& f) {
 #pragma unroll
@@ -85,8 +86,8 @@ __device__ __forceinline__ void for_outputs(int line, int column, const F& f) {
   }
 }
 
-// Rows to normalise are the work of a block, all of whose warps take the same square and different slabs; otherwise
-// warps take squares of their own and blockIdx.y is the slab.
+// If rows are normalised, the warps of a block take the same square and different slabs. Otherwise each warp takes its
+// own squares and blockIdx.y is the slab.
 template <class T, int K, int S>
 __global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_halo_kernel(const ConvArguments<T> a) {
   using R = Reach<K, S>;
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_halo_kerne
           sums[y][x] = fmaf(value, weights[ky * K + kx][0], sums[y][x]);
         });
       });
-      // The outputs take the place of the halo. A lane's column is its own.
+      // The outputs replace the halo: no other lane reads the lane's column.
 #pragma unroll
       for (int y = 0; y < S; ++y) {
 #pragma unroll
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_halo_kerne
   }
 }
 
-// Shared memory of a warp for the weight gradient: the halo, and the incoming gradient of the square.
+// The shared memory of a warp for the weight gradient: the halo and the incoming gradient of the square.
 template <class T, int K, int S>
 struct HaloGradMemory {
   static constexpr int kChannels = kHaloChannels;
@@ -179,8 +180,8 @@ struct HaloGradMemory {
   T grad[S * S * kHaloChannels];
 };
 
-// Sums over a range of squares, blockIdx.x, of grad * shifted x for every tap and of grad, for slab blockIdx.y. The
-// sums of all taps stay in registers; those of the warps are added up in order.
+// Sums grad * shifted x for every tap, and grad, over a range of squares (blockIdx.x) for a slab (blockIdx.y). The sums
+// of all taps stay in registers. The sums of the warps are added up in order.
 template <class T, int K, int S>
 __global__ void __launch_bounds__(kThreads, kGradBlocks<T>) depthwise_halo_grad_kernel(const WeightGradArguments<T> a) {
   using R = Reach<K, S>;

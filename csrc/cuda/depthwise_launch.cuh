@@ -1,4 +1,4 @@
-// How the work of a depthwise convolution is cut into blocks.
+// Divides the work of a depthwise convolution into blocks and launches the kernels.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace sparsecnx::cuda {
 
-// What matters of the current device.
+// The properties of the current device that matter here.
 struct Device {
   int processors;
   int64_t shared_bytes;  // that a block may use
@@ -20,15 +20,15 @@ struct Device {
     return {processors, most_shared_bytes()};
   }
 
-  // Blocks that a multiprocessor holds at once, of `most` that its registers allow.
+  // Returns how many blocks a multiprocessor holds at once, if its registers allow `most`.
   int64_t resident(int64_t most, int64_t bytes) const {
-    constexpr int64_t kReserved = 1024;  // of shared memory, for each block; shared_bytes leaves it out for one
+    constexpr int64_t kReserved = 1024;  // shared memory reserved for each block; shared_bytes excludes it once
     return std::clamp<int64_t>((shared_bytes + kReserved) / (bytes + kReserved), 1, most);
   }
 };
 
-// How warps that share nothing are put together to blocks. `Memory` is a warp's shared memory, `most` the blocks that
-// the registers of a multiprocessor allow.
+// The blocks of warps that share nothing. `Memory` is a warp's shared memory; the registers of a multiprocessor allow
+// `most` blocks.
 template <class Memory>
 struct Blocks {
   int64_t warps, bytes, resident;
@@ -39,26 +39,26 @@ struct Blocks {
         resident(device.resident(most, bytes)) {}
 };
 
-// Side of the squares that tiles of a side are cut into.
+// Returns the side of the squares that a tile is divided into.
 inline int square_side(int tile) {
   int side = 8;
   while (tile % side != 0) side /= 2;
   return side;
 }
 
-// Kernel sizes that have kernels of their own.
+// Returns whether a kernel size has kernels of its own.
 inline bool specialised(int kernel_h, int kernel_w) {
   return kernel_h == kernel_w && (kernel_h == 3 || kernel_h == 5 || kernel_h == 7);
 }
 
-// Whether rows of `channels` values at these addresses can be moved 16 bytes at a time.
+// Returns whether rows of `channels` values at these addresses can be moved 16 bytes at a time.
 inline bool in_packs(int channels, Dtype dtype, std::initializer_list<const void*> pointers) {
   bool aligned = channels * size_of(dtype) % 16 == 0;
   for (const void* pointer : pointers) aligned = aligned && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   return aligned;
 }
 
-// Squares one after another for each of `waves` of `resident` workers, but no more than `most`.
+// Returns how many squares each worker takes in turn, at most `most`, so that there are `waves` of `resident` workers.
 inline int squares_each(int64_t squares, int64_t resident, int64_t waves, int64_t most) {
   return static_cast<int>(std::clamp<int64_t>(squares / (resident * waves), 1, most));
 }
@@ -80,15 +80,15 @@ ConvArguments<T> conv_arguments(const DepthwiseConv& job, int side, int per_warp
           in_packs(g.channels, g.dtype, {job.x, job.out})};
 }
 
-// Launches a kernel of depthwise_halo.cu or depthwise_window.cu, whose warps take up to `most` squares one after
-// another: less where that would leave multiprocessors without work for two rounds.
+// Launches a kernel of depthwise_halo.cu or depthwise_window.cu. Its warps take up to `most` squares in turn, but so
+// few that multiprocessors have work for two rounds.
 template <class T, class Memory, class Kernel>
 void launch_conv(const char* name, Kernel kernel, const DepthwiseConv& job, int side, int64_t most, Device device,
                  cudaStream_t stream) {
   const int64_t squares = Squares(job.geometry, side).count;
   const int64_t slabs = blocks_of(job.geometry.channels, Memory::kChannels);
   if (job.rstd != nullptr) {
-    // The warps of a block share its squares: as many as there are slabs, or an equal part of them.
+    // The warps of a block share its squares. There are as many warps as slabs, or an equal part of them.
     const int64_t shared = Memory::kOutputs * sizeof(float2) + Memory::kBlockBytes;
     const int64_t each_warp = sizeof(Memory) + Memory::kOutputs * sizeof(Moments);
     const int64_t fit = std::min<int64_t>(kMostWarps<T>, (device.shared_bytes - shared) / each_warp);
@@ -106,8 +106,8 @@ void launch_conv(const char* name, Kernel kernel, const DepthwiseConv& job, int 
   }
 }
 
-// Ranges of the weight gradient: one wave of blocks, each of whose warps takes its squares in two turns at least, so
-// that the partial sums stay few beside the rows. A warp takes `at_once` in a turn.
+// Returns the number of ranges of the weight gradient: one wave of blocks. Each warp takes its squares in at least two
+// turns of `at_once`, so that there are few partial sums compared with rows.
 template <class T, class Memory>
 int64_t weight_grad_ranges(const DepthwiseGeometry& g, int side, int64_t at_once, Device device) {
   const Blocks<Memory> blocks(device, kGradBlocks<T>);
@@ -133,7 +133,7 @@ void launch_weight_grad(const char* name, Kernel kernel, const DepthwiseWeightGr
          blocks.bytes, stream, arguments);
 }
 
-// f(integral_constant<int, K>) of a specialised kernel size.
+// Calls f(integral_constant<int, K>) for a specialised kernel size.
 template <class F>
 void for_kernel(int size, const F& f) {
   switch (size) {
@@ -146,7 +146,7 @@ void for_kernel(int size, const F& f) {
   }
 }
 
-// By the files named after them.
+// These are defined in the files of the same name.
 void depthwise_halo(const DepthwiseConv& job, int side, Device device, cudaStream_t stream);
 void depthwise_window(const DepthwiseConv& job, int side, Device device, cudaStream_t stream);
 void depthwise_halo_grad(const DepthwiseWeightGrad& job, int side, Device device, cudaStream_t stream);

@@ -1,17 +1,17 @@
-// Depthwise convolution on the GPU: what its kernels share.
+// What the kernels of the depthwise convolution on the GPU share.
 //
-// The sites of a tile are cut into squares of S x S, S a power of two: S x S consecutive rows in nested order. A warp
-// takes one square at a time and a *slab* of its channels, one or two for each lane: a lane keeps the K x K weights of
-// its channels and the sums of its outputs in registers. Input sites come to shared memory once, 16 bytes at a time
-// and without passing through registers, and every value read from there serves up to K rows and K columns of
-// outputs. Since a warp shares its slab with no other, warps do not wait for each other.
+// The sites of a tile are divided into squares of S x S, S a power of two: S x S consecutive rows in nested order. A
+// warp takes one square at a time and a *slab* of its channels, one or two for each lane. A lane keeps the K x K
+// weights of its channels and the sums of its outputs in registers. Input sites are copied to shared memory once, 16
+// bytes at a time and without passing through registers. Every value read from there serves up to K rows and K columns
+// of outputs. A warp shares its slab with no other warp, so warps do not wait for each other.
 //
-//   S = 8, 4 (depthwise_halo.cu):    the square that the outputs see, (S + K - 1)^2 sites, is gathered from its
-//                                     neighbours.
-//   S = 2, 1 (depthwise_window.cu):  squares see many times their own size, so the warp takes several in a row and
-//                                     stages the run of rows in which all that they see lies.
+//   S = 8, 4 (depthwise_halo.cu):    the warp gathers the square that the outputs see, (S + K - 1)^2 sites, from its
+//                                    neighbours.
+//   S = 2, 1 (depthwise_window.cu):  squares see many times their own size, so the warp takes several consecutive
+//                                    squares and stages the run of rows that contains everything they see.
 //
-// A neighbour that is masked costs neither loads nor multiplications: which are there is the same for a whole warp.
+// A masked neighbour costs neither loads nor multiplications, because all lanes of a warp have the same neighbours.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -27,12 +27,12 @@ namespace sparsecnx::cuda {
 constexpr int kLanes = 32;
 constexpr unsigned kAll = 0xffffffffu;
 
-// Warps that the registers of a multiprocessor take, 168 for each thread in 16 bits and up to 255 in 32. A block that
-// normalises rows, which its warps do together, has up to as many.
+// The warps for which a multiprocessor has registers: 168 for each thread in 16 bits and up to 255 in 32. The warps of
+// a block that normalises rows do so together; it has at most that many.
 template <class T>
 constexpr int kMostWarps = sizeof(T) == 2 ? 12 : 8;
 
-// Otherwise warps share nothing and a block is small, so that one that waits for its rows keeps few others waiting.
+// Otherwise warps share nothing. A block is small, so that a warp that waits for its rows delays few others.
 constexpr int kThreads = 128;
 template <class T>
 constexpr int kGradBlocks = kMostWarps<T> * kLanes / kThreads;  // of the weight gradient, on a multiprocessor
@@ -42,7 +42,7 @@ constexpr int kWindowRows = 104;  // rows of x staged at once: slabs of 128 byte
 template <int S>
 constexpr int kSquaresAtOnce = S == 2 ? 8 : 16;
 
-// Squares, as the kernels see them.
+// The squares of all tiles.
 struct Squares {
   const int32_t* table;
   int count;          // rows are numbered in 31 bits, so squares are
@@ -52,10 +52,10 @@ struct Squares {
   Squares(const DepthwiseGeometry& g, int side)
       : table(g.table), count(static_cast<int>(g.rows() / (side * side))), per_tile(g.tile / side), span(g.span) {}
 
-  // A position among the squares, at most their end.
+  // Returns a position among the squares, at most their end.
   __device__ int at(int64_t position) const { return static_cast<int>(min(position, int64_t{count})); }
 
-  // The square dy below and dx right of square q; -1 where it is masked.
+  // Returns the square dy below and dx to the right of square q, -1 if it is masked.
   __device__ int neighbour(int q, int dy, int dx) const {
     const int tile = q / per_tile.sites(), inside = q % per_tile.sites();
     const int reach = span / 2, side = per_tile.side;
@@ -77,14 +77,14 @@ struct Reach {
   static constexpr int kAround = kAcross * kAcross;
 };
 
-// Site (y, x) of a square, in nested order.
+// Returns the nested index of site (y, x) of a square.
 template <int S>
 __host__ __device__ constexpr int nested_in_square(int y, int x) {
   static_assert((S & (S - 1)) == 0 && S <= 8);
   return (y & 1) << 1 | (y & 2) << 2 | (y & 4) << 3 | (x & 1) | (x & 2) << 1 | (x & 4) << 2;
 }
 
-// Two values that lie next to each other, moved at once.
+// Two adjacent values that are moved at once.
 template <class T>
 union alignas(2 * sizeof(T)) Pair {
   using Bits = std::conditional_t<sizeof(T) == 2, unsigned, uint2>;
@@ -111,10 +111,10 @@ struct Slab {
 
   __device__ int channel(int j) const { return first + lane * kPer + j; }
   __device__ bool inside(int j) const { return channel(j) < channels; }
-  // Offset of a value of a row.
+  // Returns the offset of a value of a row.
   __device__ int64_t offset(int64_t row, int part) const { return row * channels + first + part; }
 
-  // The lane's values of a row in shared memory, of which `at` is its first.
+  // Read and write the lane's values of a row in shared memory. `at` points to the first.
   static __device__ void read(const T* at, float (&values)[kPer]) {
     if constexpr (kPer == 1) {
       values[0] = widen(*at);
@@ -136,7 +136,7 @@ struct Slab {
     }
   }
 
-  // Starts to copy rows to shared memory: place i, (kChannels) values, gets row_of(i); where that is negative, nothing.
+  // Starts to copy rows to shared memory. Place i, of kChannels values, gets row_of(i), or nothing if that is negative.
   template <class F>
   __device__ void fetch(T* to, const T* from, int count, const F& row_of) const {
     if (packs) {
@@ -159,15 +159,15 @@ struct Slab {
     __pipeline_commit();
   }
 
-  // Waits until the whole warp's copies have arrived.
+  // Waits until the copies of the whole warp have arrived.
   __device__ void arrive() const {
     __pipeline_wait_prior(0);
     __syncwarp();
   }
 };
 
-// Weights of the lane's channels, 0 outside. `scratch` takes (kChannels * K * K) values: the rows of `weight` are short,
-// and are read in the order of memory.
+// Loads the weights of the lane's channels, 0 beyond the last channel. `scratch` has room for kChannels * K * K values:
+// the rows of `weight` are short and are read in the order of memory.
 template <int K, class T, int kPer>
 __device__ void load_weights(float (&weights)[K * K][kPer], const T* weight, const Slab<T, kPer>& slab, bool flip,
                              T* scratch) {
@@ -196,7 +196,7 @@ struct ConvArguments {
   float* rstd;
   Squares squares;
   int channels;
-  int per_warp;  // squares that a warp (or, where rows are normalised, a block) takes one after another
+  int per_warp;  // squares that a warp (or, if rows are normalised, a block) takes in turn
   float eps;
   bool flip, packs;
 };
@@ -212,8 +212,8 @@ struct WeightGradArguments {
   bool packs;
 };
 
-// The end of a weight gradient: the sums of all warps of the block, in order, to partial[blockIdx.x]. Every warp has
-// `stride` floats of `scratch`, room for its (K * K + 1, kChannels) sums.
+// Ends a weight gradient: adds up the sums of all warps of the block, in order, and stores them to partial[blockIdx.x].
+// Every warp has `stride` floats of `scratch`, room for its (K * K + 1, kChannels) sums.
 template <int K, class T, int kPer>
 __device__ void add_up_warps(const float (&sums)[K * K][kPer], const float (&total)[kPer], const Slab<T, kPer>& slab,
                              float* scratch, int stride, float* partial) {

@@ -1,24 +1,25 @@
-// Depthwise convolution of squares of 2 x 2 and 1 x 1 sites, see depthwise_squares.cuh. Such squares see many times their
-// own size, and their neighbours see much the same: the warp takes several squares in a row and stages, once, the run
-// of rows in which all that they see lies. On the coarse grids of these stages that is about an image. Where the run is
-// too long (a wide grid, masked site by site) the squares go one by one, each with all its neighbours gathered.
+// Depthwise convolution of squares of 2 x 2 and 1 x 1 sites (see depthwise_squares.cuh). Such squares see many times
+// their own size, and consecutive squares see nearly the same sites. So the warp takes several consecutive squares and
+// stages once the run of rows that contains everything they see. On the coarse grids of these stages that is about an
+// image. If the run is too long (a wide grid, masked site by site), the warp takes the squares one by one and gathers
+// their neighbours.
 #include "depthwise_finish.cuh"
 #include "depthwise_launch.cuh"
 
 namespace sparsecnx::cuda {
 namespace {
 
-// Channels of a lane, to which finding a neighbour is common; in 32 bits the shared memory is too small for two.
+// Channels of a lane. They share the search for neighbours. In 32 bits the shared memory is too small for two.
 template <class T>
 constexpr int kWindowPer = sizeof(T) == 2 ? 2 : 1;
 template <class T>
 constexpr int kWindowChannels = kWindowPer<T> * kLanes;
 
-// Neighbours of a square are read four at a time.
+// The neighbours of a square are read four at a time.
 template <int K, int S>
 constexpr int kPitch = (Reach<K, S>::kAround + 3) / 4 * 4;
 
-// Shared memory of a warp.
+// The shared memory of a warp.
 template <class T, int K, int S>
 struct WindowMemory {
   static constexpr int kChannels = kWindowChannels<T>;
@@ -31,21 +32,21 @@ struct WindowMemory {
   alignas(16) int around[kSquares * kPitch<K, S>];
 };
 
-// What lies in the shared memory of a warp: the run of squares that all its squares see or, where that is too long,
-// the neighbours of one square.
+// The content of the window in shared memory: the run of squares that all squares of the warp see or, if that is too
+// long, the neighbours of one square.
 struct Window {
   int first, count;  // of the run
   bool fits;
 
-  // Squares that are computed from one filling.
+  // Returns the number of squares that are computed from one filling.
   __device__ int together(int squares) const { return fits ? squares : 1; }
 
-  // Offset in the window of the j-th neighbour of a square, of which `around` says:
+  // Returns the offset in the window of the j-th neighbour of a square, for its value in `around`.
   __device__ int offset(int around, int j, int size) const { return fits ? around : j * size; }
 };
 
-// The neighbours of squares [q, q + count) and the run in which they lie. `around` gets -1 for a neighbour that is
-// masked, otherwise its offset in the window or, where the run does not fit, its number.
+// Finds the neighbours of squares [q, q + count) and the run that contains them. `around` gets -1 for a masked
+// neighbour, otherwise its offset in the window or, if the run does not fit, its number.
 template <class T, int K, int S>
 __device__ Window seek_window(const Squares& squares, int q, int count, int* around, int lane) {
   using R = Reach<K, S>;
@@ -71,7 +72,7 @@ __device__ Window seek_window(const Squares& squares, int q, int count, int* aro
   return window;
 }
 
-// Starts to fill the window for the squares from the one whose neighbours are `around` on.
+// Starts to fill the window for the squares whose neighbours begin at `around`.
 template <int K, int S, class T>
 __device__ void fetch_window(const Slab<T, kWindowPer<T>>& slab, T* to, const T* x, Window window, const int* around) {
   using R = Reach<K, S>;
@@ -86,8 +87,8 @@ __device__ void fetch_window(const Slab<T, kWindowPer<T>>& slab, T* to, const T*
   }
 }
 
-// f(line, column, values) for every visible site that a square sees, counted from the first that it sees. `column` is
-// where the lane's values begin in the window.
+// Calls f(line, column, values) for every visible site that a square sees, counted from the first that it sees. The
+// lane's values begin at `column` in the window.
 template <int K, int S, class T, class F>
 __device__ __forceinline__ void for_window(const T* column, Window window, const int* around, const F& f) {
   using R = Reach<K, S>;
@@ -113,7 +114,7 @@ __device__ __forceinline__ void for_window(const T* column, Window window, const
   }
 }
 
-// As depthwise_halo_kernel, but a warp takes its squares together.
+// Like depthwise_halo_kernel, but a warp takes its squares together.
 template <class T, int K, int S>
 __global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_window_kernel(const ConvArguments<T> a) {
   using R = Reach<K, S>;
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_window_ker
   }
 }
 
-// As depthwise_halo_grad_kernel.
+// Like depthwise_halo_grad_kernel.
 template <class T, int K, int S>
 __global__ void __launch_bounds__(kThreads, kGradBlocks<T>)
     depthwise_window_grad_kernel(const WeightGradArguments<T> a) {

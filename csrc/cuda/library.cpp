@@ -1,5 +1,5 @@
-// The shared library sparsecnx._C_cuda. Loading it gives the operators sparsecnx_cuda::* their GPU implementations; their
-// schemas are in csrc/library.cpp. Only PyTorch's ABI-stable headers are used.
+// The shared library sparsecnx._C_cuda. Loading it gives the operators sparsecnx_cuda::* their GPU implementations;
+// their schemas are in csrc/library.cpp. Only PyTorch's ABI-stable headers are used.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -9,7 +9,6 @@
 #include <array>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "depthwise.h"
 #include "stream.h"
@@ -22,6 +21,7 @@ namespace sparsecnx::cuda {
 namespace {
 
 using torch::headeronly::ScalarType;
+using torch::stable::new_empty;
 
 constexpr int64_t kMostChannels = 1 << 16;
 
@@ -48,26 +48,17 @@ void* data(const Tensor& x) { return x.mutable_data_ptr(); }
 
 const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->mutable_data_ptr() : nullptr; }
 
-// Raises unless x is on the device of `like`.
-void check_device(const Tensor& x, const char* name, const Tensor& like) {
+// Raises unless x is contiguous and has that many elements, that dtype and the device of `like`.
+void check_dense(const Tensor& x, const char* name, int64_t numel, ScalarType dtype, const Tensor& like) {
   STD_TORCH_CHECK(x.device() == like.device(), "sparsecnx: ", name, " is on device ", x.get_device_index(),
                   ", the first argument on device ", like.get_device_index());
-}
-
-void check_dtype(const Tensor& x, const char* name, ScalarType expected) {
-  STD_TORCH_CHECK(x.scalar_type() == expected, "sparsecnx: ", name, " is ",
-                  torch::headeronly::toString(x.scalar_type()), ", expected ", torch::headeronly::toString(expected));
-}
-
-// Raises unless x is contiguous, of that many elements and that dtype, on the device of `like`.
-void check_dense(const Tensor& x, const char* name, int64_t numel, ScalarType dtype, const Tensor& like) {
-  check_device(x, name, like);
-  check_dtype(x, name, dtype);
+  STD_TORCH_CHECK(x.scalar_type() == dtype, "sparsecnx: ", name, " is ", torch::headeronly::toString(x.scalar_type()),
+                  ", expected ", torch::headeronly::toString(dtype));
   STD_TORCH_CHECK(x.is_contiguous(), "sparsecnx: ", name, " must be contiguous");
   STD_TORCH_CHECK(x.numel() == numel, "sparsecnx: ", name, " has ", x.numel(), " elements, expected ", numel);
 }
 
-// (rows, channels) of a contiguous feature matrix whose start can be read 16 bytes at a time.
+// Returns (rows, channels) of a feature matrix. Raises unless it is contiguous.
 std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "sparsecnx: ", name, " must be contiguous, (rows, channels)");
   STD_TORCH_CHECK(1 <= x.size(1) && x.size(1) <= kMostChannels, "sparsecnx: ", name, " has ", x.size(1),
@@ -77,11 +68,7 @@ std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name) {
   return {x.size(0), x.size(1)};
 }
 
-Tensor empty_on(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
-}
-
-// Checks what describes the sites, and gathers it.
+// Checks the arguments that describe the sites and returns them together.
 DepthwiseGeometry check_geometry(const Tensor& x, const Tensor& table, int64_t tile, int64_t kernel_h,
                                  int64_t kernel_w) {
   const auto [rows, channels] = feature_shape(x, "x");
@@ -111,8 +98,8 @@ std::tuple<Tensor, Tensor> depthwise_conv_fused(const Tensor& x, const Tensor& w
   if (bias) check_dense(*bias, "bias", channels, ScalarType::Float, x);
   if (residual) check_dense(*residual, "residual", rows * channels, x.scalar_type(), x);
   const OnDevice guard(x);
-  Tensor out = empty_on(x, {rows, channels}, x.scalar_type());
-  Tensor rstd = empty_on(x, {eps ? rows : 0}, ScalarType::Float);
+  Tensor out = new_empty(x, {rows, channels}, x.scalar_type());
+  Tensor rstd = new_empty(x, {eps ? rows : 0}, ScalarType::Float);
   run_depthwise_conv(
       {geometry, data(x), data(weight), static_cast<const float*>(data_or_null(bias)), data_or_null(residual),
        data(out), eps ? data<float>(rstd) : nullptr, static_cast<float>(eps.value_or(0.0)), flip},
@@ -132,9 +119,9 @@ std::tuple<Tensor, Tensor> depthwise_conv_weight_grad(const Tensor& grad, const 
   check_dense(grad, "grad", x.numel(), x.scalar_type(), x);
   const OnDevice guard(x);
   const int64_t ranges = depthwise_ranges(geometry);
-  Tensor partial = empty_on(x, {ranges, kernel_h * kernel_w + 1, channels}, ScalarType::Float);
-  Tensor grad_weight = empty_on(x, {channels, 1, kernel_h, kernel_w}, x.scalar_type());
-  Tensor grad_bias = empty_on(x, {channels}, ScalarType::Float);
+  Tensor partial = new_empty(x, {ranges, kernel_h * kernel_w + 1, channels}, ScalarType::Float);
+  Tensor grad_weight = new_empty(x, {channels, 1, kernel_h, kernel_w}, x.scalar_type());
+  Tensor grad_bias = new_empty(x, {channels}, ScalarType::Float);
   run_depthwise_weight_grad(
       {geometry, data(grad), data(x), data<float>(partial), ranges, data(grad_weight), data<float>(grad_bias)},
       current_stream(x));

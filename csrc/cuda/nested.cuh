@@ -1,4 +1,4 @@
-// Nested order of the sites of a tile, see sparsecnx/layout.py: the index of site (y, x) is
+// The nested order of the sites of a tile (sparsecnx/geometry/nested_order.py). The index of site (y, x) is
 // nested_line(y) + nested_column(x). A tile side is odd * 2^levels.
 #pragma once
 
@@ -18,7 +18,7 @@ struct TileSide {
   __host__ __device__ int odd() const { return side >> levels; }
 };
 
-// Bit b of a number below 2^15 moved to bit 2b.
+// Moves bit b of a number below 2^15 to bit 2b.
 inline __host__ __device__ int spread_bits(int value) {
   value = (value | value << 8) & 0x00ff00ff;
   value = (value | value << 4) & 0x0f0f0f0f;
@@ -26,7 +26,7 @@ inline __host__ __device__ int spread_bits(int value) {
   return (value | value << 1) & 0x55555555;
 }
 
-// Undoes it; odd bits are dropped.
+// Reverses spread_bits and drops the odd bits.
 inline __host__ __device__ int collect_bits(int value) {
   value &= 0x55555555;
   value = (value | value >> 1) & 0x33333333;
@@ -45,7 +45,7 @@ inline __host__ __device__ int nested_column(TileSide tile, int x) {
   return ((x >> tile.levels) << 2 * tile.levels) + spread_bits(x & below);
 }
 
-// Row and column of the site with that nested index.
+// Return the row and the column of the site with that nested index.
 inline __host__ __device__ int site_line(TileSide tile, int site) {
   return ((site >> 2 * tile.levels) / tile.odd() << tile.levels) + (collect_bits(site >> 1) & ((1 << tile.levels) - 1));
 }

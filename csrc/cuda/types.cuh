@@ -1,4 +1,4 @@
-// Storage types of features on the GPU: all arithmetic is float32, rows are moved 16 bytes at a time.
+// Storage types of features on the GPU. All arithmetic is float32; rows are moved 16 bytes at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@ inline __device__ float widen(float x) { return x; }
 inline __device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 inline __device__ float widen(__half x) { return __half2float(x); }
 
-// The nearest value of T, ties to even.
+// Rounds to the nearest value of T, ties to even.
 template <class T>
 __device__ T narrow(float x);
 template <>
@@ -37,7 +37,7 @@ union alignas(16) Pack {
   T at[kSize];
 };
 
-// A pack from memory and to memory in one access, which copying the union does not promise.
+// Moves a pack in one access, which copying the union does not guarantee.
 template <class T>
 __device__ Pack<T> load_pack(const T* from) {
   Pack<T> pack;
@@ -66,7 +66,7 @@ void for_dtype(Dtype dtype, const F& f) {
   }
 }
 
-// Dynamic shared memory of the block, at a multiple of 16 bytes.
+// Returns the block's dynamic shared memory, which begins at a multiple of 16 bytes.
 template <class T>
 __device__ T* shared_memory() {
   extern __shared__ uint4 sparsecnx_shared_memory[];

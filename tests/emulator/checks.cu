@@ -14,7 +14,8 @@ using Kernel = void(const float* in, float* out, int argument);
 
 __device__ int index_in_grid() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
 
-// Values move on by one thread, `steps` times. The second barrier separates the threads that write from those that read.
+// Values move on by one thread, `steps` times. The second barrier separates the threads that write from those that
+// read.
 template <bool kBarrier>
 __global__ void rotate(const float* in, float* out, int steps) {
   float* shared = shared_memory<float>();

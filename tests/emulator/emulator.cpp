@@ -1,6 +1,7 @@
-// Runs CUDA kernels on the CPU, stricter than a GPU. A block's threads are fibers that take turns on one CPU thread:
-// each runs until it waits for others. Blocks run one after another. Whatever a kernel does wrong that can be seen here
-// ends the launch with cudaErrorLaunchFailure, and cudaGetErrorString says what, in which thread and on which line.
+// Runs CUDA kernels on the CPU, more strictly than a GPU. The threads of a block are fibers that take turns on one CPU
+// thread: each runs until it waits for others. Blocks run one after another. An error of a kernel that can be detected
+// here ends the launch with cudaErrorLaunchFailure. cudaGetErrorString says what happened, in which thread and on which
+// line.
 #include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -31,10 +32,10 @@ namespace {
 constexpr int kMostThreads = 1024;
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kSharedWithoutAsking = 48 * 1024;
-constexpr size_t kMostShared = 1024 * 1024;  // of any device that is emulated
-constexpr size_t kGuardBytes = 1024 * 1024;  // unreadable, behind shared memory
-constexpr size_t kMarginBytes = 4096;        // before shared memory; must stay as it was
-constexpr unsigned char kPoison = 0xff;      // four of them are a NaN, as are two in half precision
+constexpr size_t kMostShared = 1024 * 1024;  // of any emulated device
+constexpr size_t kGuardBytes = 1024 * 1024;  // unreadable memory after shared memory
+constexpr size_t kMarginBytes = 4096;        // memory before shared memory, which must not change
+constexpr unsigned char kPoison = 0xff;      // four such bytes are a NaN, and so are two in half precision
 
 const char* name_of(Call call) {
   switch (call) {
@@ -63,31 +64,25 @@ enum class State { kReady, kWaitsForBlock, kWaitsForWarp, kWaitsForCopies, kDone
 
 struct Fiber {
   jmp_buf context;
-  bool begun = false;  // whether `context` waits for work on a stack of its own
+  bool begun = false;  // whether `context` waits for work on its own stack
   State state = State::kDone;
   int index;
   uint3 thread;
-  WarpCall waiting;  // of the call in which it waits, that of the block included
+  WarpCall waiting;  // the call in which it waits, also for the block
   uint64_t result;
   std::vector<Copy> copies;
   long batches = 0;  // committed
 };
 
-// Memory that ends where nothing may be read, but for the last bytes of 16.
+// Memory that ends, up to a multiple of 16 bytes, where nothing may be read.
 struct Allocation {
   size_t mapped, bytes;
   unsigned char poison;
 };
 
-struct Launch {
-  const void* kernel;
-  dim3 grid, block;
-  size_t shared_bytes;
-};
-
-// One launch at a time, whichever CPU thread asks.
+// Only one CPU thread launches at a time.
 std::mutex one_launch;
-std::vector<Launch> launches;
+std::vector<const void*> launches;  // kernels
 std::map<const void*, size_t> allowed_shared_bytes;
 std::map<char*, Allocation> allocations;
 std::string message;  // of the last error
@@ -106,7 +101,7 @@ char* shared_start = nullptr;
 size_t shared_bytes = 0;
 uint64_t random_state = 1;
 
-// What the signal handler leaves for the message.
+// The signal handler stores this for the message.
 struct {
   int signal = 0;
   char* address = nullptr;
@@ -120,7 +115,7 @@ uint64_t draw(uint64_t below) {
   return random_state % below;
 }
 
-// A permutation of 0 ... count - 1: ascending, descending and mixed in turn.
+// A permutation of 0 ... count - 1: ascending, descending or mixed, in turn.
 class Order {
  public:
   Order(uint64_t count, uint64_t turn) : count_(count) {
@@ -163,7 +158,7 @@ void record_failure(const std::string& what) {
   message = "block " + text(blockIdx) + ", " + what;
 }
 
-// Ends the launch from within a thread. What lies on its stack is given up.
+// Ends the launch from within a thread. Objects on its stack are abandoned.
 [[noreturn]] void fail(const std::string& what) {
   record_failure(text(*running) + ": " + what);
   running->begun = false;
@@ -247,13 +242,13 @@ void check_ends_of_allocations() {
   }
 }
 
-// Shared memory with poison in it and around it, ending at the guard but for the last bytes of 16.
+// Fills shared memory and its surroundings with poison. It ends, up to a multiple of 16 bytes, at the guard.
 void prepare_shared_memory() {
   shared_start = shared_end - rounded_up(shared_bytes);
   std::memset(shared_start - kMarginBytes, kPoison, shared_end - shared_start + kMarginBytes);
 }
 
-// Whether all that have not ended wait at the block's barrier; then they are let go.
+// Releases the threads if all that have not ended wait at the block's barrier. Returns whether it did.
 bool open_barrier() {
   const Fiber* first = nullptr;
   for (int index = 0; index < block_threads; ++index) {
@@ -291,9 +286,8 @@ void explain_deadlock() {
 
 void explain_fault();
 
-// Runs one warp after another until all its threads wait or have ended, each time in another order: so every two
-// accesses that no barrier keeps apart happen now in one order, now in the other. False where all have ended or one has
-// failed.
+// Runs one warp after another until all its threads wait or have ended. The order changes every time, so that any two
+// accesses without a barrier between them happen in both orders. Returns false if all have ended or one has failed.
 bool run_warps() {
   static uint64_t turn = 0, lane_turn = 0;
   const int warps = (block_threads + warpSize - 1) / warpSize;
@@ -318,7 +312,7 @@ bool run_warps() {
                      [](const auto& fiber) { return fiber->state != State::kDone; });
 }
 
-// Where all others wait too, those that wait for copies go on.
+// Releases the threads that wait for copies, once all others wait too. Returns whether there were any.
 bool let_copies_arrive() {
   bool any = false;
   for (int index = 0; index < block_threads; ++index) {
@@ -361,12 +355,12 @@ void run_block(uint3 block) {
   }
 }
 
-// ---- Signals: accesses of memory that is not there, and what the compiler's checks for undefined behaviour trap.
+// ---- Signals: accesses of unmapped memory, and traps of the compiler's checks for undefined behaviour.
 
 constexpr std::array kSignals = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE};
 
 void on_signal(int signal, siginfo_t* info, void* context) {
-  if (!in_thread) {  // an error of the emulator's own: the instruction is met again, and ends the process
+  if (!in_thread) {  // This is an error of the emulator itself. The instruction runs again and ends the process.
     std::signal(signal, SIG_DFL);
     return;
   }
@@ -381,11 +375,11 @@ void on_signal(int signal, siginfo_t* info, void* context) {
   _longjmp(scheduler, 1);
 }
 
-// While it lives, faults of this CPU thread end the kernel, not the process.
+// While it lives, faults of this CPU thread end the kernel and not the process.
 class CatchSignals {
  public:
   CatchSignals() {
-    static std::array<char, 64 * 1024> stack;  // a fiber's own may be full
+    static std::array<char, 64 * 1024> stack;  // The stack of a fiber may be full.
     stack_t ours{};
     ours.ss_sp = stack.data();
     ours.ss_size = stack.size();
@@ -405,7 +399,7 @@ class CatchSignals {
   std::array<struct sigaction, kSignals.size()> previous_;
 };
 
-// File and line of an instruction in this library, as far as addr2line finds them.
+// Returns file and line of an instruction in this library if addr2line finds them.
 std::string line_of(const char* instruction) {
   Dl_info library;
   if (dladdr(instruction, &library) == 0) return "unknown line";
@@ -476,7 +470,7 @@ void sync_threads(Place place) {
   back_to_scheduler();
 }
 
-// The lane whose value a lane gets from a shuffle: its own where there is none.
+// Returns the lane whose value a lane gets from a shuffle, or the lane itself if there is none.
 static int source_lane(const WarpCall& call, int lane) {
   const int first = lane & ~(call.width - 1), last = first + call.width - 1;
   if (call.call == Call::kShuffle) return first + (call.operand & (call.width - 1));
@@ -484,7 +478,7 @@ static int source_lane(const WarpCall& call, int lane) {
   return lane;
 }
 
-// The last lane to arrive does the work for all and goes on; the others get their turn.
+// The last lane that arrives does the work for all and goes on. The others get their turn later.
 uint64_t meet_in_warp(const WarpCall& call) {
   Fiber& self = *running;
   const int warp = self.index / warpSize * warpSize, lane = self.index % warpSize;
@@ -538,8 +532,8 @@ void copy_async(void* to, const void* from, size_t size) {
 
 void commit_copies() { ++running->batches; }
 
-// All other threads go on as far as they can before the copies arrive: those that still read what was there before see
-// poison.
+// All other threads run as far as they can before the copies arrive, so that threads which still read the old values
+// see poison.
 void wait_for_copies(size_t batches_left) {
   auto& copies = running->copies;
   const long done = running->batches - static_cast<long>(batches_left);
@@ -555,7 +549,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   static uint64_t turn = 0;
   const std::scoped_lock lock(one_launch);
   if (const cudaError_t status = check(config, kernel); status != cudaSuccess) return status;
-  launches.push_back({kernel, config.gridDim, config.blockDim, config.dynamicSmemBytes});
+  launches.push_back(kernel);
   prepare_memory();
   const CatchSignals catching;
   failed = false;
@@ -629,8 +623,8 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int va
 
 extern "C" {
 
-// Memory filled with one byte. Reading or writing past its end is an error of the kernel that does so; within the 16
-// bytes to which its size is rounded up (it begins at a multiple of that, as on a GPU), only writing.
+// Returns memory filled with one byte, at a multiple of 16 bytes. A kernel that reads or writes past its end fails.
+// Within the 16 bytes to which the size is rounded up, only writing is an error.
 [[gnu::visibility("default")]] void* emulator_allocate(size_t bytes, unsigned char poison) {
   const std::scoped_lock lock(emulator::one_launch);
   const size_t page = sysconf(_SC_PAGESIZE), kept = emulator::rounded_up(bytes);
@@ -655,18 +649,15 @@ extern "C" {
 
 [[gnu::visibility("default")]] void emulator_forget_launches() { emulator::launches.clear(); }
 
-// grid, block and shared bytes into `numbers`; the result is the kernel's address in this library.
-[[gnu::visibility("default")]] size_t emulator_launch(size_t index, uint64_t* numbers) {
-  const emulator::Launch& launch = emulator::launches.at(index);
-  const uint64_t all[] = {launch.grid.x,  launch.grid.y,  launch.grid.z,      launch.block.x,
-                          launch.block.y, launch.block.z, launch.shared_bytes};
-  std::copy(std::begin(all), std::end(all), numbers);
+// Returns the address in this library of the kernel of a launch.
+[[gnu::visibility("default")]] size_t emulator_launch(size_t index) {
+  const void* kernel = emulator::launches.at(index);
   Dl_info library;
-  if (dladdr(launch.kernel, &library) == 0) return 0;
-  return static_cast<const char*>(launch.kernel) - static_cast<const char*>(library.dli_fbase);
+  if (dladdr(kernel, &library) == 0) return 0;
+  return static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase);
 }
 
-// Other orders of threads and blocks.
+// Changes the order of threads and blocks.
 [[gnu::visibility("default")]] void emulator_seed(uint64_t seed) {
   emulator::random_state = seed * 0x9e3779b97f4a7c15 | 1;
 }

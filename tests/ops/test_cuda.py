@@ -196,7 +196,7 @@ def test_launches(tile, kernel, expected):
     case = Case(tile, kernel, 40, (2, 2), torch.bfloat16)
 
     def names() -> list[str]:
-        return [launch.kernel.split("<")[0].split("::")[-1] for launch in emulator.launches()]
+        return [kernel.split("<")[0].split("::")[-1] for kernel in emulator.launches()]
 
     emulator.forget_launches()
     cuda.convolve(case.there("x"), case.there("weight"), case.there("bias"), case.table, tile, normalise=EPS)
