@@ -334,8 +334,8 @@ class Trainer:
         return [
             f"FCMAE {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.device}, mask ratio {r.mask_ratio:g}",
             f"{len(self.images.names)} images{repeats} of {r.image_size} px from {self.images.root}, batch "
-            f"{r.batch_size}{accumulated}, {r.epochs} epochs of {self.steps_per_epoch} steps",
-            f"learning rate {r.peak_lr:.3g} after {r.warmup:g} epochs; writes to {self.folder.folder}{start}",
+            f"{r.batch_size}{accumulated}, steps per epoch {self.steps_per_epoch}, epochs {r.epochs}",
+            f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}; writes to {self.folder.folder}{start}",
         ]
 
     def _make_folder(self) -> None:

@@ -122,18 +122,12 @@ def _score(format: Format, state_dict: Mapping[str, Tensor]) -> tuple[int, int]:
 
 def _to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str, tuple[str, Tensor]], Architecture]:
     """Return by our names, in the order of our modules, the name in the input and the tensor in our layout."""
-    given: dict[str, tuple[str, Tensor]] = {}
-    unknown = {}
-    for name, tensor in state_dict.items():
-        place = origin.to_ours(name)
-        if place is None:
-            unknown[name] = tensor
-        else:
-            given[place[0]] = name, tensor
-    if unknown:
+    places = {name: origin.to_ours(name) for name in state_dict}
+    if unknown := {name: state_dict[name] for name, place in places.items() if place is None}:
         raise CheckpointError(f"{origin.name} has no place for {_some(unknown)} in a ConvNeXt V2")
+    given = {place[0]: (name, state_dict[name], place[1]) for name, place in places.items() if place is not None}
     try:
-        architecture = infer({name: tensor for name, (_, tensor) in given.items()})
+        architecture = infer({name: tensor for name, (_, tensor, _) in given.items()})
     except Unfit as unfit:
         place = origin.to_theirs(unfit.name)
         assert place is not None  # infer only names entries that the format has
@@ -152,20 +146,15 @@ def _to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str
             lacking[place[0]] = expected
         elif (shape := given[name][1].shape) != expected.shape:
             misshapen.append(f"{place[0]} is {tuple(shape)}: expected {tuple(expected.shape)}")
-    if superfluous := {name: tensor for ours, (name, tensor) in given.items() if ours not in entries}:
+    if superfluous := {name: tensor for ours, (name, tensor, _) in given.items() if ours not in entries}:
         depths = " ".join(map(str, architecture.depths))
         raise CheckpointError(f"a network of depths {depths} has no {_some(superfluous)}")
     if lacking:
         raise CheckpointError(f"lacks {_some(lacking)}")
     if misshapen:
         raise CheckpointError(misshapen[0] + (f", and {len(misshapen) - 1} more" if misshapen[1:] else ""))
-    ours = {}
-    for name in entries:
-        their_name, tensor = given[name]
-        place = origin.to_ours(their_name)
-        assert place is not None
-        ours[name] = their_name, place[1].ours(tensor)
-    return ours, architecture
+    laid_out = {name: (given[name][0], given[name][2].ours(given[name][1])) for name in entries}
+    return laid_out, architecture
 
 
 def _target(to: str, architecture: Architecture, conv_mlp: bool | None) -> Format:
