@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -131,6 +132,8 @@ class MinkowskiGlobalMaxPooling(MinkowskiGlobalPooling):
 
 
 class _Broadcast(MinkowskiModuleBase):
+    combine: Callable[[Tensor, Tensor], Tensor]  # of the features of sites and those of their images
+
     def forward(self, input: SparseTensor, input_glob: SparseTensor) -> SparseTensor:
         """Combine features `(rows, C)` with those of the images, `(images, C)` from a global pooling."""
         require_type(input, SparseTensor, "input", "a SparseTensor")
@@ -143,40 +146,31 @@ class _Broadcast(MinkowskiModuleBase):
         )
         return input._with(self.combine(input.F, spread(input_glob.F, origin.rows)))
 
-    def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
-        raise NotImplementedError
-
 
 class MinkowskiBroadcastAddition(_Broadcast):
     """Adds the features of the image to those of every site."""
 
     operation_type = BroadcastMode.ELEMENTWISE_ADDITON
-
-    def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
-        return features + of_image
+    combine = staticmethod(torch.add)
 
 
 class MinkowskiBroadcastMultiplication(_Broadcast):
     """Multiplies the features of every site by those of the image."""
 
     operation_type = BroadcastMode.ELEMENTWISE_MULTIPLICATION
-
-    def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
-        return features * of_image
+    combine = staticmethod(torch.mul)
 
 
 class MinkowskiBroadcast(_Broadcast):
     """Gives every site the features of its image."""
 
-    def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
-        return of_image
+    combine = staticmethod(lambda features, of_image: of_image)
 
 
 class MinkowskiBroadcastConcatenation(_Broadcast):
     """Appends the features of the image to those of every site."""
 
-    def combine(self, features: Tensor, of_image: Tensor) -> Tensor:
-        return torch.cat([features, of_image], dim=1)
+    combine = staticmethod(lambda features, of_image: torch.cat([features, of_image], dim=1))
 
 
 def normalise_by_image(x: SparseTensor, eps: float) -> Tensor:

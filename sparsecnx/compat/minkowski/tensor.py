@@ -76,9 +76,18 @@ class SparseTensor:
             require(not both, "coordinates and coordinate_map_key are both given: expected one of them")
             require_type(coordinates, Tensor, "coordinates", "an int32 tensor (rows, 1 + D)")
             coordinates = _as_int(coordinates).to(device or coordinates.device)
-            features, coordinate_map_key, coordinate_manager = self._insert(
-                features, coordinates, tensor_stride, coordinate_manager, quantization_mode
-            )
+            check_coordinates(coordinates)
+            shapes = f"features is {tuple(features.shape)} and coordinates is {tuple(coordinates.shape)}"
+            require(features.shape[0] == coordinates.shape[0], f"{shapes}: expected as many rows")
+            where = coordinates.device
+            require(features.device == where, f"features is on {features.device}: coordinates is on {where}")
+            if coordinate_manager is None:
+                coordinate_manager = new_manager(coordinates.shape[1] - 1)
+            require_type(coordinate_manager, CoordinateManager, "coordinate_manager", "a CoordinateManager")
+            coordinate_map_key, (first, site) = coordinate_manager.insert_and_map(coordinates, tensor_stride)
+            self.unique_index, self.inverse_mapping = first, site
+            if first.shape[0] != site.shape[0]:
+                features = _quantize(features, coordinates, first, site, quantization_mode)
         elif coordinate_map_key is None or coordinate_manager is None:
             raise ArgumentError("coordinates is None: expected them, or both coordinate_map_key and coordinate_manager")
         else:
@@ -94,30 +103,6 @@ class SparseTensor:
         self._C: Tensor | None = None
         self.coordinate_map_key = coordinate_map_key
         self._manager = coordinate_manager
-
-    def _insert(
-        self,
-        features: Tensor,
-        coordinates: Tensor,
-        tensor_stride: Any,
-        manager: CoordinateManager | None,
-        mode: SparseTensorQuantizationMode | None,
-    ) -> tuple[Tensor, CoordinateMapKey, CoordinateManager]:
-        check_coordinates(coordinates)
-        require(
-            features.shape[0] == coordinates.shape[0],
-            f"features is {tuple(features.shape)} and coordinates is {tuple(coordinates.shape)}: expected as many rows",
-        )
-        where = coordinates.device
-        require(features.device == where, f"features is on {features.device}: coordinates is on {where}")
-        if manager is None:
-            manager = new_manager(coordinates.shape[1] - 1)
-        require_type(manager, CoordinateManager, "coordinate_manager", "a CoordinateManager")
-        key, (first, site) = manager.insert_and_map(coordinates, tensor_stride)
-        self.unique_index, self.inverse_mapping = first, site
-        if first.shape[0] != site.shape[0]:
-            features = _quantized(features, coordinates, first, site, mode)
-        return features, key, manager
 
     # Attributes
 
@@ -467,7 +452,7 @@ def _as_int(coordinates: Tensor) -> Tensor:
     return whole.to(torch.int32)
 
 
-def _quantized(
+def _quantize(
     features: Tensor, coordinates: Tensor, first: Tensor, site: Tensor, mode: SparseTensorQuantizationMode | None
 ) -> Tensor:
     """Return one row for each site."""
