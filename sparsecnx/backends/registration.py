@@ -63,7 +63,7 @@ def register(
         torch.library.register_autograd(name, _no_gradient(name), lib=library)
         return operator
 
-    arguments = list(inspect.signature(fake).parameters)
+    arguments, formula = list(inspect.signature(fake).parameters), backward
 
     class Differentiable(torch.autograd.Function):
         """The operator below autograd, and its gradient.
@@ -95,7 +95,7 @@ def register(
                 outputs=tensors[len(ctx.names) :],
                 needs={key for key, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed},
             )
-            found = backward(saved, grad.contiguous())
+            found = formula(saved, grad.contiguous())
             return tuple(found.get(key) if key in saved.needs else None for key in arguments)
 
     def below_autograd(*inputs: Any) -> Any:
