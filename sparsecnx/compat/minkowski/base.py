@@ -35,25 +35,25 @@ class KernelLayer(MinkowskiModuleBase):
     """
 
     is_transpose = False
-    _channels = ""  # of a convolution, for its repr
 
     def __init__(
         self,
-        kernel_size: Any = -1,
-        stride: Any = 1,
-        dilation: Any = 1,
-        kernel_generator: KernelGenerator | None = None,
-        dimension: int | None = None,
+        kernel_size: Any,
+        stride: Any,
+        dilation: Any,
+        kernel_generator: KernelGenerator | None,
+        dimension: int | None,
     ) -> None:
         super().__init__()
         require_type(dimension, int, "dimension", "the number of spatial axes")
         assert dimension is not None
-        if kernel_generator is None:
-            kernel_generator = KernelGenerator(kernel_size, stride, dilation, dimension=dimension)
-        require_type(kernel_generator, KernelGenerator, "kernel_generator", "a KernelGenerator")
-        axes = kernel_generator.dimension
+        kernel = kernel_generator
+        if kernel is None:
+            kernel = KernelGenerator(kernel_size, stride, dilation, dimension=dimension)
+        require_type(kernel, KernelGenerator, "kernel_generator", "a KernelGenerator")
+        axes = kernel.dimension
         require(axes == dimension, f"dimension is {dimension}: kernel_generator has {axes} axes")
-        self.kernel_generator = kernel_generator
+        self.kernel_generator = kernel
         self.dimension = dimension
 
     def _check(self, input: SparseTensor) -> None:
@@ -71,13 +71,19 @@ class KernelLayer(MinkowskiModuleBase):
             return asked
         return input.coordinate_manager.stride(input.coordinate_map_key, kernel.kernel_stride)
 
+    def _output(self, input: SparseTensor, features: Tensor, key: CoordinateMapKey) -> SparseTensor:
+        return SparseTensor(features, coordinate_map_key=key, coordinate_manager=input.coordinate_manager)
+
     def __repr__(self) -> str:
         kernel = self.kernel_generator
         shape = "" if kernel.region_type == RegionType.HYPER_CUBE else f", region_type={kernel.region_type.name}"
         return (
-            f"{type(self).__name__}({self._channels}kernel_size={kernel.kernel_size}, "
+            f"{type(self).__name__}({self._repr_channels()}kernel_size={kernel.kernel_size}, "
             f"stride={kernel.kernel_stride}, dilation={kernel.kernel_dilation}{shape})"
         )
+
+    def _repr_channels(self) -> str:
+        return ""
 
 
 def tables(input: SparseTensor, table: KernelMap) -> tuple[Tensor, Tensor | None]:

@@ -13,6 +13,7 @@ from sparsecnx.compat.minkowski.base import KernelLayer, tables
 from sparsecnx.compat.minkowski.enums import ConvolutionMode, RegionType
 from sparsecnx.compat.minkowski.errors import not_offered, require, require_type
 from sparsecnx.compat.minkowski.kernel import KernelGenerator
+from sparsecnx.compat.minkowski.rows import permute
 from sparsecnx.compat.minkowski.tensor import SparseTensor, Target, in_layout, output_key
 from sparsecnx.geometry.coordinates import CoordinateMap
 from sparsecnx.geometry.nested_order import tile_to_rows
@@ -37,7 +38,6 @@ class _Convolution(KernelLayer):
             require(channels > 0, f"{name} is {channels}: expected at least 1")
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self._channels = f"in={in_channels}, out={out_channels}, "
         self.kernel = nn.Parameter(torch.empty(self._kernel_shape()))
         self.bias = nn.Parameter(torch.empty(1, out_channels)) if bias else None
         self.reset_parameters(self.is_transpose)
@@ -61,9 +61,9 @@ class _Convolution(KernelLayer):
         out = manager.map(key)
         if self._takes_tiles() and _are_children(input._map, out, kernel.kernel_stride[0]):
             rows = self._convolve_tiles(in_layout(input), to_torch(self.kernel, kernel.kernel_size)).features
-            return input._with(rows if out.order is None else rows.index_select(0, out.back), key)
+            return self._output(input, rows if out.order is None else permute(rows, out.back, out.order), key)
         table = manager.table(input.coordinate_map_key, key, kernel)
-        return input._with(self._convolve_rows(input.F, *tables(input, table)), key)
+        return self._output(input, self._convolve_rows(input.F, *tables(input, table)), key)
 
     def _takes_tiles(self) -> bool:
         """Return whether the operators on tiles have this kernel."""
@@ -82,6 +82,9 @@ class _Convolution(KernelLayer):
 
     def _flat_bias(self) -> Tensor | None:
         return None if self.bias is None else self.bias.view(-1)
+
+    def _repr_channels(self) -> str:
+        return f"in={self.in_channels}, out={self.out_channels}, "
 
 
 class MinkowskiConvolutionBase(_Convolution):
@@ -123,7 +126,8 @@ class MinkowskiConvolutionBase(_Convolution):
         """
         self._check(input)
         if self.use_mm:
-            return input._with(nn.functional.linear(input.F, self.kernel.t(), self._flat_bias()))
+            product = nn.functional.linear(input.F, self.kernel.t(), self._flat_bias())
+            return self._output(input, product, input.coordinate_map_key)
         return self._convolve(input, coordinates)
 
 
@@ -251,9 +255,9 @@ class MinkowskiConvolutionTranspose(MinkowskiConvolutionBase):
             weight = _nested(self.kernel, kernel.kernel_stride[0], kernel.dimension)
             bias = None if bias is None else bias.repeat(weight.shape[0])
             found = nn.functional.linear(input.F, weight.transpose(1, 2).flatten(0, 1), bias)
-            return input._with(found.view(-1, self.out_channels), key)
+            return self._output(input, found.view(-1, self.out_channels), key)
         table = manager.table(key, input.coordinate_map_key, kernel).swapped
-        return input._with(ops.mapped_conv(input.F, self.kernel, *tables(input, table), bias), key)
+        return self._output(input, ops.mapped_conv(input.F, self.kernel, *tables(input, table), bias), key)
 
 
 def to_torch(kernel: Tensor, size: list[int]) -> Tensor:

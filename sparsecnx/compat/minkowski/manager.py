@@ -96,6 +96,21 @@ class KernelMap:
         return other
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The images of the sites of a map, for global pooling.
+
+    Attributes:
+        rows: int64 `(rows,)`, the row of each site's image in the result.
+        counts: int64 `(images,)`, sites of each image; 1 for an image that has lost all of them.
+        by_image: int64, the sites of each image; empty for an image that has lost all of them.
+    """
+
+    rows: Tensor
+    counts: Tensor
+    by_image: list[Tensor]
+
+
 @with_missing_members
 class CoordinateManager:
     """The maps of tensors that are computed from one another.
@@ -118,7 +133,7 @@ class CoordinateManager:
         self._maps: dict[Name, CoordinateMap] = {}
         self._tables: dict[Hashable, KernelMap] = {}
         self._unions: dict[Hashable, tuple[CoordinateMapKey, list[Tensor]]] = {}
-        self._origins: dict[Name, tuple[Tensor, Tensor]] = {}
+        self._origins: dict[Name, Origin] = {}
         self._given: list[Name] = []  # maps that no stride made from others
         self._roots: dict[str, str] = {}  # string of a map of `insert_from` to the string of its first source
         self._numbered = 0
@@ -239,27 +254,30 @@ class CoordinateManager:
             self._maps[name] = CoordinateMap(name[0], coordinates)
         return CoordinateMapKey(*name)
 
-    def at_origin(self, key: CoordinateMapKey) -> tuple[Tensor, Tensor]:
+    def at_origin(self, key: CoordinateMapKey) -> Origin:
         """Return the images of the sites of a map, for global pooling.
-
-        Returns:
-            int64 `(rows,)`, the row of each site's image at the origin, and int64 `(images,)`, the sites of each image.
 
         Raises:
             ArgumentError: an image came to this manager after the origin.
         """
         if key.name not in self._origins:
             with for_any_mode():
-                images, origin = self.map(key).images, self.map(self.origin())
-                place = origin.find(torch.nn.functional.pad(images.index[:, None], (0, self.D))).long()
-                require(
-                    bool((place >= 0).all()),
-                    "this tensor has images that were not there at the first global pooling: expected tensors of one "
-                    "batch in a coordinate manager",
-                )
-                counts = images.counts.new_zeros(origin.rows).index_copy(0, place, images.counts)
-                self._origins[key.name] = place[images.number], counts
+                self._origins[key.name] = self._at_origin(key)
         return self._origins[key.name]
+
+    def _at_origin(self, key: CoordinateMapKey) -> Origin:
+        images, origin = self.map(key).images, self.map(self.origin())
+        place = origin.find(torch.nn.functional.pad(images.index[:, None], (0, self.D))).long()
+        require(
+            bool((place >= 0).all()),
+            "this tensor has images that were not there at the first global pooling: expected tensors of one batch in "
+            "a coordinate manager",
+        )
+        counts = images.counts.new_zeros(origin.rows).index_copy(0, place, images.counts)
+        by_image = [images.number.new_empty(0)] * origin.rows
+        for image, rows in zip(place.tolist(), images.rows, strict=True):
+            by_image[image] = rows
+        return Origin(place[images.number], counts.clamp(min=1), by_image)
 
     def origin_map(self, key: CoordinateMapKey) -> tuple[Tensor, list[Tensor]]:
         """Return the images with sites, int64, and the rows of every image up to the last of them."""

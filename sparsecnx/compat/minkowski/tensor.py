@@ -6,7 +6,6 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partialmethod
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from sparsecnx.compat.minkowski.enums import SparseTensorQuantizationMode
 from sparsecnx.compat.minkowski.errors import ArgumentError, ArgumentTypeError, not_offered, require, require_type
 from sparsecnx.compat.minkowski.manager import CoordinateManager, CoordinateMapKey, check_coordinates, new_manager
 from sparsecnx.compat.minkowski.missing import with_missing_members
+from sparsecnx.compat.minkowski.rows import permute
 from sparsecnx.geometry.coordinates import CoordinateMap
 from sparsecnx.geometry.packing import scatter_rows
 from sparsecnx.tensor import SparseTensor as TileTensor
@@ -327,10 +327,11 @@ class SparseTensor:
 
     # Arithmetic
 
-    def _with(self, features: Tensor, key: CoordinateMapKey | None = None) -> SparseTensor:
-        """Return a tensor with other features, on the same sites or those of `key`."""
-        key = self.coordinate_map_key if key is None else key
-        return type(self)(features, coordinate_map_key=key, coordinate_manager=self._manager)
+    def _with(self, features: Tensor) -> SparseTensor:
+        """Return a tensor with other features on the same sites."""
+        return type(self)(
+            features, coordinate_map_key=self.coordinate_map_key, coordinate_manager=self.coordinate_manager
+        )
 
     def _combine_in_place(self, other: Any, combine: Callable[[Any, Any], Tensor]) -> SparseTensor:
         require_type(other, SparseTensor, "other", "a SparseTensor on the same sites")
@@ -360,19 +361,34 @@ class SparseTensor:
         features = self._F.new_zeros(self._manager.size(key), self._F.shape[1], dtype=dtype)
         features = features.index_copy(0, mine, self._F.to(dtype))
         features = features.index_copy(0, others, combine(features[others], other.F).to(dtype))
-        return self._with(features, key)
+        return type(self)(features, coordinate_map_key=key, coordinate_manager=self._manager)
 
-    __add__ = partialmethod(_combine, combine=operator.add)
-    __sub__ = partialmethod(_combine, combine=operator.sub)
-    __mul__ = partialmethod(_combine, combine=operator.mul)
-    __truediv__ = partialmethod(_combine, combine=operator.truediv)
-    __iadd__ = partialmethod(_combine_in_place, combine=operator.iadd)
-    __isub__ = partialmethod(_combine_in_place, combine=operator.isub)
-    __imul__ = partialmethod(_combine_in_place, combine=operator.imul)
-    __itruediv__ = partialmethod(_combine_in_place, combine=operator.itruediv)
+    def __add__(self, other: Any) -> SparseTensor:
+        return self._combine(other, operator.add)
+
+    def __sub__(self, other: Any) -> SparseTensor:
+        return self._combine(other, operator.sub)
+
+    def __mul__(self, other: Any) -> SparseTensor:
+        return self._combine(other, operator.mul)
+
+    def __truediv__(self, other: Any) -> SparseTensor:
+        return self._combine(other, operator.truediv)
 
     def __pow__(self, power: Any) -> SparseTensor:
         return self._with(self._F**power)
+
+    def __iadd__(self, other: Any) -> SparseTensor:
+        return self._combine_in_place(other, operator.iadd)
+
+    def __isub__(self, other: Any) -> SparseTensor:
+        return self._combine_in_place(other, operator.isub)
+
+    def __imul__(self, other: Any) -> SparseTensor:
+        return self._combine_in_place(other, operator.imul)
+
+    def __itruediv__(self, other: Any) -> SparseTensor:
+        return self._combine_in_place(other, operator.itruediv)
 
     def __repr__(self) -> str:
         return (
@@ -387,7 +403,7 @@ def in_layout(x: SparseTensor) -> TileTensor:
     assert known.layout is not None  # the caller has checked that there are tiles
     if known.order is None:
         return TileTensor(x.F, known.layout)
-    return TileTensor(x.F.index_select(0, known.order), known.layout)
+    return TileTensor(permute(x.F, known.order, known.back), known.layout)
 
 
 Target = Tensor | CoordinateMapKey | SparseTensor | None  # the argument `coordinates` of layers
