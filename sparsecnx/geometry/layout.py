@@ -109,15 +109,16 @@ class TileSet:
         """
         key = batch, grid, device, current_stream(device)
         keeps = not torch.compiler.is_compiling() and not capturing()
-        if keeps and key in _all_visible:
-            return _all_visible[key]
+        found = _all_visible.get(key) if keeps else None
+        if found is not None and type(torch.empty(0, device=device)) is Tensor:  # Otherwise fake tensors are asked for.
+            return found
         cells = math.prod(grid)
         with ordinary_tensors():
             index = torch.arange(batch * cells, device=device)
             tiles = cls(batch, grid, index, torch.arange(batch + 1, device=device) * cells, cells)
         if keeps and type(index) is Tensor:
-            while len(_all_visible) >= MOST_KEPT:
-                del _all_visible[next(iter(_all_visible))]
+            for oldest in list(_all_visible)[: 1 - MOST_KEPT]:  # Another thread may do the same.
+                _all_visible.pop(oldest, None)
             _all_visible[key] = tiles
         return tiles
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -25,9 +26,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import Layout, SparseTensor, TileSet, use_backend
+from sparsecnx.geometry import layout
 from sparsecnx.geometry.nested_order import rows_to_tile, tile_sites, tile_to_rows
 
 NDIMS = pytest.mark.parametrize("ndim", [1, 2, 3], ids=["1d", "2d", "3d"])
@@ -138,6 +141,19 @@ def test_nothing_masked() -> None:
     tiles, expected = TileSet.all_visible(3, (2, 4), DEVICE), TileSet.from_mask(torch.zeros(3, 8) > 0, (2, 4))
     assert (tiles.batch, tiles.grid, tiles.visible) == (expected.batch, expected.grid, expected.visible)
     assert torch.equal(tiles.index.cpu(), expected.index) and torch.equal(tiles.splits.cpu(), expected.splits)
+
+
+def test_the_geometry_of_nothing_masked_is_kept() -> None:
+    tiles = TileSet.all_visible(3, (2, 4), DEVICE)
+    assert TileSet.all_visible(3, (2, 4), DEVICE) is tiles
+    with FakeTensorMode():
+        assert isinstance(TileSet.all_visible(3, (2, 4), DEVICE).index, FakeTensor)
+    with ThreadPoolExecutor(4) as pool:
+        batches = [batch % 11 + 1 for batch in range(400)]
+        found = pool.map(lambda batch: TileSet.all_visible(batch, (1, 2), DEVICE), batches)
+        assert [tiles.index.shape[0] for tiles in found] == [2 * batch for batch in batches]
+    assert len(layout._all_visible) <= layout.MOST_KEPT + 4
+    assert TileSet.all_visible(3, (2, 4), DEVICE) is not tiles
 
 
 @given(st.data(), st.integers(1, 3))
