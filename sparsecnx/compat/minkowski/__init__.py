@@ -9,6 +9,8 @@ the fork with `MinkowskiDepthwiseConvolution`. Parts that are not offered can be
 Arguments that do not fit raise `ArgumentError` or `ArgumentTypeError`, and the message names them.
 """
 
+# ruff: noqa: F401 - the imports are the names of the API
+
 from __future__ import annotations
 
 from typing import Any
@@ -41,42 +43,16 @@ from sparsecnx.compat.minkowski.errors import ArgumentError, ArgumentTypeError, 
 from sparsecnx.compat.minkowski.installation import install, installed, uninstall
 from sparsecnx.compat.minkowski.kernel import KernelGenerator, convert_to_int_list
 from sparsecnx.compat.minkowski.layers import (
+    NONLINEARITIES,
     MinkowskiAdaptiveLogSoftmaxWithLoss,
-    MinkowskiAlphaDropout,
     MinkowskiBatchNorm,
-    MinkowskiCELU,
-    MinkowskiDropout,
-    MinkowskiELU,
-    MinkowskiGELU,
-    MinkowskiHardshrink,
-    MinkowskiHardsigmoid,
-    MinkowskiHardswish,
-    MinkowskiHardtanh,
     MinkowskiInstanceNorm,
     MinkowskiLayerNorm,
-    MinkowskiLeakyReLU,
     MinkowskiLinear,
-    MinkowskiLogSigmoid,
-    MinkowskiLogSoftmax,
     MinkowskiNonlinearityBase,
-    MinkowskiPReLU,
-    MinkowskiReLU,
-    MinkowskiReLU6,
-    MinkowskiRReLU,
-    MinkowskiSELU,
-    MinkowskiSigmoid,
-    MinkowskiSiLU,
     MinkowskiSinusoidal,
-    MinkowskiSoftmax,
-    MinkowskiSoftmin,
-    MinkowskiSoftplus,
-    MinkowskiSoftshrink,
-    MinkowskiSoftsign,
     MinkowskiStableInstanceNorm,
     MinkowskiSyncBatchNorm,
-    MinkowskiTanh,
-    MinkowskiTanhshrink,
-    MinkowskiThreshold,
 )
 from sparsecnx.compat.minkowski.manager import (
     CoordinateManager,
@@ -138,28 +114,7 @@ def is_cuda_available() -> bool:
     return torch.cuda.is_available()
 
 
-# fmt: off
-__all__ = [
-    "ArgumentError", "ArgumentTypeError", "BroadcastMode", "ConvolutionMode", "CoordinateManager", "CoordinateMapKey",
-    "CoordinateMapType", "GPUMemoryAllocatorType", "KernelGenerator", "MinkowskiAdaptiveLogSoftmaxWithLoss",
-    "MinkowskiAlgorithm", "MinkowskiAlphaDropout", "MinkowskiAvgPooling", "MinkowskiBatchNorm", "MinkowskiBroadcast",
-    "MinkowskiBroadcastAddition", "MinkowskiBroadcastConcatenation", "MinkowskiBroadcastMultiplication",
-    "MinkowskiCELU", "MinkowskiChannelwiseConvolution", "MinkowskiConvolution", "MinkowskiConvolutionBase",
-    "MinkowskiConvolutionTranspose", "MinkowskiDepthwiseConvolution", "MinkowskiDropout", "MinkowskiELU",
-    "MinkowskiFunctional", "MinkowskiGELU", "MinkowskiGlobalAvgPooling", "MinkowskiGlobalMaxPooling",
-    "MinkowskiGlobalPooling", "MinkowskiGlobalSumPooling", "MinkowskiHardshrink", "MinkowskiHardsigmoid",
-    "MinkowskiHardswish", "MinkowskiHardtanh", "MinkowskiInstanceNorm", "MinkowskiLayerNorm", "MinkowskiLeakyReLU",
-    "MinkowskiLinear", "MinkowskiLogSigmoid", "MinkowskiLogSoftmax", "MinkowskiMaxPooling", "MinkowskiModuleBase",
-    "MinkowskiNetwork", "MinkowskiNonlinearityBase", "MinkowskiOps", "MinkowskiPReLU", "MinkowskiPruning",
-    "MinkowskiRReLU", "MinkowskiReLU", "MinkowskiReLU6", "MinkowskiSELU", "MinkowskiSiLU", "MinkowskiSigmoid",
-    "MinkowskiSinusoidal", "MinkowskiSoftmax", "MinkowskiSoftmin", "MinkowskiSoftplus", "MinkowskiSoftshrink",
-    "MinkowskiSoftsign", "MinkowskiStableInstanceNorm", "MinkowskiStackCat", "MinkowskiStackMean", "MinkowskiStackSum",
-    "MinkowskiStackVar", "MinkowskiSumPooling", "MinkowskiSyncBatchNorm", "MinkowskiTanh", "MinkowskiTanhshrink",
-    "MinkowskiThreshold", "MinkowskiToDenseTensor", "MinkowskiToFeature", "MinkowskiToSparseTensor", "MinkowskiUnion",
-    "NotOffered", "PoolingMode", "RegionType", "SparseTensor", "SparseTensorOperationMode",
-    "SparseTensorQuantizationMode", "cat", "clear_global_coordinate_manager", "convert_to_int_list",
-    "dense_coordinates", "global_coordinate_manager", "install", "installed", "is_cuda_available", "mean", "modules",
-    "set_global_coordinate_manager", "set_gpu_allocator", "set_memory_manager_backend",
-    "set_sparse_tensor_operation_mode", "sparse_tensor_operation_mode", "sum", "to_sparse", "to_sparse_all",
-    "uninstall", "utils", "var",
-]
+globals().update(NONLINEARITIES)
+_of_this_package = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith(__name__)]
+__all__ = [name for name in _of_this_package if not name.startswith("_")]
+__all__ += ["MinkowskiFunctional", "MinkowskiOps", "modules", "utils"]

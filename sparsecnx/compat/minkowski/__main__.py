@@ -1,9 +1,9 @@
-"""`python -m sparsecnx.compat.minkowski (SCRIPT | -m MODULE) ARGUMENTS...`, see `runner`."""
+"""`python -m sparsecnx.compat.minkowski (SCRIPT | -m MODULE) ARGUMENTS...`, see `installation`."""
 
 from __future__ import annotations
 
 import sys
 
-from sparsecnx.compat.minkowski.runner import main
+from sparsecnx.compat.minkowski.installation import main
 
 sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,9 @@ from sparsecnx.compat.minkowski.enums import RegionType
 from sparsecnx.compat.minkowski.errors import require, require_type
 from sparsecnx.compat.minkowski.kernel import KernelGenerator
 from sparsecnx.compat.minkowski.manager import CoordinateMapKey, KernelMap
-from sparsecnx.compat.minkowski.tensor import SparseTensor, Target, output_key
+from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor, as_coordinates
+
+Target = Tensor | CoordinateMapKey | SparseTensor | None  # the argument `coordinates` of layers
 
 
 class MinkowskiModuleBase(nn.Module):
@@ -35,25 +37,25 @@ class KernelLayer(MinkowskiModuleBase):
     """
 
     is_transpose = False
+    _channels = ""  # of a convolution, for its repr
 
     def __init__(
         self,
-        kernel_size: Any,
-        stride: Any,
-        dilation: Any,
-        kernel_generator: KernelGenerator | None,
-        dimension: int | None,
+        kernel_size: Any = -1,
+        stride: Any = 1,
+        dilation: Any = 1,
+        kernel_generator: KernelGenerator | None = None,
+        dimension: int | None = None,
     ) -> None:
         super().__init__()
         require_type(dimension, int, "dimension", "the number of spatial axes")
         assert dimension is not None
-        kernel = kernel_generator
-        if kernel is None:
-            kernel = KernelGenerator(kernel_size, stride, dilation, dimension=dimension)
-        require_type(kernel, KernelGenerator, "kernel_generator", "a KernelGenerator")
-        axes = kernel.dimension
+        if kernel_generator is None:
+            kernel_generator = KernelGenerator(kernel_size, stride, dilation, dimension=dimension)
+        require_type(kernel_generator, KernelGenerator, "kernel_generator", "a KernelGenerator")
+        axes = kernel_generator.dimension
         require(axes == dimension, f"dimension is {dimension}: kernel_generator has {axes} axes")
-        self.kernel_generator = kernel
+        self.kernel_generator = kernel_generator
         self.dimension = dimension
 
     def _check(self, input: SparseTensor) -> None:
@@ -63,27 +65,36 @@ class KernelLayer(MinkowskiModuleBase):
         )
 
     def _output_key(self, input: SparseTensor, coordinates: Target) -> CoordinateMapKey:
-        """Return the key of the sites in `coordinates`, or else of those that follow from the stride."""
-        kernel = self.kernel_generator
-        stride = [a * b for a, b in zip(input.tensor_stride, kernel.kernel_stride, strict=True)]
-        asked = output_key(input, coordinates, stride)
-        if asked is not None:
-            return asked
-        return input.coordinate_manager.stride(input.coordinate_map_key, kernel.kernel_stride)
+        """Return the key of the sites in `coordinates`, or else of those that follow from the stride.
 
-    def _output(self, input: SparseTensor, features: Tensor, key: CoordinateMapKey) -> SparseTensor:
-        return SparseTensor(features, coordinate_map_key=key, coordinate_manager=input.coordinate_manager)
+        Raises:
+            ArgumentError, ArgumentTypeError: `coordinates` has another type, or another manager.
+        """
+        manager, key, kernel = input.coordinate_manager, input.coordinate_map_key, self.kernel_generator
+        if coordinates is None:
+            return manager.finer(key, kernel) if self.is_transpose else manager.stride(key, kernel.kernel_stride)
+        if isinstance(coordinates, SparseTensor):
+            require(coordinates.coordinate_manager is manager, OTHER_MANAGER)
+            return coordinates.coordinate_map_key
+        if isinstance(coordinates, CoordinateMapKey):
+            return coordinates
+        expected = "a tensor (rows, 1 + D), a SparseTensor or a CoordinateMapKey"
+        coordinates = as_coordinates(coordinates, expected, input.D)
+        require(
+            coordinates.device == input.device,
+            f"coordinates is on {coordinates.device}: the input is on {input.device}",
+        )
+        steps = zip(input.tensor_stride, kernel.kernel_stride, strict=True)
+        stride = [max(1, step // factor) if self.is_transpose else step * factor for step, factor in steps]
+        return manager.insert_target(key, coordinates, stride)
 
     def __repr__(self) -> str:
         kernel = self.kernel_generator
         shape = "" if kernel.region_type == RegionType.HYPER_CUBE else f", region_type={kernel.region_type.name}"
         return (
-            f"{type(self).__name__}({self._repr_channels()}kernel_size={kernel.kernel_size}, "
+            f"{type(self).__name__}({self._channels}kernel_size={kernel.kernel_size}, "
             f"stride={kernel.kernel_stride}, dilation={kernel.kernel_dilation}{shape})"
         )
-
-    def _repr_channels(self) -> str:
-        return ""
 
 
 def tables(input: SparseTensor, table: KernelMap) -> tuple[Tensor, Tensor | None]:

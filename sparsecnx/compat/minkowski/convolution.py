@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnx import ops
-from sparsecnx.compat.minkowski.base import KernelLayer, tables
+from sparsecnx.compat.minkowski.base import KernelLayer, Target, tables
 from sparsecnx.compat.minkowski.enums import ConvolutionMode, RegionType
 from sparsecnx.compat.minkowski.errors import not_offered, require, require_type
 from sparsecnx.compat.minkowski.kernel import KernelGenerator
-from sparsecnx.compat.minkowski.rows import permute
-from sparsecnx.compat.minkowski.tensor import SparseTensor, Target, in_layout, output_key
+from sparsecnx.compat.minkowski.tensor import SparseTensor, in_layout
 from sparsecnx.geometry.coordinates import CoordinateMap
 from sparsecnx.geometry.nested_order import tile_to_rows
 from sparsecnx.tensor import SparseTensor as TileTensor
@@ -38,6 +37,7 @@ class _Convolution(KernelLayer):
             require(channels > 0, f"{name} is {channels}: expected at least 1")
         self.in_channels = in_channels
         self.out_channels = out_channels
+        self._channels = f"in={in_channels}, out={out_channels}, "
         self.kernel = nn.Parameter(torch.empty(self._kernel_shape()))
         self.bias = nn.Parameter(torch.empty(1, out_channels)) if bias else None
         self.reset_parameters(self.is_transpose)
@@ -61,9 +61,9 @@ class _Convolution(KernelLayer):
         out = manager.map(key)
         if self._takes_tiles() and _are_children(input._map, out, kernel.kernel_stride[0]):
             rows = self._convolve_tiles(in_layout(input), to_torch(self.kernel, kernel.kernel_size)).features
-            return self._output(input, rows if out.order is None else permute(rows, out.back, out.order), key)
+            return input._with(rows if out.order is None else rows.index_select(0, out.back), key)
         table = manager.table(input.coordinate_map_key, key, kernel)
-        return self._output(input, self._convolve_rows(input.F, *tables(input, table)), key)
+        return input._with(self._convolve_rows(input.F, *tables(input, table)), key)
 
     def _takes_tiles(self) -> bool:
         """Return whether the operators on tiles have this kernel."""
@@ -82,9 +82,6 @@ class _Convolution(KernelLayer):
 
     def _flat_bias(self) -> Tensor | None:
         return None if self.bias is None else self.bias.view(-1)
-
-    def _repr_channels(self) -> str:
-        return f"in={self.in_channels}, out={self.out_channels}, "
 
 
 class MinkowskiConvolutionBase(_Convolution):
@@ -126,8 +123,7 @@ class MinkowskiConvolutionBase(_Convolution):
         """
         self._check(input)
         if self.use_mm:
-            product = nn.functional.linear(input.F, self.kernel.t(), self._flat_bias())
-            return self._output(input, product, input.coordinate_map_key)
+            return input._with(nn.functional.linear(input.F, self.kernel.t(), self._flat_bias()))
         return self._convolve(input, coordinates)
 
 
@@ -243,21 +239,19 @@ class MinkowskiConvolutionTranspose(MinkowskiConvolutionBase):
     is_transpose = True
 
     def _convolve(self, input: SparseTensor, coordinates: Target) -> SparseTensor:
-        manager, kernel = input.coordinate_manager, self.kernel_generator
-        stride = [max(1, a // b) for a, b in zip(input.tensor_stride, kernel.kernel_stride, strict=True)]
-        asked = output_key(input, coordinates, stride)
-        key = manager.finer(input.coordinate_map_key, kernel) if asked is None else asked
-        bias = self._flat_bias()
+        manager, kernel, bias = input.coordinate_manager, self.kernel_generator, self._flat_bias()
+        key = self._output_key(input, coordinates)
         fine, coarse = manager.map(key), input._map
         ordered = fine.order is None and coarse.order is None
         if kernel.covers and ordered and _are_children(fine, coarse, kernel.kernel_stride[0]):
             # The children of a site are consecutive rows, so that one product computes them all, side by side.
-            weight = _nested(self.kernel, kernel.kernel_stride[0], kernel.dimension)
-            bias = None if bias is None else bias.repeat(weight.shape[0])
-            found = nn.functional.linear(input.F, weight.transpose(1, 2).flatten(0, 1), bias)
-            return self._output(input, found.view(-1, self.out_channels), key)
+            by_tap = to_torch(self.kernel, kernel.kernel_size).movedim((0, 1), (-2, -1)).flatten(-2)
+            weight = tile_to_rows(by_tap[None], kernel.dimension).view(-1, self.in_channels)
+            bias = None if bias is None else bias.repeat(kernel.kernel_volume)
+            found = nn.functional.linear(input.F, weight, bias)
+            return input._with(found.view(-1, self.out_channels), key)
         table = manager.table(key, input.coordinate_map_key, kernel).swapped
-        return self._output(input, ops.mapped_conv(input.F, self.kernel, *tables(input, table), bias), key)
+        return input._with(ops.mapped_conv(input.F, self.kernel, *tables(input, table), bias), key)
 
 
 def to_torch(kernel: Tensor, size: list[int]) -> Tensor:
@@ -281,10 +275,3 @@ def _are_children(fine: CoordinateMap, coarse: CoordinateMap, factor: int) -> bo
     if fine.layout is None or coarse.layout is None:
         return False
     return fine.layout.tiles is coarse.layout.tiles and fine.layout.tile == coarse.layout.tile * factor
-
-
-def _nested(kernel: Tensor, factor: int, axes: int) -> Tensor:
-    """Return the taps of a kernel as large as its stride, `(K, C_in, C_out)`, in the nested order of the children."""
-    by_axis = kernel.reshape(*[factor] * axes, *kernel.shape[1:])  # the last axis first
-    taps = by_axis.permute(*reversed(range(axes)), axes, axes + 1).flatten(axes)
-    return tile_to_rows(taps[None], axes).view(kernel.shape)

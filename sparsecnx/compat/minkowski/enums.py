@@ -28,24 +28,12 @@ MinkowskiAlgorithm = Enum("MinkowskiAlgorithm", "DEFAULT MEMORY_EFFICIENT SPEED_
 CoordinateMapType = Enum("CoordinateMapType", "CPU CUDA", start=0)
 GPUMemoryAllocatorType = Enum("GPUMemoryAllocatorType", "PYTORCH CUDA", start=0)
 
-
-class PoolingMode(Enum):
-    """The function of a pooling layer. The kinds of global pooling compute the same here."""
-
-    LOCAL_SUM_POOLING = 0
-    LOCAL_AVG_POOLING = 1
-    LOCAL_MAX_POOLING = 2
-    GLOBAL_SUM_POOLING_DEFAULT = 3
-    GLOBAL_AVG_POOLING_DEFAULT = 4
-    GLOBAL_MAX_POOLING_DEFAULT = 5
-    GLOBAL_SUM_POOLING_KERNEL = 6
-    GLOBAL_AVG_POOLING_KERNEL = 7
-    GLOBAL_MAX_POOLING_KERNEL = 8
-    GLOBAL_SUM_POOLING_PYTORCH_INDEX = 9
-    GLOBAL_AVG_POOLING_PYTORCH_INDEX = 10
-    GLOBAL_MAX_POOLING_PYTORCH_INDEX = 11
-
-    @property
-    def reduction(self) -> str:
-        """`"sum"`, `"avg"` or `"max"`."""
-        return self.name.split("_")[1].lower()
+# The function of a pooling layer. The kinds of global pooling compute the same here.
+PoolingMode = Enum(
+    "PoolingMode",
+    "LOCAL_SUM_POOLING LOCAL_AVG_POOLING LOCAL_MAX_POOLING "
+    "GLOBAL_SUM_POOLING_DEFAULT GLOBAL_AVG_POOLING_DEFAULT GLOBAL_MAX_POOLING_DEFAULT "
+    "GLOBAL_SUM_POOLING_KERNEL GLOBAL_AVG_POOLING_KERNEL GLOBAL_MAX_POOLING_KERNEL "
+    "GLOBAL_SUM_POOLING_PYTORCH_INDEX GLOBAL_AVG_POOLING_PYTORCH_INDEX GLOBAL_MAX_POOLING_PYTORCH_INDEX",
+    start=0,
+)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from sparsecnx.compat.minkowski.base import on_features
 from sparsecnx.compat.minkowski.errors import require_type
 from sparsecnx.compat.minkowski.tensor import SparseTensor
 
@@ -31,10 +30,9 @@ def _function(name: str) -> Callable[..., Any]:
     function = getattr(F, name)
 
     def apply(input: SparseTensor, *args: Any, **kwargs: Any) -> Any:
-        if name not in LOSSES:
-            return on_features(input, lambda rows: function(rows, *args, **kwargs))
         require_type(input, SparseTensor, "input", "a SparseTensor")
-        return function(input.F, *args, **kwargs)
+        result = function(input.F, *args, **kwargs)
+        return result if name in LOSSES else input._with(result)
 
     apply.__name__ = apply.__qualname__ = name
     apply.__doc__ = f"`torch.nn.functional.{name}` on the features of a SparseTensor."

@@ -1,44 +1,44 @@
-"""Installing this package as MinkowskiEngine, for imports such as `from MinkowskiOps import to_sparse`."""
+"""Installing this package as MinkowskiEngine, for imports such as `from MinkowskiOps import to_sparse`.
+
+`main` runs a script that way.
+"""
 
 from __future__ import annotations
 
+import argparse
 import collections.abc
 import importlib
 import importlib.util
 import math
+import runpy
 import sys
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torch
 
 PACKAGE = "sparsecnx.compat.minkowski"
 # MinkowskiEngine puts its own folder on the path, so that its files are also modules of the top level.
-FILES = (
-    *("MinkowskiBroadcast", "MinkowskiChannelwiseConvolution", "MinkowskiCommon", "MinkowskiConvolution"),
-    *("MinkowskiCoordinateManager", "MinkowskiDepthwiseConvolution", "MinkowskiInterpolation"),
-    *("MinkowskiKernelGenerator", "MinkowskiNetwork", "MinkowskiNonlinearity", "MinkowskiNormalization"),
-    *("MinkowskiPooling", "MinkowskiPruning", "MinkowskiSparseTensor", "MinkowskiTensor", "MinkowskiTensorField"),
-    *("MinkowskiUnion", "sparse_matrix_functions"),
-)
+FILES = """
+    MinkowskiBroadcast MinkowskiChannelwiseConvolution MinkowskiCommon MinkowskiConvolution MinkowskiCoordinateManager
+    MinkowskiDepthwiseConvolution MinkowskiInterpolation MinkowskiKernelGenerator MinkowskiNetwork MinkowskiNonlinearity
+    MinkowskiNormalization MinkowskiPooling MinkowskiPruning MinkowskiSparseTensor MinkowskiTensor MinkowskiTensorField
+    MinkowskiUnion sparse_matrix_functions
+"""
+TOP_LEVEL = {"MinkowskiOps": ".operations", "MinkowskiFunctional": ".functional", **dict.fromkeys(FILES.split(), "")}
 # Names of modules in MinkowskiEngine, and the modules of this package.
 MODULES = {
-    "MinkowskiEngine": "",
-    "MinkowskiEngine.utils": ".utils",
-    "MinkowskiEngine.utils.collation": ".utils",
-    "MinkowskiEngine.utils.init": ".utils",
-    "MinkowskiEngine.utils.coords": ".utils",
-    "MinkowskiEngine.utils.quantization": ".utils",
-    "MinkowskiEngine.utils.summary": ".utils",
-    "MinkowskiEngine.modules": ".modules",
-    "MinkowskiEngine.modules.resnet_block": ".modules",
-    "MinkowskiEngine.modules.senet_block": ".modules",
-    "MinkowskiOps": ".operations",
-    "MinkowskiEngine.MinkowskiOps": ".operations",
-    "MinkowskiFunctional": ".functional",
-    "MinkowskiEngine.MinkowskiFunctional": ".functional",
-    "MinkowskiEngine.diagnostics": "",
-    "MinkowskiEngineBackend": "",
-    "MinkowskiEngineBackend._C": "",
-    **{name: "" for file in FILES for name in (file, f"MinkowskiEngine.{file}")},
+    **{name: "" for name in ("MinkowskiEngine", "MinkowskiEngine.diagnostics")},
+    **{name: "" for name in ("MinkowskiEngineBackend", "MinkowskiEngineBackend._C")},
+    **{f"MinkowskiEngine.modules{file}": ".modules" for file in ("", ".resnet_block", ".senet_block")},
+    **{
+        f"MinkowskiEngine.utils{file}": ".utils"
+        for file in ("", ".collation", ".init", ".coords", ".quantization", ".summary")
+    },
+    **{package + file: module for file, module in TOP_LEVEL.items() for package in ("", "MinkowskiEngine.")},
 }
+USAGE = f"usage: python -m {PACKAGE} (SCRIPT | -m MODULE) [ARGUMENTS...]"
 
 
 def install() -> None:
@@ -90,3 +90,45 @@ def restore_torch_six() -> None:
 def is_ours(module: ModuleType) -> bool:
     """Return whether a module under a name of MinkowskiEngine belongs to this package."""
     return getattr(module, "__name__", "").startswith(PACKAGE)
+
+
+def main(argv: list[str]) -> int:
+    """Run the script or module of a command line as `__main__`, and return its exit code."""
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"{USAGE}\n\nRuns code for MinkowskiEngine without MinkowskiEngine.")
+        return 0
+    as_module = argv[:1] == ["-m"]
+    arguments = argv[1:] if as_module else argv
+    if not arguments or not (as_module or Path(arguments[0]).is_file()):
+        problem = f"\nSCRIPT is {arguments[0]}: there is no such file" if arguments else ""
+        print(USAGE + problem, file=sys.stderr)
+        return 2
+    sys.argv = Arguments(arguments)
+    prepare()
+    if as_module:
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))  # as python does for a script
+        runpy.run_path(arguments[0], run_name="__main__")
+    return 0
+
+
+class Arguments(list[str]):
+    """A `sys.argv` that prepares spawned processes.
+
+    multiprocessing sends `sys.argv` to a process, which unpickles it before it imports the script.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arguments, (list(self),)
+
+
+def _arguments(values: list[str]) -> Arguments:
+    prepare()
+    return Arguments(values)
+
+
+def prepare() -> None:
+    """Install the package as MinkowskiEngine, and let old scripts load their own checkpoints."""
+    install()
+    torch.serialization.add_safe_globals([argparse.Namespace])  # they hold one beside the weights

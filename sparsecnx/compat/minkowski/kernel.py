@@ -11,32 +11,26 @@ import torch
 from torch import Tensor
 
 from sparsecnx.compat.minkowski.enums import RegionType
-from sparsecnx.compat.minkowski.errors import ArgumentTypeError, not_offered, require, require_type
+from sparsecnx.compat.minkowski.errors import not_offered, require, require_type
 from sparsecnx.compat.minkowski.missing import with_missing_members
 from sparsecnx.geometry.coordinates import offsets_of
 
 
-def int_list(value: Any, dimension: int, name: str) -> list[int]:
+def convert_to_int_list(arg: Any, dimension: int, name: str = "arg") -> list[int]:
     """Return one number, or one for each axis, as a list of `dimension` numbers.
 
     Raises:
         ArgumentError, ArgumentTypeError: it is something else; the message calls it `name`.
     """
-    if isinstance(value, (Sequence, np.ndarray, Tensor)) and not isinstance(value, str):
-        entries = [entry.item() if isinstance(entry, (Tensor, np.generic)) else entry for entry in value]
+    if isinstance(arg, (Sequence, np.ndarray, Tensor)) and not isinstance(arg, str):
+        entries = [entry.item() if isinstance(entry, (Tensor, np.generic)) else entry for entry in arg]
         whole = all(isinstance(e, (int, float)) and math.isfinite(e) and int(e) == e for e in entries)
         require(whole, f"{name} is {entries}: expected whole numbers")
         found = [int(entry) for entry in entries]
         require(len(found) == dimension, f"{name} is {found}: expected {dimension} numbers, one for each axis")
         return found
-    if isinstance(value, (int, np.integer)):
-        return [int(value)] * dimension
-    raise ArgumentTypeError(f"{name} is a {type(value).__name__}: expected a number, or one for each axis")
-
-
-def convert_to_int_list(arg: Any, dimension: int) -> list[int]:
-    """Return one number, or one for each axis, as a list."""
-    return int_list(arg, dimension, "arg")
+    require_type(arg, (int, np.integer), name, "a number, or one for each axis")
+    return [int(arg)] * dimension
 
 
 @with_missing_members
@@ -75,12 +69,11 @@ class KernelGenerator:
         if expand_coordinates:
             raise not_offered("expand_coordinates=True", "a list of output sites as the argument `coordinates`")
         self.dimension = dimension
-        self.kernel_size = int_list(kernel_size, dimension, "kernel_size")
-        self.kernel_stride = int_list(stride, dimension, "stride")
-        self.kernel_dilation = int_list(dilation, dimension, "dilation")
-        named = {"kernel_size": self.kernel_size, "stride": self.kernel_stride, "dilation": self.kernel_dilation}
-        for name, sizes in named.items():
-            require(min(sizes) > 0, f"{name} is {sizes}: expected at least 1 along each axis")
+        geometry = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
+        sizes = {name: convert_to_int_list(value, dimension, name) for name, value in geometry.items()}
+        for name, found in sizes.items():
+            require(min(found) > 0, f"{name} is {found}: expected at least 1 along each axis")
+        self.kernel_size, self.kernel_stride, self.kernel_dilation = sizes.values()
         self.region_type = region_type
         self.region_offsets = torch.IntTensor()
         self.axis_types = None
@@ -98,8 +91,16 @@ class KernelGenerator:
         """Equal for kernels that read the same sites."""
         return (self.region_type, *self.kernel_size, *self.kernel_dilation)
 
-    def offsets(self, tensor_stride: Sequence[int]) -> Tensor:
-        """Return int64 `(K, dimension)`: the offsets of the taps from the output's site, on a map of this stride."""
+    def offsets(self, tensor_stride: Sequence[int], partition: bool = False) -> Tensor:
+        """Return int64 `(K, dimension)`: the offsets of the taps from the output's site, on a map of this stride.
+
+        With `partition`, for pooling with a kernel as large as its stride, they start at the output's site.
+        """
+        if partition:
+            if self.region_type != RegionType.HYPER_CUBE:
+                raise not_offered("pooling with a cross as large as its stride", "RegionType.HYPER_CUBE")
+            centred = offsets_of(self.kernel_size, tensor_stride)
+            return centred - centred.amin(dim=0)
         step = [stride * dilation for stride, dilation in zip(tensor_stride, self.kernel_dilation, strict=True)]
         if self.region_type == RegionType.HYPER_CUBE:
             return offsets_of(self.kernel_size, step)
@@ -111,23 +112,16 @@ class KernelGenerator:
                 taps.append([place * step[axis] if other == axis else 0 for other in range(self.dimension)])
         return torch.tensor(taps, dtype=torch.int64)
 
-    def partition_offsets(self, tensor_stride: Sequence[int]) -> Tensor:
-        """Return the offsets for pooling with a kernel as large as its stride: they start at the output's site."""
-        if self.region_type != RegionType.HYPER_CUBE:
-            raise not_offered("pooling with a cross as large as its stride", "RegionType.HYPER_CUBE")
-        centred = offsets_of(self.kernel_size, list(tensor_stride))
-        return centred - centred.amin(dim=0)
-
-    @property
-    def is_partition(self) -> bool:
-        """True if kernel and stride are the same."""
-        return self.kernel_size == self.kernel_stride
-
     @property
     def covers(self) -> bool:
         """True for even cubes as large as their stride: the taps read the sites from one output site up to the next."""
         cube = self.region_type == RegionType.HYPER_CUBE and len(set(self.kernel_stride)) == 1
-        return cube and self.is_partition and self.kernel_size[0] % 2 == 0 and set(self.kernel_dilation) == {1}
+        return (
+            cube
+            and self.kernel_size == self.kernel_stride
+            and self.kernel_size[0] % 2 == 0
+            and set(self.kernel_dilation) == {1}
+        )
 
     def __repr__(self) -> str:
         return (

@@ -13,70 +13,56 @@ from sparsecnx.compat.minkowski.pooling import normalise_by_image
 from sparsecnx.compat.minkowski.tensor import SparseTensor
 
 
-class MinkowskiNonlinearityBase(MinkowskiModuleBase):
-    """A layer of torch, `MODULE`, on the features of a SparseTensor, with the arguments of torch."""
+class _TorchLayer(nn.Module):
+    """A layer of torch, `MODULE`, as the attribute `NAME`, on the features of a SparseTensor."""
 
     MODULE: type[nn.Module]
+    NAME = "module"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        self.module = self.MODULE(*args, **kwargs)
+        self.add_module(self.NAME, self.MODULE(*args, **kwargs))
 
     def forward(self, input: SparseTensor) -> SparseTensor:
-        """Compute features `(rows, C)` from `(rows, C)`."""
-        return on_features(input, self.module)
+        """Compute features `(rows, C_out)` from `(rows, C_in)`."""
+        return on_features(input, getattr(self, self.NAME))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({getattr(self, self.NAME).extra_repr()})"
+
+
+class MinkowskiNonlinearityBase(_TorchLayer, MinkowskiModuleBase):
+    """A layer of torch, `MODULE`, on the features of a SparseTensor, with the arguments of torch."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
 
-def _layer(module: type[nn.Module]) -> type[MinkowskiNonlinearityBase]:
+def _nonlinearity(name: str) -> type[MinkowskiNonlinearityBase]:
     """Make the class `MinkowskiX` of `torch.nn.X`."""
-    doc = f"`torch.nn.{module.__name__}` on the features of a SparseTensor."
-    members = {"MODULE": module, "__doc__": doc, "__module__": __name__}
-    return type(f"Minkowski{module.__name__}", (MinkowskiNonlinearityBase,), members)
+    doc = f"`torch.nn.{name}` on the features of a SparseTensor."
+    members = {"MODULE": getattr(nn, name), "__doc__": doc, "__module__": __name__}
+    return type(f"Minkowski{name}", (MinkowskiNonlinearityBase,), members)
 
 
-MinkowskiELU = _layer(nn.ELU)
-MinkowskiHardshrink = _layer(nn.Hardshrink)
-MinkowskiHardsigmoid = _layer(nn.Hardsigmoid)
-MinkowskiHardtanh = _layer(nn.Hardtanh)
-MinkowskiHardswish = _layer(nn.Hardswish)
-MinkowskiLeakyReLU = _layer(nn.LeakyReLU)
-MinkowskiLogSigmoid = _layer(nn.LogSigmoid)
-MinkowskiPReLU = _layer(nn.PReLU)
-MinkowskiReLU = _layer(nn.ReLU)
-MinkowskiReLU6 = _layer(nn.ReLU6)
-MinkowskiRReLU = _layer(nn.RReLU)
-MinkowskiSELU = _layer(nn.SELU)
-MinkowskiCELU = _layer(nn.CELU)
-MinkowskiGELU = _layer(nn.GELU)
-MinkowskiSigmoid = _layer(nn.Sigmoid)
-MinkowskiSiLU = _layer(nn.SiLU)
-MinkowskiSoftplus = _layer(nn.Softplus)
-MinkowskiSoftshrink = _layer(nn.Softshrink)
-MinkowskiSoftsign = _layer(nn.Softsign)
-MinkowskiTanh = _layer(nn.Tanh)
-MinkowskiTanhshrink = _layer(nn.Tanhshrink)
-MinkowskiThreshold = _layer(nn.Threshold)
-MinkowskiSoftmin = _layer(nn.Softmin)
-MinkowskiSoftmax = _layer(nn.Softmax)
-MinkowskiLogSoftmax = _layer(nn.LogSoftmax)
-MinkowskiDropout = _layer(nn.Dropout)
-MinkowskiAlphaDropout = _layer(nn.AlphaDropout)
+_OF_TORCH = """
+    ELU Hardshrink Hardsigmoid Hardtanh Hardswish LeakyReLU LogSigmoid PReLU ReLU ReLU6 RReLU SELU CELU GELU Sigmoid
+    SiLU Softplus Softshrink Softsign Tanh Tanhshrink Threshold Softmin Softmax LogSoftmax Dropout AlphaDropout
+"""
+NONLINEARITIES = {f"Minkowski{name}": _nonlinearity(name) for name in _OF_TORCH.split()}
+globals().update(NONLINEARITIES)
 
 
-class MinkowskiAdaptiveLogSoftmaxWithLoss(MinkowskiModuleBase):
+class MinkowskiAdaptiveLogSoftmaxWithLoss(_TorchLayer, MinkowskiModuleBase):
     """`torch.nn.AdaptiveLogSoftmaxWithLoss` on the features of a SparseTensor.
 
     That of MinkowskiEngine takes no target, so that it cannot be called.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-        self.module = nn.AdaptiveLogSoftmaxWithLoss(*args, **kwargs)
+    MODULE = nn.AdaptiveLogSoftmaxWithLoss
+    module: nn.Module
 
-    def forward(self, input: SparseTensor, target: Tensor) -> Any:
+    def forward(self, input: SparseTensor, target: Tensor) -> Any:  # type: ignore[override]
         """Return torch's named tuple of output and loss for features `(rows, C)` and classes `(rows,)`."""
         require_type(input, SparseTensor, "input", "a SparseTensor")
         return self.module(input.F, target)
@@ -98,36 +84,18 @@ class MinkowskiSinusoidal(MinkowskiModuleBase):
         return on_features(input, lambda rows: torch.sin(rows.mm(self.kernel) + self.bias) * self.coef)
 
 
-class MinkowskiLinear(nn.Module):
-    """`torch.nn.Linear`, as `linear`, on the features of a SparseTensor."""
+class MinkowskiLinear(_TorchLayer):
+    """`torch.nn.Linear`, as `linear`, on the features of a SparseTensor, with the arguments of torch."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
-        super().__init__()
-        self.linear = nn.Linear(in_features, out_features, bias=bias)
-
-    def forward(self, input: SparseTensor) -> SparseTensor:
-        """Compute features `(rows, C_out)` from `(rows, C_in)`."""
-        return on_features(input, self.linear)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.linear.extra_repr()})"
+    MODULE, NAME = nn.Linear, "linear"
 
 
-class MinkowskiBatchNorm(nn.Module):
+class MinkowskiBatchNorm(_TorchLayer):
     """`torch.nn.BatchNorm1d`, as `bn`, over all sites of the batch, with the arguments of torch."""
 
     MODULE: type[nn.Module] = nn.BatchNorm1d
-
-    def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-        self.bn = self.MODULE(num_features, *args, **kwargs)
-
-    def forward(self, input: SparseTensor) -> SparseTensor:
-        """Normalise features `(rows, C)`."""
-        return on_features(input, self.bn)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.bn.extra_repr()})"
+    NAME = "bn"
+    bn: nn.Module
 
 
 class MinkowskiSyncBatchNorm(MinkowskiBatchNorm):
@@ -148,16 +116,13 @@ class MinkowskiSyncBatchNorm(MinkowskiBatchNorm):
         return module
 
 
-class MinkowskiLayerNorm(nn.Module):
+class MinkowskiLayerNorm(_TorchLayer):
     """`torch.nn.LayerNorm`, as `ln`, over the channels of every site, as ConvNeXt code for MinkowskiEngine has it."""
 
-    def __init__(self, normalized_shape: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.ln = nn.LayerNorm(normalized_shape, eps=eps)
+    MODULE, NAME = nn.LayerNorm, "ln"
 
-    def forward(self, input: SparseTensor) -> SparseTensor:
-        """Normalise features `(rows, C)`."""
-        return on_features(input, self.ln)
+    def __init__(self, normalized_shape: int, eps: float = 1e-6) -> None:
+        super().__init__(normalized_shape, eps=eps)
 
 
 class MinkowskiInstanceNorm(MinkowskiModuleBase):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsecnx.compat.minkowski.enums import RegionType, SparseTensorOperationMode
 from sparsecnx.compat.minkowski.errors import ArgumentError, not_offered, require, require_type
-from sparsecnx.compat.minkowski.kernel import KernelGenerator, int_list
+from sparsecnx.compat.minkowski.kernel import KernelGenerator, convert_to_int_list
 from sparsecnx.compat.minkowski.missing import with_missing_members
 from sparsecnx.geometry.coordinates import CoordinateMap, for_any_mode, unique
 from sparsecnx.geometry.kernel_map import invert_kernel_map
@@ -96,21 +96,6 @@ class KernelMap:
         return other
 
 
-@dataclass(frozen=True)
-class Origin:
-    """The images of the sites of a map, for global pooling.
-
-    Attributes:
-        rows: int64 `(rows,)`, the row of each site's image in the result.
-        counts: int64 `(images,)`, sites of each image; 1 for an image that has lost all of them.
-        by_image: int64, the sites of each image; empty for an image that has lost all of them.
-    """
-
-    rows: Tensor
-    counts: Tensor
-    by_image: list[Tensor]
-
-
 @with_missing_members
 class CoordinateManager:
     """The maps of tensors that are computed from one another.
@@ -133,7 +118,7 @@ class CoordinateManager:
         self._maps: dict[Name, CoordinateMap] = {}
         self._tables: dict[Hashable, KernelMap] = {}
         self._unions: dict[Hashable, tuple[CoordinateMapKey, list[Tensor]]] = {}
-        self._origins: dict[Name, Origin] = {}
+        self._origins: dict[Name, tuple[Tensor, Tensor]] = {}
         self._given: list[Name] = []  # maps that no stride made from others
         self._roots: dict[str, str] = {}  # string of a map of `insert_from` to the string of its first source
         self._numbered = 0
@@ -186,7 +171,7 @@ class CoordinateManager:
             The key, and `(unique_map, inverse_map)`, int64: the first row of each site, and the site of each row.
         """
         check_coordinates(coordinates, self.D)
-        stride = int_list(tensor_stride, self.D, "tensor_stride")
+        stride = convert_to_int_list(tensor_stride, self.D, "tensor_stride")
         first, site = distinct(coordinates)
         return self.insert(self._new_map(coordinates, first, stride), string_id), (first, site)
 
@@ -196,7 +181,6 @@ class CoordinateManager:
         Raises:
             ArgumentError: they are not distinct.
         """
-        check_coordinates(coordinates, self.D)
         first, site = distinct(coordinates)
         require(first.shape[0] == site.shape[0], "coordinates has equal rows: expected distinct sites")
         return self.insert_from(source, self._new_map(coordinates, first, stride))
@@ -212,7 +196,7 @@ class CoordinateManager:
 
     def stride(self, coordinate_map_key: CoordinateMapKey, stride: Any, string_id: str = "") -> CoordinateMapKey:
         """Return the key of the map that a convolution with this stride gives; it is made on first use."""
-        factors = int_list(stride, self.D, "stride")
+        factors = convert_to_int_list(stride, self.D, "stride")
         old_stride, old_string = coordinate_map_key.name
         name = (tuple(a * b for a, b in zip(old_stride, factors, strict=True)), string_id or old_string)
         if name not in self._maps:
@@ -254,30 +238,27 @@ class CoordinateManager:
             self._maps[name] = CoordinateMap(name[0], coordinates)
         return CoordinateMapKey(*name)
 
-    def at_origin(self, key: CoordinateMapKey) -> Origin:
+    def at_origin(self, key: CoordinateMapKey) -> tuple[Tensor, Tensor]:
         """Return the images of the sites of a map, for global pooling.
+
+        Returns:
+            int64 `(rows,)`, the row of each site's image at the origin, and int64 `(images,)`, the sites of each image.
 
         Raises:
             ArgumentError: an image came to this manager after the origin.
         """
         if key.name not in self._origins:
             with for_any_mode():
-                self._origins[key.name] = self._at_origin(key)
+                images, origin = self.map(key).images, self.map(self.origin())
+                place = origin.find(torch.nn.functional.pad(images.index[:, None], (0, self.D))).long()
+                require(
+                    bool((place >= 0).all()),
+                    "this tensor has images that were not there at the first global pooling: expected tensors of one "
+                    "batch in a coordinate manager",
+                )
+                counts = images.counts.new_zeros(origin.rows).index_copy(0, place, images.counts)
+                self._origins[key.name] = place[images.number], counts
         return self._origins[key.name]
-
-    def _at_origin(self, key: CoordinateMapKey) -> Origin:
-        images, origin = self.map(key).images, self.map(self.origin())
-        place = origin.find(torch.nn.functional.pad(images.index[:, None], (0, self.D))).long()
-        require(
-            bool((place >= 0).all()),
-            "this tensor has images that were not there at the first global pooling: expected tensors of one batch in "
-            "a coordinate manager",
-        )
-        counts = images.counts.new_zeros(origin.rows).index_copy(0, place, images.counts)
-        by_image = [images.number.new_empty(0)] * origin.rows
-        for image, rows in zip(place.tolist(), images.rows, strict=True):
-            by_image[image] = rows
-        return Origin(place[images.number], counts.clamp(min=1), by_image)
 
     def origin_map(self, key: CoordinateMapKey) -> tuple[Tensor, list[Tensor]]:
         """Return the images with sites, int64, and the rows of every image up to the last of them."""
@@ -308,17 +289,14 @@ class CoordinateManager:
     # Kernel maps and sizes
 
     def table(
-        self, in_key: CoordinateMapKey, out_key: CoordinateMapKey, kernel: KernelGenerator, partition: bool = False
+        self, in_key: CoordinateMapKey, out_key: CoordinateMapKey, kernel: KernelGenerator, is_pool: bool = False
     ) -> KernelMap:
-        """Return the rows of `in_key` that the kernel reads for each row of `out_key`.
-
-        Args:
-            partition: True for pooling whose kernel is as large as its stride, see `KernelGenerator.partition_offsets`.
-        """
+        """Return the rows of `in_key` that the kernel reads for each row of `out_key`."""
+        partition = is_pool and kernel.kernel_size == kernel.kernel_stride
         name = (in_key.name, out_key.name, kernel.key, partition)
         if name not in self._tables:
             source = self.map(in_key)
-            offsets = (kernel.partition_offsets if partition else kernel.offsets)(in_key.name[0])
+            offsets = kernel.offsets(in_key.name[0], partition)
             with for_any_mode():
                 self._tables[name] = KernelMap(source.kernel_map(self.map(out_key), offsets), source.rows)
         return self._tables[name]
@@ -340,9 +318,9 @@ class CoordinateManager:
             raise not_offered("kernel_map with region_offset", "kernel_size and region_type")
         kernel = KernelGenerator(kernel_size, stride, dilation, region_type=region_type, dimension=self.D)
         keys = (out_key, in_key) if is_transpose else (in_key, out_key)
-        found = self.table(*keys, kernel, is_pool and kernel.is_partition)
+        found = self.table(*keys, kernel, is_pool)
         pairs = {}
-        for tap, rows in enumerate((found.swapped if is_transpose else found).table.unbind(dim=1)):
+        for tap, rows in enumerate((found.inverse if is_transpose else found.table).unbind(dim=1)):
             (out,) = (rows >= 0).nonzero(as_tuple=True)
             if out.shape[0]:
                 pairs[tap] = torch.stack([rows[out], out.to(torch.int32)])
@@ -354,7 +332,16 @@ class CoordinateManager:
 
     def get_coordinates(self, coords_key_or_tensor_strides: Any) -> Tensor:
         """Return a copy of the coordinates, int32 `(rows, 1 + D)`."""
-        return self.map(self._key(coords_key_or_tensor_strides)).coordinates.clone()
+        key = coords_key_or_tensor_strides
+        if not isinstance(key, CoordinateMapKey):
+            stride = tuple(convert_to_int_list(key, self.D, "tensor_stride"))
+            name = next((name for name in self._maps if name[0] == stride), None)
+            if name is None:
+                raise ArgumentError(
+                    f"tensor_stride is {list(stride)}: this coordinate manager has no map of this stride"
+                )
+            key = CoordinateMapKey(*name)
+        return self.map(key).coordinates.clone()
 
     def number_of_unique_batch_indices(self) -> int:
         return self.size(self.origin())
@@ -362,15 +349,6 @@ class CoordinateManager:
     def exists(self, key: CoordinateMapKey) -> bool:
         """Return whether there is a map of that key."""
         return key.is_key_set() and key.name in self._maps
-
-    def _key(self, key: Any) -> CoordinateMapKey:
-        if isinstance(key, CoordinateMapKey):
-            return key
-        stride = tuple(int_list(key, self.D, "tensor_stride"))
-        for name in self._maps:
-            if name[0] == stride:
-                return CoordinateMapKey(*name)
-        raise ArgumentError(f"tensor_stride is {list(stride)}: this coordinate manager has no map of this stride")
 
     def __repr__(self) -> str:
         maps = "".join(f"\n  {list(stride)} {string!r}: {m.rows} sites" for (stride, string), m in self._maps.items())
@@ -380,13 +358,9 @@ class CoordinateManager:
 def check_coordinates(coordinates: Tensor, dimension: int | None = None) -> None:
     """Raise unless the coordinates are int32 `(n, 1 + dimension)`."""
     require_type(coordinates, Tensor, "coordinates", "an int32 tensor (rows, 1 + D)")
-    require(
-        coordinates.ndim == 2 and coordinates.shape[1] >= 2,
-        f"coordinates is {tuple(coordinates.shape)}: expected (rows, 1 + D), the image number first",
-    )
-    columns = coordinates.shape[1] if dimension is None else 1 + dimension
-    shape = tuple(coordinates.shape)
-    require(shape[1] == columns, f"coordinates is {shape}: D={dimension} needs {columns} columns")
+    shape, columns = tuple(coordinates.shape), "1 + D" if dimension is None else 1 + dimension
+    fits = len(shape) == 2 and (shape[1] >= 2 if dimension is None else shape[1] == columns)
+    require(fits, f"coordinates is {shape}: expected (rows, {columns}), the image number first")
     require(coordinates.dtype == torch.int32, f"coordinates is {coordinates.dtype}: expected torch.int32")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from sparsecnx.compat.minkowski.convolution import MinkowskiConvolution
-from sparsecnx.compat.minkowski.layers import MinkowskiBatchNorm, MinkowskiLinear, MinkowskiReLU, MinkowskiSigmoid
+from sparsecnx.compat.minkowski.layers import NONLINEARITIES, MinkowskiBatchNorm, MinkowskiLinear
 from sparsecnx.compat.minkowski.pooling import MinkowskiBroadcastMultiplication, MinkowskiGlobalPooling
 from sparsecnx.compat.minkowski.tensor import SparseTensor
 
@@ -62,7 +62,7 @@ class _Residual(nn.Module):
             )
             self.add_module(f"conv{number + 1}", convolution)
             self.add_module(f"norm{number + 1}", MinkowskiBatchNorm(channels[number + 1], momentum=bn_momentum))
-        self.relu = MinkowskiReLU(inplace=True)
+        self.relu = NONLINEARITIES["MinkowskiReLU"](inplace=True)
         self.downsample = downsample
         self.se: nn.Module = nn.Identity()  # the blocks with squeeze-and-excitation replace it
 
@@ -98,9 +98,9 @@ class SELayer(nn.Module):
         super().__init__()
         self.fc = nn.Sequential(
             MinkowskiLinear(channel, channel // reduction),
-            MinkowskiReLU(inplace=True),
+            NONLINEARITIES["MinkowskiReLU"](inplace=True),
             MinkowskiLinear(channel // reduction, channel),
-            MinkowskiSigmoid(),
+            NONLINEARITIES["MinkowskiSigmoid"](),
         )
         self.pooling = MinkowskiGlobalPooling()
         self.broadcast_mul = MinkowskiBroadcastMultiplication()

@@ -196,7 +196,7 @@ class MinkowskiPruning(MinkowskiModuleBase):
         manager, known = input.coordinate_manager, input._map
         pruned = CoordinateMap.from_coordinates(known.coordinates[mask], known.stride)
         key = manager.insert_from(input.coordinate_map_key, pruned)
-        return SparseTensor(input.F[mask], coordinate_map_key=key, coordinate_manager=manager)
+        return input._with(input.F[mask], key)
 
 
 class MinkowskiUnion(nn.Module):
@@ -216,4 +216,4 @@ class MinkowskiUnion(nn.Module):
         features = inputs[0].F.new_zeros(manager.size(key), inputs[0].F.shape[1], dtype=dtype)
         for tensor, rows in zip(inputs, places, strict=True):
             features = features.index_add(0, rows, tensor.F.to(dtype))
-        return SparseTensor(features, coordinate_map_key=key, coordinate_manager=manager)
+        return inputs[0]._with(features, key)

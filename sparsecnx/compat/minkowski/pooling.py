@@ -10,13 +10,10 @@ from torch import Tensor
 
 from sparsecnx import ops
 from sparsecnx.common.dtypes import statistics_dtype
-from sparsecnx.compat.minkowski.base import KernelLayer, MinkowskiModuleBase, tables
+from sparsecnx.compat.minkowski.base import KernelLayer, MinkowskiModuleBase, Target, tables
 from sparsecnx.compat.minkowski.enums import BroadcastMode, PoolingMode
 from sparsecnx.compat.minkowski.errors import not_offered, require, require_type
-from sparsecnx.compat.minkowski.kernel import KernelGenerator
-from sparsecnx.compat.minkowski.manager import Origin
-from sparsecnx.compat.minkowski.rows import spread, sum_by_number
-from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor, Target
+from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor
 
 
 class _Pooling(KernelLayer):
@@ -33,18 +30,7 @@ class _Pooling(KernelLayer):
         NotOffered: a custom region.
     """
 
-    MODE: PoolingMode
-
-    def __init__(
-        self,
-        kernel_size: Any = -1,
-        stride: Any = 1,
-        dilation: Any = 1,
-        kernel_generator: KernelGenerator | None = None,
-        dimension: int | None = None,
-    ) -> None:
-        super().__init__(kernel_size, stride, dilation, kernel_generator, dimension)
-        self.pooling_mode = self.MODE
+    pooling_mode: PoolingMode
 
     def forward(self, input: SparseTensor, coordinates: Target = None) -> SparseTensor:
         """Pool features `(rows, C)` to `(rows_out, C)`.
@@ -55,24 +41,24 @@ class _Pooling(KernelLayer):
         """
         self._check(input)
         kernel, key = self.kernel_generator, self._output_key(input, coordinates)
-        table = input.coordinate_manager.table(input.coordinate_map_key, key, kernel, kernel.is_partition)
+        table = input.coordinate_manager.table(input.coordinate_map_key, key, kernel, is_pool=True)
         kernel_map, inverse = tables(input, table)
-        return self._output(input, ops.mapped_pool(input.F, kernel_map, self.MODE.reduction, inverse), key)
+        return input._with(ops.mapped_pool(input.F, kernel_map, _reduction(self.pooling_mode), inverse), key)
 
 
 class MinkowskiSumPooling(_Pooling):
     __doc__ = _Pooling.__doc__
-    MODE = PoolingMode.LOCAL_SUM_POOLING
+    pooling_mode = PoolingMode.LOCAL_SUM_POOLING
 
 
 class MinkowskiAvgPooling(_Pooling):
     __doc__ = _Pooling.__doc__
-    MODE = PoolingMode.LOCAL_AVG_POOLING
+    pooling_mode = PoolingMode.LOCAL_AVG_POOLING
 
 
 class MinkowskiMaxPooling(_Pooling):
     __doc__ = _Pooling.__doc__
-    MODE = PoolingMode.LOCAL_MAX_POOLING
+    pooling_mode = PoolingMode.LOCAL_MAX_POOLING
 
 
 class MinkowskiGlobalPooling(MinkowskiModuleBase):
@@ -101,15 +87,16 @@ class MinkowskiGlobalPooling(MinkowskiModuleBase):
         if coordinates is not None:
             raise not_offered("global pooling onto given coordinates", "global pooling without `coordinates`")
         manager = input.coordinate_manager
-        origin = manager.at_origin(input.coordinate_map_key)
-        if self.pooling_mode.reduction == "max":
-            pooled = _maximum(input, origin)
+        image, counts = manager.at_origin(input.coordinate_map_key)
+        reduction = _reduction(self.pooling_mode)
+        if reduction == "max":
+            pooled = _maximum(input.F, image, counts)
         else:
-            pooled = sum_by_number(input.F, origin.rows, len(origin.counts))
-            if self.pooling_mode.reduction == "avg":
-                pooled = pooled / origin.counts[:, None]
+            pooled = _sum_by_image(input.F, image, len(counts))
+            if reduction == "avg":
+                pooled = pooled / counts.clamp(min=1)[:, None]
             pooled = pooled.to(input.dtype)
-        return SparseTensor(pooled, coordinate_map_key=manager.origin(), coordinate_manager=manager)
+        return input._with(pooled, manager.origin())
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(mode={self.pooling_mode.name})"
@@ -139,12 +126,12 @@ class _Broadcast(MinkowskiModuleBase):
         require_type(input, SparseTensor, "input", "a SparseTensor")
         require_type(input_glob, SparseTensor, "input_glob", "a SparseTensor from a global pooling")
         require(input_glob.coordinate_manager is input.coordinate_manager, OTHER_MANAGER)
-        origin = input.coordinate_manager.at_origin(input.coordinate_map_key)
+        image, _ = input.coordinate_manager.at_origin(input.coordinate_map_key)
         require(
             input_glob.coordinate_map_key == input.coordinate_manager.origin(),
             f"input_glob is on {input_glob.coordinate_map_key}: expected the sites of a global pooling",
         )
-        return input._with(self.combine(input.F, spread(input_glob.F, origin.rows)))
+        return input._with(self.combine(input.F, _at_sites(input_glob.F, image)))
 
 
 class MinkowskiBroadcastAddition(_Broadcast):
@@ -175,19 +162,36 @@ class MinkowskiBroadcastConcatenation(_Broadcast):
 
 def normalise_by_image(x: SparseTensor, eps: float) -> Tensor:
     """Return the features with mean 0 and variance 1 in each image and channel; `eps` is added to the variance."""
-    origin = x.coordinate_manager.at_origin(x.coordinate_map_key)
-    rows, count = origin.rows, origin.counts[:, None]
+    image, counts = x.coordinate_manager.at_origin(x.coordinate_map_key)
+    count = counts.clamp(min=1)[:, None]
     features = x.F.to(statistics_dtype(x.dtype))
-    centred = features - spread(sum_by_number(features, rows, len(count)) / count, rows)
-    variance = sum_by_number(centred.square(), rows, len(count)) / count
-    return (centred * spread((variance + eps).rsqrt(), rows)).to(x.dtype)
+    centred = features - _at_sites(_sum_by_image(features, image, len(count)) / count, image)
+    variance = _sum_by_image(centred.square(), image, len(count)) / count
+    return (centred * _at_sites((variance + eps).rsqrt(), image)).to(x.dtype)
 
 
-def _maximum(x: SparseTensor, origin: Origin) -> Tensor:
+def _reduction(mode: PoolingMode) -> str:
+    """Return `"sum"`, `"avg"` or `"max"`."""
+    return mode.name.split("_")[1].lower()
+
+
+def _at_sites(of_images: Tensor, image: Tensor) -> Tensor:
+    """Return the row of the image of each site. The gradient is summed in float32 at least."""
+    return of_images.to(statistics_dtype(of_images.dtype)).index_select(0, image).to(of_images.dtype)
+
+
+def _sum_by_image(features: Tensor, image: Tensor, images: int) -> Tensor:
+    """Return `(images, C)`: the sum over the sites of each image, in float32 at least."""
+    features = features.to(statistics_dtype(features.dtype))
+    return features.new_zeros(images, features.shape[1]).index_add(0, image, features)
+
+
+def _maximum(features: Tensor, image: Tensor, counts: Tensor) -> Tensor:
     """Return the maxima `(images, C)`, 0 for an image that has lost all its sites.
 
     The gradient goes to one site, even if several have the maximum.
     """
-    nothing = x.F.new_zeros(1, x.F.shape[1])
-    maxima = [x.F[rows].max(dim=0, keepdim=True).values if len(rows) else nothing for rows in origin.by_image]
+    nothing = features.new_zeros(1, features.shape[1])
+    by_image = features.index_select(0, image.argsort(stable=True)).split(counts.tolist())
+    maxima = [rows.max(dim=0, keepdim=True).values if len(rows) else nothing for rows in by_image]
     return torch.cat(maxima) if maxima else nothing[:0]

@@ -6,6 +6,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partialmethod
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from sparsecnx.compat.minkowski.enums import SparseTensorQuantizationMode
 from sparsecnx.compat.minkowski.errors import ArgumentError, ArgumentTypeError, not_offered, require, require_type
 from sparsecnx.compat.minkowski.manager import CoordinateManager, CoordinateMapKey, check_coordinates, new_manager
 from sparsecnx.compat.minkowski.missing import with_missing_members
-from sparsecnx.compat.minkowski.rows import permute
 from sparsecnx.geometry.coordinates import CoordinateMap
 from sparsecnx.geometry.packing import scatter_rows
 from sparsecnx.tensor import SparseTensor as TileTensor
@@ -74,9 +74,7 @@ class SparseTensor:
         if coordinates is not None:
             both = coordinate_map_key is not None
             require(not both, "coordinates and coordinate_map_key are both given: expected one of them")
-            require_type(coordinates, Tensor, "coordinates", "an int32 tensor (rows, 1 + D)")
-            coordinates = _as_int(coordinates).to(device or coordinates.device)
-            check_coordinates(coordinates)
+            coordinates = as_coordinates(coordinates, "an int32 tensor (rows, 1 + D)").to(device or coordinates.device)
             shapes = f"features is {tuple(features.shape)} and coordinates is {tuple(coordinates.shape)}"
             require(features.shape[0] == coordinates.shape[0], f"{shapes}: expected as many rows")
             where = coordinates.device
@@ -294,9 +292,8 @@ class SparseTensor:
         dense = scatter_rows(rows, known.layout, rows.new_zeros(rows.shape[1]))
         if tuple(dense.shape) == shape:
             return dense
-        dense = dense[tuple(slice(size) for size in shape)]
-        missing = [size - have for size, have in zip(shape, dense.shape, strict=True)]
-        return torch.nn.functional.pad(dense, [entry for size in reversed(missing) for entry in (0, size)])
+        more = [size - have for size, have in zip(shape, dense.shape, strict=True)]  # or fewer, if negative
+        return torch.nn.functional.pad(dense, [entry for size in reversed(more) for entry in (0, size)])
 
     def _dense_sites(self, shape: tuple[int, ...], first: Sequence[int], step: Sequence[int]) -> Tensor:
         sites = self._map.coordinates.long()
@@ -327,11 +324,10 @@ class SparseTensor:
 
     # Arithmetic
 
-    def _with(self, features: Tensor) -> SparseTensor:
-        """Return a tensor with other features on the same sites."""
-        return type(self)(
-            features, coordinate_map_key=self.coordinate_map_key, coordinate_manager=self.coordinate_manager
-        )
+    def _with(self, features: Tensor, key: CoordinateMapKey | None = None) -> SparseTensor:
+        """Return a tensor with other features, on the same sites or those of `key`."""
+        key = self.coordinate_map_key if key is None else key
+        return type(self)(features, coordinate_map_key=key, coordinate_manager=self._manager)
 
     def _combine_in_place(self, other: Any, combine: Callable[[Any, Any], Tensor]) -> SparseTensor:
         require_type(other, SparseTensor, "other", "a SparseTensor on the same sites")
@@ -346,8 +342,7 @@ class SparseTensor:
     def _combine(self, other: Any, combine: Callable[[Any, Any], Tensor]) -> SparseTensor:
         if isinstance(other, (Tensor, int, float)):
             return self._with(combine(self._F, other))
-        if not isinstance(other, SparseTensor):
-            raise ArgumentTypeError(f"other is a {type(other).__name__}: expected a SparseTensor, a tensor or a number")
+        require_type(other, SparseTensor, "other", "a SparseTensor, a tensor or a number")
         require(other.coordinate_manager is self.coordinate_manager, OTHER_MANAGER)
         if other.coordinate_map_key == self.coordinate_map_key:
             return self._with(combine(self._F, other.F))
@@ -361,34 +356,19 @@ class SparseTensor:
         features = self._F.new_zeros(self._manager.size(key), self._F.shape[1], dtype=dtype)
         features = features.index_copy(0, mine, self._F.to(dtype))
         features = features.index_copy(0, others, combine(features[others], other.F).to(dtype))
-        return type(self)(features, coordinate_map_key=key, coordinate_manager=self._manager)
+        return self._with(features, key)
 
-    def __add__(self, other: Any) -> SparseTensor:
-        return self._combine(other, operator.add)
-
-    def __sub__(self, other: Any) -> SparseTensor:
-        return self._combine(other, operator.sub)
-
-    def __mul__(self, other: Any) -> SparseTensor:
-        return self._combine(other, operator.mul)
-
-    def __truediv__(self, other: Any) -> SparseTensor:
-        return self._combine(other, operator.truediv)
+    __add__ = partialmethod(_combine, combine=operator.add)
+    __sub__ = partialmethod(_combine, combine=operator.sub)
+    __mul__ = partialmethod(_combine, combine=operator.mul)
+    __truediv__ = partialmethod(_combine, combine=operator.truediv)
+    __iadd__ = partialmethod(_combine_in_place, combine=operator.iadd)
+    __isub__ = partialmethod(_combine_in_place, combine=operator.isub)
+    __imul__ = partialmethod(_combine_in_place, combine=operator.imul)
+    __itruediv__ = partialmethod(_combine_in_place, combine=operator.itruediv)
 
     def __pow__(self, power: Any) -> SparseTensor:
         return self._with(self._F**power)
-
-    def __iadd__(self, other: Any) -> SparseTensor:
-        return self._combine_in_place(other, operator.iadd)
-
-    def __isub__(self, other: Any) -> SparseTensor:
-        return self._combine_in_place(other, operator.isub)
-
-    def __imul__(self, other: Any) -> SparseTensor:
-        return self._combine_in_place(other, operator.imul)
-
-    def __itruediv__(self, other: Any) -> SparseTensor:
-        return self._combine_in_place(other, operator.itruediv)
 
     def __repr__(self) -> str:
         return (
@@ -403,53 +383,32 @@ def in_layout(x: SparseTensor) -> TileTensor:
     assert known.layout is not None  # the caller has checked that there are tiles
     if known.order is None:
         return TileTensor(x.F, known.layout)
-    return TileTensor(permute(x.F, known.order, known.back), known.layout)
+    return TileTensor(x.F.index_select(0, known.order), known.layout)
 
 
-Target = Tensor | CoordinateMapKey | SparseTensor | None  # the argument `coordinates` of layers
+def as_coordinates(coordinates: Tensor, expected: str, dimension: int | None = None) -> Tensor:
+    """Return an argument `coordinates` as int32 `(rows, 1 + D)`.
 
-
-def output_key(x: SparseTensor, coordinates: Target, stride: Sequence[int]) -> CoordinateMapKey | None:
-    """Return the key of the sites in the argument `coordinates` of a layer, or None if there are none.
-
-    Args:
-        stride: tensor stride of the output.
+    Other numbers are rounded down, with a warning as in MinkowskiEngine.
 
     Raises:
-        ArgumentError, ArgumentTypeError: `coordinates` has another type, or another manager.
+        ArgumentError, ArgumentTypeError: it is not `expected`, has another shape, or int32 does not hold a number.
     """
-    if coordinates is None:
-        return None
-    if isinstance(coordinates, SparseTensor):
-        require(coordinates.coordinate_manager is x.coordinate_manager, OTHER_MANAGER)
-        return coordinates.coordinate_map_key
-    if isinstance(coordinates, CoordinateMapKey):
-        return coordinates
-    require_type(coordinates, Tensor, "coordinates", "a tensor (rows, 1 + D), a SparseTensor or a CoordinateMapKey")
-    coordinates = _as_int(coordinates)
-    check_coordinates(coordinates, x.D)
-    require(coordinates.device == x.device, f"coordinates is on {coordinates.device}: the input is on {x.device}")
-    return x.coordinate_manager.insert_target(x.coordinate_map_key, coordinates, list(stride))
-
-
-def _as_int(coordinates: Tensor) -> Tensor:
-    """Return coordinates as int32; other numbers are rounded down, with a warning as in MinkowskiEngine.
-
-    Raises:
-        ArgumentError, ArgumentTypeError: int32 does not hold a number.
-    """
-    if coordinates.dtype == torch.int32:
-        return coordinates
-    if coordinates.dtype == torch.bool or coordinates.is_complex():
-        raise ArgumentTypeError(f"coordinates is {coordinates.dtype}: expected torch.int32")
-    warnings.warn(
-        f"coordinates is {coordinates.dtype} and is converted: `.int()` does the same without a warning", stacklevel=4
-    )
-    whole = coordinates.floor() if coordinates.is_floating_point() else coordinates
-    limits = torch.iinfo(torch.int32)
-    held = bool(((whole >= limits.min) & (whole <= limits.max)).all())  # False for NaN
-    require(held, f"coordinates has numbers outside {limits.min} to {limits.max}, or NaN: expected those of int32")
-    return whole.to(torch.int32)
+    require_type(coordinates, Tensor, "coordinates", expected)
+    dtype = coordinates.dtype
+    if dtype == torch.bool or coordinates.is_complex():
+        raise ArgumentTypeError(f"coordinates is {dtype}: expected torch.int32")
+    if dtype != torch.int32:
+        warnings.warn(
+            f"coordinates is {dtype} and is converted: `.int()` does the same without a warning", stacklevel=4
+        )
+        whole = coordinates.floor() if coordinates.is_floating_point() else coordinates
+        limits = torch.iinfo(torch.int32)
+        held = bool(((whole >= limits.min) & (whole <= limits.max)).all())  # False for NaN
+        require(held, f"coordinates has numbers outside {limits.min} to {limits.max}, or NaN: expected those of int32")
+        coordinates = whole.to(torch.int32)
+    check_coordinates(coordinates, dimension)
+    return coordinates
 
 
 def _quantize(
