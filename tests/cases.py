@@ -131,11 +131,13 @@ def random_sparse(layout: Layout, channels: int, dtype: torch.dtype = torch.floa
 
 def backends(*operators: str) -> list[Any]:
     """Parameters of a test: the names of the backends that offer all of these operators."""
-    return [
-        pytest.param(backend, marks=marks)
-        for backend, marks in BACKENDS.items()
-        if all(backend in dispatcher(operator).implementations for operator in operators)
-    ]
+    found = []
+    for backend, marks in BACKENDS.items():
+        if all(backend in dispatcher(operator).implementations for operator in operators):
+            # The block on CUDA takes its other steps from Triton.
+            by_triton = backend == "cuda" and "convnextv2_block" in operators
+            found.append(pytest.param(backend, marks=[needs_cuda, needs_triton] if by_triton else marks))
+    return found
 
 
 OPERATORS = {

@@ -120,21 +120,21 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        ctx.save_for_backward(features, kernel)
         return features.view_as(features), kernel.view_as(kernel)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
             return grads
-        # With create_graph=True the result of the compiled part looks like a constant here.
-        graph = torch.empty(0, requires_grad=True)
-        found: tuple[Tensor | None, ...] = _Gradients.apply(graph, *grads)
+        # With create_graph=True the result of the compiled part looks like a constant here. It depends on both inputs.
+        found: tuple[Tensor | None, ...] = _Gradients.apply(*ctx.saved_tensors, *grads)
         return found
 
 
 class _Gradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, _: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, _features: Tensor, _kernel: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
 
     @staticmethod

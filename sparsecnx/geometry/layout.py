@@ -194,16 +194,23 @@ class Layout:
         tiles: the visible tiles. They keep the tables of all their layouts.
         tile: sites per tile side (8, 4, 2, 1 in the four stages of a ConvNeXt with 32-pixel patches).
         stride: pixels of the original input per site and axis.
+        shape: spatial shape in sites, `(H, W)` in two dimensions.
+        sites_per_tile: `tile**ndim`.
         rows: number of active sites in the batch.
     """
 
     tiles: TileSet
     tile: int
     stride: int = 1
+    shape: tuple[int, ...] = field(init=False, repr=False)
+    sites_per_tile: int = field(init=False, repr=False)
     rows: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", self.tiles.count * self.sites_per_tile)
+        grid = self.tiles.grid
+        object.__setattr__(self, "shape", tuple(size * self.tile for size in grid))
+        object.__setattr__(self, "sites_per_tile", self.tile ** len(grid))
+        object.__setattr__(self, "rows", self.tiles.index.shape[0] * self.sites_per_tile)
 
     @classmethod
     def from_mask(
@@ -230,15 +237,6 @@ class Layout:
     @property
     def device(self) -> torch.device:
         return self.tiles.index.device
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Spatial shape in sites, `(H, W)` in two dimensions."""
-        return tuple(size * self.tile for size in self.tiles.grid)
-
-    @property
-    def sites_per_tile(self) -> int:
-        return self.tile ** len(self.tiles.grid)
 
     @property
     def rows_per_image(self) -> int | None:

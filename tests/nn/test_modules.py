@@ -89,29 +89,23 @@ def test_sparse_convolution_is_the_masked_dense_one(make, kind):
     assert_close(found.dense(), conv(x.dense()) * site_mask(found.layout))
 
 
+POINTWISE = {
+    "linear": lambda: nn.Linear(CHANNELS, 8),
+    "gelu": nn.GELU,
+    "layer norm": lambda: nn.LayerNorm(CHANNELS),
+    "grn": lambda: nn.GRN(CHANNELS),
+    "layer norm 2d": lambda: nn.LayerNorm2d(CHANNELS),
+}
+
+
 @each_mask
-@pytest.mark.parametrize(
-    "make",
-    [lambda: nn.Linear(CHANNELS, 8), nn.GELU, lambda: nn.LayerNorm(CHANNELS)],
-    ids=["linear", "gelu", "layer norm"],
-)
-def test_sparse_pointwise_module_is_the_masked_dense_one(make, kind):
-    module, x = randomise(make()), example(kind)
+@pytest.mark.parametrize("name", POINTWISE)
+def test_sparse_module_is_the_masked_dense_one(name, kind):
+    module, x = randomise(POINTWISE[name]()), example(kind)
     found = module(x)
     assert found.layout is x.layout
-    assert_close(found.dense(), channels_last(module, x.dense()) * site_mask(x.layout))
-
-
-@each_mask
-def test_sparse_layer_norm_2d_is_the_masked_dense_one(kind):
-    norm, x = randomise(nn.LayerNorm2d(CHANNELS)), example(kind)
-    assert_close(norm(x).dense(), norm(x.dense()) * site_mask(x.layout))
-
-
-@each_mask
-def test_sparse_grn_per_sample_is_the_masked_dense_one(kind):
-    grn, x = randomise(nn.GRN(CHANNELS)), example(kind)
-    assert_close(grn(x).dense(), channels_last(grn, x.dense()) * site_mask(x.layout))
+    dense = module(x.dense()) if name == "layer norm 2d" else channels_last(module, x.dense())
+    assert_close(found.dense(), dense * site_mask(x.layout))
 
 
 @each_mask
@@ -145,12 +139,6 @@ def test_stochastic_depth_drops_whole_images_and_scales_the_others(sparse):
     kept = [scale[0].item() for scale in scales if scale[0] != 0]
     assert kept == pytest.approx([1 / (1 - p)] * len(kept))
     assert 0 < batch - len(kept) < batch / 2
-
-
-@pytest.mark.parametrize("p", [-0.1, 1.0, math.nan])
-def test_stochastic_depth_rejects_an_impossible_probability(p):
-    with pytest.raises(ValueError, match=f"p is {p}"):
-        nn.StochasticDepth(p)
 
 
 def test_block_has_the_published_names_and_shapes():
@@ -212,11 +200,11 @@ def test_convolution_without_submanifold_counterpart_is_an_error(options, messag
         conv(example())
 
 
-def test_convolution_rejects_other_channels():
+def test_what_a_sparse_input_does_not_fit():
     with pytest.raises(ValueError, match=r"weight is \(8, 4, 3, 3\): expected \(C_out, 6"):
         nn.Conv2d(4, 8, 3, padding=1).double()(example())
-
-
-def test_grn_rejects_an_unknown_scope():
     with pytest.raises(ValueError, match="scope is 'image'"):
         nn.GRN(CHANNELS, scope="image").double()(example())
+    for p in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=f"p is {p}"):
+            nn.StochasticDepth(p)

@@ -146,8 +146,3 @@ def test_stride_that_does_not_divide_the_tile(stride):
 def test_padding_that_does_not_fit_the_kernel(padding):
     with pytest.raises(ValueError, match=r"padding is .*: expected 0 to k - 1 for each axis of a kernel \(3, 3\)"):
         ops.conv(random_sparse(example_layout(), 4), torch.zeros(5, 4, 3, 3).double(), padding=padding)
-
-
-def test_bias_of_another_shape():
-    with pytest.raises(ValueError, match=r"bias is \(4,\): expected \(5,\)"):
-        ops.conv(random_sparse(example_layout(), 4), torch.zeros(5, 4, 3, 3).double(), torch.zeros(4))

@@ -204,54 +204,38 @@ def test_any_hidden_width(backend, hidden):
         assert_close(ops.convnextv2_block(x, ops.BlockParameters(**p)).dense(), expected, bound(backend))
 
 
-WRONG = {
-    "dwconv_weight": [((3, 1, 7, 7), r"expected \(4, 1, k, k\)"), ((4, 1, 7), r"expected \(4, 1, k, k\)")],
-    "dwconv_bias": [((3,), r"expected \(4,\)")],
-    "norm_weight": [((3,), r"expected \(4,\)")],
-    "norm_bias": [((3,), r"expected \(4,\)")],
-    "pwconv1_weight": [((16, 3), r"expected \(16, 4\)"), ((16,), r"expected \(16, 4\)")],
-    "pwconv1_bias": [((15,), r"expected \(16,\)")],
-    "grn_gamma": [((15,), r"expected \(16,\)")],
-    "grn_beta": [((15,), r"expected \(16,\)")],
-    "pwconv2_weight": [((4, 15), r"expected \(4, 16\)")],
-    "pwconv2_bias": [((3,), r"expected \(4,\)")],
-}
+@pytest.mark.parametrize(
+    ("wrong", "shape", "message"),
+    [
+        ("dwconv_weight", (3, 1, 7, 7), r"expected \(4, 1, k, k\)"),
+        ("dwconv_weight", (4, 1, 7), r"expected \(4, 1, k, k\)"),
+        ("dwconv_weight", (4, 1, 4, 4), "kernel sizes must be odd"),
+        ("pwconv1_weight", (16, 3), r"expected \(16, 4\)"),
+        ("pwconv1_weight", (16,), r"expected \(16, 4\)"),
+        ("pwconv2_weight", (4, 15), r"expected \(4, 16\)"),
+    ],
+    ids=str,
+)
+def test_matrix_of_another_shape(wrong, shape, message):
+    p = block_parameters(4, 7, 7) | {wrong: torch.zeros(shape).double()}
+    with pytest.raises(ValueError, match=rf"{wrong} is \({', '.join(map(str, shape))},?\): {message}"):
+        ops.convnextv2_block(random_sparse(example_layout(), 4), ops.BlockParameters(**p))
 
 
 @pytest.mark.parametrize(
-    ("wrong", "shape", "expected"),
-    [(name, *case) for name, cases in WRONG.items() for case in cases],
-    ids=lambda value: value if isinstance(value, str) and value in WRONG else "",
+    ("options", "message"),
+    [
+        *[({"survival": torch.ones(s)}, r"survival is \(.*\): expected \(2,\)") for s in ((3,), (), (1, 2))],
+        ({"survival": torch.ones(2, device="meta")}, "survival is on meta: x is on cpu"),
+        ({"scope": "image"}, "scope is 'image': expected 'sample' or 'batch'"),
+        ({"recompute": "never"}, "recompute is 'never': expected True, False or 'auto'"),
+    ],
+    ids=str,
 )
-def test_parameter_of_another_shape(wrong, shape, expected):
-    p = block_parameters(4, 7, 7) | {wrong: torch.zeros(shape).double()}
-    with pytest.raises(ValueError, match=rf"{wrong} is \({', '.join(map(str, shape))},?\): {expected}"):
-        ops.convnextv2_block(random_sparse(example_layout(), 4), ops.BlockParameters(**p))
-
-
-def test_kernel_that_is_even():
-    p = block_parameters(4, 7, 7) | {"dwconv_weight": torch.zeros(4, 1, 4, 4).double()}
-    with pytest.raises(ValueError, match=r"dwconv_weight is \(4, 1, 4, 4\): kernel sizes must be odd"):
-        ops.convnextv2_block(random_sparse(example_layout(), 4), ops.BlockParameters(**p))
-
-
-@pytest.mark.parametrize("shape", [(3,), (), (1, 2)], ids=str)
-def test_survival_of_another_shape(shape):
+def test_options_that_do_not_fit(options, message):
     p = ops.BlockParameters(**block_parameters(4, 3, 3))
-    with pytest.raises(ValueError, match=r"survival is \(.*\): expected \(2,\)"):
-        ops.convnextv2_block(random_sparse(example_layout(batch=2), 4), p, torch.ones(shape))
-
-
-def test_survival_on_another_device():
-    p = ops.BlockParameters(**block_parameters(4, 3, 3))
-    with pytest.raises(ValueError, match="survival is on meta: x is on cpu"):
-        ops.convnextv2_block(random_sparse(example_layout(), 4), p, torch.ones(2, device="meta"))
-
-
-def test_unknown_scope():
-    p = ops.BlockParameters(**block_parameters(4, 3, 3))
-    with pytest.raises(ValueError, match="scope is 'image': expected 'sample' or 'batch'"):
-        ops.convnextv2_block(random_sparse(example_layout(), 4), p, scope="image")
+    with pytest.raises(ValueError, match=message):
+        ops.convnextv2_block(random_sparse(example_layout(batch=2), 4), p, **options)
 
 
 # The depthwise steps of CUDA C++ in the fused block: alone they are tested in test_depthwise_conv.py.
@@ -282,7 +266,7 @@ def test_cuda_depthwise_steps_at_every_stage(tile, channels):
 @pytest.mark.parametrize(("backend", "other"), [("cuda", "triton"), ("triton", "cuda")])
 def test_backward_takes_the_depthwise_kernels_of_forward(monkeypatch, backend, other):
     """Whatever is selected by then."""
-    room = importlib.import_module("sparsecnx.ops.block.triton_kernels")
+    kernels = importlib.import_module("sparsecnx.ops.block.triton_kernels")
     taken = []
 
     class Watched:
@@ -290,9 +274,9 @@ def test_backward_takes_the_depthwise_kernels_of_forward(monkeypatch, backend, o
             taken.append(name)
             return getattr(depthwise, name)
 
-    depthwise = room.DEPTHWISE[backend]
-    monkeypatch.setitem(room.DEPTHWISE, backend, Watched())
-    monkeypatch.setitem(room.DEPTHWISE, other, None)
+    depthwise = kernels.DEPTHWISE[backend]
+    monkeypatch.setitem(kernels.DEPTHWISE, backend, Watched())
+    monkeypatch.setitem(kernels.DEPTHWISE, other, None)
     x, p = suit(backend, random_sparse(example_layout(), 8), block_parameters(8, 3, 3))
     x = x.with_features(x.features.requires_grad_())
     with use_backend(backend):
@@ -301,24 +285,6 @@ def test_backward_takes_the_depthwise_kernels_of_forward(monkeypatch, backend, o
     with use_backend(other):
         out.sum().backward()
     assert taken == ["convolve", "weight_grad", "convolve"]
-
-
-@needs_cuda
-@needs_triton
-def test_with_cuda_depthwise_steps_it_compiles_whole():
-    x, p = suit("cuda", random_sparse(example_layout(), 8), block_parameters(8, 3, 3))
-
-    def run(features, *values):
-        return ops.convnextv2_block(x.with_features(features), ops.BlockParameters(*values)).features
-
-    leaves = [value.requires_grad_() for value in (x.features, *p.values())]
-    torch._dynamo.reset()
-    with use_backend("cuda"):
-        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-        outs = [function(*leaves) for function in (run, compiled)]
-    expected, found = (torch.autograd.grad(out.square().sum(), leaves) for out in outs)
-    for value, wanted in zip((outs[1], *found), (outs[0], *expected), strict=True):
-        assert_close(value, wanted, 1e-6)
 
 
 @needs_cuda

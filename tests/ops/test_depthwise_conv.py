@@ -95,9 +95,3 @@ def test_gradients_only_where_they_are_wanted():
 def test_weight_of_another_shape(weight, message):
     with pytest.raises(ValueError, match=message):
         ops.depthwise_conv(random_sparse(example_layout(), 4), torch.zeros(weight).double())
-
-
-def test_bias_of_another_shape():
-    weight = torch.zeros(4, 1, 3, 3).double()
-    with pytest.raises(ValueError, match=r"bias is \(3,\): expected \(4,\)"):
-        ops.depthwise_conv(random_sparse(example_layout(), 4), weight, torch.zeros(3))

@@ -23,7 +23,11 @@ def applies(x: SparseTensor, kernel: tuple[int, ...], stride: int, padding: tupl
 
 def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]) -> Tensor:
     """Return features `(rows / stride**ndim, C_out)`; `weight (C_out, C_in, *([stride] * ndim))`, no padding."""
-    taps = weight.movedim(1, -1)  # (C_out, *kernel, C_in)
-    nested = tile_to_rows(taps, x.layout.ndim).reshape(weight.shape[0], -1)
-    patches = x.features.reshape(-1, nested.shape[1])
+    if stride == 1:
+        nested = weight.flatten(1)
+    elif stride == 2:  # Raster order is nested order.
+        nested = weight.movedim(1, -1).flatten(1)
+    else:
+        nested = tile_to_rows(weight.movedim(1, -1), x.layout.ndim).reshape(weight.shape[0], -1)
+    patches = x.features if stride == 1 else x.features.reshape(-1, nested.shape[1])
     return F.linear(patches, nested, None if bias is None else bias.to(x.dtype))
