@@ -201,9 +201,9 @@ class Recorder(TorchDispatchMode):
             self._add(name, call, tree_leaves((args, kwargs, out)), 0 if "conv" in name else flops)
         return out
 
-    def observe(self, kernel: Any, grid: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def observe(self, kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
         """Run and record a launch: an observer for `triton_launch.observing`."""
-        call = functools.partial(triton_launch.run, kernel, grid, *arguments, **options)
+        call = functools.partial(triton_launch.run, kernel, grid, **arguments)
         self._launching = True  # what launching and tuning run is no part of the operator
         try:
             call()
@@ -212,7 +212,7 @@ class Recorder(TorchDispatchMode):
         while not hasattr(kernel, "__name__"):
             kernel = kernel.fn
         rows, c = self.stage.layout.rows, self.stage.channels
-        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
         # A kernel that gets rows and a matrix of the block multiplies them.
         has_rows = any(tensor.numel() >= rows * c and tensor.is_floating_point() for tensor in tensors)
         matrices = sum(tensor.numel() for tensor in tensors if sorted(tensor.shape) == [c, 4 * c])

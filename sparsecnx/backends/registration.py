@@ -40,8 +40,8 @@ def register(
     without `backward` raises where its gradient is asked for.
 
     Args:
-        fake: takes the operator's arguments, whose names it gives, and returns empty tensors of the shapes and dtypes
-            of its outputs.
+        fake: takes the operator's arguments, and returns empty tensors of the shapes and dtypes of its outputs. It
+            gives the arguments their names where there is no `function`.
         function: the operator in Python with annotated arguments, from which the schema is made. None for an operator
             of the compiled library, whose schema is in csrc/library.cpp.
         saves: names of the arguments that `backward` reads.
@@ -63,7 +63,7 @@ def register(
         torch.library.register_autograd(name, _no_gradient(name), lib=library)
         return operator
 
-    arguments, formula = list(inspect.signature(fake).parameters), backward
+    arguments, formula = list(inspect.signature(function or fake).parameters), backward
 
     class Differentiable(torch.autograd.Function):
         """The operator below autograd, and its gradient.

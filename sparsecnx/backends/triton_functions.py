@@ -1,4 +1,4 @@
-"""Device functions that the Triton kernels share. Imported by the `triton.py` rooms alone."""
+"""Device functions that the Triton kernels share. docs/kernels.md says how kernels name things (section "Grammar")."""
 
 from __future__ import annotations
 
@@ -11,14 +11,63 @@ INTERPRETING = tl.constexpr(triton_launch.interpreting)
 
 
 @triton.jit
-def aligned(value, ALIGN: tl.constexpr):
-    """The same value, known to be a multiple of ALIGN."""
-    return value // ALIGN * ALIGN
+def aligned(SIZE, ALIGN: tl.constexpr):
+    """Return the same size, known to be a multiple of ALIGN."""
+    return SIZE // ALIGN * ALIGN
+
+
+@triton.jit
+def channel_block(C, BLOCK_C: tl.constexpr):
+    """Return the block of rows of this program, and its channels (BLOCK_C,). Programs go along the channels first."""
+    o_c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return tl.program_id(0) // tl.cdiv(C, BLOCK_C), o_c
+
+
+@triton.jit
+def row_block(i_block, o_c, ROWS, C, BLOCK_R: tl.constexpr):
+    """Return where the rows of a block, and their channels `o_c`, lie in a matrix (ROWS, C).
+
+    Returns:
+        i_row: first row of the block, int64, so that `i_row * C` does not overflow.
+        o_r: its rows, counted from there (BLOCK_R,).
+        m_r: which of them exist (BLOCK_R,).
+        o_x: offsets of its values from `i_row * C` (BLOCK_R, BLOCK_C).
+        m_x: which of them exist (BLOCK_R, BLOCK_C).
+    """
+    i_row = i_block * BLOCK_R
+    o_r = tl.arange(0, BLOCK_R)
+    m_r = o_r < ROWS - i_row
+    return i_row.to(tl.int64), o_r, m_r, o_r[:, None] * C + o_c[None, :], m_r[:, None] & (o_c < C)[None, :]
+
+
+@triton.jit
+def product_block(ROWS, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Return the block of rows of this program, and its columns (BLOCK_N,), of a matrix product (ROWS, N).
+
+    GROUP blocks of rows go through all columns together, so that both operands are read again while still cached.
+    """
+    wide = tl.cdiv(N, BLOCK_N)
+    i_first = tl.program_id(0) // (GROUP * wide) * GROUP
+    i_inside = tl.program_id(0) % (GROUP * wide)
+    high = tl.minimum(tl.cdiv(ROWS, BLOCK_M) - i_first, GROUP)
+    return i_first + i_inside % high, i_inside // high * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def load(pointer, mask):
+    """Return values in float32, 0 where the mask is False."""
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(pointer, b_x, mask):
+    """Store float32 values, rounded to the dtype of the tensor."""
+    tl.store(pointer, rounded(b_x, pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def spread_bits(value, LEVELS: tl.constexpr):
-    """Bit b of a number below 2**LEVELS moved to bit 2b: half of a Morton index."""
+    """Return a number below 2**LEVELS with its bit b moved to bit 2b: half of a Morton index."""
     out = value & 0
     for bit in tl.static_range(LEVELS):
         out += ((value >> bit) & 1) << (2 * bit)
@@ -35,16 +84,16 @@ def nested_line(y, TILE: tl.constexpr, LEVELS: tl.constexpr):
 
 @triton.jit
 def nested_column(x, TILE: tl.constexpr, LEVELS: tl.constexpr):
-    """The part that column x of a tile has in the nested index of a site."""
+    """Return the part of column x of a tile in the nested index of a site."""
     odd: tl.constexpr = TILE >> LEVELS
     return (x >> LEVELS) * (TILE * TILE // (odd * odd)) + spread_bits(x & ((1 << LEVELS) - 1), LEVELS)
 
 
 @triton.jit
 def normal_distribution(x):
-    """Cumulative distribution of the standard normal at x, and exp(-x**2 / 2). float32.
+    """Return the cumulative distribution of the standard normal at x, and exp(-x**2 / 2), in float32.
 
-    erfc as in Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7: rounding of float32.
+    erfc is that of Abramowitz and Stegun 7.1.26. Its absolute error, below 1.5e-7, is that of rounding to float32.
     """
     exponential = tl.exp2(x * x * -0.72134752044448170368)
     t = 1.0 / (1.0 + 0.23164190189 * tl.abs(x))  # 0.3275911 / sqrt(2)
@@ -55,44 +104,43 @@ def normal_distribution(x):
 
 @triton.jit
 def gelu(x):
-    """x times the cumulative distribution of the standard normal (arXiv 1606.08415), exact form. float32."""
+    """Return x times the cumulative distribution of the standard normal (arXiv 1606.08415, the exact form)."""
     below, _ = normal_distribution(x)
     return x * below
 
 
 @triton.jit
 def gelu_and_slope(x):
-    """`gelu` and its derivative. float32."""
+    """Return `gelu` and its derivative."""
     below, exponential = normal_distribution(x)
     return x * below, below + x * exponential * 0.39894228040143267794
 
 
 @triton.jit
-def grouped_blocks(program, blocks_m, blocks_n, GROUP: tl.constexpr):
-    """Block row and block column of a program of a matrix product: GROUP block rows go through all block columns
-    together, so that both operands are read again while they are still cached."""
-    group = program // (GROUP * blocks_n)
-    height = tl.minimum(blocks_m - group * GROUP, GROUP)
-    inside = program % (GROUP * blocks_n)
-    return group * GROUP + inside % height, inside // height
-
-
-@triton.jit
-def dot(left, right, accumulator, PRECISION: tl.constexpr):
-    """`accumulator + left @ right`, accumulated in float32."""
+def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
+    """Return `b_sum + b_left @ b_right`, accumulated in float32."""
     if INTERPRETING:
         # The interpreter keeps bfloat16 as its bits and would multiply those.
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, accumulator, input_precision=PRECISION)
+        b_left = b_left.to(tl.float32)
+        b_right = b_right.to(tl.float32)
+    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
 
 
 @triton.jit
-def rounded(values, TYPE: tl.constexpr):
-    """float32 values rounded to the nearest value of a type, ties to even: as everywhere on a GPU."""
-    if INTERPRETING and tl.bfloat16 == TYPE:
+def rounded(b_x, DTYPE: tl.constexpr):
+    """Return float32 values rounded to the nearest value of a dtype, ties to even: as everywhere on a GPU."""
+    if INTERPRETING and tl.bfloat16 == DTYPE:
         # The interpreter cuts the last 16 bits off: round to a value that has none.
-        bits = values.to(tl.uint32, bitcast=True)
+        bits = b_x.to(tl.uint32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        values = tl.where(values == values, nearest, values)
-    return values.to(TYPE)
+        b_x = tl.where(b_x == b_x, nearest, b_x)
+    return b_x.to(DTYPE)
+
+
+@triton.jit
+def zero_blocks(COUNT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return a tuple of COUNT accumulators (BLOCK_R, BLOCK_C)."""
+    b_sums = ()
+    for _ in tl.static_range(COUNT):
+        b_sums = b_sums + (tl.zeros((BLOCK_R, BLOCK_C), tl.float32),)
+    return b_sums

@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run on an input, and the one function that launches them.
+"""Say whether Triton kernels can run on an input, and launch them.
 
 Every launch goes through `launch`, which sets the device and hands each kernel with its arguments to an observer
 (`observing`): benchmarks time the kernels one by one, a test compiles them without a GPU.
@@ -29,7 +29,7 @@ OLDEST_CAPABILITY = (8, 0)
 PROCESSORS = 132  # of an H100, where no device says how many it has
 
 Grid = tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
-Observer = Callable[[Any, Grid, tuple[Any, ...], dict[str, Any]], None]
+Observer = Callable[[Any, Grid, dict[str, Any]], None]
 
 _observer: Observer | None = None
 _chosen: dict[tuple[Any, ...], Any] = {}  # configurations that tuning settled on
@@ -95,76 +95,77 @@ def _unavailable(*_: object) -> None:
     raise AssertionError("every call is refused")
 
 
-def launch(kernel: Any, grid: Grid, *arguments: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: Grid, /, **arguments: Any) -> None:
     """Launch a kernel on the device of its tensors, in the current stream there. An empty grid is nothing to do.
 
     Args:
-        grid: programs along up to three axes, or for tuned kernels a function of the options that gives them.
+        grid: programs along up to three axes, or for tuned kernels a function of the arguments that gives them.
+        **arguments: of the kernel, and options such as `num_warps`.
     """
     if not callable(grid) and 0 in grid:
         return
     if _observer is not None:
-        _observer(kernel, grid, arguments, options)
+        _observer(kernel, grid, arguments)
     else:
-        run(kernel, grid, *arguments, **options)
+        run(kernel, grid, **arguments)
 
 
-def run(kernel: Any, grid: Grid, *arguments: Any, **options: Any) -> None:
+def run(kernel: Any, grid: Grid, /, **arguments: Any) -> None:
     """Launch without telling the observer: what observers call to go on."""
-    device = next(value.device for value in arguments if isinstance(value, Tensor))
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if hasattr(kernel, "configs"):
-            _run_tuned(kernel, grid, arguments, options, device)
+            _run_tuned(kernel, grid, arguments, device)
         else:
-            kernel[grid](*arguments, **options)
+            kernel[grid](**arguments)
 
 
-def tuned(configs: list[Any], key: list[str], prune: Callable[..., list[Any]]) -> Callable[[Any], Any]:
-    """`triton.autotune` for kernels that may be launched anywhere, with timings kept on disk.
+def tuned(half: list[Any], single: list[Any], key: list[str]) -> Callable[[Any], Any]:
+    """Return `triton.autotune` for kernels that may be launched anywhere, with timings kept on disk.
 
     A kernel is timed on the first launch for each value of `key` and dtypes. It is not timed, but takes what was
     settled before, else the first configuration: in the interpreter, during the capture of a CUDA graph, under
     `torch.use_deterministic_algorithms`, and with SPARSECNX_AUTOTUNE=0 in the environment.
 
     Args:
-        configs: all of them.
+        half: configurations for a first tensor of 16 bits, the likeliest first.
+        single: those for one in float32.
         key: names of the arguments on which the choice depends, beside the dtypes.
-        prune: takes `configs`, the arguments by name, and the options; gives those that fit, the likeliest first.
     """
     import triton
 
+    def prune(_: list[Any], positional: dict[str, Any], **named: Any) -> list[Any]:
+        first = next(value for value in (*positional.values(), *named.values()) if isinstance(value, Tensor))
+        return single if first.dtype == torch.float32 else half
+
     return triton.autotune(
-        configs, key, prune_configs_by={"early_config_prune": prune}, cache_results=True, do_bench=_time
+        [*half, *single], key, prune_configs_by={"early_config_prune": prune}, cache_results=True, do_bench=_time
     )
 
 
-def fitting(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> list[Any]:
-    """The configurations of a tuned kernel that fit these arguments, the likeliest first."""
-    named = dict(zip(kernel.arg_names, arguments, strict=False))
-    return kernel.early_config_prune(kernel.configs, named, **options)
+def fitting(kernel: Any, arguments: dict[str, Any]) -> list[Any]:
+    """Return the configurations of a tuned kernel that fit these arguments, the likeliest first."""
+    return kernel.early_config_prune(kernel.configs, {}, **arguments)
 
 
-def _run_tuned(
-    kernel: Any, grid: Grid, arguments: tuple[Any, ...], options: dict[str, Any], device: torch.device
-) -> None:
-    named = dict(zip(kernel.arg_names, arguments, strict=False))
-    dtypes = tuple(value.dtype for value in arguments if isinstance(value, Tensor))
-    key = (kernel, device, dtypes, tuple(named[name] for name in kernel.keys), tuple(sorted(options.items())))
+def _run_tuned(kernel: Any, grid: Grid, arguments: dict[str, Any], device: torch.device) -> None:
+    dtypes = tuple(value.dtype for value in arguments.values() if isinstance(value, Tensor))
+    key = (kernel, device, dtypes, *(arguments[name] for name in kernel.keys))
     deterministic = torch.are_deterministic_algorithms_enabled()
     if key not in _chosen and not deterministic and _may_time(device):
-        candidates = fitting(kernel, arguments, options)
+        candidates = fitting(kernel, arguments)
         if len(candidates) > 1:
-            kernel[grid](*arguments, **options)
+            kernel[grid](**arguments)
             _chosen[key] = kernel.best_config
             return
         _chosen[key] = candidates[0]
     known = None if deterministic else _chosen.get(key)
-    config = known or fitting(kernel, arguments, options)[0]
-    kernel.fn[grid](*arguments, **options, **config.all_kwargs())
+    config = known or fitting(kernel, arguments)[0]
+    kernel.fn[grid](**arguments, **config.all_kwargs())
 
 
 def _may_time(device: torch.device) -> bool:
-    """Whether a kernel may be launched again and again on that device now, and the clock looked at."""
+    """Return whether a kernel may be launched again and again on that device now, and the clock looked at."""
     if interpreting or device.type != "cuda" or os.environ.get("SPARSECNX_AUTOTUNE") == "0":
         return False
     return not torch.cuda.is_current_stream_capturing()
@@ -178,7 +179,7 @@ def _time(call: Callable[[], None], quantiles: tuple[float, ...]) -> Any:
 
 @contextlib.contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Give every launch to `observer(kernel, grid, arguments, options)` instead of running it."""
+    """Give every launch to `observer(kernel, grid, arguments)` instead of running it."""
     global _observer
     previous = _observer
     _observer = observer
@@ -189,16 +190,16 @@ def observing(observer: Observer) -> Iterator[None]:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
+    """Return the number of multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
 
 
 def alignment(*sizes: int) -> int:
-    """What all of them are multiples of, up to 16. Triton knows by itself which integers are multiples of 16; with
-    this, and `aligned` in the kernel, rows of 8 or 40 channels are also moved 16 bytes at a time."""
+    """Return what all of them are multiples of, up to 16. Triton knows by itself which integers are multiples of 16;
+    with this, and `aligned` in the kernel, rows of 8 or 40 channels are also moved 16 bytes at a time."""
     return math.gcd(16, *sizes)
 
 
 def blocks(count: int, size: int) -> int:
-    """Blocks of `size` that cover `count`."""
+    """Return how many blocks of `size` cover `count`."""
     return -(-count // size)

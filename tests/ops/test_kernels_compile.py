@@ -103,33 +103,27 @@ def main(selections: list[Any]) -> None:
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
-    from triton.runtime.autotuner import Autotuner, Heuristics
+    from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import create_function_from_signature
 
-    def configurations(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Iterator[Any]:
-        """Yield the function under the decorators of a kernel, with the options of every configuration that fits."""
-        named = dict(zip(kernel.arg_names, arguments, strict=False))
+    def configurations(kernel: Any, arguments: dict[str, Any]) -> Iterator[Any]:
+        """Yield the function under the decorators of a kernel, with its arguments in every configuration that fits."""
         if isinstance(kernel, Autotuner):
-            for config in triton_launch.fitting(kernel, arguments, options):
-                yield from configurations(kernel.fn, arguments, {**options, **config.all_kwargs()})
-        elif isinstance(kernel, Heuristics):
-            chosen = dict(options)
-            for name, choose in kernel.values.items():
-                chosen[name] = choose({**named, **chosen})
-            yield from configurations(kernel.fn, arguments, chosen)
+            for config in triton_launch.fitting(kernel, arguments):
+                yield kernel.fn, {**arguments, **config.all_kwargs()}
         else:
-            yield kernel, options
+            yield kernel, arguments
 
     sources: dict[str, Any] = {}
     arches: tuple[int, ...] = ()
 
-    def observe(kernel: Any, grid: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        for function, chosen in configurations(kernel, arguments, options):
+    def observe(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
+        for function, chosen in configurations(kernel, arguments):
             for arch in arches:
                 target = GPUTarget("cuda", arch, 32)
                 backend = make_backend(target)
                 bind = create_function_from_signature(function.signature, function.params, backend)
-                bound, types, rest = bind(*arguments, **chosen)
+                bound, types, rest = bind(**chosen)
                 _, signature, constants, attributes = function._pack_args(backend, dict(chosen), bound, types, rest)
                 flags = {name: value for name, value in chosen.items() if name not in bound}
                 key = f"{function.fn.__name__} sm_{arch} {signature} {constants} {attributes} {flags}"

@@ -1,4 +1,4 @@
-"""The Triton functions on rows and groups of rows that other kernels build on: staircase sums, GRN, LayerNorm."""
+"""Test the Triton functions that other kernels build on: staircase sums, the statistics of GRN, LayerNorm backward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsecnx import ops
 from sparsecnx.backends import triton_launch
-from sparsecnx.ops.global_response_norm import segments
+from sparsecnx.ops.global_response_norm.groups import group_splits, row_groups
 
 if triton_launch.available:
     from sparsecnx.ops.global_response_norm import triton_kernels as grn
@@ -161,11 +161,10 @@ def test_a_group_that_is_not_finite_leaves_the_others_alone(bad):
 @pytest.mark.parametrize("scope", ["sample", "batch"])
 def test_row_groups(scope):
     x = move(random_sparse(make_layout(draw_mask("an empty and a full image", 3, (3, 2), seed=2), 2), 1), DEVICE)
-    groups = grn.row_groups(x.layout, scope)
-    expected = x.layout.row_image() if scope == "sample" else torch.zeros(x.layout.rows, device=DEVICE)
-    assert groups.dtype == torch.int32 and torch.equal(groups, expected.to(torch.int32))
-    assert grn.row_groups(x.layout, scope) is groups
-    assert grn.scope_of(x.layout, segments(x.layout, scope)) == scope
+    found, sizes = row_groups(x.layout, scope), group_splits(x.layout, scope).diff()
+    assert found.dtype == torch.int32
+    assert torch.equal(found, torch.arange(len(sizes), device=DEVICE).repeat_interleave(sizes).int())
+    assert row_groups(x.layout, scope) is found
 
 
 @pytest.mark.parametrize("operator", ["grn", "layer_norm"])

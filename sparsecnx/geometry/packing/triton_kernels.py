@@ -6,7 +6,6 @@ the other: planes are read and written along their sites, rows along their chann
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecnx.backends import triton_launch
-from sparsecnx.backends.triton_functions import nested_column, nested_line
+from sparsecnx.backends.registration import Saved, register
+from sparsecnx.backends.triton_functions import aligned, channel_block, load, nested_column, nested_line, row_block
+from sparsecnx.backends.triton_launch import alignment, blocks, launch
 from sparsecnx.geometry.nested_order import nested_factors
 
 VALUES = 2048  # of a block: 16 for each thread of 4 warps
@@ -24,7 +24,7 @@ BLOCK_CHANNELS = 64  # 128 bytes of a row in 16 bits
 
 @triton.jit
 def collect_bits(value, LEVELS: tl.constexpr):
-    """Bit 2b of a number moved to bit b, for b below LEVELS; its odd bits are dropped."""
+    """Return a number with its bit 2b moved to bit b, for b below LEVELS; its odd bits are dropped."""
     out = value & 0
     for bit in tl.static_range(LEVELS):
         out += ((value >> (2 * bit)) & 1) << bit
@@ -33,274 +33,271 @@ def collect_bits(value, LEVELS: tl.constexpr):
 
 @triton.jit
 def site_line(site, TILE: tl.constexpr, LEVELS: tl.constexpr):
-    """Row inside a tile of the site with that nested index; undoes `nested_line`."""
+    """Return the row inside a tile of the site with that nested index; undoes `nested_line`."""
     odd: tl.constexpr = TILE >> LEVELS
     return ((site >> (2 * LEVELS)) // odd << LEVELS) + collect_bits(site >> 1, LEVELS)
 
 
 @triton.jit
 def site_column(site, TILE: tl.constexpr, LEVELS: tl.constexpr):
-    """Column inside a tile of the site with that nested index; undoes `nested_column`."""
+    """Return the column inside a tile of the site with that nested index; undoes `nested_column`."""
     odd: tl.constexpr = TILE >> LEVELS
     return ((site >> (2 * LEVELS)) % odd << LEVELS) + collect_bits(site, LEVELS)
 
 
 @triton.jit
 def gather_kernel(
-    dense_ptr,  # (B, C, H, W) of any strides
-    index_ptr,  # int64 (tiles,): image * cells + cell of each visible tile
-    rows_ptr,  # (rows, C), out
-    rows,
+    dense,  # (B, C, H, W) of any strides
+    index,  # (tiles,) int64: image * CELLS + cell of each visible tile
+    rows,  # (ROWS, C)
+    ROWS,
     C,
-    cells,  # tiles of an image, visible or not
-    cells_x,  # of them side by side
+    CELLS,  # tiles of an image, visible or not
+    CELLS_X,  # of them side by side
     stride_n,
     stride_c,
     stride_y,
     stride_x,
     TILE: tl.constexpr,
     LEVELS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
     SITE_ALIGN: tl.constexpr,  # a divisor of the strides but that of channels
 ):
-    channels = C // ALIGN * ALIGN
-    c = tl.program_id(0) % tl.cdiv(channels, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row0 = tl.program_id(0) // tl.cdiv(channels, BLOCK_C) * BLOCK_ROWS
-    r = tl.arange(0, BLOCK_ROWS)
-    known = r < rows - row0
-    site = (row0 + r) % (TILE * TILE)
-    place = tl.load(index_ptr + (row0 + r) // (TILE * TILE), known, 0).to(tl.int32)
-    cell = place % cells
-    y = cell // cells_x * TILE + site_line(site, TILE, LEVELS)
-    x = cell % cells_x * TILE + site_column(site, TILE, LEVELS)
-    at = (
-        (place // cells).to(tl.int64) * (stride_n // SITE_ALIGN)
-        + y.to(tl.int64) * (stride_y // SITE_ALIGN)
-        + x.to(tl.int64) * (stride_x // SITE_ALIGN)
+    """rows[r, c] = dense[image, c, y, x], with (image, y, x) the site of row r."""
+    C = aligned(C, ALIGN)
+    i_block, o_c = channel_block(C, BLOCK_C)
+    i_row, o_r, m_r, o_x, m_x = row_block(i_block, o_c, ROWS, C, BLOCK_R)
+
+    i_r = i_block * BLOCK_R + o_r
+    i_site = i_r % (TILE * TILE)
+    b_index = tl.load(index + i_r // (TILE * TILE), mask=m_r, other=0).to(tl.int32)
+    i_cell = b_index % CELLS
+    i_y = i_cell // CELLS_X * TILE + site_line(i_site, TILE, LEVELS)
+    i_x = i_cell % CELLS_X * TILE + site_column(i_site, TILE, LEVELS)
+    o_site = (
+        (b_index // CELLS).to(tl.int64) * (stride_n // SITE_ALIGN)
+        + i_y.to(tl.int64) * (stride_y // SITE_ALIGN)
+        + i_x.to(tl.int64) * (stride_x // SITE_ALIGN)
     ) * SITE_ALIGN
-    inside = (c < channels)[:, None] & known[None, :]
-    values = tl.load(dense_ptr + (c.to(tl.int64)[:, None] * stride_c + at[None, :]), inside)
-    out = r[:, None] * channels + c[None, :]
-    inside = known[:, None] & (c < channels)[None, :]
-    tl.store(rows_ptr + row0.to(tl.int64) * channels + out, tl.trans(values), inside)
+    o_dense = o_c.to(tl.int64)[:, None] * stride_c + o_site[None, :]
+    b_x = tl.load(dense + o_dense, mask=(o_c < C)[:, None] & m_r[None, :])
+    tl.store(rows + i_row * C + o_x, tl.trans(b_x), mask=m_x)
 
 
 @triton.jit
 def scatter_kernel(
-    rows_ptr,  # (rows, C)
-    fill_ptr,  # (C,)
-    slots_ptr,  # int32 (B * cells,): position of each tile among the visible ones, -1 where masked
-    dense_ptr,  # (B, C, H, W), contiguous, out
+    rows,  # (ROWS, C)
+    fill,  # (C,)
+    slots,  # (B * cells,) int32: position of each tile among the visible ones, -1 where masked
+    dense,  # (B, C, H, W), contiguous
     C,
-    plane,  # H * W
-    width,  # W
+    SITES,  # H * W
+    W,
     TILE: tl.constexpr,
     LEVELS: tl.constexpr,
-    BLOCK_SITES: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
-    PLANE_ALIGN: tl.constexpr,  # a divisor of H * W
+    SITE_ALIGN: tl.constexpr,  # a divisor of H * W
 ):
-    channels = C // ALIGN * ALIGN
-    sites = plane // PLANE_ALIGN * PLANE_ALIGN
-    c = tl.program_id(0) % tl.cdiv(channels, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    block = tl.program_id(0) // tl.cdiv(channels, BLOCK_C)
-    image = (block // tl.cdiv(sites, BLOCK_SITES)).to(tl.int64)
-    site = block % tl.cdiv(sites, BLOCK_SITES) * BLOCK_SITES + tl.arange(0, BLOCK_SITES)
-    known = site < sites
-    y, x = site // width, site % width
-    cell = y // TILE * (width // TILE) + x // TILE
-    slot = tl.load(slots_ptr + image * (sites // (TILE * TILE)) + cell, known, -1)
-    visible = slot >= 0
-    row = slot.to(tl.int64) * (TILE * TILE) + (
-        nested_line(y % TILE, TILE, LEVELS) + nested_column(x % TILE, TILE, LEVELS)
-    )
-    inside = (c < channels)[None, :]
-    values = tl.load(rows_ptr + (row[:, None] * channels + c[None, :]), visible[:, None] & inside, 0.0)
-    fill = tl.load(fill_ptr + c, c < channels, 0.0)
-    values = tl.where(visible[:, None], values, fill[None, :])
-    out = (image * channels + c.to(tl.int64))[:, None] * sites + site[None, :]
-    tl.store(dense_ptr + out, tl.trans(values), (c < channels)[:, None] & known[None, :])
+    """dense[image, c, y, x] = rows[r, c] where row r is that site, fill[c] where it is masked."""
+    C = aligned(C, ALIGN)
+    SITES = aligned(SITES, SITE_ALIGN)
+    i_block, o_c = channel_block(C, BLOCK_C)
+    i_image = (i_block // tl.cdiv(SITES, BLOCK_S)).to(tl.int64)
+    i_site = i_block % tl.cdiv(SITES, BLOCK_S) * BLOCK_S + tl.arange(0, BLOCK_S)
+    m_site = i_site < SITES
+
+    b_slot = load_slot(slots, i_image, i_site, m_site, SITES, W, TILE)
+    i_nested = nested_line(i_site // W % TILE, TILE, LEVELS) + nested_column(i_site % W % TILE, TILE, LEVELS)
+    i_row = b_slot.to(tl.int64) * (TILE * TILE) + i_nested
+    m_row = (b_slot >= 0)[:, None]
+    b_x = tl.load(rows + (i_row[:, None] * C + o_c[None, :]), mask=m_row & (o_c < C)[None, :], other=0.0)
+    b_fill = tl.load(fill + o_c, mask=o_c < C, other=0.0)
+    b_x = tl.where(m_row, b_x, b_fill[None, :])
+    o_dense = (i_image * C + o_c.to(tl.int64))[:, None] * SITES + i_site[None, :]
+    tl.store(dense + o_dense, tl.trans(b_x), mask=(o_c < C)[:, None] & m_site[None, :])
 
 
 @triton.jit
 def fill_grad_kernel(
-    dense_ptr,  # (B, C, H, W) of any strides
-    slots_ptr,  # int32 (B * cells,)
-    sums_ptr,  # float32 (B, C), out: sum over the masked sites of each image
+    dense,  # (B, C, H, W) of any strides
+    slots,  # (B * cells,) int32: position of each tile among the visible ones, -1 where masked
+    sums,  # (B, C) float32
     C,
-    plane,  # H * W
-    width,  # W
+    SITES,  # H * W
+    W,
     stride_n,
     stride_c,
     stride_y,
     stride_x,
     TILE: tl.constexpr,
-    BLOCK_SITES: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    c = tl.program_id(0) % tl.cdiv(C, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    image = (tl.program_id(0) // tl.cdiv(C, BLOCK_C)).to(tl.int64)
-    total = tl.zeros((BLOCK_C, BLOCK_SITES), tl.float32)
-    for site0 in range(0, plane, BLOCK_SITES):
-        site = site0 + tl.arange(0, BLOCK_SITES)
-        y, x = site // width, site % width
-        cell = y // TILE * (width // TILE) + x // TILE
-        slot = tl.load(slots_ptr + image * (plane // (TILE * TILE)) + cell, site < plane, 0)
-        at = image * stride_n + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
-        inside = (c < C)[:, None] & (slot < 0)[None, :]
-        total += tl.load(dense_ptr + (c.to(tl.int64)[:, None] * stride_c + at[None, :]), inside, 0.0).to(tl.float32)
-    tl.store(sums_ptr + image * C + c, tl.sum(total, axis=1), c < C)
+    """sums = the sum of dense over the masked sites of each image."""
+    i_image, o_c = channel_block(C, BLOCK_C)
+    i_image = i_image.to(tl.int64)
+    b_sum = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    for i_first in range(0, SITES, BLOCK_S):
+        i_site = i_first + tl.arange(0, BLOCK_S)
+        m_site = i_site < SITES
+        b_slot = load_slot(slots, i_image, i_site, m_site, SITES, W, TILE)
+        i_y, i_x = (i_site // W).to(tl.int64), (i_site % W).to(tl.int64)
+        o_dense = o_c.to(tl.int64)[:, None] * stride_c + (i_image * stride_n + i_y * stride_y + i_x * stride_x)[None, :]
+        b_sum += load(dense + o_dense, (o_c < C)[:, None] & (m_site & (b_slot < 0))[None, :])
+    tl.store(sums + i_image * C + o_c, tl.sum(b_sum, axis=1), mask=o_c < C)
+
+
+@triton.jit
+def load_slot(slots, i_image, i_site, m_site, SITES, W, TILE: tl.constexpr):
+    """Return the position of the tiles of sites of an image among the visible ones, -1 where masked."""
+    i_cell = i_site // W // TILE * (W // TILE) + i_site % W // TILE
+    return tl.load(slots + i_image * (SITES // (TILE * TILE)) + i_cell, mask=m_site, other=-1)
 
 
 def gather_rows(x: Any) -> Tensor:
     """Return the rows `(layout.rows, C)` of the dense tensor `(B, C, H, W)` of a `Packing`."""
-    dense, layout = x
-    return gather_tiles(dense, layout.tiles.index, layout.tiles.slots(), layout.tile)
+    tiles = x.layout.tiles
+    return torch.ops.sparsecnx_triton.gather_tiles(x.features, tiles.index, tiles.slots(), x.layout.tile)
 
 
 def scatter_rows(x: Any, fill: Tensor) -> Tensor:
     """Return the dense tensor `(B, C, H, W)` of the rows of a `Packing`, `fill (C,)` elsewhere."""
-    rows, layout = x
-    tiles = layout.tiles
-    return scatter_tiles(
-        rows.contiguous(), fill.contiguous(), tiles.index, tiles.slots(), layout.batch, *layout.shape, layout.tile
+    layout, tiles = x.layout, x.layout.tiles
+    rows, fill = x.features.contiguous(), fill.contiguous()
+    return torch.ops.sparsecnx_triton.scatter_tiles(
+        rows, fill, tiles.index, tiles.slots(), layout.batch, *layout.shape, layout.tile
     )
 
 
-@torch.library.custom_op("sparsecnx_triton::gather_tiles", mutates_args=())
-def gather_tiles(dense: Tensor, index: Tensor, slots: Tensor, tile: int) -> Tensor:
-    """Rows `(tiles * tile**2, C)` of the tiles of dense `(B, C, H, W)` that `index` and `slots` say are visible."""
+def _gather_tiles(dense: Tensor, index: Tensor, slots: Tensor, tile: int) -> Tensor:
+    """Return the rows `(tiles * tile**2, C)` of the visible tiles of dense `(B, C, H, W)`."""
     _, channels, height, width = dense.shape
     stride_n, stride_c, stride_y, stride_x = dense.stride()
-    rows = index.shape[0] * tile**2
-    out = dense.new_empty(rows, channels)
-    block_c, block_rows = _block(channels)
-    triton_launch.launch(
+    count = index.shape[0] * tile**2
+    rows = dense.new_empty(count, channels)
+    block_c, block_r = _block(channels)
+    launch(
         gather_kernel,
-        (triton_launch.blocks(rows, block_rows) * triton_launch.blocks(channels, block_c),),
-        dense,
-        index,
-        out,
-        rows,
-        channels,
-        height // tile * (width // tile),
-        width // tile,
-        stride_n,
-        stride_c,
-        stride_y,
-        stride_x,
+        (blocks(count, block_r) * blocks(channels, block_c),),
+        dense=dense,
+        index=index,
+        rows=rows,
+        ROWS=count,
+        C=channels,
+        CELLS=height // tile * (width // tile),
+        CELLS_X=width // tile,
+        stride_n=stride_n,
+        stride_c=stride_c,
+        stride_y=stride_y,
+        stride_x=stride_x,
         TILE=tile,
         LEVELS=len(nested_factors(tile)) - 1,
-        BLOCK_ROWS=block_rows,
+        BLOCK_R=block_r,
         BLOCK_C=block_c,
-        ALIGN=math.gcd(channels, 16),
-        SITE_ALIGN=math.gcd(stride_n, stride_y, stride_x, 16),
+        ALIGN=alignment(channels),
+        SITE_ALIGN=alignment(stride_n, stride_y, stride_x),
     )
-    return out
+    return rows
 
 
-@torch.library.custom_op("sparsecnx_triton::scatter_tiles", mutates_args=())
-def scatter_tiles(
+def _scatter_tiles(
     rows: Tensor, fill: Tensor, index: Tensor, slots: Tensor, batch: int, height: int, width: int, tile: int
 ) -> Tensor:
-    """Dense `(B, C, H, W)` of the rows of the tiles that `index` and `slots` say are visible, `fill (C,)` elsewhere."""
-    channels, plane = rows.shape[1], height * width
+    """Return dense `(B, C, H, W)` of the rows of the visible tiles, `fill (C,)` elsewhere."""
+    channels, sites = rows.shape[1], height * width
     dense = rows.new_empty(batch, channels, height, width)
-    block_c, block_sites = _block(channels)
-    block_sites = min(block_sites, triton.next_power_of_2(plane))
-    triton_launch.launch(
+    block_c, block_s = _block(channels)
+    block_s = min(block_s, triton.next_power_of_2(sites))
+    launch(
         scatter_kernel,
-        (batch * triton_launch.blocks(plane, block_sites) * triton_launch.blocks(channels, block_c),),
-        rows,
-        fill,
-        slots,
-        dense,
-        channels,
-        plane,
-        width,
+        (batch * blocks(sites, block_s) * blocks(channels, block_c),),
+        rows=rows,
+        fill=fill,
+        slots=slots,
+        dense=dense,
+        C=channels,
+        SITES=sites,
+        W=width,
         TILE=tile,
         LEVELS=len(nested_factors(tile)) - 1,
-        BLOCK_SITES=block_sites,
+        BLOCK_S=block_s,
         BLOCK_C=block_c,
-        ALIGN=math.gcd(channels, 16),
-        PLANE_ALIGN=math.gcd(plane, 16),
+        ALIGN=alignment(channels),
+        SITE_ALIGN=alignment(sites),
     )
     return dense
 
 
-@torch.library.custom_op("sparsecnx_triton::scatter_tiles_fill_grad", mutates_args=())
-def scatter_fill_grad(dense: Tensor, slots: Tensor, tile: int) -> Tensor:
-    """Sum of dense `(B, C, H, W)` over the sites that `slots` says are masked, `(C,)`."""
+def _fill_grad(dense: Tensor, slots: Tensor, tile: int) -> Tensor:
+    """Return the sum of dense `(B, C, H, W)` over the masked sites, `(C,)`."""
     batch, channels, height, width = dense.shape
+    stride_n, stride_c, stride_y, stride_x = dense.stride()
     sums = torch.empty(batch, channels, dtype=torch.float32, device=dense.device)
     block_c = min(32, triton.next_power_of_2(channels))
-    triton_launch.launch(
+    launch(
         fill_grad_kernel,
-        (batch * triton_launch.blocks(channels, block_c),),
-        dense,
-        slots,
-        sums,
-        channels,
-        height * width,
-        width,
-        *dense.stride(),
+        (batch * blocks(channels, block_c),),
+        dense=dense,
+        slots=slots,
+        sums=sums,
+        C=channels,
+        SITES=height * width,
+        W=width,
+        stride_n=stride_n,
+        stride_c=stride_c,
+        stride_y=stride_y,
+        stride_x=stride_x,
         TILE=tile,
-        BLOCK_SITES=min(32, triton.next_power_of_2(height * width)),
+        BLOCK_S=min(32, triton.next_power_of_2(height * width)),
         BLOCK_C=block_c,
     )
     return sums.sum(0).to(dense.dtype)
 
 
 def _block(channels: int) -> tuple[int, int]:
-    """Channels and sites of a block."""
+    """Return the channels and the sites of a block."""
     block_c = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
     return block_c, VALUES // block_c
 
 
-@gather_tiles.register_fake
-def _(dense: Tensor, index: Tensor, slots: Tensor, tile: int) -> Tensor:
-    return dense.new_empty(index.shape[0] * tile**2, dense.shape[1])
+def _gather_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    batch, channels, height, width = saved.dense_shape
+    places = saved.index, saved.slots, batch, height, width, saved.tile
+    return {"dense": torch.ops.sparsecnx_triton.scatter_tiles(grad, grad.new_zeros(channels), *places)}
 
 
-@scatter_tiles.register_fake
-def _(
-    rows: Tensor, fill: Tensor, index: Tensor, slots: Tensor, batch: int, height: int, width: int, tile: int
-) -> Tensor:
-    return rows.new_empty(batch, rows.shape[1], height, width)
+def _scatter_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    grads: dict[str, Tensor | None] = {}
+    if "rows" in saved.needs:
+        grads["rows"] = torch.ops.sparsecnx_triton.gather_tiles(grad, saved.index, saved.slots, saved.tile)
+    if "fill" in saved.needs:
+        grads["fill"] = torch.ops.sparsecnx_triton.scatter_tiles_fill_grad(grad, saved.slots, saved.tile)
+    return grads
 
 
-@scatter_fill_grad.register_fake
-def _(dense: Tensor, slots: Tensor, tile: int) -> Tensor:
-    return dense.new_empty(dense.shape[1])
-
-
-def _gather_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    dense, index, slots, ctx.tile = inputs
-    ctx.save_for_backward(index, slots)
-    ctx.shape = dense.shape
-
-
-def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    batch, channels, height, width = ctx.shape
-    fill = grad.new_zeros(channels)
-    grad_dense = scatter_tiles(grad.contiguous(), fill, *ctx.saved_tensors, batch, height, width, ctx.tile)
-    return grad_dense, None, None, None
-
-
-def _scatter_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, index, slots, *_, ctx.tile = inputs
-    ctx.save_for_backward(index, slots)
-
-
-def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    index, slots = ctx.saved_tensors
-    grad_rows = gather_tiles(grad, index, slots, ctx.tile) if ctx.needs_input_grad[0] else None
-    grad_fill = scatter_fill_grad(grad, slots, ctx.tile) if ctx.needs_input_grad[1] else None
-    return grad_rows, grad_fill, None, None, None, None, None, None
-
-
-gather_tiles.register_autograd(_gather_backward, setup_context=_gather_context)
-scatter_tiles.register_autograd(_scatter_backward, setup_context=_scatter_context)
+register(
+    "sparsecnx_triton::gather_tiles",
+    function=_gather_tiles,
+    fake=lambda dense, index, slots, tile: dense.new_empty(index.shape[0] * tile**2, dense.shape[1]),
+    saves=("index", "slots", "tile"),
+    shapes=("dense",),
+    backward=_gather_backward,
+)
+register(
+    "sparsecnx_triton::scatter_tiles",
+    function=_scatter_tiles,
+    fake=lambda rows, fill, index, slots, batch, height, width, tile: rows.new_empty(
+        batch, rows.shape[1], height, width
+    ),
+    saves=("index", "slots", "tile"),
+    backward=_scatter_backward,
+)
+register(
+    "sparsecnx_triton::scatter_tiles_fill_grad",
+    function=_fill_grad,
+    fake=lambda dense, slots, tile: dense.new_empty(dense.shape[1]),
+)

@@ -1,4 +1,4 @@
-"""What is constant over the rows, folded into a matrix and its bias, and the gradients of all of it taken apart again.
+"""Fold what is constant over the rows into a matrix and its bias, and take the gradients of all of it apart again.
 
 A linear layer whose input is `z * scale + shift` is one with other parameters whose input is z:
 
@@ -18,122 +18,115 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecnx.backends import triton_launch
-from sparsecnx.backends.triton_functions import aligned, rounded
+from sparsecnx.backends.triton_functions import aligned, load, row_block, store
+from sparsecnx.backends.triton_launch import alignment, blocks, launch
 
 THREADS = 128
+STEPS = 8  # blocks of rows that a program of `unfold_kernel` goes through
 
 
 @triton.jit
 def fold_kernel(
-    weight_ptr,  # (rows, columns)
-    scale_ptr,  # (columns,) float32
-    shift_ptr,  # (columns,) float32
-    bias_ptr,  # (rows,) float32
-    folded_ptr,  # (rows, columns)
-    out_ptr,  # (rows,) float32
-    rows,
-    columns,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    weight,  # (ROWS, C)
+    scale,  # (C,) float32, or None for ones
+    shift,  # (C,) float32
+    bias,  # (ROWS,) float32
+    folded_weight,  # (ROWS, C), written where there is a scale
+    folded_bias,  # (ROWS,) float32
+    ROWS,
+    C,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C
 ):
-    """folded = weight * scale, out = bias + weight @ shift."""
-    columns = aligned(columns, ALIGN)
-    first = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
-    row = tl.arange(0, BLOCK_ROWS)
-    known = row < rows - first
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for c0 in range(0, columns, BLOCK_COLUMNS):
-        column = c0 + tl.arange(0, BLOCK_COLUMNS)
-        there = column < columns
-        place = first * columns + (row[:, None] * columns + column[None, :])
-        inside = known[:, None] & there[None, :]
-        weight = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        sums += weight * tl.load(shift_ptr + column, mask=there, other=0.0)[None, :]
-        if HAS_SCALE:
-            folded = weight * tl.load(scale_ptr + column, mask=there, other=0.0)[None, :]
-            tl.store(folded_ptr + place, rounded(folded, folded_ptr.dtype.element_ty), mask=inside)
-    out = tl.load(bias_ptr + first + row, mask=known, other=0.0) + tl.sum(sums, axis=1)
-    tl.store(out_ptr + first + row, out, mask=known)
+    """folded_weight = weight * scale, folded_bias = bias + weight @ shift."""
+    C = aligned(C, ALIGN)
+    b_sum = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for i_c in range(0, C, BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        i_row, o_r, m_r, o_x, m_x = row_block(tl.program_id(0), o_c, ROWS, C, BLOCK_R)
+        b_weight = load(weight + i_row * C + o_x, m_x)
+        b_sum += b_weight * load(shift + o_c, o_c < C)[None, :]
+        if scale is not None:
+            store(folded_weight + i_row * C + o_x, b_weight * load(scale + o_c, o_c < C)[None, :], m_x)
+    i_row = tl.program_id(0).to(tl.int64) * BLOCK_R
+    o_r = tl.arange(0, BLOCK_R)
+    m_r = o_r < ROWS - i_row
+    store(folded_bias + i_row + o_r, load(bias + i_row + o_r, m_r) + tl.sum(b_sum, axis=1), m_r)
 
 
 @triton.jit
 def unfold_kernel(
-    product_ptr,  # (rows, columns), in: P, out: gradient of the weight
-    weight_ptr,  # (rows, columns)
-    grad_bias_ptr,  # (rows,) float32: r
-    scale_ptr,  # (columns,) float32
-    shift_ptr,  # (columns,) float32
-    partial_ptr,  # (2, row blocks, columns) float32
-    rows,
-    columns,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    weight,  # (ROWS, C)
+    scale,  # (C,) float32, or None for ones
+    shift,  # (C,) float32
+    grad_bias,  # (ROWS,) float32: r
+    grad_weight,  # (ROWS, C): in, P; out, the gradient of the weight
+    partial_scale,  # (row blocks, C) float32: sums of P * weight
+    partial_shift,  # (row blocks, C) float32: sums of r * weight
+    ROWS,
+    C,
     STEPS: tl.constexpr,
-    ALIGN: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C
 ):
-    """P becomes P * scale + r shift'; sums over the rows of a block of P * weight and of r * weight."""
-    columns = aligned(columns, ALIGN)
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    there = column < columns
-    shift = tl.load(shift_ptr + column, mask=there, other=0.0)[None, :]
-    if HAS_SCALE:
-        scale = tl.load(scale_ptr + column, mask=there, other=0.0)[None, :]
-    of_scale = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    of_shift = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for step in range(STEPS):
-        first = (tl.program_id(1).to(tl.int64) * STEPS + step) * BLOCK_ROWS
-        row = tl.arange(0, BLOCK_ROWS)
-        known = row < rows - first
-        place = first * columns + (row[:, None] * columns + column[None, :])
-        inside = known[:, None] & there[None, :]
-        product = tl.load(product_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        grad_bias = tl.load(grad_bias_ptr + first + row, mask=known, other=0.0)[:, None]
-        grad = product
-        if HAS_SCALE:
-            of_scale += product * weight
-            grad = grad * scale
-        of_shift += grad_bias * weight
-        tl.store(product_ptr + place, rounded(grad + grad_bias * shift, product_ptr.dtype.element_ty), mask=inside)
-    partial = partial_ptr + tl.program_id(1) * columns + column
-    tl.store(partial, tl.sum(of_scale, axis=0), mask=there)
-    tl.store(partial + tl.num_programs(1) * columns, tl.sum(of_shift, axis=0), mask=there)
+    """grad_weight = P * scale + r shift', and the column sums of P * weight and r * weight."""
+    C = aligned(C, ALIGN)
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    b_shift = load(shift + o_c, o_c < C)[None, :]
+    if scale is not None:
+        b_scale = load(scale + o_c, o_c < C)[None, :]
+    b_partial_scale = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    b_partial_shift = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for i_step in range(STEPS):
+        i_row, o_r, m_r, o_x, m_x = row_block(tl.program_id(1) * STEPS + i_step, o_c, ROWS, C, BLOCK_R)
+        b_grad = load(grad_weight + i_row * C + o_x, m_x)
+        b_weight = load(weight + i_row * C + o_x, m_x)
+        b_grad_bias = load(grad_bias + i_row + o_r, m_r)[:, None]
+        if scale is not None:
+            b_partial_scale += b_grad * b_weight
+            b_grad = b_grad * b_scale
+        b_partial_shift += b_grad_bias * b_weight
+        store(grad_weight + i_row * C + o_x, b_grad + b_grad_bias * b_shift, m_x)
+    o_partial = tl.program_id(1) * C + o_c
+    store(partial_scale + o_partial, tl.sum(b_partial_scale, axis=0), o_c < C)
+    store(partial_shift + o_partial, tl.sum(b_partial_shift, axis=0), o_c < C)
 
 
 def fold(weight: Tensor, scale: Tensor | None, shift: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """W' in the dtype of `weight (N, K)` and b', float32 `(N,)`; `scale`, `shift` float32 `(K,)`, `bias` `(N,)`.
-    Without `scale` W' is `weight` itself."""
+    """Return W' in the dtype of `weight (N, K)`, which is `weight` itself without `scale`, and b', float32 `(N,)`.
+
+    Args:
+        scale, shift: float32 `(K,)`.
+        bias: float32 `(N,)`.
+    """
     rows, columns = weight.shape
-    folded, out = weight if scale is None else torch.empty_like(weight), torch.empty_like(bias)
-    height, width = _block(weight)
-    triton_launch.launch(
+    folded_weight, folded_bias = weight if scale is None else torch.empty_like(weight), torch.empty_like(bias)
+    block_r, block_c = _block(weight)
+    launch(
         fold_kernel,
-        (triton_launch.blocks(rows, height),),
-        weight,
-        scale,
-        shift,
-        bias,
-        folded,
-        out,
-        rows,
-        columns,
-        BLOCK_ROWS=height,
-        BLOCK_COLUMNS=width,
-        ALIGN=triton_launch.alignment(columns),
-        HAS_SCALE=scale is not None,
+        (blocks(rows, block_r),),
+        weight=weight,
+        scale=scale,
+        shift=shift,
+        bias=bias,
+        folded_weight=folded_weight,
+        folded_bias=folded_bias,
+        ROWS=rows,
+        C=columns,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        ALIGN=alignment(columns),
         num_warps=THREADS // 32,
     )
-    return folded, out
+    return folded_weight, folded_bias
 
 
 def unfold(
     product: Tensor, weight: Tensor, grad_bias: Tensor, scale: Tensor | None, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients from those of W', `product (N, K)`, and of b', `grad_bias`, float32 `(N,)`.
+    """Return gradients from those of W', `product (N, K)`, and of b', `grad_bias`, float32 `(N,)`.
 
     Returns:
         weight: `(N, K)`, in the memory of `product`.
@@ -141,33 +134,32 @@ def unfold(
         shift: float32 `(K,)`.
     """
     rows, columns = weight.shape
-    height, width = _block(weight)
-    steps = 8
-    high = triton_launch.blocks(rows, height * steps)
+    block_r, block_c = _block(weight)
+    high = blocks(rows, block_r * STEPS)
     partial = torch.empty(2, high, columns, dtype=torch.float32, device=weight.device)
-    triton_launch.launch(
+    launch(
         unfold_kernel,
-        (triton_launch.blocks(columns, width), high),
-        product,
-        weight,
-        grad_bias,
-        scale,
-        shift,
-        partial,
-        rows,
-        columns,
-        BLOCK_ROWS=height,
-        BLOCK_COLUMNS=width,
-        ALIGN=triton_launch.alignment(columns),
-        STEPS=steps,
-        HAS_SCALE=scale is not None,
+        (blocks(columns, block_c), high),
+        weight=weight,
+        scale=scale,
+        shift=shift,
+        grad_bias=grad_bias,
+        grad_weight=product,
+        partial_scale=partial[0],
+        partial_shift=partial[1],
+        ROWS=rows,
+        C=columns,
+        STEPS=STEPS,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        ALIGN=alignment(columns),
         num_warps=THREADS // 32,
     )
     return product, partial[0].sum(0), partial[1].sum(0)
 
 
 def _block(weight: Tensor) -> tuple[int, int]:
-    """Rows and columns of a block: 16 bytes for each thread twice."""
+    """Return the rows and columns of a block: 16 bytes for each thread twice."""
     values = 2 * THREADS * 16 // weight.element_size()
-    width = min(128, triton.next_power_of_2(weight.shape[1]))
-    return max(1, values // width), width
+    block_c = min(128, triton.next_power_of_2(weight.shape[1]))
+    return max(1, values // block_c), block_c

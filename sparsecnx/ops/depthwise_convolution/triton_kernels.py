@@ -1,7 +1,7 @@
 """Submanifold depthwise convolution in Triton.
 
-A program takes some columns of sites, POSITIONS of them side by side over successive tiles, STRIP sites high and
-BLOCK_C channels deep, and keeps a float32 accumulator for each of the STRIP rows of sites in registers. A row of
+A program takes BLOCK_P columns of sites, which follow one another over successive tiles, STRIP sites high and BLOCK_C
+channels deep, and keeps a float32 accumulator for each of the STRIP rows of sites in registers. A row of
 input sites is loaded once for each horizontal tap and serves every output row that it reaches: 98 loads for the 392
 products of a column under a 7x7 kernel at tile side 8. Where an input site lies follows from the table of
 neighbouring tiles and the arithmetic of nested order.
@@ -12,15 +12,24 @@ those are added up in a second stage, in a fixed order.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecnx.backends import triton_launch
-from sparsecnx.backends.triton_functions import aligned, nested_column, nested_line, rounded
+from sparsecnx.backends.registration import Saved, register
+from sparsecnx.backends.triton_functions import (
+    aligned,
+    load,
+    nested_column,
+    nested_line,
+    rounded,
+    store,
+    zero_blocks,
+)
+from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors
 from sparsecnx.geometry.nested_order import nested_factors
 from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.tensor import SparseTensor
@@ -37,17 +46,14 @@ REGISTERS = {1: 96, 4: 168, 5: 255, 6: 255, 7: 255, 8: 255}
 
 @triton.jit
 def depthwise_conv_kernel(
-    x_ptr,  # (rows, C)
-    weight_ptr,  # (KERNEL_H * KERNEL_W, C)
-    bias_ptr,  # (C,) float32
-    residual_ptr,  # (rows, C)
-    out_ptr,  # (rows, C)
-    rstd_ptr,  # (rows,) float32
-    table_ptr,  # (tiles, (2 * REACH + 1)**2) int32
-    tiles,
+    x,  # (ROWS, C)
+    weight,  # (KERNEL_H * KERNEL_W, C)
+    bias,  # (C,) float32, or None
+    residual,  # (ROWS, C), or None
+    table,  # (TILES, (2 * REACH + 1)**2) int32: neighbouring tiles, -1 where masked
+    out,  # (ROWS, C)
+    TILES,
     C,
-    channels_per_program,
-    eps,
     TILE: tl.constexpr,
     LEVELS: tl.constexpr,
     REACH: tl.constexpr,
@@ -55,138 +61,120 @@ def depthwise_conv_kernel(
     KERNEL_W: tl.constexpr,
     STRIP: tl.constexpr,
     TAPS: tl.constexpr,
-    POSITIONS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr,
-    FLIP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    NORMALISE: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C
+    FLIP: tl.constexpr,  # whether the kernel is rotated by half a turn, as the gradient needs it
 ):
-    """out = conv(x) + bias, + residual; with NORMALISE every row to zero mean and unit variance, rstd kept."""
-    sites: tl.constexpr = TILE * TILE
-    # Where the strip is the whole tile and all taps of a column are held, the rows that are read are known.
-    whole: tl.constexpr = STRIP == TILE and TAPS == KERNEL_H
-    C = aligned(C, ALIGN)  # noqa: N806
-    position = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
-    tile = position // TILE
-    x0 = position % TILE
-    known = tile < tiles
-    strip = tl.program_id(1) * STRIP
-    first_site = tile.to(tl.int64) * sites + nested_column(x0, TILE, LEVELS)
-    first_channel = tl.program_id(2) * aligned(channels_per_program, ALIGN)
-    last_channel = tl.minimum(first_channel + channels_per_program, C)
-    neighbours = table_ptr + tile.to(tl.int64) * ((2 * REACH + 1) * (2 * REACH + 1))
-    means = ()
-    deviations = ()
+    """out = conv(x) + bias + residual."""
+    C = aligned(C, ALIGN)
+    o_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    i_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_tile, i_x = i_p // TILE, i_p % TILE
+    m_p = i_tile < TILES
+    i_y = tl.program_id(1) * STRIP
+    # fmt: off
+    b_sums = convolve_strip(
+        x, weight, table, i_tile, i_x, i_y, m_p, o_c, C,
+        TILE, LEVELS, REACH, KERNEL_H, KERNEL_W, STRIP, TAPS, BLOCK_P, BLOCK_C, FLIP,
+    )
+    # fmt: on
+    if bias is not None:
+        b_bias = load(bias + o_c, o_c < C)[None, :]
+    for s in tl.static_range(STRIP):
+        o_out, m_out = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE, LEVELS)
+        b_out = b_sums[s]
+        if bias is not None:
+            b_out = b_out + b_bias
+        if residual is not None:
+            b_out = b_out + load(residual + o_out, m_out)
+        store(out + o_out, b_out, m_out)
+
+
+@triton.jit
+def depthwise_conv_norm_kernel(
+    x,  # (ROWS, C)
+    weight,  # (KERNEL_H * KERNEL_W, C)
+    bias,  # (C,) float32
+    table,  # (TILES, (2 * REACH + 1)**2) int32: neighbouring tiles, -1 where masked
+    out,  # (ROWS, C)
+    rstd,  # (ROWS,) float32
+    eps,
+    TILES,
+    C,
+    TILE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    REACH: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIP: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C
+):
+    """u = conv(x) + bias, out = (u - mean) rstd, with rstd = 1 / sqrt(variance + eps)."""
+    C = aligned(C, ALIGN)
+    i_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_tile, i_x = i_p // TILE, i_p % TILE
+    m_p = i_tile < TILES
+    i_y = tl.program_id(1) * STRIP
+    b_means = ()
+    b_squares = ()
     for _ in tl.static_range(STRIP):
-        means = means + (tl.zeros((POSITIONS,), tl.float32),)
-        deviations = deviations + (tl.zeros((POSITIONS,), tl.float32),)
+        b_means = b_means + (tl.zeros((BLOCK_P,), tl.float32),)
+        b_squares = b_squares + (tl.zeros((BLOCK_P,), tl.float32),)
 
-    for c0 in range(first_channel, last_channel, BLOCK_C):
-        channel = c0 + tl.arange(0, BLOCK_C)
-        inside = channel < C
-        sums = ()
-        for _ in tl.static_range(STRIP):
-            sums = sums + (tl.zeros((POSITIONS, BLOCK_C), tl.float32),)
-        for column_of_taps in range(0, (KERNEL_H // TAPS) * KERNEL_W):
-            kx = column_of_taps % KERNEL_W
-            ky0 = (column_of_taps // KERNEL_W) * TAPS
-            step_x, site_column = _seek(x0 + kx - KERNEL_W // 2, TILE, REACH)
-            in_line = nested_column(site_column, TILE, LEVELS)
-            weights = ()
-            for j in tl.static_range(TAPS):
-                tap = (ky0 + j) * KERNEL_W + kx
-                if FLIP:
-                    tap = KERNEL_H * KERNEL_W - 1 - tap
-                # Loaded by every thread in the layout it needs: threads of a column share the address.
-                pointers = tl.broadcast_to((weight_ptr + tap * C + channel)[None, :], (POSITIONS, BLOCK_C))
-                row = tl.load(pointers, mask=inside[None, :], other=0.0)
-                weights = weights + (row.to(tl.float32),)
-            starts = ()
-            present = ()
-            if whole:
-                for step_y in tl.static_range(2 * REACH + 1):
-                    start, there = _neighbour(neighbours, known, step_y, step_x, in_line, C, REACH, sites)
-                    starts = starts + (start,)
-                    present = present + (there,)
-            for i in tl.static_range(STRIP + TAPS - 1):
-                if whole:
-                    start = starts[(i - KERNEL_H // 2 + TILE * REACH) // TILE]
-                    there = present[(i - KERNEL_H // 2 + TILE * REACH) // TILE]
-                    line = nested_line((i - KERNEL_H // 2 + TILE * REACH) % TILE, TILE, LEVELS)
-                else:
-                    step_y, y_inside = _seek(strip + i + ky0 - KERNEL_H // 2, TILE, REACH)
-                    start, there = _neighbour(neighbours, known, step_y, step_x, in_line, C, REACH, sites)
-                    line = nested_line(y_inside, TILE, LEVELS)
-                pointers = x_ptr + (start + line * C)[:, None] + channel[None, :]
-                values = tl.load(pointers, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-                updated = ()
-                for s in tl.static_range(STRIP):
-                    if i - s >= 0 and i - s < TAPS:
-                        updated = updated + (sums[s] + values * weights[i - s],)
-                    else:
-                        updated = updated + (sums[s],)
-                sums = updated
-
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + channel, mask=inside, other=0.0)[None, :]
-        new_means = ()
-        new_deviations = ()
+    for i_c in range(0, C, BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        # fmt: off
+        b_sums = convolve_strip(
+            x, weight, table, i_tile, i_x, i_y, m_p, o_c, C,
+            TILE, LEVELS, REACH, KERNEL_H, KERNEL_W, STRIP, TAPS, BLOCK_P, BLOCK_C, False,
+        )
+        # fmt: on
+        b_bias = load(bias + o_c, o_c < C)[None, :]
+        b_new_means = ()
+        b_new_squares = ()
         for s in tl.static_range(STRIP):
-            out = sums[s]
-            if HAS_BIAS:
-                out = out + bias
-            row = first_site + nested_line(strip + s, TILE, LEVELS)
-            place = (row * C)[:, None] + channel[None, :]
-            writable = known[:, None] & inside[None, :]
-            if HAS_RESIDUAL:
-                out += tl.load(residual_ptr + place, mask=writable, other=0.0).to(tl.float32)
-            stored = rounded(out, out_ptr.dtype.element_ty)
-            tl.store(out_ptr + place, stored, mask=writable)
-            if NORMALISE:
-                # Moments of this block of channels, merged with those before (Chan, Golub, LeVeque 1979).
-                values = stored.to(tl.float32)
-                count = tl.minimum(BLOCK_C, C - c0).to(tl.float32)
-                mean = tl.sum(tl.where(inside[None, :], values, 0.0), axis=1) / count
-                centred = tl.where(inside[None, :], values - mean[:, None], 0.0)
-                before = (c0 - first_channel).to(tl.float32)
-                delta = mean - means[s]
-                share = count / (before + count)
-                new_means = new_means + (means[s] + delta * share,)
-                squares = tl.sum(centred * centred, axis=1) + delta * delta * before * share
-                new_deviations = new_deviations + (deviations[s] + squares,)
-        if NORMALISE:
-            means = new_means
-            deviations = new_deviations
+            o_out, m_out = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE, LEVELS)
+            b_out = rounded(b_sums[s] + b_bias, out.dtype.element_ty)
+            tl.store(out + o_out, b_out, mask=m_out)
+            # Moments of this block of channels, merged with those before (Chan, Golub, LeVeque 1979).
+            b_out = b_out.to(tl.float32)
+            count = tl.minimum(BLOCK_C, C - i_c).to(tl.float32)
+            b_mean = tl.sum(tl.where((o_c < C)[None, :], b_out, 0.0), axis=1) / count
+            b_centred = tl.where((o_c < C)[None, :], b_out - b_mean[:, None], 0.0)
+            before = 1.0 * i_c
+            share = count / (before + count)
+            b_delta = b_mean - b_means[s]
+            b_square = tl.sum(b_centred * b_centred, axis=1) + b_delta * b_delta * before * share
+            b_new_means = b_new_means + (b_means[s] + b_delta * share,)
+            b_new_squares = b_new_squares + (b_squares[s] + b_square,)
+        b_means = b_new_means
+        b_squares = b_new_squares
 
-    if NORMALISE:
-        # The rows just written are still in the cache: read them again, now that their moments are known.
-        tl.debug_barrier()
-        scales = ()
+    # The rows just written are still in the cache: read them again, now that their moments are known.
+    tl.debug_barrier()
+    b_rstds = ()
+    for s in tl.static_range(STRIP):
+        b_rstd = tl.rsqrt(b_squares[s] / C + eps)
+        store(rstd + site(i_tile, i_x, i_y + s, TILE, LEVELS), b_rstd, m_p)
+        b_rstds = b_rstds + (b_rstd,)
+    for i_c in range(0, C, BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
         for s in tl.static_range(STRIP):
-            rstd = tl.rsqrt(deviations[s] / C + eps)
-            row = first_site + nested_line(strip + s, TILE, LEVELS)
-            tl.store(rstd_ptr + row, rstd, mask=known)
-            scales = scales + (rstd,)
-        for c0 in range(first_channel, last_channel, BLOCK_C):
-            channel = c0 + tl.arange(0, BLOCK_C)
-            writable = known[:, None] & (channel < C)[None, :]
-            for s in tl.static_range(STRIP):
-                row = first_site + nested_line(strip + s, TILE, LEVELS)
-                place = (row * C)[:, None] + channel[None, :]
-                values = tl.load(out_ptr + place, mask=writable, other=0.0).to(tl.float32)
-                out = (values - means[s][:, None]) * scales[s][:, None]
-                tl.store(out_ptr + place, rounded(out, out_ptr.dtype.element_ty), mask=writable)
+            o_out, m_out = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE, LEVELS)
+            store(out + o_out, (load(out + o_out, m_out) - b_means[s][:, None]) * b_rstds[s][:, None], m_out)
 
 
 @triton.jit
 def depthwise_conv_weight_grad_kernel(
-    grad_ptr,  # (rows, C)
-    x_ptr,  # (rows, C)
-    partial_ptr,  # (ranges, KERNEL_H * KERNEL_W + 1, C) float32
-    table_ptr,  # (tiles, (2 * REACH + 1)**2) int32
-    tiles,
+    grad,  # (ROWS, C)
+    x,  # (ROWS, C)
+    table,  # (TILES, (2 * REACH + 1)**2) int32: neighbouring tiles, -1 where masked
+    partial,  # (ranges, KERNEL_H * KERNEL_W + 1, C) float32: of the weight, then of the bias
+    TILES,
     C,
     positions_per_program,
     TILE: tl.constexpr,
@@ -196,91 +184,185 @@ def depthwise_conv_weight_grad_kernel(
     KERNEL_W: tl.constexpr,
     STRIP: tl.constexpr,
     TAPS: tl.constexpr,
-    POSITIONS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C
 ):
-    """Sums over a range of sites of grad * shifted x for every tap, and of grad."""
-    C = aligned(C, ALIGN)  # noqa: N806
-    sites: tl.constexpr = TILE * TILE
-    whole: tl.constexpr = STRIP == TILE and TAPS == KERNEL_H
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < C
-    begin = tl.program_id(1) * positions_per_program
-    end = tl.minimum(begin + positions_per_program, tiles * TILE)
-    partial = partial_ptr + tl.program_id(1).to(tl.int64) * (KERNEL_H * KERNEL_W + 1) * C + channel
+    """partial[range, tap] = sum over sites p of grad[p] x[p + tap]; partial[range, last] = sum of grad."""
+    C = aligned(C, ALIGN)
+    WHOLE: tl.constexpr = STRIP == TILE and TAPS == KERNEL_H
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    i_begin = tl.program_id(1) * positions_per_program
+    i_end = tl.minimum(i_begin + positions_per_program, TILES * TILE)
+    p_partial = partial + tl.program_id(1).to(tl.int64) * (KERNEL_H * KERNEL_W + 1) * C + o_c
     # The range is short enough to stay in L1 while one column of taps after the other goes over it.
-    for column_of_taps in range(0, (KERNEL_H // TAPS) * KERNEL_W):
-        kx = column_of_taps % KERNEL_W
-        ky0 = (column_of_taps // KERNEL_W) * TAPS
-        sums = ()
-        for _ in tl.static_range(TAPS):
-            sums = sums + (tl.zeros((POSITIONS, BLOCK_C), tl.float32),)
-        total = tl.zeros((POSITIONS, BLOCK_C), tl.float32)
-
-        for first in range(begin, end, POSITIONS):
-            position = first + tl.arange(0, POSITIONS)
-            known = position < end
-            tile = position // TILE
-            x0 = position % TILE
-            first_site = tile.to(tl.int64) * sites + nested_column(x0, TILE, LEVELS)
-            neighbours = table_ptr + tile.to(tl.int64) * ((2 * REACH + 1) * (2 * REACH + 1))
-            step_x, site_column = _seek(x0 + kx - KERNEL_W // 2, TILE, REACH)
-            in_line = nested_column(site_column, TILE, LEVELS)
-            starts = ()
-            present = ()
-            if whole:
-                for step_y in tl.static_range(2 * REACH + 1):
-                    start, there = _neighbour(neighbours, known, step_y, step_x, in_line, C, REACH, sites)
-                    starts = starts + (start,)
-                    present = present + (there,)
-            for strip in range(0, TILE, STRIP):
-                grads = ()
+    for i_taps in range(0, (KERNEL_H // TAPS) * KERNEL_W):
+        i_kx = i_taps % KERNEL_W
+        i_ky = (i_taps // KERNEL_W) * TAPS
+        b_sums = zero_blocks(TAPS, BLOCK_P, BLOCK_C)
+        b_total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        for i_first in range(i_begin, i_end, BLOCK_P):
+            i_p = i_first + tl.arange(0, BLOCK_P)
+            i_tile, i_x = i_p // TILE, i_p % TILE
+            m_p = i_p < i_end
+            p_table, o_column, o_tiles, m_tiles = seek_column(
+                table, i_tile, i_x + i_kx - KERNEL_W // 2, m_p, C, TILE, LEVELS, REACH, WHOLE
+            )
+            for i_y in range(0, TILE, STRIP):
+                b_grads = ()
                 for s in tl.static_range(STRIP):
-                    row = first_site + nested_line(strip + s, TILE, LEVELS)
-                    pointers = grad_ptr + (row * C)[:, None] + channel[None, :]
-                    grad = tl.load(pointers, mask=known[:, None] & inside[None, :], other=0.0).to(tl.float32)
-                    grads = grads + (grad,)
-                    if column_of_taps == 0:
-                        total += grad
+                    o_grad, m_grad = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE, LEVELS)
+                    b_grad = load(grad + o_grad, m_grad)
+                    b_grads = b_grads + (b_grad,)
+                    if i_taps == 0:
+                        b_total += b_grad
                 for i in tl.static_range(STRIP + TAPS - 1):
-                    if whole:
-                        start = starts[(i - KERNEL_H // 2 + TILE * REACH) // TILE]
-                        there = present[(i - KERNEL_H // 2 + TILE * REACH) // TILE]
-                        line = nested_line((i - KERNEL_H // 2 + TILE * REACH) % TILE, TILE, LEVELS)
-                    else:
-                        step_y, y_inside = _seek(strip + i + ky0 - KERNEL_H // 2, TILE, REACH)
-                        start, there = _neighbour(neighbours, known, step_y, step_x, in_line, C, REACH, sites)
-                        line = nested_line(y_inside, TILE, LEVELS)
-                    pointers = x_ptr + (start + line * C)[:, None] + channel[None, :]
-                    values = tl.load(pointers, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
-                    updated = ()
-                    for j in tl.static_range(TAPS):
-                        if i - j >= 0 and i - j < STRIP:
-                            updated = updated + (sums[j] + values * grads[i - j],)
-                        else:
-                            updated = updated + (sums[j],)
-                    sums = updated
-
+                    o_x, m_x = seek_line(
+                        p_table, o_column, o_tiles, m_tiles, i - KERNEL_H // 2, i_y + i_ky, m_p, o_c, C,
+                        TILE, LEVELS, REACH, WHOLE,
+                    )  # fmt: skip
+                    b_sums = add_products(b_sums, load(x + o_x, m_x), b_grads, i, TAPS, STRIP)
         for j in tl.static_range(TAPS):
-            tl.store(partial + ((ky0 + j) * KERNEL_W + kx) * C, tl.sum(sums[j], axis=0), mask=inside)
-        if column_of_taps == 0:
-            tl.store(partial + KERNEL_H * KERNEL_W * C, tl.sum(total, axis=0), mask=inside)
+            store(p_partial + ((i_ky + j) * KERNEL_W + i_kx) * C, tl.sum(b_sums[j], axis=0), o_c < C)
+        if i_taps == 0:
+            store(p_partial + KERNEL_H * KERNEL_W * C, tl.sum(b_total, axis=0), o_c < C)
 
 
 @triton.jit
-def _seek(coordinate, TILE: tl.constexpr, REACH: tl.constexpr):
-    """A site's coordinate from the corner of its tile, -REACH * TILE or more: column of the table, place inside."""
-    shifted = coordinate + TILE * REACH
-    step = shifted // TILE
-    return step, shifted - step * TILE
+def convolve_strip(
+    x,
+    weight,
+    table,
+    i_tile,
+    i_x,
+    i_y,
+    m_p,
+    o_c,
+    C,
+    TILE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    REACH: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIP: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    FLIP: tl.constexpr,
+):
+    """Return the convolution at STRIP sites from row `i_y` on of columns of sites: for each row (BLOCK_P, BLOCK_C)."""
+    WHOLE: tl.constexpr = STRIP == TILE and TAPS == KERNEL_H
+    b_sums = zero_blocks(STRIP, BLOCK_P, BLOCK_C)
+    for i_taps in range(0, (KERNEL_H // TAPS) * KERNEL_W):
+        i_kx = i_taps % KERNEL_W
+        i_ky = (i_taps // KERNEL_W) * TAPS
+        b_weights = ()
+        for j in tl.static_range(TAPS):
+            i_tap = (i_ky + j) * KERNEL_W + i_kx
+            if FLIP:
+                i_tap = KERNEL_H * KERNEL_W - 1 - i_tap
+            # Loaded by every thread in the layout it needs: threads of a column share the address.
+            p_weight = tl.broadcast_to((weight + i_tap * C + o_c)[None, :], (BLOCK_P, BLOCK_C))
+            b_weights = b_weights + (load(p_weight, (o_c < C)[None, :]),)
+        p_table, o_column, o_tiles, m_tiles = seek_column(
+            table, i_tile, i_x + i_kx - KERNEL_W // 2, m_p, C, TILE, LEVELS, REACH, WHOLE
+        )
+        for i in tl.static_range(STRIP + TAPS - 1):
+            o_x, m_x = seek_line(
+                p_table, o_column, o_tiles, m_tiles, i - KERNEL_H // 2, i_y + i_ky, m_p, o_c, C,
+                TILE, LEVELS, REACH, WHOLE,
+            )  # fmt: skip
+            b_sums = add_products(b_sums, load(x + o_x, m_x), b_weights, i, STRIP, TAPS)
+    return b_sums
 
 
 @triton.jit
-def _neighbour(neighbours, known, step_y, step_x, in_line, C, REACH: tl.constexpr, SITES: tl.constexpr):
-    """Offset of the features of line 0 in a neighbouring tile, int64, and whether the tile is visible."""
-    there = tl.load(neighbours + (step_y * (2 * REACH + 1) + step_x), mask=known, other=-1)
-    return (there.to(tl.int64) * SITES + in_line) * C, there >= 0
+def add_products(b_sums, b_x, b_factors, i, SUMS: tl.constexpr, FACTORS: tl.constexpr):
+    """Return the accumulators after line `i` of the input: sums[s] + x factors[i - s], where there is that factor."""
+    b_updated = ()
+    for s in tl.static_range(SUMS):
+        if i - s >= 0 and i - s < FACTORS:
+            b_updated = b_updated + (b_sums[s] + b_x * b_factors[i - s],)
+        else:
+            b_updated = b_updated + (b_sums[s],)
+    return b_updated
+
+
+@triton.jit
+def site(i_tile, i_x, i_y, TILE: tl.constexpr, LEVELS: tl.constexpr):
+    """Return the row of features of site (i_y, i_x) of a tile, int64."""
+    return i_tile.to(tl.int64) * (TILE * TILE) + nested_column(i_x, TILE, LEVELS) + nested_line(i_y, TILE, LEVELS)
+
+
+@triton.jit
+def site_block(i_tile, i_x, i_y, m_p, o_c, C, TILE: tl.constexpr, LEVELS: tl.constexpr):
+    """Return the offsets of the features of sites (i_y, i_x), and which of them exist."""
+    return (site(i_tile, i_x, i_y, TILE, LEVELS) * C)[:, None] + o_c[None, :], m_p[:, None] & (o_c < C)[None, :]
+
+
+@triton.jit
+def seek_column(
+    table, i_tile, i_x, m_p, C, TILE: tl.constexpr, LEVELS: tl.constexpr, REACH: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Find the tiles that the sites at column `i_x` from the corner of a tile lie in, -REACH * TILE or more.
+
+    Returns:
+        p_table: pointers to the uppermost of them in the table.
+        o_column: place of the column in the nested order of its tile.
+        o_tiles, m_tiles: where the lines to be read are known, the offsets of all these tiles and whether they are
+            visible, see `neighbour`.
+    """
+    i_shifted = i_x + TILE * REACH
+    i_step = i_shifted // TILE
+    o_column = nested_column(i_shifted - i_step * TILE, TILE, LEVELS)
+    p_table = table + i_tile.to(tl.int64) * ((2 * REACH + 1) * (2 * REACH + 1)) + i_step
+    o_tiles = ()
+    m_tiles = ()
+    if WHOLE:
+        for i_step_y in tl.static_range(2 * REACH + 1):
+            o_tile, m_tile = neighbour(p_table, i_step_y, o_column, m_p, C, TILE, REACH)
+            o_tiles = o_tiles + (o_tile,)
+            m_tiles = m_tiles + (m_tile,)
+    return p_table, o_column, o_tiles, m_tiles
+
+
+@triton.jit
+def seek_line(
+    p_table,
+    o_column,
+    o_tiles,
+    m_tiles,
+    i_line,
+    i_y,
+    m_p,
+    o_c,
+    C,
+    TILE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    REACH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Return the offsets of the features at line `i_y + i_line` from the corner of a tile, and which of them exist.
+
+    With WHOLE, where the strip is the whole tile and all taps of a column are held, `i_y` is 0 and `i_line` a constant.
+    """
+    if WHOLE:
+        o_tile = o_tiles[(i_line + TILE * REACH) // TILE]
+        m_tile = m_tiles[(i_line + TILE * REACH) // TILE]
+        o_line = nested_line((i_line + TILE * REACH) % TILE, TILE, LEVELS)
+    else:
+        i_shifted = i_y + i_line + TILE * REACH
+        i_step = i_shifted // TILE
+        o_tile, m_tile = neighbour(p_table, i_step, o_column, m_p, C, TILE, REACH)
+        o_line = nested_line(i_shifted - i_step * TILE, TILE, LEVELS)
+    return (o_tile + o_line * C)[:, None] + o_c[None, :], m_tile[:, None] & (o_c < C)[None, :]
+
+
+@triton.jit
+def neighbour(p_table, i_step, o_column, m_p, C, TILE: tl.constexpr, REACH: tl.constexpr):
+    """Return the offset of the features of line 0 in a neighbouring tile, int64, and whether the tile is visible."""
+    i_tile = tl.load(p_table + i_step * (2 * REACH + 1), mask=m_p, other=-1)
+    return (i_tile.to(tl.int64) * (TILE * TILE) + o_column) * C, i_tile >= 0
 
 
 def convolve(
@@ -294,7 +376,7 @@ def convolve(
     flip: bool = False,
     normalise: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Convolution of rows.
+    """Convolve rows.
 
     Args:
         x: `(rows, C)`.
@@ -303,124 +385,92 @@ def convolve(
         table: of neighbouring tiles.
         tile: sites per tile side.
         residual: `(rows, C)`, added to the output.
-        flip: with the kernel rotated by half a turn, as the gradient needs it.
-        normalise: eps of a LayerNorm without scale and shift over the output, None for none.
+        flip: whether the kernel is rotated by half a turn, as the gradient needs it.
+        normalise: eps of a LayerNorm without scale and shift over the output with a bias, None for none.
 
     Returns:
         `(rows, C)`, and of the normalisation `1 / sqrt(variance + eps)`, float32 `(rows,)`, empty without it.
     """
     rows, channels = x.shape
-    kernel = weight.shape[2], weight.shape[3]
     out = torch.empty_like(x)
     rstd = x.new_empty(rows if normalise is not None else 0, dtype=torch.float32)
-    strip, height, block, positions = _blocks(x, tile, kernel)
-    tiles = rows // tile**2
-    per_program = channels if normalise is not None else block
-    grid = (triton_launch.blocks(tiles * tile, positions), tile // strip, triton_launch.blocks(channels, per_program))
-    triton_launch.launch(
-        depthwise_conv_kernel,
-        grid,
-        x,
-        _tap_rows(weight),
-        bias,
-        residual,
-        out,
-        rstd,
-        table,
-        tiles,
-        channels,
-        per_program,
-        0.0 if normalise is None else normalise,
-        TILE=tile,
-        LEVELS=len(nested_factors(tile)) - 1,
-        REACH=_reach(table),
-        KERNEL_H=kernel[0],
-        KERNEL_W=kernel[1],
-        STRIP=strip,
-        TAPS=height,
-        POSITIONS=positions,
-        BLOCK_C=block,
-        ALIGN=triton_launch.alignment(channels),
-        FLIP=flip,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        NORMALISE=normalise is not None,
-        num_warps=WARPS,
-        **_registers(strip, normalise is not None or x.dtype == torch.float32),
-    )
+    options = _options(x, table, tile, weight.shape[2:])
+    high, strips = blocks(rows // tile, options["BLOCK_P"]), tile // options["STRIP"]
+    tensors = {"x": x, "weight": _tap_rows(weight), "bias": bias, "table": table, "out": out}
+    if normalise is None:
+        grid = (high, strips, blocks(channels, options["BLOCK_C"]))
+        registers = _registers(options["STRIP"], x.dtype == torch.float32)
+        launch(depthwise_conv_kernel, grid, **tensors, residual=residual, FLIP=flip, **options, **registers)
+    else:
+        registers = _registers(options["STRIP"], tight=True)
+        launch(depthwise_conv_norm_kernel, (high, strips), **tensors, rstd=rstd, eps=normalise, **options, **registers)
     return out, rstd
 
 
-def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Gradients of the weight, `(C, 1, kh, kw)` in the dtype of `x`, and of the bias, float32 `(C,)`, from `grad` and
-    `x`, `(rows, C)`."""
+def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the weight, `(C, 1, kh, kw)` in the dtype of `x`, and of the bias, float32 `(C,)`, from
+    `grad` and `x`, `(rows, C)`."""
     rows, channels = x.shape
-    strip, height, block, positions = _blocks(x, tile, kernel)
-    wide = triton_launch.blocks(channels, block)
+    options = _options(x, table, tile, kernel)
+    wide, block_p = blocks(channels, options["BLOCK_C"]), options["BLOCK_P"]
     total = rows // tile  # of the positions of all tiles
     # Ranges short enough for L1 and for enough programs, long enough for the partial sums to be few beside the rows.
-    ranges = max(
-        triton_launch.blocks(rows, SITES_IN_L1), triton_launch.blocks(4 * triton_launch.processors(x.device), wide)
-    )
-    ranges = max(1, min(ranges, total // (4 * positions)))
-    per_program = triton_launch.blocks(triton_launch.blocks(total, ranges), positions) * positions
-    ranges = max(1, triton_launch.blocks(total, per_program)) if total else 1
+    ranges = max(blocks(rows, SITES_IN_L1), blocks(4 * processors(x.device), wide))
+    ranges = max(1, min(ranges, total // (4 * block_p)))
+    per_program = blocks(blocks(total, ranges), block_p) * block_p
+    ranges = max(1, blocks(total, per_program)) if total else 1
     partial = torch.empty(ranges, kernel[0] * kernel[1] + 1, channels, dtype=torch.float32, device=x.device)
-    triton_launch.launch(
+    launch(
         depthwise_conv_weight_grad_kernel,
         (wide, ranges),
-        grad,
-        x,
-        partial,
-        table,
-        rows // tile**2,
-        channels,
-        per_program,
-        TILE=tile,
-        LEVELS=len(nested_factors(tile)) - 1,
-        REACH=_reach(table),
-        KERNEL_H=kernel[0],
-        KERNEL_W=kernel[1],
-        STRIP=strip,
-        TAPS=height,
-        POSITIONS=positions,
-        BLOCK_C=block,
-        ALIGN=triton_launch.alignment(channels),
-        num_warps=WARPS,
-        **_registers(strip, x.dtype == torch.float32),
+        grad=grad,
+        x=x,
+        table=table,
+        partial=partial,
+        positions_per_program=per_program,
+        **options,
+        **_registers(options["STRIP"], x.dtype == torch.float32),
     )
     sums = partial.sum(0)
     return sums[:-1].t().to(x.dtype).contiguous().view(channels, 1, *kernel), sums[-1].clone()
 
 
 def _tap_rows(weight: Tensor) -> Tensor:
-    """Weight `(C, 1, kh, kw)` as the kernels read it: `(kh * kw, C)`, channels next to each other."""
+    """Return weight `(C, 1, kh, kw)` as the kernels read it: `(kh * kw, C)`, channels next to each other."""
     return weight.flatten(1).t().contiguous()
 
 
 def check_kernel(weight: Tensor, name: str) -> None:
-    """Raises ValueError where a kernel is larger than the kernels below go."""
+    """Raise ValueError where a kernel is larger than these go."""
     if max(weight.shape[2:]) > LARGEST_KERNEL:
         raise ValueError(f"{name} is {tuple(weight.shape)}: Triton kernels go to {LARGEST_KERNEL} sites a side")
 
 
-def _blocks(x: Tensor, tile: int, kernel: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Rows of sites and rows of taps of a program, its channels and its positions."""
-    strip = max(size for size in range(1, LONGEST_STRIP + 1) if tile % size == 0)
-    taps = max(size for size in range(1, MOST_TAPS + 1) if kernel[0] % size == 0)
+def _options(x: Tensor, table: Tensor, tile: int, kernel: Sequence[int]) -> dict[str, int]:
+    """Return the sizes and options of the kernels: geometry, and what a program takes of it."""
+    rows, channels = x.shape
     # The widest block that pads the channels least; a thread's part of a row is 16 bytes.
-    block = min(CHANNEL_BLOCKS, key=lambda size: (triton_launch.blocks(x.shape[1], size) * size, -size))
-    return strip, taps, block, WARPS * 32 * 16 // x.element_size() // block
+    block_c = min(CHANNEL_BLOCKS, key=lambda size: (blocks(channels, size) * size, -size))
+    return {
+        "TILES": rows // tile**2,
+        "C": channels,
+        "TILE": tile,
+        "LEVELS": len(nested_factors(tile)) - 1,
+        "REACH": (round(table.shape[1] ** 0.5) - 1) // 2,  # tiles to each side that the table covers
+        "KERNEL_H": kernel[0],
+        "KERNEL_W": kernel[1],
+        "STRIP": max(size for size in range(1, LONGEST_STRIP + 1) if tile % size == 0),
+        "TAPS": max(size for size in range(1, MOST_TAPS + 1) if kernel[0] % size == 0),
+        "BLOCK_P": WARPS * 32 * 16 // x.element_size() // block_c,
+        "BLOCK_C": block_c,
+        "ALIGN": alignment(channels),
+        "num_warps": WARPS,
+    }
 
 
 def _registers(strip: int, tight: bool) -> dict[str, int]:
-    """The launch option that names them, where it is needed."""
+    """Return the launch option that limits registers, where it is needed."""
     return {"maxnreg": REGISTERS[strip]} if tight and strip in REGISTERS and torch.version.hip is None else {}
-
-
-def _reach(table: Tensor) -> int:
-    """Tiles to each side that a table of neighbours covers."""
-    return (round(table.shape[1] ** 0.5) - 1) // 2
 
 
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -428,49 +478,44 @@ def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tens
     check_kernel(weight, "weight")
     table = neighbour_table(x.layout, weight.shape[2:])
     bias = None if bias is None else bias.contiguous()
-    return _depthwise_conv(x.features.contiguous(), weight, bias, table, x.layout.tile)
+    return torch.ops.sparsecnx_triton.depthwise_conv(x.features.contiguous(), weight, bias, table, x.layout.tile)
 
 
-@torch.library.custom_op("sparsecnx_triton::depthwise_conv", mutates_args=())
 def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, tile: int) -> Tensor:
     return convolve(x, weight, bias, table, tile)[0]
 
 
-@torch.library.custom_op("sparsecnx_triton::depthwise_conv_weight_grad", mutates_args=())
-def _depthwise_conv_weight_grad(
+def _weight_grad(
     grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel_h: int, kernel_w: int
 ) -> tuple[Tensor, Tensor]:
     return weight_grad(grad, x, table, tile, (kernel_h, kernel_w))
 
 
-@_depthwise_conv.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, tile: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-@_depthwise_conv_weight_grad.register_fake
-def _(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel_h: int, kernel_w: int) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[1], 1, kernel_h, kernel_w)
-    return x.new_empty(shape), x.new_empty(x.shape[1], dtype=torch.float32)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, table, tile = inputs
-    ctx.save_for_backward(x, weight, table)
-    ctx.tile = tile
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, table = ctx.saved_tensors
-    grad = grad.contiguous()
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
+def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    weight, table, tile = saved.weight, saved.table, saved.tile
+    grads: dict[str, Tensor | None] = {}
+    if "x" in saved.needs:
         # Active sites neighbour each other symmetrically: the adjoint is the flipped kernel.
-        grad_x = _depthwise_conv(grad, weight.flip(2, 3), None, table, ctx.tile)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        grad_weight, grad_bias = _depthwise_conv_weight_grad(grad, x, table, ctx.tile, *weight.shape[2:])
-    return grad_x, grad_weight, grad_bias if ctx.bias_dtype is not None else None, None, None
+        grads["x"] = torch.ops.sparsecnx_triton.depthwise_conv(grad, weight.flip(2, 3), None, table, tile)
+    if saved.needs & {"weight", "bias"}:
+        grads["weight"], grads["bias"] = torch.ops.sparsecnx_triton.depthwise_conv_weight_grad(
+            grad, saved.x, table, tile, *weight.shape[2:]
+        )
+    return grads
 
 
-_depthwise_conv.register_autograd(_backward, setup_context=_setup_context)
+register(
+    "sparsecnx_triton::depthwise_conv",
+    function=_depthwise_conv,
+    fake=lambda x, weight, bias, table, tile: torch.empty_like(x),
+    saves=("x", "weight", "table", "tile"),
+    backward=_backward,
+)
+register(
+    "sparsecnx_triton::depthwise_conv_weight_grad",
+    function=_weight_grad,
+    fake=lambda grad, x, table, tile, kernel_h, kernel_w: (
+        x.new_empty(x.shape[1], 1, kernel_h, kernel_w),
+        x.new_empty(x.shape[1], dtype=torch.float32),
+    ),
+)

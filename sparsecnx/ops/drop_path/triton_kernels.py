@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecnx.backends import triton_launch
-from sparsecnx.backends.triton_functions import rounded
+from sparsecnx.backends.registration import Saved, register
+from sparsecnx.backends.triton_functions import aligned, channel_block, load, row_block, store
+from sparsecnx.backends.triton_launch import alignment, blocks, launch
 from sparsecnx.tensor import SparseTensor
 
 BLOCK_ROWS = 64
@@ -20,69 +18,60 @@ BLOCK_CHANNELS = 64
 
 @triton.jit
 def scale_rows_kernel(
-    x_ptr,  # (rows, C)
-    scale_ptr,  # (images,)
-    row_image_ptr,  # int32 (rows,)
-    out_ptr,  # (rows, C), out: x * scale of its image
-    rows,
+    x,  # (ROWS, C)
+    scale,  # (images,)
+    row_image,  # (ROWS,) int32
+    out,  # (ROWS, C)
+    ROWS,
     C,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
 ):
-    channels = C // ALIGN * ALIGN
-    c = tl.program_id(0) % tl.cdiv(channels, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row0 = tl.program_id(0) // tl.cdiv(channels, BLOCK_C) * BLOCK_ROWS
-    r = tl.arange(0, BLOCK_ROWS)
-    known = r < rows - row0
-    inside = known[:, None] & (c < channels)[None, :]
-    base, offset = row0.to(tl.int64) * channels, r[:, None] * channels + c[None, :]
-    image = tl.load(row_image_ptr + row0 + r, known, 0)
-    scale = tl.load(scale_ptr + image, known, 0.0).to(tl.float32)
-    x = tl.load(x_ptr + base + offset, inside, 0.0).to(tl.float32)
-    out = x * scale[:, None]
-    tl.store(out_ptr + base + offset, rounded(out, out_ptr.dtype.element_ty), inside)
+    """out = x scale[row_image]."""
+    C = aligned(C, ALIGN)
+    i_block, o_c = channel_block(C, BLOCK_C)
+    i_row, o_r, m_r, o_x, m_x = row_block(i_block, o_c, ROWS, C, BLOCK_R)
+    b_image = tl.load(row_image + i_row + o_r, mask=m_r, other=0)
+    b_scale = load(scale + b_image, m_r)
+    b_x = load(x + i_row * C + o_x, m_x)
+    store(out + i_row * C + o_x, b_x * b_scale[:, None], m_x)
 
 
 def scale_images(x: SparseTensor, scale: Tensor) -> Tensor:
     """Return features `(rows, C)`, those of image `n` times `scale[n]`."""
-    return scale_rows(x.features.contiguous(), scale.contiguous(), x.layout.row_image())
+    return torch.ops.sparsecnx_triton.scale_rows(x.features.contiguous(), scale.contiguous(), x.layout.row_image())
 
 
-@torch.library.custom_op("sparsecnx_triton::scale_rows", mutates_args=())
-def scale_rows(x: Tensor, scale: Tensor, row_image: Tensor) -> Tensor:
-    """Row `r` of x `(rows, C)` times `scale[row_image[r]]`."""
+def _scale_rows(x: Tensor, scale: Tensor, row_image: Tensor) -> Tensor:
+    """Return x `(rows, C)` with row `r` times `scale[row_image[r]]`."""
     rows, channels = x.shape
     block_c = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
     out = torch.empty_like(x)
-    triton_launch.launch(
+    launch(
         scale_rows_kernel,
-        (triton_launch.blocks(rows, BLOCK_ROWS) * triton_launch.blocks(channels, block_c),),
-        x,
-        scale,
-        row_image,
-        out,
-        rows,
-        channels,
-        BLOCK_ROWS=BLOCK_ROWS,
+        (blocks(rows, BLOCK_ROWS) * blocks(channels, block_c),),
+        x=x,
+        scale=scale,
+        row_image=row_image,
+        out=out,
+        ROWS=rows,
+        C=channels,
+        BLOCK_R=BLOCK_ROWS,
         BLOCK_C=block_c,
-        ALIGN=math.gcd(channels, 16),
+        ALIGN=alignment(channels),
     )
     return out
 
 
-@scale_rows.register_fake
-def _(x: Tensor, scale: Tensor, row_image: Tensor) -> Tensor:
-    return torch.empty_like(x)
+def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    return {"x": torch.ops.sparsecnx_triton.scale_rows(grad, saved.scale, saved.row_image)}
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, scale, row_image = inputs
-    ctx.save_for_backward(scale, row_image)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return scale_rows(grad.contiguous(), *ctx.saved_tensors), None, None
-
-
-scale_rows.register_autograd(_backward, setup_context=_setup_context)
+register(
+    "sparsecnx_triton::scale_rows",
+    function=_scale_rows,
+    fake=lambda x, scale, row_image: torch.empty_like(x),
+    saves=("scale", "row_image"),
+    backward=_backward,
+)

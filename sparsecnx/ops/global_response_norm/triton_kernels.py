@@ -8,7 +8,6 @@ slots of a group are consecutive and are added in that order: the same bits ever
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecnx.backends import triton_launch
-from sparsecnx.backends.triton_functions import rounded
+from sparsecnx.backends.registration import Saved, register
+from sparsecnx.backends.triton_functions import aligned, channel_block, load, row_block, store
+from sparsecnx.backends.triton_launch import alignment, blocks, launch
 from sparsecnx.ops.global_response_norm.groups import group_splits, row_groups
 from sparsecnx.tensor import SparseTensor
 
@@ -29,299 +29,278 @@ ONE_SLOT_EACH = 2**31 - 1  # as block_rows: all rows in one block, so that the s
 
 
 @triton.jit
+def store_group_sums(partial, b_x, row_group, i_block, o_c, ROWS, C, BLOCK_R: tl.constexpr):
+    """Store the sums of a block of values over its rows of each group at slots `block + group` of `partial`."""
+    i_row = i_block * BLOCK_R
+    o_r = tl.arange(0, BLOCK_R)
+    b_group = tl.load(row_group + i_row + o_r, mask=o_r < ROWS - i_row, other=-1)
+    for i_group in range(tl.load(row_group + i_row), tl.max(b_group, axis=0) + 1):
+        b_sum = tl.sum(tl.where((b_group == i_group)[:, None], b_x, 0.0), axis=0)
+        store(partial + (i_block + i_group).to(tl.int64) * C + o_c, b_sum, o_c < C)
+
+
+@triton.jit
 def energy_kernel(
-    x_ptr,  # (rows, C)
-    row_group_ptr,  # int32 (rows,)
-    partial_ptr,  # float32 (blocks + groups, C), out: staircase sums of x^2
-    rows,
+    x,  # (ROWS, C)
+    row_group,  # (ROWS,) int32
+    partial,  # (row blocks + groups, C) float32
+    ROWS,
     C,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
 ):
-    channels = C // ALIGN * ALIGN
-    row_block = tl.program_id(0) // tl.cdiv(channels, BLOCK_C)
-    c = tl.program_id(0) % tl.cdiv(channels, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row0 = row_block * BLOCK_ROWS
-    r = tl.arange(0, BLOCK_ROWS)
-    known = r < rows - row0
-    inside = known[:, None] & (c < channels)[None, :]
-    x = tl.load(x_ptr + row0.to(tl.int64) * channels + (r[:, None] * channels + c[None, :]), inside, 0.0)
-    x = x.to(tl.float32)
-    square = x * x
-    row_group = tl.load(row_group_ptr + row0 + r, known, -1)
-    first = tl.load(row_group_ptr + row0)
-    last = tl.load(row_group_ptr + tl.minimum(row0 + BLOCK_ROWS, rows) - 1)
-    for group in range(first, last + 1):
-        partial = tl.sum(tl.where((row_group == group)[:, None], square, 0.0), axis=0)
-        tl.store(partial_ptr + (row_block + group).to(tl.int64) * channels + c, partial, c < channels)
+    """partial = staircase sums of x^2."""
+    C = aligned(C, ALIGN)
+    i_block, o_c = channel_block(C, BLOCK_C)
+    i_row, o_r, m_r, o_x, m_x = row_block(i_block, o_c, ROWS, C, BLOCK_R)
+    b_x = load(x + i_row * C + o_x, m_x)
+    store_group_sums(partial, b_x * b_x, row_group, i_block, o_c, ROWS, C, BLOCK_R)
 
 
 @triton.jit
 def gradient_sums_kernel(
-    grad_ptr,  # (rows, C)
-    x_ptr,  # (rows, C)
-    row_group_ptr,  # int32 (rows,)
-    partial_ptr,  # float32 (blocks + groups, C), out: staircase sums of grad * x
-    bias_partial_ptr,  # float32 (blocks, C), out: sums of grad over each block
-    rows,
+    grad,  # (ROWS, C)
+    x,  # (ROWS, C)
+    row_group,  # (ROWS,) int32
+    partial,  # (row blocks + groups, C) float32
+    partial_bias,  # (row blocks, C) float32
+    ROWS,
     C,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C
 ):
-    channels = C // ALIGN * ALIGN
-    row_block = tl.program_id(0) // tl.cdiv(channels, BLOCK_C)
-    c = tl.program_id(0) % tl.cdiv(channels, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row0 = row_block * BLOCK_ROWS
-    r = tl.arange(0, BLOCK_ROWS)
-    known = r < rows - row0
-    inside = known[:, None] & (c < channels)[None, :]
-    base, offset = row0.to(tl.int64) * channels, r[:, None] * channels + c[None, :]
-    grad = tl.load(grad_ptr + base + offset, inside, 0.0).to(tl.float32)
-    x = tl.load(x_ptr + base + offset, inside, 0.0).to(tl.float32)
-    tl.store(bias_partial_ptr + row_block.to(tl.int64) * channels + c, tl.sum(grad, axis=0), c < channels)
-    product = grad * x
-    row_group = tl.load(row_group_ptr + row0 + r, known, -1)
-    first = tl.load(row_group_ptr + row0)
-    last = tl.load(row_group_ptr + tl.minimum(row0 + BLOCK_ROWS, rows) - 1)
-    for group in range(first, last + 1):
-        partial = tl.sum(tl.where((row_group == group)[:, None], product, 0.0), axis=0)
-        tl.store(partial_ptr + (row_block + group).to(tl.int64) * channels + c, partial, c < channels)
+    """partial = staircase sums of grad x, partial_bias = sums of grad over each block of rows."""
+    C = aligned(C, ALIGN)
+    i_block, o_c = channel_block(C, BLOCK_C)
+    i_row, o_r, m_r, o_x, m_x = row_block(i_block, o_c, ROWS, C, BLOCK_R)
+    b_grad = load(grad + i_row * C + o_x, m_x)
+    b_x = load(x + i_row * C + o_x, m_x)
+    store(partial_bias + i_block.to(tl.int64) * C + o_c, tl.sum(b_grad, axis=0), o_c < C)
+    store_group_sums(partial, b_grad * b_x, row_group, i_block, o_c, ROWS, C, BLOCK_R)
 
 
 @triton.jit
 def apply_kernel(
-    x_ptr,  # (rows, C)
-    scale_ptr,  # float32 (groups, C)
-    beta_ptr,  # float32 (C,)
-    row_group_ptr,  # int32 (rows,)
-    out_ptr,  # (rows, C), out: x * scale + beta
-    rows,
+    x,  # (ROWS, C)
+    scale,  # (groups, C) float32: s
+    beta,  # (C,) float32
+    row_group,  # (ROWS,) int32
+    out,  # (ROWS, C)
+    ROWS,
     C,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C
 ):
-    channels = C // ALIGN * ALIGN
-    c = tl.program_id(0) % tl.cdiv(channels, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row0 = tl.program_id(0) // tl.cdiv(channels, BLOCK_C) * BLOCK_ROWS
-    r = tl.arange(0, BLOCK_ROWS)
-    known = r < rows - row0
-    inside = known[:, None] & (c < channels)[None, :]
-    base, offset = row0.to(tl.int64) * channels, r[:, None] * channels + c[None, :]
-    group = tl.load(row_group_ptr + row0 + r, known, 0).to(tl.int64)
-    x = tl.load(x_ptr + base + offset, inside, 0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + group[:, None] * channels + c[None, :], inside, 0.0)
-    beta = tl.load(beta_ptr + c, c < channels, 0.0)
-    out = x * scale + beta[None, :]
-    tl.store(out_ptr + base + offset, rounded(out, out_ptr.dtype.element_ty), inside)
+    """out = x s + beta."""
+    C = aligned(C, ALIGN)
+    i_block, o_c = channel_block(C, BLOCK_C)
+    i_row, o_r, m_r, o_x, m_x = row_block(i_block, o_c, ROWS, C, BLOCK_R)
+    i_group = tl.load(row_group + i_row + o_r, mask=m_r, other=0).to(tl.int64)
+    b_x = load(x + i_row * C + o_x, m_x)
+    b_scale = load(scale + i_group[:, None] * C + o_c[None, :], m_x)
+    b_beta = load(beta + o_c, o_c < C)
+    store(out + i_row * C + o_x, b_x * b_scale + b_beta[None, :], m_x)
 
 
 @triton.jit
 def apply_backward_kernel(
-    grad_ptr,  # (rows, C)
-    x_ptr,  # (rows, C)
-    scale_ptr,  # float32 (groups, C)
-    grad_energy_ptr,  # float32 (groups, C)
-    row_group_ptr,  # int32 (rows,)
-    grad_x_ptr,  # (rows, C), out: grad * scale + 2 * x * grad_energy
-    rows,
+    grad,  # (ROWS, C)
+    x,  # (ROWS, C)
+    scale,  # (groups, C) float32: s
+    grad_energy,  # (groups, C) float32: dq
+    row_group,  # (ROWS,) int32
+    grad_x,  # (ROWS, C)
+    ROWS,
     C,
-    BLOCK_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C
 ):
-    channels = C // ALIGN * ALIGN
-    c = tl.program_id(0) % tl.cdiv(channels, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    row0 = tl.program_id(0) // tl.cdiv(channels, BLOCK_C) * BLOCK_ROWS
-    r = tl.arange(0, BLOCK_ROWS)
-    known = r < rows - row0
-    inside = known[:, None] & (c < channels)[None, :]
-    base, offset = row0.to(tl.int64) * channels, r[:, None] * channels + c[None, :]
-    group = tl.load(row_group_ptr + row0 + r, known, 0).to(tl.int64)
-    grad = tl.load(grad_ptr + base + offset, inside, 0.0).to(tl.float32)
-    x = tl.load(x_ptr + base + offset, inside, 0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + group[:, None] * channels + c[None, :], inside, 0.0)
-    grad_energy = tl.load(grad_energy_ptr + group[:, None] * channels + c[None, :], inside, 0.0)
-    grad_x = grad * scale + 2.0 * x * grad_energy
-    tl.store(grad_x_ptr + base + offset, rounded(grad_x, grad_x_ptr.dtype.element_ty), inside)
+    """grad_x = grad s + 2 x dq."""
+    C = aligned(C, ALIGN)
+    i_block, o_c = channel_block(C, BLOCK_C)
+    i_row, o_r, m_r, o_x, m_x = row_block(i_block, o_c, ROWS, C, BLOCK_R)
+    i_group = tl.load(row_group + i_row + o_r, mask=m_r, other=0).to(tl.int64)
+    b_grad = load(grad + i_row * C + o_x, m_x)
+    b_x = load(x + i_row * C + o_x, m_x)
+    b_scale = load(scale + i_group[:, None] * C + o_c[None, :], m_x)
+    b_grad_energy = load(grad_energy + i_group[:, None] * C + o_c[None, :], m_x)
+    store(grad_x + i_row * C + o_x, b_grad * b_scale + 2.0 * b_x * b_grad_energy, m_x)
 
 
 @triton.jit
 def sum_slots(
-    partial_ptr,  # float32 (blocks + groups, channels)
-    splits_ptr,  # int64 (groups + 1,): rows of each group
-    group,
-    part,  # this program's share of the slots
-    parts,  # in how many shares they are cut
-    c,  # (BLOCK_C,) channels
-    channels,
+    partial,  # (row blocks + groups, C) float32
+    splits,  # (groups + 1,) int64: rows of each group
+    i_group,
+    i_part,  # this program's share of the slots
+    o_c,  # (BLOCK_C,)
+    PARTS,  # in how many shares they are cut
+    C,
     block_rows,
-    SLOTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # slots at a time
     BLOCK_C: tl.constexpr,
 ):
-    """Sum over part of the slots of a group, `(BLOCK_C,)`; 0 for a group without rows."""
-    begin = tl.load(splits_ptr + group).to(tl.int32)  # rows are numbered in 32 bits: divisions in 64 are slow
-    end = tl.load(splits_ptr + group + 1).to(tl.int32)
-    first = begin // block_rows
-    slots = tl.where(end > begin, (end - 1) // block_rows - first + 1, 0)
-    share = tl.cdiv(slots, parts)
-    base = (first + group).to(tl.int64) * channels
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    for slot0 in range(part * share, tl.minimum((part + 1) * share, slots), SLOTS):
-        slot = slot0 + tl.arange(0, SLOTS)
-        taken = (slot < tl.minimum((part + 1) * share, slots))[:, None] & (c < channels)[None, :]
-        at = slot.to(tl.int64)[:, None] * channels + c[None, :]
-        total += tl.sum(tl.load(partial_ptr + base + at, taken, 0.0), axis=0)
-    return total
+    """Return the sum over part of the slots of a group, `(BLOCK_C,)`; 0 for a group without rows."""
+    i_begin = tl.load(splits + i_group).to(tl.int32)  # Rows are numbered in 32 bits: divisions in 64 are slow.
+    i_end = tl.load(splits + i_group + 1).to(tl.int32)
+    i_block = i_begin // block_rows
+    slots = tl.where(i_end > i_begin, (i_end - 1) // block_rows - i_block + 1, 0)
+    share = tl.cdiv(slots, PARTS)
+    i_last = tl.minimum((i_part + 1) * share, slots)
+    o_group = (i_block + i_group).to(tl.int64) * C
+    b_sum = tl.zeros((BLOCK_C,), tl.float32)
+    for i_first in range(i_part * share, i_last, BLOCK_S):
+        o_s = i_first + tl.arange(0, BLOCK_S)
+        o_partial = o_s.to(tl.int64)[:, None] * C + o_c[None, :]
+        b_sum += tl.sum(load(partial + o_group + o_partial, (o_s < i_last)[:, None] & (o_c < C)[None, :]), axis=0)
+    return b_sum
 
 
 @triton.jit
 def sum_partials_kernel(
-    partial_ptr,  # float32 (blocks + groups, C)
-    splits_ptr,  # int64 (groups + 1,)
-    out_ptr,  # float32 (groups, PARTS, C), out
+    partial,  # (row blocks + groups, C) float32
+    splits,  # (groups + 1,) int64: rows of each group
+    out,  # (groups, PARTS, C) float32
     C,
     block_rows,
     PARTS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C
 ):
-    channels = C // ALIGN * ALIGN
-    c = tl.program_id(0) % tl.cdiv(channels, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-    share = tl.program_id(0) // tl.cdiv(channels, BLOCK_C)
-    total = sum_slots(
-        partial_ptr, splits_ptr, share // PARTS, share % PARTS, PARTS, c, channels, block_rows, SLOTS, BLOCK_C
-    )
-    tl.store(out_ptr + share.to(tl.int64) * channels + c, total, c < channels)
+    """out = the sums over PARTS shares of the slots of each group."""
+    C = aligned(C, ALIGN)
+    i_share, o_c = channel_block(C, BLOCK_C)
+    i_group, i_part = i_share // PARTS, i_share % PARTS
+    b_sum = sum_slots(partial, splits, i_group, i_part, o_c, PARTS, C, block_rows, BLOCK_S, BLOCK_C)
+    store(out + i_share.to(tl.int64) * C + o_c, b_sum, o_c < C)
 
 
 @triton.jit
 def response_kernel(
-    partial_ptr,  # float32 (blocks + groups, C): staircase sums of x^2
-    splits_ptr,  # int64 (groups + 1,)
-    gamma_ptr,  # float32 (C,)
-    energy_ptr,  # float32 (groups, C), out: q
-    scale_ptr,  # float32 (groups, C), out: 1 + gamma N
+    partial,  # (row blocks + groups, C) float32: staircase sums of x^2
+    splits,  # (groups + 1,) int64: rows of each group
+    gamma,  # (C,) float32
+    energy,  # (groups, C) float32: q
+    scale,  # (groups, C) float32: s
+    eps,
     C,
     block_rows,
-    eps,
-    SLOTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C
 ):
-    """G = sqrt(q), N = G / (mean_c G + eps). One program per group."""
-    channels = C // ALIGN * ALIGN
-    group = tl.program_id(0)
-    base = group.to(tl.int64) * channels
+    """q = sum x^2, G = sqrt(q), N = G / (mean_c G + eps), s = 1 + gamma N. One program per group."""
+    C = aligned(C, ALIGN)
+    i_group = tl.program_id(0)
+    o_group = i_group.to(tl.int64) * C
     total = 0.0
-    for c0 in range(0, channels, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        energy = sum_slots(partial_ptr, splits_ptr, group, 0, 1, c, channels, block_rows, SLOTS, BLOCK_C)
-        total += tl.sum(tl.sqrt(energy), axis=0)
-        tl.store(energy_ptr + base + c, energy, c < channels)
-    inverse = 1.0 / (total / channels + eps)
-    tl.debug_barrier()  # the energies are read back, by other threads perhaps
-    for c0 in range(0, channels, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        norm = tl.sqrt(tl.load(energy_ptr + base + c, c < channels, 0.0))
-        gamma = tl.load(gamma_ptr + c, c < channels, 0.0)
-        response = tl.where(norm == 0.0, 0.0, norm * inverse)
-        tl.store(scale_ptr + base + c, 1.0 + gamma * response, c < channels)
+    for i_c in range(0, C, BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        b_energy = sum_slots(partial, splits, i_group, 0, o_c, 1, C, block_rows, BLOCK_S, BLOCK_C)
+        total += tl.sum(tl.sqrt(b_energy), axis=0)
+        store(energy + o_group + o_c, b_energy, o_c < C)
+    inverse = 1.0 / (total / C + eps)
+    tl.debug_barrier()  # The energies are read back, by other threads perhaps.
+    for i_c in range(0, C, BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        b_norm = tl.sqrt(load(energy + o_group + o_c, o_c < C))
+        b_gamma = load(gamma + o_c, o_c < C)
+        b_response = tl.where(b_norm == 0.0, 0.0, b_norm * inverse)
+        store(scale + o_group + o_c, 1.0 + b_gamma * b_response, o_c < C)
 
 
 @triton.jit
 def response_backward_kernel(
-    partial_ptr,  # float32 (blocks + groups, C): staircase sums of ds, the gradient of the scale
-    splits_ptr,  # int64 (groups + 1,)
-    energy_ptr,  # float32 (groups, C): q
-    gamma_ptr,  # float32 (C,)
-    grad_scale_ptr,  # float32 (groups, C), out: ds
-    grad_gamma_ptr,  # float32 (groups, C), out: ds N, each group's part of the gradient of gamma
-    grad_energy_ptr,  # float32 (groups, C), out: dq
-    scale_ptr,  # float32 (groups, C), out: 1 + gamma N, as in forward
+    partial,  # (row blocks + groups, C) float32: staircase sums of ds, the gradient of the scale
+    splits,  # (groups + 1,) int64: rows of each group
+    energy,  # (groups, C) float32: q
+    gamma,  # (C,) float32
+    grad_scale,  # (groups, C) float32: ds
+    grad_gamma,  # (groups, C) float32: ds N, each group's part of the gradient of gamma
+    grad_energy,  # (groups, C) float32: dq
+    scale,  # (groups, C) float32: s, as in forward
+    eps,
     C,
     block_rows,
-    eps,
-    SLOTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C
 ):
     """dN = ds gamma, dG = dN / (M + eps) - sum_c(dN G) / (C (M + eps)^2) with M = mean_c G, dq = dG / (2 G), all 0
     where G = 0: at a channel that is zero everywhere, and in a group without rows. One program per group."""
-    channels = C // ALIGN * ALIGN
-    group = tl.program_id(0)
-    base = group.to(tl.int64) * channels
+    C = aligned(C, ALIGN)
+    i_group = tl.program_id(0)
+    o_group = i_group.to(tl.int64) * C
     total = 0.0
-    dot = 0.0
-    for c0 in range(0, channels, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        grad_scale = sum_slots(partial_ptr, splits_ptr, group, 0, 1, c, channels, block_rows, SLOTS, BLOCK_C)
-        norm = tl.sqrt(tl.load(energy_ptr + base + c, c < channels, 0.0))
-        gamma = tl.load(gamma_ptr + c, c < channels, 0.0)
-        total += tl.sum(norm, axis=0)
-        dot += tl.sum(tl.where(norm == 0.0, 0.0, grad_scale * gamma * norm), axis=0)
-        tl.store(grad_scale_ptr + base + c, grad_scale, c < channels)
-    inverse = 1.0 / (total / channels + eps)
-    through_mean = dot / channels * inverse * inverse
-    tl.debug_barrier()  # ds is read back, by other threads perhaps
-    for c0 in range(0, channels, BLOCK_C):
-        c = c0 + tl.arange(0, BLOCK_C)
-        grad_scale = tl.load(grad_scale_ptr + base + c, c < channels, 0.0)
-        norm = tl.sqrt(tl.load(energy_ptr + base + c, c < channels, 0.0))
-        gamma = tl.load(gamma_ptr + c, c < channels, 0.0)
-        silent = norm == 0.0
-        grad_norm = grad_scale * gamma * inverse - through_mean
-        grad_energy = grad_norm / (2.0 * tl.where(silent, 1.0, norm))
-        tl.store(grad_gamma_ptr + base + c, tl.where(silent, 0.0, grad_scale * norm * inverse), c < channels)
-        tl.store(grad_energy_ptr + base + c, tl.where(silent, 0.0, grad_energy), c < channels)
-        tl.store(scale_ptr + base + c, 1.0 + gamma * tl.where(silent, 0.0, norm * inverse), c < channels)
+    along = 0.0
+    for i_c in range(0, C, BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        b_grad_scale = sum_slots(partial, splits, i_group, 0, o_c, 1, C, block_rows, BLOCK_S, BLOCK_C)
+        b_norm = tl.sqrt(load(energy + o_group + o_c, o_c < C))
+        b_gamma = load(gamma + o_c, o_c < C)
+        total += tl.sum(b_norm, axis=0)
+        along += tl.sum(tl.where(b_norm == 0.0, 0.0, b_grad_scale * b_gamma * b_norm), axis=0)
+        store(grad_scale + o_group + o_c, b_grad_scale, o_c < C)
+    inverse = 1.0 / (total / C + eps)
+    through_mean = along / C * inverse * inverse
+    tl.debug_barrier()  # ds is read back, by other threads perhaps.
+    for i_c in range(0, C, BLOCK_C):
+        o_c = i_c + tl.arange(0, BLOCK_C)
+        b_grad_scale = load(grad_scale + o_group + o_c, o_c < C)
+        b_norm = tl.sqrt(load(energy + o_group + o_c, o_c < C))
+        b_gamma = load(gamma + o_c, o_c < C)
+        m_silent = b_norm == 0.0
+        b_grad_norm = b_grad_scale * b_gamma * inverse - through_mean
+        b_grad_energy = b_grad_norm / (2.0 * tl.where(m_silent, 1.0, b_norm))
+        b_response = tl.where(m_silent, 0.0, b_norm * inverse)
+        store(grad_gamma + o_group + o_c, tl.where(m_silent, 0.0, b_grad_scale * b_norm * inverse), o_c < C)
+        store(grad_energy + o_group + o_c, tl.where(m_silent, 0.0, b_grad_energy), o_c < C)
+        store(scale + o_group + o_c, 1.0 + b_gamma * b_response, o_c < C)
 
 
 def partial_sums(rows: int, groups: int, channels: int, block_rows: int, like: Tensor) -> Tensor:
-    """Uninitialised buffer of staircase sums, float32 `(blocks + groups, C)`, on the device of `like`."""
-    shape = triton_launch.blocks(rows, block_rows) + groups, channels
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
+    """Return an uninitialised buffer of staircase sums, float32 `(row blocks + groups, C)`, on the device of `like`."""
+    return torch.empty(blocks(rows, block_rows) + groups, channels, dtype=torch.float32, device=like.device)
 
 
 def sum_partials(partial: Tensor, splits: Tensor, block_rows: int) -> Tensor:
-    """Second stage of a staircase sum.
+    """Return the second stage of a staircase sum, float32 `(groups, C)`, 0 for groups without rows.
 
     Args:
-        partial: float32 `(blocks + groups, C)`.
+        partial: float32 `(row blocks + groups, C)`.
         splits: int64 `(groups + 1,)`, rows of each group.
         block_rows: rows of a block of the first stage.
-
-    Returns:
-        float32 `(groups, C)`, 0 for groups without rows.
     """
     groups, channels = splits.shape[0] - 1, partial.shape[1]
-    parts = min(64, triton.next_power_of_2(triton_launch.blocks(_slots(partial, groups), 128)))
+    parts = min(64, triton.next_power_of_2(blocks(_slots(partial, groups), 128)))
     out = partial.new_empty(groups, parts, channels)
     block_c = min(32, triton.next_power_of_2(channels))
-    triton_launch.launch(
+    launch(
         sum_partials_kernel,
-        (groups * parts * triton_launch.blocks(channels, block_c),),
-        partial,
-        splits,
-        out,
-        channels,
-        block_rows,
+        (groups * parts * blocks(channels, block_c),),
+        partial=partial,
+        splits=splits,
+        out=out,
+        C=channels,
+        block_rows=block_rows,
         PARTS=parts,
-        SLOTS=64,
+        BLOCK_S=64,
         BLOCK_C=block_c,
-        ALIGN=math.gcd(channels, 16),
+        ALIGN=alignment(channels),
     )
     return out.view(groups, channels) if parts == 1 else out.sum(1)
 
 
 def response(partial: Tensor, splits: Tensor, block_rows: int, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Statistics of GRN from staircase sums of squares.
+    """Return the statistics of GRN from staircase sums of squares.
 
     Args:
-        partial: float32 `(blocks + groups, C)`.
+        partial: float32 `(row blocks + groups, C)`.
         splits: int64 `(groups + 1,)`, rows of each group.
         block_rows: rows of a block of the first stage.
         gamma: float32 `(C,)`.
@@ -333,21 +312,18 @@ def response(partial: Tensor, splits: Tensor, block_rows: int, gamma: Tensor, ep
     """
     groups, channels = splits.shape[0] - 1, partial.shape[1]
     energy, scale = partial.new_empty(groups, channels), partial.new_empty(groups, channels)
-    partial, block_rows = _few_slots(partial, splits, block_rows)
-    options = _finaliser(_slots(partial, groups), channels)
-    triton_launch.launch(
-        response_kernel, (groups,), partial, splits, gamma, energy, scale, channels, block_rows, eps, **options
-    )
+    tensors = {"splits": splits, "gamma": gamma, "energy": energy, "scale": scale}
+    launch(response_kernel, (groups,), **tensors, eps=eps, **_finaliser(partial, splits, block_rows))
     return energy, scale
 
 
 def response_backward(
     partial: Tensor, splits: Tensor, block_rows: int, energy: Tensor, gamma: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `response` from staircase sums of the gradient of the scale, ds.
+    """Return the gradients of `response` from staircase sums of the gradient of the scale, ds.
 
     Args:
-        partial: float32 `(blocks + groups, C)`; other arguments as `response`.
+        partial: float32 `(row blocks + groups, C)`; other arguments as `response`.
         energy: float32 `(groups, C)`, as `response` returned it.
 
     Returns:
@@ -355,135 +331,115 @@ def response_backward(
         grad_energy: float32 `(groups, C)`, 0 where the energy is 0.
         scale: float32 `(groups, C)`, as `response` returned it.
     """
-    groups, channels = energy.shape
     grad_scale, grad_gamma, grad_energy, scale = (torch.empty_like(energy) for _ in range(4))
-    partial, block_rows = _few_slots(partial, splits, block_rows)
-    options = _finaliser(_slots(partial, groups), channels)
-    triton_launch.launch(
+    launch(
         response_backward_kernel,
-        (groups,),
-        partial,
-        splits,
-        energy,
-        gamma,
-        grad_scale,
-        grad_gamma,
-        grad_energy,
-        scale,
-        channels,
-        block_rows,
-        eps,
-        **options,
+        (energy.shape[0],),
+        splits=splits,
+        energy=energy,
+        gamma=gamma,
+        grad_scale=grad_scale,
+        grad_gamma=grad_gamma,
+        grad_energy=grad_energy,
+        scale=scale,
+        eps=eps,
+        **_finaliser(partial, splits, block_rows),
     )
     return grad_gamma.sum(0), grad_energy, scale
 
 
 def _slots(partial: Tensor, groups: int) -> int:
-    """Slots per group, on average and at least one."""
-    return triton_launch.blocks(partial.shape[0], max(groups, 1))
+    """Return the number of slots per group, on average and at least one."""
+    return blocks(partial.shape[0], max(groups, 1))
 
 
-def _few_slots(partial: Tensor, splits: Tensor, block_rows: int) -> tuple[Tensor, int]:
-    """The same sums in no more slots than one program per group adds quickly, and their `block_rows`."""
-    if _slots(partial, splits.shape[0] - 1) <= FINALISER_SLOTS:
-        return partial, block_rows
-    return sum_partials(partial, splits, block_rows), ONE_SLOT_EACH
+def _finaliser(partial: Tensor, splits: Tensor, block_rows: int) -> dict[str, Any]:
+    """Return the partial sums for a kernel with one program per group, and its sizes and options.
 
-
-def _finaliser(slots: int, channels: int) -> dict[str, int]:
-    """Options of the kernels with one program per group."""
+    More slots than such a program adds quickly are summed before.
+    """
+    groups, channels = splits.shape[0] - 1, partial.shape[1]
+    if _slots(partial, groups) > FINALISER_SLOTS:
+        partial, block_rows = sum_partials(partial, splits, block_rows), ONE_SLOT_EACH
     block_c = min(triton.next_power_of_2(channels), FINALISER_VALUES)
-    at_once = min(triton.next_power_of_2(slots), FINALISER_VALUES // block_c)
-    warps = max(1, at_once * block_c // 512)
-    # Without a bound ptxas spills a register to get along with a few less than it needs.
+    block_s = min(triton.next_power_of_2(_slots(partial, groups)), FINALISER_VALUES // block_c)
     return {
-        "SLOTS": at_once,
+        "partial": partial,
+        "C": channels,
+        "block_rows": block_rows,
+        "BLOCK_S": block_s,
         "BLOCK_C": block_c,
-        "ALIGN": math.gcd(channels, 16),
-        "num_warps": warps,
-        "maxnreg": 128,
+        "ALIGN": alignment(channels),
+        "num_warps": max(1, block_s * block_c // 512),
+        "maxnreg": 128,  # Without a bound ptxas spills a register to get along with a few less than it needs.
     }
 
 
 def _row_blocks(rows: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and options of the kernels that walk `(rows, C)` in blocks."""
+    """Return the grid, the sizes and the options of the kernels that walk `(rows, C)` in blocks."""
     block_c = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
-    grid = (triton_launch.blocks(rows, BLOCK_ROWS) * triton_launch.blocks(channels, block_c),)
-    return grid, {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_C": block_c, "ALIGN": math.gcd(channels, 16), "num_warps": 4}
+    options = {"BLOCK_R": BLOCK_ROWS, "BLOCK_C": block_c, "ALIGN": alignment(channels), "num_warps": 4}
+    return (blocks(rows, BLOCK_ROWS) * blocks(channels, block_c),), {"ROWS": rows, "C": channels, **options}
 
 
 def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, scope: str, eps: float) -> Tensor:
     """Return features `(rows, C)`; `gamma`, `beta` `(C,)`."""
-    groups, splits = row_groups(x.layout, scope), group_splits(x.layout, scope)
-    out, _ = grn_forward(x.features.contiguous(), gamma, beta, groups, splits, eps)
+    groups = row_groups(x.layout, scope), group_splits(x.layout, scope)
+    out, _ = torch.ops.sparsecnx_triton.grn(x.features.contiguous(), gamma, beta, *groups, eps)
     return out
 
 
-@torch.library.custom_op("sparsecnx_triton::grn", mutates_args=())
-def grn_forward(
+def _grn(
     x: Tensor, gamma: Tensor, beta: Tensor, row_group: Tensor, splits: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return features `(rows, C)`, and the energy of every group and channel, `(groups, C)`."""
-    (rows, channels), groups = x.shape, splits.shape[0] - 1
-    grid, options = _row_blocks(rows, channels)
-    partial = partial_sums(rows, groups, channels, BLOCK_ROWS, x)
-    triton_launch.launch(energy_kernel, grid, x, row_group, partial, rows, channels, **options)
+    grid, options = _row_blocks(*x.shape)
+    partial, out = partial_sums(x.shape[0], splits.shape[0] - 1, x.shape[1], BLOCK_ROWS, x), torch.empty_like(x)
+    launch(energy_kernel, grid, x=x, row_group=row_group, partial=partial, **options)
     energy, scale = response(partial, splits, BLOCK_ROWS, gamma, eps)
-    out = torch.empty_like(x)
-    triton_launch.launch(apply_kernel, grid, x, scale, beta, row_group, out, rows, channels, **options)
+    launch(apply_kernel, grid, x=x, scale=scale, beta=beta, row_group=row_group, out=out, **options)
     return out, energy
 
 
-@grn_forward.register_fake
-def _(x: Tensor, gamma: Tensor, beta: Tensor, row_group: Tensor, splits: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), gamma.new_empty(splits.shape[0] - 1, x.shape[1])
-
-
-@torch.library.custom_op("sparsecnx_triton::grn_backward", mutates_args=())
-def grn_backward(
-    grad: Tensor,
-    x: Tensor,
-    gamma: Tensor,
-    row_group: Tensor,
-    splits: Tensor,
-    energy: Tensor,
-    eps: float,
+def _grn_backward(
+    grad: Tensor, x: Tensor, gamma: Tensor, row_group: Tensor, splits: Tensor, energy: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, gamma and beta."""
+    """Return the gradients of x, gamma and beta."""
     (rows, channels), groups = x.shape, splits.shape[0] - 1
     grid, options = _row_blocks(rows, channels)
+    inputs = {"grad": grad, "x": x, "row_group": row_group}
     partial = partial_sums(rows, groups, channels, BLOCK_ROWS, x)
-    bias_partial = partial_sums(rows, 0, channels, BLOCK_ROWS, x)
-    triton_launch.launch(
-        gradient_sums_kernel, grid, grad, x, row_group, partial, bias_partial, rows, channels, **options
-    )
+    partial_bias = partial_sums(rows, 0, channels, BLOCK_ROWS, x)
+    launch(gradient_sums_kernel, grid, **inputs, partial=partial, partial_bias=partial_bias, **options)
     grad_gamma, grad_energy, scale = response_backward(partial, splits, BLOCK_ROWS, energy, gamma, eps)
     grad_x = torch.empty_like(x)
-    triton_launch.launch(
-        apply_backward_kernel, grid, grad, x, scale, grad_energy, row_group, grad_x, rows, channels, **options
+    launch(apply_backward_kernel, grid, **inputs, scale=scale, grad_energy=grad_energy, grad_x=grad_x, **options)
+    return grad_x, grad_gamma, partial_bias.sum(0)
+
+
+def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    grads = torch.ops.sparsecnx_triton.grn_backward(
+        grad, saved.x, saved.gamma, saved.row_group, saved.splits, *saved.outputs, saved.eps
     )
-    return grad_x, grad_gamma, bias_partial.sum(0)
+    return dict(zip(("x", "gamma", "beta"), grads, strict=True))
 
 
-@grn_backward.register_fake
-def _(grad: Tensor, x: Tensor, gamma: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(gamma), torch.empty_like(gamma)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, gamma, _, row_group, splits, eps = inputs
-    _, energy = output
-    ctx.mark_non_differentiable(energy)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, gamma, row_group, splits, energy)
-    ctx.eps = eps
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 6
-    grads = grn_backward(grad.contiguous(), *ctx.saved_tensors, ctx.eps)
-    return *grads, None, None, None
-
-
-grn_forward.register_autograd(_backward, setup_context=_setup_context)
+register(
+    "sparsecnx_triton::grn",
+    function=_grn,
+    fake=lambda x, gamma, beta, row_group, splits, eps: (
+        torch.empty_like(x),
+        gamma.new_empty(splits.shape[0] - 1, x.shape[1]),
+    ),
+    saves=("x", "gamma", "row_group", "splits", "eps"),
+    backward=_backward,
+)
+register(
+    "sparsecnx_triton::grn_backward",
+    function=_grn_backward,
+    fake=lambda grad, x, gamma, row_group, splits, energy, eps: (
+        torch.empty_like(x),
+        torch.empty_like(gamma),
+        torch.empty_like(gamma),
+    ),
+)

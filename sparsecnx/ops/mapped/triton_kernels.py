@@ -10,17 +10,16 @@ and leaves partial sums over its range; those are added up in a second stage, in
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsecnx.backends import triton_launch
-from sparsecnx.backends.triton_functions import aligned, rounded
+from sparsecnx.backends.registration import Saved, register
+from sparsecnx.backends.triton_functions import aligned, load, row_block, store, zero_blocks
+from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors
 from sparsecnx.geometry.kernel_map import MappedRows, invert_kernel_map
-from sparsecnx.ops.convolution.triton_kernels import rows_conv
+from sparsecnx.ops.convolution import triton_kernels as _convolution  # noqa: F401 - registers sparsecnx_triton::conv
 
 WARPS = 4
 CHANNEL_BLOCKS = (128, 64, 32)
@@ -32,148 +31,133 @@ ROWS_IN_L1 = 1024  # of a range of the weight gradient
 
 @triton.jit
 def mapped_depthwise_conv_kernel(
-    x_ptr,  # (rows in, C)
-    weight_ptr,  # (K, C)
-    bias_ptr,  # (C,) float32
-    map_ptr,  # (rows out, K) int32
-    out_ptr,  # (rows out, C)
-    rows,
+    x,  # (rows in, C)
+    weight,  # (K, C)
+    bias,  # (C,) float32, or None
+    kernel_map,  # (ROWS, K) int32
+    out,  # (ROWS, C)
+    ROWS,
     C,
     K: tl.constexpr,
-    TAPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C
 ):
-    """out[o] = sum over k of weight[k] * x[map[o, k]], + bias."""
-    C = aligned(C, ALIGN)  # noqa: N806
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    known = row < rows
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < C
-    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for k0 in range(0, K, TAPS):
-        for j in tl.static_range(TAPS):
-            read = tl.load(map_ptr + row * K + (k0 + j), mask=known, other=-1)
-            values = tl.load(
-                x_ptr + read.to(tl.int64)[:, None] * C + channel[None, :],
-                mask=(read >= 0)[:, None] & inside[None, :],
-                other=0.0,
-            )
-            weight = tl.load(weight_ptr + (k0 + j) * C + channel, mask=inside, other=0.0)
-            total += values.to(tl.float32) * weight.to(tl.float32)[None, :]
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + channel, mask=inside, other=0.0)[None, :]
-    out = rounded(total, out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row[:, None] * C + channel[None, :], out, mask=known[:, None] & inside[None, :])
+    """out[o] = sum over k of weight[k] x[kernel_map[o, k]], + bias."""
+    C = aligned(C, ALIGN)
+    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    i_row, o_r, m_r, o_x, m_x = row_block(tl.program_id(0), o_c, ROWS, C, BLOCK_R)
+    b_out = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for i_k in range(0, K, BLOCK_K):
+        for j in tl.static_range(BLOCK_K):
+            b_x = load_mapped(x, kernel_map + i_row * K + o_r * K + (i_k + j), m_r, o_c, C)
+            b_weight = load(weight + (i_k + j) * C + o_c, o_c < C)
+            b_out += b_x * b_weight[None, :]
+    if bias is not None:
+        b_out += load(bias + o_c, o_c < C)[None, :]
+    store(out + i_row * C + o_x, b_out, m_x)
 
 
 @triton.jit
 def mapped_depthwise_conv_weight_grad_kernel(
-    grad_ptr,  # (rows out, C)
-    x_ptr,  # (rows in, C)
-    map_ptr,  # (rows out, K) int32
-    partial_ptr,  # (ranges, K + 1, C) float32: of the weight, then of the bias
-    rows,
-    rows_per_program,
+    grad,  # (ROWS, C)
+    x,  # (rows in, C)
+    kernel_map,  # (ROWS, K) int32
+    partial,  # (ranges, K + 1, C) float32: of the weight, then of the bias
+    ROWS,
     C,
+    blocks_per_program,
     K: tl.constexpr,
-    TAPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr,  # a divisor of C
 ):
-    """partial[range, k] = sum over output rows of grad[o] * x[map[o, k]]; partial[range, K] = sum of grad."""
-    C = aligned(C, ALIGN)  # noqa: N806
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < C
-    first = tl.program_id(1).to(tl.int64) * rows_per_program
-    steps = tl.cdiv(tl.minimum(rows_per_program, rows - first), BLOCK_R)
-    partial = partial_ptr + tl.program_id(1).to(tl.int64) * ((K + 1) * C) + channel
-    for k0 in range(0, K, TAPS):
-        sums = ()
-        for _ in tl.static_range(TAPS):
-            sums = sums + (tl.zeros((BLOCK_R, BLOCK_C), tl.float32),)
-        total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        for step in range(steps):
-            row = first + step * BLOCK_R + tl.arange(0, BLOCK_R)
-            known = row < rows
-            grad = tl.load(
-                grad_ptr + row[:, None] * C + channel[None, :], mask=known[:, None] & inside[None, :], other=0.0
-            ).to(tl.float32)
-            total += grad
-            updated = ()
-            for j in tl.static_range(TAPS):
-                read = tl.load(map_ptr + row * K + (k0 + j), mask=known, other=-1)
-                values = tl.load(
-                    x_ptr + read.to(tl.int64)[:, None] * C + channel[None, :],
-                    mask=(read >= 0)[:, None] & inside[None, :],
-                    other=0.0,
-                )
-                updated = updated + (sums[j] + values.to(tl.float32) * grad,)
-            sums = updated
-        for j in tl.static_range(TAPS):
-            tl.store(partial + (k0 + j) * C, tl.sum(sums[j], axis=0), mask=inside)
-        if k0 == 0:
-            tl.store(partial + K * C, tl.sum(total, axis=0), mask=inside)
+    """partial[range, k] = sum over output rows of grad[o] x[kernel_map[o, k]]; partial[range, K] = sum of grad."""
+    C = aligned(C, ALIGN)
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    i_first = tl.program_id(1) * blocks_per_program
+    i_last = tl.minimum(i_first + blocks_per_program, tl.cdiv(ROWS, BLOCK_R))
+    p_partial = partial + tl.program_id(1).to(tl.int64) * ((K + 1) * C) + o_c
+    for i_k in range(0, K, BLOCK_K):
+        b_sums = zero_blocks(BLOCK_K, BLOCK_R, BLOCK_C)
+        b_total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for i_block in range(i_first, i_last):
+            i_row, o_r, m_r, o_x, m_x = row_block(i_block, o_c, ROWS, C, BLOCK_R)
+            b_grad = load(grad + i_row * C + o_x, m_x)
+            b_total += b_grad
+            b_updated = ()
+            for j in tl.static_range(BLOCK_K):
+                b_x = load_mapped(x, kernel_map + i_row * K + o_r * K + (i_k + j), m_r, o_c, C)
+                b_updated = b_updated + (b_sums[j] + b_x * b_grad,)
+            b_sums = b_updated
+        for j in tl.static_range(BLOCK_K):
+            store(p_partial + (i_k + j) * C, tl.sum(b_sums[j], axis=0), o_c < C)
+        if i_k == 0:
+            store(p_partial + K * C, tl.sum(b_total, axis=0), o_c < C)
+
+
+@triton.jit
+def load_mapped(x, p_map, m_r, o_c, C):
+    """Return the rows of x (rows, C) that entries of a kernel map name, 0 where that is -1."""
+    b_read = tl.load(p_map, mask=m_r, other=-1).to(tl.int64)
+    return load(x + b_read[:, None] * C + o_c[None, :], (b_read >= 0)[:, None] & (o_c < C)[None, :])
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor) -> Tensor:
-    """`(rows out, C)` of `x (rows in, C)`, `weight (K, C)`, `bias (C,)` float32 or None, `kernel_map (rows out, K)`."""
-    rows, channels = kernel_map.shape[0], x.shape[1]
+    """Return `(rows out, C)` of `x (rows in, C)`, `weight (K, C)`, `bias (C,)` in float32 or None, and
+    `kernel_map (rows out, K)`."""
+    (rows, taps), channels = kernel_map.shape, x.shape[1]
     out = x.new_empty(rows, channels)
     block_r, block_c = _blocks(x)
     block_r *= ROWS
-    triton_launch.launch(
+    launch(
         mapped_depthwise_conv_kernel,
-        (triton_launch.blocks(rows, block_r), triton_launch.blocks(channels, block_c)),
-        x,
-        weight,
-        bias,
-        kernel_map,
-        out,
-        rows,
-        channels,
-        K=kernel_map.shape[1],
-        TAPS=_taps(kernel_map),
+        (blocks(rows, block_r), blocks(channels, block_c)),
+        x=x,
+        weight=weight,
+        bias=bias,
+        kernel_map=kernel_map,
+        out=out,
+        ROWS=rows,
+        C=channels,
+        K=taps,
+        BLOCK_K=_taps(kernel_map),
         BLOCK_R=block_r,
         BLOCK_C=block_c,
-        ALIGN=triton_launch.alignment(channels),
-        HAS_BIAS=bias is not None,
+        ALIGN=alignment(channels),
         num_warps=WARPS,
     )
     return out
 
 
 def weight_grad(grad: Tensor, x: Tensor, kernel_map: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the weight, `(K, C)` in the dtype of `x`, and of the bias, float32 `(C,)`."""
+    """Return the gradients of the weight, `(K, C)` in the dtype of `x`, and of the bias, float32 `(C,)`."""
     (rows, taps), channels = kernel_map.shape, x.shape[1]
     block_r, block_c = _blocks(x)
-    wide = triton_launch.blocks(channels, block_c)
+    wide = blocks(channels, block_c)
     # Ranges short enough for L1 and for enough programs, long enough for the partial sums to be few beside the rows.
-    ranges = max(
-        triton_launch.blocks(rows, ROWS_IN_L1), triton_launch.blocks(4 * triton_launch.processors(x.device), wide)
-    )
+    ranges = max(blocks(rows, ROWS_IN_L1), blocks(4 * processors(x.device), wide))
     ranges = max(1, min(ranges, rows // (4 * block_r)))
-    per_program = max(1, triton_launch.blocks(triton_launch.blocks(rows, ranges), block_r)) * block_r
-    ranges = max(1, triton_launch.blocks(rows, per_program))
+    blocks_per_program = max(1, blocks(blocks(rows, ranges), block_r))
+    ranges = max(1, blocks(rows, blocks_per_program * block_r))
     partial = torch.empty(ranges, taps + 1, channels, dtype=torch.float32, device=x.device)
-    triton_launch.launch(
+    launch(
         mapped_depthwise_conv_weight_grad_kernel,
         (wide, ranges),
-        grad,
-        x,
-        kernel_map,
-        partial,
-        rows,
-        per_program,
-        channels,
+        grad=grad,
+        x=x,
+        kernel_map=kernel_map,
+        partial=partial,
+        ROWS=rows,
+        C=channels,
+        blocks_per_program=blocks_per_program,
         K=taps,
-        TAPS=_taps(kernel_map),
+        BLOCK_K=_taps(kernel_map),
         BLOCK_R=block_r,
         BLOCK_C=block_c,
-        ALIGN=triton_launch.alignment(channels),
+        ALIGN=alignment(channels),
         num_warps=WARPS,
         **({} if torch.version.hip else {"maxnreg": REGISTERS}),
     )
@@ -182,72 +166,67 @@ def weight_grad(grad: Tensor, x: Tensor, kernel_map: Tensor) -> tuple[Tensor, Te
 
 
 def _blocks(x: Tensor) -> tuple[int, int]:
-    """Rows and channels of a program: of a row, a thread takes 16 bytes."""
+    """Return the rows and channels of a program: of a row, a thread takes 16 bytes."""
     # The widest block that pads the channels least.
-    block = min(CHANNEL_BLOCKS, key=lambda size: (triton_launch.blocks(x.shape[1], size) * size, -size))
+    block = min(CHANNEL_BLOCKS, key=lambda size: (blocks(x.shape[1], size) * size, -size))
     return WARPS * 32 * 16 // x.element_size() // block, block
 
 
 def _taps(kernel_map: Tensor) -> int:
-    """Taps taken at once."""
+    """Return how many taps are taken at once."""
     return max((size for size in range(1, MOST_TAPS + 1) if kernel_map.shape[1] % size == 0), default=1)
 
 
 def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return features `(rows_out, C_out)`; `weight (K, C_in, C_out)`, `bias (C_out,)`."""
     taps = weight.permute(2, 0, 1).reshape(weight.shape[2], -1)  # (C_out, K * C_in)
-    maps = (x.kernel_map.contiguous(), None if x.inverse_map is None else x.inverse_map.contiguous())
-    out = rows_conv(x.features.contiguous(), taps.contiguous(), *maps)
+    out = torch.ops.sparsecnx_triton.conv(x.features.contiguous(), taps.contiguous(), *_maps(x))
     return out if bias is None else out + bias.to(out.dtype)
 
 
 def mapped_depthwise_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return features `(rows_out, C)`; `weight (K, C)`, `bias (C,)`."""
-    maps = (x.kernel_map.contiguous(), None if x.inverse_map is None else x.inverse_map.contiguous())
     bias = None if bias is None else bias.contiguous()
-    return _mapped_depthwise_conv(x.features.contiguous(), weight.contiguous(), bias, *maps)
+    features = x.features.contiguous()
+    return torch.ops.sparsecnx_triton.mapped_depthwise_conv(features, weight.contiguous(), bias, *_maps(x))
 
 
-@torch.library.custom_op("sparsecnx_triton::mapped_depthwise_conv", mutates_args=())
-def _mapped_depthwise_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor, inverse_map: Tensor | None
-) -> Tensor:
+def _maps(x: MappedRows) -> tuple[Tensor, Tensor | None]:
+    return x.kernel_map.contiguous(), None if x.inverse_map is None else x.inverse_map.contiguous()
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor, inverse_map: Tensor | None) -> Tensor:
+    """Return `convolve`. The gradient of x inverts the map where `inverse_map` is not given."""
     return convolve(x, weight, bias, kernel_map)
 
 
-@torch.library.custom_op("sparsecnx_triton::mapped_depthwise_conv_weight_grad", mutates_args=())
-def _weight_grad(grad: Tensor, x: Tensor, kernel_map: Tensor) -> tuple[Tensor, Tensor]:
-    return weight_grad(grad, x, kernel_map)
-
-
-@_mapped_depthwise_conv.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor, inverse_map: Tensor | None) -> Tensor:
-    return x.new_empty(kernel_map.shape[0], x.shape[1])
-
-
-@_weight_grad.register_fake
-def _(grad: Tensor, x: Tensor, kernel_map: Tensor) -> tuple[Tensor, Tensor]:
-    sums = x.new_empty(kernel_map.shape[1] + 1, x.shape[1], dtype=torch.float32)
-    return sums[:-1].to(x.dtype), sums[-1].clone()
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, kernel_map, inverse_map = inputs
-    ctx.save_for_backward(x, weight, kernel_map, inverse_map)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, kernel_map, inverse_map = ctx.saved_tensors
-    grad = grad.contiguous()
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
+def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    x, kernel_map, inverse_map = saved.x, saved.kernel_map, saved.inverse_map
+    grads: dict[str, Tensor | None] = {}
+    if "x" in saved.needs:
         # The adjoint reads the map the other way: every input row gathers from the output rows that read it.
-        inverse_map = invert_kernel_map(kernel_map, x.shape[0]) if inverse_map is None else inverse_map
-        grad_x = _mapped_depthwise_conv(grad, weight, None, inverse_map, kernel_map)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        grad_weight, grad_bias = _weight_grad(grad, x, kernel_map)
-    return grad_x, grad_weight, grad_bias if ctx.bias_dtype is not None else None, None, None
+        if inverse_map is None:
+            inverse_map = invert_kernel_map(kernel_map, x.shape[0])
+        grads["x"] = torch.ops.sparsecnx_triton.mapped_depthwise_conv(grad, saved.weight, None, inverse_map, kernel_map)
+    if saved.needs & {"weight", "bias"}:
+        grads["weight"], grads["bias"] = torch.ops.sparsecnx_triton.mapped_depthwise_conv_weight_grad(
+            grad, x, kernel_map
+        )
+    return grads
 
 
-_mapped_depthwise_conv.register_autograd(_backward, setup_context=_setup_context)
+register(
+    "sparsecnx_triton::mapped_depthwise_conv",
+    function=_conv,
+    fake=lambda x, weight, bias, kernel_map, inverse_map: x.new_empty(kernel_map.shape[0], x.shape[1]),
+    saves=("x", "weight", "kernel_map", "inverse_map"),
+    backward=_backward,
+)
+register(
+    "sparsecnx_triton::mapped_depthwise_conv_weight_grad",
+    function=weight_grad,
+    fake=lambda grad, x, kernel_map: (
+        x.new_empty(kernel_map.shape[1], x.shape[1]),
+        x.new_empty(x.shape[1], dtype=torch.float32),
+    ),
+)
