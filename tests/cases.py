@@ -1,4 +1,4 @@
-"""Random geometries, and the comparison of an operator with its float64 dense reference."""
+"""Draw random geometries, and compare an operator with its float64 reference."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sparsecnx.ops import (
     mapped,
 )
 
-# Where Triton's and CUDA's kernels run: on a GPU, or in the interpreter and the emulator (see conftest.py). The other
+# Triton's and CUDA's kernels run on a GPU, or else in the interpreter and the emulator (see conftest.py). The other
 # backends run on the CPU.
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -51,8 +51,10 @@ ON_GPU = ("triton", "cuda")
 
 
 def without_operators(refusal: str, build: str | None) -> NoReturn:
-    """On a GPU a missing operator fails its tests, for a run that skips them looks like one that passed; unless
-    SPARSECNX_BUILD says that none were to be built."""
+    """Fail a test whose GPU operators are missing on a GPU; skip it where SPARSECNX_BUILD says that none were built.
+
+    A run that skips them would look like one that passed.
+    """
     if build in ("cpu", "none"):
         pytest.skip(f"SPARSECNX_BUILD={build}: {refusal}")
     pytest.fail(f"{refusal} (with SPARSECNX_BUILD=cpu in the environment this test is skipped)")
@@ -66,12 +68,12 @@ TILES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 
 
 def name(value: object) -> str:
-    """An id that spells the value."""
+    """Return an id that spells the value."""
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def draw_mask(kind: str, batch: int, grid: tuple[int, ...], seed: int) -> Tensor:
-    """bool `(batch, *grid)`, True = masked."""
+    """Return a mask, bool `(batch, *grid)`, True = masked."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(batch, math.prod(grid), generator=generator)
     if kind == "all visible":
@@ -93,7 +95,7 @@ MASKS = ("random counts", "equal counts", "an empty and a full image", "all visi
 
 @st.composite
 def masks(draw: Any, ndim: int = 2, sites: int = 16, tiles: tuple[int, ...] = TILES) -> tuple[Tensor, int]:
-    """A mask `(B, *grid)` and the tile side, at most about `sites` sites along an axis."""
+    """Draw a mask `(B, *grid)` and the tile side, at most about `sites` sites along an axis."""
     tile = draw(st.sampled_from([tile for tile in tiles if tile <= sites]))
     side = st.integers(1, max(1, min(5, sites // tile)))
     grid = tuple(draw(side) for _ in range(ndim))
@@ -108,7 +110,7 @@ def layouts(draw: Any, ndim: int = 2, sites: int = 16, tiles: tuple[int, ...] = 
 
 
 def draw_convolution(data: Any, ndim: int) -> tuple[Layout, int, tuple[int, ...], tuple[int, ...]]:
-    """A layout, stride, kernel and padding that fit each other."""
+    """Draw a layout, stride, kernel and padding that fit each other."""
     layout = data.draw(layouts(ndim, sites=(24, 16, 8)[ndim - 1]))
     stride = data.draw(st.sampled_from([s for s in (1, 2, 3, 4, 6, 8) if layout.tile % s == 0]))
     kernel = data.draw(st.tuples(*[st.integers(1, (9, 7, 3)[ndim - 1])] * ndim))
@@ -121,7 +123,7 @@ def make_layout(mask: Tensor, tile: int) -> Layout:
 
 
 def example_layout(batch: int = 2, grid: tuple[int, ...] = (3, 2), tile: int = 4) -> Layout:
-    """A small layout whose images differ in how much is visible."""
+    """Return a small layout whose images differ in how much is visible."""
     return make_layout(draw_mask("random counts", batch, grid, seed=1), tile)
 
 
@@ -130,7 +132,7 @@ def random_sparse(layout: Layout, channels: int, dtype: torch.dtype = torch.floa
 
 
 def backends(*operators: str) -> list[Any]:
-    """Parameters of a test: the names of the backends that offer all of these operators."""
+    """Return parameters of a test: the names of the backends that offer all of these operators."""
     found = []
     for backend, marks in BACKENDS.items():
         if all(backend in dispatcher(operator).implementations for operator in operators):
@@ -159,11 +161,11 @@ OPERATORS = {
 
 
 def dispatcher(operator: str) -> Dispatcher:
-    """The `Operator` behind a public function of `sparsecnx.ops`."""
+    """Return the `Operator` of that name."""
     return OPERATORS[operator]
 
 
-# Those that run a whole model, and those that do so in seconds: Triton's interpreter takes minutes.
+# The backends that run a whole model, and those that do so in seconds: Triton's interpreter takes minutes.
 EVERY_MODEL_BACKEND = backends("conv", "convnextv2_block", "layer_norm")
 MODEL_BACKENDS = [
     pytest.param(*backend.values, marks=needs_gpu) if backend.values == ("triton",) else backend
@@ -172,36 +174,36 @@ MODEL_BACKENDS = [
 
 
 def device_of(backend: str) -> torch.device:
-    """Where a backend's tensors lie."""
+    """Return where a backend's tensors lie."""
     return DEVICE if backend in ON_GPU else torch.device("cpu")
 
 
 def widest(backend: str) -> torch.dtype:
-    """The most exact dtype that a backend takes."""
+    """Return the most exact dtype that a backend takes."""
     return torch.float32 if backend in ON_GPU else torch.float64
 
 
 def dtypes_of(backend: str) -> list[torch.dtype]:
-    """What a backend takes."""
+    """Return the dtypes that a backend takes."""
     if backend == "minkowski":
         return [torch.float64, torch.float32]
     return [dtype for dtype in BOUNDS if backend not in ON_GPU or dtype != torch.float64]
 
 
 def bound(backend: str) -> float:
-    """What `assert_close` may ask of results in the dtype `widest(backend)`."""
+    """Return the error that results in the dtype `widest(backend)` may have."""
     return BOUNDS[widest(backend)]
 
 
 def place(value: Tensor, backend: str) -> Tensor:
-    """The tensor where a backend takes it; for the emulator such that a kernel that reads on behind it fails."""
+    """Return the tensor where a backend takes it; for the emulator with a guard behind it, where reading fails."""
     if backend == "cuda" and DEVICE.type == "cpu":
         return cuda_emulator.guarded(value)
     return value.to(device_of(backend))
 
 
 def move(x: SparseTensor, device: torch.device) -> SparseTensor:
-    """The same tensor and geometry on another device; itself where it is there already."""
+    """Return the same tensor and geometry on another device; itself where it is there already."""
     if x.device == device:
         return x
     tiles = x.layout.tiles
@@ -212,8 +214,8 @@ def move(x: SparseTensor, device: torch.device) -> SparseTensor:
 def suit(
     backend: str, x: SparseTensor, parameters: dict[str, Tensor], dtype: torch.dtype | None = None
 ) -> tuple[SparseTensor, dict[str, Tensor]]:
-    """Features and parameters where a backend takes them, in `dtype`, or where none is given in the widest it takes
-    of theirs."""
+    """Return features and parameters where a backend takes them, in `dtype`; without one, float64 becomes the widest
+    dtype that the backend takes, and others stay."""
 
     def suited(value: Tensor) -> Tensor:
         narrow = value.dtype == torch.float64 and widest(backend) != torch.float64
@@ -224,7 +226,7 @@ def suit(
 
 
 def site_mask(layout: Layout, dtype: torch.dtype = torch.float64) -> Tensor:
-    """1 at visible sites, else 0: `(B, 1, *spatial)`."""
+    """Return 1 at visible sites, else 0: `(B, 1, *spatial)`."""
     keep = (~layout.tiles.mask()).to(dtype).view(layout.batch, 1, *layout.tiles.grid)
     for axis in range(layout.ndim):
         keep = keep.repeat_interleave(layout.tile, 2 + axis)
@@ -232,7 +234,7 @@ def site_mask(layout: Layout, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
-    """||out - ref|| / ||ref||; ||out|| where the reference is zero."""
+    """Return ||out - ref|| / ||ref||; ||out|| where the reference is zero."""
     assert out.shape == ref.shape
     scale = ref.double().norm().item()
     return (out.cpu().double() - ref.cpu().double()).norm().item() / (scale or 1.0)
@@ -247,7 +249,7 @@ Operator = Callable[..., SparseTensor]
 
 
 def incoming_gradient(shape: torch.Size, mean: float = 1.0) -> Tensor:
-    """A random gradient, float64, always the same. With a mean, its sums over rows do not cancel."""
+    """Return a random gradient, float64, always the same. With a mean, its sums over rows do not cancel."""
     return mean + torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
@@ -258,9 +260,9 @@ def outputs_and_gradients(
     rounding: torch.dtype | None = None,
     mean: float = 1.0,
 ) -> dict[str, Tensor]:
-    """The features of `run(x, **parameters)` and the gradients of x and of all parameters, by name.
+    """Return the features of `run(x, **parameters)` and the gradients of x and of all parameters, by name.
 
-    The gradient that comes in is `incoming_gradient(mean=mean)`, rounded to `rounding`.
+    The incoming gradient is `incoming_gradient(mean=mean)`, rounded to `rounding`.
     """
     features = x.features.detach().requires_grad_()
     leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
@@ -274,7 +276,7 @@ def outputs_and_gradients(
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
-    """All tensors of the same names are closer than `bound`."""
+    """Assert that the tensors of each name have a relative error below `bound`."""
     assert found.keys() == expected.keys()
     errors = {name: relative_error(found[name], expected[name]) for name in expected}
     wrong = {name: f"{error:.2e}" for name, error in errors.items() if not error < bound}
@@ -291,7 +293,7 @@ def assert_matches_reference(
     backend: str = "cpu",
     mean: float = 1.0,
 ) -> None:
-    """`run(x, **parameters)` and every gradient in `dtype` against the reference backend in float64.
+    """Assert that `run(x, **parameters)` and every gradient in `dtype` are those of the reference in float64.
 
     Inputs are float64 and rounded to `dtype` first (those named in `statistics` to float32 at least), and the
     reference gets the same rounded values.

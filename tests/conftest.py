@@ -1,4 +1,4 @@
-"""What every test shares."""
+"""Fixtures and settings of every test."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, register_random, settings
 
-# Without a GPU the Triton kernels run on CPU tensors in Triton's interpreter. It is chosen when `triton.jit` meets a
-# kernel, so before sparsecnx is imported; processes that tests start inherit it.
+# Without a GPU the Triton kernels run on CPU tensors in Triton's interpreter. `triton.jit` chooses it, so it is set
+# before sparsecnx is imported. Processes that tests start inherit it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -49,7 +49,7 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads cost more than they bring on tensors this small; tests of threads ask for theirs."""
+    """Use one thread: more cost time on tensors this small. Tests of threads ask for theirs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,7 +58,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def forget_messages() -> Iterator[None]:
-    """Every test sees the once-per-process messages anew, and leaves no trace in the next."""
+    """Let every test see the messages that come once a process."""
     dispatch._warned.clear()
     dispatch._logged.clear()
     yield
@@ -73,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def cuda_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the tests that are marked so: the operators on a GPU, without one the emulator's."""
+    """Give the tests marked `needs_cuda` the operators of a GPU, or else those of the emulator."""
     if request.node.get_closest_marker("needs_cuda") is None:
         return
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Kernel maps of random sites, built site by site, and operators on them with all their gradients."""
+"""Build kernel maps of random sites, site by site, and run operators on them with all their gradients."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ Tensors = dict[str, Tensor]
 
 
 def offsets(kernel: tuple[int, ...], dilation: int) -> list[tuple[int, ...]]:
-    """Of the taps in raster order, from an output site: centred for odd sizes, from 0 on for even ones."""
+    """Return where the taps read, in raster order: centred at the site for odd sizes, from 0 on for even ones."""
     axes = [[dilation * (tap - size // 2 * (size % 2)) for tap in range(size)] for size in kernel]
     return list(itertools.product(*axes))
 
 
 def sites(present: Tensor) -> dict[tuple[int, ...], int]:
-    """Row of each site `(image, *position)` where bool `(B, *spatial)` is True."""
+    """Return the row of each site `(image, *position)` where bool `(B, *spatial)` is True."""
     return {tuple(site): row for row, site in enumerate(present.nonzero().tolist())}
 
 
 def site_map(present: Tensor, outputs: Tensor, kernel: tuple[int, ...], stride: int, dilation: int) -> Tensor:
-    """Kernel map int32 `(rows_out, K)` from the sites of `present` to those of `outputs`, `stride` times coarser."""
+    """Return the kernel map, int32 `(rows_out, K)`, from the sites of `present` to those of `outputs`, which are
+    `stride` times coarser."""
     rows = sites(present)
     taps = offsets(kernel, dilation)
     found = [
@@ -39,7 +40,7 @@ def site_map(present: Tensor, outputs: Tensor, kernel: tuple[int, ...], stride: 
 
 
 def random_map(rows_in: int, rows_out: int, taps: int, density: float, seed: int = 0) -> Tensor:
-    """Kernel map of no geometry, about that much of it present."""
+    """Return a kernel map of no geometry in which about that share of the entries is present."""
     generator = torch.Generator().manual_seed(seed)
     rows = max(rows_in, rows_out)
     found = torch.stack([torch.randperm(rows, generator=generator)[:rows_out] for _ in range(taps)], 1)
@@ -48,7 +49,7 @@ def random_map(rows_in: int, rows_out: int, taps: int, density: float, seed: int
 
 
 def inverse(kernel_map: Tensor, rows_in: int) -> Tensor:
-    """`inverse_map`, entry by entry."""
+    """Return the `inverse_map`, found entry by entry."""
     found = torch.full((rows_in, kernel_map.shape[1]), -1, dtype=torch.int32)
     for out, tap in (kernel_map >= 0).nonzero().tolist():
         found[kernel_map[out, tap], tap] = out
@@ -56,7 +57,7 @@ def inverse(kernel_map: Tensor, rows_in: int) -> Tensor:
 
 
 def mapped_values(operator: str, kernel_map: Tensor, rows_in: int, channels: int, out: int = 5) -> Tensors:
-    """Features and parameters, float64, that keep the variance."""
+    """Return features and parameters, float64, that keep the variance."""
     taps = kernel_map.shape[1]
     shape = (taps, channels) if operator == "mapped_depthwise_conv" else (taps, channels, out)
     scale = (taps if operator == "mapped_depthwise_conv" else taps * channels) ** -0.5
@@ -68,7 +69,7 @@ def mapped_values(operator: str, kernel_map: Tensor, rows_in: int, channels: int
 
 
 def suited(values: Tensors, dtype: torch.dtype, backend: str, operator: str) -> Tensors:
-    """The same in `dtype`, where the backend takes them; statistics in float32 at least."""
+    """Return the same in `dtype`, where the backend takes them; statistics in float32 at least."""
     statistics = ("bias",) if operator == "mapped_depthwise_conv" else ()
     return {
         name: value.to(device_of(backend), statistics_dtype(dtype) if name in statistics else dtype)
@@ -77,7 +78,7 @@ def suited(values: Tensors, dtype: torch.dtype, backend: str, operator: str) -> 
 
 
 def run_mapped(operator: str, values: Tensors, kernel_map: Tensor, inverse_map: Tensor | None = None) -> Tensors:
-    """The output of `ops.<operator>` and the gradients of all values, by name."""
+    """Return the output of `ops.<operator>` and the gradients of all values, by name."""
     place = values["features"].device
     inverse_map = None if inverse_map is None else inverse_map.to(place)
     function = getattr(ops, operator)
@@ -89,7 +90,7 @@ def run_mapped(operator: str, values: Tensors, kernel_map: Tensor, inverse_map: 
 
 
 def with_gradients(function: Callable[..., Tensor], values: Tensors, **arguments: Any) -> Tensors:
-    """The output of a function of tensors by name, and their gradients."""
+    """Return the output of a function of tensors by name, and their gradients."""
     leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
     out = function(**leaves, **arguments)
     assert out.dtype == values["features"].dtype
@@ -100,7 +101,7 @@ def with_gradients(function: Callable[..., Tensor], values: Tensors, **arguments
 
 
 def run_mapped_depthwise_conv(backend: str) -> Tensors:
-    """A small call, forward and backward."""
+    """Run a small call, forward and backward."""
     kernel_map = random_map(9, 7, 4, 0.6)
     values = mapped_values("mapped_depthwise_conv", kernel_map, 9, 4)
     values = suited(values, torch.float32, backend, "mapped_depthwise_conv")

@@ -1,4 +1,4 @@
-"""Every public operator with realistic arguments, for the properties that all of them share."""
+"""Call every public operator with realistic arguments, for tests of the properties that all of them share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Parameters = dict[str, Tensor]
 
 
 def conv_parameters(out: int, channels: int, *kernel: int) -> Parameters:
-    """Weight `(out, channels, *kernel)` that keeps the variance, and a bias, float64."""
+    """Return a weight `(out, channels, *kernel)` that keeps the variance, and a bias, float64."""
     weight = torch.randn(out, channels, *kernel, dtype=torch.float64)
     return {"weight": weight / weight[0].numel() ** 0.5, "bias": torch.randn(out, dtype=torch.float64)}
 
@@ -26,7 +26,7 @@ def channel_parameters(channels: int, *names: str) -> Parameters:
 
 
 def block_parameters(channels: int, *kernel: int, hidden: int | None = None) -> Parameters:
-    """Parameters of a ConvNeXt V2 block, none of them zero, float64; 4C hidden channels unless said otherwise."""
+    """Return parameters of a ConvNeXt V2 block, none of them zero, float64; by default 4C hidden channels."""
     hidden = hidden or 4 * channels
     conv, first, second = (
         conv_parameters(*shape) for shape in [(channels, 1, *kernel), (hidden, channels), (channels, hidden)]
@@ -51,7 +51,7 @@ BLOCK_VECTORS = tuple(
 
 
 def survival(batch: int) -> Tensor:
-    """Stochastic-depth scales: some images dropped, some kept."""
+    """Return scales of stochastic depth: some images dropped, some kept."""
     return torch.tensor([1.25, 0.0, 2.5] * batch)[:batch]
 
 
@@ -72,7 +72,7 @@ def half_of_the_images(x: SparseTensor) -> SparseTensor:
 
 
 def scaled_images(x: SparseTensor) -> SparseTensor:
-    """Stochastic depth with given scales: what is drawn differs between devices and dtypes."""
+    """Apply stochastic depth with given scales: drawn ones differ between devices and dtypes."""
     x = ops.stochastic_depth(x, 0.0)
     scale = survival(x.layout.batch).to(x.device, statistics_dtype(x.dtype))
     return x.with_features(scale_images(x, scale))

@@ -101,7 +101,7 @@ def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
-    """As on a machine with GPUs of these compute capabilities and without Triton's interpreter."""
+    """Pretend to have GPUs of these compute capabilities and no Triton interpreter."""
     monkeypatch.setattr(triton_launch, "interpreting", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
@@ -162,7 +162,7 @@ BUILT = {
 
 @pytest.fixture
 def with_cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """As after a build with GPU operators, with a driver for CUDA 13.0."""
+    """Pretend to be built with GPU operators, with a driver for CUDA 13.0."""
     monkeypatch.setattr(compiled, "cuda_loaded", True)
     monkeypatch.setattr(compiled, "build_info", lambda: dict(BUILT))
     monkeypatch.setattr(cuda, "driver_version", lambda: (13, 0))
@@ -312,7 +312,7 @@ ABSENT = ModuleNotFoundError("No module named 'MinkowskiEngine'", name="Minkowsk
 def test_minkowski_engine_that_does_not_import(
     monkeypatch: pytest.MonkeyPatch, error: Exception, detail: str, begins: str
 ) -> None:
-    """What to do is for the environment that looked for it."""
+    """The remedy is for the environment that looked for it."""
     monkeypatch.delitem(sys.modules, "MinkowskiEngine", raising=False)
     monkeypatch.setattr(sys, "version_info", (3, 11, 2))
     break_import(monkeypatch, "MinkowskiEngine", error)

@@ -1,4 +1,4 @@
-"""Which backend runs an operator, and what is said about it."""
+"""The choice of the backend that runs an operator, and its messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def call(operator: str, x: SparseTensor) -> SparseTensor:
 
 
 def selection() -> str:
-    """The backend that is selected: `auto` takes the first that an operator offers."""
+    """Return the selected backend. `auto` takes the first that an operator offers."""
     offers = {name: Implementation(lambda x: x, never) for name in BACKENDS}
     return Operator("probe", **offers).choose(random_sparse(example_layout(), 1))
 
@@ -46,7 +46,7 @@ def volume() -> SparseTensor:
 
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch) -> str:
-    """As where nothing is compiled."""
+    """Pretend that nothing is compiled; return the reason."""
     monkeypatch.setattr(compiled, "loaded", False)
     monkeypatch.setattr(compiled, "why_not", "built as pure Python because: no C++ compiler")
     return "built as pure Python because: no C++ compiler"
@@ -148,7 +148,7 @@ def test_cpu_equals_the_reference(operator: str, x: SparseTensor) -> None:
 
 
 def three_ways(**options: bool) -> Operator:
-    """An operator whose fastest implementation takes up to two channels."""
+    """Return an operator whose fastest implementation takes up to two channels."""
 
     def refusal(x: SparseTensor) -> str | None:
         return f"x has {x.features.shape[1]} channels" if x.features.shape[1] > 2 else None
@@ -194,7 +194,7 @@ def test_a_choice_in_words() -> None:
 
 
 def test_what_was_asked_for_and_refuses() -> None:
-    """It raises, but not where an operator only moves values."""
+    """It raises, except where an operator only moves values."""
     x = random_sparse(example_layout(), 3)
     with use_backend("triton"):
         for ask in (three_ways(), three_ways().choose, three_ways().explain):

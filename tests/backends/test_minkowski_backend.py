@@ -1,4 +1,4 @@
-"""The backend `minkowski`: convolutions by MinkowskiEngine where it is installed, and why not where it is not."""
+"""The backend `minkowski`: its convolutions where MinkowskiEngine is installed, its refusals where it is not."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_what_is_kept_for_a_layout_goes_with_it():
 @needs_minkowski
 @OPERATORS
 def test_compiled_around_it(operator):
-    """torch cannot trace it: a graph breaks there, and one that may not break says why."""
+    """torch cannot trace it. A graph breaks there, and one that must not break says why."""
     torch._dynamo.reset()
     x, p = random_sparse(example_layout(), CHANNELS), parameters(operator, 3, 3)
 
@@ -235,7 +235,7 @@ def test_training_after_evaluation_draws_no_random_numbers(operator, mode):
 @needs_minkowski
 @OPERATORS
 def test_threads_with_kernels_of_their_own(operator):
-    """On the same tiles, at the same time: what one thread sets up for its call is nothing to the other."""
+    """Two threads run on the same tiles at the same time, each with its own kernel."""
     x = random_sparse(example_layout(tile=4), CHANNELS)
     p = [parameters(operator, 5, 5, out=CHANNELS) for _ in range(2)]
     run = getattr(ops, operator)
@@ -313,7 +313,7 @@ def test_it_says_why_it_cannot_be_imported(operator, error, reason, monkeypatch)
 
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A package under the library's name that is imported anew; the path of its code."""
+    """Return the path of the code of a package under the library's name, which is imported anew."""
     code = tmp_path / minkowski.NAME / "__init__.py"
     code.parent.mkdir()
     monkeypatch.syspath_prepend(tmp_path)
@@ -324,7 +324,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("first", ["ours", "plain"])
 def test_threads_wait_for_the_import(first, on_disk, monkeypatch):
-    """Whoever imports it: through us, all at once, or by a plain `import` somewhere else."""
+    """All threads may import it through us at once, or one by a plain `import` somewhere else."""
 
     class Slow(list):
         def __iter__(self):
@@ -384,7 +384,7 @@ def test_the_import_leaves_environment_collections_and_warnings_alone(cores, giv
 
 @pytest.fixture
 def fork(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The fork as far as the backend goes, on our API of the same names; `calls` tells what its layers were given."""
+    """Return the fork as the backend uses it, made of our own API; `calls` lists what its layers were given."""
     found = ModuleType("fork")
     vars(found).update({key: getattr(api, key) for key in ("CoordinateManager", "CoordinateMapType", "SparseTensor")})
     calls = found.calls = []
@@ -408,7 +408,7 @@ def fork(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def said_to_be_on(device: str, x: SparseTensor) -> SparseTensor:
-    """The same tensor: its word is all there is of a GPU."""
+    """Return the same tensor, which only says that it lies on another device."""
 
     kind = type("Elsewhere", (SparseTensor,), {"device": torch.device(device)})
     return kind(x.features, x.layout)

@@ -1,4 +1,4 @@
-"""What the GPU backends take, and why not."""
+"""Inputs and GPUs that the GPU backends refuse."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def x() -> SparseTensor:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """As on a GPU of some compute capability with operators built for some architectures."""
+    """Pretend to be on a GPU of some compute capability with operators built for some architectures."""
 
     def install(architectures: str, capability: tuple[int, int]) -> None:
         cuda._unserved.cache_clear()
@@ -42,7 +42,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
 
 @pytest.mark.parametrize("backend", [cuda, triton_launch], ids=["cuda", "triton"])
 def test_what_is_asked_of_a_gpu_breaks_no_graph(backend: object, built: Install) -> None:
-    """Compute capability and architectures, while torch.compile traces an operator."""
+    """A refusal asks for compute capability and architectures while torch.compile traces an operator."""
     for capability, expected in (((9, 0), 1.0), ((7, 5), 0.0)):
         built("8.0;9.0", capability)
         torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Sparsity patterns given by coordinates, against looking everything up in dictionaries."""
+"""Compare sparsity patterns given by coordinates with dictionaries of sites."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsecnx.geometry.coordinates import CoordinateMap, offsets_of, tiles_of, 
 
 
 def sites(mask: Tensor, *, shuffled: bool = False, corner: int = 0, stride: int = 1) -> Tensor:
-    """int32 coordinates of the sites where a mask `(B, *spatial)` is False."""
+    """Return int32 coordinates of the sites where a mask `(B, *spatial)` is False."""
     found = (~mask).nonzero()
     found[:, 1:] = (found[:, 1:] + corner) * stride
     if shuffled:
@@ -28,7 +28,7 @@ def sites(mask: Tensor, *, shuffled: bool = False, corner: int = 0, stride: int 
 
 @st.composite
 def patterns(draw: Any) -> tuple[Tensor, int]:
-    """Coordinates in any order, anywhere, and their stride."""
+    """Draw coordinates in any order, anywhere, and their stride."""
     shape = tuple(draw(st.integers(1, 5)) for _ in range(draw(st.integers(1, 3))))
     mask = draw_mask("random counts", draw(st.integers(1, 3)), shape, draw(st.integers(0, 999)))
     stride = draw(st.integers(1, 3))

@@ -1,4 +1,4 @@
-"""Row order, neighbour tables and kernel maps against brute force over coordinates."""
+"""Compare row order, neighbour tables and kernel maps with brute force over coordinates."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ READS_DATA = {"aten::nonzero", "aten::_local_scalar_dense"}
 
 
 class Recorder(TorchDispatchMode):
-    """Lists the names of the operators that run."""
+    """List the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,13 +51,13 @@ class Recorder(TorchDispatchMode):
 
 @st.composite
 def any_layouts(draw: Any, tiles: tuple[int, ...] = (1, 2, 3, 4, 6, 8)) -> Layout:
-    """In one to three dimensions."""
+    """Draw a layout in one to three dimensions."""
     ndim = draw(st.integers(1, 3))
     return draw(layouts(ndim, sites=(16, 12, 8)[ndim - 1], tiles=tiles))
 
 
 def site_rows(layout: Layout) -> dict[tuple[int, ...], int]:
-    """Row of each active site by image and position in sites."""
+    """Return the row of each active site by image and position in sites."""
     coordinates = layout.coordinates()
     assert (coordinates[:, 1:] % layout.stride == 0).all()
     coordinates[:, 1:] //= layout.stride
@@ -289,13 +289,13 @@ def test_errors_name_the_argument_and_what_was_expected(
 
 
 def geometry(mask: Tensor, **known: int) -> tuple[Tensor, ...]:
-    """All that a network asks of a layout."""
+    """Return all that a network asks of a layout."""
     layout = Layout.from_mask(mask, (12, 8), **known)
     maps = [layout.kernel_map((3, 3), 1, (1, 1)), layout.kernel_map((2, 2), 2, (0, 0))]
     return (layout.tiles.index, layout.row_splits, layout.coordinates(), layout.tiles.mask(), *maps)
 
 
-# What is known of a mask `(2, 3, 2)` that keeps 3 tiles in every image, and what is said where it does not.
+# What is known of a mask `(2, 3, 2)` that keeps 3 tiles in every image, and the end of the error where it does not.
 KNOWN = pytest.mark.parametrize(
     ("known", "message"),
     [({"visible": 3}, "visible=3 tiles in every image"), ({"count": 6}, "count=6 tiles in all")],
@@ -342,7 +342,7 @@ def test_what_is_known_compiles_to_one_graph_that_reads_nothing_back(known: dict
 
 @pytest.mark.parametrize("known", ["visible", "count"])
 def test_one_compilation_serves_every_batch_and_image_size(known: str) -> None:
-    """Geometry, gather, scatter and their gradients, where torch.compile leaves sizes open."""
+    """Geometry, gather, scatter and their gradients compile once where torch.compile leaves sizes open."""
 
     def run(images: Tensor, mask: Tensor, known_tiles: dict[str, int]) -> tuple[Tensor, ...]:
         x = SparseTensor.from_dense(images, mask, **known_tiles)

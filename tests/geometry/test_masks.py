@@ -1,4 +1,4 @@
-"""random_mask: how many tiles it keeps, and which."""
+"""`random_mask`: how many tiles it keeps, and which."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gather and scatter on every backend, against indexing by coordinates."""
+"""Compare gather and scatter on every backend with indexing by coordinates."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ IN_FLOAT64 = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu"
 
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory() -> Iterator[None]:
-    """An element that is not written shows."""
+    """Fill fresh memory with NaN, so that an element that is not written shows."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -68,19 +68,19 @@ def layout_of(kind: str, grid: tuple[int, ...], tile: int, backend: str) -> Layo
 
 
 def numbered(layout: Layout, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A dense tensor, NaN at the masked sites: whoever reads one passes it on."""
+    """Return a dense tensor with NaN at the masked sites, which shows where a kernel reads one."""
     images = torch.randn(layout.batch, channels, *layout.shape).to(layout.device, dtype)
     return images.masked_fill(site_mask(layout) == 0, torch.nan)
 
 
 def rows_by_coordinates(dense: Tensor, layout: Layout) -> Tensor:
-    """What the rows should be, one site at a time."""
+    """Return the rows, found one site at a time."""
     image, *place = layout.coordinates().long().unbind(1)
     return dense[(image, slice(None), *place)]
 
 
 def round_trip(backend: str, layout: Layout, images: Tensor, fill: float) -> None:
-    """Gathering and scattering give what is visible, and `fill` where nothing is."""
+    """Assert that gather and scatter return the visible sites, and `fill` elsewhere."""
     if layout.ndim == 2 or backend == "reference":
         with use_backend(backend):
             assert gather_operator.choose(Packing(images, layout)) == backend
@@ -127,7 +127,7 @@ def test_many_channels() -> None:
 @pytest.mark.parametrize("memory", [torch.clone, channels_last, lambda x: x[:, :1, :1, :1].expand_as(x)])
 @pytest.mark.parametrize("tile", [1, 3, 8])
 def test_gradients_are_those_of_the_reference(tile: int, memory: Callable[[Tensor], Tensor], backend: str) -> None:
-    """Each of the two is the other's adjoint, whatever the strides of the incoming gradient."""
+    """Gather and scatter are adjoint, whatever the strides of the incoming gradient."""
     layout = layout_of("an empty and a full image", (3, 2), tile, backend)
     dense = torch.randn(layout.batch, 5, *layout.shape, device=layout.device)
     rows, fill = torch.randn(layout.rows, 5, device=layout.device), torch.randn(5, device=layout.device)
@@ -148,7 +148,7 @@ def test_gradients_are_those_of_the_reference(tile: int, memory: Callable[[Tenso
 
 @EVERY
 def test_the_gradient_of_the_fill_is_that_of_masked_sites_alone(backend: str) -> None:
-    """What is visible may be infinite."""
+    """Visible sites may be infinite."""
     layout = layout_of("random counts", (2, 3), 4, backend)
     fill = torch.zeros(2, device=layout.device, requires_grad=True)
     incoming = torch.ones(2, 2, *layout.shape, device=layout.device)
@@ -237,7 +237,7 @@ FIRST = "cpu" if compiled.loaded else "reference"
     ids=name,
 )
 def test_who_packs(backend: str, dtype: torch.dtype, grid: tuple[int, ...], expected: str) -> None:
-    """Nothing refuses, and nobody is warned of the reference: all give the same bits."""
+    """Nothing refuses, and there is no warning of the reference, since all backends give the same bits."""
     layout = make_layout(draw_mask("random counts", 2, grid, seed=0), 2)
     packing = Packing(torch.zeros(2, 3, *layout.shape, dtype=dtype), layout)
     with use_backend(backend), warnings.catch_warnings():

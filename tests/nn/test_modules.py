@@ -36,14 +36,14 @@ each_mask = pytest.mark.parametrize("kind", ["random counts", "equal counts", "a
 
 
 def randomise(module):
-    """Every parameter random, so that none hides an error by being zero or one; float64."""
+    """Draw every parameter, so that none hides an error by being zero or one; return the module in float64."""
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return module.double()
 
 
 def example(kind: str = "random counts", channels: int = CHANNELS) -> SparseTensor:
-    """Three images of 16 x 24 sites in tiles of 8."""
+    """Return three images of 16 x 24 sites in tiles of 8."""
     return random_sparse(make_layout(draw_mask(kind, 3, (2, 3), seed=1), 8), channels)
 
 

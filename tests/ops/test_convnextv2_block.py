@@ -39,7 +39,7 @@ from sparsecnx import ops, use_backend
 
 
 def dense_block(x, keep, p, scale, eps=1e-6):
-    """Figure 5 of arXiv 2301.00808 on a masked dense tensor, image by image."""
+    """Apply figure 5 of arXiv 2301.00808 to a masked dense tensor, image by image."""
     images = []
     for image, active, factor in zip(x, keep, scale, strict=True):
         size = p.dwconv_weight.shape[-1]
@@ -97,7 +97,7 @@ def test_cpu_equals_reference_where_sums_of_gradients_cancel(dtype, channels):
 
 @needs_cpu
 def test_narrow_blocks_in_bfloat16_are_as_accurate_as_torch():
-    """Errors over many shapes and all parameters, beside those of torch's operators in bfloat16."""
+    """Errors over many shapes and all parameters are at most those of torch's operators in bfloat16."""
     errors = {"cpu": [], "reference": []}
     for seed in range(40):
         torch.manual_seed(seed)

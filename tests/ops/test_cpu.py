@@ -29,7 +29,7 @@ INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]  # each has all of the one bef
 
 
 class Calls(TorchDispatchMode):
-    """Keeps the arguments of every call of a compiled operator."""
+    """Keep the arguments of every call of a compiled operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def calls() -> dict[str, list[tuple[Any, ...]]]:
-    """Every compiled operator's calls in a forward and backward pass of all that is public."""
+    """Return the calls of every compiled operator in a forward and backward pass of all that is public."""
     torch.manual_seed(0)
     recorder = Calls()
     with use_backend("cpu"), recorder:
@@ -65,7 +65,7 @@ def test_operators_are_registered():
 
 @pytest.mark.parametrize("name", REGISTERED)
 def test_opcheck(name, calls):
-    """Schema, fake kernel, autograd and AOT dispatch, on the arguments of a real call."""
+    """Schema, fake kernel, autograd and AOT dispatch hold on the arguments of a real call."""
     operator = getattr(torch.ops.sparsecnx, name).default
     with_autograd = not name.endswith(("_backward", "_weight_grad"))
     assert calls[name], "no public function led to this operator"
@@ -172,7 +172,7 @@ def test_every_instruction_set_gives_the_reference(isa):
 
 
 def test_gelu_over_the_whole_range():
-    """The activation and its slope, value by value: the block with W1 = 0, W2 = identity, x = 0 returns gelu(b1)."""
+    """Activation and slope are exact value by value. The block with W1 = 0, W2 = identity, x = 0 returns gelu(b1)."""
     bias = torch.cat([torch.linspace(-13, 13, 2001), torch.tensor([-1e30, -1e4, -60.0, 60.0, 1e4])])
     size = len(bias)
     layout = example_layout(1, (1, 2), tile=1)

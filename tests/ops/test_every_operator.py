@@ -1,4 +1,4 @@
-"""What every operator owes: gradients, bits, threads, memory formats, torch.compile, autocast, errors."""
+"""Properties of every operator: gradients, bits, threads, memory layouts, torch.compile, autocast, errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CHANNELS = 20
 
 
 def on_every_backend(cases, without=()):
-    """Each case with each backend that offers its operator."""
+    """Return a mark for each case with each backend that offers its operator."""
     return pytest.mark.parametrize(
         ("backend", "case"),
         [
@@ -46,7 +46,7 @@ def on_every_backend(cases, without=()):
 
 
 def arguments(case, dtype=torch.float32, layout=None, backend="cpu"):
-    """Features and parameters in `dtype`, statistics in float32 at least, where the backend takes them."""
+    """Return features and parameters in `dtype`, statistics in float32 at least, where the backend takes them."""
     if layout is None:
         layout = example_layout(3, (2, 2), tile=2) if backend in ON_GPU else example_layout(3, tile=4)
     x = random_sparse(layout, CHANNELS, dtype)
@@ -56,7 +56,7 @@ def arguments(case, dtype=torch.float32, layout=None, backend="cpu"):
 
 
 def seeded(case):
-    """`case.run` that draws the same random numbers every time."""
+    """Return `case.run`, which then draws the same random numbers every time."""
 
     def run(x, **p):
         torch.manual_seed(3)
@@ -101,7 +101,7 @@ def test_same_bits_twice_and_nearly_the_same_with_other_threads(case):
 
 
 def strided(value):
-    """The same values with gaps between them and, beyond one dimension, in another order of axes."""
+    """Return the same values with gaps between them and, beyond one dimension, in another order of axes."""
     order = tuple(reversed(range(value.ndim)))
     spread = torch.stack([value.permute(order)] * 2, dim=-1)[..., 0].permute(order)
     assert torch.equal(spread, value) and (value.numel() <= 1 or not spread.is_contiguous())
@@ -109,7 +109,7 @@ def strided(value):
 
 
 def shifted(value):
-    """The same values, not at the beginning of their storage."""
+    """Return the same values, not at the beginning of their storage."""
     moved = torch.cat([value.new_full((3,), torch.nan), value.flatten()])[3:].view(value.shape)
     assert moved.storage_offset() == 3
     return moved
@@ -117,7 +117,7 @@ def shifted(value):
 
 @on_every_backend(CASES)
 def test_any_memory_layout(backend, case):
-    """Of features, parameters and incoming gradients."""
+    """Features, parameters and incoming gradients may have any strides."""
     x, p = arguments(case, backend=backend)
 
     def run(layout):
@@ -137,7 +137,7 @@ def test_any_memory_layout(backend, case):
 
 @on_every_backend(CASES, without=["reference"])
 def test_gradients_of_gradients(backend, case):
-    """They are those of the reference, or refused: never left out."""
+    """They are those of the reference, or they are refused. They are never left out."""
     x, p = arguments(case, torch.float64, layout=example_layout(2, (2, 1), tile=2), backend=backend)
     leaves = [value.requires_grad_() for value in (x.features, *p.values())]
 
@@ -186,7 +186,7 @@ def test_nothing_visible_at_all(backend, case):
 
 @on_every_backend(CASES, without=["minkowski"])  # which torch cannot trace, see test_minkowski_backend.py
 def test_compiled_whole(backend, case):
-    """fullgraph=True: no graph break and no value read back, geometry and all."""
+    """There is no graph break (fullgraph=True) and no value is read back, geometry included."""
     torch._dynamo.reset()
     device = device_of(backend)
     mask = torch.tensor([[True, False, False, True, False, True], [False, False, True, True, True, False]]).to(device)
@@ -211,7 +211,7 @@ def test_compiled_whole(backend, case):
 
 @needs_cpu
 def test_compiled_with_a_layout_from_outside():
-    """A layout may be used compiled first, or eagerly first: its tables serve both."""
+    """A layout may be used compiled first or eagerly first. Its tables serve both."""
     torch._dynamo.reset()
     case = CASES["block-recompute"]
     for _ in range(2):
@@ -227,7 +227,7 @@ def test_compiled_with_a_layout_from_outside():
 @needs_cpu
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
 def test_compiled_by_inductor():
-    """What `torch.compile` does by default: a gather, a convolution, the fused block, a scatter, and gradients."""
+    """`torch.compile` compiles gather, convolution, block, scatter and gradients by its default backend."""
     torch._dynamo.reset()
     mask = torch.tensor([[True, False, False, True], [False, False, True, True]])
     stem = {name: value.float() for name, value in CASES["conv-2x2-stride2"].parameters(3).items()}
@@ -250,7 +250,7 @@ def test_compiled_by_inductor():
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, FakeTensorMode], ids=lambda mode: mode.__name__)
 @EVERY
 def test_a_layout_serves_training_after_any_other_use(mode, case):
-    """Tables are built on first use and kept: those of evaluation, or of a trace, must not get in the way."""
+    """Tables are built on first use and kept. Those of evaluation, or of a trace, must not get in the way."""
     x, p = arguments(case)
     with mode(**({"allow_non_fake_inputs": True} if mode is FakeTensorMode else {})):
         seeded(case)(x, **p)
@@ -334,7 +334,7 @@ def test_parameters_of_another_dtype_device_or_shape(case):
 @pytest.mark.parametrize("ndim", [1, 3])
 @pytest.mark.parametrize("operator", ["depthwise_conv", "conv", "grn", "layer_norm", "stochastic_depth", "block"])
 def test_other_dimensions(ndim, operator):
-    """The result in one dimension, or three, does not depend on the backend that auto takes."""
+    """The result in one or three dimensions does not depend on the backend that auto takes."""
     case = {
         "depthwise_conv": CASES["depthwise_conv-7x7"],
         "conv": CASES["conv-3x3-stride2"],

@@ -30,7 +30,7 @@ SCOPES = pytest.mark.parametrize("scope", ["sample", "batch"])
 
 
 def published(rows, gamma, beta, eps=1e-6):
-    """The paper's algorithm 1 on the rows of one group."""
+    """Apply the paper's algorithm 1 to the rows of one group."""
     norm = torch.norm(rows, p=2, dim=0, keepdim=True)
     return gamma * (rows * (norm / (norm.mean(dim=1, keepdim=True) + eps))) + beta + rows
 
@@ -60,7 +60,7 @@ def test_cpu_equals_reference(dtype, scope, layout, channels):
 @pytest.mark.parametrize("backend", backends("grn"))
 @SCOPES
 def test_a_channel_that_is_zero_everywhere(backend, scope):
-    """G = 0 there: its output is beta, the gradient of its input is as if N were constant."""
+    """Where G = 0 the output is beta, and the gradient of the input is as if N were constant."""
     x = random_sparse(example_layout(), 4)
     features = x.features.clone()
     features[:, 1] = 0

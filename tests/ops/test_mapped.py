@@ -44,7 +44,7 @@ CONV = {2: F.conv2d, 3: F.conv3d}
 
 
 def on_backends(only=("reference", "cpu", "triton")):
-    """Both operators on each of these backends."""
+    """Return a mark for both operators on each of these backends."""
     return pytest.mark.parametrize(
         ("backend", "operator"),
         [
@@ -73,7 +73,7 @@ GEOMETRIES = [
 @BOTH
 @pytest.mark.parametrize(("shape", "kernel", "stride", "dilation"), GEOMETRIES, ids=name)
 def test_reference_is_a_dense_convolution(operator, shape, kernel, stride, dilation):
-    """On any sites, with outputs at any others."""
+    """Inputs and outputs may lie at any sites."""
     ndim, channels = len(kernel), 3
     present = torch.rand(shape) < 0.4
     outputs = torch.rand(shape[0], *(-(-size // stride) for size in shape[1:])) < 0.6
@@ -116,7 +116,7 @@ MAPS = {  # Rows of the input, and the map.
 
 
 def compare(operator, backend, dtype, case, channels, given, bias=True):
-    """Outputs and all gradients against the float64 reference on the same rounded values."""
+    """Assert that output and gradients are those of the float64 reference on the same rounded values."""
     rows_in, kernel_map = MAPS[case]
     values = suited(mapped_values(operator, kernel_map, rows_in, channels), dtype, backend, operator)
     if not bias:
@@ -234,7 +234,7 @@ def test_rows_that_are_not_finite_reach_their_readers_alone(backend, operator, b
 @on_backends(("cpu", "triton"))
 @pytest.mark.parametrize("given", [False, True])
 def test_compiled_whole(backend, operator, given):
-    """fullgraph=True, and other numbers of rows without compiling anew."""
+    """There is no graph break (fullgraph=True), and other numbers of rows are not compiled anew."""
     torch._dynamo.reset()
     compiled = torch.compile(getattr(ops, operator), fullgraph=True, backend="aot_eager", dynamic=True)
     for rows_in, rows_out in ((30, 21), (33, 25), (41, 40)):
@@ -273,7 +273,7 @@ def test_opcheck(backend, operator, given):
 
 @on_backends(("cpu", "triton"))
 def test_only_the_gradients_that_are_asked_for(backend, operator, monkeypatch):
-    """Of the weight alone: the map is not inverted, the gradient of the features not computed."""
+    """For the weight alone the map is not inverted and the gradient of the features not computed."""
     kernel_map = random_map(20, 15, 4, 0.6)
     values = suited(mapped_values(operator, kernel_map, 20, 8), torch.float32, backend, operator)
     with use_backend(backend):

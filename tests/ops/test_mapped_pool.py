@@ -15,7 +15,7 @@ BACKENDS = pytest.mark.parametrize("backend", backends("mapped_depthwise_conv"))
 
 
 def pooled(features, kernel_map, mode):
-    """Row by row, by what the words say."""
+    """Pool row by row."""
     rows = []
     for row in kernel_map.tolist():
         read = features[[entry for entry in row if entry >= 0]]
