@@ -152,13 +152,14 @@ def test_gradients_of_gradients(backend, case):
     expected = second("reference")
     try:
         found = second(backend)
-    except RuntimeError as error:
-        assert re.search("has no gradient .*reference|no gradients of the gradients|no autograd formula", str(error))
+    except NotImplementedError as error:
+        assert re.search("has no gradient .*reference|no gradients of the gradients", str(error))
     else:
         assert_same(dict(enumerate(found)), dict(enumerate(expected)), 10 * bound(backend))
 
 
 @on_every_backend({name: case for name, case in CASES.items() if not name.endswith("batch")})
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # Triton's interpreter
 def test_an_image_that_is_not_finite_leaves_the_others_alone(backend, case):
     x, p = arguments(case, backend=backend)
     features = x.features.clone()
@@ -331,18 +332,15 @@ def test_parameters_of_another_dtype_device_or_shape(case):
                 case.run(x, **{**p, name: torch.zeros(shape)})
 
 
+@pytest.mark.filterwarnings("ignore:.* runs on the slow dense reference")
 @pytest.mark.parametrize("ndim", [1, 3])
-@pytest.mark.parametrize("operator", ["depthwise_conv", "conv", "grn", "layer_norm", "stochastic_depth", "block"])
-def test_other_dimensions(ndim, operator):
+@pytest.mark.parametrize(
+    "case",
+    ["depthwise_conv-7x7", "conv-3x3-stride2", "grn-sample", "layer_norm", "stochastic_depth", "block-keep-survival"],
+)
+def test_other_dimensions(ndim, case):
     """The result in one or three dimensions does not depend on the backend that auto takes."""
-    case = {
-        "depthwise_conv": CASES["depthwise_conv-7x7"],
-        "conv": CASES["conv-3x3-stride2"],
-        "grn": CASES["grn-sample"],
-        "layer_norm": CASES["layer_norm"],
-        "stochastic_depth": CASES["stochastic_depth"],
-        "block": CASES["block-keep-survival"],
-    }[operator]
+    case = CASES[case]
     mask = torch.rand(2, *(3, 2, 2)[:ndim]) < 0.4
     x, p = arguments(case, torch.float64, Layout.from_mask(mask, tuple(4 * size for size in mask.shape[1:])))
     for name, value in p.items():
