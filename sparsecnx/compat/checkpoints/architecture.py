@@ -17,17 +17,10 @@ from sparsecnx.models.convnextv2 import STRIDE
 
 
 class Unfit(Exception):
-    """An entry is missing, or has a shape that no network has.
+    """An entry is missing or has a shape that no network has.
 
-    Attributes:
-        name: our name of the entry.
-        expected: the right shape, in words; None if the entry is missing.
+    The arguments are our name of it and the problem, with `{}` in place of the name.
     """
-
-    def __init__(self, name: str, expected: str | None = None) -> None:
-        super().__init__(name, expected)
-        self.name = name
-        self.expected = expected
 
 
 class Decoder(NamedTuple):
@@ -79,10 +72,9 @@ class Architecture:
             if self.decoder is not None:
                 dim, depth, patch_size = self.decoder
                 entries |= FCMAE(ConvNeXtV2Encoder(**sizes), patch_size, depth, dim).state_dict()
-        absent = ["encoder."]  # the classifier has the same entries without the prefix
-        absent += [] if self.norm else ["norm."]
-        absent += [] if self.num_classes is not None else ["head."]
-        return {name: entry for name, entry in entries.items() if not name.startswith(tuple(absent))}
+        has = {"encoder.": False, "norm.": self.norm, "head.": self.num_classes is not None}
+        absent = tuple(part for part, there in has.items() if not there)  # without "encoder." the names are ours
+        return {name: entry for name, entry in entries.items() if not name.startswith(absent)}
 
 
 def infer(entries: Mapping[str, Tensor]) -> Architecture:
@@ -96,10 +88,11 @@ def infer(entries: Mapping[str, Tensor]) -> Architecture:
     dims = tuple(_width(rf"stages\.{i}\.\d+\.{PER_CHANNEL}", f"stages.{i}.0.norm.weight", entries) for i in stages)
     stem = _get("downsample_layers.0.0.weight", entries)
     if stem.ndim != 4:
-        raise Unfit("downsample_layers.0.0.weight", f"({dims[0]}, channels of the images, 4, 4)")
+        problem = f"{{}} is {tuple(stem.shape)}: expected ({dims[0]}, channels of the images, 4, 4)"
+        raise Unfit("downsample_layers.0.0.weight", problem)
     in_chans = stem.shape[1]
 
-    norm, head, decoder = (any(name.startswith(part) for name in entries) for part in (NORM, HEAD, DECODER))
+    norm, head, decoder = (any(name.startswith(part) for name in entries) for part in ("norm.", "head.", DECODER))
     return Architecture(
         depths,
         dims,
@@ -109,22 +102,20 @@ def infer(entries: Mapping[str, Tensor]) -> Architecture:
         decoder=Decoder(
             dim=_width(rf"(mask_token|proj\.bias|decoder\.\d+\.{PER_CHANNEL})", "mask_token", entries),
             depth=_count(r"decoder\.(\d+)\..*", entries),
-            patch_size=_patch_size(_get("pred.bias", entries).numel(), in_chans),
+            patch_size=_patch_size(_get("pred.bias", entries), in_chans),
         )
         if decoder
         else None,
     )
 
 
-NORM = ("norm.",)
-HEAD = ("head.",)
 DECODER = ("proj.", "mask_token", "decoder.", "pred.")
 PER_CHANNEL = r"(dwconv\.bias|norm\.weight|norm\.bias|pwconv2\.bias)"  # of a block: one number per channel
 
 
 def _get(name: str, entries: Mapping[str, Tensor]) -> Tensor:
     if name not in entries:
-        raise Unfit(name)
+        raise Unfit(name, "lacks {}")
     return entries[name]
 
 
@@ -139,9 +130,10 @@ def _count(pattern: str, names: Iterable[str]) -> int:
     return len({match[1] for name in names if (match := re.fullmatch(pattern, name))})
 
 
-def _patch_size(outputs: int, in_chans: int) -> int:
-    """Return the side of the patch whose pixels the decoder predicts."""
-    side = math.isqrt(outputs // max(in_chans, 1))
-    if side == 0 or side % STRIDE or side**2 * in_chans != outputs:
-        raise Unfit("pred.bias", f"(patch_size ** 2 * {in_chans},), patch_size a multiple of {STRIDE}")
+def _patch_size(bias: Tensor, in_chans: int) -> int:
+    """Return the side of the patch whose pixels the decoder predicts, from the bias of its last layer."""
+    side = math.isqrt(bias.numel() // max(in_chans, 1))
+    if side == 0 or side % STRIDE or side**2 * in_chans != bias.numel():
+        expected = f"(patch_size ** 2 * {in_chans},), patch_size a multiple of {STRIDE}"
+        raise Unfit("pred.bias", f"{{}} is {tuple(bias.shape)}: expected {expected}")
     return side

@@ -129,12 +129,10 @@ def _to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str
     try:
         architecture = infer({name: tensor for name, (_, tensor, _) in given.items()})
     except Unfit as unfit:
-        place = origin.to_theirs(unfit.name)
+        name, problem = unfit.args
+        place = origin.to_theirs(name)
         assert place is not None  # infer only names entries that the format has
-        if unfit.expected is None:
-            raise CheckpointError(f"lacks {place[0]}") from None
-        shape = tuple(given[unfit.name][1].shape)
-        raise CheckpointError(f"{place[0]} is {shape}: expected {unfit.expected}") from None
+        raise CheckpointError(problem.format(place[0])) from None
 
     entries = architecture.parameters()
     lacking, misshapen = {}, []

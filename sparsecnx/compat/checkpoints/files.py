@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,13 +53,9 @@ class PartError(CheckpointError):
         candidates: parts that `key` could name instead, those with the most entries first.
     """
 
-    def __init__(self, problem: str, candidates: list[str]) -> None:
-        super().__init__(problem, candidates)
-        self.problem = problem
+    def __init__(self, problem: str, candidates: Sequence[str] = ()) -> None:
+        super().__init__(problem)
         self.candidates = candidates
-
-    def __str__(self) -> str:
-        return self.problem
 
 
 def load(path: str | Path, key: str | None = None) -> Loaded:

@@ -46,12 +46,10 @@ from sparsecnx.compat.minkowski.layers import (
     NONLINEARITIES,
     MinkowskiAdaptiveLogSoftmaxWithLoss,
     MinkowskiBatchNorm,
-    MinkowskiInstanceNorm,
     MinkowskiLayerNorm,
     MinkowskiLinear,
     MinkowskiNonlinearityBase,
     MinkowskiSinusoidal,
-    MinkowskiStableInstanceNorm,
     MinkowskiSyncBatchNorm,
 )
 from sparsecnx.compat.minkowski.manager import (
@@ -95,7 +93,9 @@ from sparsecnx.compat.minkowski.pooling import (
     MinkowskiGlobalMaxPooling,
     MinkowskiGlobalPooling,
     MinkowskiGlobalSumPooling,
+    MinkowskiInstanceNorm,
     MinkowskiMaxPooling,
+    MinkowskiStableInstanceNorm,
     MinkowskiSumPooling,
 )
 from sparsecnx.compat.minkowski.tensor import SparseTensor

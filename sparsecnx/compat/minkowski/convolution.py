@@ -250,8 +250,8 @@ class MinkowskiConvolutionTranspose(MinkowskiConvolutionBase):
             bias = None if bias is None else bias.repeat(kernel.kernel_volume)
             found = nn.functional.linear(input.F, weight, bias)
             return input._with(found.view(-1, self.out_channels), key)
-        table = manager.table(key, input.coordinate_map_key, kernel).swapped
-        return input._with(ops.mapped_conv(input.F, self.kernel, *tables(input, table), bias), key)
+        table = manager.table(key, input.coordinate_map_key, kernel)
+        return input._with(ops.mapped_conv(input.F, self.kernel, table.inverse, table.table, bias), key)
 
 
 def to_torch(kernel: Tensor, size: list[int]) -> Tensor:

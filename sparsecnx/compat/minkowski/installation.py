@@ -12,6 +12,7 @@ import importlib.util
 import math
 import runpy
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -104,7 +105,6 @@ def main(argv: list[str]) -> int:
         print(USAGE + problem, file=sys.stderr)
         return 2
     sys.argv = Arguments(arguments)
-    prepare()
     if as_module:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
@@ -114,21 +114,15 @@ def main(argv: list[str]) -> int:
 
 
 class Arguments(list[str]):
-    """A `sys.argv` that prepares spawned processes.
+    """A `sys.argv` that installs the package as MinkowskiEngine, and lets old scripts load their own checkpoints.
 
-    multiprocessing sends `sys.argv` to a process, which unpickles it before it imports the script.
+    multiprocessing sends `sys.argv` to a process that it spawns, which unpickles it before it imports the script.
     """
 
+    def __init__(self, values: Iterable[str]) -> None:
+        super().__init__(values)
+        install()
+        torch.serialization.add_safe_globals([argparse.Namespace])  # they hold one beside the weights
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arguments, (list(self),)
-
-
-def _arguments(values: list[str]) -> Arguments:
-    prepare()
-    return Arguments(values)
-
-
-def prepare() -> None:
-    """Install the package as MinkowskiEngine, and let old scripts load their own checkpoints."""
-    install()
-    torch.serialization.add_safe_globals([argparse.Namespace])  # they hold one beside the weights
+        return Arguments, (list(self),)

@@ -1,4 +1,4 @@
-"""Layers on the features of each site (linear, nonlinear, dropout, batch normalisation), and instance normalisation."""
+"""Layers on the features of each site (linear, nonlinear, dropout, normalisation)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from sparsecnx.compat.minkowski.base import MinkowskiModuleBase, on_features
 from sparsecnx.compat.minkowski.errors import require_type
-from sparsecnx.compat.minkowski.pooling import normalise_by_image
 from sparsecnx.compat.minkowski.tensor import SparseTensor
 
 
@@ -38,18 +37,15 @@ class MinkowskiNonlinearityBase(_TorchLayer, MinkowskiModuleBase):
         return f"{type(self).__name__}()"
 
 
-def _nonlinearity(name: str) -> type[MinkowskiNonlinearityBase]:
-    """Make the class `MinkowskiX` of `torch.nn.X`."""
-    doc = f"`torch.nn.{name}` on the features of a SparseTensor."
-    members = {"MODULE": getattr(nn, name), "__doc__": doc, "__module__": __name__}
-    return type(f"Minkowski{name}", (MinkowskiNonlinearityBase,), members)
-
-
 _OF_TORCH = """
     ELU Hardshrink Hardsigmoid Hardtanh Hardswish LeakyReLU LogSigmoid PReLU ReLU ReLU6 RReLU SELU CELU GELU Sigmoid
     SiLU Softplus Softshrink Softsign Tanh Tanhshrink Threshold Softmin Softmax LogSoftmax Dropout AlphaDropout
 """
-NONLINEARITIES = {f"Minkowski{name}": _nonlinearity(name) for name in _OF_TORCH.split()}
+NONLINEARITIES = {}  # the classes `MinkowskiX` of `torch.nn.X`
+for _name in _OF_TORCH.split():
+    _doc = f"`torch.nn.{_name}` on the features of a SparseTensor."
+    _members = {"MODULE": getattr(nn, _name), "__doc__": _doc, "__module__": __name__}
+    NONLINEARITIES[f"Minkowski{_name}"] = type(f"Minkowski{_name}", (MinkowskiNonlinearityBase,), _members)
 globals().update(NONLINEARITIES)
 
 
@@ -123,32 +119,3 @@ class MinkowskiLayerNorm(_TorchLayer):
 
     def __init__(self, normalized_shape: int, eps: float = 1e-6) -> None:
         super().__init__(normalized_shape, eps=eps)
-
-
-class MinkowskiInstanceNorm(MinkowskiModuleBase):
-    """Normalisation over the sites of each image, with `weight` and `bias (1, C)`; `EPS` is added to the variance."""
-
-    EPS = 1e-8
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.weight = nn.Parameter(torch.ones(1, num_features))
-        self.bias = nn.Parameter(torch.zeros(1, num_features))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, input: SparseTensor) -> SparseTensor:
-        """Normalise features `(rows, C)`."""
-        return on_features(input, lambda _: normalise_by_image(input, self.EPS) * self.weight + self.bias)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(nchannels={self.num_features})"
-
-
-class MinkowskiStableInstanceNorm(MinkowskiInstanceNorm):
-    """Instance normalisation with a larger `EPS`."""
-
-    EPS = 1e-6

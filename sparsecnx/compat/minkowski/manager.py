@@ -88,13 +88,6 @@ class KernelMap:
         with for_any_mode():
             return invert_kernel_map(self.table, self.rows)
 
-    @cached_property
-    def swapped(self) -> KernelMap:
-        """The map of the transposed kernel, from the output to the input."""
-        other = KernelMap(self.inverse, self.table.shape[0])
-        other.__dict__["inverse"] = self.table  # sets the cached_property
-        return other
-
 
 @with_missing_members
 class CoordinateManager:

@@ -1,4 +1,4 @@
-"""Pooling over windows and over whole images, and layers that bring the features of an image back to its sites."""
+"""Pooling over windows and whole images, broadcasts from an image to its sites, and normalisation by image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsecnx import ops
 from sparsecnx.common.dtypes import statistics_dtype
@@ -160,14 +160,40 @@ class MinkowskiBroadcastConcatenation(_Broadcast):
     combine = staticmethod(lambda features, of_image: torch.cat([features, of_image], dim=1))
 
 
-def normalise_by_image(x: SparseTensor, eps: float) -> Tensor:
-    """Return the features with mean 0 and variance 1 in each image and channel; `eps` is added to the variance."""
-    image, counts = x.coordinate_manager.at_origin(x.coordinate_map_key)
-    count = counts.clamp(min=1)[:, None]
-    features = x.F.to(statistics_dtype(x.dtype))
-    centred = features - _at_sites(_sum_by_image(features, image, len(count)) / count, image)
-    variance = _sum_by_image(centred.square(), image, len(count)) / count
-    return (centred * _at_sites((variance + eps).rsqrt(), image)).to(x.dtype)
+class MinkowskiInstanceNorm(MinkowskiModuleBase):
+    """Normalisation over the sites of each image, with `weight` and `bias (1, C)`; `EPS` is added to the variance."""
+
+    EPS = 1e-8
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.weight = nn.Parameter(torch.ones(1, num_features))
+        self.bias = nn.Parameter(torch.zeros(1, num_features))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: SparseTensor) -> SparseTensor:
+        """Normalise features `(rows, C)`."""
+        require_type(input, SparseTensor, "input", "a SparseTensor")
+        image, counts = input.coordinate_manager.at_origin(input.coordinate_map_key)
+        count = counts.clamp(min=1)[:, None]
+        features = input.F.to(statistics_dtype(input.dtype))
+        centred = features - _at_sites(_sum_by_image(features, image, len(count)) / count, image)
+        variance = _sum_by_image(centred.square(), image, len(count)) / count
+        normal = (centred * _at_sites((variance + self.EPS).rsqrt(), image)).to(input.dtype)
+        return input._with(normal * self.weight + self.bias)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(nchannels={self.num_features})"
+
+
+class MinkowskiStableInstanceNorm(MinkowskiInstanceNorm):
+    """Instance normalisation with a larger `EPS`."""
+
+    EPS = 1e-6
 
 
 def _reduction(mode: PoolingMode) -> str:
