@@ -23,8 +23,8 @@ from torch import Tensor
 import sparsecnx.compat.minkowski as ME
 from sparsecnx.compat.minkowski import convolution
 from sparsecnx.compat.minkowski.convolution import to_minkowski, to_torch
+from sparsecnx.compat.minkowski.errors import NEAREST
 from sparsecnx.compat.minkowski.installation import main
-from sparsecnx.compat.minkowski.missing import NEAREST
 from sparsecnx.geometry.coordinates import CoordinateMap
 
 PATTERNS = ("sites", "shuffled", "tiles", "shuffled tiles", "dense")

@@ -39,7 +39,7 @@ from sparsecnx.compat.minkowski.enums import (
     SparseTensorOperationMode,
     SparseTensorQuantizationMode,
 )
-from sparsecnx.compat.minkowski.errors import ArgumentError, ArgumentTypeError, NotOffered
+from sparsecnx.compat.minkowski.errors import PLACEHOLDERS, ArgumentError, ArgumentTypeError, NotOffered
 from sparsecnx.compat.minkowski.installation import install, installed, uninstall
 from sparsecnx.compat.minkowski.kernel import KernelGenerator, convert_to_int_list
 from sparsecnx.compat.minkowski.layers import (
@@ -63,7 +63,6 @@ from sparsecnx.compat.minkowski.manager import (
     set_sparse_tensor_operation_mode,
     sparse_tensor_operation_mode,
 )
-from sparsecnx.compat.minkowski.missing import PLACEHOLDERS
 from sparsecnx.compat.minkowski.modules import MinkowskiNetwork
 from sparsecnx.compat.minkowski.operations import (
     MinkowskiPruning,

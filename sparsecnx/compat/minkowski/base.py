@@ -28,13 +28,7 @@ def on_features(input: SparseTensor, compute: Callable[[Tensor], Tensor]) -> Spa
 
 
 class KernelLayer(MinkowskiModuleBase):
-    """Base of the layers with a kernel.
-
-    Args:
-        kernel_size, stride, dilation: one number, or one for each axis.
-        kernel_generator: the geometry, instead of these three.
-        dimension: number of spatial axes.
-    """
+    """Base of the layers with a kernel: convolutions, and pooling over windows."""
 
     is_transpose = False
     _channels = ""  # of a convolution, for its repr

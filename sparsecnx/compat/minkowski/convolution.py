@@ -16,7 +16,6 @@ from sparsecnx.compat.minkowski.kernel import KernelGenerator
 from sparsecnx.compat.minkowski.tensor import SparseTensor, in_layout
 from sparsecnx.geometry.coordinates import CoordinateMap
 from sparsecnx.geometry.nested_order import tile_to_rows
-from sparsecnx.tensor import SparseTensor as TileTensor
 
 
 class _Convolution(KernelLayer):
@@ -25,20 +24,26 @@ class _Convolution(KernelLayer):
     Attributes:
         kernel: the weight in MinkowskiEngine's layout: K taps first, of which the first axis varies fastest.
         bias: `(1, C_out)`, or None.
+        use_mm: True if the layer is one matrix product: kernel and stride are 1.
     """
 
+    DEPTHWISE = False
     kernel: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool, *geometry: Any) -> None:
         super().__init__(*geometry)
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            require_type(channels, int, name, "a number of channels")
-            require(channels > 0, f"{name} is {channels}: expected at least 1")
+        for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
+            require_type(count, int, name, "a number of channels")
+            require(count > 0, f"{name} is {count}: expected at least 1")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self._channels = f"in={in_channels}, out={out_channels}, "
-        self.kernel = nn.Parameter(torch.empty(self._kernel_shape()))
+        volume = self.kernel_generator.kernel_volume
+        self.use_mm = not self.DEPTHWISE and volume == 1 and self.kernel_generator.requires_strided_coordinates
+        taps = [] if self.use_mm else [volume]
+        channels = [in_channels] if self.DEPTHWISE else [in_channels, out_channels]
+        self.kernel = nn.Parameter(torch.empty(taps + channels))
         self.bias = nn.Parameter(torch.empty(1, out_channels)) if bias else None
         self.reset_parameters(self.is_transpose)
 
@@ -55,30 +60,42 @@ class _Convolution(KernelLayer):
         channels = input.F.shape[1]
         require(channels == self.in_channels, f"input has {channels} channels: the layer takes {self.in_channels}")
 
+    def forward(self, input: SparseTensor, coordinates: Target = None) -> SparseTensor:
+        """Convolve features `(rows, C_in)` to `(rows_out, C_out)`.
+
+        Args:
+            coordinates: the sites to compute, as a tensor `(rows_out, 1 + D)`, or those of another tensor of the same
+                manager; by default those that follow from the stride. Ignored, as in MinkowskiEngine, if `use_mm`.
+        """
+        self._check(input)
+        if self.use_mm:
+            return input._with(nn.functional.linear(input.F, self.kernel.t(), self._flat_bias()))
+        return self._convolve(input, coordinates)
+
     def _convolve(self, input: SparseTensor, coordinates: Target) -> SparseTensor:
-        manager, kernel = input.coordinate_manager, self.kernel_generator
+        manager, kernel, bias = input.coordinate_manager, self.kernel_generator, self._flat_bias()
         key = self._output_key(input, coordinates)
         out = manager.map(key)
         if self._takes_tiles() and _are_children(input._map, out, kernel.kernel_stride[0]):
-            rows = self._convolve_tiles(in_layout(input), to_torch(self.kernel, kernel.kernel_size)).features
+            x, weight = in_layout(input), to_torch(self.kernel, kernel.kernel_size)
+            if self.DEPTHWISE:
+                rows = ops.depthwise_conv(x, weight, bias).features
+            else:
+                padding = tuple(size // 2 if size % 2 else 0 for size in kernel.kernel_size)
+                rows = ops.conv(x, weight, bias, kernel.kernel_stride[0], padding).features
             return input._with(rows if out.order is None else rows.index_select(0, out.back), key)
+        convolve = ops.mapped_depthwise_conv if self.DEPTHWISE else ops.mapped_conv
         table = manager.table(input.coordinate_map_key, key, kernel)
-        return input._with(self._convolve_rows(input.F, *tables(input, table)), key)
+        return input._with(convolve(input.F, self.kernel, *tables(input, table), bias), key)
 
     def _takes_tiles(self) -> bool:
         """Return whether the operators on tiles have this kernel."""
         kernel = self.kernel_generator
-        plain = kernel.region_type == RegionType.HYPER_CUBE and set(kernel.kernel_dilation) == {1}
-        return plain and len(set(kernel.kernel_stride)) == 1
-
-    def _kernel_shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
-
-    def _convolve_tiles(self, x: TileTensor, weight: Tensor) -> TileTensor:
-        raise NotImplementedError
-
-    def _convolve_rows(self, features: Tensor, kernel_map: Tensor, inverse: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        cube = kernel.region_type == RegionType.HYPER_CUBE and set(kernel.kernel_dilation) == {1}
+        centred = kernel.requires_strided_coordinates and all(size % 2 for size in kernel.kernel_size)
+        if self.DEPTHWISE:
+            return cube and centred and kernel.dimension == 2
+        return cube and len(set(kernel.kernel_stride)) == 1
 
     def _flat_bias(self) -> Tensor | None:
         return None if self.bias is None else self.bias.view(-1)
@@ -104,28 +121,6 @@ class MinkowskiConvolutionBase(_Convolution):
             raise not_offered("expand_coordinates=True", "a list of output sites as the argument `coordinates`")
         super().__init__(in_channels, out_channels, bias, kernel_size, stride, dilation, kernel_generator, dimension)
 
-    @property
-    def use_mm(self) -> bool:
-        """True if the layer is one matrix product: kernel and stride are 1."""
-        return self.kernel_generator.kernel_volume == 1 and self.kernel_generator.requires_strided_coordinates
-
-    def _kernel_shape(self) -> tuple[int, ...]:
-        taps = () if self.use_mm else (self.kernel_generator.kernel_volume,)
-        return (*taps, self.in_channels, self.out_channels)
-
-    def forward(self, input: SparseTensor, coordinates: Target = None) -> SparseTensor:
-        """Convolve features `(rows, C_in)` to `(rows_out, C_out)`.
-
-        Args:
-            coordinates: the sites to compute, as a tensor `(rows_out, 1 + D)`, or those of another tensor of the same
-                manager; by default those that follow from the stride. Ignored, as in MinkowskiEngine, if kernel and
-                stride are 1.
-        """
-        self._check(input)
-        if self.use_mm:
-            return input._with(nn.functional.linear(input.F, self.kernel.t(), self._flat_bias()))
-        return self._convolve(input, coordinates)
-
 
 class MinkowskiConvolution(MinkowskiConvolutionBase):
     """Convolution. The output has the sites of the input, or with a stride its multiples that have a site behind them.
@@ -146,14 +141,6 @@ class MinkowskiConvolution(MinkowskiConvolutionBase):
         NotOffered: `expand_coordinates`, or a custom region.
     """
 
-    def _convolve_tiles(self, x: TileTensor, weight: Tensor) -> TileTensor:
-        kernel = self.kernel_generator
-        padding = tuple(size // 2 if size % 2 else 0 for size in kernel.kernel_size)
-        return ops.conv(x, weight, self._flat_bias(), kernel.kernel_stride[0], padding)
-
-    def _convolve_rows(self, features: Tensor, kernel_map: Tensor, inverse: Tensor | None) -> Tensor:
-        return ops.mapped_conv(features, self.kernel, kernel_map, inverse, self._flat_bias())
-
 
 class MinkowskiChannelwiseConvolution(_Convolution):
     """Depthwise convolution of MinkowskiEngine 0.5.4, with `kernel (K, C)`.
@@ -165,6 +152,8 @@ class MinkowskiChannelwiseConvolution(_Convolution):
     Raises:
         NotOffered: a custom region.
     """
+
+    DEPTHWISE = True
 
     def __init__(
         self,
@@ -180,22 +169,7 @@ class MinkowskiChannelwiseConvolution(_Convolution):
 
     def forward(self, input: SparseTensor, coords: Target = None) -> SparseTensor:
         """Convolve features `(rows, C)` to `(rows_out, C)`. MinkowskiEngine ignores `coords`; this layer does not."""
-        self._check(input)
-        return self._convolve(input, coords)
-
-    def _kernel_shape(self) -> tuple[int, ...]:
-        return self.kernel_generator.kernel_volume, self.in_channels
-
-    def _takes_tiles(self) -> bool:
-        kernel = self.kernel_generator
-        centred = kernel.requires_strided_coordinates and all(size % 2 for size in kernel.kernel_size)
-        return super()._takes_tiles() and centred and kernel.dimension == 2
-
-    def _convolve_tiles(self, x: TileTensor, weight: Tensor) -> TileTensor:
-        return ops.depthwise_conv(x, weight, self._flat_bias())
-
-    def _convolve_rows(self, features: Tensor, kernel_map: Tensor, inverse: Tensor | None) -> Tensor:
-        return ops.mapped_depthwise_conv(features, self.kernel, kernel_map, inverse, self._flat_bias())
+        return super().forward(input, coords)
 
 
 class MinkowskiDepthwiseConvolution(MinkowskiChannelwiseConvolution):

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsecnx.compat.minkowski.enums import RegionType
-from sparsecnx.compat.minkowski.errors import not_offered, require, require_type
-from sparsecnx.compat.minkowski.missing import with_missing_members
+from sparsecnx.compat.minkowski.errors import not_offered, require, require_type, with_missing_members
 from sparsecnx.geometry.coordinates import offsets_of
 
 

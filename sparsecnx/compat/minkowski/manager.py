@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +12,8 @@ import torch
 from torch import Tensor
 
 from sparsecnx.compat.minkowski.enums import RegionType, SparseTensorOperationMode
-from sparsecnx.compat.minkowski.errors import ArgumentError, not_offered, require, require_type
+from sparsecnx.compat.minkowski.errors import ArgumentError, not_offered, require, require_type, with_missing_members
 from sparsecnx.compat.minkowski.kernel import KernelGenerator, convert_to_int_list
-from sparsecnx.compat.minkowski.missing import with_missing_members
 from sparsecnx.geometry.coordinates import CoordinateMap, for_any_mode, unique
 from sparsecnx.geometry.kernel_map import invert_kernel_map
 
@@ -114,7 +114,7 @@ class CoordinateManager:
         self._origins: dict[Name, tuple[Tensor, Tensor]] = {}
         self._given: list[Name] = []  # maps that no stride made from others
         self._roots: dict[str, str] = {}  # string of a map of `insert_from` to the string of its first source
-        self._numbered = 0
+        self._numbers = itertools.count(1)  # of strings that name new maps
 
     # Maps
 
@@ -133,7 +133,7 @@ class CoordinateManager:
         """Keep a map by its stride and the string, or by a new string if that name is taken."""
         name = (new.stride, string_id)
         while name in self._maps:
-            name = (new.stride, f"{string_id}{self._unused_string()}")
+            name = (new.stride, f"{string_id}-{next(self._numbers)}")
         self._maps[name] = new
         self._given.append(name)
         return CoordinateMapKey(*name)
@@ -144,16 +144,9 @@ class CoordinateManager:
         It gets a new string, so that it is not taken for a strided map of `source`. Transposed layers go back to the
         map from which `source` came.
         """
-        key = self.insert(new, self._unused_string())
-        self._roots[key.name[1]] = self._root(source.name[1])
+        key = self.insert(new, f"-{next(self._numbers)}")
+        self._roots[key.name[1]] = self._roots.get(source.name[1], source.name[1])
         return key
-
-    def _unused_string(self) -> str:
-        self._numbered += 1
-        return f"-{self._numbered}"
-
-    def _root(self, string: str) -> str:
-        return self._roots.get(string, string)
 
     def insert_and_map(
         self, coordinates: Tensor, tensor_stride: Any = 1, string_id: str = ""
@@ -210,16 +203,17 @@ class CoordinateManager:
             f"stride is {kernel.kernel_stride}: in a transposed layer it must divide the tensor stride, {list(coarse)}",
         )
         fine = tuple(a // b for a, b in zip(coarse, kernel.kernel_stride, strict=True))
-        for string in (self._root(key.name[1]), key.name[1]):
-            if (fine, string) in self._maps:
-                return CoordinateMapKey(fine, string)
+        string = key.name[1]
+        for known in (self._roots.get(string, string), string):
+            if (fine, known) in self._maps:
+                return CoordinateMapKey(fine, known)
         source = self.map(key)
         if kernel.covers and source.layout is not None and source.order is None:
             made = source.refined(kernel.kernel_stride[0])
         else:
             made = source.spread(kernel.offsets(fine), fine)
-        self._maps[fine, key.name[1]] = made
-        return CoordinateMapKey(fine, key.name[1])
+        self._maps[fine, string] = made
+        return CoordinateMapKey(fine, string)
 
     def origin(self) -> CoordinateMapKey:
         """Return the key of the map that global pooling gives: one site for each image, stride 0."""

@@ -13,7 +13,7 @@ from sparsecnx.compat.minkowski.base import MinkowskiModuleBase
 from sparsecnx.compat.minkowski.errors import require, require_type
 from sparsecnx.compat.minkowski.layers import MinkowskiLinear as MinkowskiLinear  # part of MinkowskiOps
 from sparsecnx.compat.minkowski.manager import CoordinateManager
-from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor
+from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor, require_same_sites
 from sparsecnx.geometry.coordinates import CoordinateMap, for_any_mode, tiles_of_mask
 from sparsecnx.geometry.packing import gather_rows
 
@@ -86,14 +86,9 @@ def _on_features(tensors: tuple[Any, ...], combine: Callable[[list[Tensor]], Ten
     if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)):
         tensors = tuple(tensors[0])
     require(len(tensors) > 1, f"{len(tensors)} tensors are given: expected at least two")
+    require_type(tensors[0], SparseTensor, "argument 0", "a SparseTensor")
     for number, tensor in enumerate(tensors):
-        require_type(tensor, SparseTensor, f"argument {number}", "a SparseTensor")
-        require(tensor.coordinate_manager is tensors[0].coordinate_manager, OTHER_MANAGER)
-        require(
-            tensor.coordinate_map_key == tensors[0].coordinate_map_key,
-            f"argument {number} is on {tensor.coordinate_map_key}: expected the sites of the first, "
-            f"{tensors[0].coordinate_map_key} (MinkowskiUnion adds tensors on different sites)",
-        )
+        require_same_sites(tensors[0], tensor, f"argument {number}")
     combined: SparseTensor = tensors[0]._with(combine([tensor.F for tensor in tensors]))
     return combined
 

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from sparsecnx.compat.minkowski.enums import SparseTensorQuantizationMode
-from sparsecnx.compat.minkowski.errors import ArgumentError, ArgumentTypeError, not_offered, require, require_type
+from sparsecnx.compat.minkowski.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    not_offered,
+    require,
+    require_type,
+    with_missing_members,
+)
 from sparsecnx.compat.minkowski.manager import CoordinateManager, CoordinateMapKey, check_coordinates, new_manager
-from sparsecnx.compat.minkowski.missing import with_missing_members
 from sparsecnx.geometry.coordinates import CoordinateMap
 from sparsecnx.geometry.packing import scatter_rows
 from sparsecnx.tensor import SparseTensor as TileTensor
@@ -100,7 +106,7 @@ class SparseTensor:
         self._F = features
         self._C: Tensor | None = None
         self.coordinate_map_key = coordinate_map_key
-        self._manager = coordinate_manager
+        self.coordinate_manager = coordinate_manager
 
     # Attributes
 
@@ -121,10 +127,6 @@ class SparseTensor:
     coordinates = C
 
     @property
-    def coordinate_manager(self) -> CoordinateManager:
-        return self._manager
-
-    @property
     def coordinate_key(self) -> CoordinateMapKey:
         return self.coordinate_map_key
 
@@ -136,13 +138,13 @@ class SparseTensor:
     @property
     def D(self) -> int:  # noqa: N802 - MinkowskiEngine's name
         """Number of spatial axes."""
-        return self._manager.D
+        return self.coordinate_manager.D
 
     dimension = D
 
     @property
     def _map(self) -> CoordinateMap:
-        return self._manager.map(self.coordinate_map_key)
+        return self.coordinate_manager.map(self.coordinate_map_key)
 
     @property
     def shape(self) -> torch.Size:
@@ -252,25 +254,25 @@ class SparseTensor:
             require(len(shape) == self.D + 2, f"shape is {tuple(shape)}: expected (B, C{', n' * self.D})")
             shape = (shape[0], self._F.shape[1], *shape[2:])
         if len(self) == 0:
-            require(shape is not None, "shape is None: expected (B, C, *spatial) for a tensor without sites")
-            assert shape is not None
+            if shape is None:
+                raise ArgumentError("shape is None: expected (B, C, *spatial) for a tensor without sites")
             return self._F.new_zeros(tuple(shape)), stride.new_zeros(self.D), stride
         low, high = self._map.bounds
-        first, lowest = (0,) * self.D, low[1:]
-        if min_coordinate is not None:
+        if min_coordinate is None:
+            require(
+                min(low) >= 0, f"coordinates go down to {list(low[1:])}: expected min_coordinate if some are below 0"
+            )
+            first, lowest = (0,) * self.D, low[1:]
+        else:
             require_type(min_coordinate, Tensor, "min_coordinate", "an int32 tensor (D,)")
             dtype, given = min_coordinate.dtype, tuple(min_coordinate.shape)
             fits = math.prod(given) == self.D and dtype == torch.int32
             require(fits, f"min_coordinate is {dtype} {given}: expected int32 ({self.D},)")
             first = lowest = tuple(min_coordinate.flatten().tolist())
-        else:
             require(
-                min(low) >= 0, f"coordinates go down to {list(low[1:])}: expected min_coordinate if some are below 0"
+                not any(place % max(1, by) for place, by in zip(first, self.tensor_stride, strict=True)),
+                f"min_coordinate is {list(first)}: expected multiples of the tensor stride, {self.tensor_stride}",
             )
-        require(
-            not any(a % max(1, b) for a, b in zip(lowest, self.tensor_stride, strict=True)),
-            f"min_coordinate is {list(lowest)}: expected multiples of the tensor stride, {self.tensor_stride}",
-        )
         found = torch.tensor([lowest], dtype=torch.int32, device=self.device)
         step = [max(1, by) for by in self.tensor_stride] if contract_stride else [1] * self.D
         last = [(top - base) // by for top, base, by in zip(high[1:], first, step, strict=True)]
@@ -283,7 +285,11 @@ class SparseTensor:
         )
         if self._map.layout is not None and contract_stride and not any(first):
             return self._dense_tiles(tuple(shape)), found, stride
-        return self._dense_sites(tuple(shape), first, step), found, stride
+        sites = self._map.coordinates.long()
+        places = (sites[:, 1:] - sites.new_tensor(first)).div(sites.new_tensor(step), rounding_mode="floor")
+        dense = self._F.new_zeros(shape[0], *shape[2:], shape[1])
+        dense = dense.index_put((sites[:, 0], *places.unbind(dim=1)), self._F)
+        return dense.movedim(-1, 1).contiguous(), found, stride
 
     def _dense_tiles(self, shape: tuple[int, ...]) -> Tensor:
         known = self._map
@@ -294,16 +300,6 @@ class SparseTensor:
             return dense
         more = [size - have for size, have in zip(shape, dense.shape, strict=True)]  # or fewer, if negative
         return torch.nn.functional.pad(dense, [entry for size in reversed(more) for entry in (0, size)])
-
-    def _dense_sites(self, shape: tuple[int, ...], first: Sequence[int], step: Sequence[int]) -> Tensor:
-        sites = self._map.coordinates.long()
-        place = sites[:, 0]
-        for axis in range(self.D):
-            position = (sites[:, 1 + axis] - first[axis]).div(step[axis], rounding_mode="floor")
-            place = place * shape[2 + axis] + position
-        cells = shape[0] * math.prod(shape[2:])
-        dense = self._F.new_zeros(cells, shape[1]).index_copy(0, place, self._F)
-        return dense.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
     def features_at_coordinates(self, query_coordinates: Tensor) -> Tensor:
         """Return features `(n, C)` at `query_coordinates (n, 1 + D)`, 0 where there is no site.
@@ -327,15 +323,10 @@ class SparseTensor:
     def _with(self, features: Tensor, key: CoordinateMapKey | None = None) -> SparseTensor:
         """Return a tensor with other features, on the same sites or those of `key`."""
         key = self.coordinate_map_key if key is None else key
-        return type(self)(features, coordinate_map_key=key, coordinate_manager=self._manager)
+        return type(self)(features, coordinate_map_key=key, coordinate_manager=self.coordinate_manager)
 
     def _combine_in_place(self, other: Any, combine: Callable[[Any, Any], Tensor]) -> SparseTensor:
-        require_type(other, SparseTensor, "other", "a SparseTensor on the same sites")
-        require(other.coordinate_manager is self.coordinate_manager, OTHER_MANAGER)
-        require(
-            other.coordinate_map_key == self.coordinate_map_key,
-            f"other is on {other.coordinate_map_key}: expected the same sites, {self.coordinate_map_key}",
-        )
+        require_same_sites(self, other, "other")
         self._F = combine(self._F, other.F)
         return self
 
@@ -351,9 +342,9 @@ class SparseTensor:
             f"other has {other.F.shape[1]} channels: expected {self._F.shape[1]} on different sites",
         )
         # The result has the sites of either. A missing row of `self` counts as 0; one of `other` changes nothing.
-        key, (mine, others) = self._manager.union([self.coordinate_map_key, other.coordinate_map_key])
+        key, (mine, others) = self.coordinate_manager.union([self.coordinate_map_key, other.coordinate_map_key])
         dtype = combine(self._F.new_ones(()), other.F.new_ones(())).dtype
-        features = self._F.new_zeros(self._manager.size(key), self._F.shape[1], dtype=dtype)
+        features = self._F.new_zeros(self.coordinate_manager.size(key), self._F.shape[1], dtype=dtype)
         features = features.index_copy(0, mine, self._F.to(dtype))
         features = features.index_copy(0, others, combine(features[others], other.F).to(dtype))
         return self._with(features, key)
@@ -375,6 +366,15 @@ class SparseTensor:
             f"SparseTensor(features={tuple(self._F.shape)} {self.dtype} on {self.device}, "
             f"tensor_stride={self.tensor_stride}, {self.coordinate_map_key})"
         )
+
+
+def require_same_sites(x: SparseTensor, other: Any, name: str) -> None:
+    """Raise unless the argument `name` is a SparseTensor on the sites of `x`."""
+    require_type(other, SparseTensor, name, "a SparseTensor")
+    require(other.coordinate_manager is x.coordinate_manager, OTHER_MANAGER)
+    here, there = x.coordinate_map_key, other.coordinate_map_key
+    message = f"{name} is on {there}: expected the sites of the first tensor, {here}"
+    require(here == there, f"{message} (+ and MinkowskiUnion add tensors on different sites)")
 
 
 def in_layout(x: SparseTensor) -> TileTensor:

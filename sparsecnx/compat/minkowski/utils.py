@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecnx.compat.minkowski.errors import require, require_type
-from sparsecnx.compat.minkowski.missing import QUANTIZED, refusing
+from sparsecnx.compat.minkowski.errors import QUANTIZED, refusing, require, require_type
 
 DTYPES = (torch.int32, torch.float32)
 
