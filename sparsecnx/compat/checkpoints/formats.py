@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,9 +66,13 @@ class Entry(NamedTuple):
     layout: Layout
 
 
-def _layer(ours: str, theirs: str, weight: Layout = SAME, bias: Layout = SAME) -> tuple[Entry, Entry]:
-    """Return the entries of weight and bias of a layer."""
-    return Entry(f"{ours}.weight", f"{theirs}.weight", weight), Entry(f"{ours}.bias", f"{theirs}.bias", bias)
+def _layer(
+    ours: str, theirs: str, weight: Layout = SAME, bias: Layout = SAME, names: tuple[str, str] = ("weight", "bias")
+) -> tuple[Entry, Entry]:
+    """Return the entries of a layer; `names` are those of its two parameters in the format."""
+    our_names = ("gamma", "beta") if ours.endswith("grn") else ("weight", "bias")
+    first, second = (f"{theirs}.{name}" for name in names)
+    return Entry(f"{ours}.{our_names[0]}", first, weight), Entry(f"{ours}.{our_names[1]}", second, bias)
 
 
 @dataclass(frozen=True)
@@ -105,35 +109,27 @@ def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\\{(\w)\\}", lambda hole: f"(?P<{hole[1]}>{numbers[hole[1]]})", re.escape(pattern)))
 
 
-def _dense_block(ours: str, theirs: str, grn: Layout = SAME) -> tuple[Entry, ...]:
-    """Return the entries of a block with the published names."""
-    return (
-        *_layer(f"{ours}.dwconv", f"{theirs}.dwconv"),
-        *_layer(f"{ours}.norm", f"{theirs}.norm"),
-        *_layer(f"{ours}.pwconv1", f"{theirs}.pwconv1"),
-        Entry(f"{ours}.grn.gamma", f"{theirs}.grn.gamma", grn),
-        Entry(f"{ours}.grn.beta", f"{theirs}.grn.beta", grn),
-        *_layer(f"{ours}.pwconv2", f"{theirs}.pwconv2"),
-    )
+def _published(layers: Sequence[str], prefix: str = "", grn: Layout = SAME) -> tuple[Entry, ...]:
+    """Return the entries of layers whose names differ from ours by a prefix only."""
+    entries: list[Entry] = []
+    for name in layers:
+        if name.endswith("grn"):
+            entries += _layer(name, f"{prefix}{name}", grn, grn, ("gamma", "beta"))
+        else:
+            entries += _layer(name, f"{prefix}{name}")
+    return tuple(entries)
 
 
-def _dense_encoder(prefix: str = "", grn: Layout = SAME) -> tuple[Entry, ...]:
-    return (
-        *_layer("downsample_layers.0.0", f"{prefix}downsample_layers.0.0"),
-        *_layer("downsample_layers.0.1", f"{prefix}downsample_layers.0.1"),
-        *_layer("downsample_layers.{d}.0", f"{prefix}downsample_layers.{{d}}.0"),
-        *_layer("downsample_layers.{d}.1", f"{prefix}downsample_layers.{{d}}.1"),
-        *_dense_block("stages.{i}.{j}", f"{prefix}stages.{{i}}.{{j}}", grn),
-    )
+def _block(name: str) -> list[str]:
+    return [f"{name}.{layer}" for layer in ("dwconv", "norm", "pwconv1", "grn", "pwconv2")]
 
 
+ENCODER = [
+    *("downsample_layers.0.0", "downsample_layers.0.1", "downsample_layers.{d}.0", "downsample_layers.{d}.1"),
+    *_block("stages.{i}.{j}"),
+]
 # The published decoder is dense, like ours.
-DECODER = (
-    *_layer("proj", "proj"),
-    Entry("mask_token", "mask_token", SAME),
-    *_dense_block("decoder.{j}", "decoder.{j}"),
-    *_layer("pred", "pred"),
-)
+DECODER = (Entry("mask_token", "mask_token", SAME), *_published(["proj", *_block("decoder.{j}"), "pred"]))
 
 FCMAE = Format(
     "fcmae",
@@ -141,14 +137,13 @@ FCMAE = Format(
         *_layer("downsample_layers.0.0", "encoder.downsample_layers.0.0"),
         *_layer("downsample_layers.0.1", "encoder.downsample_layers.0.1"),
         *_layer("downsample_layers.{d}.0", "encoder.downsample_layers.{d}.0.ln"),
-        Entry("downsample_layers.{d}.1.weight", "encoder.downsample_layers.{d}.1.kernel", KERNEL),
-        Entry("downsample_layers.{d}.1.bias", "encoder.downsample_layers.{d}.1.bias", BIAS_ROW),
-        Entry("stages.{i}.{j}.dwconv.weight", "encoder.stages.{i}.{j}.dwconv.kernel", DEPTHWISE_KERNEL),
-        Entry("stages.{i}.{j}.dwconv.bias", "encoder.stages.{i}.{j}.dwconv.bias", BIAS_ROW),
+        *_layer("downsample_layers.{d}.1", "encoder.downsample_layers.{d}.1", KERNEL, BIAS_ROW, ("kernel", "bias")),
+        *_layer(
+            "stages.{i}.{j}.dwconv", "encoder.stages.{i}.{j}.dwconv", DEPTHWISE_KERNEL, BIAS_ROW, ("kernel", "bias")
+        ),
         *_layer("stages.{i}.{j}.norm", "encoder.stages.{i}.{j}.norm.ln"),
         *_layer("stages.{i}.{j}.pwconv1", "encoder.stages.{i}.{j}.pwconv1.linear"),
-        Entry("stages.{i}.{j}.grn.gamma", "encoder.stages.{i}.{j}.grn.gamma", GRN_ROW),
-        Entry("stages.{i}.{j}.grn.beta", "encoder.stages.{i}.{j}.grn.beta", GRN_ROW),
+        *_layer("stages.{i}.{j}.grn", "encoder.stages.{i}.{j}.grn", GRN_ROW, GRN_ROW, ("gamma", "beta")),
         *_layer("stages.{i}.{j}.pwconv2", "encoder.stages.{i}.{j}.pwconv2.linear"),
         *DECODER,
     ),
@@ -157,11 +152,11 @@ FCMAE = Format(
 
 # The FCMAE weights for download: no decoder, dense names and kernels (ConvNeXt-V2 issues 47 and 65), and GRN parameters
 # (1, C), to which the published fine-tuning adds two dimensions.
-FCMAE_ENCODER = Format("fcmae-encoder", _dense_encoder(grn=GRN_ROW), nested=True)
+FCMAE_ENCODER = Format("fcmae-encoder", _published(ENCODER, grn=GRN_ROW), nested=True)
 
-SPARSECNX = Format("sparsecnx", (*_dense_encoder("encoder."), *DECODER))
+SPARSECNX = Format("sparsecnx", (*_published(ENCODER, "encoder."), *DECODER))
 
-CONVNEXTV2 = Format("convnextv2", (*_dense_encoder(), *_layer("norm", "norm"), *_layer("head", "head")), nested=True)
+CONVNEXTV2 = Format("convnextv2", _published([*ENCODER, "norm", "head"]), nested=True)
 
 
 def _timm(pointwise: Layout) -> Format:
@@ -175,8 +170,7 @@ def _timm(pointwise: Layout) -> Format:
             *_layer("stages.{i}.{j}.dwconv", "stages.{i}.blocks.{j}.conv_dw"),
             *_layer("stages.{i}.{j}.norm", "stages.{i}.blocks.{j}.norm"),
             *_layer("stages.{i}.{j}.pwconv1", "stages.{i}.blocks.{j}.mlp.fc1", weight=pointwise),
-            Entry("stages.{i}.{j}.grn.gamma", "stages.{i}.blocks.{j}.mlp.grn.weight", GRN_VECTOR),
-            Entry("stages.{i}.{j}.grn.beta", "stages.{i}.blocks.{j}.mlp.grn.bias", GRN_VECTOR),
+            *_layer("stages.{i}.{j}.grn", "stages.{i}.blocks.{j}.mlp.grn", GRN_VECTOR, GRN_VECTOR),
             *_layer("stages.{i}.{j}.pwconv2", "stages.{i}.blocks.{j}.mlp.fc2", weight=pointwise),
             *_layer("norm", "head.norm"),
             *_layer("head", "head.fc"),
@@ -203,8 +197,7 @@ def _transformers(prefix: str) -> Format:
             *_layer("stages.{i}.{j}.dwconv", f"{block}.dwconv"),
             *_layer("stages.{i}.{j}.norm", f"{block}.layernorm"),
             *_layer("stages.{i}.{j}.pwconv1", f"{block}.pwconv1"),
-            Entry("stages.{i}.{j}.grn.gamma", f"{block}.grn.weight", SAME),
-            Entry("stages.{i}.{j}.grn.beta", f"{block}.grn.bias", SAME),
+            *_layer("stages.{i}.{j}.grn", f"{block}.grn"),
             *_layer("stages.{i}.{j}.pwconv2", f"{block}.pwconv2"),
             *_layer("norm", f"{prefix}layernorm"),
             *_layer("head", "classifier"),

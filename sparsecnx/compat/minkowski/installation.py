@@ -57,7 +57,10 @@ def install() -> None:
                 f"{name} is imported already, from {getattr(found, '__file__', None)}: call install() before the first "
                 "import of MinkowskiEngine"
             )
-    restore_torch_six()
+    if "torch._six" not in sys.modules and importlib.util.find_spec("torch._six") is None:
+        six = sys.modules["torch._six"] = ModuleType("torch._six")
+        names = {"container_abcs": collections.abc, "string_classes": (str, bytes), "int_classes": int}
+        six.__dict__.update(names, inf=math.inf, nan=math.nan)
     for name, module in MODULES.items():
         sys.modules[name] = importlib.import_module(PACKAGE + module)
     for name in MODULES:  # `import MinkowskiEngine.utils.init as init` looks for an attribute
@@ -76,16 +79,6 @@ def uninstall() -> None:
 def installed() -> bool:
     """Return whether imports of MinkowskiEngine find this package."""
     return "MinkowskiEngine" in sys.modules and is_ours(sys.modules["MinkowskiEngine"])
-
-
-def restore_torch_six() -> None:
-    """Make `import torch._six` work, which torch 2.0 has removed."""
-    if "torch._six" not in sys.modules and importlib.util.find_spec("torch._six") is None:
-        module = ModuleType("torch._six")
-        module.__dict__.update(
-            container_abcs=collections.abc, string_classes=(str, bytes), int_classes=int, inf=math.inf, nan=math.nan
-        )
-        sys.modules["torch._six"] = module
 
 
 def is_ours(module: ModuleType) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,7 +113,6 @@ class CoordinateManager:
         self._origins: dict[Name, tuple[Tensor, Tensor]] = {}
         self._given: list[Name] = []  # maps that no stride made from others
         self._roots: dict[str, str] = {}  # string of a map of `insert_from` to the string of its first source
-        self._numbers = itertools.count(1)  # of strings that name new maps
 
     # Maps
 
@@ -131,12 +129,12 @@ class CoordinateManager:
 
     def insert(self, new: CoordinateMap, string_id: str = "") -> CoordinateMapKey:
         """Keep a map by its stride and the string, or by a new string if that name is taken."""
-        name = (new.stride, string_id)
-        while name in self._maps:
-            name = (new.stride, f"{string_id}-{next(self._numbers)}")
-        self._maps[name] = new
-        self._given.append(name)
-        return CoordinateMapKey(*name)
+        string, number = string_id, len(self._maps)
+        while (new.stride, string) in self._maps:
+            string, number = f"{string_id}-{number}", number + 1
+        self._maps[new.stride, string] = new
+        self._given.append((new.stride, string))
+        return CoordinateMapKey(new.stride, string)
 
     def insert_from(self, source: CoordinateMapKey, new: CoordinateMap) -> CoordinateMapKey:
         """Keep a map of other sites that was made from the map `source`.
@@ -144,7 +142,7 @@ class CoordinateManager:
         It gets a new string, so that it is not taken for a strided map of `source`. Transposed layers go back to the
         map from which `source` came.
         """
-        key = self.insert(new, f"-{next(self._numbers)}")
+        key = self.insert(new, f"-{len(self._maps)}")
         self._roots[key.name[1]] = self._roots.get(source.name[1], source.name[1])
         return key
 
