@@ -28,11 +28,10 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,11 +39,10 @@ from unittest import mock
 import measure
 import plots
 import torch
-from measure import Mismatch, Results, say
+from measure import Case, Results, say
 from torch import Tensor
 
-from sparsecnx import SparseTensor, random_mask
-from sparsecnx.geometry.masks import visible_count
+from sparsecnx import SparseTensor
 from sparsecnx.models import SIZES, ConvNeXtV2Encoder, masked_dense
 from sparsecnx.models.convnextv2 import STRIDE
 
@@ -55,32 +53,6 @@ SWEEPS: dict[str, tuple[Any, ...]] = {
     "batch": (1, 2, 4, 8, 16),
     "image": (160, 224, 320),
 }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One setting. `ratio` comes last: cases that differ in it alone share weights and compiled code."""
-
-    dtype: str
-    device: str
-    threads: int
-    size: str
-    batch: int
-    image: int
-    ratio: float
-
-    @property
-    def key(self) -> str:
-        setting = f"{self.size}-mask{self.ratio:g}-batch{self.batch}-{self.image}px"
-        return f"{setting}-{self.dtype}-{self.device}-{self.threads}threads"
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return (self.image // STRIDE, self.image // STRIDE)
-
-    @property
-    def visible(self) -> int:
-        return visible_count(self.grid[0] * self.grid[1], self.ratio)
 
 
 class Workload:
@@ -123,12 +95,10 @@ class Workload:
     def set_ratio(self, case: Case) -> None:
         """Change the mask ratio and leave all else as it is."""
         self.case = case
-        # Drawn on the CPU: the same mask on every device.
-        mask = random_mask(case.batch, case.grid, case.ratio, generator=torch.Generator().manual_seed(0))
-        self.mask = mask.view(-1, *case.grid).to(self.device)
-        self.row_grad = SparseTensor.from_dense(self.output_grad, self.mask, case.visible).features
-        self.products = block_products(self.reference, case)
-        self.graphs: dict[str, Graph] = {}
+        self.mask = case.mask()
+        self.row_grad = self.rows(self.output_grad)
+        self.floor = block_products(self.reference, case)
+        self.graphs: dict[str, Callable[[], Tensor]] = {}
 
     def encode(self, name: str) -> Tensor:
         """Return the last stage: `(rows, C)` from the sparse encoder, `(B, C, h, w)` from a dense one."""
@@ -136,11 +106,6 @@ class Workload:
             if name.startswith("sparse"):
                 return self.models[name](self.images, self.mask, self.case.visible).features
             return self.functions[name](self.models[name], self.dense_images[name.endswith("nchw")], self.mask)
-
-    def forward(self, name: str) -> Tensor:
-        """Run one forward pass without gradients and return the output."""
-        with torch.no_grad():
-            return self.encode(name)
 
     def forward_backward(self, name: str) -> Tensor:
         """Run forward and backward, to the gradients of all parameters, and return the output."""
@@ -151,19 +116,14 @@ class Workload:
 
     def call(self, name: str, mode: str) -> Callable[[], Tensor]:
         """Return the call to time: a pass of an encoder, as a graph where the variant is one."""
-        step = functools.partial(self.forward_backward if mode == "forward_backward" else self.forward, name)
+        run = self.forward_backward if mode == "forward_backward" else torch.no_grad()(self.encode)
+        step = functools.partial(run, name)
         if name != "sparse_graph":
             return step
         if mode not in self.graphs:
-            self.graphs[mode] = Graph(step, self.models[name], self.device)
+            reset = functools.partial(self.models[name].zero_grad, set_to_none=True)
+            self.graphs[mode] = measure.captured(step, reset, self.device)
         return self.graphs[mode]
-
-    def floor(self, backward: bool) -> None:
-        """Compute the matrix products of all blocks: of forward, or of forward and backward."""
-        with torch.no_grad():
-            for products in self.products:
-                for a, b, out in products[: 6 if backward else 2]:
-                    torch.mm(a, b, out=out)
 
     def drop_grads(self) -> None:
         """Set all gradients to None."""
@@ -184,10 +144,8 @@ class Workload:
         errors = {}
         for name, model in self.models.items():
             self.drop_grads()
-            call = self.call(name, "forward_backward")
-            out = call().float()
-            found = {"output": out if name.startswith("sparse") else self.rows(out)}
-            found |= call.gradients if isinstance(call, Graph) else measure.gradients(model)
+            out = self.call(name, "forward_backward")().float()
+            found = {"output": out if name.startswith("sparse") else self.rows(out), **measure.gradients(model)}
             errors[name] = measure.compare(f"{name} in {self.case.key}", found, expected, limit)
         self.drop_grads()
         reference.zero_grad(set_to_none=True)
@@ -202,7 +160,7 @@ class Workload:
         result = {}
         for mode in ("forward", "forward_backward"):
             calls: dict[str, measure.Call] = {name: self.call(name, mode) for name in self.models}
-            calls["floor"] = functools.partial(self.floor, backward=mode == "forward_backward")
+            calls["floor"] = functools.partial(self.floor, mode == "forward_backward")
             result[mode] = measure.interleaved(calls, repeats, self.device, before=self.drop_grads)
         return result
 
@@ -224,28 +182,8 @@ class Workload:
             return {name: measure.peak_bytes(functools.partial(steps, self, name), self.device) for name in names}
         # What a dense encoder needs does not depend on the mask: one measurement serves all ratios.
         fixed = replace(self.case, ratio=0.0)
-        return {name: cpu_peak_bytes(self.case if name == "sparse" else fixed, name, by_block) for name in names}
-
-
-class Graph:
-    """A step of a model as a CUDA graph. Calling it replays the step and returns the output.
-
-    Attributes:
-        gradients: by parameter name, where a replay writes them.
-    """
-
-    def __init__(self, step: Callable[[], Tensor], model: ConvNeXtV2Encoder, device: torch.device) -> None:
-        self.out: list[Tensor] = []
-
-        def run() -> None:
-            self.out[:] = [step()]
-
-        self.replay = measure.captured(run, lambda: model.zero_grad(set_to_none=True), device)
-        self.gradients = measure.gradients(model)
-
-    def __call__(self) -> Tensor:
-        self.replay()
-        return self.out[0]
+        cases = {name: self.case if name == "sparse" else fixed for name in names}
+        return {name: measure.in_fresh_process(cpu_peak_bytes, cases[name], name, by_block) for name in names}
 
 
 def masked_encoder(model: ConvNeXtV2Encoder, images: Tensor, mask: Tensor) -> Tensor:
@@ -280,8 +218,8 @@ def randomize(model: torch.nn.Module) -> None:
                 parameter.add_(0.2 * torch.randn_like(parameter))
 
 
-def block_products(model: ConvNeXtV2Encoder, case: Case) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Return operands and outputs of the matrix products of every block: two of forward, then four of backward."""
+def block_products(model: ConvNeXtV2Encoder, case: Case) -> Callable[[bool], None]:
+    """Return what computes the matrix products of all blocks: with True six a block, else the two of forward."""
     dtype, blocks = getattr(torch, case.dtype), []
     stage: Any
     for index, stage in enumerate(model.stages):
@@ -294,16 +232,18 @@ def block_products(model: ConvNeXtV2Encoder, case: Case) -> list[list[tuple[Tens
             forward = [(v, w1.T, h), (h, w2.T, y)]
             backward = [(g, w2, dh), (g.T, h, torch.empty_like(w2)), (dh, w1, dv), (dh.T, v, torch.empty_like(w1))]
             blocks.append(forward + backward)
-    return blocks
+
+    @torch.no_grad()
+    def floor(backward: bool) -> None:
+        for products in blocks:
+            for a, b, out in products[: 6 if backward else 2]:
+                torch.mm(a, b, out=out)
+
+    return floor
 
 
-@functools.cache
 def cpu_peak_bytes(case: Case, name: str, by_block: bool) -> int:
-    """Measure the peak memory of one encoder in a fresh process."""
-    return int(measure.in_fresh_process(_cpu_peak_bytes, case, name, by_block))
-
-
-def _cpu_peak_bytes(case: Case, name: str, by_block: bool) -> int:
+    """Return the peak memory of one encoder, in a fresh process."""
     # What kernels keep from call to call counts, so one small image loads the libraries. Code that is compiled for its
     # shape has to meet that shape first; it keeps nothing.
     compiled = name.startswith("compiled")
@@ -349,62 +289,39 @@ def run_case(workload: Workload, repeats: int, by_block: bool = False) -> dict[s
 
 def selected_cases(options: argparse.Namespace) -> list[Case]:
     """Return the cases asked for, those that share a `Workload` one after another."""
-    grids = [{axis: getattr(options, axis) for axis in SWEEPS}]
-    if options.sweep:
-        axes = list(SWEEPS) if options.sweep == "all" else [options.sweep]
-        grids = [{**grids[0], axis: SWEEPS[axis]} for axis in axes]
-    found = {
-        Case(options.dtype, options.device, options.threads, **dict(zip(grid, values, strict=True)))
-        for grid in grids
-        for values in itertools.product(*grid.values())
-    }
-    sizes = list(SIZES)
-    return sorted(found, key=lambda case: (sizes.index(case.size), case.image, case.batch, case.ratio))
-
-
-def measured(cases: Sequence[Case], options: argparse.Namespace) -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Yield every case with its results, as soon as it has them."""
-    workload = None
-    for number, case in enumerate(cases, start=1):
-        say(f"[{number}/{len(cases)}] {case.key}")
-        if workload is None or replace(workload.case, ratio=case.ratio) != case:
-            workload = Workload(case, options.variants, options.by_block)
-        else:
-            workload.set_ratio(case)
-        yield case, run_case(workload, options.repeats, options.by_block)
+    axes = list(SWEEPS) if options.sweep == "all" else [options.sweep] * (options.sweep is not None)
+    grids = [argparse.Namespace(**{**vars(options), axis: SWEEPS[axis]}) for axis in axes] or [options]
+    return sorted({case for grid in grids for case in measure.cases(grid)})
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = measure.options(__doc__)
+    parser = measure.parser(__doc__, VARIANTS)
     sweeps = "; ".join(f"{axis}: {' '.join(map(str, values))}" for axis, values in SWEEPS.items())
     help = f"these values in place of the option's own: {sweeps}"
     parser.add_argument("--sweep", choices=[*SWEEPS, "all"], help=help)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="by default all that the device can run")
-    parser.add_argument("--by-block", action="store_true", help="compile block by block")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw all of --out into this folder")
-    options = measure.check_options(parser, parser.parse_args(arguments))
+    options = measure.parse(parser, arguments)
     if options.plot and not options.out:
         parser.error("--plot draws what --out holds: give both")
-    on_gpu = torch.device(options.device).type == "cuda"
-    options.variants = options.variants or [name for name in VARIANTS if on_gpu or name != "sparse_graph"]
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    results, found = Results(options.out), []
-    try:
-        for case, result in measured(selected_cases(options), options):
-            found.append(result)
-            results.add(case.key, result)
-    except Mismatch as error:
-        say(f"not timed: {error}")
-        return 1
-    finally:
-        plots.print_tables(found)
-    if options.plot:
+    workloads: list[Workload] = []
+
+    def run(case: Case) -> dict[str, Any]:
+        if workloads and replace(workloads[0].case, ratio=case.ratio) == case:
+            workloads[0].set_ratio(case)
+        else:
+            workloads[:] = [Workload(case, options.variants, options.by_block)]
+        return run_case(workloads[0], options.repeats, options.by_block)
+
+    results = Results(options.out)
+    failed = measure.run_cases(selected_cases(options), run, results, plots.print_tables)
+    if options.plot and not failed:
         plots.draw(list(results.content["cases"].values()), options.plot)
-    return 0
+    return failed
 
 
 if __name__ == "__main__":

@@ -20,46 +20,40 @@ dense network computes. Without a GPU, `--device cpu` under TRITON_INTERPRET=1 s
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import measure
 import torch
-from measure import Results, say
+from measure import Call, Case, Results, say
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from sparsecnx import Layout, SparseTensor, ops, random_mask, use_backend
+from sparsecnx import Layout, SparseTensor, ops, use_backend
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import BackendError
-from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import SIZES
-from sparsecnx.models.convnextv2 import STRIDE
 
 DENSE = "dense_depthwise_conv"
 REPEATS = 20
 FLUSH_BYTES = 2**29
 SLEEP_CYCLES = 20_000_000  # the device waits about ten milliseconds while launches are queued
 
-Call = Callable[[], object]
 
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """A kernel launch or a torch operator, with its least work.
+class Work(NamedTuple):
+    """The least work of a kernel or a torch operator.
 
     Attributes:
         name: of the kernel or the operator.
         phase: `forward` or `backward`.
         shapes: of its tensors.
         bytes, matrix, vector: least bytes moved, FLOPs of matrix products, other FLOPs.
-        call: repeats it.
     """
 
     name: str
@@ -68,33 +62,19 @@ class Launch:
     bytes: int
     matrix: int
     vector: int
-    call: Call = dataclasses.field(compare=False)
-
-    def floor_ms(self, rates: dict[str, float]) -> tuple[float, str]:
-        """Return the milliseconds below which the launch cannot get, and what holds it there."""
-        bounds = {
-            "bytes": self.bytes / rates["copy_bytes_per_s"],
-            "matrix": self.matrix / rates["matrix_flops_per_s"],
-            "vector": self.vector / rates["vector_flops_per_s"],
-        }
-        bound = max(bounds, key=lambda name: bounds[name])
-        return 1e3 * bounds[bound], bound
 
 
 class Stage:
     """Where in a network the operators run: channels, tiles and a mask."""
 
-    def __init__(self, size: str, stage: int, options: argparse.Namespace) -> None:
-        self.device, self.dtype = torch.device(options.device), getattr(torch, options.dtype)
-        self.channels = SIZES[size].dims[stage - 1]
-        self.image = options.image[0]
-        self.stage, self.batch = stage, options.batch[0]
-        grid, tile = self.image // STRIDE, 2 ** (4 - stage)
-        self.visible = visible_count(grid * grid, options.ratio[0])
-        mask = random_mask(self.batch, (grid, grid), options.ratio[0], generator=torch.Generator().manual_seed(0))
-        self.mask = mask.view(self.batch, grid, grid).to(self.device)
-        self.shape = (grid * tile, grid * tile)
-        self.layout = Layout.from_mask(self.mask, self.shape, self.visible)
+    def __init__(self, case: Case, stage: int) -> None:
+        self.case, self.stage = case, stage
+        self.device, self.dtype = torch.device(case.device), getattr(torch, case.dtype)
+        self.channels = SIZES[case.size].dims[stage - 1]
+        self.hidden = 4 * self.channels
+        self.mask = case.mask()
+        side = case.grid[0] * 2 ** (4 - stage)
+        self.layout = Layout.from_mask(self.mask, (side, side), case.visible)
 
     @functools.cached_property
     def taps(self) -> int:
@@ -113,56 +93,56 @@ class Stage:
     def rows(self, width: int | None = None) -> SparseTensor:
         return SparseTensor(self.leaf(self.layout.rows, width or self.channels), self.layout)
 
-    def programs(self) -> dict[str, Callable[[], Call]]:
-        """Return by name what makes each program: an operator forward and backward."""
-        c, hidden, s = self.channels, 4 * self.channels, self
+    def image(self, channels: int, side: int) -> Tensor:
+        return self.leaf(self.case.batch, channels, side, side)
 
-        def program(forward: Callable[..., Any], *leaves: Any) -> Call:
-            inputs = [leaf.features if isinstance(leaf, SparseTensor) else leaf for leaf in leaves]
+    def program(self, name: str) -> Call:
+        """Return one of `PROGRAMS`, forward and backward."""
+        forward, *leaves = PROGRAMS[name](self)
+        inputs = [leaf.features if isinstance(leaf, SparseTensor) else leaf for leaf in leaves]
+        grads: list[Tensor] = []
 
-            def run(grads: list[Tensor]) -> None:
-                out = forward(*leaves)
-                out = out.features if isinstance(out, SparseTensor) else out
-                if not grads:
-                    grads.append(torch.randn_like(out))
-                torch.autograd.grad(out, inputs, grads[0])
+        def run() -> None:
+            out = forward(*leaves)
+            out = out.features if isinstance(out, SparseTensor) else out
+            if not grads:
+                grads.append(torch.randn_like(out))
+            torch.autograd.grad(out, inputs, grads[0])
 
-            return functools.partial(run, [])
-
-        def block() -> Call:
-            first = [s.leaf(c, 1, 7, 7), s.vector(), s.vector(), s.vector(), s.leaf(hidden, c)]
-            second = [s.vector(hidden), s.vector(hidden), s.vector(hidden), s.leaf(c, hidden), s.vector()]
-
-            def forward(x: SparseTensor, *parameters: Tensor) -> SparseTensor:
-                return ops.convnextv2_block(x, ops.BlockParameters(*parameters))
-
-            return program(forward, s.rows(), *first, *second)
-
-        def gather() -> Call:
-            # Before the first stage stand the images, at pixel size.
-            shape = (3, s.image, s.image) if s.stage == 1 else (c, *s.shape)
-            return program(lambda x: SparseTensor.from_dense(x, s.mask, s.visible), s.leaf(s.batch, *shape))
-
-        def dense() -> Call:
-            torch.backends.cudnn.benchmark = True
-            x = s.leaf(s.batch, c, *s.shape).detach().to(memory_format=torch.channels_last).requires_grad_()
-            convolve = functools.partial(torch.nn.functional.conv2d, padding=3, groups=c)
-            return program(convolve, x, s.leaf(c, 1, 7, 7), s.leaf(c))
-
-        return {
-            DENSE: dense,
-            "depthwise_conv": lambda: program(ops.depthwise_conv, s.rows(), s.leaf(c, 1, 7, 7), s.vector()),
-            "block": block,
-            "layer_norm": lambda: program(ops.layer_norm, s.rows(), s.vector(), s.vector()),
-            "grn": lambda: program(ops.grn, s.rows(hidden), s.vector(hidden), s.vector(hidden)),
-            "stochastic_depth": lambda: program(lambda x: ops.stochastic_depth(x, 0.5), s.rows()),
-            "gather": gather,
-            "scatter": lambda: program(lambda x, fill: x.dense(fill), s.rows(), s.leaf(c)),
-            "conv": lambda: program(ops.conv, s.rows(), s.leaf(c, c, 3, 3), s.vector()),
-        }
+        return run
 
 
-PROGRAMS = (DENSE, "depthwise_conv", "block", "layer_norm", "grn", "stochastic_depth", "gather", "scatter", "conv")
+def block(s: Stage) -> tuple[Any, ...]:
+    first = [s.leaf(s.channels, 1, 7, 7), s.vector(), s.vector(), s.vector(), s.leaf(s.hidden, s.channels)]
+    second = [s.vector(s.hidden), s.vector(s.hidden), s.vector(s.hidden), s.leaf(s.channels, s.hidden), s.vector()]
+    return lambda x, *parameters: ops.convnextv2_block(x, ops.BlockParameters(*parameters)), s.rows(), *first, *second
+
+
+def gather(s: Stage) -> tuple[Any, ...]:
+    # Before the first stage stand the images, at pixel size.
+    images = s.image(3, s.case.image) if s.stage == 1 else s.image(s.channels, s.layout.shape[0])
+    return lambda x: SparseTensor.from_dense(x, s.mask, s.case.visible), images
+
+
+def dense(s: Stage) -> tuple[Any, ...]:
+    torch.backends.cudnn.benchmark = True
+    x = s.image(s.channels, s.layout.shape[0]).detach().to(memory_format=torch.channels_last).requires_grad_()
+    convolve = functools.partial(torch.nn.functional.conv2d, padding=3, groups=s.channels)
+    return convolve, x, s.leaf(s.channels, 1, 7, 7), s.leaf(s.channels)
+
+
+# Each returns an operator and its arguments, which all ask for gradients.
+PROGRAMS: dict[str, Callable[[Stage], tuple[Any, ...]]] = {
+    DENSE: dense,
+    "depthwise_conv": lambda s: (ops.depthwise_conv, s.rows(), s.leaf(s.channels, 1, 7, 7), s.vector()),
+    "block": block,
+    "layer_norm": lambda s: (ops.layer_norm, s.rows(), s.vector(), s.vector()),
+    "grn": lambda s: (ops.grn, s.rows(s.hidden), s.vector(s.hidden), s.vector(s.hidden)),
+    "stochastic_depth": lambda s: (lambda x: ops.stochastic_depth(x, 0.5), s.rows()),
+    "gather": gather,
+    "scatter": lambda s: (lambda x, fill: x.dense(fill), s.rows(), s.leaf(s.channels)),
+    "conv": lambda s: (ops.conv, s.rows(), s.leaf(s.channels, s.channels, 3, 3), s.vector()),
+}
 ON_CUDA = ("depthwise_conv", "block")  # programs with kernels in CUDA C++
 
 
@@ -170,7 +150,7 @@ class Recorder(TorchDispatchMode):
     """Collects what a program runs: launches of Triton kernels, CUDA operators, and torch's own operators.
 
     Attributes:
-        launches: in their order.
+        launches: calls that repeat them, by their work.
     """
 
     FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh")
@@ -178,7 +158,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, stage: Stage) -> None:
         super().__init__()
         self.stage = stage
-        self.launches: list[Launch] = []
+        self.taps = stage.taps  # computed before anything is recorded
+        self.launches: dict[Work, list[Call]] = {}
         self._launching = False
 
     def __enter__(self) -> Recorder:
@@ -225,19 +206,10 @@ class Recorder(TorchDispatchMode):
             return
         if "gather" in name and len(sizes) > 1:
             sizes[-1] = sizes[-2]  # of what is gathered from, only as much is read as is written
-        vector = 2 * self.stage.taps * self.stage.channels if "depthwise" in name else 0
+        vector = 2 * self.taps * self.stage.channels if "depthwise" in name else 0
         phase = "backward" if torch._C._current_graph_task_id() != -1 else "forward"
         shapes = " ".join("x".join(map(str, tensor.shape)) or "scalar" for tensor in tensors)
-        self.launches.append(Launch(name, phase, shapes, sum(sizes), matrix, vector, call))
-
-
-def record(run: Call, stage: Stage) -> list[Launch]:
-    """Return all that `run` launches."""
-    _ = stage.taps  # computed before anything is recorded
-    recorder = Recorder(stage)
-    with triton_launch.observing(recorder.observe), recorder:
-        run()
-    return recorder.launches
+        self.launches.setdefault(Work(name, phase, shapes, sum(sizes), matrix, vector), []).append(call)
 
 
 def alone_ms(call: Call, device: torch.device, flush: Call) -> float:
@@ -260,49 +232,49 @@ def alone_ms(call: Call, device: torch.device, flush: Call) -> float:
 def measure_program(run: Call, stage: Stage, rates: dict[str, float], repeats: int) -> dict[str, Any]:
     """Return the time of a whole program, and of each of its kernels the time, the floor, and their ratio."""
     run()  # compiles and tunes
-    launches = record(run, stage)
-    device = stage.device
+    recorder, device = Recorder(stage), stage.device
+    with triton_launch.observing(recorder.observe), recorder:
+        run()
     buffer = torch.zeros(FLUSH_BYTES // 4 if device.type == "cuda" else 1, device=device)
     kernels = []
-    for launch in dict.fromkeys(launches):
-        ms = alone_ms(launch.call, device, buffer.sum)
-        floor, bound = launch.floor_ms(rates)
-        facts = {key: value for key, value in vars(launch).items() if key != "call"}
-        found = {"launches": launches.count(launch), "ms": round(ms, 5), "floor_ms": round(floor, 5), "bound": bound}
-        kernels.append({**facts, **found, "fraction": round(floor / ms, 4)})
+    for work, calls in recorder.launches.items():
+        ms = alone_ms(calls[0], device, buffer.sum)
+        floors = {bound: 1e3 * getattr(work, bound) / rate for bound, rate in rates.items()}
+        bound = max(floors, key=lambda name: floors[name])
+        times = {"ms": round(ms, 5), "floor_ms": round(floors[bound], 5), "fraction": round(floors[bound] / ms, 4)}
+        kernels.append({**work._asdict(), "launches": len(calls), "bound": bound, **times})
     kernels.sort(key=lambda kernel: kernel["ms"] * kernel["launches"], reverse=True)
     return {"ms": measure.interleaved({"run": run}, repeats, device)["run"], "kernels": kernels}
 
 
 def measured(options: argparse.Namespace, rates: dict[str, float]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield every program that was asked for, by stage and backend, with its results."""
-    for size in options.size:
-        for number in options.stage:
-            stage = Stage(size, number, options)
-            for name in options.programs:
-                offered = ["torch"] if name == DENSE else [b for b in options.backend if b != "cuda" or name in ON_CUDA]
-                for backend in offered:
-                    key = f"{size}-stage{number}-{name}-{backend}-batch{stage.batch}-{options.dtype}-{options.device}"
-                    say(key)
-                    facts = {"size": size, "stage": number, "program": name, "backend": backend, "rates": rates}
-                    try:
-                        with use_backend("auto" if backend == "torch" else backend):
-                            found = measure_program(stage.programs()[name](), stage, rates, options.repeats)
-                    except (BackendError, torch.OutOfMemoryError) as error:
-                        found = {"error": str(error)}
-                        say(f"  not timed: {error}")
-                    yield key, {**facts, "rows": stage.layout.rows, "channels": stage.channels, **found}
+    for case, number in itertools.product(measure.cases(options), options.stage):
+        stage = Stage(case, number)
+        for name, backend in itertools.product(options.programs, ("torch", *options.backend)):
+            if (name == DENSE) != (backend == "torch") or (backend == "cuda" and name not in ON_CUDA):
+                continue
+            key = f"{case.key}-stage{number}-{name}-{backend}"
+            say(key)
+            facts = {"size": case.size, "stage": number, "program": name, "backend": backend, "rates_per_s": rates}
+            try:
+                with use_backend("auto" if backend == "torch" else backend):
+                    found = measure_program(stage.program(name), stage, rates, options.repeats)
+            except (BackendError, torch.OutOfMemoryError) as error:
+                found = {"error": str(error)}
+                say(f"  not timed: {error}")
+            yield key, {**facts, "rows": stage.layout.rows, "channels": stage.channels, **found}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = measure.options(__doc__, sizes=["tiny"])
-    parser.set_defaults(device="cuda", dtype="bfloat16", batch=[64])
+    parser = measure.parser(__doc__)
+    parser.set_defaults(size=["tiny"], device="cuda", dtype="bfloat16", batch=[64])
     parser.add_argument("--stage", nargs="+", type=int, choices=(1, 2, 3, 4), default=[1, 2, 3, 4])
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--backend", nargs="+", choices=("triton", "cuda"), default=["triton", "cuda"])
-    options = measure.check_options(parser, parser.parse_args(arguments))
+    options = measure.parse(parser, arguments)
     rates = measure.rates(torch.device(options.device), getattr(torch, options.dtype))
-    say(", ".join(f"{name} {value:.4g}" for name, value in rates.items()))
+    say(", ".join(f"{name} {value:.4g} per second" for name, value in rates.items()))
     results, rows, failed = Results(options.out), [], False
     for key, case in measured(options, rates):
         failed |= "error" in case

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,7 +37,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import sparsecnx
 from sparsecnx.common.files import write_atomically
-from sparsecnx.geometry.masks import visible_count
+from sparsecnx.geometry.masks import random_mask, visible_count
 from sparsecnx.models import SIZES
 from sparsecnx.models.convnextv2 import STRIDE
 
@@ -60,8 +62,8 @@ def nothing() -> None:
     """Do nothing, before a call that needs no preparation."""
 
 
-def milliseconds(call: Call, device: torch.device, before: Call = nothing, queued: int = QUEUED) -> float:
-    """Return the time of one call; on a GPU the mean of `queued` calls, launched one after another."""
+def milliseconds(call: Call, device: torch.device, before: Call = nothing) -> float:
+    """Return the time of one call; on a GPU the mean of `QUEUED` calls, launched one after another."""
     if device.type != "cuda":
         before()
         begin = time.perf_counter()
@@ -70,12 +72,12 @@ def milliseconds(call: Call, device: torch.device, before: Call = nothing, queue
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
     start.record()
-    for _ in range(queued):
+    for _ in range(QUEUED):
         before()
         call()
     end.record()
     torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / queued
+    return start.elapsed_time(end) / QUEUED
 
 
 def interleaved(
@@ -106,8 +108,8 @@ def spread(times: Sequence[float]) -> dict[str, Any]:
     return {**{name: round(value, 4) for name, value in summary.items()}, "repeats": [round(t, 4) for t in times]}
 
 
-def captured(step: Call, reset: Call, device: torch.device) -> Call:
-    """Capture a step as a CUDA graph and return the call that replays it."""
+def captured(step: Callable[[], Any], reset: Call, device: torch.device) -> Callable[[], Any]:
+    """Capture a step as a CUDA graph and return the call that replays it, which returns the output of the step."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -118,18 +120,22 @@ def captured(step: Call, reset: Call, device: torch.device) -> Call:
     reset()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+        out = step()
+
+    def replay() -> Any:
+        graph.replay()
+        return out
+
+    return replay
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Measure what kernels are held against.
 
     Returns:
-        copy_bytes_per_s: of a copy in memory, bytes read and bytes written.
-        matrix_flops_per_s: of a large square matrix product in `dtype`.
-        vector_flops_per_s: of float32 multiply-adds, from the number of processors and their highest clock; on the CPU
-            infinite, since it is not known.
+        Per second, `bytes`: those of a copy in memory, read and written; `matrix`: FLOPs of a large square matrix
+        product in `dtype`; `vector`: FLOPs of float32 multiply-adds, from the number of processors and their highest
+        clock, and on the CPU infinite, since it is not known.
     """
     on_gpu = device.type == "cuda"
     source = torch.rand(2**28 if on_gpu else 2**22, device=device)
@@ -144,9 +150,9 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         properties = torch.cuda.get_device_properties(device)
         vector = 2.0 * 128 * properties.multi_processor_count * 1e3 * properties.clock_rate
     return {
-        "copy_bytes_per_s": 2e3 * source.numel() * source.element_size() / ms["copy"],
-        "matrix_flops_per_s": 2e3 * side**3 / ms["product"],
-        "vector_flops_per_s": vector,
+        "bytes": 2e3 * source.numel() * source.element_size() / ms["copy"],
+        "matrix": 2e3 * side**3 / ms["product"],
+        "vector": vector,
     }
 
 
@@ -214,8 +220,10 @@ def _process_bytes(field: str) -> int:
     return 1024 * int(match[1])
 
 
+@functools.cache
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Return `function(*args)` from a new Python process, in which nothing has been allocated yet."""
+    """Return `function(*args)` from a new Python process, in which nothing has been allocated yet. Equal calls share
+    one process and its result."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(function, args)
 
@@ -273,16 +281,15 @@ class Results:
         self.content: dict[str, Any] = {"runs": {}, "cases": {}}
         if path is not None and path.exists():
             self.content = json.loads(path.read_text())
-        self.run = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.facts = describe_run()
+        self.run: str = self.facts["date"]
 
     def add(self, key: str, case: dict[str, Any]) -> None:
         """Add a case of this run, drop runs of which no case is left, and write the file."""
-        runs, cases = self.content["runs"], self.content["cases"]
-        runs[self.run] = describe_run(self.run)
+        runs, cases = {**self.content["runs"], self.run: self.facts}, self.content["cases"]
         cases[key] = {"run": self.run, **case}
         used = {case["run"] for case in cases.values()}
-        self.content["runs"] = {run: runs[run] for run in sorted(used)}
-        self.content["cases"] = dict(sorted(cases.items()))
+        self.content = {"runs": {run: runs[run] for run in sorted(used)}, "cases": dict(sorted(cases.items()))}
         if self.path is not None:
             # The numbers of a list, which are repeats, stand on one line.
             text = json.dumps(self.content, indent=1)
@@ -291,51 +298,35 @@ class Results:
             write_atomically(self.path, text + "\n")
 
 
-def describe_run(date: str) -> dict[str, Any]:
-    """Say when, how and on what this process measures."""
+def describe_run() -> dict[str, Any]:
+    """Say when, how and on what this process measures: date, command, machine and versions."""
     script = Path(sys.argv[0]).resolve()
     name = str(script.relative_to(ROOT)) if script.is_relative_to(ROOT) else script.name
-    packages = ("triton", "transformers", "MinkowskiEngine")
-    versions = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "sparsecnx": sparsecnx.__version__,
-    }
-    return {
-        "date": date,
-        "command": shlex.join(["python", name, *sys.argv[1:]]),
-        "machine": describe_machine(),
-        "versions": {**versions, **{package: _version(package) for package in packages}, "commit": _commit()},
-    }
-
-
-@functools.cache
-def describe_machine() -> dict[str, Any]:
-    """Name processor, cores that this process may use, memory and GPU."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = re.findall(r"^model name\s*: (.*)$", cpuinfo, re.MULTILINE)
-    return {
+    machine = {
         "cpu": models[0].strip() if models else platform.processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-@functools.cache
-def _commit() -> str | None:
-    """Return the commit of the checkout, with `-dirty` where files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "sparsecnx": sparsecnx.__version__,
+    }
+    installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
+    versions |= {package: installed.get(package) for package in ("triton", "transformers", "MinkowskiEngine")}
+    # The commit of the checkout, with `-dirty` where files differ from it; None outside a checkout.
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    versions["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", name, *sys.argv[1:]]),
+        "machine": machine,
+        "versions": versions,
+    }
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -358,13 +349,48 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-# Command lines
+# Cases and command lines
 
 
-def options(description: str | None, sizes: Sequence[str] = ("atto", "tiny")) -> argparse.ArgumentParser:
-    """Return a parser with the options that benchmarks of whole models share."""
+@dataclass(frozen=True, order=True)
+class Case:
+    """One setting of a model. `ratio` comes last: in order, cases that differ in it alone stand together."""
+
+    dtype: str
+    device: str
+    threads: int
+    size: str
+    batch: int
+    image: int
+    ratio: float
+
+    @property
+    def key(self) -> str:
+        setting = f"{self.size}-mask{self.ratio:g}-batch{self.batch}-{self.image}px"
+        return f"{setting}-{self.dtype}-{self.device}-{self.threads}threads"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return (self.image // STRIDE, self.image // STRIDE)
+
+    @property
+    def visible(self) -> int:
+        return visible_count(self.grid[0] * self.grid[1], self.ratio)
+
+    def mask(self) -> Tensor:
+        """Return the mask `(B, gh, gw)`, which is drawn on the CPU and so the same on every device."""
+        mask = random_mask(self.batch, self.grid, self.ratio, generator=torch.Generator().manual_seed(0))
+        return mask.view(-1, *self.grid).to(self.device)
+
+
+def parser(description: str | None, variants: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return a parser with the options that benchmarks of models share, see `parse`.
+
+    Args:
+        variants: what --variants chooses from, where the benchmark has that option.
+    """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--size", nargs="+", choices=list(SIZES), default=list(sizes), metavar="NAME")
+    parser.add_argument("--size", nargs="+", choices=list(SIZES), default=["atto", "tiny"], metavar="NAME")
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.6], help="mask ratio, in [0, 1)")
     parser.add_argument("--batch", nargs="+", type=int, default=[8])
     parser.add_argument("--image", nargs="+", type=int, default=[224], help=f"pixels, a multiple of {STRIDE}")
@@ -373,21 +399,61 @@ def options(description: str | None, sizes: Sequence[str] = ("atto", "tiny")) ->
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, help="results file (JSON); cases that it already holds are replaced")
+    if variants:
+        parser.add_argument("--variants", nargs="+", choices=variants, help="by default all that the device can run")
+        parser.add_argument("--by-block", action="store_true", help="compile the dense encoders block by block")
+        parser.set_defaults(all_variants=variants)
     return parser
 
 
-def check_options(parser: argparse.ArgumentParser, found: argparse.Namespace) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the options, or end the process with an error that names the one that is wrong."""
+    options = parser.parse_args(arguments)
     for name in ("batch", "image", "threads", "repeats"):
-        value = getattr(found, name)
+        value = getattr(options, name)
         if min(value if isinstance(value, list) else [value]) < 1:
             parser.error(f"--{name} is {value}: expected 1 or more")
-    for image in found.image:
+    for image in options.image:
         if image % STRIDE:
             parser.error(f"--image is {image}: expected a multiple of {STRIDE}")
-        try:
-            for ratio in found.ratio:
-                visible_count((image // STRIDE) ** 2, ratio)
-        except ValueError as error:
-            parser.error(str(error))
-    return found
+    try:
+        _ = [case.visible for case in cases(options)]
+    except ValueError as error:
+        parser.error(str(error))
+    if "variants" in options and options.variants is None:
+        on_gpu = torch.device(options.device).type == "cuda"
+        options.variants = [name for name in options.all_variants if on_gpu or name != "sparse_graph"]
+    return options
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Return a case for every combination of size, batch, image and ratio."""
+    fixed = (options.dtype, options.device, options.threads)
+    return [
+        Case(*fixed, *axes) for axes in itertools.product(options.size, options.batch, options.image, options.ratio)
+    ]
+
+
+def run_cases(
+    cases: Sequence[Case],
+    run: Callable[[Case], dict[str, Any]],
+    results: Results,
+    print_tables: Callable[[Sequence[dict[str, Any]]], None],
+) -> int:
+    """Run the cases, write each as soon as it is measured, and print their tables.
+
+    Returns:
+        The exit code: 1 if the run of a case raised Mismatch, which ends the benchmark.
+    """
+    found = []
+    try:
+        for number, case in enumerate(cases, start=1):
+            say(f"[{number}/{len(cases)}] {case.key}")
+            found.append(run(case))
+            results.add(case.key, found[-1])
+    except Mismatch as error:
+        say(f"not timed: {error}")
+        return 1
+    finally:
+        print_tables(found)
+    return 0

@@ -23,19 +23,20 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import measure
 import torch
-from encoder import Case, block_products, randomize
-from measure import Mismatch, Results, say
+from encoder import block_products, randomize
+from measure import Case, Results, say
 from torch import Tensor, nn
 
-from sparsecnx import SparseTensor, random_mask
+from sparsecnx import SparseTensor
 from sparsecnx.backends import minkowski as engine
 from sparsecnx.compat import checkpoints, minkowski
 from sparsecnx.compat.minkowski import operations
@@ -67,12 +68,10 @@ class Workload:
             model.load_state_dict(fused.state_dict())
             self.models[name] = model.encoder.to(self.device)
         self.images = torch.randn(case.batch, 3, case.image, case.image, device=self.device)
-        mask = random_mask(case.batch, case.grid, case.ratio, generator=torch.Generator().manual_seed(0))
-        self.mask = mask.to(self.device)
+        self.mask = case.mask()
         self.grad = torch.randn(case.batch, size.dims[-1], *case.grid, device=self.device)
-        at_sites = SparseTensor.from_dense(self.grad, self.mask.view(-1, *case.grid))
-        self.grad_rows = at_sites.features
-        self.products = block_products(self.models["fused"], case)
+        self.grad_rows = self.rows(self.grad)
+        self.floor = functools.partial(block_products(self.models["fused"], case), True)
         self.depthwise = {name: self.depthwise_inputs(name) for name in self.models if name in STYLES}
 
     def forward(self, name: str) -> Tensor:
@@ -80,8 +79,10 @@ class Workload:
         if name.startswith("fused"):
             features: Tensor = self.models[name](self.images, self.mask, self.case.visible).features
             return features
-        with unrecognised() if name == "api_general" else nullcontext():
-            encoded = self.models[name].features(self.images, self.mask.float())
+        # Without tiles, as if the pattern consisted of single sites.
+        unrecognised = mock.patch.object(operations, "tiles_of_mask", lambda active: None)
+        with unrecognised if name == "api_general" else nullcontext():
+            encoded = self.models[name].features(self.images, self.mask.flatten(1).float())
             dense: Tensor = encoded.dense(torch.Size(self.grad.shape))[0]
             return dense
 
@@ -90,13 +91,6 @@ class Workload:
         out = self.forward(name)
         out.backward(self.grad_rows if name.startswith("fused") else self.grad)
         return out.detach()
-
-    def floor(self) -> None:
-        """Compute the matrix products of all blocks, forward and backward."""
-        with torch.no_grad():
-            for products in self.products:
-                for a, b, out in products:
-                    torch.mm(a, b, out=out)
 
     def depthwise_inputs(self, name: str) -> list[tuple[nn.Module, Any, Tensor]]:
         """Return the depthwise layers of all blocks, each with an input and a gradient of its output."""
@@ -144,7 +138,7 @@ class Workload:
         return errors
 
     def rows(self, dense: Tensor) -> Tensor:
-        return SparseTensor.from_dense(dense, self.mask.view(-1, *self.case.grid)).features
+        return SparseTensor.from_dense(dense, self.mask).features
 
     def gradients(self, name: str) -> dict[str, Tensor]:
         """Return all gradients by the names and in the shapes of our own encoder."""
@@ -154,17 +148,6 @@ class Workload:
             found = checkpoints.convert({f"encoder.{key}": grad for key, grad in found.items()}, "sparsecnx").state_dict
             found = {key.removeprefix("encoder."): grad for key, grad in found.items()}
         return found
-
-
-@contextmanager
-def unrecognised() -> Iterator[None]:
-    """Recognise no tiles, as if the pattern consisted of single sites."""
-    recognise = operations.tiles_of_mask
-    operations.tiles_of_mask = lambda active: None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        operations.tiles_of_mask = recognise
 
 
 @functools.cache
@@ -199,17 +182,16 @@ def run_case(case: Case, repeats: int) -> dict[str, Any]:
         Mismatch: the encoders differ; nothing was timed.
     """
     workload = Workload(case)
-    say(f"{case.key}: comparing outputs and gradients, then timing, {repeats} repeats")
     errors = workload.check()
-    times = {}
-    for kind, step, names in (
-        ("encoder", workload.step, workload.models),
-        ("depthwise", workload.depthwise_step, workload.depthwise),
-    ):
-        calls: dict[str, measure.Call] = {name: functools.partial(step, name) for name in names}
-        if kind == "encoder":
-            calls["floor"] = workload.floor
-        times[kind] = measure.interleaved(calls, repeats, workload.device, before=workload.drop_grads)
+    steps: dict[str, dict[str, measure.Call]] = {
+        "encoder": {name: functools.partial(workload.step, name) for name in workload.models},
+        "depthwise": {name: functools.partial(workload.depthwise_step, name) for name in workload.depthwise},
+    }
+    steps["encoder"]["floor"] = workload.floor
+    times = {
+        kind: measure.interleaved(calls, repeats, workload.device, before=workload.drop_grads)
+        for kind, calls in steps.items()
+    }
     return {**asdict(case), "load": round(os.getloadavg()[0], 2), "errors": errors, "ms": times}
 
 
@@ -227,22 +209,13 @@ def print_table(cases: Sequence[dict[str, Any]]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = measure.options(__doc__)
+    parser = measure.parser(__doc__)
     parser.set_defaults(repeats=5)
-    options = measure.check_options(parser, parser.parse_args(arguments))
-    results, found = Results(options.out), []
-    batch, image, ratio = options.batch[0], options.image[0], options.ratio[0]
-    try:
-        for size in options.size:
-            case = Case("float32", options.device, options.threads, size, batch, image, ratio)
-            found.append(run_case(case, options.repeats))
-            results.add(case.key, found[-1])
-    except Mismatch as error:
-        say(f"not timed: {error}")
-        return 1
-    finally:
-        print_table(found)
-    return 0
+    options = measure.parse(parser, arguments)
+    if options.dtype != "float32":
+        parser.error(f"--dtype is {options.dtype}: MinkowskiEngine computes in float32")
+    run = functools.partial(run_case, repeats=options.repeats)
+    return measure.run_cases(measure.cases(options), run, Results(options.out), print_table)
 
 
 if __name__ == "__main__":

@@ -19,65 +19,34 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import encoder
 import measure
 import torch
-from measure import Mismatch, Results, say
+from measure import Case, Mismatch, Results, say
 from torch import Tensor
 
-from sparsecnx import random_mask
-from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import FCMAE, create_fcmae
-from sparsecnx.train.recipe import BETAS
+from sparsecnx.train.recipe import BETAS, param_groups
 
 VARIANTS = ("sparse", "sparse_graph", "dense", "vit")
 LEARNING_RATE = 1.5e-4
 VIT_RATIO = 0.75
 
 
-class Step:
-    """A step of the recipe's optimizer on `loss()`.
-
-    Attributes:
-        reset: drops the gradients.
-    """
-
-    def __init__(self, model: torch.nn.Module, loss: Callable[[], Tensor], graph: bool = False) -> None:
-        self.model, self.loss = model, loss
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [  # weight decay on matrices and kernels alone, as in the recipe
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, LEARNING_RATE, BETAS, fused=True, capturable=graph)
-
-    def reset(self) -> None:
-        self.model.zero_grad(set_to_none=True)
-
-    def __call__(self) -> None:
-        self.loss().backward()
-        self.optimizer.step()
-
-
-def fcmae_step(case: dict[str, Any], variant: str, by_block: bool) -> Step:
-    """Build a step of FCMAE, its loss checked.
+def fcmae(case: Case, variant: str, by_block: bool) -> tuple[FCMAE, Callable[[], Tensor]]:
+    """Return a model and the function that computes its loss, which has been checked.
 
     Raises:
         Mismatch: the loss is not the dense model's.
     """
     torch.manual_seed(0)
-    device = torch.device(case["device"])
-    model = create_fcmae(case["size"])
+    model = create_fcmae(case.size)
     encoder.randomize(model.encoder)
-    model.to(device)
-    side = case["image"] // model.patch_size
-    visible = visible_count(side * side, case["ratio"])
-    mask = random_mask(case["batch"], (side, side), case["ratio"], generator=torch.Generator().manual_seed(0)).to(
-        device
-    )
-    images = random_images(case).to(memory_format=torch.channels_last)
+    model.to(case.device)
+    mask, images = case.mask(), random_images(case).to(memory_format=torch.channels_last)
     with torch.no_grad():
         expected = dense_loss(model, encoder.masked_encoder, images, mask)
     if variant == "dense":
@@ -85,95 +54,89 @@ def fcmae_step(case: dict[str, Any], variant: str, by_block: bool) -> Step:
         encode = encoder.compiled_encoder(model.encoder, by_block)
 
     def loss() -> Tensor:
-        with measure.autocast(case["device"], case["dtype"]):
+        with measure.autocast(case.device, case.dtype):
             if variant == "dense":
-                return dense_loss(model, encode, images, mask, case["dtype"])
-            return model(images, mask=mask, visible=visible)[0]
+                return dense_loss(model, encode, images, mask, case.dtype)
+            return model(images, mask=mask, visible=case.visible)[0]
 
-    found, limit = loss(), measure.TOLERANCE[case["dtype"]]
+    found, limit = loss(), measure.TOLERANCE[case.dtype]
     if not (error := measure.relative_error(found, expected)) <= limit:
         raise Mismatch(f"the loss of {variant} is off by {error:.1e}, at most {limit:g} is expected")
-    return Step(model, loss, graph=variant == "sparse_graph")
+    return model, loss
 
 
 def dense_loss(
     model: FCMAE, encode: Callable[..., Tensor], images: Tensor, mask: Tensor, dtype: str = "float32"
 ) -> Tensor:
     """Return the loss with the encoder computed densely: what `FCMAE` does with a SparseTensor."""
-    grid_mask = mask.view(-1, *model.grid(images))
     # Images in the dtype of autocast bring the mask, and so all features, to it.
-    encoded = encode(model.encoder, images.to(getattr(torch, dtype)), grid_mask)
-    x = torch.where(~grid_mask[:, None], model.proj(encoded), model.mask_token)
-    loss: Tensor = model.reconstruction_loss(images, model.pred(model.decoder(x)), mask)
-    return loss
+    encoded = encode(model.encoder, images.to(getattr(torch, dtype)), mask)
+    x = torch.where(~mask[:, None], model.proj(encoded), model.mask_token)
+    return model.reconstruction_loss(images, model.pred(model.decoder(x)), mask.flatten(1))
 
 
-def vit_step(case: dict[str, Any]) -> Step:
-    """Build a step of ViTMAEForPreTraining, whose default configuration is ViT-B/16's."""
+def vit(case: Case) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
+    """Return ViTMAEForPreTraining, whose default configuration is ViT-B/16's, and the function of its loss."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     torch.manual_seed(0)
-    config = ViTMAEConfig(image_size=case["image"], mask_ratio=VIT_RATIO, norm_pix_loss=True)
-    model = ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa").to(case["device"])
+    config = ViTMAEConfig(image_size=case.image, mask_ratio=VIT_RATIO, norm_pix_loss=True)
+    model = ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa").to(case.device)
     images = random_images(case)
 
     def loss() -> Tensor:
-        with measure.autocast(case["device"], case["dtype"]):
-            value: Tensor = model(images).loss
-        return value
+        with measure.autocast(case.device, case.dtype):
+            return model(images).loss
 
-    return Step(model, loss)
+    return model, loss
 
 
-def random_images(case: dict[str, Any]) -> Tensor:
+def random_images(case: Case) -> Tensor:
     """Return the batch, the same on every device."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(case["batch"], 3, case["image"], case["image"], generator=generator).to(case["device"])
+    return torch.randn(case.batch, 3, case.image, case.image, generator=generator).to(case.device)
 
 
-def measured(step: Step, case: dict[str, Any], graph: bool, repeats: int) -> dict[str, Any]:
-    """Return milliseconds and images per second of a step, and its peak memory on a GPU."""
-    device = torch.device(case["device"])
-    run, reset = step, step.reset
+def measured(case: Case, variant: str, by_block: bool, repeats: int) -> dict[str, Any]:
+    """Return milliseconds and images per second of a step of a variant, and its peak memory on a GPU."""
+    device, graph = torch.device(case.device), variant == "sparse_graph"
+    model, loss = vit(case) if variant == "vit" else fcmae(case, variant, by_block)
+    groups = param_groups(model, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, BETAS, fused=True, capturable=graph)
+
+    def step() -> None:
+        loss().backward()
+        optimizer.step()
+
+    def reset() -> None:
+        model.zero_grad(set_to_none=True)
+
     for _ in range(measure.WARM_UP):
         reset()
-        run()
+        step()
     reset()
-    found: dict[str, Any] = {}
-    if device.type == "cuda":
-        found["peak_bytes"] = measure.peak_bytes(run, device)
-    call: measure.Call = run
-    if graph:
-        call, reset = measure.captured(run, step.reset, device), measure.nothing
-    ms = measure.interleaved({"step": call}, repeats, device, before=reset)["step"]
-    return {"ms": ms, "images_per_s": round(1e3 * case["batch"] / ms["median"], 1), **found}
+    memory = {"peak_bytes": measure.peak_bytes(step, device)} if device.type == "cuda" else {}
+    calls = {"step": measure.captured(step, reset, device) if graph else step}
+    ms = measure.interleaved(calls, repeats, device, before=measure.nothing if graph else reset)["step"]
+    return {"ms": ms, "images_per_s": round(1e3 * case.batch / ms["median"], 1), **memory}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = measure.options(__doc__)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="by default all that can run")
-    parser.add_argument("--by-block", action="store_true", help="compile the dense encoder block by block")
-    options = measure.check_options(parser, parser.parse_args(arguments))
+    options = measure.parse(measure.parser(__doc__, VARIANTS), arguments)
     torch.set_num_threads(options.threads)
-    on_gpu = torch.device(options.device).type == "cuda"
-    variants = options.variants or [name for name in VARIANTS if on_gpu or name != "sparse_graph"]
     results, rows, failed = Results(options.out), [], False
-    for size in options.size:
-        settings = {"size": size, "batch": options.batch[0], "image": options.image[0], "ratio": options.ratio[0]}
-        case = {**settings, "dtype": options.dtype, "device": options.device}
-        key = "{size}-mask{ratio:g}-batch{batch}-{image}px-{dtype}-{device}".format(**case)
+    for case in measure.cases(options):
         found: dict[str, Any] = {}
-        for name in variants:
-            say(f"{key}: {name}")
+        for name in options.variants:
+            say(f"{case.key}: {name}")
             try:
-                step = vit_step(case) if name == "vit" else fcmae_step(case, name, options.by_block)
-                found[name] = measured(step, case, name == "sparse_graph", options.repeats)
+                found[name] = measured(case, name, options.by_block, options.repeats)
             except (Mismatch, ImportError, torch.OutOfMemoryError) as error:
                 say(f"  not timed: {error}")
                 failed = True
                 continue
-            rows.append([key, name, found[name]["ms"]["median"], found[name]["images_per_s"]])
-            results.add(key, {**case, "variants": found})
+            rows.append([case.key, name, found[name]["ms"]["median"], found[name]["images_per_s"]])
+            results.add(case.key, {**asdict(case), "variants": found})
     measure.print_table(["case", "variant", "ms", "images/s"], rows)
     return int(failed)
 

@@ -120,7 +120,7 @@ def test_a_wrong_model_is_refused(
     gamma, bias = model.stages[2][0].grn.gamma, model.stages[0][0].dwconv.bias
     with torch.no_grad():
         gamma.mul_(1.01)
-    with pytest.raises(encoder.Mismatch, match=r"sparse in atto-mask0\.5-.* differs from the expected result"):
+    with pytest.raises(encoder.measure.Mismatch, match=r"sparse in atto-mask0\.5-.* differs from the expected result"):
         workload.check()
     with torch.no_grad():
         gamma.div_(1.01)
@@ -129,7 +129,7 @@ def test_a_wrong_model_is_refused(
         (lambda grad: grad * torch.nan, "nan"),
     ):
         handle = bias.register_hook(hook)
-        with pytest.raises(encoder.Mismatch, match=message):
+        with pytest.raises(encoder.measure.Mismatch, match=message):
             workload.check()
         handle.remove()
     monkeypatch.setitem(encoder.measure.TOLERANCE, "float32", 1e-12)
