@@ -69,7 +69,7 @@ class Workload:
         torch.manual_seed(0)
         torch.compiler.reset()
         size = SIZES[case.size]
-        self.device = torch.device(case.device)
+        self.device, self.by_block = torch.device(case.device), by_block
         self.reference = ConvNeXtV2Encoder(size.depths, size.dims)
         randomize(self.reference)
         self.reference.to(self.device)
@@ -81,15 +81,14 @@ class Workload:
         low = images.to(getattr(torch, case.dtype))
         self.dense_images = {False: low.to(memory_format=torch.channels_last), True: low}
         self.dense_grads = {False: self.output_grad, True: grad}
-        self.models: dict[str, ConvNeXtV2Encoder] = {}
-        self.functions: dict[str, Callable[..., Tensor]] = {}
-        for name in variants:
-            model = copy.deepcopy(self.reference)
-            if name in ("dense", "compiled"):
-                model.to(memory_format=torch.channels_last)
-            compiled = name.startswith("compiled")
-            self.models[name] = model
-            self.functions[name] = compiled_encoder(model, by_block) if compiled else masked_encoder
+        self.models = {name: copy.deepcopy(self.reference) for name in variants}
+        for name in {"dense", "compiled"} & self.models.keys():
+            self.models[name].to(memory_format=torch.channels_last)
+        self.functions = {
+            name: compiled_encoder(model, by_block) if name.startswith("compiled") else masked_encoder
+            for name, model in self.models.items()
+        }
+        self.eager = [name for name in self.models if name != "sparse_graph"]
         self.set_ratio(case)
 
     def set_ratio(self, case: Case) -> None:
@@ -166,24 +165,34 @@ class Workload:
 
     def saved_bytes(self) -> dict[str, int]:
         """Return what autograd keeps for backward, by encoder."""
-        inputs = [
-            self.images,
-            *self.dense_images.values(),
-            self.mask,
-            *(p for model in self.models.values() for p in model.parameters()),
-        ]
-        names = [name for name in self.models if name != "sparse_graph"]
-        return {name: measure.saved_bytes(functools.partial(self.encode, name), inputs) for name in names}
+        inputs = [self.images, *self.dense_images.values(), self.mask]
+        inputs += [parameter for model in self.models.values() for parameter in model.parameters()]
+        return {name: measure.saved_bytes(functools.partial(self.encode, name), inputs) for name in self.eager}
 
-    def peak_bytes(self, by_block: bool) -> dict[str, int]:
+    def peak_bytes(self) -> dict[str, int]:
         """Return the peak memory of forward + backward, by encoder."""
-        names = [name for name in self.models if name != "sparse_graph"]
         if self.device.type == "cuda":
-            return {name: measure.peak_bytes(functools.partial(steps, self, name), self.device) for name in names}
+            return {name: measure.peak_bytes(functools.partial(steps, self, name), self.device) for name in self.eager}
         # What a dense encoder needs does not depend on the mask: one measurement serves all ratios.
         fixed = replace(self.case, ratio=0.0)
-        cases = {name: self.case if name == "sparse" else fixed for name in names}
-        return {name: measure.in_fresh_process(cpu_peak_bytes, cases[name], name, by_block) for name in names}
+        cases = {name: self.case if name == "sparse" else fixed for name in self.eager}
+        return {name: measure.in_fresh_process(cpu_peak_bytes, cases[name], name, self.by_block) for name in self.eager}
+
+    def measured(self, repeats: int) -> dict[str, Any]:
+        """Return the case with its errors, times and memory.
+
+        Raises:
+            Mismatch: the encoders differ; nothing was timed.
+        """
+        say("  compiling what is new, comparing outputs and gradients")
+        errors = self.check()
+        for name, error in errors.items():
+            worst = f"gradients {error['gradient']:.1e} ({error['parameter']})"
+            say(f"  {name}: relative error {error['output']:.1e}, {worst}")
+        say(f"  timing, {repeats} repeats, then measuring memory")
+        sites = {"visible": self.case.visible, "patches": self.case.grid[0] * self.case.grid[1]}
+        found = {**asdict(self.case), **sites, "load": round(os.getloadavg()[0], 2), "errors": errors}
+        return {**found, "ms": self.time(repeats), "saved_bytes": self.saved_bytes(), "peak_bytes": self.peak_bytes()}
 
 
 def masked_encoder(model: ConvNeXtV2Encoder, images: Tensor, mask: Tensor) -> Tensor:
@@ -260,33 +269,6 @@ def steps(workload: Workload, name: str) -> None:
         workload.drop_grads()
 
 
-def run_case(workload: Workload, repeats: int, by_block: bool = False) -> dict[str, Any]:
-    """Check, time and weigh one case.
-
-    Raises:
-        Mismatch: the encoders differ; nothing was timed.
-    """
-    case = workload.case
-    say("  compiling what is new, comparing outputs and gradients")
-    errors = workload.check()
-    for name, found in errors.items():
-        say(f"  {name}: relative error {found['output']:.1e}, gradients {found['gradient']:.1e} ({found['parameter']})")
-    say(f"  timing, {repeats} repeats")
-    load = os.getloadavg()[0]
-    times = workload.time(repeats)
-    say("  measuring memory")
-    return {
-        **asdict(case),
-        "visible": case.visible,
-        "patches": case.grid[0] * case.grid[1],
-        "load": round(load, 2),
-        "errors": errors,
-        "ms": times,
-        "saved_bytes": workload.saved_bytes(),
-        "peak_bytes": workload.peak_bytes(by_block),
-    }
-
-
 def selected_cases(options: argparse.Namespace) -> list[Case]:
     """Return the cases asked for, those that share a `Workload` one after another."""
     axes = list(SWEEPS) if options.sweep == "all" else [options.sweep] * (options.sweep is not None)
@@ -315,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workloads[0].set_ratio(case)
         else:
             workloads[:] = [Workload(case, options.variants, options.by_block)]
-        return run_case(workloads[0], options.repeats, options.by_block)
+        return workloads[0].measured(options.repeats)
 
     results = Results(options.out)
     failed = measure.run_cases(selected_cases(options), run, results, plots.print_tables)

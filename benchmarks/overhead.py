@@ -11,6 +11,7 @@ most 60 microseconds; the exit code is 1 where one adds more.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,11 +33,7 @@ PRODUCTS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
 
 
 class LastOperator(TorchDispatchMode):
-    """Remembers the last operator of ours that was called, or else the last matrix product.
-
-    Attributes:
-        call: the operator, its arguments and its options.
-    """
+    """Remembers the last operator of ours that was called, or else the last matrix product, with its arguments."""
 
     call: tuple[Any, tuple[Any, ...], dict[str, Any]]
     _ours = False
@@ -53,13 +50,12 @@ def cases() -> dict[str, tuple[Callable[[Any], SparseTensor], Any]]:
     """Return modules, and `SparseTensor.from_dense`, each with an input."""
     mask = torch.tensor([[[True, False], [False, True]]])
 
-    def rows(tile: int = 1) -> SparseTensor:
-        dense = torch.randn(1, CHANNELS, 2 * tile, 2 * tile)
-        x = SparseTensor.from_dense(dense, mask, visible=2)
-        return x.with_features(x.features.clone().requires_grad_())
-
     def from_dense(x: Tensor) -> SparseTensor:
         return SparseTensor.from_dense(x, mask, visible=2)
+
+    def rows(tile: int) -> SparseTensor:
+        x = from_dense(torch.randn(1, CHANNELS, 2 * tile, 2 * tile))
+        return x.with_features(x.features.clone().requires_grad_())
 
     modules = [
         nn.ConvNeXtV2Block(CHANNELS),
@@ -82,17 +78,16 @@ def measured(module: Callable[[Any], SparseTensor], x: Any, repeats: int) -> dic
 
     with torch.no_grad():
         run_operator, _ = last_operator(run_module)
-        without = pair(run_module, run_operator, repeats)
+        without = least_us({"module": run_module, "operator": run_operator}, repeats)
     run_operator, leaves = last_operator(run_module)
     parameters = list(module.parameters()) if isinstance(module, torch.nn.Module) else []
     inputs = [x.features if isinstance(x, SparseTensor) else x, *parameters]
     grad, operator_grad = torch.ones_like(run_module()), torch.ones_like(run_operator())
-    with_gradients = pair(
-        lambda: torch.autograd.grad(run_module(), inputs, grad),
-        lambda: torch.autograd.grad(run_operator(), leaves, operator_grad),
-        repeats,
-    )
-    return {"without gradients": without, "with gradients": with_gradients}
+    steps = {
+        "module": lambda: torch.autograd.grad(run_module(), inputs, grad),
+        "operator": lambda: torch.autograd.grad(run_operator(), leaves, operator_grad),
+    }
+    return {"without gradients": without, "with gradients": least_us(steps, repeats)}
 
 
 def last_operator(run: Callable[[], object]) -> tuple[Callable[[], Tensor], list[Tensor]]:
@@ -111,19 +106,17 @@ def last_operator(run: Callable[[], object]) -> tuple[Callable[[], Tensor], list
     return call, [v for v in tree_leaves(args) if isinstance(v, Tensor) and v.requires_grad]
 
 
-def pair(module: Callable[[], object], operator: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Time both in turn, and return their least times in microseconds and what the module adds."""
-    times: dict[str, list[float]] = {"module": [], "operator": []}
+def least_us(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Time a module and its operator in turn, and return their least times in microseconds and what the module adds."""
+    least = dict.fromkeys(calls, math.inf)
     for repeat in range(-repeats // 10, repeats):
-        for name, call in (("module", module), ("operator", operator)):
+        for name, call in calls.items():
             begin = time.perf_counter()
             for _ in range(CALLS):
                 call()
-            elapsed = 1e6 * (time.perf_counter() - begin) / CALLS
             if repeat >= 0:
-                times[name].append(elapsed)
-    found = {name: round(min(values), 2) for name, values in times.items()}
-    return {**found, "added": round(found["module"] - found["operator"], 2)}
+                least[name] = min(least[name], 1e6 * (time.perf_counter() - begin) / CALLS)
+    return {name: round(us, 2) for name, us in {**least, "added": least["module"] - least["operator"]}.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

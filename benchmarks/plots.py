@@ -20,6 +20,7 @@ from measure import print_table
 Case = dict[str, Any]
 
 MODES = {"forward": "forward", "forward_backward": "forward + backward"}
+MEMORY = {"saved_bytes": "kept for backward, MiB", "peak_bytes": "peak of forward + backward, MiB"}
 VARIANTS = {
     "dense": ("dense x mask, eager", "#b0b7bf"),
     "compiled": ("dense x mask, compiled", "#6c7a89"),
@@ -36,7 +37,7 @@ def print_tables(cases: Sequence[Case]) -> None:
     times, memory = [], []
     for case in cases:
         for mode, label in MODES.items():
-            ms = {name: found["median"] for name, found in case["ms"][mode].items()}
+            ms = medians(case, mode)
             dense = min((ms[name] for name in ms if name.startswith(("dense", "compiled"))), default=None)
             for name, value in ms.items():
                 rate = "" if name == "floor" else 1e3 * case["batch"] / value
@@ -45,6 +46,10 @@ def print_tables(cases: Sequence[Case]) -> None:
             memory.append([title(case), name, saved / 2**20, case["peak_bytes"][name] / 2**20])
     print_table(["case", "pass", "variant", "ms", "of the best dense", "images/s"], times)
     print_table(["case", "variant", "kept for backward, MiB", "peak, MiB"], memory)
+
+
+def medians(case: Case, mode: str) -> dict[str, float]:
+    return {name: found["median"] for name, found in case["ms"][mode].items()}
 
 
 def title(case: Case, without: Sequence[str] = ()) -> str:
@@ -68,35 +73,32 @@ def series(cases: Iterable[Case], axis: str) -> list[list[Case]]:
     return sorted(groups.values(), key=len, reverse=True)
 
 
-def baseline(case: Case) -> str:
-    """Name the variant that times are a fraction of: the compiled dense encoder where it was measured."""
-    return "compiled" if "compiled" in case["ms"]["forward"] else "dense"
+def baseline(cases: Iterable[Case]) -> str:
+    """Name the variant that times are a fraction of: the compiled dense encoder where all cases have it."""
+    return "compiled" if all("compiled" in case["ms"]["forward"] for case in cases) else "dense"
 
 
-def draw(cases: Sequence[Case], folder: Path) -> list[Path]:
-    """Draw what the cases allow, see the head of this file, and return the files written."""
+def draw(cases: Sequence[Case], folder: Path) -> None:
+    """Draw what the cases allow, see the head of this file."""
+    if not cases:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    by_ratio = [found for found in series(cases, "ratio") if len(found) > 1]
-    written = []
-    if by_ratio:
-        longest = [found for found in by_ratio if len(found) == len(by_ratio[0])]
-        written.append(draw_ratios(longest, folder / "encoder-ratio.png"))
-    if cases:
-        sizes = sorted(series(cases, "size")[0], key=lambda case: case["ms"]["forward"]["sparse"]["median"])
-        written.append(draw_times(sizes, folder / "encoder-size.png"))
-        written.append(draw_memory(sizes, folder / "encoder-memory.png"))
-    return written
+    by_ratio = series(cases, "ratio")
+    if len(by_ratio[0]) > 1:
+        draw_ratios([found for found in by_ratio if len(found) == len(by_ratio[0])], folder / "encoder-ratio.png")
+    sizes = sorted(series(cases, "size")[0], key=lambda case: case["ms"]["forward"]["sparse"]["median"])
+    times = {f"{label}, ms": [medians(case, mode) for case in sizes] for mode, label in MODES.items()}
+    draw_bars(sizes, times, "time", baseline(sizes), 1.0, folder / "encoder-size.png")
+    memory = {label: [case[field] for case in sizes] for field, label in MEMORY.items()}
+    draw_bars(sizes, memory, "memory", "dense", 2.0**20, folder / "encoder-memory.png")
 
 
-def draw_ratios(panels: Sequence[Sequence[Case]], path: Path) -> Path:
+def draw_ratios(panels: Sequence[Sequence[Case]], path: Path) -> None:
     """Draw forward + backward against the mask ratio, a panel for each series, quartiles as a band."""
-    from matplotlib import pyplot as plt
-
-    size = (max(8.5, 5 * len(panels)), 4.5)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
-    for axis, unordered in zip(axes[0], panels, strict=True):
+    figure, axes = new_figure(max(8.5, 5 * len(panels)), len(panels))
+    for axis, unordered in zip(axes, panels, strict=True):
         cases = sorted(unordered, key=lambda case: case["ratio"])
-        ratios, base = [case["ratio"] for case in cases], baseline(cases[0])
+        ratios, base = [case["ratio"] for case in cases], baseline(cases)
         times = [case["ms"]["forward_backward"] for case in cases]
         for name, (label, colour) in VARIANTS.items():
             if name not in times[0]:
@@ -110,61 +112,36 @@ def draw_ratios(panels: Sequence[Sequence[Case]], path: Path) -> Path:
         axis.plot(ratios, visible, "k:", label="visible fraction")
         axis.set(title=title(cases[0], without=["ratio"]), xlabel="mask ratio", ylim=(0, None))
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel(f"forward + backward, {VARIANTS[base][0]} = 1")
-    return save(figure, path)
-
-
-def draw_times(cases: Sequence[Case], path: Path) -> Path:
-    """Draw times by size, a panel for each pass, labelled in milliseconds."""
-    panels = {}
-    for mode, label in MODES.items():
-        medians = [{name: ms["median"] for name, ms in case["ms"][mode].items()} for case in cases]
-        base = [ms[baseline(case)] for case, ms in zip(cases, medians, strict=True)]
-        panels[f"{label}, ms"] = (medians, base)
-    return draw_bars(cases, panels, f"time, {VARIANTS[baseline(cases[0])][0]} = 1", 1.0, path)
-
-
-def draw_memory(cases: Sequence[Case], path: Path) -> Path:
-    """Draw what is kept for backward and the peak, by size, labelled in MiB."""
-    fields = {"saved_bytes": "kept for backward, MiB", "peak_bytes": "peak of forward + backward, MiB"}
-    panels = {
-        label: ([case[field] for case in cases], [case[field]["dense"] for case in cases])
-        for field, label in fields.items()
-    }
-    return draw_bars(cases, panels, f"memory, {VARIANTS['dense'][0]} = 1", 2.0**20, path)
+    axes[0].set_ylabel(f"forward + backward, {VARIANTS[base][0]} = 1")
+    save(figure, path)
 
 
 def draw_bars(
-    cases: Sequence[Case],
-    panels: dict[str, tuple[Sequence[dict[str, float]], Sequence[float]]],
-    label: str,
-    unit: float,
-    path: Path,
-) -> Path:
+    cases: Sequence[Case], panels: dict[str, list[dict[str, float]]], what: str, base: str, unit: float, path: Path
+) -> None:
     """Draw groups of bars: a panel for each entry of `panels`, a group for each case, a bar for each variant.
 
     Args:
-        panels: by title the values of every case, and what they are drawn as fractions of.
+        panels: by title the values of every case, by variant.
+        base: the variant that the heights are fractions of.
         unit: what the numbers on the bars are divided by.
     """
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.5), sharey=True, layout="constrained")
-    for axis, (heading, (values, base)) in zip(axes, panels.items(), strict=True):
+    figure, axes = new_figure(11, len(panels))
+    for axis, (heading, values) in zip(axes, panels.items(), strict=True):
         names = [name for name in VARIANTS if all(name in found for found in values)]
         width = 0.8 / len(names)
         for index, name in enumerate(names):
             places = [place + (index - (len(names) - 1) / 2) * width for place in range(len(cases))]
-            heights = [found[name] / one for found, one in zip(values, base, strict=True)]
-            drawn = axis.bar(places, heights, width, label=VARIANTS[name][0], color=VARIANTS[name][1])
+            label, colour = VARIANTS[name]
+            drawn = axis.bar(places, [found[name] / found[base] for found in values], width, label=label, color=colour)
             axis.bar_label(drawn, [short(found[name] / unit) for found in values], fontsize=7, padding=1)
         axis.set_xticks(range(len(cases)), [case["size"] for case in cases])
         axis.set_title(heading)
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
-    axes[0].set_ylabel(label)
+    axes[0].set_ylabel(f"{what}, {VARIANTS[base][0]} = 1")
     figure.suptitle(title(cases[0], without=["size"]))
-    return save(figure, path)
+    save(figure, path)
 
 
 def short(value: float) -> str:
@@ -172,15 +149,19 @@ def short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def save(figure: Any, path: Path) -> Path:
-    """Write a figure with its legend below, and close it."""
-    from matplotlib import pyplot as plt
+def new_figure(width: float, panels: int) -> tuple[Any, Any]:
+    """Return a figure and its panels side by side."""
+    from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, 4.5), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure with its legend below."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
 
 
 def main() -> None:
@@ -191,8 +172,7 @@ def main() -> None:
     cases = list(json.loads(options.results.read_text())["cases"].values())
     print_tables(cases)
     if options.plot:
-        for path in draw(cases, options.plot):
-            print(path)
+        draw(cases, options.plot)
 
 
 if __name__ == "__main__":

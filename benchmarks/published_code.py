@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import relative_error
+from encoder import randomize
+from measure import gradients, relative_error
 
 from sparsecnx.compat import checkpoints, minkowski
 from sparsecnx.models import create_fcmae
@@ -38,34 +39,19 @@ def published(folder: Path, size: str) -> Any:
     return getattr(models, f"convnextv2_{size}")(norm_pix_loss=True)
 
 
-def randomise(model: torch.nn.Module) -> None:
-    """Draw weights that keep every branch as large as its input, GRN's too, which starts at 0."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("kernel"):
-                parameter.normal_(std=parameter[..., 0].numel() ** -0.5)
-            elif parameter.ndim > 1 and "grn" not in name and "bias" not in name:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            else:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-
-
 def differences(theirs: Any, size: str, device: str) -> dict[str, float]:
     """Return relative errors of loss, prediction, and every gradient by our name."""
     ours = create_fcmae(size, grn_scope="batch").to(device, torch.float64)
-    ours.load_state_dict(checkpoints.convert(theirs.state_dict(), "sparsecnx").state_dict)
+    randomize(ours)
+    theirs.load_state_dict(checkpoints.convert(ours.state_dict(), "fcmae").state_dict)
     images = torch.randn(4, 3, 224, 224, dtype=torch.float64, device=device)
     loss, pred, mask = theirs(images)
     loss.backward()
     expected_loss, expected_pred, _ = ours(images, mask=mask.bool())
     expected_loss.backward()
-    gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    found = checkpoints.convert(gradients, "sparsecnx").state_dict
-    errors = {"loss": relative_error(loss, expected_loss), "prediction": relative_error(pred, expected_pred)}
-    for name, parameter in ours.named_parameters():
-        assert parameter.grad is not None
-        errors[f"gradient of {name}"] = relative_error(found[name], parameter.grad)
-    return errors
+    found = checkpoints.convert(gradients(theirs), "sparsecnx").state_dict
+    errors = {f"gradient of {name}": relative_error(found[name], grad) for name, grad in gradients(ours).items()}
+    return {"loss": relative_error(loss, expected_loss), "prediction": relative_error(pred, expected_pred), **errors}
 
 
 def train(theirs: Any, device: str) -> list[float]:
@@ -94,7 +80,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"folder is {options.folder}: it has no models/fcmae.py")
     torch.manual_seed(0)
     theirs = published(options.folder, options.size).to(options.device, torch.float64)
-    randomise(theirs)
     errors = differences(theirs, options.size, options.device)
     worst = max(errors, key=lambda name: errors[name])
     print(f"loss differs by {errors['loss']:.1e}, prediction by {errors['prediction']:.1e}")

@@ -34,18 +34,18 @@ class SparseLayerNorm(nn.Module):
         return like(x, self.ln(x.F))
 
 
-class SparseGRN(nn.Module):
-    """The norm goes over all rows of the batch, as in the published code."""
+class GRN(nn.Module):
+    """Normalise rows `(N, C)` over the whole batch, as in the published code, and `(B, H, W, C)` by image."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, dim))
-        self.beta = nn.Parameter(torch.zeros(1, dim))
+        self.gamma = nn.Parameter(torch.zeros(shape))
+        self.beta = nn.Parameter(torch.zeros(shape))
 
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        norm = torch.norm(x.F, p=2, dim=0, keepdim=True)
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.norm(x, p=2, dim=(1, 2) if x.ndim == 4 else 0, keepdim=True)
         response = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
-        return like(x, self.gamma * (x.F * response) + self.beta + x.F)
+        return self.gamma * (x * response) + self.beta + x
 
 
 class SparseDropPath(nn.Module):
@@ -68,13 +68,13 @@ class SparseBlock(nn.Module):
         self.norm = SparseLayerNorm(dim)
         self.pwconv1 = MinkowskiLinear(dim, 4 * dim)
         self.act = MinkowskiGELU()
-        self.grn = SparseGRN(4 * dim)
+        self.grn = GRN(1, 4 * dim)
         self.pwconv2 = MinkowskiLinear(4 * dim, dim)
         self.drop_path = SparseDropPath(drop_path)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        branch = self.pwconv1(self.norm(self.dwconv(x)))
-        return x + self.drop_path(self.pwconv2(self.grn(self.act(branch))))
+        branch = self.act(self.pwconv1(self.norm(self.dwconv(x))))
+        return x + self.drop_path(self.pwconv2(like(branch, self.grn(branch.F))))
 
 
 class DenseLayerNorm(nn.LayerNorm):
@@ -102,7 +102,6 @@ class SparseConvNeXtV2(nn.Module):
             nn.Sequential(*(SparseBlock(dim, next(rates)) for _ in range(depth)))
             for depth, dim in zip(depths, dims, strict=True)
         )
-        self.apply(init_weights)
 
     def features(self, images: Tensor, mask: Tensor) -> SparseTensor:
         x = self.downsample_layers[0](images)
@@ -126,24 +125,12 @@ class DenseBlock(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.grn = DenseGRN(4 * dim)
+        self.grn = GRN(1, 1, 1, 4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1)))
         return x + self.pwconv2(self.grn(F.gelu(branch))).permute(0, 3, 1, 2)
-
-
-class DenseGRN(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
-        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = torch.norm(x, p=2, dim=(1, 2), keepdim=True)
-        response = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
-        return self.gamma * (x * response) + self.beta + x
 
 
 class FCMAE(nn.Module):
@@ -159,8 +146,6 @@ class FCMAE(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1))
         self.decoder = nn.Sequential(DenseBlock(decoder_dim))
         self.pred = nn.Conv2d(decoder_dim, self.patch**2 * 3, 1)
-        for module in (self.proj, self.decoder, self.pred):
-            module.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
@@ -172,13 +157,3 @@ class FCMAE(nn.Module):
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
         error = (pred - (target - mean) / (variance + 1e-6).sqrt()).square().mean(dim=-1)
         return (error * mask).sum() / mask.sum()
-
-
-def init_weights(module: nn.Module) -> None:
-    """Truncated normal with std 0.02, biases 0."""
-    for name in ("weight", "kernel"):
-        weight = getattr(module, name, None)
-        if isinstance(weight, Tensor) and weight.ndim > 1:
-            nn.init.trunc_normal_(weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
