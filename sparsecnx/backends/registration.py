@@ -14,14 +14,16 @@ _libraries: dict[str, torch.library.Library] = {}
 
 
 class Saved(SimpleNamespace):
-    """What a gradient knows of the forward call: the saved arguments by name, `outputs` and `needs`.
+    """What a gradient knows of the forward call: the saved arguments by name, and these.
 
     Attributes:
         outputs: the operator's outputs but the first.
+        shapes: of all tensors among the arguments, by name.
         needs: names of the arguments whose gradients are asked for.
     """
 
     outputs: tuple[Tensor, ...]
+    shapes: dict[str, torch.Size]
     needs: set[str]
 
 
@@ -31,7 +33,6 @@ def register(
     fake: Callable[..., Any],
     function: Callable[..., Any] | None = None,
     saves: Collection[str] = (),
-    shapes: Collection[str] = (),
     backward: Callable[[Any, Tensor], dict[str, Tensor | None]] | None = None,
 ) -> Any:
     """Register `name`, "namespace::operator", and return `torch.ops.namespace.operator`.
@@ -45,9 +46,8 @@ def register(
         function: the operator in Python with annotated arguments, from which the schema is made. None for an operator
             of the compiled library, whose schema is in csrc/library.cpp.
         saves: names of the arguments that `backward` reads.
-        shapes: names of the tensors of which `backward` needs the shape alone, as `Saved.<name>_shape`.
-        backward: takes `Saved` and the contiguous gradient of the first output, and returns gradients by argument name;
-            an argument that is not named has none.
+        backward: takes `Saved` and the contiguous gradient of the first output, and returns gradients by argument name.
+            An argument that is not named has none; a gradient may have another shape with as many elements.
     """
     namespace, _, short = name.partition("::")
     if namespace not in _libraries:
@@ -78,7 +78,7 @@ def register(
             given = dict(zip(arguments, inputs, strict=True))
             ctx.names = [key for key in saves if isinstance(given[key], Tensor)]
             ctx.constants = {key: given[key] for key in saves if key not in ctx.names}
-            ctx.constants |= {f"{key}_shape": given[key].shape for key in shapes}
+            ctx.shapes = {key: value.shape for key, value in given.items() if isinstance(value, Tensor)}
             ctx.mark_non_differentiable(*extra)
             ctx.set_materialize_grads(False)  # These would be zeros in the shapes of outputs that nobody reads.
             ctx.save_for_backward(*(given[key] for key in ctx.names), *extra)
@@ -93,10 +93,13 @@ def register(
                 **ctx.constants,
                 **dict(zip(ctx.names, tensors, strict=False)),
                 outputs=tensors[len(ctx.names) :],
+                shapes=ctx.shapes,
                 needs={key for key, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed},
             )
             found = formula(saved, grad.contiguous())
-            return tuple(found.get(key) if key in saved.needs else None for key in arguments)
+            return tuple(
+                _reshaped(found.get(key), ctx.shapes[key]) if key in saved.needs else None for key in arguments
+            )
 
     def below_autograd(*inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -108,6 +111,10 @@ def register(
 
     library.impl(short, autograd, "Autograd")
     return operator
+
+
+def _reshaped(grad: Tensor | None, shape: torch.Size) -> Tensor | None:
+    return grad if grad is None or grad.shape == shape else grad.reshape(shape)
 
 
 def _no_gradient(name: str) -> Callable[..., Any]:

@@ -96,15 +96,13 @@ def autocast(x: X, *weights: Tensor) -> tuple[X, tuple[Tensor, ...]]:
 
 
 def vector(value: Tensor, name: str, channels: int, x: Rows) -> Tensor:
-    """Check a per-channel parameter, and return it as contiguous `(channels,)` in the dtype of the statistics of `x`.
+    """Check a per-channel parameter, and return it contiguous in the dtype of the statistics of `x`.
+
+    Its shape stays `(channels,)`, or what was published such as `(1, 1, 1, channels)`: kernels read its elements.
 
     Raises:
         ValueError: it has another number of elements, or is on another device than `x`.
     """
     check_vector(value, name, channels, x)
     dtype = statistics_dtype(x.dtype)
-    if value.ndim != 1:
-        value = value.reshape(channels)
-    if value.dtype != dtype:
-        value = value.to(dtype)
-    return value.contiguous()
+    return (value if value.dtype == dtype else value.to(dtype)).contiguous()

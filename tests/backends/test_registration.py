@@ -35,7 +35,6 @@ SCALE = register(
     function=_scale,
     fake=lambda x, factor, bias, power: (torch.empty_like(x), torch.empty_like(x)),
     saves=("factor", "bias", "power"),
-    shapes=("x",),
     backward=_backward,
 )
 
@@ -50,7 +49,7 @@ def test_schema_fake_kernel_and_gradient(bias: Tensor | None) -> None:
     (gradient,) = torch.autograd.grad(out.sum(), x)
     assert (gradient == 9).all()
     saved = saved_by_last_call
-    assert saved.needs == {"x"} and saved.x_shape == (2, 3) and saved.power == 2
+    assert saved.needs == {"x"} and saved.shapes["x"] == (2, 3) and saved.power == 2
     assert torch.equal(saved.factor, factor) and (saved.bias is bias or torch.equal(saved.bias, bias))
     assert torch.equal(saved.outputs[0], x.detach().square())
 
@@ -60,6 +59,12 @@ def test_gradients_of_the_tensors_that_ask_for_them() -> None:
     SCALE(x, torch.tensor(3.0, requires_grad=True), bias, 2)[0].sum().backward()  # Of factor there is none.
     assert bias.grad is not None and (bias.grad == 2).all()
     assert saved_by_last_call.needs == {"factor", "bias"}
+
+
+def test_a_gradient_takes_the_shape_of_its_argument() -> None:
+    bias = torch.ones(1, 3, requires_grad=True)
+    SCALE(torch.randn(2, 3), torch.tensor(3.0), bias, 2)[0].sum().backward()
+    assert bias.grad is not None and bias.grad.shape == (1, 3) and (bias.grad == 2).all()
 
 
 def test_a_gradient_that_is_not_offered_raises() -> None:

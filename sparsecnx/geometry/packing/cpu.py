@@ -34,7 +34,7 @@ def scatter_rows(x: Any, fill: Tensor) -> Tensor:
 
 
 def _gather_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
-    batch, channels, height, width = saved.dense_shape
+    batch, channels, height, width = saved.shapes["dense"]
     fill = grad.new_zeros(channels)
     return {"dense": torch.ops.sparsecnx.scatter_tiles(grad, fill, saved.index, batch, height, width, saved.tile)}
 
@@ -58,7 +58,6 @@ if compiled.loaded:
         "sparsecnx::gather_tiles",
         fake=lambda dense, index, tile: dense.new_empty(index.shape[0] * tile**2, dense.shape[1]),
         saves=("index", "tile"),
-        shapes=("dense",),
         backward=_gather_backward,
     )
     register(

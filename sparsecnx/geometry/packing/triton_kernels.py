@@ -265,7 +265,7 @@ def _block(channels: int) -> tuple[int, int]:
 
 
 def _gather_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
-    batch, channels, height, width = saved.dense_shape
+    batch, channels, height, width = saved.shapes["dense"]
     places = saved.index, saved.slots, batch, height, width, saved.tile
     return {"dense": torch.ops.sparsecnx_triton.scatter_tiles(grad, grad.new_zeros(channels), *places)}
 
@@ -284,7 +284,6 @@ register(
     function=_gather_tiles,
     fake=lambda dense, index, slots, tile: dense.new_empty(index.shape[0] * tile**2, dense.shape[1]),
     saves=("index", "slots", "tile"),
-    shapes=("dense",),
     backward=_gather_backward,
 )
 register(

@@ -61,9 +61,9 @@ def _in_sequence(
 ) -> Tensor:
     u = x.with_features(depthwise_conv(x, p.dwconv_weight, p.dwconv_bias))
     v = layer_norm(u, p.norm_weight, p.norm_bias, eps)
-    h = F.gelu(F.linear(v, p.pwconv1_weight, p.pwconv1_bias.to(v.dtype)))
+    h = F.gelu(F.linear(v, p.pwconv1_weight, p.pwconv1_bias.flatten().to(v.dtype)))
     normalised = grn(x.with_features(h), p.grn_gamma, p.grn_beta, scope, eps)
-    branch = F.linear(normalised, p.pwconv2_weight, p.pwconv2_bias.to(h.dtype))
+    branch = F.linear(normalised, p.pwconv2_weight, p.pwconv2_bias.flatten().to(h.dtype))
     if survival is not None:
         branch = scale_images(x.with_features(branch), survival)
     return x.features + branch

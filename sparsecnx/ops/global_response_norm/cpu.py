@@ -12,7 +12,7 @@ from sparsecnx.tensor import SparseTensor
 
 
 def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, scope: str, eps: float) -> Tensor:
-    """Return features `(rows, C)`; `gamma`, `beta` `(C,)`."""
+    """Return features `(rows, C)`; `gamma`, `beta` of C elements."""
     out, _ = torch.ops.sparsecnx.grn(x.features.contiguous(), gamma, beta, group_splits(x.layout, scope), eps)
     return out
 

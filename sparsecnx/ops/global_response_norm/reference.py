@@ -10,8 +10,8 @@ from sparsecnx.tensor import SparseTensor
 
 
 def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, scope: str, eps: float) -> Tensor:
-    """Return features `(rows, C)`; `gamma`, `beta` `(C,)`."""
-    values = x.features.to(gamma.dtype)
+    """Return features `(rows, C)`; `gamma`, `beta` of C elements."""
+    gamma, beta, values = gamma.flatten(), beta.flatten(), x.features.to(gamma.dtype)
     group, groups = row_groups(x.layout, scope), group_splits(x.layout, scope).shape[0] - 1
     energy = values.new_zeros(groups, values.shape[1]).index_add(0, group, values.square())
     # torch.norm's subgradient at a channel that is zero everywhere is 0; sqrt alone would give nan.

@@ -383,9 +383,9 @@ def _row_blocks(rows: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
 
 
 def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, scope: str, eps: float) -> Tensor:
-    """Return features `(rows, C)`; `gamma`, `beta` `(C,)`."""
+    """Return features `(rows, C)`; `gamma`, `beta` of C elements."""
     groups = row_groups(x.layout, scope), group_splits(x.layout, scope)
-    out, _ = torch.ops.sparsecnx_triton.grn(x.features.contiguous(), gamma, beta, *groups, eps)
+    out, _ = torch.ops.sparsecnx_triton.grn(x.features.contiguous(), gamma.flatten(), beta.flatten(), *groups, eps)
     return out
 
 

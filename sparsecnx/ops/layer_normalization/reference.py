@@ -11,4 +11,4 @@ from sparsecnx.tensor import SparseTensor
 def layer_norm(x: SparseTensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return features `(rows, C)`, statistics in the dtype of `weight`."""
     values = x.features.to(weight.dtype)
-    return F.layer_norm(values, weight.shape, weight, bias, eps).to(x.dtype)
+    return F.layer_norm(values, values.shape[1:], weight.flatten(), bias.flatten(), eps).to(x.dtype)

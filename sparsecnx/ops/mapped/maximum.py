@@ -43,7 +43,7 @@ def _max_pool_backward(grad: Tensor, winner: Tensor, inverse_map: Tensor) -> Ten
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     (winner,), inverse_map = saved.outputs, saved.inverse_map
     if inverse_map is None:
-        inverse_map = invert_kernel_map(saved.kernel_map, saved.features_shape[0])
+        inverse_map = invert_kernel_map(saved.kernel_map, saved.shapes["features"][0])
     return {"features": torch.ops.sparsecnx_mapped.max_pool_backward(grad, winner, inverse_map)}
 
 
@@ -57,7 +57,6 @@ register(
     function=_max_pool,
     fake=_fake,
     saves=("kernel_map", "inverse_map"),
-    shapes=("features",),
     backward=_backward,
 )
 register(
