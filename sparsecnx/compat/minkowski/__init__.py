@@ -20,7 +20,7 @@ import torch
 from sparsecnx.compat.minkowski import functional as MinkowskiFunctional
 from sparsecnx.compat.minkowski import modules, utils
 from sparsecnx.compat.minkowski import operations as MinkowskiOps
-from sparsecnx.compat.minkowski.base import MinkowskiModuleBase
+from sparsecnx.compat.minkowski.base import VARIANTS, MinkowskiModuleBase
 from sparsecnx.compat.minkowski.convolution import (
     MinkowskiChannelwiseConvolution,
     MinkowskiConvolution,
@@ -43,7 +43,6 @@ from sparsecnx.compat.minkowski.errors import PLACEHOLDERS, ArgumentError, Argum
 from sparsecnx.compat.minkowski.installation import install, installed, uninstall
 from sparsecnx.compat.minkowski.kernel import KernelGenerator, convert_to_int_list
 from sparsecnx.compat.minkowski.layers import (
-    NONLINEARITIES,
     MinkowskiAdaptiveLogSoftmaxWithLoss,
     MinkowskiBatchNorm,
     MinkowskiLayerNorm,
@@ -66,10 +65,6 @@ from sparsecnx.compat.minkowski.manager import (
 from sparsecnx.compat.minkowski.modules import MinkowskiNetwork
 from sparsecnx.compat.minkowski.operations import (
     MinkowskiPruning,
-    MinkowskiStackCat,
-    MinkowskiStackMean,
-    MinkowskiStackSum,
-    MinkowskiStackVar,
     MinkowskiToDenseTensor,
     MinkowskiToFeature,
     MinkowskiToSparseTensor,
@@ -83,19 +78,13 @@ from sparsecnx.compat.minkowski.operations import (
     var,
 )
 from sparsecnx.compat.minkowski.pooling import (
-    MinkowskiAvgPooling,
     MinkowskiBroadcast,
     MinkowskiBroadcastAddition,
     MinkowskiBroadcastConcatenation,
     MinkowskiBroadcastMultiplication,
-    MinkowskiGlobalAvgPooling,
-    MinkowskiGlobalMaxPooling,
     MinkowskiGlobalPooling,
-    MinkowskiGlobalSumPooling,
     MinkowskiInstanceNorm,
-    MinkowskiMaxPooling,
     MinkowskiStableInstanceNorm,
-    MinkowskiSumPooling,
 )
 from sparsecnx.compat.minkowski.tensor import SparseTensor
 
@@ -113,7 +102,7 @@ def is_cuda_available() -> bool:
     return torch.cuda.is_available()
 
 
-globals().update(NONLINEARITIES)
+globals().update(VARIANTS)
 _of_this_package = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith(__name__)]
 __all__ = [name for name in _of_this_package if not name.startswith("_")]
 __all__ += ["MinkowskiFunctional", "MinkowskiOps", "modules", "utils"]

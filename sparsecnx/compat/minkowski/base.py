@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,19 @@ from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor, as_co
 
 Target = Tensor | CoordinateMapKey | SparseTensor | None  # the argument `coordinates` of layers
 
+VARIANTS: dict[str, type] = {}  # the classes that `variants` has made; all of them are public
+
 
 class MinkowskiModuleBase(nn.Module):
     """Base of all layers."""
+
+
+def variants(base: type, table: Mapping[str, Mapping[str, Any]]) -> dict[str, type]:
+    """Make subclasses of `base` from a table of their names and attributes. They belong to the module of `base`."""
+    common = {"__doc__": base.__doc__, "__module__": base.__module__}
+    made = {name: type(name, (base,), {**common, **attributes}) for name, attributes in table.items()}
+    VARIANTS.update(made)
+    return made
 
 
 def on_features(input: SparseTensor, compute: Callable[[Tensor], Tensor]) -> SparseTensor:
@@ -31,7 +41,8 @@ class KernelLayer(MinkowskiModuleBase):
     """Base of the layers with a kernel: convolutions, and pooling over windows."""
 
     is_transpose = False
-    _channels = ""  # of a convolution, for its repr
+    in_channels: int | None = None  # any number
+    out_channels: int | None = None
 
     def __init__(
         self,
@@ -54,9 +65,10 @@ class KernelLayer(MinkowskiModuleBase):
 
     def _check(self, input: SparseTensor) -> None:
         require_type(input, SparseTensor, "input", "a SparseTensor")
-        require(
-            self.dimension == input.D, f"input has {input.D} spatial axes: the layer has dimension={self.dimension}"
-        )
+        axes, channels = input.D, input.F.shape[1]
+        require(self.dimension == axes, f"input has {axes} spatial axes: the layer has dimension={self.dimension}")
+        fits = self.in_channels in (None, channels)
+        require(fits, f"input has {channels} channels: the layer takes {self.in_channels}")
 
     def _output_key(self, input: SparseTensor, coordinates: Target) -> CoordinateMapKey:
         """Return the key of the sites in `coordinates`, or else of those that follow from the stride.
@@ -74,19 +86,18 @@ class KernelLayer(MinkowskiModuleBase):
             return coordinates
         expected = "a tensor (rows, 1 + D), a SparseTensor or a CoordinateMapKey"
         coordinates = as_coordinates(coordinates, expected, input.D)
-        require(
-            coordinates.device == input.device,
-            f"coordinates is on {coordinates.device}: the input is on {input.device}",
-        )
+        here, there = input.device, coordinates.device
+        require(here == there, f"coordinates is on {there}: the input is on {here}")
         steps = zip(input.tensor_stride, kernel.kernel_stride, strict=True)
         stride = [max(1, step // factor) if self.is_transpose else step * factor for step, factor in steps]
         return manager.insert_target(key, coordinates, stride)
 
     def __repr__(self) -> str:
         kernel = self.kernel_generator
+        channels = "" if self.in_channels is None else f"in={self.in_channels}, out={self.out_channels}, "
         shape = "" if kernel.region_type == RegionType.HYPER_CUBE else f", region_type={kernel.region_type.name}"
         return (
-            f"{type(self).__name__}({self._channels}kernel_size={kernel.kernel_size}, "
+            f"{type(self).__name__}({channels}kernel_size={kernel.kernel_size}, "
             f"stride={kernel.kernel_stride}, dilation={kernel.kernel_dilation}{shape})"
         )
 

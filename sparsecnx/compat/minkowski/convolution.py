@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsecnx import ops
 from sparsecnx.compat.minkowski.base import KernelLayer, Target, tables
-from sparsecnx.compat.minkowski.enums import ConvolutionMode, RegionType
+from sparsecnx.compat.minkowski.enums import ConvolutionMode
 from sparsecnx.compat.minkowski.errors import not_offered, require, require_type
 from sparsecnx.compat.minkowski.kernel import KernelGenerator
 from sparsecnx.compat.minkowski.tensor import SparseTensor, in_layout
@@ -28,6 +28,8 @@ class _Convolution(KernelLayer):
     """
 
     DEPTHWISE = False
+    in_channels: int
+    out_channels: int
     kernel: nn.Parameter
     bias: nn.Parameter | None
 
@@ -38,7 +40,6 @@ class _Convolution(KernelLayer):
             require(count > 0, f"{name} is {count}: expected at least 1")
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self._channels = f"in={in_channels}, out={out_channels}, "
         volume = self.kernel_generator.kernel_volume
         self.use_mm = not self.DEPTHWISE and volume == 1 and self.kernel_generator.requires_strided_coordinates
         taps = [] if self.use_mm else [volume]
@@ -54,11 +55,6 @@ class _Convolution(KernelLayer):
         for parameter in (self.kernel, self.bias):
             if parameter is not None:
                 nn.init.uniform_(parameter, -bound, bound)
-
-    def _check(self, input: SparseTensor) -> None:
-        super()._check(input)
-        channels = input.F.shape[1]
-        require(channels == self.in_channels, f"input has {channels} channels: the layer takes {self.in_channels}")
 
     def forward(self, input: SparseTensor, coordinates: Target = None) -> SparseTensor:
         """Convolve features `(rows, C_in)` to `(rows_out, C_out)`.
@@ -91,11 +87,8 @@ class _Convolution(KernelLayer):
     def _takes_tiles(self) -> bool:
         """Return whether the operators on tiles have this kernel."""
         kernel = self.kernel_generator
-        cube = kernel.region_type == RegionType.HYPER_CUBE and set(kernel.kernel_dilation) == {1}
         centred = kernel.requires_strided_coordinates and all(size % 2 for size in kernel.kernel_size)
-        if self.DEPTHWISE:
-            return cube and centred and kernel.dimension == 2
-        return cube and len(set(kernel.kernel_stride)) == 1
+        return kernel.plain and (not self.DEPTHWISE or (centred and kernel.dimension == 2))
 
     def _flat_bias(self) -> Tensor | None:
         return None if self.bias is None else self.bias.view(-1)

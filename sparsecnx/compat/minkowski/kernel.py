@@ -112,15 +112,15 @@ class KernelGenerator:
         return torch.tensor(taps, dtype=torch.int64)
 
     @property
+    def plain(self) -> bool:
+        """True for cubes without dilation and with the same stride along all axes."""
+        one_stride = len(set(self.kernel_stride)) == 1 and set(self.kernel_dilation) == {1}
+        return self.region_type == RegionType.HYPER_CUBE and one_stride
+
+    @property
     def covers(self) -> bool:
         """True for even cubes as large as their stride: the taps read the sites from one output site up to the next."""
-        cube = self.region_type == RegionType.HYPER_CUBE and len(set(self.kernel_stride)) == 1
-        return (
-            cube
-            and self.kernel_size == self.kernel_stride
-            and self.kernel_size[0] % 2 == 0
-            and set(self.kernel_dilation) == {1}
-        )
+        return self.plain and self.kernel_size == self.kernel_stride and self.kernel_size[0] % 2 == 0
 
     def __repr__(self) -> str:
         return (

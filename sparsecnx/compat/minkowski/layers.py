@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecnx.compat.minkowski.base import MinkowskiModuleBase, on_features
+from sparsecnx.compat.minkowski.base import MinkowskiModuleBase, on_features, variants
 from sparsecnx.compat.minkowski.errors import require_type
 from sparsecnx.compat.minkowski.tensor import SparseTensor
 
@@ -41,11 +41,16 @@ _OF_TORCH = """
     ELU Hardshrink Hardsigmoid Hardtanh Hardswish LeakyReLU LogSigmoid PReLU ReLU ReLU6 RReLU SELU CELU GELU Sigmoid
     SiLU Softplus Softshrink Softsign Tanh Tanhshrink Threshold Softmin Softmax LogSoftmax Dropout AlphaDropout
 """
-NONLINEARITIES = {}  # the classes `MinkowskiX` of `torch.nn.X`
-for _name in _OF_TORCH.split():
-    _doc = f"`torch.nn.{_name}` on the features of a SparseTensor."
-    _members = {"MODULE": getattr(nn, _name), "__doc__": _doc, "__module__": __name__}
-    NONLINEARITIES[f"Minkowski{_name}"] = type(f"Minkowski{_name}", (MinkowskiNonlinearityBase,), _members)
+NONLINEARITIES = variants(
+    MinkowskiNonlinearityBase,
+    {
+        f"Minkowski{name}": {
+            "MODULE": getattr(nn, name),
+            "__doc__": f"`torch.nn.{name}` on the features of a SparseTensor.",
+        }
+        for name in _OF_TORCH.split()
+    },
+)
 globals().update(NONLINEARITIES)
 
 

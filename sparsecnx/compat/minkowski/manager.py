@@ -114,8 +114,6 @@ class CoordinateManager:
         self._given: list[Name] = []  # maps that no stride made from others
         self._roots: dict[str, str] = {}  # string of a map of `insert_from` to the string of its first source
 
-    # Maps
-
     def map(self, key: CoordinateMapKey) -> CoordinateMap:
         """Return the map of a key.
 
@@ -270,8 +268,6 @@ class CoordinateManager:
                 places = [new.find(known.coordinates).long() for known in maps]
             self._unions[names] = self.insert_from(keys[0], new), places
         return self._unions[names]
-
-    # Kernel maps and sizes
 
     def table(
         self, in_key: CoordinateMapKey, out_key: CoordinateMapKey, kernel: KernelGenerator, is_pool: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecnx.compat.minkowski.base import MinkowskiModuleBase
+from sparsecnx.compat.minkowski.base import MinkowskiModuleBase, variants
 from sparsecnx.compat.minkowski.errors import require, require_type
 from sparsecnx.compat.minkowski.layers import MinkowskiLinear as MinkowskiLinear  # part of MinkowskiOps
 from sparsecnx.compat.minkowski.manager import CoordinateManager
@@ -61,17 +61,12 @@ def to_sparse_all(dense_tensor: Tensor, coordinates: Tensor | None = None) -> Sp
 def _with_sites(x: Tensor, active: Tensor) -> SparseTensor:
     """Return the active sites, bool `(B, *spatial)`, of `x (B, C, *spatial)`."""
     manager = CoordinateManager(x.ndim - 2)
-    stride = (1,) * manager.D
     with for_any_mode():
         layout = tiles_of_mask(active)
-        sites = None if layout is not None else active.nonzero()
-        known = CoordinateMap(stride, None if sites is None else sites.to(torch.int32), layout)
-    if layout is not None:
-        features = gather_rows(x, layout)
-    else:
-        assert sites is not None
-        features = x.movedim(1, -1)[sites.unbind(dim=1)]
-    return SparseTensor(features, coordinate_map_key=manager.insert(known), coordinate_manager=manager)
+        sites = active.nonzero().to(torch.int32) if layout is None else None
+        key = manager.insert(CoordinateMap((1,) * manager.D, sites, layout))
+    features = x.movedim(1, -1)[active] if layout is None else gather_rows(x, layout)
+    return SparseTensor(features, coordinate_map_key=key, coordinate_manager=manager)
 
 
 def dense_coordinates(shape: Sequence[int]) -> Tensor:
@@ -159,20 +154,8 @@ class _Stack(nn.Sequential):
         return self.combine([module(x) for module in self])
 
 
-class MinkowskiStackCat(_Stack):
-    combine = staticmethod(cat)
-
-
-class MinkowskiStackSum(_Stack):
-    combine = staticmethod(sum)
-
-
-class MinkowskiStackMean(_Stack):
-    combine = staticmethod(mean)
-
-
-class MinkowskiStackVar(_Stack):
-    combine = staticmethod(var)
+_STACKS = {f"MinkowskiStack{kind.__name__.title()}": {"combine": staticmethod(kind)} for kind in (cat, sum, mean, var)}
+globals().update(variants(_Stack, _STACKS))
 
 
 class MinkowskiPruning(MinkowskiModuleBase):

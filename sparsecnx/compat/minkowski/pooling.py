@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparsecnx import ops
 from sparsecnx.common.dtypes import statistics_dtype
-from sparsecnx.compat.minkowski.base import KernelLayer, MinkowskiModuleBase, Target, tables
+from sparsecnx.compat.minkowski.base import KernelLayer, MinkowskiModuleBase, Target, tables, variants
 from sparsecnx.compat.minkowski.enums import BroadcastMode, PoolingMode
 from sparsecnx.compat.minkowski.errors import not_offered, require, require_type
 from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor
@@ -46,19 +46,11 @@ class _Pooling(KernelLayer):
         return input._with(ops.mapped_pool(input.F, kernel_map, _reduction(self.pooling_mode), inverse), key)
 
 
-class MinkowskiSumPooling(_Pooling):
-    __doc__ = _Pooling.__doc__
-    pooling_mode = PoolingMode.LOCAL_SUM_POOLING
-
-
-class MinkowskiAvgPooling(_Pooling):
-    __doc__ = _Pooling.__doc__
-    pooling_mode = PoolingMode.LOCAL_AVG_POOLING
-
-
-class MinkowskiMaxPooling(_Pooling):
-    __doc__ = _Pooling.__doc__
-    pooling_mode = PoolingMode.LOCAL_MAX_POOLING
+_LOCAL = {
+    f"Minkowski{name}Pooling": {"pooling_mode": PoolingMode[f"LOCAL_{name.upper()}_POOLING"]}
+    for name in ("Sum", "Avg", "Max")
+}
+globals().update(variants(_Pooling, _LOCAL))
 
 
 class MinkowskiGlobalPooling(MinkowskiModuleBase):
@@ -102,20 +94,14 @@ class MinkowskiGlobalPooling(MinkowskiModuleBase):
         return f"{type(self).__name__}(mode={self.pooling_mode.name})"
 
 
-class MinkowskiGlobalSumPooling(MinkowskiGlobalPooling):
-    """Sum over all sites of each image."""
-
-    MODE = PoolingMode.GLOBAL_SUM_POOLING_PYTORCH_INDEX
-
-
-class MinkowskiGlobalAvgPooling(MinkowskiGlobalPooling):
-    """Mean over all sites of each image."""
-
-
-class MinkowskiGlobalMaxPooling(MinkowskiGlobalPooling):
-    """Maximum over all sites of each image."""
-
-    MODE = PoolingMode.GLOBAL_MAX_POOLING_PYTORCH_INDEX
+_GLOBAL = {
+    f"MinkowskiGlobal{name}Pooling": {
+        "__doc__": f"{reduction} over all sites of each image.",
+        "MODE": PoolingMode[f"GLOBAL_{name.upper()}_POOLING_PYTORCH_INDEX"],
+    }
+    for name, reduction in (("Sum", "Sum"), ("Avg", "Mean"), ("Max", "Maximum"))
+}
+globals().update(variants(MinkowskiGlobalPooling, _GLOBAL))
 
 
 class _Broadcast(MinkowskiModuleBase):

@@ -108,8 +108,6 @@ class SparseTensor:
         self.coordinate_map_key = coordinate_map_key
         self.coordinate_manager = coordinate_manager
 
-    # Attributes
-
     @property
     def F(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
         """Features `(rows, C)`."""
@@ -188,8 +186,6 @@ class SparseTensor:
         self._F = self._F.detach()
         return self
 
-    # By image
-
     @property
     def decomposition_permutations(self) -> list[Tensor]:
         """The rows of each image, int64, up to the last image with sites."""
@@ -226,13 +222,8 @@ class SparseTensor:
     def coordinates_and_features_at(self, batch_index: int) -> tuple[Tensor, Tensor]:
         return self.coordinates_at(batch_index), self.features_at(batch_index)
 
-    # Dense
-
     def dense(
-        self,
-        shape: Sequence[int] | None = None,
-        min_coordinate: Tensor | None = None,
-        contract_stride: bool = True,
+        self, shape: Sequence[int] | None = None, min_coordinate: Tensor | None = None, contract_stride: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the features in a dense tensor, 0 at inactive sites.
 
@@ -317,8 +308,6 @@ class SparseTensor:
             return self._F.new_zeros(whole.shape[0], self._F.shape[1])
         rows = self._map.find(whole).long()
         return self._F.new_zeros(()).where(rows[:, None] < 0, self._F[rows.clamp(min=0)])
-
-    # Arithmetic
 
     def _with(self, features: Tensor, key: CoordinateMapKey | None = None) -> SparseTensor:
         """Return a tensor with other features, on the same sites or those of `key`."""
