@@ -352,8 +352,6 @@ def distinct(coordinates: Tensor) -> tuple[Tensor, Tensor]:
     if not count:
         return rows, rows
     sites, number = torch.unique(coordinates, dim=0, return_inverse=True)
-    if sites.shape[0] == count:
-        return rows, rows.clone()
     first = rows.new_full((sites.shape[0],), count).scatter_reduce(0, number, rows, "amin")
     order = first.argsort()
     return first[order], order.argsort()[number]

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from sparsecnx.compat.minkowski.errors import QUANTIZED, refusing, require, require_type
 
-DTYPES = (torch.int32, torch.float32)
-
 
 def batched_coordinates(
     coords: Sequence[Tensor | np.ndarray], dtype: torch.dtype = torch.int32, device: torch.device | str | None = None
@@ -29,7 +27,7 @@ def batched_coordinates(
         device: of the result; by default that of the first tensor.
     """
     require_type(coords, Sequence, "coords", "a sequence of tensors or arrays (n, D)")
-    require(dtype in DTYPES, f"dtype is {dtype}: expected torch.int32 or torch.float32")
+    require(dtype in (torch.int32, torch.float32), f"dtype is {dtype}: expected torch.int32 or torch.float32")
     tensors = [_tensor(entry, f"coords[{number}]") for number, entry in enumerate(coords)]
     require(bool(tensors), "coords is empty: expected the coordinates of at least one image")
     axes = {entry.shape[1] for entry in tensors}
