@@ -12,15 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsecnx.common.errors import CheckpointError
+from sparsecnx.compat.checkpoints.formats import Format
 from sparsecnx.models import FCMAE, SIZES, ConvNeXtV2, ConvNeXtV2Encoder
 from sparsecnx.models.convnextv2 import STRIDE
-
-
-class Unfit(Exception):
-    """An entry is missing or has a shape that no network has.
-
-    The arguments are our name of it and the problem, with `{}` in place of the name.
-    """
 
 
 class Decoder(NamedTuple):
@@ -77,63 +72,50 @@ class Architecture:
         return {name: entry for name, entry in entries.items() if not name.startswith(absent)}
 
 
-def infer(entries: Mapping[str, Tensor]) -> Architecture:
+def infer(entries: Mapping[str, Tensor], origin: Format) -> Architecture:
     """Infer the network from entries with our names, in any layout. The caller checks that they are complete and fit.
 
     Raises:
-        Unfit: an entry that is needed for this is missing, or has an impossible shape.
+        CheckpointError: an entry that is needed for this is missing, or has an impossible shape; the message has its
+            name in the format `origin`.
     """
+
+    def get(name: str) -> Tensor:
+        if name not in entries:
+            raise CheckpointError(f"lacks {origin.place(name)[0]}")
+        return entries[name]
+
+    def width(pattern: str, example: str) -> int:
+        """Return the size that most entries of a pattern have, so that a wrong one is reported and not all others."""
+        sizes = [entry.numel() for name, entry in entries.items() if re.fullmatch(pattern, name)]
+        return statistics.mode(sizes) if sizes else get(example).numel()
+
     stages = range(max(_count(r"stages\.(\d+)\..*", entries), 1))
     depths = tuple(_count(rf"stages\.{i}\.(\d+)\..*", entries) for i in stages)
-    dims = tuple(_width(rf"stages\.{i}\.\d+\.{PER_CHANNEL}", f"stages.{i}.0.norm.weight", entries) for i in stages)
-    stem = _get("downsample_layers.0.0.weight", entries)
+    dims = tuple(width(rf"stages\.{i}\.\d+\.{PER_CHANNEL}", f"stages.{i}.0.norm.weight") for i in stages)
+    stem = get("downsample_layers.0.0.weight")
     if stem.ndim != 4:
-        problem = f"{{}} is {tuple(stem.shape)}: expected ({dims[0]}, channels of the images, 4, 4)"
-        raise Unfit("downsample_layers.0.0.weight", problem)
+        name, shape = origin.place("downsample_layers.0.0.weight")[0], tuple(stem.shape)
+        raise CheckpointError(f"{name} is {shape}: expected ({dims[0]}, channels of the images, 4, 4)")
     in_chans = stem.shape[1]
 
-    norm, head, decoder = (any(name.startswith(part) for name in entries) for part in ("norm.", "head.", DECODER))
-    return Architecture(
-        depths,
-        dims,
-        in_chans,
-        norm=norm or head,
-        num_classes=_get("head.bias", entries).numel() if head else None,
-        decoder=Decoder(
-            dim=_width(rf"(mask_token|proj\.bias|decoder\.\d+\.{PER_CHANNEL})", "mask_token", entries),
-            depth=_count(r"decoder\.(\d+)\..*", entries),
-            patch_size=_patch_size(_get("pred.bias", entries), in_chans),
-        )
-        if decoder
-        else None,
-    )
+    norm, head, has_decoder = (any(name.startswith(part) for name in entries) for part in ("norm.", "head.", DECODER))
+    decoder = None
+    if has_decoder:
+        bias = get("pred.bias")
+        side = math.isqrt(bias.numel() // max(in_chans, 1))  # of the patch whose pixels the decoder predicts
+        if side == 0 or side % STRIDE or side**2 * in_chans != bias.numel():
+            expected = f"(patch_size ** 2 * {in_chans},), patch_size a multiple of {STRIDE}"
+            raise CheckpointError(f"{origin.place('pred.bias')[0]} is {tuple(bias.shape)}: expected {expected}")
+        dim = width(rf"(mask_token|proj\.bias|decoder\.\d+\.{PER_CHANNEL})", "mask_token")
+        decoder = Decoder(dim, _count(r"decoder\.(\d+)\..*", entries), side)
+    return Architecture(depths, dims, in_chans, norm or head, get("head.bias").numel() if head else None, decoder)
 
 
 DECODER = ("proj.", "mask_token", "decoder.", "pred.")
 PER_CHANNEL = r"(dwconv\.bias|norm\.weight|norm\.bias|pwconv2\.bias)"  # of a block: one number per channel
 
 
-def _get(name: str, entries: Mapping[str, Tensor]) -> Tensor:
-    if name not in entries:
-        raise Unfit(name, "lacks {}")
-    return entries[name]
-
-
-def _width(pattern: str, example: str, entries: Mapping[str, Tensor]) -> int:
-    """Return the size that most entries of a pattern have, so that a wrong one is reported and not all others."""
-    sizes = [entry.numel() for name, entry in entries.items() if re.fullmatch(pattern, name)]
-    return statistics.mode(sizes) if sizes else _get(example, entries).numel()
-
-
 def _count(pattern: str, names: Iterable[str]) -> int:
     """Return how many different numbers the first group of the pattern takes."""
     return len({match[1] for name in names if (match := re.fullmatch(pattern, name))})
-
-
-def _patch_size(bias: Tensor, in_chans: int) -> int:
-    """Return the side of the patch whose pixels the decoder predicts, from the bias of its last layer."""
-    side = math.isqrt(bias.numel() // max(in_chans, 1))
-    if side == 0 or side % STRIDE or side**2 * in_chans != bias.numel():
-        expected = f"(patch_size ** 2 * {in_chans},), patch_size a multiple of {STRIDE}"
-        raise Unfit("pred.bias", f"{{}} is {tuple(bias.shape)}: expected {expected}")
-    return side

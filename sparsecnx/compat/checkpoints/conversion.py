@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsecnx.common.errors import CheckpointError
 from sparsecnx.compat.checkpoints import formats
-from sparsecnx.compat.checkpoints.architecture import Architecture, Unfit, infer
+from sparsecnx.compat.checkpoints.architecture import Architecture, infer
 from sparsecnx.compat.checkpoints.formats import Format
 from sparsecnx.models.convnextv2 import STRIDE
 
@@ -126,24 +126,16 @@ def _to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str
     if unknown := {name: state_dict[name] for name, place in places.items() if place is None}:
         raise CheckpointError(f"{origin.name} has no place for {_some(unknown)} in a ConvNeXt V2")
     given = {place[0]: (name, state_dict[name], place[1]) for name, place in places.items() if place is not None}
-    try:
-        architecture = infer({name: tensor for name, (_, tensor, _) in given.items()})
-    except Unfit as unfit:
-        name, problem = unfit.args
-        place = origin.to_theirs(name)
-        assert place is not None  # infer only names entries that the format has
-        raise CheckpointError(problem.format(place[0])) from None
-
+    architecture = infer({name: tensor for name, (_, tensor, _) in given.items()}, origin)
     entries = architecture.parameters()
     lacking, misshapen = {}, []
     for name, parameter in entries.items():
-        place = origin.to_theirs(name)
-        assert place is not None  # the format has every part of the architecture
-        expected = place[1].theirs(parameter)
+        their_name, layout = origin.place(name)
+        expected = layout.theirs(parameter)
         if name not in given:
-            lacking[place[0]] = expected
+            lacking[their_name] = expected
         elif (shape := given[name][1].shape) != expected.shape:
-            misshapen.append(f"{place[0]} is {tuple(shape)}: expected {tuple(expected.shape)}")
+            misshapen.append(f"{their_name} is {tuple(shape)}: expected {tuple(expected.shape)}")
     if superfluous := {name: tensor for ours, (name, tensor, _) in given.items() if ours not in entries}:
         depths = " ".join(map(str, architecture.depths))
         raise CheckpointError(f"a network of depths {depths} has no {_some(superfluous)}")

@@ -97,6 +97,12 @@ class Format:
         """Return the name in the format of our entry `name` and its layout, or None if there is no place for it."""
         return next((found for e in self.entries if (found := _rename(name, e.ours, e.theirs, e.layout))), None)
 
+    def place(self, name: str) -> tuple[str, Layout]:
+        """Do as `to_theirs` for an entry that the format must have."""
+        found = self.to_theirs(name)
+        assert found is not None
+        return found
+
 
 def _rename(name: str, pattern: str, replacement: str, layout: Layout) -> tuple[str, Layout] | None:
     match = _compile(pattern).fullmatch(name)

@@ -103,6 +103,7 @@ def is_cuda_available() -> bool:
 
 
 globals().update(VARIANTS)
+# The public names are those of the classes and functions above, and of four modules.
 _of_this_package = [name for name, value in globals().items() if getattr(value, "__module__", "").startswith(__name__)]
 __all__ = [name for name in _of_this_package if not name.startswith("_")]
 __all__ += ["MinkowskiFunctional", "MinkowskiOps", "modules", "utils"]
