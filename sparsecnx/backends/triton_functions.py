@@ -8,6 +8,7 @@ import triton.language as tl
 from sparsecnx.backends import triton_launch
 
 INTERPRETING = tl.constexpr(triton_launch.interpreting)
+GROUP = tl.constexpr(8)  # blocks of rows that go through all columns of a product together
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def row_block(i_block, o_c, ROWS, C, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def product_block(ROWS, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+def product_block(ROWS, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return the block of rows of this program, and its columns (BLOCK_N,), of a matrix product (ROWS, N).
 
     GROUP blocks of rows go through all columns together, so that both operands are read again while still cached.
@@ -65,6 +66,12 @@ def store(pointer, b_x, mask):
     tl.store(pointer, rounded(b_x, pointer.dtype.element_ty), mask=mask)
 
 
+@triton.constexpr_function
+def levels(tile):
+    """Return the levels of nested order: a tile has `odd * 2**levels` sites a side."""
+    return (tile & -tile).bit_length() - 1
+
+
 @triton.jit
 def spread_bits(value, LEVELS: tl.constexpr):
     """Return a number below 2**LEVELS with its bit b moved to bit 2b: half of a Morton index."""
@@ -75,16 +82,18 @@ def spread_bits(value, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def nested_line(y, TILE: tl.constexpr, LEVELS: tl.constexpr):
+def nested_line(y, TILE: tl.constexpr):
     """Return the part of row y of a tile in the nested index of a site (`geometry.nested_order`): the index of
-    site (y, x) is `nested_line(y) + nested_column(x)`. TILE is `odd * 2**LEVELS`."""
+    site (y, x) is `nested_line(y) + nested_column(x)`."""
+    LEVELS: tl.constexpr = levels(TILE)
     odd: tl.constexpr = TILE >> LEVELS
     return (y >> LEVELS) * (TILE * TILE // odd) + 2 * spread_bits(y & ((1 << LEVELS) - 1), LEVELS)
 
 
 @triton.jit
-def nested_column(x, TILE: tl.constexpr, LEVELS: tl.constexpr):
+def nested_column(x, TILE: tl.constexpr):
     """Return the part of column x of a tile in the nested index of a site."""
+    LEVELS: tl.constexpr = levels(TILE)
     odd: tl.constexpr = TILE >> LEVELS
     return (x >> LEVELS) * (TILE * TILE // (odd * odd)) + spread_bits(x & ((1 << LEVELS) - 1), LEVELS)
 

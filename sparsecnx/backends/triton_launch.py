@@ -200,6 +200,11 @@ def alignment(*sizes: int) -> int:
     return math.gcd(16, *sizes)
 
 
+def row_sizes(rows: int, channels: int, block_r: int, block_c: int) -> dict[str, int]:
+    """Return the sizes of a kernel that goes over a matrix `(rows, channels)` in blocks."""
+    return {"ROWS": rows, "C": channels, "BLOCK_R": block_r, "BLOCK_C": block_c, "ALIGN": alignment(channels)}
+
+
 def blocks(count: int, size: int) -> int:
     """Return how many blocks of `size` cover `count`."""
     return -(-count // size)

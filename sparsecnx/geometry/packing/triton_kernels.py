@@ -14,9 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecnx.backends.registration import Saved, register
-from sparsecnx.backends.triton_functions import aligned, channel_block, load, nested_column, nested_line, row_block
-from sparsecnx.backends.triton_launch import alignment, blocks, launch
-from sparsecnx.geometry.nested_order import nested_factors
+from sparsecnx.backends.triton_functions import (
+    aligned,
+    channel_block,
+    levels,
+    load,
+    nested_column,
+    nested_line,
+    row_block,
+)
+from sparsecnx.backends.triton_launch import alignment, blocks, launch, row_sizes
 
 VALUES = 2048  # of a block: 16 for each thread of 4 warps
 BLOCK_CHANNELS = 64  # 128 bytes of a row in 16 bits
@@ -32,15 +39,17 @@ def collect_bits(value, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def site_line(site, TILE: tl.constexpr, LEVELS: tl.constexpr):
+def site_line(site, TILE: tl.constexpr):
     """Return the row inside a tile of the site with that nested index; undoes `nested_line`."""
+    LEVELS: tl.constexpr = levels(TILE)
     odd: tl.constexpr = TILE >> LEVELS
     return ((site >> (2 * LEVELS)) // odd << LEVELS) + collect_bits(site >> 1, LEVELS)
 
 
 @triton.jit
-def site_column(site, TILE: tl.constexpr, LEVELS: tl.constexpr):
+def site_column(site, TILE: tl.constexpr):
     """Return the column inside a tile of the site with that nested index; undoes `nested_column`."""
+    LEVELS: tl.constexpr = levels(TILE)
     odd: tl.constexpr = TILE >> LEVELS
     return ((site >> (2 * LEVELS)) % odd << LEVELS) + collect_bits(site, LEVELS)
 
@@ -59,7 +68,6 @@ def gather_kernel(
     stride_y,
     stride_x,
     TILE: tl.constexpr,
-    LEVELS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
@@ -74,8 +82,8 @@ def gather_kernel(
     i_site = i_r % (TILE * TILE)
     b_index = tl.load(index + i_r // (TILE * TILE), mask=m_r, other=0).to(tl.int32)
     i_cell = b_index % CELLS
-    i_y = i_cell // CELLS_X * TILE + site_line(i_site, TILE, LEVELS)
-    i_x = i_cell % CELLS_X * TILE + site_column(i_site, TILE, LEVELS)
+    i_y = i_cell // CELLS_X * TILE + site_line(i_site, TILE)
+    i_x = i_cell % CELLS_X * TILE + site_column(i_site, TILE)
     o_site = (
         (b_index // CELLS).to(tl.int64) * (stride_n // SITE_ALIGN)
         + i_y.to(tl.int64) * (stride_y // SITE_ALIGN)
@@ -96,7 +104,6 @@ def scatter_kernel(
     SITES,  # H * W
     W,
     TILE: tl.constexpr,
-    LEVELS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
@@ -111,7 +118,7 @@ def scatter_kernel(
     m_site = i_site < SITES
 
     b_slot = load_slot(slots, i_image, i_site, m_site, SITES, W, TILE)
-    i_nested = nested_line(i_site // W % TILE, TILE, LEVELS) + nested_column(i_site % W % TILE, TILE, LEVELS)
+    i_nested = nested_line(i_site // W % TILE, TILE) + nested_column(i_site % W % TILE, TILE)
     i_row = b_slot.to(tl.int64) * (TILE * TILE) + i_nested
     m_row = (b_slot >= 0)[:, None]
     b_x = tl.load(rows + (i_row[:, None] * C + o_c[None, :]), mask=m_row & (o_c < C)[None, :], other=0.0)
@@ -176,7 +183,7 @@ def scatter_rows(x: Any, fill: Tensor) -> Tensor:
 def _gather_tiles(dense: Tensor, index: Tensor, slots: Tensor, tile: int) -> Tensor:
     """Return the rows `(tiles * tile**2, C)` of the visible tiles of dense `(B, C, H, W)`."""
     _, channels, height, width = dense.shape
-    stride_n, stride_c, stride_y, stride_x = dense.stride()
+    strides = _strides(dense)
     count = index.shape[0] * tile**2
     rows = dense.new_empty(count, channels)
     block_c, block_r = _block(channels)
@@ -186,20 +193,12 @@ def _gather_tiles(dense: Tensor, index: Tensor, slots: Tensor, tile: int) -> Ten
         dense=dense,
         index=index,
         rows=rows,
-        ROWS=count,
-        C=channels,
         CELLS=height // tile * (width // tile),
         CELLS_X=width // tile,
-        stride_n=stride_n,
-        stride_c=stride_c,
-        stride_y=stride_y,
-        stride_x=stride_x,
+        **strides,
         TILE=tile,
-        LEVELS=len(nested_factors(tile)) - 1,
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        ALIGN=alignment(channels),
-        SITE_ALIGN=alignment(stride_n, stride_y, stride_x),
+        SITE_ALIGN=alignment(*(stride for name, stride in strides.items() if name != "stride_c")),
+        **row_sizes(count, channels, block_r, block_c),
     )
     return rows
 
@@ -223,7 +222,6 @@ def _scatter_tiles(
         SITES=sites,
         W=width,
         TILE=tile,
-        LEVELS=len(nested_factors(tile)) - 1,
         BLOCK_S=block_s,
         BLOCK_C=block_c,
         ALIGN=alignment(channels),
@@ -235,7 +233,6 @@ def _scatter_tiles(
 def _fill_grad(dense: Tensor, slots: Tensor, tile: int) -> Tensor:
     """Return the sum of dense `(B, C, H, W)` over the masked sites, `(C,)`."""
     batch, channels, height, width = dense.shape
-    stride_n, stride_c, stride_y, stride_x = dense.stride()
     sums = torch.empty(batch, channels, dtype=torch.float32, device=dense.device)
     block_c = min(32, triton.next_power_of_2(channels))
     launch(
@@ -247,15 +244,16 @@ def _fill_grad(dense: Tensor, slots: Tensor, tile: int) -> Tensor:
         C=channels,
         SITES=height * width,
         W=width,
-        stride_n=stride_n,
-        stride_c=stride_c,
-        stride_y=stride_y,
-        stride_x=stride_x,
+        **_strides(dense),
         TILE=tile,
         BLOCK_S=min(32, triton.next_power_of_2(height * width)),
         BLOCK_C=block_c,
     )
     return sums.sum(0).to(dense.dtype)
+
+
+def _strides(dense: Tensor) -> dict[str, int]:
+    return dict(zip(("stride_n", "stride_c", "stride_y", "stride_x"), dense.stride(), strict=True))
 
 
 def _block(channels: int) -> tuple[int, int]:
@@ -289,9 +287,7 @@ register(
 register(
     "sparsecnx_triton::scatter_tiles",
     function=_scatter_tiles,
-    fake=lambda rows, fill, index, slots, batch, height, width, tile: rows.new_empty(
-        batch, rows.shape[1], height, width
-    ),
+    fake=lambda rows, fill, index, slots, batch, *size: rows.new_empty(batch, rows.shape[1], *size[:2]),
     saves=("index", "slots", "tile"),
     backward=_scatter_backward,
 )

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecnx.backends.triton_functions import aligned, load, row_block, store
-from sparsecnx.backends.triton_launch import alignment, blocks, launch
+from sparsecnx.backends.triton_launch import blocks, launch, row_sizes
 
 THREADS = 128
 STEPS = 8  # blocks of rows that a program of `unfold_kernel` goes through
@@ -104,22 +104,10 @@ def fold(weight: Tensor, scale: Tensor | None, shift: Tensor, bias: Tensor) -> t
     rows, columns = weight.shape
     folded_weight, folded_bias = weight if scale is None else torch.empty_like(weight), torch.empty_like(bias)
     block_r, block_c = _block(weight)
-    launch(
-        fold_kernel,
-        (blocks(rows, block_r),),
-        weight=weight,
-        scale=scale,
-        shift=shift,
-        bias=bias,
-        folded_weight=folded_weight,
-        folded_bias=folded_bias,
-        ROWS=rows,
-        C=columns,
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        ALIGN=alignment(columns),
-        num_warps=THREADS // 32,
-    )
+    inputs = {"weight": weight, "scale": scale, "shift": shift, "bias": bias}
+    outs = {"folded_weight": folded_weight, "folded_bias": folded_bias}
+    sizes = row_sizes(rows, columns, block_r, block_c)
+    launch(fold_kernel, (blocks(rows, block_r),), **inputs, **outs, **sizes, num_warps=THREADS // 32)
     return folded_weight, folded_bias
 
 
@@ -137,24 +125,10 @@ def unfold(
     block_r, block_c = _block(weight)
     high = blocks(rows, block_r * STEPS)
     partial = torch.empty(2, high, columns, dtype=torch.float32, device=weight.device)
-    launch(
-        unfold_kernel,
-        (blocks(columns, block_c), high),
-        weight=weight,
-        scale=scale,
-        shift=shift,
-        grad_bias=grad_bias,
-        grad_weight=product,
-        partial_scale=partial[0],
-        partial_shift=partial[1],
-        ROWS=rows,
-        C=columns,
-        STEPS=STEPS,
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        ALIGN=alignment(columns),
-        num_warps=THREADS // 32,
-    )
+    inputs = {"weight": weight, "scale": scale, "shift": shift, "grad_bias": grad_bias}
+    outs = {"grad_weight": product, "partial_scale": partial[0], "partial_shift": partial[1]}
+    sizes = {"STEPS": STEPS, **row_sizes(rows, columns, block_r, block_c)}
+    launch(unfold_kernel, (blocks(columns, block_c), high), **inputs, **outs, **sizes, num_warps=THREADS // 32)
     return product, partial[0].sum(0), partial[1].sum(0)
 
 

@@ -44,7 +44,7 @@ from sparsecnx.backends.triton_functions import (
     row_block,
     store,
 )
-from sparsecnx.backends.triton_launch import alignment, blocks, launch
+from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors, row_sizes
 from sparsecnx.ops.block.parameters import BlockParameters
 from sparsecnx.ops.block.triton_folding import fold, unfold
 from sparsecnx.ops.depthwise_convolution import cuda as depthwise_cuda
@@ -60,7 +60,6 @@ from sparsecnx.tensor import SparseTensor
 # the 6C values a row would keep. By counts, not measured: docs/kernels.md.
 RECOMPUTE_CHANNELS = 512
 
-GROUP = 8  # blocks of rows that share the second operand
 KEPT_ROWS, RECOMPUTED_ROWS = 32, 64  # of a block of the kernels of gradients
 
 # The modules whose kernels can do the depthwise steps.
@@ -99,11 +98,10 @@ def linear_gelu_kernel(
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides K
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of N and K
-    GROUP: tl.constexpr,
 ):
     """a = x @ weight.T + bias, h = gelu(a), partial = staircase sums of h^2."""
     N, K = aligned(N, ALIGN), aligned(K, ALIGN)
-    i_block, o_n = product_block(ROWS, N, BLOCK_M, BLOCK_N, GROUP)
+    i_block, o_n = product_block(ROWS, N, BLOCK_M, BLOCK_N)
     b_a = preactivation(x, weight, bias, i_block, o_n, ROWS, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
     i_row, o_r, m_r, o_h, m_h = row_block(i_block, o_n, ROWS, N, BLOCK_M)
     if pre is not None:
@@ -135,11 +133,10 @@ def linear_scaled_kernel(
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides K
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of N and K
-    GROUP: tl.constexpr,
 ):
     """out = residual + d ((h s) @ weight.T + bias)."""
     N, K = aligned(N, ALIGN), aligned(K, ALIGN)
-    i_block, o_n = product_block(ROWS, N, BLOCK_M, BLOCK_N, GROUP)
+    i_block, o_n = product_block(ROWS, N, BLOCK_M, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     i_row, o_r, m_r, o_hidden, _ = row_block(i_block, o_k, ROWS, K, BLOCK_M)
     i_group = tl.load(row_group + i_row + o_r, mask=m_r, other=0).to(tl.int64)
@@ -184,11 +181,10 @@ def kept_sums_kernel(
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides K
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of N and K
-    GROUP: tl.constexpr,
 ):
     """t = d g @ W2, partial = staircase sums of t gelu(a)."""
     N, K = aligned(N, ALIGN), aligned(K, ALIGN)
-    i_block, o_n = product_block(ROWS, N, BLOCK_M, BLOCK_N, GROUP)
+    i_block, o_n = product_block(ROWS, N, BLOCK_M, BLOCK_N)
     i_row, o_r, m_r, o_h, m_h = row_block(i_block, o_n, ROWS, N, BLOCK_M)
     b_a = tl.load(pre + i_row * N + o_h, mask=m_h, other=0.0)
     b_t = multiply(grad, weight2, i_block, o_n, ROWS, N, K, N, 1, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
@@ -221,11 +217,10 @@ def recomputed_sums_kernel(
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides K
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of N and K
-    GROUP: tl.constexpr,
 ):
     """a = û @ W1'.T + b1, t = d g @ W2, partial = staircase sums of t gelu(a)."""
     N, K = aligned(N, ALIGN), aligned(K, ALIGN)
-    i_block, o_n = product_block(ROWS, N, BLOCK_M, BLOCK_N, GROUP)
+    i_block, o_n = product_block(ROWS, N, BLOCK_M, BLOCK_N)
     b_a = preactivation(
         normalised, weight1, bias1, i_block, o_n, ROWS, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )
@@ -291,11 +286,10 @@ def recomputed_gradients_kernel(
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides K
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of N and K
-    GROUP: tl.constexpr,
 ):
     """a = û @ W1'.T + b1, h = gelu(a), t = d g @ W2, da = (t s + 2 h dq) gelu'(a), and h s d; partial = sums of da."""
     N, K = aligned(N, ALIGN), aligned(K, ALIGN)
-    i_block, o_n = product_block(ROWS, N, BLOCK_M, BLOCK_N, GROUP)
+    i_block, o_n = product_block(ROWS, N, BLOCK_M, BLOCK_N)
     b_a = preactivation(
         normalised, weight1, bias1, i_block, o_n, ROWS, N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     ).to(tl.float32)
@@ -481,24 +475,13 @@ def column_sums(x: Tensor, row_scale: Tensor | None) -> Tensor:
     block_c = min(128, triton.next_power_of_2(channels))
     block_r = 32 * 4 * 16 // x.element_size() // block_c  # 16 bytes for each of 128 threads
     wide = blocks(channels, block_c)
-    ranges = max(1, min(blocks(4 * triton_launch.processors(x.device), wide), rows // (8 * block_r)))
+    ranges = max(1, min(blocks(4 * processors(x.device), wide), rows // (8 * block_r)))
     blocks_per_program = blocks(blocks(rows, ranges), block_r)
     ranges = max(1, blocks(rows, blocks_per_program * block_r)) if rows else 1
     partial = torch.empty(ranges, channels, dtype=torch.float32, device=x.device)
-    launch(
-        column_sums_kernel,
-        (wide, ranges),
-        x=x,
-        row_scale=row_scale,
-        partial=partial,
-        ROWS=rows,
-        C=channels,
-        blocks_per_program=blocks_per_program,
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        ALIGN=alignment(channels),
-        num_warps=4,
-    )
+    tensors = {"x": x, "row_scale": row_scale, "partial": partial}
+    sizes = {"blocks_per_program": blocks_per_program, **row_sizes(rows, channels, block_r, block_c)}
+    launch(column_sums_kernel, (wide, ranges), **tensors, **sizes, num_warps=4)
     return partial.sum(0)
 
 
@@ -522,7 +505,6 @@ def _launch(kernel: Any, left: Tensor, outputs: int, block_m: int, **tensors: Te
         EVEN_K=channels % block_k == 0,
         PRECISION="tf32x3" if exact else "tf32",
         ALIGN=alignment(outputs, channels),
-        GROUP=GROUP,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_functions import aligned, row_block
-from sparsecnx.backends.triton_launch import alignment, blocks, launch
+from sparsecnx.backends.triton_launch import blocks, launch, row_sizes
 from sparsecnx.geometry.kernel_map import invert_kernel_map
 from sparsecnx.tensor import SparseTensor
 
@@ -49,19 +49,9 @@ def gather_columns(x: Tensor, kernel_map: Tensor) -> Tensor:
     columns = x.new_empty(count, taps * channels)
     block_c = min(128, triton.next_power_of_2(channels))
     block_r = max(1, 4 * 128 * 16 // x.element_size() // block_c)  # four times 16 bytes for each of 128 threads
-    launch(
-        gather_columns_kernel,
-        (blocks(count * taps, block_r), blocks(channels, block_c)),
-        x=x,
-        kernel_map=kernel_map,
-        columns=columns,
-        ROWS=count * taps,
-        C=channels,
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        ALIGN=alignment(channels),
-        num_warps=4,
-    )
+    grid = (blocks(count * taps, block_r), blocks(channels, block_c))
+    sizes = row_sizes(count * taps, channels, block_r, block_c)
+    launch(gather_columns_kernel, grid, x=x, kernel_map=kernel_map, columns=columns, **sizes, num_warps=4)
     return columns
 
 

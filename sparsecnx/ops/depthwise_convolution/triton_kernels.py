@@ -30,7 +30,6 @@ from sparsecnx.backends.triton_functions import (
     zero_blocks,
 )
 from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors
-from sparsecnx.geometry.nested_order import nested_factors
 from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.tensor import SparseTensor
 
@@ -55,7 +54,6 @@ def depthwise_conv_kernel(
     TILES,
     C,
     TILE: tl.constexpr,
-    LEVELS: tl.constexpr,
     REACH: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -76,13 +74,13 @@ def depthwise_conv_kernel(
     # fmt: off
     b_sums = convolve_strip(
         x, weight, table, i_tile, i_x, i_y, m_p, o_c, C,
-        TILE, LEVELS, REACH, KERNEL_H, KERNEL_W, STRIP, TAPS, BLOCK_P, BLOCK_C, FLIP,
+        TILE, REACH, KERNEL_H, KERNEL_W, STRIP, TAPS, BLOCK_P, BLOCK_C, FLIP,
     )
     # fmt: on
     if bias is not None:
         b_bias = load(bias + o_c, o_c < C)[None, :]
     for s in tl.static_range(STRIP):
-        o_out, m_out = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE, LEVELS)
+        o_out, m_out = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE)
         b_out = b_sums[s]
         if bias is not None:
             b_out = b_out + b_bias
@@ -103,7 +101,6 @@ def depthwise_conv_norm_kernel(
     TILES,
     C,
     TILE: tl.constexpr,
-    LEVELS: tl.constexpr,
     REACH: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -130,14 +127,14 @@ def depthwise_conv_norm_kernel(
         # fmt: off
         b_sums = convolve_strip(
             x, weight, table, i_tile, i_x, i_y, m_p, o_c, C,
-            TILE, LEVELS, REACH, KERNEL_H, KERNEL_W, STRIP, TAPS, BLOCK_P, BLOCK_C, False,
+            TILE, REACH, KERNEL_H, KERNEL_W, STRIP, TAPS, BLOCK_P, BLOCK_C, False,
         )
         # fmt: on
         b_bias = load(bias + o_c, o_c < C)[None, :]
         b_new_means = ()
         b_new_squares = ()
         for s in tl.static_range(STRIP):
-            o_out, m_out = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE, LEVELS)
+            o_out, m_out = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE)
             b_out = rounded(b_sums[s] + b_bias, out.dtype.element_ty)
             tl.store(out + o_out, b_out, mask=m_out)
             # Moments of this block of channels, merged with those before (Chan, Golub, LeVeque 1979).
@@ -159,12 +156,12 @@ def depthwise_conv_norm_kernel(
     b_rstds = ()
     for s in tl.static_range(STRIP):
         b_rstd = tl.rsqrt(b_squares[s] / C + eps)
-        store(rstd + site(i_tile, i_x, i_y + s, TILE, LEVELS), b_rstd, m_p)
+        store(rstd + site(i_tile, i_x, i_y + s, TILE), b_rstd, m_p)
         b_rstds = b_rstds + (b_rstd,)
     for i_c in range(0, C, BLOCK_C):
         o_c = i_c + tl.arange(0, BLOCK_C)
         for s in tl.static_range(STRIP):
-            o_out, m_out = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE, LEVELS)
+            o_out, m_out = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE)
             store(out + o_out, (load(out + o_out, m_out) - b_means[s][:, None]) * b_rstds[s][:, None], m_out)
 
 
@@ -178,7 +175,6 @@ def depthwise_conv_weight_grad_kernel(
     C,
     positions_per_program,
     TILE: tl.constexpr,
-    LEVELS: tl.constexpr,
     REACH: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -206,12 +202,12 @@ def depthwise_conv_weight_grad_kernel(
             i_tile, i_x = i_p // TILE, i_p % TILE
             m_p = i_p < i_end
             p_table, o_column, o_tiles, m_tiles = seek_column(
-                table, i_tile, i_x + i_kx - KERNEL_W // 2, m_p, C, TILE, LEVELS, REACH, WHOLE
+                table, i_tile, i_x + i_kx - KERNEL_W // 2, m_p, C, TILE, REACH, WHOLE
             )
             for i_y in range(0, TILE, STRIP):
                 b_grads = ()
                 for s in tl.static_range(STRIP):
-                    o_grad, m_grad = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE, LEVELS)
+                    o_grad, m_grad = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE)
                     b_grad = load(grad + o_grad, m_grad)
                     b_grads = b_grads + (b_grad,)
                     if i_taps == 0:
@@ -219,7 +215,7 @@ def depthwise_conv_weight_grad_kernel(
                 for i in tl.static_range(STRIP + TAPS - 1):
                     o_x, m_x = seek_line(
                         p_table, o_column, o_tiles, m_tiles, i - KERNEL_H // 2, i_y + i_ky, m_p, o_c, C,
-                        TILE, LEVELS, REACH, WHOLE,
+                        TILE, REACH, WHOLE,
                     )  # fmt: skip
                     b_sums = add_products(b_sums, load(x + o_x, m_x), b_grads, i, TAPS, STRIP)
         for j in tl.static_range(TAPS):
@@ -240,7 +236,6 @@ def convolve_strip(
     o_c,
     C,
     TILE: tl.constexpr,
-    LEVELS: tl.constexpr,
     REACH: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -265,12 +260,12 @@ def convolve_strip(
             p_weight = tl.broadcast_to((weight + i_tap * C + o_c)[None, :], (BLOCK_P, BLOCK_C))
             b_weights = b_weights + (load(p_weight, (o_c < C)[None, :]),)
         p_table, o_column, o_tiles, m_tiles = seek_column(
-            table, i_tile, i_x + i_kx - KERNEL_W // 2, m_p, C, TILE, LEVELS, REACH, WHOLE
+            table, i_tile, i_x + i_kx - KERNEL_W // 2, m_p, C, TILE, REACH, WHOLE
         )
         for i in tl.static_range(STRIP + TAPS - 1):
             o_x, m_x = seek_line(
                 p_table, o_column, o_tiles, m_tiles, i - KERNEL_H // 2, i_y + i_ky, m_p, o_c, C,
-                TILE, LEVELS, REACH, WHOLE,
+                TILE, REACH, WHOLE,
             )  # fmt: skip
             b_sums = add_products(b_sums, load(x + o_x, m_x), b_weights, i, STRIP, TAPS)
     return b_sums
@@ -289,21 +284,19 @@ def add_products(b_sums, b_x, b_factors, i, SUMS: tl.constexpr, FACTORS: tl.cons
 
 
 @triton.jit
-def site(i_tile, i_x, i_y, TILE: tl.constexpr, LEVELS: tl.constexpr):
+def site(i_tile, i_x, i_y, TILE: tl.constexpr):
     """Return the row of features of site (i_y, i_x) of a tile, int64."""
-    return i_tile.to(tl.int64) * (TILE * TILE) + nested_column(i_x, TILE, LEVELS) + nested_line(i_y, TILE, LEVELS)
+    return i_tile.to(tl.int64) * (TILE * TILE) + nested_column(i_x, TILE) + nested_line(i_y, TILE)
 
 
 @triton.jit
-def site_block(i_tile, i_x, i_y, m_p, o_c, C, TILE: tl.constexpr, LEVELS: tl.constexpr):
+def site_block(i_tile, i_x, i_y, m_p, o_c, C, TILE: tl.constexpr):
     """Return the offsets of the features of sites (i_y, i_x), and which of them exist."""
-    return (site(i_tile, i_x, i_y, TILE, LEVELS) * C)[:, None] + o_c[None, :], m_p[:, None] & (o_c < C)[None, :]
+    return (site(i_tile, i_x, i_y, TILE) * C)[:, None] + o_c[None, :], m_p[:, None] & (o_c < C)[None, :]
 
 
 @triton.jit
-def seek_column(
-    table, i_tile, i_x, m_p, C, TILE: tl.constexpr, LEVELS: tl.constexpr, REACH: tl.constexpr, WHOLE: tl.constexpr
-):
+def seek_column(table, i_tile, i_x, m_p, C, TILE: tl.constexpr, REACH: tl.constexpr, WHOLE: tl.constexpr):
     """Find the tiles that the sites at column `i_x` from the corner of a tile lie in, -REACH * TILE or more.
 
     Returns:
@@ -314,7 +307,7 @@ def seek_column(
     """
     i_shifted = i_x + TILE * REACH
     i_step = i_shifted // TILE
-    o_column = nested_column(i_shifted - i_step * TILE, TILE, LEVELS)
+    o_column = nested_column(i_shifted - i_step * TILE, TILE)
     p_table = table + i_tile.to(tl.int64) * ((2 * REACH + 1) * (2 * REACH + 1)) + i_step
     o_tiles = ()
     m_tiles = ()
@@ -338,7 +331,6 @@ def seek_line(
     o_c,
     C,
     TILE: tl.constexpr,
-    LEVELS: tl.constexpr,
     REACH: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -349,12 +341,12 @@ def seek_line(
     if WHOLE:
         o_tile = o_tiles[(i_line + TILE * REACH) // TILE]
         m_tile = m_tiles[(i_line + TILE * REACH) // TILE]
-        o_line = nested_line((i_line + TILE * REACH) % TILE, TILE, LEVELS)
+        o_line = nested_line((i_line + TILE * REACH) % TILE, TILE)
     else:
         i_shifted = i_y + i_line + TILE * REACH
         i_step = i_shifted // TILE
         o_tile, m_tile = neighbour(p_table, i_step, o_column, m_p, C, TILE, REACH)
-        o_line = nested_line(i_shifted - i_step * TILE, TILE, LEVELS)
+        o_line = nested_line(i_shifted - i_step * TILE, TILE)
     return (o_tile + o_line * C)[:, None] + o_c[None, :], m_tile[:, None] & (o_c < C)[None, :]
 
 
@@ -455,7 +447,6 @@ def _options(x: Tensor, table: Tensor, tile: int, kernel: Sequence[int]) -> dict
         "TILES": rows // tile**2,
         "C": channels,
         "TILE": tile,
-        "LEVELS": len(nested_factors(tile)) - 1,
         "REACH": (round(table.shape[1] ** 0.5) - 1) // 2,  # tiles to each side that the table covers
         "KERNEL_H": kernel[0],
         "KERNEL_W": kernel[1],

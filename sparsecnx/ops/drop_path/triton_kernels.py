@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_functions import aligned, channel_block, load, row_block, store
-from sparsecnx.backends.triton_launch import alignment, blocks, launch
+from sparsecnx.backends.triton_launch import blocks, launch, row_sizes
 from sparsecnx.tensor import SparseTensor
 
 BLOCK_ROWS = 64
@@ -48,19 +48,9 @@ def _scale_rows(x: Tensor, scale: Tensor, row_image: Tensor) -> Tensor:
     rows, channels = x.shape
     block_c = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
     out = torch.empty_like(x)
-    launch(
-        scale_rows_kernel,
-        (blocks(rows, BLOCK_ROWS) * blocks(channels, block_c),),
-        x=x,
-        scale=scale,
-        row_image=row_image,
-        out=out,
-        ROWS=rows,
-        C=channels,
-        BLOCK_R=BLOCK_ROWS,
-        BLOCK_C=block_c,
-        ALIGN=alignment(channels),
-    )
+    grid = (blocks(rows, BLOCK_ROWS) * blocks(channels, block_c),)
+    sizes = row_sizes(rows, channels, BLOCK_ROWS, block_c)
+    launch(scale_rows_kernel, grid, x=x, scale=scale, row_image=row_image, out=out, **sizes)
     return out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_functions import aligned, channel_block, load, row_block, store
-from sparsecnx.backends.triton_launch import alignment, blocks, launch
+from sparsecnx.backends.triton_launch import alignment, blocks, launch, row_sizes
 from sparsecnx.ops.global_response_norm.groups import group_splits, row_groups
 from sparsecnx.tensor import SparseTensor
 
@@ -378,8 +378,8 @@ def _finaliser(partial: Tensor, splits: Tensor, block_rows: int) -> dict[str, An
 def _row_blocks(rows: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
     """Return the grid, the sizes and the options of the kernels that walk `(rows, C)` in blocks."""
     block_c = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
-    options = {"BLOCK_R": BLOCK_ROWS, "BLOCK_C": block_c, "ALIGN": alignment(channels), "num_warps": 4}
-    return (blocks(rows, BLOCK_ROWS) * blocks(channels, block_c),), {"ROWS": rows, "C": channels, **options}
+    options = {**row_sizes(rows, channels, BLOCK_ROWS, block_c), "num_warps": 4}
+    return (blocks(rows, BLOCK_ROWS) * blocks(channels, block_c),), options
 
 
 def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, scope: str, eps: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_functions import aligned, load, row_block, store
-from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors
+from sparsecnx.backends.triton_launch import blocks, launch, processors, row_sizes
 from sparsecnx.tensor import SparseTensor
 
 VALUES_PER_THREAD = 16
@@ -128,22 +128,19 @@ def normalised_backward(grad: Tensor, normalised: Tensor, rstd: Tensor) -> Tenso
         grad, normalised: `(rows, C)`, contiguous.
         rstd: float32 `(rows,)`.
     """
-    rows, channels = grad.shape
-    options = _options(channels)
-    grad_x = torch.empty_like(grad)
-    grid = (blocks(rows, options["BLOCK_R"]),)
+    grad_x, (programs, options) = torch.empty_like(grad), _options(*grad.shape)
     tensors = {"grad": grad, "normalised": normalised, "rstd": rstd, "grad_x": grad_x}
-    launch(normalised_backward_kernel, grid, **tensors, ROWS=rows, C=channels, **options)
+    launch(normalised_backward_kernel, (programs,), **tensors, **options)
     return grad_x
 
 
-def _options(channels: int) -> dict[str, int]:
-    """Return the options of the kernels: whole rows, 4 warps of threads with VALUES_PER_THREAD values each, more of
-    them for long rows."""
+def _options(rows: int, channels: int) -> tuple[int, dict[str, int]]:
+    """Return the blocks of rows, and the options of the kernels: whole rows, 4 warps of threads with VALUES_PER_THREAD
+    values each, more of them for long rows."""
     block_c = triton.next_power_of_2(channels)
     block_r = max(1, 4 * 32 * VALUES_PER_THREAD // block_c)
     warps = max(4, min(32, block_c // (32 * VALUES_PER_THREAD)))
-    return {"BLOCK_R": block_r, "BLOCK_C": block_c, "ALIGN": alignment(channels), "num_warps": warps}
+    return blocks(rows, block_r), {**row_sizes(rows, channels, block_r, block_c), "num_warps": warps}
 
 
 def layer_norm(x: SparseTensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -154,35 +151,21 @@ def layer_norm(x: SparseTensor, weight: Tensor, bias: Tensor, eps: float) -> Ten
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return features `(rows, C)`, and the moments of the rows `(rows, 2)`: mean, 1 / sqrt(var + eps)."""
-    rows, channels = x.shape
-    options = _options(channels)
-    out, moments = torch.empty_like(x), weight.new_empty(rows, 2)
-    grid = (blocks(rows, options["BLOCK_R"]),)
+    programs, options = _options(*x.shape)
+    out, moments = torch.empty_like(x), weight.new_empty(x.shape[0], 2)
     tensors = {"x": x, "weight": weight, "bias": bias, "out": out, "moments": moments}
-    launch(layer_norm_kernel, grid, **tensors, eps=eps, ROWS=rows, C=channels, **options)
+    launch(layer_norm_kernel, (programs,), **tensors, eps=eps, **options)
     return out, moments
 
 
 def _layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias."""
-    rows, channels = x.shape
-    options = _options(channels)
-    programs = min(blocks(rows, options["BLOCK_R"]), PROGRAMS_PER_PROCESSOR * processors(x.device))
-    grad_x, partial = torch.empty_like(x), weight.new_empty(2, programs, channels)
-    launch(
-        layer_norm_backward_kernel,
-        (programs,),
-        grad=grad,
-        x=x,
-        weight=weight,
-        moments=moments,
-        grad_x=grad_x,
-        partial_weight=partial[0],
-        partial_bias=partial[1],
-        ROWS=rows,
-        C=channels,
-        **options,
-    )
+    programs, options = _options(*x.shape)
+    programs = min(programs, PROGRAMS_PER_PROCESSOR * processors(x.device))
+    grad_x, partial = torch.empty_like(x), weight.new_empty(2, programs, x.shape[1])
+    inputs = {"grad": grad, "x": x, "weight": weight, "moments": moments}
+    outs = {"grad_x": grad_x, "partial_weight": partial[0], "partial_bias": partial[1]}
+    launch(layer_norm_backward_kernel, (programs,), **inputs, **outs, **options)
     return grad_x, partial[0].sum(0), partial[1].sum(0)
 
 

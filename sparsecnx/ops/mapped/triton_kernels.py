@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_functions import aligned, load, row_block, store, zero_blocks
-from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors
+from sparsecnx.backends.triton_launch import blocks, launch, processors, row_sizes
 from sparsecnx.geometry.kernel_map import MappedRows, invert_kernel_map
 from sparsecnx.ops.convolution import triton_kernels as _convolution  # noqa: F401 - registers sparsecnx_triton::conv
 
@@ -120,13 +120,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor)
         bias=bias,
         kernel_map=kernel_map,
         out=out,
-        ROWS=rows,
-        C=channels,
         K=taps,
         BLOCK_K=_taps(kernel_map),
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        ALIGN=alignment(channels),
+        **row_sizes(rows, channels, block_r, block_c),
         num_warps=WARPS,
     )
     return out
@@ -150,14 +146,10 @@ def weight_grad(grad: Tensor, x: Tensor, kernel_map: Tensor) -> tuple[Tensor, Te
         x=x,
         kernel_map=kernel_map,
         partial=partial,
-        ROWS=rows,
-        C=channels,
         blocks_per_program=blocks_per_program,
         K=taps,
         BLOCK_K=_taps(kernel_map),
-        BLOCK_R=block_r,
-        BLOCK_C=block_c,
-        ALIGN=alignment(channels),
+        **row_sizes(rows, channels, block_r, block_c),
         num_warps=WARPS,
         **({} if torch.version.hip else {"maxnreg": REGISTERS}),
     )
