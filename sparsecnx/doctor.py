@@ -1,22 +1,20 @@
-"""`sparsecnx doctor`: what is available here, and for everything missing why, and what to do.
-
-With --explain: the backend that runs each operator here, and why.
-"""
+"""Say what is available here and why the rest is missing (`sparsecnx doctor`), or what runs and why (`--explain`)."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import itertools
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import sparsecnx
 from sparsecnx.backends import compiled, cuda, minkowski, triton_launch
-from sparsecnx.backends.dispatch import Choice
 from sparsecnx.geometry.layout import Layout, TileSet
 from sparsecnx.models import SIZES
 from sparsecnx.ops import (
@@ -30,23 +28,14 @@ from sparsecnx.ops import (
 from sparsecnx.tensor import SparseTensor
 
 TORCHVISION_RELEASES = "https://github.com/pytorch/vision#installation"
-NOT_INSTALLED = "not installed"
 INSTALL_MINKOWSKI = (
     "pip install setuptools==68.2.2 numpy==1.26.4 wheel ninja && CUDA_VISIBLE_DEVICES= "
     "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation MinkowskiEngine==0.5.4"
 )
 
-# Distribution and module of everything in the extra `[train]`.
-TRAIN = {
-    "torchvision": "torchvision",
-    "tensorboard": "tensorboard",
-    "tqdm": "tqdm",
-    "matplotlib": "matplotlib",
-    "pillow": "PIL",
-    "scikit-image": "skimage",
-    "scikit-learn": "sklearn",
-    "safetensors": "safetensors",
-}
+# Everything in the extra `[train]`, and the modules that have another name than their distribution.
+TRAIN = ("torchvision", "tensorboard", "tqdm", "matplotlib", "pillow", "scikit-image", "scikit-learn", "safetensors")
+MODULES = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn"}
 
 # The operators on tiles, which the models run; none of those on explicit kernel maps.
 EXPLAINED_OPERATORS = (
@@ -78,21 +67,13 @@ class Check:
 
 
 def checks() -> list[Check]:
-    """Everything that sparsecnx can make use of, in the order of the report."""
-    return [
-        _python(),
-        _torch(),
-        _gpu(),
-        _triton_kernels(),
-        _cpu_operators(),
-        _cuda_operators(),
-        _minkowski_engine(),
-        *_train(),
-    ]
+    """Check everything that sparsecnx can make use of, in the order of the report."""
+    present = [_python(), _torch(), _gpu(), _triton_kernels(), _cpu_operators(), _cuda_operators()]
+    return [*present, _minkowski_engine(), *_train()]
 
 
 def report() -> str:
-    """The report as text: one line per check, and below it what to do where there is something to do."""
+    """Return a line for every check, and below it what to do where there is something to do."""
     lines = [f"sparsecnx {sparsecnx.__version__}", ""]
     found = checks()
     width = max(len(check.name) for check in found)
@@ -101,12 +82,6 @@ def report() -> str:
         if check.remedy is not None:
             lines.append(f"{'':{width + 6}}-> {check.remedy}")
     return "\n".join(lines)
-
-
-def run() -> int:
-    """Print the report. Returns the exit code of the command: 0, since nothing optional has to be there."""
-    print(report())
-    return 0
 
 
 def _python() -> Check:
@@ -118,12 +93,8 @@ def _torch() -> Check:
     capability = torch.backends.cpu.get_cpu_capability()
     detail = f"{torch.__version__}, {build}; {torch.get_num_threads()} CPU threads, {capability}"
     if torch.__version__ < compiled.OLDEST_TORCH:
-        return Check(
-            "torch",
-            False,
-            f"{detail}; {compiled.OLDEST_TORCH} or later is needed",
-            "pip install --upgrade torch",
-        )
+        detail += f"; {compiled.OLDEST_TORCH} or later is needed"
+        return Check("torch", False, detail, "pip install --upgrade torch")
     return Check("torch", True, detail)
 
 
@@ -157,39 +128,39 @@ def _triton_kernels() -> Check:
 
 
 def _cpu_operators() -> Check:
-    name = "CPU operators"
+    name, facts = "CPU operators", compiled.build_info() or {}
     if not compiled.loaded:
         return Check(name, False, f"{compiled.why_not}", compiled.remedy)
-    facts = compiled.build_info() or {}
     if facts.get("version") != sparsecnx.__version__:
-        detail = f"compiled from sparsecnx {facts.get('version', '(unknown version)')}"
-        return Check(name, False, detail, compiled.reinstall())
-    detail = (
-        f"running on {torch.ops.sparsecnx.cpu_isa()}; compiled by {facts['compiler']} ({facts['flags']})"
-        f" with torch {facts['torch']} for {facts['oldest_torch']} and later"
-    )
-    return Check(name, True, detail)
+        return Check(name, False, _other_version(facts), compiled.reinstall())
+    built = f"compiled by {facts['compiler']} ({facts['flags']}) {_built_for(facts)}"
+    return Check(name, True, f"running on {torch.ops.sparsecnx.cpu_isa()}; {built}")
+
+
+def _other_version(facts: dict[str, Any]) -> str:
+    return f"compiled from sparsecnx {facts.get('version', '(unknown version)')}"
+
+
+def _built_for(facts: dict[str, Any]) -> str:
+    return f"with torch {facts['torch']} for {facts['oldest_torch']} and later"
 
 
 def _cuda_operators() -> Check:
-    name = "CUDA operators"
+    name, facts = "CUDA operators", compiled.build_info() or {}
+    anew = compiled.reinstall(build="cuda")
     if not compiled.cuda_loaded:
         return Check(name, False, f"{compiled.cuda_why_not}", compiled.cuda_remedy)
-    facts = compiled.build_info() or {}
-    anew = compiled.reinstall(build="cuda")
     if facts.get("version") != sparsecnx.__version__:
-        return Check(name, False, f"compiled from sparsecnx {facts.get('version', '(unknown version)')}", anew)
+        return Check(name, False, _other_version(facts), anew)
     if facts.get("cuda") is None:
         return Check(name, False, "left from another build than the CPU operators", anew)
-    detail = (
-        f"architectures {facts['cuda_architectures']}; compiled by nvcc {facts['cuda']} ({facts['cuda_flags']})"
-        f" with torch {facts['torch']} for {facts['oldest_torch']} and later"
-    )
+    built = f"compiled by nvcc {facts['cuda']} ({facts['cuda_flags']}) {_built_for(facts)}"
+    detail = f"architectures {facts['cuda_architectures']}; {built}"
     if not torch.cuda.is_available():
         return Check(name, True, f"{detail}; there is no GPU to run them on")
     driver = cuda.driver_version()
     if driver is not None and driver[0] < int(facts["cuda"].partition(".")[0]):
-        detail = f"{detail}; the driver is for CUDA {driver[0]}.{driver[1]}, which is too old for them"
+        detail += f"; the driver is for CUDA {driver[0]}.{driver[1]}, which is too old for them"
         remedy = f"Update the NVIDIA driver, or compile with the CUDA {driver[0]} toolkit: {anew}"
         return Check(name, False, detail, remedy)
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -215,17 +186,14 @@ def _minkowski_engine() -> Check:
         again = "" if problem == minkowski.NOT_INSTALLED else "Compile it for this torch and Python. "
         return Check(name, False, problem, f"{again}{_minkowski_remedy()}")
     library = minkowski.library()
-    if not library.is_cuda_available():
-        built = "built for the CPU only"
-    elif hasattr(library, "MinkowskiDepthwiseConvolution"):
-        built = "built for CUDA too, with a depthwise kernel"
-    else:
-        built = "built for CUDA too"
+    built = "built for CUDA too" if library.is_cuda_available() else "built for the CPU only"
+    if library.is_cuda_available() and hasattr(library, "MinkowskiDepthwiseConvolution"):
+        built += ", with a depthwise kernel"
     return Check(name, True, f"{_version(name, name)}, {built}; the backend `minkowski` runs on it")
 
 
 def _minkowski_remedy() -> str:
-    """How to get MinkowskiEngine for the CPU; for CUDA it takes CUDA 11, which no torch of ours is built for."""
+    """Return how to get MinkowskiEngine for the CPU. For CUDA it takes CUDA 11, which no torch of ours is built for."""
     alone = "in a checkout of sparsecnx `make minkowski` makes an environment of its own"
     if not (3, 10) <= sys.version_info < (3, 12):
         return f"It compiles with Python 3.10 and 3.11 alone: {alone}, with PYTHON=python3.11."
@@ -233,21 +201,21 @@ def _minkowski_remedy() -> str:
 
 
 def _train() -> Iterator[Check]:
-    for distribution, module in TRAIN.items():
-        problem = _import_problem(module)
-        if problem is None:
-            yield Check(distribution, True, _version(distribution, module))
-        elif problem == NOT_INSTALLED:
-            yield Check(distribution, False, problem, "pip install 'sparsecnx[train]'")
+    for distribution in TRAIN:
+        module = MODULES.get(distribution, distribution)
+        problem, remedy = _import_problem(module), f"pip install --force-reinstall --no-deps {distribution}"
+        if problem == minkowski.NOT_INSTALLED:
+            remedy = "pip install 'sparsecnx[train]'"
         elif distribution == "torchvision":
             remedy = f"Install the one that belongs to torch {torch.__version__}: {TORCHVISION_RELEASES}"
-            yield Check(distribution, False, problem, remedy)
+        if problem is None:
+            yield Check(distribution, True, _version(distribution, module))
         else:
-            yield Check(distribution, False, problem, f"pip install --force-reinstall --no-deps {distribution}")
+            yield Check(distribution, False, problem, remedy)
 
 
 def _version(distribution: str, module: str) -> str:
-    """Version of a module that imports; other distributions bring it too, such as pillow-simd and pytorch-triton."""
+    """Return the version of a module that imports; another distribution may bring it, as pillow-simd does."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -255,14 +223,12 @@ def _version(distribution: str, module: str) -> str:
 
 
 def _import_problem(module: str) -> str | None:
-    """Why `module` does not import; None where it does."""
+    """Return why `module` does not import; None where it does."""
     try:
         importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is not None and module.startswith(error.name):
-            return NOT_INSTALLED
-        return f"installed, but does not import: {error}"
     except Exception as error:  # what a broken installation raises is its own choice
+        if isinstance(error, ModuleNotFoundError) and error.name is not None and module.startswith(error.name):
+            return minkowski.NOT_INSTALLED
         return f"installed, but does not import: {error}"
     return None
 
@@ -273,40 +239,26 @@ def explain(device: torch.device, dtype: torch.dtype, model: str) -> str:
     Args:
         model: one of `sparsecnx.models.SIZES`.
     """
-    inputs = _stages(device, dtype, model)
-    found = [(x, operator.explain(x)) for operator in EXPLAINED_OPERATORS for x in inputs]
-    table = [("operator", "C", "tile", "runs on", "why"), *(_line(x, choice) for x, choice in found)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    where = f"{inputs[0].device} in {str(dtype).removeprefix('torch.')}"
-    lines = [f"What runs on {where}, in the four stages of ConvNeXt V2 {model.capitalize()}", ""]
-    for operator, channels, tile, backend, why in table:
-        left, right = f"{operator:{widths[0]}}  {channels:>{widths[1]}}", f"{tile:>{widths[2]}}  {backend:{widths[3]}}"
-        lines.append(f"{left}  {right}  {why}")
-    lines += ["", "What does not, and why", ""]
-    for (backend, reason), operators in _not_taken(choice for _, choice in found).items():
-        lines += [f"{backend}: {reason}", f"    {', '.join(operators)}"]
-    return "\n".join(lines)
-
-
-def _stages(device: torch.device, dtype: torch.dtype, model: str) -> list[SparseTensor]:
-    """Return one visible patch of 32 pixels, as the four stages of a model see it."""
+    # One visible patch of 32 pixels, as the four stages of the model see it.
     tiles = TileSet.all_visible(1, (1, 1), device)
-    return [
+    stages = [
         SparseTensor(torch.zeros(tile**2, channels, dtype=dtype, device=tiles.device), Layout(tiles, tile, 32 // tile))
         for channels, tile in zip(SIZES[model].dims, (8, 4, 2, 1), strict=True)
     ]
-
-
-def _line(x: SparseTensor, choice: Choice) -> tuple[str, ...]:
-    why = "; ".join(filter(None, (choice.reasons[choice.backend], choice.detail)))
-    return choice.operator, str(x.features.shape[1]), str(x.layout.tile), choice.backend, why
-
-
-def _not_taken(choices: Iterable[Choice]) -> dict[tuple[str, str], dict[str, None]]:
-    """Return the operators, in order, that a backend does not run for a reason."""
-    reasons: dict[tuple[str, str], dict[str, None]] = {}
-    for choice in choices:
-        for backend, reason in choice.reasons.items():
-            if backend != choice.backend:
-                reasons.setdefault((backend, reason), {})[choice.operator] = None
-    return reasons
+    table = [("operator", "C", "tile", "runs on", "why")]
+    not_taken: dict[str, dict[str, None]] = {}  # operators, in order, by backend and reason
+    for operator, x in itertools.product(EXPLAINED_OPERATORS, stages):
+        choice = operator.explain(x)
+        reasons = dict(choice.reasons)
+        why = "; ".join(filter(None, (reasons.pop(choice.backend), choice.detail)))
+        table.append((choice.operator, str(x.features.shape[1]), str(x.layout.tile), choice.backend, why))
+        for backend, reason in reasons.items():
+            not_taken.setdefault(f"{backend}: {reason}", {})[choice.operator] = None
+    where = f"{tiles.device} in {str(dtype).removeprefix('torch.')}"
+    lines = [f"What runs on {where}, in the four stages of ConvNeXt V2 {model.capitalize()}", ""]
+    o, c, t, b, _ = (max(map(len, column)) for column in zip(*table, strict=True))
+    lines += [f"{name:{o}}  {width:>{c}}  {tile:>{t}}  {on:{b}}  {why}" for name, width, tile, on, why in table]
+    lines += ["", "What does not, and why", ""]
+    for reason, operators in not_taken.items():
+        lines += [reason, f"    {', '.join(operators)}"]
+    return "\n".join(lines)

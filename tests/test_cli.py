@@ -80,9 +80,10 @@ def test_a_missing_library_says_what_to_install(monkeypatch, capsys):
         assert "tqdm not installed: pip install sparsecnx[train]" in refused(command, capsys)
 
 
-def test_doctor_returns_what_the_checkup_finds(monkeypatch):
-    monkeypatch.setattr("sparsecnx.doctor.run", lambda: 5)
-    assert main(["doctor"]) == 5
+def test_doctor_prints_its_report(monkeypatch, capsys):
+    monkeypatch.setattr("sparsecnx.doctor.report", lambda: "report")
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out == "report\n"
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,8 @@ def break_import(monkeypatch: pytest.MonkeyPatch, module: str, error: Exception)
     monkeypatch.setattr(importlib, "import_module", import_module)
 
 
-def test_report_covers_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.run() == 0
-    report = capsys.readouterr().out
+def test_report_covers_everything() -> None:
+    report = doctor.report()
     assert report.startswith(f"sparsecnx {sparsecnx.__version__}\n")
     for name in ("Python", "torch", "GPU", "Triton", "CPU operators", "CUDA operators", "MinkowskiEngine"):
         assert len(re.findall(rf"^(?:ok|--)  {name} ", report, re.MULTILINE)) == 1

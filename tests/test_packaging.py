@@ -145,7 +145,7 @@ def test_without_a_compiler_the_install_succeeds_and_doctor_says_why(source: Pat
     installed = tmp_path / "installed"
     result = pip("install", source, "--target", installed, CXX="/nowhere/c++", SPARSECNX_BUILD="auto")
     assert result.returncode == 0, result.stderr
-    program = "import sparsecnx.doctor; print(sparsecnx.doctor.__file__); sparsecnx.doctor.run()"
+    program = "import sparsecnx.doctor; print(sparsecnx.doctor.__file__); print(sparsecnx.doctor.report())"
     report = run("-c", program, cwd=tmp_path, PYTHONPATH=str(installed)).stdout
     assert str(installed) in report and libraries(installed / "sparsecnx") == []
     assert "not compiled: no C++ compiler: found none of /nowhere/c++" in report and "-> Install g++" in report
