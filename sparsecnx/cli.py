@@ -229,15 +229,16 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    given = {name: value for name in EXPLAINED if (value := getattr(arguments, name)) is not None}
-    for name, value in given.items():
-        if not arguments.explain:
+    for name, choices in EXPLAINED.items():
+        value = getattr(arguments, name)
+        if value is not None and not arguments.explain:
             raise InputError(name, value, "expected together with --explain")
-        if value not in EXPLAINED[name]:
-            raise InputError(name, value, f"expected one of {', '.join(EXPLAINED[name])}")
+        if value not in (None, *choices):
+            raise InputError(name, value, f"expected one of {', '.join(choices)}")
     if not arguments.explain:
-        return doctor.run()
-    device, dtype, model = (given.get(name, choices[0]) for name, choices in EXPLAINED.items())
+        print(doctor.report())
+        return 0
+    device, dtype, model = (getattr(arguments, name) or choices[0] for name, choices in EXPLAINED.items())
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device", device, "this torch sees no CUDA device; expected auto or cpu")
     if device == "auto":

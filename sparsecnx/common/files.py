@@ -44,37 +44,25 @@ def open_atomically(*paths: Path) -> Iterator[list[BinaryIO]]:
             files: list[BinaryIO] = [stack.enter_context(open(temporary, "wb")) for temporary in temporaries]
             yield files
             for file in files:
-                _sync_file(file)
+                file.flush()
+                # A library may have renamed its own file over this one, which then gets the mode of this one.
+                sync(file.name, mode=stat.S_IMODE(os.fstat(file.fileno()).st_mode))
         for temporary, path in zip(temporaries, paths, strict=True):
             os.replace(temporary, path)
         for folder in {path.parent for path in paths}:
-            sync_folder(folder)
+            sync(folder)
     except BaseException:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
         raise
 
 
-def _sync_file(file: BinaryIO) -> None:
-    """Force the file under the name of `file` to disk, with the mode of `file`.
-
-    It may be another file than `file` itself: a library may have renamed its own over it.
-    """
-    file.flush()
-    mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-    descriptor = os.open(file.name, os.O_RDONLY)
+def sync(path: str | Path, mode: int | None = None) -> None:
+    """Force a file to disk, after giving it a mode, or a folder, and with it the renames in it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+        if mode is not None and stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
             os.fchmod(descriptor, mode)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Force a folder to disk, and with it the renames in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsecnx.common.errors import CheckpointError
-from sparsecnx.common.files import sync_folder
+from sparsecnx.common.files import sync
 from sparsecnx.common.torch_files import load_torch, save_torch
 
 LAST = "last.pt"
@@ -58,7 +58,7 @@ class CheckpointFolder:
         os.replace(link, self.folder / LAST)
         for old in self.all()[: -self.keep]:
             old.unlink()
-        sync_folder(self.folder)
+        sync(self.folder)
         return path
 
     def drop_leftovers(self) -> None:

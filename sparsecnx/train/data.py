@@ -15,14 +15,13 @@ import importlib.util
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
@@ -147,24 +146,17 @@ class Draw(NamedTuple):
     seed: int
 
 
-class Unreadable(NamedTuple):
-    """A file that could not be decoded, and the reason."""
-
-    name: str
-    reason: str
-
-
 class Batch(NamedTuple):
     """One batch of crops.
 
     Attributes:
         images: uint8 `(B, 3, S, S)`; empty if `problem` is set.
-        unreadable: the files that were skipped.
+        unreadable: the files that were skipped, and why.
         problem: the reason why there is no batch. A worker that raised it would send a traceback in words instead.
     """
 
     images: Tensor
-    unreadable: list[Unreadable]
+    unreadable: dict[str, str]
     problem: InputError | None = None
 
 
@@ -184,21 +176,22 @@ class Crops(Dataset[Any]):
         )
         self.decoded: dict[int, Tensor] = {}
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, list[Unreadable]] | InputError:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, dict[str, str]] | InputError:
         try:
             pixels, unreadable = self.read(draw.image)
         except InputError as error:
             return error
-        with seeded(draw.seed):
+        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from torch's CPU generator
+            torch.default_generator.manual_seed(draw.seed)
             return self.augment(pixels), unreadable
 
-    def read(self, index: int) -> tuple[Tensor, list[Unreadable]]:
-        """Return image `index`, or the first readable one after it, and the files that were skipped.
+    def read(self, index: int) -> tuple[Tensor, dict[str, str]]:
+        """Return image `index`, or the first readable one after it, and the files that were skipped with the reasons.
 
         Raises:
             InputError: no file can be read.
         """
-        unreadable: list[Unreadable] = []
+        unreadable: dict[str, str] = {}
         for place in range(index, index + len(self.images.names)):
             place %= len(self.images.names)
             if place in self.decoded:
@@ -206,64 +199,36 @@ class Crops(Dataset[Any]):
             try:
                 pixels = read_image(self.images.path(place))
             except Exception as error:  # decoders raise many kinds of errors, and none may end a long run
-                reason = f"{type(error).__name__}: {error}"
-                unreadable.append(Unreadable(self.images.names[place], reason))
+                unreadable[self.images.names[place]] = f"{type(error).__name__}: {error}"
                 continue
             if self.images.small:
                 self.decoded[place] = pixels
             return pixels, unreadable
-        raise InputError(
-            "data",
-            self.images.root,
-            f"none of its {len(unreadable)} image files can be read, first {unreadable[0].name} "
-            f"({unreadable[0].reason})",
-        )
+        name, reason = next(iter(unreadable.items()))
+        problem = f"none of its {len(unreadable)} image files can be read, first {name} ({reason})"
+        raise InputError("data", self.images.root, problem)
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, from which torchvision's transforms draw, and restore it afterwards."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
+def draws(recipe: Recipe, images: int, *, start: int = 0) -> Iterator[list[Draw]]:
+    """Yield the draws of every batch of a run, from batch `start` to the end of the last epoch.
 
-
-class Draws(Sampler[list[Draw]]):
-    """Yields the draws of every batch of a run, from batch `start` to the end of the last epoch."""
-
-    def __init__(self, recipe: Recipe, images: int, *, start: int = 0) -> None:
-        self.recipe = recipe
-        self.images = images
-        self.batches_per_epoch = recipe.steps_per_epoch(images) * recipe.grad_accum_steps
-        self.start = start
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        first_epoch, first_batch = divmod(self.start, self.batches_per_epoch)
-        for epoch in range(first_epoch, self.recipe.epochs):
-            order = self.order(epoch)
-            for batch in range(first_batch if epoch == first_epoch else 0, self.batches_per_epoch):
-                begin = batch * self.recipe.batch_size
-                yield [
-                    Draw(order[position], mix(self.recipe.seed, "crop", epoch, position))
-                    for position in range(begin, begin + self.recipe.batch_size)
-                ]
-
-    def order(self, epoch: int) -> list[int]:
-        """Return the image at every position in the epoch: each image `epoch_repeats` times, shuffled."""
-        generator = torch.Generator().manual_seed(mix(self.recipe.seed, "order", epoch))
-        positions = torch.randperm(self.images * self.recipe.epoch_repeats, generator=generator)
-        order: list[int] = (positions % self.images).tolist()
-        return order
+    An epoch shows each image `epoch_repeats` times, shuffled.
+    """
+    batches_per_epoch = recipe.steps_per_epoch(images) * recipe.grad_accum_steps
+    for number in range(start, recipe.epochs * batches_per_epoch):
+        epoch, batch = divmod(number, batches_per_epoch)
+        if batch == 0 or number == start:
+            generator = torch.Generator().manual_seed(mix(recipe.seed, "order", epoch))
+            order = (torch.randperm(images * recipe.epoch_repeats, generator=generator) % images).tolist()
+        positions = range(batch * recipe.batch_size, (batch + 1) * recipe.batch_size)
+        yield [Draw(order[position], mix(recipe.seed, "crop", epoch, position)) for position in positions]
 
 
 def load_batches(crops: Crops, recipe: Recipe, *, start: int, workers: int, pin_memory: bool) -> DataLoader[Batch]:
     """Return the batches of a run from number `start` on, which do not depend on the number of workers."""
     return DataLoader(
         crops,
-        batch_sampler=Draws(recipe, len(crops.images.names), start=start),
+        batch_sampler=draws(recipe, len(crops.images.names), start=start),
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=leave_signals_to_parent,
@@ -271,14 +236,15 @@ def load_batches(crops: Crops, recipe: Recipe, *, start: int, workers: int, pin_
     )
 
 
-def collate(samples: list[tuple[Tensor, list[Unreadable]] | InputError]) -> Batch:
-    """Stack the crops of a batch and join the lists of unreadable files."""
-    images, unreadable = [], []
+def collate(samples: list[tuple[Tensor, dict[str, str]] | InputError]) -> Batch:
+    """Stack the crops of a batch and join the unreadable files."""
+    images: list[Tensor] = []
+    unreadable: dict[str, str] = {}
     for sample in samples:
         if isinstance(sample, InputError):
-            return Batch(torch.empty(0), [], sample)
+            return Batch(torch.empty(0), {}, sample)
         images.append(sample[0])
-        unreadable += sample[1]
+        unreadable |= sample[1]
     return Batch(torch.stack(images), unreadable)
 
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from torch.utils.tensorboard import SummaryWriter
@@ -76,12 +75,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         self.bar.close()
         # If the run stops for another reason, that one is reported.
         with suppress(*(() if error is None else (LogError,))):
@@ -97,8 +91,9 @@ class RunLog:
         with _writing(self.path):
             self.lines.write(json.dumps(record._asdict()) + "\n")
         with _writing(self.events):
-            for name in ("loss", "lr", "grad_norm", "images_per_s", "epoch"):
-                self.tensorboard.add_scalar(f"pretrain/{name}", getattr(record, name), record.step)
+            for name, value in record._asdict().items():
+                if name != "step":
+                    self.tensorboard.add_scalar(f"pretrain/{name}", value, record.step)
         self.bar.set_postfix(loss=f"{record.loss:.4f}", lr=f"{record.lr:.2e}", refresh=False)
         self.bar.update(self.images_per_step)
 
@@ -119,9 +114,9 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _keep_steps_up_to(step: int, path: Path) -> None:
     """Delete the lines of steps after `step`, which an earlier attempt logged."""
-    if not path.exists():
-        return
-    write_atomically(path, "".join(line for line in path.read_text().splitlines(keepends=True) if _step(line) <= step))
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        write_atomically(path, "".join(line for line in lines if _step(line) <= step))
 
 
 def _step(line: str) -> float:

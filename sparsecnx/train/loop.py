@@ -8,8 +8,9 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, harmonic_mean
 from types import FrameType
 from typing import Any
 
@@ -131,9 +132,8 @@ def _place(options: Options) -> tuple[CheckpointFolder, Path | None]:
         return folder, newest
     if resume is not None:
         if newest is not None and resume.resolve() != newest.resolve() and resume.exists():
-            raise InputError(
-                "resume", resume, f"{output} goes on to {newest.name}; resume that, or name another output"
-            )
+            problem = f"{output} goes on to {newest.name}; resume that, or name another output"
+            raise InputError("resume", resume, problem)
         return folder, resume
     if newest is not None or (output / LOG).exists():
         raise InputError("output", output, "holds a run already; resume it (resume auto), or name another folder")
@@ -196,7 +196,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
-            "recipe": self.recipe.as_dict(),
+            "recipe": asdict(self.recipe),
             "data": {
                 "folder": None if self.images.small else os.path.abspath(self.images.root),
                 "images": len(self.images.names),
@@ -206,22 +206,20 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end of the recipe; returns and raises as `pretrain` does."""
-        self._make_folder()
+        folder = self.folder.folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.drop_leftovers()
+        except OSError as error:
+            raise InputError("output", folder, f"cannot be written ({error})") from error
         try:
             return self._run()
         except LogError as error:
             raise TrainingStopped(f"step {self.step}: {error}, {self._last_good()}") from error
 
     def _run(self) -> int:
-        with (
-            _caught_signals() as signals,
-            RunLog(
-                self.folder.folder,
-                step=self.step,
-                total_steps=self.total_steps,
-                images_per_step=self.recipe.effective_batch,
-            ) as log,
-        ):
+        steps = {"step": self.step, "total_steps": self.total_steps, "images_per_step": self.recipe.effective_batch}
+        with _caught_signals() as signals, RunLog(self.folder.folder, **steps) as log:
             for line in self.describe():
                 log.say(line)
             records: list[StepRecord] = []
@@ -241,20 +239,15 @@ class Trainer:
                     records.clear()
                     if epoch % self.options.save_every == 0 or self.step == self.total_steps:
                         self.save()
-            self._report_unreadable(log)
+            if self.unreadable:
+                log.say(f"skipped {len(self.unreadable)} unreadable images: {', '.join(sorted(self.unreadable))}")
             log.say(f"done: {self.folder.newest()}")
         return 0
 
     def batches(self) -> Iterator[Batch]:
         """Return the batches that are still to come."""
-        loader = load_batches(
-            self.crops,
-            self.recipe,
-            start=self.step * self.recipe.grad_accum_steps,
-            workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        return iter(loader)
+        start, pin_memory = self.step * self.recipe.grad_accum_steps, self.device.type == "cuda"
+        return iter(load_batches(self.crops, self.recipe, start=start, workers=self.workers, pin_memory=pin_memory))
 
     def train_step(self, batches: Iterator[Batch], log: RunLog) -> StepRecord:
         """Take one optimizer step over `grad_accum_steps` batches.
@@ -264,12 +257,8 @@ class Trainer:
                 before the step.
         """
         recipe, start = self.recipe, time.perf_counter()
-        lr = learning_rate(
-            self.step,
-            peak=recipe.peak_lr,
-            warmup_steps=recipe.warmup * self.steps_per_epoch,
-            total_steps=self.total_steps,
-        )
+        warmup_steps = recipe.warmup * self.steps_per_epoch
+        lr = learning_rate(self.step, peak=recipe.peak_lr, warmup_steps=warmup_steps, total_steps=self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -279,7 +268,10 @@ class Trainer:
             batch = next(batches)
             if batch.problem is not None:
                 raise TrainingStopped(f"step {self.step + 1}: {batch.problem}, {self._last_good()}")
-            self._note_unreadable(batch, log)
+            for name, reason in batch.unreadable.items():
+                if name not in self.unreadable:
+                    log.say(f"skipped unreadable image {name} ({reason})")
+            self.unreadable |= batch.unreadable
             loss = self._loss(batch.images, self.step * recipe.grad_accum_steps + i)
             (loss / recipe.grad_accum_steps).backward()
             losses.append(loss.detach())
@@ -289,10 +281,9 @@ class Trainer:
         # This waits for the device once. It stands before the update, so that a bad step never reaches a checkpoint.
         mean_loss, grad_norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-            raise TrainingStopped(
-                f"step {self.step + 1}: loss is {mean_loss}, gradient norm {grad_norm}; stopped before the "
-                f"update, {self._last_good()}. A lower base_lr, clip_grad 1 or dtype float32 may help"
-            )
+            what = f"step {self.step + 1}: loss is {mean_loss}, gradient norm {grad_norm}; stopped before the update"
+            help = "A lower base_lr, clip_grad 1 or dtype float32 may help"
+            raise TrainingStopped(f"{what}, {self._last_good()}. {help}")
         if recipe.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), recipe.clip_grad, norm)
         self.optimizer.step()
@@ -320,9 +311,8 @@ class Trainer:
         try:
             self.folder.save(self.state())
         except OSError as error:
-            raise TrainingStopped(
-                f"step {self.step}: the checkpoint could not be saved ({error}), {self._last_good()}"
-            ) from error
+            problem = f"step {self.step}: the checkpoint could not be saved ({error})"
+            raise TrainingStopped(f"{problem}, {self._last_good()}") from error
 
     def describe(self) -> list[str]:
         """Return the first lines of a run: model, data, and the folder that it writes to."""
@@ -338,28 +328,9 @@ class Trainer:
             f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}; writes to {self.folder.folder}{start}",
         ]
 
-    def _make_folder(self) -> None:
-        folder = self.folder.folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.folder.drop_leftovers()
-        except OSError as error:
-            raise InputError("output", folder, f"cannot be written ({error})") from error
-
     def _last_good(self) -> str:
         newest = self.folder.newest()
         return f"last good checkpoint: {newest}" if newest else "no checkpoint yet"
-
-    def _note_unreadable(self, batch: Batch, log: RunLog) -> None:
-        for file in batch.unreadable:
-            if file.name not in self.unreadable:
-                self.unreadable[file.name] = file.reason
-                log.say(f"skipped unreadable image {file.name} ({file.reason})")
-
-    def _report_unreadable(self, log: RunLog) -> None:
-        if self.unreadable:
-            names = ", ".join(sorted(self.unreadable))
-            log.say(f"skipped {len(self.unreadable)} unreadable images: {names}")
 
 
 def default_workers() -> int:
@@ -369,12 +340,9 @@ def default_workers() -> int:
 
 
 def _epoch_line(epoch: int, epochs: int, records: list[StepRecord]) -> str:
-    loss = sum(r.loss for r in records) / len(records)
-    seconds_per_image = sum(1 / r.images_per_s for r in records) / len(records)
-    return (
-        f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {loss:.4f}  lr {records[-1].lr:.2e}  "
-        f"{1 / seconds_per_image:.1f} images/s"
-    )
+    loss, speed = fmean(r.loss for r in records), harmonic_mean([r.images_per_s for r in records])
+    done = f"epoch {epoch:{len(str(epochs))}}/{epochs}"
+    return f"{done}  loss {loss:.4f}  lr {records[-1].lr:.2e}  {speed:.1f} images/s"
 
 
 @contextmanager

@@ -6,7 +6,6 @@ same images have the same losses. The output folder and the device are options o
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,13 +127,10 @@ class Recipe:
         """
         samples = images * self.epoch_repeats
         if samples < self.effective_batch:
-            of = "" if self.grad_accum_steps == 1 else f" (x {self.grad_accum_steps} accumulated)"
-            raise InputError(
-                "batch_size",
-                f"{self.batch_size}{of}",
-                f"expected at most the {samples} images of an epoch ({images} images x epoch_repeats "
-                f"{self.epoch_repeats}); a larger epoch_repeats shows each image more often",
-            )
+            accumulated = "" if self.grad_accum_steps == 1 else f" (x {self.grad_accum_steps} accumulated)"
+            epoch = f"{samples} images of an epoch ({images} images x epoch_repeats {self.epoch_repeats})"
+            problem = f"expected at most the {epoch}; a larger epoch_repeats shows each image more often"
+            raise InputError("batch_size", f"{self.batch_size}{accumulated}", problem)
         return samples // self.effective_batch
 
     @classmethod
@@ -151,18 +147,10 @@ class Recipe:
         """
         recipe = cls(**saved)
         for field, value in given.items():
-            if value != getattr(recipe, field):
-                raise InputError(
-                    field,
-                    value,
-                    f"the run to resume was started with {getattr(recipe, field)}; leave it out to "
-                    "continue that run, or start a new one in another output folder",
-                )
+            if value != (before := getattr(recipe, field)):
+                remedy = "leave it out to continue that run, or start a new one in another output folder"
+                raise InputError(field, value, f"the run to resume was started with {before}; {remedy}")
         return recipe
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values, for a checkpoint."""
-        return dataclasses.asdict(self)
 
 
 def build_model(recipe: Recipe) -> FCMAE:
@@ -183,13 +171,9 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     A vector has one side larger than 1, as GRN's `(1, 1, 1, C)` and the mask token's `(1, C, 1, 1)` have.
     """
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             vector = sum(side > 1 for side in parameter.shape) <= 1
-            (no_decay if vector or name.endswith("bias") else decay).append(parameter)
-    return [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
-    ]
+            groups[vector or name.endswith("bias")].append(parameter)
+    return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]

@@ -1,4 +1,5 @@
 import math
+from dataclasses import asdict
 
 import pytest
 
@@ -90,7 +91,7 @@ def test_a_field_out_of_range_is_named(field, value, expected):
 
 
 def test_continuing_keeps_the_recipe_and_refuses_another():
-    saved = Recipe(epochs=7, seed=3).as_dict()
+    saved = asdict(Recipe(epochs=7, seed=3))
     assert Recipe.continued(saved, {"epochs": 7}) == Recipe(epochs=7, seed=3)
     with pytest.raises(InputError, match="epochs is 9: the run to resume was started with 7"):
         Recipe.continued(saved, {"epochs": 9})
