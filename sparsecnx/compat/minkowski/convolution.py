@@ -72,7 +72,9 @@ class _Convolution(KernelLayer):
         manager, kernel, bias = input.coordinate_manager, self.kernel_generator, self._flat_bias()
         key = self._output_key(input, coordinates)
         out = manager.map(key)
-        if self._takes_tiles() and _are_children(input._map, out, kernel.kernel_stride[0]):
+        centred = kernel.requires_strided_coordinates and all(size % 2 for size in kernel.kernel_size)
+        on_tiles = kernel.plain and (not self.DEPTHWISE or (centred and kernel.dimension == 2))  # an operator takes it
+        if on_tiles and _are_children(input._map, out, kernel.kernel_stride[0]):
             x, weight = in_layout(input), to_torch(self.kernel, kernel.kernel_size)
             if self.DEPTHWISE:
                 rows = ops.depthwise_conv(x, weight, bias).features
@@ -83,12 +85,6 @@ class _Convolution(KernelLayer):
         convolve = ops.mapped_depthwise_conv if self.DEPTHWISE else ops.mapped_conv
         table = manager.table(input.coordinate_map_key, key, kernel)
         return input._with(convolve(input.F, self.kernel, *tables(input, table), bias), key)
-
-    def _takes_tiles(self) -> bool:
-        """Return whether the operators on tiles have this kernel."""
-        kernel = self.kernel_generator
-        centred = kernel.requires_strided_coordinates and all(size % 2 for size in kernel.kernel_size)
-        return kernel.plain and (not self.DEPTHWISE or (centred and kernel.dimension == 2))
 
     def _flat_bias(self) -> Tensor | None:
         return None if self.bias is None else self.bias.view(-1)

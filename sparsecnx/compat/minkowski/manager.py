@@ -27,12 +27,9 @@ class CoordinateMapKey:
     """
 
     def __init__(self, stride_or_size: Any, string_id: str | None = None) -> None:
-        if isinstance(stride_or_size, int):
-            self._size = stride_or_size
-            self._name: Name | None = None
-        else:
-            self._size = 1 + len(stride_or_size)
-            self._name = (tuple(int(step) for step in stride_or_size), string_id or "")
+        unset = isinstance(stride_or_size, int)
+        self._size = stride_or_size if unset else 1 + len(stride_or_size)
+        self._name: Name | None = None if unset else (tuple(int(step) for step in stride_or_size), string_id or "")
 
     def is_key_set(self) -> bool:
         return self._name is not None
@@ -395,11 +392,10 @@ def new_manager(dimension: int) -> CoordinateManager:
     """
     if _mode == SparseTensorOperationMode.SEPARATE_COORDINATE_MANAGER:
         return CoordinateManager(dimension)
-    if _global is None:
-        set_global_coordinate_manager(CoordinateManager(dimension))
-    assert _global is not None
-    require(dimension == _global.D, f"coordinates has {dimension} spatial axes: the shared manager has {_global.D}")
-    return _global
+    shared = CoordinateManager(dimension) if _global is None else _global
+    set_global_coordinate_manager(shared)
+    require(dimension == shared.D, f"coordinates has {dimension} spatial axes: the shared manager has {shared.D}")
+    return shared
 
 
 def set_gpu_allocator(backend: Any) -> None:

@@ -275,22 +275,17 @@ class SparseTensor:
             f"shape is {tuple(shape)}: sites of {high[0] + 1} images reach from {list(low[1:])} to {list(high[1:])}",
         )
         if self._map.layout is not None and contract_stride and not any(first):
-            return self._dense_tiles(tuple(shape)), found, stride
+            rows = in_layout(self).features
+            dense = scatter_rows(rows, self._map.layout, rows.new_zeros(rows.shape[1]))
+            more = [size - have for size, have in zip(shape, dense.shape, strict=True)]  # or fewer, if negative
+            if any(more):
+                dense = torch.nn.functional.pad(dense, [entry for size in reversed(more) for entry in (0, size)])
+            return dense, found, stride
         sites = self._map.coordinates.long()
         places = (sites[:, 1:] - sites.new_tensor(first)).div(sites.new_tensor(step), rounding_mode="floor")
         dense = self._F.new_zeros(shape[0], *shape[2:], shape[1])
         dense = dense.index_put((sites[:, 0], *places.unbind(dim=1)), self._F)
         return dense.movedim(-1, 1).contiguous(), found, stride
-
-    def _dense_tiles(self, shape: tuple[int, ...]) -> Tensor:
-        known = self._map
-        assert known.layout is not None
-        rows = in_layout(self).features
-        dense = scatter_rows(rows, known.layout, rows.new_zeros(rows.shape[1]))
-        if tuple(dense.shape) == shape:
-            return dense
-        more = [size - have for size, have in zip(shape, dense.shape, strict=True)]  # or fewer, if negative
-        return torch.nn.functional.pad(dense, [entry for size in reversed(more) for entry in (0, size)])
 
     def features_at_coordinates(self, query_coordinates: Tensor) -> Tensor:
         """Return features `(n, C)` at `query_coordinates (n, 1 + D)`, 0 where there is no site.
