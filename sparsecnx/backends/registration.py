@@ -34,6 +34,7 @@ def register(
     function: Callable[..., Any] | None = None,
     saves: Collection[str] = (),
     backward: Callable[[Any, Tensor], dict[str, Tensor | None]] | None = None,
+    strided: bool = False,
 ) -> Any:
     """Register `name`, "namespace::operator", and return `torch.ops.namespace.operator`.
 
@@ -46,8 +47,9 @@ def register(
         function: the operator in Python with annotated arguments, from which the schema is made. None for an operator
             of the compiled library, whose schema is in csrc/library.cpp.
         saves: names of the arguments that `backward` reads.
-        backward: takes `Saved` and the contiguous gradient of the first output, and returns gradients by argument name.
-            An argument that is not named has none; a gradient may have another shape with as many elements.
+        backward: takes `Saved` and the gradient of the first output, contiguous unless `strided`. It returns gradients
+            by argument name: an argument that is not named has none, and shapes may differ from the argument's.
+        strided: whether `backward` takes a gradient of any strides.
     """
     namespace, _, short = name.partition("::")
     if namespace not in _libraries:
@@ -96,7 +98,7 @@ def register(
                 shapes=ctx.shapes,
                 needs={key for key, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed},
             )
-            found = formula(saved, grad.contiguous())
+            found = formula(saved, grad if strided else grad.contiguous())
             return tuple(
                 _reshaped(found.get(key), ctx.shapes[key]) if key in saved.needs else None for key in arguments
             )

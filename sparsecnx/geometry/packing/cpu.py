@@ -65,4 +65,5 @@ if compiled.loaded:
         fake=lambda rows, fill, index, batch, height, width, tile: rows.new_empty(batch, rows.shape[1], height, width),
         saves=("index", "tile"),
         backward=_scatter_backward,
+        strided=True,
     )

@@ -290,6 +290,7 @@ register(
     fake=lambda rows, fill, index, slots, batch, *size: rows.new_empty(batch, rows.shape[1], *size[:2]),
     saves=("index", "slots", "tile"),
     backward=_scatter_backward,
+    strided=True,
 )
 register(
     "sparsecnx_triton::scatter_tiles_fill_grad",
