@@ -68,8 +68,9 @@ class Check:
 
 def checks() -> list[Check]:
     """Check everything that sparsecnx can make use of, in the order of the report."""
-    present = [_python(), _torch(), _gpu(), _triton_kernels(), _cpu_operators(), _cuda_operators()]
-    return [*present, _minkowski_engine(), *_train()]
+    python = Check("Python", True, f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
+    found = [python, _torch(), _gpu(), _triton_kernels(), _cpu_operators(), _cuda_operators(), _minkowski_engine()]
+    return [*found, *_train()]
 
 
 def report() -> str:
@@ -82,10 +83,6 @@ def report() -> str:
         if check.remedy is not None:
             lines.append(f"{'':{width + 6}}-> {check.remedy}")
     return "\n".join(lines)
-
-
-def _python() -> Check:
-    return Check("Python", True, f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
 
 
 def _torch() -> Check:
@@ -110,8 +107,7 @@ def _gpu() -> Check:
 
 
 def _triton_kernels() -> Check:
-    name = "Triton"
-    problem = _import_problem("triton")
+    name, problem = "Triton", _import_problem("triton")
     if problem is not None:
         return Check(name, False, problem, f"Install a CUDA build of torch, which brings it: {compiled.CUDA_BUILDS}")
     version = _version("triton", "triton")
@@ -177,8 +173,7 @@ def _cuda_operators() -> Check:
 
 
 def _minkowski_engine() -> Check:
-    name = minkowski.NAME
-    problem = minkowski.problem()
+    name, problem = minkowski.NAME, minkowski.problem()
     if problem == minkowski.ANSWERED:
         remedy = f"For the library itself: {minkowski.STAND_IN}.uninstall(), or a process without install()."
         return Check(name, False, problem, remedy)

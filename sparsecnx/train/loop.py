@@ -106,12 +106,10 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
     except TypeError as error:
         raise InputError("resume", source, f"its recipe was written by another version ({error})") from error
     if saved["fingerprint"] != images.fingerprint():
-        raise InputError(
-            "resume" if options.data is None else "data",
-            where or "the installed photographs",
-            f"{len(images.names)} image files, not the {saved['images']} that the run was started with "
-            "(or under other names); the losses could not continue",
-        )
+        argument, value = ("resume" if options.data is None else "data"), where or "the installed photographs"
+        started = f"not the {saved['images']} that the run was started with (or under other names)"
+        problem = f"{len(images.names)} image files, {started}; the losses could not continue"
+        raise InputError(argument, value, problem)
     trainer = Trainer(recipe, images, folder, options)
     try:
         trainer.load(state)
@@ -174,9 +172,8 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe).to(self.device)
         self.forward = torch.compile(self.model) if options.compile else self.model
-        self.optimizer = torch.optim.AdamW(
-            param_groups(self.model, recipe.weight_decay), lr=recipe.peak_lr, betas=BETAS, fused=True
-        )
+        groups = param_groups(self.model, recipe.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=BETAS, fused=True)
         self.step = 0
         self.unreadable: dict[str, str] = {}
 

@@ -73,20 +73,16 @@ class Recipe:
         if self.clip_grad is not None:
             self._expect("clip_grad", 0 < self.clip_grad < math.inf, "more than 0")
         if self.warmup_epochs is not None:
-            in_run = 0 <= self.warmup_epochs <= self.epochs
-            self._expect("warmup_epochs", in_run, f"0 to epochs, {self.epochs}")
+            self._expect("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"0 to epochs, {self.epochs}")
 
-        below = self.image_size // PATCH_SIZE * PATCH_SIZE
-        nearest = f"{max(below, PATCH_SIZE)} or {max(below, PATCH_SIZE) + PATCH_SIZE}"
-        divisible = self.image_size >= PATCH_SIZE and self.image_size % PATCH_SIZE == 0
-        self._expect("image_size", divisible, f"a multiple of the patch size, {PATCH_SIZE}, such as {nearest}")
+        near = max(self.image_size // PATCH_SIZE, 1) * PATCH_SIZE
+        divisible = self.image_size > 0 and self.image_size % PATCH_SIZE == 0
+        multiple = f"a multiple of the patch size, {PATCH_SIZE}, such as {near} or {near + PATCH_SIZE}"
+        self._expect("image_size", divisible, multiple)
         self._expect("mask_ratio", 0 <= self.mask_ratio < 1, "0 <= ratio < 1")
         patches = math.prod(self.grid)
-        self._expect(
-            "mask_ratio",
-            0 < int(patches * (1 - self.mask_ratio)) < patches,
-            f"a ratio that masks some of the {patches} patches of a {self.image_size}-pixel image, not all",
-        )
+        some = f"a ratio that masks some of the {patches} patches of a {self.image_size}-pixel image, not all"
+        self._expect("mask_ratio", 0 < int(patches * (1 - self.mask_ratio)) < patches, some)
 
     def _expect(self, field: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -115,9 +111,7 @@ class Recipe:
     @property
     def warmup(self) -> float:
         """Epochs of warm-up: by default the published 40, but at most a tenth of the run."""
-        if self.warmup_epochs is not None:
-            return self.warmup_epochs
-        return min(WARMUP_EPOCHS, self.epochs / 10)
+        return min(WARMUP_EPOCHS, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
 
     def steps_per_epoch(self, images: int) -> int:
         """Return the optimizer steps in an epoch over `images` images, without an incomplete last batch.

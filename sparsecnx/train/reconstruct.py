@@ -39,12 +39,7 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct(
-    path: str | Path,
-    images: Sequence[str | Path],
-    out: str | Path,
-    *,
-    mask_ratio: float | None = None,
-    seed: int = 0,
+    path: str | Path, images: Sequence[str | Path], out: str | Path, *, mask_ratio: float | None = None, seed: int = 0
 ) -> float:
     """Draw original, masked image and reconstruction side by side, one row per image.
 
@@ -125,11 +120,11 @@ def draw(result: Reconstruction, title: str) -> Figure:
     figure.suptitle(title)
     axes = figure.subplots(rows, 3, squeeze=False)
     columns = {"original": result.original, "masked": result.masked, "reconstruction": result.reconstructed}
-    for column, (name, images) in enumerate(columns.items()):
-        axes[0, column].set_title(name)
-        for row in range(rows):
-            axes[row, column].imshow(images[row].permute(1, 2, 0).numpy())
-            axes[row, column].axis("off")
+    for column, (name, images) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(name)
+        for axis, image in zip(column, images, strict=True):
+            axis.imshow(image.permute(1, 2, 0).numpy())
+            axis.axis("off")
     return figure
 
 
@@ -146,6 +141,5 @@ def _read_square(path: str | Path, side: int) -> Tensor:
 
 def _to_unit_range(images: Tensor) -> Tensor:
     """Return normalised images as RGB in [0, 1]."""
-    mean = images.new_tensor(IMAGENET_MEAN).view(3, 1, 1)
-    std = images.new_tensor(IMAGENET_STD).view(3, 1, 1)
+    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images * std + mean).clamp(0, 1)
