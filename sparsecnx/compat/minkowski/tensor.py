@@ -106,7 +106,7 @@ class SparseTensor:
         self._F = features
         self._C: Tensor | None = None
         self.coordinate_map_key = coordinate_map_key
-        self.coordinate_manager = coordinate_manager
+        self._manager = coordinate_manager  # layers that were written for MinkowskiEngine read this name
 
     @property
     def F(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
@@ -123,6 +123,10 @@ class SparseTensor:
         return self._C
 
     coordinates = C
+
+    @property
+    def coordinate_manager(self) -> CoordinateManager:
+        return self._manager
 
     @property
     def coordinate_key(self) -> CoordinateMapKey:
