@@ -24,7 +24,7 @@ from sparsecnx.compat import checkpoints
 from sparsecnx.models import SIZES
 from sparsecnx.train.recipe import TRAINING_DTYPES, Recipe
 
-# The choices of `doctor --explain`, with the default first.
+# These are the choices of `doctor --explain`. The first is the default.
 EXPLAINED = {
     "device": ("auto", "cpu", "cuda"),
     "dtype": tuple(DTYPES),

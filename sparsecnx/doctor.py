@@ -33,11 +33,11 @@ INSTALL_MINKOWSKI = (
     "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation MinkowskiEngine==0.5.4"
 )
 
-# Everything in the extra `[train]`, and the modules that have another name than their distribution.
+# These are the distributions of the extra `[train]`, and those modules that have another name than their distribution.
 TRAIN = ("torchvision", "tensorboard", "tqdm", "matplotlib", "pillow", "scikit-image", "scikit-learn", "safetensors")
 MODULES = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn"}
 
-# The operators on tiles, which the models run; none of those on explicit kernel maps.
+# These are the operators on tiles, which the models run. Those on explicit kernel maps are not explained.
 EXPLAINED_OPERATORS = (
     block.operator,
     layer_normalization.operator,
@@ -234,7 +234,7 @@ def explain(device: torch.device, dtype: torch.dtype, model: str) -> str:
     Args:
         model: one of `sparsecnx.models.SIZES`.
     """
-    # One visible patch of 32 pixels, as the four stages of the model see it.
+    # The four stages of the model see one visible patch of 32 pixels.
     tiles = TileSet.all_visible(1, (1, 1), device)
     stages = [
         SparseTensor(torch.zeros(tile**2, channels, dtype=dtype, device=tiles.device), Layout(tiles, tile, 32 // tile))

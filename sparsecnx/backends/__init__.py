@@ -1,1 +1,1 @@
-"""Which implementation of an operator runs, and how it is loaded."""
+"""Choose the implementation that runs an operator, and load it."""

@@ -18,7 +18,7 @@ OLDEST_TORCH = "2.11"  # torch.__version__ compares as a version, not as a strin
 CUDA_BUILDS = "https://pytorch.org/get-started/locally"
 PACKAGE = Path(__file__).parents[1]
 
-# The operators that this version calls, in the order of csrc/library.cpp. An older library can lack some.
+# This version calls these operators, in the order of csrc/library.cpp. An older library can lack some.
 OPERATORS = [
     "cpu_isa",
     "gather_tiles",

@@ -1,4 +1,4 @@
-"""Whether the compiled CPU kernels, `torch.ops.sparsecnx.*`, can run on an input."""
+"""Say whether the compiled CPU kernels, `torch.ops.sparsecnx.*`, can run on an input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the CUDA C++ kernels, `torch.ops.sparsecnx_cuda.*`, can run on a device and on an input."""
+"""Say whether the CUDA C++ kernels, `torch.ops.sparsecnx_cuda.*`, can run on a device and on an input."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Choice:
     """The backend that an operator runs on, and why.
 
     Attributes:
-        operator: its name.
+        operator: name of the operator.
         backend: name of the backend that runs.
         reasons: for every backend that the operator offers, fastest first, why it was taken or not.
         detail: how the backend runs it on that input; empty where it has no choice.
@@ -80,10 +80,11 @@ class Operator:
     """An operator's implementations by backend name, in the fixed order in which `auto` tries them.
 
     Args:
-        name: of the operator.
+        name: name of the operator.
         strict: whether a backend asked for by name raises where it refuses. An operator that only moves values gives
             the same bits on every backend: it goes on to the next one instead, and its reference is no slow one.
-        **implementations: by backend name, fastest first. The last one is the slow reference, which refuses nothing.
+        **implementations: one for each backend name, fastest first. The last one is the slow
+            reference, which refuses nothing.
     """
 
     def __init__(self, name: str, *, strict: bool = True, **implementations: Implementation) -> None:

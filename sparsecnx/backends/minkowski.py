@@ -156,8 +156,12 @@ def convolution_mode() -> Any:
 
 
 def centred(weight: Tensor, padding: tuple[int, ...]) -> Tensor:
-    """Pad a kernel `(*, *, *kernel)` that covers the offsets -p to k - 1 - p of each axis with zeros, so that it covers
-    the offsets of one of MinkowskiEngine's kernels."""
+    """Pad a kernel with zeros, so that it covers the offsets of one of MinkowskiEngine's kernels.
+
+    Args:
+        weight: `(*, *, *kernel)`; along an axis of size k it covers the offsets -p to k - 1 - p.
+        padding: p for each axis.
+    """
     around: list[int] = []
     for size, before in zip(weight.shape[:1:-1], padding[::-1], strict=True):
         after = size - 1 - before

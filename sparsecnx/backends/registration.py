@@ -1,4 +1,4 @@
-"""The one helper that registers an operator with torch: its schema, fake kernel and gradient."""
+"""Register operators with torch: schema, fake kernel and gradient."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _libraries: dict[str, torch.library.Library] = {}
 
 
 class Saved(SimpleNamespace):
-    """What a gradient knows of the forward call: the saved arguments by name, and these.
+    """The saved arguments of a forward call by name, and these facts about the call, for its gradient.
 
     Attributes:
-        outputs: the operator's outputs but the first.
-        shapes: of all tensors among the arguments, by name.
+        outputs: the operator's outputs except the first.
+        shapes: shapes of all tensors among the arguments, by name.
         needs: names of the arguments whose gradients are asked for.
     """
 

@@ -1,1 +1,1 @@
-"""Where the rows of a sparse tensor lie: masks, tiles, coordinates, kernel maps, packing."""
+"""The geometry of the rows of a sparse tensor: masks, tiles, coordinates, kernel maps, packing."""

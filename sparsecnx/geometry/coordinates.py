@@ -112,7 +112,7 @@ class CoordinateMap:
 
     @cached_property
     def images(self) -> Images:
-        """Which rows belong to which image."""
+        """The images that have sites, and the rows of each."""
         with for_any_mode():
             image = self.coordinates[:, 0].long()
             index, number, counts = torch.unique(image, return_inverse=True, return_counts=True)
@@ -126,8 +126,10 @@ class CoordinateMap:
         return self._box.find(coordinates.long().unbind(dim=1))
 
     def strided(self, factors: Sequence[int]) -> CoordinateMap:
-        """Return the output sites of a convolution with that stride along each axis: the multiples of the new stride
-        that have a site here between them and the next."""
+        """Return the output sites of a convolution with a stride of `factors` along the axes.
+
+        They are the multiples of the new stride that have a site here between them and the next multiple.
+        """
         stride = tuple(step * factor for step, factor in zip(self.stride, factors, strict=True))
         if self.layout is not None and len(set(factors)) == 1 and self.layout.tile % factors[0] == 0:
             return CoordinateMap(stride, layout=self.layout.coarsen(factors[0]))
@@ -150,8 +152,12 @@ class CoordinateMap:
             return CoordinateMap(stride, unique(torch.cat([image, position], dim=2).flatten(0, 1)))
 
     def kernel_map(self, out: CoordinateMap, offsets: Tensor) -> Tensor:
-        """Return the row here at each of `offsets`, integer `(K, ndim)`, from the sites of `out`, -1 for none: int32
-        `(out.rows, K)`."""
+        """Return the row here that each tap reads for each site of `out`, int32 `(out.rows, K)`, -1 for none.
+
+        Args:
+            out: the output sites.
+            offsets: integer `(K, ndim)`, where each tap reads from the output site.
+        """
         table = torch.full((out.rows, offsets.shape[0]), -1, dtype=torch.int32, device=self.device)
         if self.rows and out.rows:
             offsets = torch.nn.functional.pad(offsets.to(self.device, torch.int64), (1, 0))  # The image stays the same.

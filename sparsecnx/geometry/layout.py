@@ -1,4 +1,4 @@
-"""Where the rows of a sparse tensor lie: visible tiles, row order, neighbour tables.
+"""The geometry of the rows of a sparse tensor: visible tiles, row order, neighbour tables.
 
 A mask is drawn on a coarse grid of *tiles* (patches). At any stride of the network a visible tile is a dense square
 (cube) of `tile` sites per side. So the geometry of every stage is the same list of visible tiles, the `TileSet`, seen
@@ -25,7 +25,7 @@ from sparsecnx.geometry.tables import cached_table, capturing, current_stream, o
 
 @dataclass(frozen=True, eq=False)
 class TileSet:
-    """Which tiles of which image are visible. Shared by every stage of a network.
+    """The visible tiles of a batch of images. All stages of a network share them.
 
     Attributes:
         batch: number of images.
@@ -297,7 +297,7 @@ class Layout:
         # The offsets of the taps are computed on the device: a list of them would be copied there.
         axes = [torch.arange(-p, k - p, device=self.device) for k, p in zip(kernel, padding, strict=True)]
         taps = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-        # Position of the site that is read, relative to the corner of the output site's own tile.
+        # This is the position of the site that is read, relative to the corner of the output site's own tile.
         reads = site[:, None, :] + taps[None, :, :]
         tile_step = reads.div(self.tile, rounding_mode="floor")
         inside = reads - tile_step * self.tile

@@ -25,7 +25,7 @@ class Size:
     dims: tuple[int, int, int, int]
 
 
-# The paper's appendix A.1, table 7 (atto to nano follow timm), and section 5.
+# The sizes are those of the paper's appendix A.1, table 7 (atto to nano follow timm), and section 5.
 SIZES = {
     "atto": Size((2, 2, 6, 2), (40, 80, 160, 320)),
     "femto": Size((2, 2, 6, 2), (48, 96, 192, 384)),

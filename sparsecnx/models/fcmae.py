@@ -51,7 +51,7 @@ class FCMAE(nn.Module):
         self.proj = Conv2d(encoder.dims[-1], decoder_dim, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1))
         self.decoder = nn.Sequential(*(ConvNeXtV2Block(decoder_dim) for _ in range(decoder_depth)))
-        # 1x1 for the published 32-pixel patch; a larger patch is predicted from all its sites.
+        # The kernel is 1x1 for the published 32-pixel patch. A larger patch is predicted from all its sites.
         sites = patch_size // STRIDE
         self.pred = Conv2d(decoder_dim, patch_size**2 * self.in_chans, sites, stride=sites)
         for module in (self.proj, self.decoder, self.pred):

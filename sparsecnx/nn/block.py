@@ -18,7 +18,7 @@ class ConvNeXtV2Block(nn.Module):
         dim: channels C.
         drop_path: probability that stochastic depth drops the branch of an image.
         grn_scope: groups of GRN on a SparseTensor, `"sample"` or `"batch"`.
-        kernel_size: of the depthwise convolution, odd.
+        kernel_size: size of the depthwise kernel, odd.
     """
 
     def __init__(self, dim: int, drop_path: float = 0.0, grn_scope: str = "sample", kernel_size: int = 7) -> None:

@@ -1,4 +1,7 @@
-"""Operators on sparse tensors. A folder holds one: public function, reference, and a file per backend."""
+"""Operators on sparse tensors. A folder holds one operator: public function, reference, and a file per backend.
+
+No folder has the name of a function, so that `ops.grn` is the function.
+"""
 
 from sparsecnx.ops.block import BlockParameters, convnextv2_block
 from sparsecnx.ops.convolution import conv

@@ -26,8 +26,8 @@ class CheckpointFolder:
     """The checkpoints of one run.
 
     Args:
-        folder: made when the first checkpoint is saved.
-        keep: how many checkpoints stay.
+        folder: folder of the run; it is made when the first checkpoint is saved.
+        keep: number of checkpoints that stay.
     """
 
     def __init__(self, folder: str | Path, keep: int = 3) -> None:

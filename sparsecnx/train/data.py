@@ -31,7 +31,7 @@ from sparsecnx.train.recipe import Recipe
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# The photographs (no drawings, no masks) inside the wheels, colourful ones first.
+# These are the photographs (no drawings, no masks) inside the wheels, colourful ones first.
 PHOTOGRAPHS = {
     "sklearn": "datasets/images/china.jpg datasets/images/flower.jpg",
     "skimage": """

@@ -45,9 +45,9 @@ class RunLog:
     """Writes every step to `log.jsonl` and TensorBoard, and shows progress, images/s and time left.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         step: steps already done; lines of later steps are deleted from `log.jsonl`.
-        total_steps: of the whole run.
+        total_steps: steps of the whole run.
         images_per_step: effective batch.
 
     Raises:

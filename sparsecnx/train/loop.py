@@ -153,7 +153,7 @@ class Trainer:
     Args:
         recipe: decides the losses.
         images: the data set.
-        folder: of the checkpoints and logs.
+        folder: folder of the checkpoints and logs.
         options: only device, workers, compile and save_every are read.
 
     Raises:

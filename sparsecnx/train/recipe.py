@@ -36,11 +36,11 @@ class Recipe:
         batch_size: images per forward pass.
         grad_accum_steps: forward passes per optimizer step.
         base_lr: learning rate per 256 images of effective batch.
-        weight_decay: of AdamW, on matrices and filters.
+        weight_decay: weight decay of AdamW, on matrices and filters.
         warmup_epochs: linear warm-up; None is the published 40, at most a tenth of `epochs`.
         clip_grad: largest gradient norm; None does not clip, as published.
         dtype: float32, or bfloat16 for autocast (parameters and loss stay float32).
-        seed: of the initial weights, the order of images, crops, flips and masks.
+        seed: seed of the initial weights, the order of images, crops, flips and masks.
         epoch_repeats: times an epoch shows each image; for small data sets.
 
     Raises:

@@ -48,7 +48,7 @@ def reconstruct(
         images: files; if there are none, a few photographs from the wheels.
         out: picture to write; the ending chooses the format.
         mask_ratio: fraction of patches removed; None is the ratio of the pretraining.
-        seed: of the masks.
+        seed: seed of the masks.
 
     Returns:
         The loss on these images.

@@ -39,7 +39,7 @@ def convnextv2_block(
     eps: float = 1e-6,
     recompute: bool | Literal["auto"] = "auto",
 ) -> SparseTensor:
-    """One ConvNeXt V2 block on visible sites (arXiv 2301.00808, figure 5):
+    """Run one ConvNeXt V2 block on visible sites (arXiv 2301.00808, figure 5):
 
         u = dwconv(x)    v = LN(u)    h = gelu(v W1' + b1)    y = x + survival[n] * (GRN(h) W2' + b2)
 
@@ -49,7 +49,7 @@ def convnextv2_block(
         survival: stochastic-depth scale of each image, `(B,)`, see `draw_survival`; None for 1. A constant: no
             gradient flows to it.
         scope: groups of GRN, `"sample"` or `"batch"`, see `ops.grn`.
-        eps: of LayerNorm and GRN.
+        eps: epsilon of LayerNorm and GRN.
         recompute: whether backward computes the hidden layer `(rows, 4C)` again rather than keeping it;
             "auto" lets the backend decide by C.
 

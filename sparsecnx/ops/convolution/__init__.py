@@ -35,10 +35,12 @@ def conv(
     stride: int = 1,
     padding: int | tuple[int, ...] | None = None,
 ) -> SparseTensor:
-    """Submanifold convolution: masked sites count as zero, the output lives on the same visible tiles.
+    """Convolve the visible sites; the output has the same visible tiles (arXiv 1711.10275, section 3):
 
-    Equal to zeroing the masked sites of a dense tensor, a dense convolution to `H / stride` sites (zeros
-    beyond the border), and keeping the sites of visible tiles (arXiv 1711.10275, section 3).
+        out[site] = bias + sum over taps with a visible site of weight[:, :, tap] @ x[site * stride - padding + tap]
+
+    The result is that of zeroing the masked sites of a dense tensor, a dense convolution to `H / stride` sites (zeros
+    beyond the border), and keeping the sites of visible tiles.
 
     Args:
         x: features `(rows, C_in)`, tile side T.

@@ -26,10 +26,12 @@ operator = Operator(
 
 
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> SparseTensor:
-    """Submanifold depthwise convolution, stride 1, centred odd kernel.
+    """Convolve each channel of the visible sites with a centred odd kernel, stride 1 (arXiv 1711.10275, section 3):
 
-    Equal to zeroing the masked sites of a dense tensor, `torch.nn.functional.conv2d(padding=k // 2,
-    groups=C)`, and keeping the active sites (arXiv 1711.10275, section 3).
+        out[site, c] = bias[c] + sum over taps with a visible site of x[site + tap, c] * weight[c, 0, tap]
+
+    The result is that of zeroing the masked sites of a dense tensor, `torch.nn.functional.conv2d(padding=k // 2,
+    groups=C)`, and keeping the active sites.
 
     Args:
         x: features `(rows, C)`.

@@ -36,7 +36,7 @@ def convolve(
         x: `(rows, C)`.
         weight: `(C, 1, kh, kw)`, of the dtype of `x`.
         bias: float32 `(C,)` or None.
-        table: of neighbouring tiles.
+        table: table of neighbouring tiles.
         tile: sites per tile side.
         residual: `(rows, C)`, added to the output.
         flip: whether the kernel is rotated by half a turn, as the gradient needs it.
@@ -49,8 +49,15 @@ def convolve(
 
 
 def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the weight, `(C, 1, kh, kw)` in the dtype of `x`, and of the bias, float32 `(C,)`, from
-    `grad` and `x`, `(rows, C)`."""
+    """Return the gradients of the weight, `(C, 1, kh, kw)` in the dtype of `x`, and of the bias, float32 `(C,)`.
+
+    Args:
+        grad: `(rows, C)`, gradient of the output.
+        x: `(rows, C)`, input.
+        table: table of neighbouring tiles.
+        tile: sites per tile side.
+        kernel: `(kh, kw)`.
+    """
     return torch.ops.sparsecnx_cuda.depthwise_conv_weight_grad(grad, x, table, tile, *kernel)
 
 

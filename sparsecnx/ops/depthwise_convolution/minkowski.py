@@ -46,6 +46,8 @@ def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 @functools.cache
 def _layer(kind: Any) -> Any:
-    """Return the library's class for modules whose own parameters are never used. None are drawn, so that the random
-    numbers of the process stay as they were."""
+    """Return the library's class for modules whose own parameters are never used.
+
+    None are drawn, so that the random numbers of the process stay as they were.
+    """
     return type(kind.__name__, (kind,), {"reset_parameters": lambda *_: None})

@@ -21,7 +21,7 @@ operator = Operator(
 
 
 def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, scope: str = "sample", eps: float = 1e-6) -> SparseTensor:
-    """Global Response Normalization (arXiv 2301.00808, section 3.2): per channel c of a group of rows
+    """Apply Global Response Normalization (arXiv 2301.00808, section 3.2) to each channel c of a group of rows:
 
         G_c = sqrt(sum x_c^2),  N_c = G_c / (mean_c G + eps),  out = gamma * (x * N) + beta + x
 

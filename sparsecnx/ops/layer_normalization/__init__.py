@@ -20,7 +20,9 @@ operator = Operator(
 
 
 def layer_norm(x: SparseTensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> SparseTensor:
-    """Normalise every row to zero mean and unit (biased) variance over C, then scale and shift.
+    """Normalise every row to zero mean and unit (biased) variance over C, then scale and shift (arXiv 1607.06450):
+
+        out = (x - mean) / sqrt(variance + eps) * weight + bias
 
     Args:
         x: features `(rows, C)`.

@@ -1,6 +1,6 @@
 """Operators on an explicit kernel map: any pattern of sites, kernel, stride and dilation.
 
-The general path, for sites that are not made of tiles (generalised sparse convolution, arXiv 1904.08755, section 3).
+They serve sites that are not made of tiles (generalised sparse convolution, arXiv 1904.08755, section 3).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def mapped_conv(
     inverse_map: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Convolution on an explicit kernel map: `out[o] = sum_k features[kernel_map[o, k]] @ weight[k] + bias`.
+    """Convolve on an explicit kernel map: `out[o] = sum_k features[kernel_map[o, k]] @ weight[k] + bias`.
 
     Args:
         features: `(rows_in, C_in)`.
@@ -79,7 +79,7 @@ def mapped_depthwise_conv(
     inverse_map: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Depthwise convolution on an explicit kernel map: `out[o] = sum_k weight[k] * features[kernel_map[o, k]] + bias`.
+    """Convolve each channel on an explicit kernel map: `out[o] = sum_k weight[k] * features[kernel_map[o, k]] + bias`.
 
     Sums are float32, float64 for float64.
 
