@@ -73,8 +73,7 @@ class Workload:
         self.reference = ConvNeXtV2Encoder(size.depths, size.dims)
         randomize(self.reference)
         self.reference.to(self.device)
-        images = torch.randn(case.batch, 3, case.image, case.image).to(self.device)
-        grad = torch.randn(case.batch, size.dims[-1], *case.grid).to(self.device)
+        images, grad = case.images(), torch.randn(case.batch, size.dims[-1], *case.grid).to(self.device)
         self.images = images.to(memory_format=torch.channels_last)
         self.output_grad = grad.to(memory_format=torch.channels_last)
         # What the dense encoders get: images in the dtype of autocast bring the mask, and so all features, to it.

@@ -162,10 +162,6 @@ class Recorder(TorchDispatchMode):
         self.launches: dict[Work, list[Call]] = {}
         self._launching = False
 
-    def __enter__(self) -> Recorder:
-        super().__enter__()
-        return self
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "sparsecnx_triton":

@@ -377,8 +377,13 @@ class Case:
     def visible(self) -> int:
         return visible_count(self.grid[0] * self.grid[1], self.ratio)
 
+    def images(self) -> Tensor:
+        """Return images `(B, 3, H, W)`, which are drawn on the CPU and so the same on every device."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(self.batch, 3, self.image, self.image, generator=generator).to(self.device)
+
     def mask(self) -> Tensor:
-        """Return the mask `(B, gh, gw)`, which is drawn on the CPU and so the same on every device."""
+        """Return the mask `(B, gh, gw)`, likewise."""
         mask = random_mask(self.batch, self.grid, self.ratio, generator=torch.Generator().manual_seed(0))
         return mask.view(-1, *self.grid).to(self.device)
 

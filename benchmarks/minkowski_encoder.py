@@ -42,8 +42,6 @@ from sparsecnx.compat import checkpoints, minkowski
 from sparsecnx.compat.minkowski import operations
 from sparsecnx.models import SIZES, create_fcmae
 
-STYLES = ("minkowski", "api", "api_general")  # published_style.py
-
 
 class Workload:
     """Weights and images of a case, and its encoders by name."""
@@ -57,34 +55,31 @@ class Workload:
         fused = create_fcmae(case.size, grn_scope="batch")
         randomize(fused)
         published = checkpoints.convert(fused.state_dict(), "fcmae").state_dict
-        self.models: dict[str, nn.Module] = {}
-        for name in STYLES:
-            if name in self.styles:
-                model = self.styles[name].FCMAE(size.depths, size.dims)
-                model.load_state_dict(published)
-                self.models[name] = model.encoder.to(self.device)
+        self.models: dict[str, Any] = {}
+        for name, style in self.styles.items():
+            model = style.FCMAE(size.depths, size.dims)
+            model.load_state_dict(published)
+            self.models[name] = model.encoder.to(self.device)
         for name, scope in (("fused", "batch"), ("fused_sample", "sample")):
             model = create_fcmae(case.size, grn_scope=scope)
             model.load_state_dict(fused.state_dict())
             self.models[name] = model.encoder.to(self.device)
-        self.images = torch.randn(case.batch, 3, case.image, case.image, device=self.device)
+        self.images = case.images()
         self.mask = case.mask()
         self.grad = torch.randn(case.batch, size.dims[-1], *case.grid, device=self.device)
         self.grad_rows = self.rows(self.grad)
         self.floor = functools.partial(block_products(self.models["fused"], case), True)
-        self.depthwise = {name: self.depthwise_inputs(name) for name in self.models if name in STYLES}
+        self.depthwise = {name: self.depthwise_inputs(name) for name in self.styles}
 
     def forward(self, name: str) -> Tensor:
         """Return the last stage: dense from code for MinkowskiEngine, rows from our own."""
         if name.startswith("fused"):
-            features: Tensor = self.models[name](self.images, self.mask, self.case.visible).features
-            return features
+            return self.models[name](self.images, self.mask, self.case.visible).features
         # Without tiles, as if the pattern consisted of single sites.
         unrecognised = mock.patch.object(operations, "tiles_of_mask", lambda active: None)
         with unrecognised if name == "api_general" else nullcontext():
             encoded = self.models[name].features(self.images, self.mask.flatten(1).float())
-            dense: Tensor = encoded.dense(torch.Size(self.grad.shape))[0]
-            return dense
+            return encoded.dense(torch.Size(self.grad.shape))[0]
 
     def step(self, name: str) -> Tensor:
         """Run forward and backward, and return the output."""
@@ -103,8 +98,7 @@ class Workload:
             x = type(x)(features, coordinate_map_key=key, coordinate_manager=manager)
             found.append((layer, x, torch.randn_like(x.F)))
 
-        model: Any = self.models[name]
-        layers = [block.dwconv for stage in model.stages for block in stage]
+        layers = [block.dwconv for stage in self.models[name].stages for block in stage]
         hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
         with torch.no_grad():
             self.forward(name)
@@ -161,13 +155,11 @@ def styles(device: torch.device) -> dict[str, ModuleType]:
         here = _fresh_style()
     finally:
         minkowski.uninstall()
-    found = {"api": here, "api_general": here}
     refusal = engine.device_refusal(device)
-    if refusal is None:
-        found["minkowski"] = _fresh_style()
-    else:
+    if refusal is not None:
         say(f"without MinkowskiEngine itself: {refusal}")
-    return found
+        return {"api": here, "api_general": here}
+    return {"minkowski": _fresh_style(), "api": here, "api_general": here}
 
 
 def _fresh_style() -> ModuleType:

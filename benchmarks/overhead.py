@@ -14,7 +14,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def last_operator(run: Callable[[], object]) -> tuple[Callable[[], Tensor], list
     return call, [v for v in tree_leaves(args) if isinstance(v, Tensor) and v.requires_grad]
 
 
-def least_us(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def least_us(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Time a module and its operator in turn, and return their least times in microseconds and what the module adds."""
     least = dict.fromkeys(calls, math.inf)
     for repeat in range(-repeats // 10, repeats):

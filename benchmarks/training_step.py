@@ -46,7 +46,7 @@ def fcmae(case: Case, variant: str, by_block: bool) -> tuple[FCMAE, Callable[[],
     model = create_fcmae(case.size)
     encoder.randomize(model.encoder)
     model.to(case.device)
-    mask, images = case.mask(), random_images(case).to(memory_format=torch.channels_last)
+    mask, images = case.mask(), case.images().to(memory_format=torch.channels_last)
     with torch.no_grad():
         expected = dense_loss(model, encoder.masked_encoder, images, mask)
     if variant == "dense":
@@ -82,19 +82,13 @@ def vit(case: Case) -> tuple[torch.nn.Module, Callable[[], Tensor]]:
     torch.manual_seed(0)
     config = ViTMAEConfig(image_size=case.image, mask_ratio=VIT_RATIO, norm_pix_loss=True)
     model = ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa").to(case.device)
-    images = random_images(case)
+    images = case.images()
 
     def loss() -> Tensor:
         with measure.autocast(case.device, case.dtype):
             return model(images).loss
 
     return model, loss
-
-
-def random_images(case: Case) -> Tensor:
-    """Return the batch, the same on every device."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(case.batch, 3, case.image, case.image, generator=generator).to(case.device)
 
 
 def measured(case: Case, variant: str, by_block: bool, repeats: int) -> dict[str, Any]:

@@ -65,26 +65,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Pretrain on any folder of images with the published FCMAE recipe. Ctrl-C and SIGTERM save a checkpoint and "
-        "exit with 130 and 143; --resume goes on from it with the same losses."
+        "Pretrain on any folder of images, in sub-folders or not, with the published FCMAE recipe. Ctrl-C and SIGTERM "
+        "save a checkpoint and exit with 130 and 143; --resume goes on from it with the same losses."
     )
     parser.set_defaults(run=_pretrain)
-    where = parser.add_argument_group("data and output")
-    where.add_argument(
-        "--data",
-        metavar="FOLDER",
-        help="images, in sub-folders or not (default: the photographs inside scikit-image and scikit-learn)",
-    )
-    where.add_argument("--output", metavar="FOLDER", help="of checkpoints and logs (default: runs/pretrain)")
-    where.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="CHECKPOINT",
-        help="go on from a checkpoint; without a name or with 'auto', from the newest in --output",
-    )
-    where.add_argument("--save-every", type=int, default=1, metavar="EPOCHS", help="between checkpoints (default: 1)")
-    where.add_argument("--keep", type=int, default=3, metavar="K", help="checkpoints kept (default: 3)")
+    add = parser.add_argument_group("data and output").add_argument
+    add("--data", metavar="FOLDER", help="images (default: the photographs inside scikit-image and scikit-learn)")
+    add("--output", metavar="FOLDER", help="of checkpoints and logs (default: runs/pretrain)")
+    resume = "go on from a checkpoint; without a name or with 'auto', from the newest in --output"
+    add("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=resume)
+    add("--save-every", type=int, default=1, metavar="EPOCHS", help="between checkpoints (default: 1)")
+    add("--keep", type=int, default=3, metavar="K", help="checkpoints kept (default: 3)")
 
     recipe = parser.add_argument_group("recipe (defaults as published)")
     add = recipe.add_argument
@@ -102,18 +93,14 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm (default: no clipping)")
     add("--dtype", metavar="DTYPE", help=f"{' or '.join(TRAINING_DTYPES)} autocast (default: float32)")
     add("--seed", type=int, metavar="N", help="of weights, order, crops and masks (default: 0)")
-    add(
-        "--epoch-repeats", type=int, metavar="N", help="times an epoch shows each image (default: 1, without --data 20)"
-    )
+    add("--epoch-repeats", type=int, metavar="N", help="times an epoch shows an image (default: 1, without --data 20)")
     for action in recipe._group_actions:
         action.default = argparse.SUPPRESS  # absent unless given, because a resumed run has its own values
 
-    machine = parser.add_argument_group("machine (the losses do not depend on the workers)")
-    machine.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda (default: auto)")
-    machine.add_argument(
-        "--workers", type=int, metavar="N", help="reading processes (default: one per 2 cores, at most 8)"
-    )
-    machine.add_argument("--compile", action="store_true", help="use torch.compile")
+    add = parser.add_argument_group("machine (the losses do not depend on the workers)").add_argument
+    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda (default: auto)")
+    add("--workers", type=int, metavar="N", help="reading processes (default: one per 2 cores, at most 8)")
+    add("--compile", action="store_true", help="use torch.compile")
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:
@@ -131,13 +118,12 @@ def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
         "patches, each takes mean and contrast from the true patch, as in MAE's demonstration."
     )
     parser.set_defaults(run=_reconstruct)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of sparsecnx pretrain, such as last.pt")
-    parser.add_argument(
-        "images", nargs="*", metavar="IMAGE", help="image files (default: six photographs from the wheels)"
-    )
-    parser.add_argument("--out", default="reconstruction.png", metavar="FILE", help="(default: %(default)s)")
-    parser.add_argument("--mask-ratio", type=float, metavar="R", help="(default: the checkpoint's)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the masks (default: 0)")
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="of sparsecnx pretrain, such as last.pt")
+    add("images", nargs="*", metavar="IMAGE", help="image files (default: six photographs from the wheels)")
+    add("--out", default="reconstruction.png", metavar="FILE", help="(default: %(default)s)")
+    add("--mask-ratio", type=float, metavar="R", help="(default: the checkpoint's)")
+    add("--seed", type=int, default=0, metavar="N", help="of the masks (default: 0)")
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
@@ -157,24 +143,16 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "classifier, are left out and listed. A missing or unknown entry, or one of a wrong shape, is an error."
     )
     parser.set_defaults(run=_convert)
-    parser.add_argument("source", metavar="IN", help=".pt, .pth, .safetensors, or a folder of transformers")
-    parser.add_argument(
-        "target",
-        metavar="OUT",
-        help="the ending chooses: .pt, .pth, .safetensors; a folder for from_pretrained of transformers",
-    )
-    parser.add_argument("--to", required=True, metavar="FORMAT", help=", ".join(checkpoints.FORMATS))
-    parser.add_argument("--from", dest="origin", metavar="FORMAT", help="of IN (default: recognised by its names)")
-    parser.add_argument(
-        "--key",
-        metavar="NAME",
-        help="part of IN to convert, such as model_ema or model.net (default: model, or state_dict)",
-    )
-    parser.add_argument(
-        "--conv-mlp",
-        action=argparse.BooleanOptionalAction,
-        help="for a timm model with conv_mlp=True (default: as timm builds that size)",
-    )
+    add = parser.add_argument
+    add("source", metavar="IN", help=".pt, .pth, .safetensors, or a folder of transformers")
+    ending = "the ending chooses: .pt, .pth, .safetensors; a folder for from_pretrained of transformers"
+    add("target", metavar="OUT", help=ending)
+    add("--to", required=True, metavar="FORMAT", help=", ".join(checkpoints.FORMATS))
+    add("--from", dest="origin", metavar="FORMAT", help="of IN (default: recognised by its names)")
+    key = "part of IN to convert, such as model_ema or model.net (default: model, or state_dict)"
+    add("--key", metavar="NAME", help=key)
+    conv_mlp = "for a timm model with conv_mlp=True (default: as timm builds that size)"
+    add("--conv-mlp", action=argparse.BooleanOptionalAction, help=conv_mlp)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -222,10 +200,8 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_doctor)
     parser.add_argument("--explain", action="store_true", help="print which implementation runs, and why")
     chosen = parser.add_argument_group("what to explain")
-    for name, (default, *others) in EXPLAINED.items():
-        chosen.add_argument(
-            f"--{name}", metavar=name.upper(), help=f"{', '.join([default, *others])} (default: {default})"
-        )
+    for name, choices in EXPLAINED.items():
+        chosen.add_argument(f"--{name}", metavar=name.upper(), help=f"{', '.join(choices)} (default: {choices[0]})")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
