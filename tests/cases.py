@@ -60,7 +60,7 @@ def without_operators(refusal: str, build: str | None) -> NoReturn:
     pytest.fail(f"{refusal} (with SPARSECNX_BUILD=cpu in the environment this test is skipped)")
 
 
-# Largest ||out - ref|| / ||ref|| by dtype.
+# This is the largest ||out - ref|| / ||ref|| by dtype.
 BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 DTYPES = pytest.mark.parametrize("dtype", list(BOUNDS), ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -165,7 +165,7 @@ def dispatcher(operator: str) -> Dispatcher:
     return OPERATORS[operator]
 
 
-# The backends that run a whole model, and those that do so in seconds: Triton's interpreter takes minutes.
+# These backends run a whole model. Those of the second list do so in seconds; Triton's interpreter takes minutes.
 EVERY_MODEL_BACKEND = backends("conv", "convnextv2_block", "layer_norm")
 MODEL_BACKENDS = [
     pytest.param(*backend.values, marks=needs_gpu) if backend.values == ("triton",) else backend
@@ -214,8 +214,10 @@ def move(x: SparseTensor, device: torch.device) -> SparseTensor:
 def suit(
     backend: str, x: SparseTensor, parameters: dict[str, Tensor], dtype: torch.dtype | None = None
 ) -> tuple[SparseTensor, dict[str, Tensor]]:
-    """Return features and parameters where a backend takes them, in `dtype`; without one, float64 becomes the widest
-    dtype that the backend takes, and others stay."""
+    """Return features and parameters on the device of a backend, in `dtype`.
+
+    Without `dtype`, float64 becomes the widest dtype that the backend takes, and others stay.
+    """
 
     def suited(value: Tensor) -> Tensor:
         narrow = value.dtype == torch.float64 and widest(backend) != torch.float64

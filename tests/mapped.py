@@ -28,8 +28,10 @@ def sites(present: Tensor) -> dict[tuple[int, ...], int]:
 
 
 def site_map(present: Tensor, outputs: Tensor, kernel: tuple[int, ...], stride: int, dilation: int) -> Tensor:
-    """Return the kernel map, int32 `(rows_out, K)`, from the sites of `present` to those of `outputs`, which are
-    `stride` times coarser."""
+    """Return the kernel map, int32 `(rows_out, K)`, from the sites of `present` to those of `outputs`.
+
+    The sites of `outputs` are `stride` times coarser.
+    """
     rows = sites(present)
     taps = offsets(kernel, dilation)
     found = [

@@ -42,7 +42,7 @@ def encoder(load: Callable[[str], Any]) -> ModuleType:
 
 @pytest.fixture
 def small(encoder: ModuleType) -> Any:
-    """A case at the smallest setting."""
+    """Return a case at the smallest setting."""
     return encoder.selected_cases(encoder.parse(SMALL))[0]
 
 

@@ -1,4 +1,4 @@
-"""What becomes of the tests of CUDA kernels where those do not run."""
+"""Check that the tests of CUDA kernels fail on a GPU without those kernels, and are skipped where none were built."""
 
 from __future__ import annotations
 

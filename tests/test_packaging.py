@@ -1,4 +1,4 @@
-"""What an install builds, what it records where it cannot, and how the compiled operators are loaded."""
+"""Test what an install builds, what it records where it cannot, and how the compiled operators are loaded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="this t
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A fresh source folder whose operators compile in a second."""
+    """Make a fresh source folder whose operators compile in a second."""
     folder = tmp_path / "source"
     binaries = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
     shutil.copytree(ROOT / "sparsecnx", folder / "sparsecnx", ignore=binaries)
@@ -111,7 +111,7 @@ def torch_of(cuda: str | None) -> Any:
 
 
 def test_pure_python_wheel(source: Path, tmp_path: Path) -> None:
-    """Its metadata ask for torch alone, and `doctor` knows what the extra [train] adds."""
+    """Its metadata asks for torch alone, and `doctor` knows what the extra [train] adds."""
     result = pip("wheel", source, "--wheel-dir", tmp_path, SPARSECNX_BUILD="none")
     assert result.returncode == 0, result.stderr
     (wheel,) = tmp_path.glob("*.whl")

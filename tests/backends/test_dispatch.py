@@ -17,7 +17,7 @@ from sparsecnx.backends.dispatch import Choice, Implementation, Operator, never
 from sparsecnx.backends.selection import BACKENDS
 
 CHANNELS = 4
-# The first case of each operator. 1x1 and patchify convolutions are matrix products without a backend.
+# These are the first cases of each operator. 1x1 and patchify convolutions are matrix products without a backend.
 CALLS = {case.operator: case for name, case in reversed(CASES.items()) if name not in ("conv-1x1", "conv-2x2-stride2")}
 
 

@@ -60,7 +60,7 @@ def parameters(operator: str, *kernel: int, out: int = 5) -> dict[str, torch.Ten
     return conv_parameters(CHANNELS, 1, *kernel) if operator == "depthwise_conv" else conv_parameters(out, 4, *kernel)
 
 
-# Where it is installed.
+# The tests from here on run where MinkowskiEngine is installed.
 
 
 @needs_minkowski
@@ -69,7 +69,7 @@ def parameters(operator: str, *kernel: int, out: int = 5) -> dict[str, torch.Ten
 @settings(max_examples=30)
 @given(data=st.data(), channels=st.sampled_from([1, 7]), out=st.sampled_from([1, 5]), bias=st.booleans())
 def test_conv_equals_reference(dtype, ndim, data, channels, out, bias):
-    """With any padding: kernels that are not centred are embedded in ones that are."""
+    """Any padding works: a kernel that is not centred becomes part of a larger one that is."""
     layout, stride, kernel, padding = draw_convolution(data, ndim)
     assume(layout.rows < 3000)
     p = conv_parameters(out, channels, *kernel)
@@ -156,7 +156,7 @@ def test_the_published_model(monkeypatch):
     assert not calls
     with use_backend("minkowski"):
         found = run()
-    # Stem, three downsamplings and the decoder's projection; five blocks and the decoder's.
+    # They are stem, three downsamplings and the decoder's projection, and five blocks and the decoder's.
     assert sorted(calls) == ["conv"] * 5 + ["depthwise"] * 6
     for backend in expected:
         assert_same(found, expected[backend], 1e-11)
@@ -278,7 +278,7 @@ def test_import_leaves_collections_warnings_and_the_environment_alone():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-# Where it is not, or is not what runs.
+# The tests from here on run where it is not installed, or does not run.
 
 
 @OFFERED
@@ -357,7 +357,7 @@ def test_threads_wait_for_the_import(first, on_disk, monkeypatch):
     ("cores", "given", "during"), [(16, None, None), (17, None, "16"), (17, "3", "3"), (None, None, None)], ids=str
 )
 def test_the_import_leaves_environment_collections_and_warnings_alone(cores, given, during, monkeypatch):
-    """OMP_NUM_THREADS, left set, would be torch's number of threads in every child of this process."""
+    """If OMP_NUM_THREADS stayed set, it would be torch's number of threads in every child of this process."""
     monkeypatch.delitem(sys.modules, minkowski.NAME, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -419,7 +419,7 @@ def said_to_be_on(device: str, x: SparseTensor) -> SparseTensor:
     [("cpu", "MinkowskiChannelwiseConvolution"), ("cuda", "MinkowskiDepthwiseConvolution")],
 )
 def test_depthwise_kernel_of_the_fork(device, kind, fork):
-    """For GPUs it has one, for the CPU it has not."""
+    """The fork has a kernel for GPUs and none for the CPU."""
     x, p = random_sparse(example_layout(), CHANNELS), parameters("depthwise_conv", 3, 5)
     expected = outputs_and_gradients(ops.depthwise_conv, x, p)
     before = torch.get_rng_state()

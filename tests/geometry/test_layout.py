@@ -295,7 +295,7 @@ def geometry(mask: Tensor, **known: int) -> tuple[Tensor, ...]:
     return (layout.tiles.index, layout.row_splits, layout.coordinates(), layout.tiles.mask(), *maps)
 
 
-# What is known of a mask `(2, 3, 2)` that keeps 3 tiles in every image, and the end of the error where it does not.
+# Each is a fact about a mask `(2, 3, 2)` that keeps 3 tiles in every image, and the end of the error where it is false.
 KNOWN = pytest.mark.parametrize(
     ("known", "message"),
     [({"visible": 3}, "visible=3 tiles in every image"), ({"count": 6}, "count=6 tiles in all")],
@@ -351,7 +351,7 @@ def test_one_compilation_serves_every_batch_and_image_size(known: str) -> None:
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
-    # No two sizes alike in the first call, which torch.compile would take for one size.
+    # No two sizes are equal in the first call: torch.compile would take them for one size.
     for batch, grid in ((5, (3, 2)), (7, (3, 2)), (4, (3, 2)), (6, (7, 3))):
         mask = (torch.rand(batch, math.prod(grid)).argsort(1).argsort(1) >= 3).view(batch, *grid).to(DEVICE)
         images = torch.randn(batch, 9, *(4 * size for size in grid), device=DEVICE, requires_grad=True)

@@ -87,7 +87,7 @@ def round_trip(backend: str, layout: Layout, images: Tensor, fill: float) -> Non
     with use_backend(backend):
         rows = gather_rows(images, layout)
         dense = scatter_rows(rows, layout, rows.new_full((images.shape[1],), fill))
-        # Rows that are not contiguous.
+        # These rows are not contiguous.
         sliced = scatter_rows(torch.cat([rows] * 2, dim=1)[:, images.shape[1] :], layout, rows.new_zeros(rows.shape[1]))
     assert torch.equal(rows, rows_by_coordinates(images, layout))
     masked = site_mask(layout) == 0

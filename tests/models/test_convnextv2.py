@@ -16,7 +16,7 @@ from sparsecnx.nn import ConvNeXtV2Block
 
 SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
 
-# Parameters in millions and multiply-adds in billions at 224 x 224, as printed in arXiv 2301.00808.
+# These are parameters in millions and multiply-adds in billions at 224 x 224, as printed in arXiv 2301.00808.
 PUBLISHED = {
     "atto": ("3.7", "0.55"),
     "femto": ("5.2", "0.78"),

@@ -13,7 +13,7 @@ from sparsecnx.models import masked_dense
 
 CHANNELS = 6
 
-# Ours, torch's, and the dense input both take.
+# These are our module, torch's, and the dense input that both take.
 IMAGES = (2, CHANNELS, 16, 24)
 COUNTERPARTS = {
     "conv 1x1": (lambda m: m.Conv2d(CHANNELS, 8, 1), IMAGES),

@@ -80,7 +80,7 @@ def test_cpu_equals_reference_in_other_dimensions(ndim, data):
     assert_matches_reference(run, random_sparse(layout, 3), conv_parameters(4, 3, *kernel), torch.float32)
 
 
-# As networks call them: kernel, stride, tile, and what torch.nn.functional.conv2d calls the padding.
+# Networks have these: kernel, stride, tile, and the padding of torch.nn.functional.conv2d.
 NETWORKS = {
     "1x1": (1, 1, 4, 0),
     "ResNet-3x3": (3, 1, 4, 1),

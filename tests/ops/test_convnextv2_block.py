@@ -69,9 +69,9 @@ OPTIONS = {
 }
 
 
-# A gradient of a parameter is a sum over rows of terms with either sign. In bfloat16 every term has an error of some
-# 4e-3, of torch's operators as of ours, and where few sums of few rows happen to cancel it grows. So 1e-2 is asked of
-# 32 rows and channels or more; below, what is narrower is held to the accuracy of torch's own operators.
+# A gradient of a parameter is a sum over rows of terms with either sign. In bfloat16 every term has an error of about
+# 4e-3, in torch's operators and in ours, and the error grows where few terms happen to cancel. So 32 rows and channels
+# or more must keep 1e-2. A test below holds narrower blocks to the accuracy of torch's own operators.
 CHANNELS = {torch.bfloat16: [32, 48, 64]}
 
 
@@ -125,8 +125,8 @@ def test_cpu_equals_reference_at_every_tile_side(tile):
     assert_matches_reference(block(), random_sparse(layout, 6), block_parameters(6, 7, 7), torch.float32)
 
 
-# Rows go through the compiled kernel in chunks of whole images, and threads either take images of their own or share
-# each chunk: as many images, of such sizes, that each way is taken.
+# Rows go through the compiled kernel in chunks of whole images. Threads either take images of their own or share each
+# chunk. These numbers and sizes of images take each way.
 WORK = {
     "one-large-image": [36],
     "images-for-every-thread": [20, 20, 20, 20],
@@ -144,7 +144,7 @@ def test_work_split_in_every_way(visible, scope):
     for image, count in enumerate(visible):
         mask[image, torch.randperm(36)[:count]] = False
     layout = make_layout(mask.view(-1, 6, 6), 4)
-    # Up to 576 rows of 1024 hidden values in an image: more than a chunk of 2**19.
+    # An image has up to 576 rows of 1024 hidden values, which is more than a chunk of 2**19.
     x, p = random_sparse(layout, 8, torch.float32), block_parameters(8, 3, 3, hidden=1024)
     p = {name: value.float() for name, value in p.items()}
     with use_backend("reference"):
@@ -170,7 +170,7 @@ def test_hidden_layer_is_kept_only_where_it_is_wanted():
         activations = {v.data_ptr(): v for v in values if v.is_floating_point() and v.data_ptr() not in parameters}
         return sum(value.numel() for value in activations.values()) / layout.rows
 
-    # x, u and two moments a row, and a few hidden values an image; the hidden layer is four times as wide.
+    # Kept are x, u and two moments a row, and a few hidden values an image. The hidden layer is four times as wide.
     per_image = 4 * channels * layout.batch / layout.rows
     assert saved(recompute=True) <= 2 * channels + 2 + per_image
     assert saved(recompute=False) == pytest.approx(saved(recompute=True) + 4 * channels, abs=0.1)
@@ -238,7 +238,7 @@ def test_options_that_do_not_fit(options, message):
         ops.convnextv2_block(random_sparse(example_layout(batch=2), 4), p, **options)
 
 
-# The depthwise steps of CUDA C++ in the fused block: alone they are tested in test_depthwise_conv.py.
+# These test the depthwise steps of CUDA C++ in the fused block. test_depthwise_conv.py tests them alone.
 
 
 @needs_cuda

@@ -85,8 +85,8 @@ def test_opcheck(name, calls):
         torch.library.opcheck(operator, tuple(arguments))
 
 
-# Run in a process of its own, since the instruction set is chosen once. Prints the set, and the largest error of
-# outputs and gradients by dtype and case.
+# This runs in a process of its own, since the instruction set is chosen once. It prints the set, and the largest error
+# of outputs and gradients by dtype and case.
 SCRIPT = """
 import json
 import torch
@@ -166,7 +166,7 @@ def test_every_instruction_set_gives_the_reference(isa):
     else:
         machine = INSTRUCTION_SETS.index(torch.ops.sparsecnx.cpu_isa())
         assert result["isa"] == INSTRUCTION_SETS[min(machine, asked)]
-    # By how much the bound of the dtype is used up.
+    # Errors are fractions of the bound of the dtype.
     assert {key: error for key, error in result["errors"].items() if not error < 1} == {}
     assert result["wrong"] == []
 

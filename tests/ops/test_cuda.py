@@ -1,5 +1,7 @@
-"""The CUDA depthwise convolution beyond the tests of every backend: what is fused into it, how its work is divided, its
-limits, wrong arguments. These tests run on a GPU or in the emulator."""
+"""Test the CUDA depthwise convolution: what is fused into it, how its work is divided, its limits, wrong arguments.
+
+These tests run on a GPU or in the emulator, beside the tests of every backend.
+"""
 
 from __future__ import annotations
 
@@ -288,7 +290,7 @@ def test_rows_that_begin_off_a_multiple_of_16_bytes(tile):
 
 @pytest.mark.parametrize("tile", [8, 2])
 def test_narrow_rows_are_normalised_as_they_are_rounded(tile):
-    """A LayerNorm of its own gets the convolution rounded too; of 3 channels it may hang on the last bit."""
+    """A separate LayerNorm also reads the rounded convolution. With 3 channels the last bit can decide."""
     case = Case(tile, (5, 5), 3, (2, 2), torch.bfloat16)
     arguments = case.there("x"), case.there("weight"), case.there("bias"), case.table, tile
     rounded = cuda.convolve(*arguments)[0].cpu().double()
@@ -299,7 +301,7 @@ def test_narrow_rows_are_normalised_as_they_are_rounded(tile):
 
 
 def test_threads_that_launch_one_kernel_with_different_memory():
-    """The limit of a kernel's shared memory is the kernel's, not the launch's."""
+    """The limit of shared memory belongs to the kernel and not to a launch."""
     case = Case(1, (7, 7), 768, (3, 3), torch.bfloat16)
     arguments = case.there("x"), case.there("weight"), case.there("bias"), case.table, 1
     expected = {eps: cuda.convolve(*arguments, normalise=eps)[0] for eps in (None, EPS)}
@@ -312,7 +314,7 @@ def test_threads_that_launch_one_kernel_with_different_memory():
 
 
 def test_gradients_of_gradients():
-    """Of the input's gradient they are right; of what has none they are refused, not zero."""
+    """The gradient of the input's gradient is right. A gradient that does not exist is refused and is not zero."""
     layout = make_layout(draw_mask("equal counts", 2, (2, 2), 7), 2)
     p = {which: value.to(DEVICE, torch.float32) for which, value in conv_parameters(8, 1, 3, 3).items()}
     seconds = {}
@@ -347,7 +349,7 @@ def test_a_bias_alone_needs_no_weight_gradient():
 @needs_gpu
 @pytest.mark.parametrize("tile", [8, 1])
 def test_offsets_beyond_32_bits(tile):
-    """More than 2**31 values: the last images give what they give alone. bfloat16, 4.3 GB a tensor."""
+    """With more than 2**31 values the last images give the same as alone. bfloat16, 4.3 GB a tensor."""
     channels, side, last = 1024, 16 // tile, 2
     batch = 2**31 // (256 * channels) + 1 + last
     mask = torch.zeros(batch, side, side, dtype=torch.bool, device=DEVICE)

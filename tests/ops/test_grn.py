@@ -60,7 +60,7 @@ def test_cpu_equals_reference(dtype, scope, layout, channels):
 @pytest.mark.parametrize("backend", backends("grn"))
 @SCOPES
 def test_a_channel_that_is_zero_everywhere(backend, scope):
-    """Where G = 0 the output is beta, and the gradient of the input is as if N were constant."""
+    """At G = 0 the output is beta, and the gradient of the input is that of a constant N."""
     x = random_sparse(example_layout(), 4)
     features = x.features.clone()
     features[:, 1] = 0

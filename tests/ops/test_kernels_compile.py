@@ -1,8 +1,8 @@
 """Check the machine code of every GPU kernel, without a GPU: no register spills, and shared memory within limits.
 
 The Triton kernels that the operators launch at the sizes of published models are compiled ahead of time, in a process
-without Triton's interpreter, which conftest.py asks for: this file run as a script. The CUDA kernels are those in the
-library that the install has compiled; tests/test_emulator.py looks after their shared memory, which launches ask for.
+without Triton's interpreter, which conftest.py asks for: this file is run as a script. The CUDA kernels are those in
+the library that the install has compiled; tests/test_emulator.py checks the shared memory that their launches ask for.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that a block may have
 LIBRARIES = sorted((ROOT / "sparsecnx").glob("_C_cuda.*so"))
 DECODER_CHANNELS = 512
-# What is compiled: dtype, model size, stages (5 is the decoder), architectures. Every kernel on every architecture, on
-# sm_90 at the narrowest and the widest of the usual channels, and float32 where shared memory is scarcest.
+# These are compiled: dtype, model size, stages (5 is the decoder), architectures. Every kernel is compiled
+# on every architecture, at the narrowest and the widest of the usual channels on sm_90, and in float32 where shared
+# memory is scarcest.
 SELECTIONS = [
     ("bfloat16", "atto", (1, 2, 3, 4), (90,)),
     ("bfloat16", "base", (1, 2, 3, 4, 5), (90,)),
@@ -98,7 +99,7 @@ def programs(channels: int, tile: int, ratio: float, dtype: torch.dtype) -> Iter
 
 def main(selections: list[Any]) -> None:
     """Compile what the programs launch, each specialisation once, and print as JSON what each kernel needs."""
-    # Imported here: this is the process in which kernels are compiled, not interpreted.
+    # Triton is imported here, because kernels are compiled and not interpreted only in this process.
     from triton import compile as triton_compile
     from triton import knobs
     from triton.backends.compiler import GPUTarget

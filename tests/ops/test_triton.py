@@ -55,8 +55,8 @@ REGISTERED = sorted(
 )
 DTYPES = pytest.mark.parametrize("dtype", dtypes_of("triton"), ids=str)
 
-# Every case with kernels of 3x3: the interpreter takes seconds for what a GPU does in microseconds, and more the more
-# taps a kernel has. Kernels of other sizes have tests of their own.
+# These are the cases with kernels of 3x3: the interpreter takes seconds for what a GPU does in microseconds, and its
+# time grows with the taps of a kernel. Kernels of other sizes have tests of their own.
 LIGHT = dict(CASES)
 for name, parameters in {
     "depthwise_conv-7x7": lambda c: conv_parameters(c, 1, 3, 3),
@@ -184,7 +184,7 @@ def finite(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["features", "incoming gradient"])
 def test_what_is_not_finite_spreads_as_in_the_reference(where, bad, case):
-    """One value of the second image of three, far from the border of a block and of a tile."""
+    """The value is in the second image of three, far from the border of a block and of a tile."""
     layout = make_layout(torch.tensor([[[0, 1], [0, 0]], [[0, 0], [1, 0]], [[1, 0], [0, 0]]]).bool(), 2)
     row, channel = int(layout.row_splits[1]) + 5, 3
     x, p = random_sparse(layout, 8, torch.float32), {k: v.float() for k, v in LIGHT[case].parameters(8).items()}
@@ -208,14 +208,14 @@ def test_what_is_not_finite_spreads_as_in_the_reference(where, bad, case):
         if name == "output" or not case.startswith(("grn", "block")):
             assert torch.equal(found[name], expected[name]), name
     for name in expected:
-        # The reference is dense: there also what is multiplied by a masked zero is lost.
+        # The reference is dense, so it also loses what is multiplied by a masked zero.
         assert (found[name] | ~expected[name]).all(), name
     assert not all(value.all() for value in found.values())
 
 
 @EVERY
 def test_images_with_nothing_visible(case):
-    """The first, one in the middle, the last."""
+    """These are the first image, one in the middle, and the last."""
     masked = torch.tensor([[True] * 4, [False, True, False, True], [True] * 4, [False] * 4, [True] * 4])
     assert_case_matches(case, make_layout(masked.view(5, 2, 2), 2), 20)
 
@@ -251,7 +251,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def calls() -> dict[str, list[tuple[Any, ...]]]:
-    """Every Triton operator's calls in a forward and backward pass of all that is public."""
+    """Return the calls of every Triton operator in a forward and backward pass of all that is public."""
     torch.manual_seed(0)
     recorder = Calls()
     with use_backend("triton"), recorder:
@@ -269,7 +269,7 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
 
 @pytest.mark.parametrize("name", REGISTERED)
 def test_opcheck(name, calls):
-    """Schema, fake kernel, autograd and AOT dispatch, on the arguments of a real call."""
+    """Schema, fake kernel, autograd and AOT dispatch hold on the arguments of a real call."""
     operator = getattr(torch.ops.sparsecnx_triton, name).default
     assert calls.get(name), "no public function led to this operator"
     distinct = {str([None if a is None else getattr(a, "shape", a) for a in args]): args for args in calls[name]}
@@ -291,7 +291,7 @@ def test_opcheck(name, calls):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
 @pytest.mark.parametrize("case", ["depthwise_conv-7x7", "block-recompute"])
 def test_compiled_by_inductor(case):
-    """What `torch.compile` does by default: a gather, an operator, a scatter, and gradients."""
+    """`torch.compile` compiles a gather, an operator, a scatter and gradients by its default backend."""
     torch._dynamo.reset()
     mask = torch.tensor([[True, False, False, True], [False, False, True, True]]).to(DEVICE)
     p = {name: value.to(DEVICE, torch.float32) for name, value in LIGHT[case].parameters(8).items()}
@@ -316,7 +316,7 @@ def no_launch(kernel: Any, *_: Any) -> None:
 
 @pytest.mark.parametrize("case", [case for case in LIGHT if case not in ("conv-1x1", "conv-2x2-stride2")])
 def test_wrong_arguments_raise_before_any_launch(case):
-    """All but convolutions that are one product of the library launch kernels."""
+    """All operators launch kernels, except convolutions that are one product of the library."""
     x, p = on_device(case)
     launched = []
     with use_backend("triton"), triton_launch.observing(lambda kernel, *_: launched.append(kernel)):
@@ -358,7 +358,7 @@ class Transfers(TorchDispatchMode):
 
 
 def test_a_training_step_copies_nothing_between_host_and_gpu(monkeypatch):
-    """On an imitated GPU: what a CUDA graph could not capture. `Transfers` sees the copies that are there."""
+    """A CUDA graph could not capture such copies. FakeTensors stand for those of a GPU, and `Transfers` sees copies."""
     monkeypatch.setattr(triton_launch, "interpreting", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     model = models.FCMAE(models.ConvNeXtV2Encoder(**SMALL), decoder_dim=16)
@@ -383,7 +383,7 @@ def training_step(
 
 
 def equal_masks(batch: int, count: int) -> tuple[list[torch.Tensor], int]:
-    """Masks with equally many visible patches in every image of a 2x3 grid, and their number."""
+    """Return masks with equally many visible patches in every image of a 2x3 grid, and their number."""
     noise = torch.rand(count, batch, 6).argsort(dim=-1)
     return [(mask >= 3).to(DEVICE) for mask in noise], 3
 
@@ -398,7 +398,7 @@ LARGE_GPU = pytest.mark.skipif(
 @needs_gpu
 @pytest.mark.parametrize("backend", ["triton", pytest.param("cuda", marks=needs_cuda)])
 def test_cuda_graph_of_a_training_step(backend):
-    """Captured once and replayed with other images and masks, it leaves the weights that eager steps leave."""
+    """It is captured once and replayed with other images and masks. It leaves the weights that eager steps leave."""
     results = []
     for captured in (False, True):
         torch.manual_seed(0)
@@ -502,7 +502,7 @@ def test_same_bits_twice(backend, case, deterministic, monkeypatch):
 @LARGE_GPU
 @on_gpu_backends("depthwise_conv-7x7", "layer_norm", "grn-sample")
 def test_offsets_beyond_32_bits(backend, case):
-    """More than 2**31 values: the last images give what they give alone. bfloat16, 4.3 GB a tensor."""
+    """With more than 2**31 values the last images give the same as alone. bfloat16, 4.3 GB a tensor."""
     channels, tile, grid, last = 2048, 8, (7, 7), 2
     rows = tile**2 * grid[0] * grid[1]
     batch = 2**31 // (rows * channels) + 1 + last
@@ -535,7 +535,7 @@ def test_offsets_beyond_32_bits(backend, case):
 @needs_gpu
 @LARGE_GPU
 def test_packing_beyond_32_bits():
-    """More than 2**31 values in rows and in planes: the last images give what they give alone."""
+    """With more than 2**31 values in rows and in planes the last images give the same as alone."""
     channels, side, last = 512, 64, 2
     batch = 2**31 // (channels * side**2) + 1 + last
     whole, alone = (

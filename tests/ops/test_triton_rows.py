@@ -33,7 +33,7 @@ pytestmark = needs_triton
 EXACT = BOUNDS[torch.float32]
 EPS = 1e-6
 
-# Rows of each group: some without rows, some within a block, some over many.
+# These are the rows of each group. Some groups have no rows, some lie within a block, some cover many.
 GROUPS = {
     "one": [37],
     "empty ones": [0, 5, 0, 0, 90, 1, 0],
@@ -47,7 +47,7 @@ EVERY_GROUPING = pytest.mark.parametrize("sizes", GROUPS.values(), ids=list(GROU
 
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory() -> Iterator[None]:
-    """What is read without having been written shows."""
+    """Fill fresh memory with NaN, so that a read of an element that was not written shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(2).isnan().all()
     yield
@@ -59,7 +59,7 @@ def splits_of(sizes: list[int]) -> Tensor:
 
 
 def staircase(rows: Tensor, sizes: list[int], block_rows: int) -> Tensor:
-    """Partial sums as the kernels leave them, float32 `(blocks + groups, C)`; NaN in slots that nothing fills."""
+    """Return partial sums as the kernels leave them, float32 `(blocks + groups, C)`; unfilled slots hold NaN."""
     blocks = -(-len(rows) // block_rows)
     partial = torch.full((blocks + len(sizes), rows.shape[1]), torch.nan)
     group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
@@ -76,7 +76,7 @@ def group_sums(rows: Tensor, sizes: list[int]) -> Tensor:
 
 
 def statistics(energy: Tensor, gamma: Tensor) -> Tensor:
-    """1 + gamma N of the published formula, where no channel is silent but in groups without rows."""
+    """Return 1 + gamma N of the published formula. Channels are silent only in groups without rows."""
     norm = torch.where(energy > 0, energy, 1).sqrt() * (energy > 0)
     return 1 + gamma * norm / (norm.mean(dim=1, keepdim=True) + EPS)
 
@@ -123,7 +123,7 @@ def test_response_backward(sizes, block_rows, channels):
 
 
 def test_more_channels_than_a_program_holds_at_once():
-    """4C of the last stage of ConvNeXt V2 Huge, and a silent channel in every block."""
+    """There are the 4C channels of the last stage of ConvNeXt V2 Huge, with a silent one in every block."""
     sizes, channels = [3, 0, 2], 11264
     assert channels > 2 * grn.FINALISER_VALUES
     rows = torch.rand(5, channels, dtype=torch.float64)
@@ -171,7 +171,7 @@ def test_row_groups(scope):
 @pytest.mark.parametrize("kind", ["random counts", "an empty and a full image", "none visible"])
 @pytest.mark.parametrize("channels", [3, 40, 130])
 def test_nothing_is_read_that_was_not_written(operator, kind, channels):
-    """Blocks that are not full, blocks that several images share, images over several blocks."""
+    """Some blocks are not full, several images share some blocks, and some images cover several blocks."""
     x = random_sparse(make_layout(draw_mask(kind, 3, (3, 2), seed=1), 5), channels)
     names = ("gamma", "beta") if operator == "grn" else ("weight", "bias")
     run, p = getattr(ops, operator), channel_parameters(channels, *names)
@@ -181,7 +181,7 @@ def test_nothing_is_read_that_was_not_written(operator, kind, channels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "channels"), [(1, 96), (37, 20), (70, 40), (5, 130), (3, 2816), (0, 8)])
 def test_normalised_backward(rows, channels, dtype):
-    """The gradient of layer normalization without scale and shift, from its result."""
+    """It is the gradient of layer normalization without scale and shift, from its result."""
     x = (2 + 3 * torch.randn(rows, channels, dtype=torch.float64)).requires_grad_()
     rstd = ((x - x.mean(1, keepdim=True)).square().mean(1) + EPS).rsqrt().detach()
     out = torch.nn.functional.layer_norm(x, (channels,), eps=EPS)
