@@ -28,7 +28,7 @@ SOURCES := $(call CPP,csrc)
 # The CUDA operators are compiled where an nvcc fits this torch. Without a C++ compiler the build fails and says so;
 # `make demo SPARSECNX_BUILD=none` runs in pure Python.
 ifndef SPARSECNX_BUILD
-  NVCC := $(shell $(PYTHON) csrc/find_nvcc.py 2>&1)
+  NVCC := $(shell $(PYTHON) csrc/compilers.py 2>&1)
   SPARSECNX_BUILD := $(if $(findstring release $(TORCH_CUDA).,$(shell '$(NVCC)' --version 2>&1)),cuda,cpu)
   $(info SPARSECNX_BUILD=$(SPARSECNX_BUILD) ($(NVCC)))
 endif

@@ -6,16 +6,7 @@ separate, so that GPU operators that do not load never disable the CPU operators
 alone and nothing of Python, so one wheel serves every Python and every torch from OLDEST_TORCH on.
 `sparsecnx/_build.json` records how they were built, or why not; `sparsecnx doctor` reads it.
 
-Environment variables:
-
-    SPARSECNX_BUILD=auto      (default) everything that can be compiled; `sparsecnx doctor` says why the rest is missing
-    SPARSECNX_BUILD=cpu       the CPU operators, or fail
-    SPARSECNX_BUILD=cuda      the CPU and the GPU operators, or fail
-    SPARSECNX_BUILD=none      nothing: pure Python
-    TORCH_CUDA_ARCH_LIST      the GPUs to compile for, such as "8.0;9.0+PTX"
-    CUDA_HOME                 the folder of the CUDA toolkit, where nvcc is not on the PATH
-    CXX, NVCC_CCBIN           the C++ compiler; the one that nvcc calls
-    MAX_JOBS                  the number of compilers that run at a time
+docs/install.md lists the environment variables that a build obeys.
 """
 
 from __future__ import annotations
@@ -142,16 +133,15 @@ def pure_commands(failure: CannotCompile | None) -> dict[str, type[Command]]:
         if failure is not None:
             announce(SLOW, failure.facts())
 
-    class BuildPython(build_py):
-        def run(self) -> None:
-            super().run()
-            finish(self)
+    def then_finish(base: type[Command]) -> type[Command]:
+        class Build(base):  # type: ignore
+            def run(self) -> None:
+                super().run()
+                finish(self)
 
-    class BuildNothing(build_ext):
-        def run(self) -> None:
-            finish(self)
+        return Build
 
-    return {"build_py": BuildPython, "build_ext": BuildNothing}
+    return {"build_py": then_finish(build_py), "build_ext": then_finish(build_ext)}
 
 
 def compiling_commands(torch: Any, toolkit: dict[str, Any] | None, no_toolkit: CannotCompile | None) -> dict[str, Any]:

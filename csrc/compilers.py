@@ -1,4 +1,7 @@
-"""The search for the compilers that setup.py needs: a C++ compiler and the CUDA toolkit, both tried out."""
+"""The search for the compilers that setup.py needs: a C++ compiler and the CUDA toolkit, both tried out.
+
+As a program it prints the path of nvcc, or fails and says where it looked. It runs before anything is installed.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,19 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
-
-from find_nvcc import find_nvcc, looked_in
 
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
 
 # Machine code for compute capability 8.0 runs on every 8.x, that for 9.0 on Hopper. Later GPUs translate the PTX of 9.0
 # when they first load it. So two compilations serve every GPU that the kernels are made for.
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+
+USUAL_TOOLKIT = Path("/usr/local/cuda")
 
 
 class CannotCompile(Exception):
@@ -64,6 +68,24 @@ def find_compiler() -> str:
     raise CannotCompile(f"{compiler} does not compile C++20: {first_error(trial.stderr)}\n{advice}")
 
 
+def toolkit_homes() -> dict[str, str]:
+    """Return the environment variables that name the folder of a CUDA toolkit."""
+    return {name: os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)}
+
+
+def find_nvcc() -> str | None:
+    """Return the path of nvcc. An environment variable that names a folder without it is passed over."""
+    homes = [Path(home, "bin/nvcc") for home in toolkit_homes().values()]
+    candidates = [*homes, shutil.which("nvcc") or "", USUAL_TOOLKIT / "bin/nvcc"]
+    return next((str(file) for file in candidates if os.access(file, os.X_OK)), None)
+
+
+def no_nvcc() -> str:
+    """Return the message that there is no nvcc."""
+    homes = [f"{name}={home}" for name, home in toolkit_homes().items()]
+    return f"no nvcc: looked in {', '.join([*homes, 'PATH', str(USUAL_TOOLKIT)])}"
+
+
 def architecture_flags() -> list[str]:
     """Return nvcc's flags for a list such as "8.0;9.0+PTX": machine code for each, and PTX where it says so."""
     flags = []
@@ -93,7 +115,7 @@ def find_toolkit(torch: Any) -> dict[str, Any]:
     advice = f"Install the CUDA {major} toolkit ({url}), or set CUDA_HOME to the folder where it is."
     nvcc = find_nvcc()
     if nvcc is None:
-        raise CannotCompile(f"no nvcc: looked in {looked_in()}\n{advice}")
+        raise CannotCompile(f"{no_nvcc()}\n{advice}")
     answer = subprocess.run([nvcc, "--version"], text=True, capture_output=True)
     found = re.search(r"release (\d+\.\d+)", answer.stdout)
     if found is None:
@@ -136,3 +158,7 @@ def folders(plan: str, variable: str) -> list[str]:
     """Return the folders in lines of nvcc's plan such as `#$ LIBRARIES=  "-L/usr/lib/stubs" "-L/usr/lib"`."""
     values = re.findall(rf"^#\$ {variable}=(.*)$", plan, re.MULTILINE)
     return [os.path.realpath(word[2:]) for word in shlex.split(" ".join(values))]
+
+
+if __name__ == "__main__":
+    print(find_nvcc() or sys.exit(no_nvcc()))

@@ -3,15 +3,7 @@
 // int64_t: torch.compile would specialise an `int` to its first value and compile again for every other value.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
-
 #include "cpu/kernels.h"
-
-namespace {
-
-std::string cpu_isa() { return sparsecnx::cpu_isa(); }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY(sparsecnx, m) {
   m.def("cpu_isa() -> str");
@@ -60,4 +52,6 @@ STABLE_TORCH_LIBRARY(sparsecnx_cuda, m) {
       "(Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&sparsecnx::cpu_isa));
+}

@@ -14,8 +14,6 @@
 //   W2_grad += g' (d (h s + beta))             p[n], gamma_grad from scale_grad (grn.h)
 //   da = gelu'(a + b1) (d t s + h p)           b1_grad += da                    W1_grad += da' v
 //   dv = da W1                                 du = LN'(dv)                     dx = g + dwconv'(du)
-#include <algorithm>
-
 #include "depthwise_conv.h"
 #include "grn.h"
 #include "op.h"
@@ -81,45 +79,44 @@ template <class S>
 struct Block {
   using A = Compute<S>;
 
-  int64_t rows, channels, hidden, groups, tile, tiles;
+  int64_t rows, channels, hidden, groups, tile;
   double eps;
   Halo halo;
   const S* x;
-  const A *norm_weight, *norm_bias, *pwconv1_bias, *gamma, *beta, *row_scale;
+  const A *dwconv_bias, *norm_weight, *norm_bias, *pwconv1_bias, *gamma, *beta, *pwconv2_bias, *row_scale;
   Matrix<S> w1, w2;  // (hidden, channels), (channels, hidden)
   const int32_t* table;
   const int64_t* splits;
   std::vector<std::vector<Chunk>> work;
 
-  Block(const Tensor& x_, const Tensor& dwconv_weight, const Tensor& norm_weight_, const Tensor& norm_bias_,
-        const Tensor& pwconv1_weight, const Tensor& pwconv1_bias_, const Tensor& gamma_, const Tensor& beta_,
-        const Tensor& pwconv2_weight, const std::optional<Tensor>& row_scale_, const Tensor& table_,
-        const Tensor& groups_, int64_t tile_, double eps_, int64_t worker_bytes)
+  Block(const Tensor& x_, const Tensor& dwconv_weight, const Tensor& dwconv_bias_, const Tensor& norm_weight_,
+        const Tensor& norm_bias_, const Tensor& pwconv1_weight, const Tensor& pwconv1_bias_, const Tensor& gamma_,
+        const Tensor& beta_, const Tensor& pwconv2_weight, const Tensor& pwconv2_bias_,
+        const std::optional<Tensor>& row_scale_, const Tensor& table_, const Tensor& groups_, int64_t tile_,
+        double eps_, int64_t worker_bytes)
       : rows(feature_shape(x_, "x")[0]),
         channels(feature_shape(x_, "x")[1]),
         hidden(pwconv1_weight.size(0)),
         groups(groups_.numel() - 1),
         tile(tile_),
         eps(eps_),
-        halo(check_halo(tile_, check_kernel(dwconv_weight, channels)[0], check_kernel(dwconv_weight, channels)[1])),
+        halo(check_geometry(table_, rows, tile_, check_kernel(dwconv_weight, channels, x_.scalar_type()))),
         x(data<S>(x_)),
+        dwconv_bias(parameter<A>(dwconv_bias_, "dwconv_bias", channels, x_)),
         norm_weight(parameter<A>(norm_weight_, "norm_weight", channels, x_)),
         norm_bias(parameter<A>(norm_bias_, "norm_bias", channels, x_)),
         pwconv1_bias(parameter<A>(pwconv1_bias_, "pwconv1_bias", hidden, x_)),
         gamma(parameter<A>(gamma_, "grn_gamma", hidden, x_)),
         beta(parameter<A>(beta_, "grn_beta", hidden, x_)),
+        pwconv2_bias(parameter<A>(pwconv2_bias_, "pwconv2_bias", channels, x_)),
         row_scale(row_scale_ ? parameter<A>(*row_scale_, "row_scale", rows, x_) : nullptr),
         w1{data<S>(pwconv1_weight), hidden, channels},
         w2{data<S>(pwconv2_weight), channels, hidden},
         table(data<int32_t>(table_)),
         splits(check_groups(groups_, "groups", rows)),
         work(split_work(splits, groups, hidden, worker_bytes)) {
-    tiles = check_table(table_, halo, rows);
-    check_dtype(dwconv_weight, "dwconv_weight", x_.scalar_type());
-    check_dtype(pwconv1_weight, "pwconv1_weight", x_.scalar_type());
-    check_dtype(pwconv2_weight, "pwconv2_weight", x_.scalar_type());
-    check_matrix(pwconv1_weight, "pwconv1_weight", hidden, channels);
-    check_matrix(pwconv2_weight, "pwconv2_weight", channels, hidden);
+    check_matrix(pwconv1_weight, "pwconv1_weight", hidden, channels, x_.scalar_type());
+    check_matrix(pwconv2_weight, "pwconv2_weight", channels, hidden, x_.scalar_type());
     for (int64_t n = 0; n <= groups; ++n)
       STD_TORCH_CHECK(splits[n] % (tile * tile) == 0, "sparsecnx: groups must be whole tiles of ", tile * tile,
                       " rows");
@@ -157,8 +154,8 @@ struct Outputs {
 };
 
 template <class S>
-void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>& conv, const Compute<S>* pwconv2_bias,
-                   const Outputs<S>& out, S* v, S* h) {
+void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>& conv, const Outputs<S>& out, S* v,
+                   S* h) {
   using A = Compute<S>;
   const Kernels<S>& k = kernels<S>();
   const int64_t C = block.channels, H = block.hidden, sites = block.tile * block.tile;
@@ -175,9 +172,9 @@ void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>
 
   const std::vector<RowBlock> blocks = split_rows(block.splits, chunk.first_group, chunk.last_group, H);
   BlockSums<A> sums(blocks.size(), H);
-  for_blocks(blocks, [&](int64_t i) {
-    const int64_t at = (blocks[i].begin - chunk.begin) * H;
-    k.gelu_energy(hidden + at, block.pwconv1_bias, blocks[i].end - blocks[i].begin, H, h + at, sums.at(i));
+  for_blocks(blocks, [&](int64_t i, RowBlock b) {
+    const int64_t at = (b.begin - chunk.begin) * H;
+    k.gelu_energy(hidden + at, block.pwconv1_bias, b.rows(), H, h + at, sums.at(i));
   });
   std::vector<std::vector<A>> scale(chunk.last_group - chunk.first_group);
   for_groups(blocks, [&](int64_t group, int64_t first, int64_t last) {
@@ -185,29 +182,26 @@ void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>
     sums.add_to(energy, first, last);
     scale[group - chunk.first_group] = GrnResponse<A>(energy, block.gamma, H, block.eps).scale;
   });
-  for_blocks(blocks, [&](int64_t i) {
-    const RowBlock b = blocks[i];
+  for_blocks(blocks, [&](int64_t i, RowBlock b) {
     const A* d = block.row_scale_at(b.begin);
     S* at = h + (b.begin - chunk.begin) * H;
-    k.affine(at, scale[b.group - chunk.first_group].data(), block.beta, d, b.end - b.begin, H, at);
-    k.add_shift(block.x + b.begin * C, pwconv2_bias, d, b.end - b.begin, C, out.y + b.begin * C);
+    k.affine(at, scale[b.group - chunk.first_group].data(), block.beta, d, b.rows(), H, at);
+    k.add_shift(block.x + b.begin * C, block.pwconv2_bias, d, b.rows(), C, out.y + b.begin * C);
   });
-  gemm_add<S>(out.y + chunk.begin * C, {h, rows, H}, block.w2.t());
+  gemm<S>(out.y + chunk.begin * C, {h, rows, H}, block.w2.t(), true);
 }
 
 template <class S>
-void forward(const Block<S>& block, const Tensor& dwconv_weight, const Tensor& dwconv_bias, const Tensor& pwconv2_bias,
-             const Outputs<S>& out) {
+void forward(const Block<S>& block, const Tensor& dwconv_weight, const Outputs<S>& out) {
   using A = Compute<S>;
   const std::vector<A> taps = taps_first<S>(dwconv_weight, false);
-  const Depthwise<S> conv{block.halo,  block.table,          block.channels, block.x, 0,
-                          taps.data(), data<A>(dwconv_bias), nullptr,        out.u,   0};
+  const Depthwise<S> conv{block.halo,  block.table,       block.channels, block.x, 0,
+                          taps.data(), block.dwconv_bias, nullptr,        out.u,   0};
   std::fill_n(out.energy, block.groups * block.hidden, A(0));
   block.for_workers([&](int64_t worker) {
     const int64_t rows = longest(block.work[worker]);
     const Scratch<S> v(rows * block.channels), h(rows * block.hidden);
-    for (const Chunk& chunk : block.work[worker])
-      forward_chunk(block, chunk, conv, data<A>(pwconv2_bias), out, v.data(), h.data());
+    for (const Chunk& chunk : block.work[worker]) forward_chunk(block, chunk, conv, out, v.data(), h.data());
   });
 }
 
@@ -219,20 +213,8 @@ struct Kept {
   const S* hidden;  // or null
 };
 
-// Sums of the gradients of per-channel parameters.
-template <class A>
-struct VectorGrads {
-  std::vector<A> dwconv_bias, norm_weight, norm_bias, pwconv1_bias, gamma, beta, pwconv2_bias;
-
-  VectorGrads(int64_t channels, int64_t hidden)
-      : dwconv_bias(channels),
-        norm_weight(channels),
-        norm_bias(channels),
-        pwconv1_bias(hidden),
-        gamma(hidden),
-        beta(hidden),
-        pwconv2_bias(channels) {}
-};
+// The per-channel parameters.
+enum Vector { kDwconvBias, kNormWeight, kNormBias, kPwconv1Bias, kGamma, kBeta, kPwconv2Bias, kVectors };
 
 // One worker's gradients of the parameters, and the memory for its chunks.
 template <class S>
@@ -241,7 +223,7 @@ struct BackwardWorker {
 
   GemmSum<S> w1, w2;
   WeightGradSum<S> taps;
-  VectorGrads<A> vectors;
+  std::array<std::vector<A>, kVectors> vectors;
   Scratch<S> v, du, t, h, slope, scaled;
   int64_t slabs;
 
@@ -249,14 +231,16 @@ struct BackwardWorker {
       : w1(w1_grad, block.hidden, block.channels),
         w2(w2_grad, block.channels, block.hidden),
         taps(block.halo, block.channels),
-        vectors(block.channels, block.hidden),
         v(rows * block.channels),
         du(rows * block.channels),
         t(rows * block.hidden),
         h(rows * block.hidden),
         slope(rows * block.hidden),
         scaled(rows * block.hidden),
-        slabs(block.work.size() == 1 ? torch::stable::get_num_threads() : 1) {}
+        slabs(block.work.size() == 1 ? torch::stable::get_num_threads() : 1) {
+    for (int i : {kDwconvBias, kNormWeight, kNormBias, kPwconv2Bias}) vectors[i].resize(block.channels);
+    for (int i : {kPwconv1Bias, kGamma, kBeta}) vectors[i].resize(block.hidden);
+  }
 };
 
 template <class S>
@@ -271,10 +255,9 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const std::vector
   const Matrix<S> v{worker.v.data(), rows, C}, t{worker.t.data(), rows, H}, scaled{worker.scaled.data(), rows, H};
   S* du = worker.du.data();
 
-  for_blocks(blocks, [&](int64_t i) {
-    const RowBlock b = blocks[i];
-    k.normalise(kept.u + b.begin * C, kept.moments + 2 * b.begin, block.norm_weight, block.norm_bias, b.end - b.begin,
-                C, v.at + (b.begin - chunk.begin) * C);
+  for_blocks(blocks, [&](int64_t i, RowBlock b) {
+    k.normalise(kept.u + b.begin * C, kept.moments + 2 * b.begin, block.norm_weight, block.norm_bias, b.rows(), C,
+                v.at + (b.begin - chunk.begin) * C);
   });
   S *h = worker.h.data(), *slope = worker.slope.data();
   const S* hidden = kept.hidden != nullptr ? kept.hidden + chunk.begin * H : h;
@@ -285,47 +268,44 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const std::vector
   for (int64_t n = 0; n < groups; ++n)
     response.emplace_back(kept.energy + (chunk.first_group + n) * H, block.gamma, H, block.eps);
   BlockSums<A> scale_sums(blocks.size(), H), beta_sums(blocks.size(), H), bias2_sums(blocks.size(), C);
-  for_blocks(blocks, [&](int64_t i) {
-    const RowBlock b = blocks[i];
-    const int64_t at = (b.begin - chunk.begin) * H, count = b.end - b.begin;
+  for_blocks(blocks, [&](int64_t i, RowBlock b) {
+    const int64_t at = (b.begin - chunk.begin) * H, count = b.rows();
     const A* d = block.row_scale_at(b.begin);
     k.gelu_grn_sums(hidden + at, block.pwconv1_bias, t.at + at, response[b.group - chunk.first_group].scale.data(),
                     block.beta, d, count, H, h + at, slope + at, scaled.at + at, scale_sums.at(i), beta_sums.at(i));
     k.column_sum(kept.grad + b.begin * C, d, count, C, bias2_sums.at(i));
   });
-  beta_sums.add_to(worker.vectors.beta.data());
-  bias2_sums.add_to(worker.vectors.pwconv2_bias.data());
+  beta_sums.add_to(worker.vectors[kBeta].data());
+  bias2_sums.add_to(worker.vectors[kPwconv2Bias].data());
   std::vector<std::vector<A>> p(groups);
   for_groups(blocks, [&](int64_t group, int64_t first, int64_t last) {
     std::vector<A> scale_grad(H, A(0));
     scale_sums.add_to(scale_grad.data(), first, last);
     const int64_t n = group - chunk.first_group;
-    p[n] = response[n].backward(scale_grad.data(), block.gamma, worker.vectors.gamma.data());
+    p[n] = response[n].backward(scale_grad.data(), block.gamma, worker.vectors[kGamma].data());
   });
   worker.w2.add(g.t(), scaled);
 
   BlockSums<A> bias1_sums(blocks.size(), H);
-  for_blocks(blocks, [&](int64_t i) {
-    const RowBlock b = blocks[i];
+  for_blocks(blocks, [&](int64_t i, RowBlock b) {
     const int64_t at = (b.begin - chunk.begin) * H, n = b.group - chunk.first_group;
     k.gelu_grn_backward(h + at, slope + at, t.at + at, response[n].scale.data(), p[n].data(),
-                        block.row_scale_at(b.begin), b.end - b.begin, H, bias1_sums.at(i));
+                        block.row_scale_at(b.begin), b.rows(), H, bias1_sums.at(i));
   });
-  bias1_sums.add_to(worker.vectors.pwconv1_bias.data());
+  bias1_sums.add_to(worker.vectors[kPwconv1Bias].data());
   worker.w1.add(t.t(), v);
   gemm<S>(du, t, block.w1);
 
   BlockSums<A> weight_sums(blocks.size(), C), norm_bias_sums(blocks.size(), C), bias_sums(blocks.size(), C);
-  for_blocks(blocks, [&](int64_t i) {
-    const RowBlock b = blocks[i];
+  for_blocks(blocks, [&](int64_t i, RowBlock b) {
     S* at = du + (b.begin - chunk.begin) * C;
-    k.layer_norm_backward(at, kept.u + b.begin * C, kept.moments + 2 * b.begin, block.norm_weight, b.end - b.begin, C,
-                          at, weight_sums.at(i), norm_bias_sums.at(i));
-    k.column_sum(at, nullptr, b.end - b.begin, C, bias_sums.at(i));
+    k.layer_norm_backward(at, kept.u + b.begin * C, kept.moments + 2 * b.begin, block.norm_weight, b.rows(), C, at,
+                          weight_sums.at(i), norm_bias_sums.at(i));
+    k.column_sum(at, nullptr, b.rows(), C, bias_sums.at(i));
   });
-  weight_sums.add_to(worker.vectors.norm_weight.data());
-  norm_bias_sums.add_to(worker.vectors.norm_bias.data());
-  bias_sums.add_to(worker.vectors.dwconv_bias.data());
+  weight_sums.add_to(worker.vectors[kNormWeight].data());
+  norm_bias_sums.add_to(worker.vectors[kNormBias].data());
+  bias_sums.add_to(worker.vectors[kDwconvBias].data());
 
   const int64_t first_tile = chunk.begin / sites;
   const Depthwise<S> adjoint{block.halo,          block.table, C,         du,     first_tile,
@@ -338,7 +318,7 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const std::vector
 template <class S>
 struct Grads {
   S *x, *dwconv_weight, *w1, *w2;
-  std::array<Compute<S>*, 7> vectors;  // as in VectorGrads
+  std::array<Compute<S>*, kVectors> vectors;
 };
 
 template <class S>
@@ -346,18 +326,14 @@ void backward(const Block<S>& block, const Tensor& dwconv_weight, const Kept<S>&
   using A = Compute<S>;
   const std::vector<A> adjoint_taps = taps_first<S>(dwconv_weight, true);
   const int64_t workers = static_cast<int64_t>(block.work.size()), matrix = block.hidden * block.channels;
-  // If the result has the computing type, the first worker sums into it directly.
-  constexpr bool kInPlace = std::is_same_v<S, A>;
   std::vector<Scratch<A>> sums;
-  for (int64_t i = 0; i < 2 * workers; ++i) sums.emplace_back(kInPlace && i < 2 ? 0 : matrix);
-  std::vector<A*> w1{reinterpret_cast<A*>(out.w1)}, w2{reinterpret_cast<A*>(out.w2)};
-  if (!kInPlace) {
-    w1[0] = sums[0].data();
-    w2[0] = sums[1].data();
-  }
-  for (int64_t i = 1; i < workers; ++i) {
-    w1.push_back(sums[2 * i].data());
-    w2.push_back(sums[2 * i + 1].data());
+  std::vector<A*> w1, w2;
+  for (int64_t i = 0; i < workers; ++i) {
+    // If the result has the computing type, the first worker sums into it directly.
+    const bool in_place = i == 0 && std::is_same_v<S, A>;
+    sums.emplace_back(in_place ? 0 : 2 * matrix);
+    w1.push_back(in_place ? reinterpret_cast<A*>(out.w1) : sums[i].data());
+    w2.push_back(in_place ? reinterpret_cast<A*>(out.w2) : sums[i].data() + matrix);
   }
 
   std::vector<BackwardWorker<S>> states;
@@ -373,11 +349,9 @@ void backward(const Block<S>& block, const Tensor& dwconv_weight, const Kept<S>&
   add_up<S>(w2[0], {w2.begin() + 1, w2.end()}, matrix, out.w2);
   for (int64_t i = 0; i < workers; ++i) {
     if (i > 0) states[0].taps.add(states[i].taps);
-    const VectorGrads<A>& from = states[i].vectors;
-    const std::vector<A>* all[] = {&from.dwconv_bias, &from.norm_weight, &from.norm_bias,   &from.pwconv1_bias,
-                                   &from.gamma,       &from.beta,        &from.pwconv2_bias};
-    for (size_t j = 0; j < out.vectors.size(); ++j) {
-      for (size_t c = 0; c < all[j]->size(); ++c) out.vectors[j][c] = (i > 0 ? out.vectors[j][c] : A(0)) + (*all[j])[c];
+    for (int j = 0; j < kVectors; ++j) {
+      const std::vector<A>& from = states[i].vectors[j];
+      for (size_t c = 0; c < from.size(); ++c) out.vectors[j][c] = (i > 0 ? out.vectors[j][c] : A(0)) + from[c];
     }
   }
   states[0].taps.store(out.dwconv_weight);
@@ -394,14 +368,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> convnextv2_block(
   Tensor moments = empty({rows, 2}, compute_dtype(x));
   Tensor energy = empty({groups.numel() - 1, hidden_channels}, compute_dtype(x));
   Tensor hidden = empty({keep_hidden ? rows : 0, hidden_channels}, x.scalar_type());
-  for_dtype(x, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    using A = Compute<S>;
-    const Block<S> block(x, dwconv_weight, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma, grn_beta,
-                         pwconv2_weight, row_scale, table, groups, tile, eps, 0);
-    parameter<A>(dwconv_bias, "dwconv_bias", block.channels, x);
-    parameter<A>(pwconv2_bias, "pwconv2_bias", block.channels, x);
-    forward<S>(block, dwconv_weight, dwconv_bias, pwconv2_bias,
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
+    const Block<S> block(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma,
+                         grn_beta, pwconv2_weight, pwconv2_bias, row_scale, table, groups, tile, eps, 0);
+    forward<S>(block, dwconv_weight,
                {data<S>(y), data<S>(u), data<A>(moments), data<A>(energy), keep_hidden ? data<S>(hidden) : nullptr});
   });
   return {y, u, moments, energy, hidden};
@@ -418,27 +388,19 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
   using torch::stable::empty_like;
   Tensor x_grad = empty_like(x), dwconv_weight_grad = empty_like(dwconv_weight);
   Tensor w1_grad = empty_like(pwconv1_weight), w2_grad = empty_like(pwconv2_weight);
-  std::array<Tensor, 7> vectors{empty_like(dwconv_bias),  empty_like(norm_weight), empty_like(norm_bias),
-                                empty_like(pwconv1_bias), empty_like(grn_gamma),   empty_like(grn_beta),
-                                empty_like(pwconv2_bias)};
-  check_dense(grad, "grad", x.numel());
-  check_dtype(grad, "grad", x.scalar_type());
-  check_dense(u, "u", x.numel());
-  check_dtype(u, "u", x.scalar_type());
-  check_dense(moments, "moments", 2 * x.size(0));
-  check_dtype(moments, "moments", compute_dtype(x));
-  check_dtype(energy, "energy", compute_dtype(x));
-  check_dtype(hidden, "hidden", x.scalar_type());
-  check_dense(energy, "energy", (groups.numel() - 1) * pwconv1_weight.size(0));
+  std::array<Tensor, kVectors> vectors{empty_like(dwconv_bias),  empty_like(norm_weight), empty_like(norm_bias),
+                                       empty_like(pwconv1_bias), empty_like(grn_gamma),   empty_like(grn_beta),
+                                       empty_like(pwconv2_bias)};
+  check_dense(grad, "grad", x.numel(), x.scalar_type());
+  check_dense(u, "u", x.numel(), x.scalar_type());
+  check_dense(moments, "moments", 2 * x.size(0), compute_dtype(x));
+  check_dense(energy, "energy", (groups.numel() - 1) * pwconv1_weight.size(0), compute_dtype(x));
   const bool kept = x.size(0) == 0 || hidden.size(0) > 0;
-  check_dense(hidden, "hidden", kept ? x.size(0) * pwconv1_weight.size(0) : 0);
-  for_dtype(x, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    using A = Compute<S>;
-    const Block<S> block(x, dwconv_weight, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma, grn_beta,
-                         pwconv2_weight, row_scale, table, groups, tile, eps, 2 * w1_grad.numel() * int64_t{sizeof(A)});
-    parameter<A>(dwconv_bias, "dwconv_bias", block.channels, x);
-    parameter<A>(pwconv2_bias, "pwconv2_bias", block.channels, x);
+  check_dense(hidden, "hidden", kept ? x.size(0) * pwconv1_weight.size(0) : 0, x.scalar_type());
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
+    const Block<S> block(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma,
+                         grn_beta, pwconv2_weight, pwconv2_bias, row_scale, table, groups, tile, eps,
+                         2 * w1_grad.numel() * int64_t{sizeof(A)});
     Grads<S> grads{data<S>(x_grad), data<S>(dwconv_weight_grad), data<S>(w1_grad), data<S>(w2_grad), {}};
     for (size_t i = 0; i < vectors.size(); ++i) grads.vectors[i] = data<A>(vectors[i]);
     backward<S>(block, dwconv_weight,

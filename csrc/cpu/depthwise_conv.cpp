@@ -3,26 +3,23 @@
 
 namespace sparsecnx {
 
-Halo check_halo(int64_t tile, int64_t kernel_h, int64_t kernel_w) {
+Halo check_geometry(const Tensor& table, int64_t rows, int64_t tile, std::array<int64_t, 2> kernel) {
+  const auto [kernel_h, kernel_w] = kernel;
   STD_TORCH_CHECK(tile >= 1, "sparsecnx: tile is ", tile, ", expected at least 1");
   STD_TORCH_CHECK(kernel_h > 0 && kernel_w > 0 && kernel_h % 2 == 1 && kernel_w % 2 == 1, "sparsecnx: the kernel is ",
                   kernel_h, "x", kernel_w, ", expected odd sizes");
-  return Halo(tile, kernel_h, kernel_w);
-}
-
-int64_t check_table(const Tensor& table, const Halo& halo, int64_t rows) {
-  const int64_t sites = halo.tile * halo.tile, tiles = rows / sites;
+  const int64_t sites = tile * tile;
   STD_TORCH_CHECK(rows % sites == 0, "sparsecnx: x has ", rows, " rows, expected a multiple of tile^2 = ", sites);
-  check_dense(table, "table", tiles * halo.table_width);
-  check_dtype(table, "table", ScalarType::Int);
-  check_range(table, "table", tiles);
-  return tiles;
+  const Halo halo(tile, kernel_h, kernel_w);
+  check_dense(table, "table", rows / sites * halo.table_width, ScalarType::Int);
+  check_range(table, "table", rows / sites);
+  return halo;
 }
 
-std::array<int64_t, 2> check_kernel(const Tensor& weight, int64_t channels) {
+std::array<int64_t, 2> check_kernel(const Tensor& weight, int64_t channels, ScalarType dtype) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1, "sparsecnx: weight must be (",
                   channels, ", 1, kh, kw)");
-  check_dense(weight, "weight", weight.numel());
+  check_dense(weight, "weight", weight.numel(), dtype);
   return {weight.size(2), weight.size(3)};
 }
 
@@ -31,19 +28,14 @@ namespace {
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& table,
                       int64_t tile) {
   const auto [rows, channels] = feature_shape(x, "x");
-  check_dtype(weight, "weight", x.scalar_type());
-  const auto [kernel_h, kernel_w] = check_kernel(weight, channels);
-  const Halo halo = check_halo(tile, kernel_h, kernel_w);
-  const int64_t tiles = check_table(table, halo, rows);
+  const Halo halo = check_geometry(table, rows, tile, check_kernel(weight, channels, x.scalar_type()));
   Tensor out = torch::stable::empty_like(x);
-  for_dtype(x, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    using A = Compute<S>;
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const std::vector<A> taps = taps_first<S>(weight, false);
     const A* offset = bias ? parameter<A>(*bias, "bias", channels, x) : nullptr;
     const Depthwise<S> job{halo,    data<int32_t>(table), channels, data<S>(x), 0, taps.data(), offset,
                            nullptr, data<S>(out),         0};
-    parallel_for(0, tiles, tiles_per_call(tile),
+    parallel_for(0, rows / (tile * tile), tiles_per_call(tile),
                  [&](int64_t begin, int64_t end) { kernels<S>().depthwise(job, begin, end); });
   });
   return out;
@@ -52,15 +44,12 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional
 Tensor depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& table, int64_t tile,
                                   int64_t kernel_h, int64_t kernel_w) {
   const auto [rows, channels] = feature_shape(x, "x");
-  check_dense(grad, "grad", x.numel());
-  check_dtype(grad, "grad", x.scalar_type());
-  const Halo halo = check_halo(tile, kernel_h, kernel_w);
-  const int64_t tiles = check_table(table, halo, rows);
+  check_dense(grad, "grad", x.numel(), x.scalar_type());
+  const Halo halo = check_geometry(table, rows, tile, {kernel_h, kernel_w});
   Tensor out = empty({channels, 1, kernel_h, kernel_w}, x.scalar_type());
-  for_dtype(x, [&](auto tag) {
-    using S = typename decltype(tag)::type;
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     WeightGradSum<S> sum(halo, channels);
-    sum.add({halo, data<int32_t>(table), channels, data<S>(x), data<S>(grad), 0}, 0, tiles,
+    sum.add({halo, data<int32_t>(table), channels, data<S>(x), data<S>(grad), 0}, 0, rows / (tile * tile),
             torch::stable::get_num_threads());
     sum.store(data<S>(out));
   });

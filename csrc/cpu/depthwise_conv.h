@@ -8,14 +8,11 @@ namespace sparsecnx {
 // Returns how many tiles one call of the kernel takes: about 64 rows, which are still in cache for the next step.
 inline int64_t tiles_per_call(int64_t tile) { return std::max<int64_t>(1, 64 / (tile * tile)); }
 
-// Checks tile and kernel size and returns their geometry.
-Halo check_halo(int64_t tile, int64_t kernel_h, int64_t kernel_w);
-
-// Checks a neighbour table, int32 (tiles, halo.table_width), for `rows` rows. Returns the number of tiles.
-int64_t check_table(const Tensor& table, const Halo& halo, int64_t rows);
+// Checks the sizes of tile and kernel and the neighbour table, int32 (tiles, halo.table_width). Returns their geometry.
+Halo check_geometry(const Tensor& table, int64_t rows, int64_t tile, std::array<int64_t, 2> kernel);
 
 // Checks a weight (channels, 1, kernel_h, kernel_w) and returns its kernel size.
-std::array<int64_t, 2> check_kernel(const Tensor& weight, int64_t channels);
+std::array<int64_t, 2> check_kernel(const Tensor& weight, int64_t channels, ScalarType dtype);
 
 // Returns a weight (channels, 1, kernel_h, kernel_w) as the kernels read it, (kernel_h * kernel_w, channels); flipped,
 // it is the kernel of the adjoint.

@@ -5,10 +5,53 @@
 // per-channel parameters.
 #pragma once
 
-#include "halo.h"
+#include <string>
+#include <vector>
+
 #include "types.h"
 
 namespace sparsecnx {
+
+// Returns the nested index of site (y, x) of a tile: raster over the odd factor of the side, Morton order below it.
+inline int64_t nested_site(int64_t tile, int64_t y, int64_t x) {
+  int64_t morton = 0, bit = 1;
+  for (; tile % 2 == 0; tile /= 2, bit *= 4) {
+    morton += bit * (2 * (y % 2) + x % 2);
+    y /= 2;
+    x /= 2;
+  }
+  return (y * tile + x) * bit + morton;
+}
+
+// The geometry of a depthwise convolution on tiles: for each position of the square that the outputs of a tile see, the
+// neighbouring tile and the site in it.
+struct Halo {
+  int64_t tile, kernel_h, kernel_w;
+  int64_t height, width;        // sites of the square: tile + kernel - 1
+  int64_t table_width;          // neighbouring tiles listed for each tile
+  std::vector<int32_t> slot;    // (height * width): the neighbouring tile of a position
+  std::vector<int32_t> site;    // (height * width): its nested index there
+  std::vector<int32_t> output;  // (tile * tile): nested index of each output in raster order
+
+  Halo(int64_t tile, int64_t kernel_h, int64_t kernel_w)
+      : tile(tile), kernel_h(kernel_h), kernel_w(kernel_w), height(tile + kernel_h - 1), width(tile + kernel_w - 1) {
+    const int64_t above = kernel_h / 2, left = kernel_w / 2;
+    const int64_t reach = (std::max(above, left) + tile - 1) / tile;
+    const int64_t side = 2 * reach + 1;
+    table_width = side * side;
+    for (int64_t row = 0; row < height; ++row) {
+      for (int64_t column = 0; column < width; ++column) {
+        // Shifted by whole tiles so that division rounds the same way everywhere.
+        const int64_t y = row - above + reach * tile, x = column - left + reach * tile;
+        slot.push_back(static_cast<int32_t>(y / tile * side + x / tile));
+        site.push_back(static_cast<int32_t>(nested_site(tile, y % tile, x % tile)));
+      }
+    }
+    for (int64_t y = 0; y < tile; ++y) {
+      for (int64_t x = 0; x < tile; ++x) output.push_back(static_cast<int32_t>(nested_site(tile, y, x)));
+    }
+  }
+};
 
 // A depthwise convolution over tiles. Rows of tile t start at (t - first) * tile^2 * channels.
 template <class S>
@@ -116,18 +159,10 @@ struct Kernels {
   void (*narrow)(const A* x, int64_t count, S* out);
 };
 
-// Returns the kernels for this machine: AVX-512 or AVX2 where it has them. The environment variable
-// SPARSECNX_CPU_ISA=avx512|avx2|baseline, which is read once, asks for less.
-template <class S>
-const Kernels<S>& kernels();
-
-const char* cpu_isa();
-
 namespace baseline {
 template <class S>
 Kernels<S> make_kernels();
 }
-#if defined(__x86_64__)
 namespace avx2 {
 template <class S>
 Kernels<S> make_kernels();
@@ -136,6 +171,23 @@ namespace avx512 {
 template <class S>
 Kernels<S> make_kernels();
 }
+
+// Returns the instruction set of the kernels: 2 (AVX-512) or 1 (AVX2) where the machine has them, otherwise 0. The
+// environment variable SPARSECNX_CPU_ISA=avx512|avx2|baseline, which is read once, asks for less.
+int isa();
+std::string cpu_isa();
+
+// Returns the kernels for this machine.
+template <class S>
+const Kernels<S>& kernels() {
+#if defined(__x86_64__)
+  static const Kernels<S> chosen = isa() == 2   ? avx512::make_kernels<S>()
+                                   : isa() == 1 ? avx2::make_kernels<S>()
+                                                : baseline::make_kernels<S>();
+#else
+  static const Kernels<S> chosen = baseline::make_kernels<S>();
 #endif
+  return chosen;
+}
 
 }  // namespace sparsecnx

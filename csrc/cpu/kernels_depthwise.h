@@ -5,8 +5,6 @@
 // slides along the kernel row: OB + KW - 1 loads serve OB * KW multiply-adds.
 #pragma once
 
-#include <vector>
-
 #include "kernels.h"
 #include "vec.h"
 
@@ -54,54 +52,35 @@ class Neighbours {
   std::vector<int64_t> step_;
 };
 
-// acc[o] += sum over the kernel of weight * square, for OB outputs whose kernels start at `square`. KW = 0: any width.
-template <class A, int OB, int KW>
+// acc[r][o] += sum over the kernel of weight * square, for OB outputs of each of R adjacent rows. The kernel of the first
+// starts at `square`. Rows share the inputs that they load: where a row has few outputs, two of them keep enough
+// independent sums in flight. KW = 0: any width.
+template <class A, int R, int OB, int KW>
 inline void slide(const Vec<A>* square, int64_t width, const Vec<A>* weight, int64_t kernel_h, int64_t kernel_w,
-                  Vec<A> (&acc)[OB]) {
-  for (int64_t ky = 0; ky < kernel_h; ++ky, square += width) {
-    if constexpr (KW > 0) {
-      Vec<A> in[OB + KW - 1];
-#pragma GCC unroll 16
-      for (int i = 0; i < OB + KW - 1; ++i) in[i] = square[i];
-#pragma GCC unroll 16
-      for (int kx = 0; kx < KW; ++kx) {
-        const Vec<A> w = weight[ky * KW + kx];
-#pragma GCC unroll 16
-        for (int o = 0; o < OB; ++o) acc[o] += w * in[o + kx];
-      }
-    } else {
+                  Vec<A> (&acc)[R][OB]) {
+  if constexpr (KW == 0) {
+    static_assert(R == 1);
+    for (int64_t ky = 0; ky < kernel_h; ++ky, square += width) {
       for (int64_t kx = 0; kx < kernel_w; ++kx) {
         const Vec<A> w = weight[ky * kernel_w + kx];
 #pragma GCC unroll 16
-        for (int o = 0; o < OB; ++o) acc[o] += w * square[o + kx];
+        for (int o = 0; o < OB; ++o) acc[0][o] += w * square[o + kx];
       }
     }
-  }
-}
-
-// Does the same for outputs of two adjacent rows, which share the inputs that they load. Where a row has few outputs,
-// this keeps enough independent sums in flight.
-template <class A, int OB, int KW>
-inline void slide_two_rows(const Vec<A>* square, int64_t width, const Vec<A>* weight, int64_t kernel_h,
-                           Vec<A> (&upper)[OB], Vec<A> (&lower)[OB]) {
-  for (int64_t row = 0; row <= kernel_h; ++row, square += width) {
-    Vec<A> in[OB + KW - 1];
+  } else {
+    for (int64_t row = 0; row < kernel_h + R - 1; ++row, square += width) {
+      Vec<A> in[OB + KW - 1];
 #pragma GCC unroll 16
-    for (int i = 0; i < OB + KW - 1; ++i) in[i] = square[i];
-    if (row < kernel_h) {
+      for (int i = 0; i < OB + KW - 1; ++i) in[i] = square[i];
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        if (row < r || row - r >= kernel_h) continue;
 #pragma GCC unroll 16
-      for (int kx = 0; kx < KW; ++kx) {
-        const Vec<A> w = weight[row * KW + kx];
+        for (int kx = 0; kx < KW; ++kx) {
+          const Vec<A> w = weight[(row - r) * KW + kx];
 #pragma GCC unroll 16
-        for (int o = 0; o < OB; ++o) upper[o] += w * in[o + kx];
-      }
-    }
-    if (row > 0) {
-#pragma GCC unroll 16
-      for (int kx = 0; kx < KW; ++kx) {
-        const Vec<A> w = weight[(row - 1) * KW + kx];
-#pragma GCC unroll 16
-        for (int o = 0; o < OB; ++o) lower[o] += w * in[o + kx];
+          for (int o = 0; o < OB; ++o) acc[r][o] += w * in[o + kx];
+        }
       }
     }
   }
@@ -148,27 +127,19 @@ struct TileOutput {
     }
   }
 
-  // Computes OB outputs of row y from column x on.
-  template <int OB, int KW>
-  void row(int64_t y, int64_t x) const {
+  // Computes OB outputs from column x on of each of R rows from row y on.
+  template <int R, int OB, int KW>
+  void rows(int64_t y, int64_t x) const {
     const Halo& halo = job.halo;
-    Vec<A> acc[OB];
+    Vec<A> acc[R][OB];
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-    for (int o = 0; o < OB; ++o) acc[o] = bias;
-    slide<A, OB, KW>(square + y * halo.width + x, halo.width, weight, halo.kernel_h, halo.kernel_w, acc);
-    write(acc, y, x);
-  }
-
-  // Does the same for rows y and y + 1.
-  template <int OB, int KW>
-  void two_rows(int64_t y, int64_t x) const {
-    const Halo& halo = job.halo;
-    Vec<A> upper[OB], lower[OB];
-#pragma GCC unroll 16
-    for (int o = 0; o < OB; ++o) upper[o] = lower[o] = bias;
-    slide_two_rows<A, OB, KW>(square + y * halo.width + x, halo.width, weight, halo.kernel_h, upper, lower);
-    write(upper, y, x);
-    write(lower, y + 1, x);
+      for (int o = 0; o < OB; ++o) acc[r][o] = bias;
+    }
+    slide<A, R, OB, KW>(square + y * halo.width + x, halo.width, weight, halo.kernel_h, halo.kernel_w, acc);
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) write(acc[r], y + r, x);
   }
 };
 
@@ -179,18 +150,18 @@ void tile_outputs(const TileOutput<S>& out) {
   if constexpr (KW > 0) {
     if (side == 4 || side == 2) {
       for (int64_t y = 0; y < side; y += 2)
-        side == 4 ? out.template two_rows<4, KW>(y, 0) : out.template two_rows<2, KW>(y, 0);
+        side == 4 ? out.template rows<2, 4, KW>(y, 0) : out.template rows<2, 2, KW>(y, 0);
       return;
     }
   }
   for (int64_t y = 0; y < side; ++y) {
     int64_t x = 0;
-    for (; x + kOutputs <= side; x += kOutputs) out.template row<kOutputs, KW>(y, x);
+    for (; x + kOutputs <= side; x += kOutputs) out.template rows<1, kOutputs, KW>(y, x);
     if constexpr (kOutputs > 4) {
-      for (; x + 4 <= side; x += 4) out.template row<4, KW>(y, x);
+      for (; x + 4 <= side; x += 4) out.template rows<1, 4, KW>(y, x);
     }
-    for (; x + 2 <= side; x += 2) out.template row<2, KW>(y, x);
-    if (x < side) out.template row<1, KW>(y, x);
+    for (; x + 2 <= side; x += 2) out.template rows<1, 2, KW>(y, x);
+    if (x < side) out.template rows<1, 1, KW>(y, x);
   }
 }
 
@@ -299,33 +270,31 @@ void depthwise_weight_grad_tiles(const DepthwiseWeightGrad<S>& job, int64_t begi
   }
 }
 
+// Calls f(integral_constant<int, KW>) for a kernel width that is compiled on its own, otherwise with KW = 0.
+template <class F>
+void for_width(int64_t kernel_w, const F& f) {
+  switch (kernel_w) {
+    case 3:
+      return f(std::integral_constant<int, 3>());
+    case 5:
+      return f(std::integral_constant<int, 5>());
+    case 7:
+      return f(std::integral_constant<int, 7>());
+    default:
+      return f(std::integral_constant<int, 0>());
+  }
+}
+
 template <class S>
 void depthwise(const Depthwise<S>& job, int64_t begin, int64_t end) {
-  switch (job.halo.kernel_w) {
-    case 3:
-      return depthwise_tiles<S, 3>(job, begin, end);
-    case 5:
-      return depthwise_tiles<S, 5>(job, begin, end);
-    case 7:
-      return depthwise_tiles<S, 7>(job, begin, end);
-    default:
-      return depthwise_tiles<S, 0>(job, begin, end);
-  }
+  for_width(job.halo.kernel_w, [&](auto width) { depthwise_tiles<S, width()>(job, begin, end); });
 }
 
 template <class S>
 void depthwise_weight_grad(const DepthwiseWeightGrad<S>& job, int64_t begin, int64_t end, int64_t from, int64_t to,
                            Compute<S>* weight_grad) {
-  switch (job.halo.kernel_w) {
-    case 3:
-      return depthwise_weight_grad_tiles<S, 3>(job, begin, end, from, to, weight_grad);
-    case 5:
-      return depthwise_weight_grad_tiles<S, 5>(job, begin, end, from, to, weight_grad);
-    case 7:
-      return depthwise_weight_grad_tiles<S, 7>(job, begin, end, from, to, weight_grad);
-    default:
-      return depthwise_weight_grad_tiles<S, 0>(job, begin, end, from, to, weight_grad);
-  }
+  for_width(job.halo.kernel_w,
+            [&](auto width) { depthwise_weight_grad_tiles<S, width()>(job, begin, end, from, to, weight_grad); });
 }
 
 }  // namespace sparsecnx::SPARSECNX_ISA

@@ -11,8 +11,6 @@
 // most of the rows that are read stay in L1.
 #pragma once
 
-#include <vector>
-
 #include "kernels.h"
 #include "vec.h"
 
@@ -30,7 +28,6 @@ constexpr int kMostRegisters = 2;
 
 // Returns whether all entries are -1 or rows below `rows`.
 inline bool all_rows(const int32_t* map, int64_t count, int64_t rows) {
-  typedef int32_t Ints __attribute__((vector_size(SPARSECNX_BYTES)));
   constexpr int64_t kInts = SPARSECNX_BYTES / sizeof(int32_t);
   Ints low = Ints{} - 1, high = Ints{} - 1;
   int64_t i = 0;
@@ -147,14 +144,21 @@ inline void for_channel_blocks(int64_t channels, const F& f) {
   if (c < channels) f(Channels<S, 1, false>{c, channels - c});
 }
 
-// sums[i] += factor * row of x, over the reads of a run. Factor f is factors[f * registers ...].
-template <class S, int SUMS, class C>
-inline void add_products(const Reads::Run& run, const Vec<Compute<S>>* factors, const S* x, int64_t channels,
-                         const S* zeros, const C& block, Vec<Compute<S>> (&sums)[SUMS][C::kRegisters]) {
+// Starts every sum with start(j), adds factor * row of x for all reads of a run, and passes it to finish(sum, j, value).
+// Factor f is factors[f * registers ...].
+template <class S, int SUMS, class C, class Start, class Finish>
+inline void run_sums(const Reads::Run& run, const Vec<Compute<S>>* factors, const S* x, int64_t channels,
+                     const S* zeros, const C& block, const Start& start, const Finish& finish) {
   constexpr int R = C::kRegisters;
   const int64_t bytes = channels * static_cast<int64_t>(sizeof(S));
   const uintptr_t nothing = reinterpret_cast<uintptr_t>(zeros);
   const uintptr_t before = reinterpret_cast<uintptr_t>(x) - bytes - nothing;  // from there to the row before x
+  Vec<Compute<S>> sums[SUMS][R];
+#pragma GCC unroll 4
+  for (int i = 0; i < SUMS; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < R; ++j) sums[i][j] = start(j);
+  }
   const int32_t* entry = run.entry;
   for (int64_t k = 0; k < run.count; ++k, entry += 1 + SUMS) {
     const Vec<Compute<S>>* const at_factor = factors + static_cast<int64_t>(entry[0]) * R;
@@ -172,23 +176,10 @@ inline void add_products(const Reads::Run& run, const Vec<Compute<S>>* factors, 
       for (int j = 0; j < R; ++j) sums[i][j] += factor[j] * block.get(at, j);
     }
   }
-}
-
-// Starts every sum with start(j), adds its products and passes it to finish(sum, j, value).
-template <class S, int SUMS, class C, class Start, class Finish>
-inline void run_sums(const Reads::Run& run, const Vec<Compute<S>>* factors, const S* x, int64_t channels,
-                     const S* zeros, const C& block, const Start& start, const Finish& finish) {
-  Vec<Compute<S>> sums[SUMS][C::kRegisters];
 #pragma GCC unroll 4
   for (int i = 0; i < SUMS; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < C::kRegisters; ++j) sums[i][j] = start(j);
-  }
-  add_products<S, SUMS>(run, factors, x, channels, zeros, block, sums);
-#pragma GCC unroll 4
-  for (int i = 0; i < SUMS; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < C::kRegisters; ++j) finish(run.first + i, j, sums[i][j]);
+    for (int j = 0; j < R; ++j) finish(run.first + i, j, sums[i][j]);
   }
 }
 

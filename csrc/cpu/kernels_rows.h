@@ -20,14 +20,18 @@ inline void accumulate(A* at, Vec<A> value, int64_t n) {
   store(at, load(at, n) + value, n);
 }
 
-template <class A>
-inline A row_factor(const A* row_scale, int64_t row) {
-  return row_scale != nullptr ? row_scale[row] : A(1);
+// Calls f(d, at, c, n) for every register of a matrix: it holds n values from offset `at` of the matrix and channel c on,
+// and d is the factor of its row (1 if row_scale is null).
+template <class S, class F>
+inline void for_values(const Compute<S>* row_scale, int64_t rows, int64_t channels, const F& f) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const Compute<S> d = row_scale != nullptr ? row_scale[r] : Compute<S>(1);
+    for_columns<S>(channels, [&](int64_t c, int64_t n) { f(d, r * channels + c, c, n); });
+  }
 }
 
-template <class S>
-void moments(const S* x, int64_t rows, int64_t channels, Compute<S> eps, Compute<S>* moments) {
-  using A = Compute<S>;
+template <class S, class A = Compute<S>>
+void moments(const S* x, int64_t rows, int64_t channels, A eps, A* moments) {
   for (int64_t r = 0; r < rows; ++r, x += channels) {
     Vec<A> total{};
     for_columns<S>(channels, [&](int64_t c, int64_t n) { total += load(x + c, n); });
@@ -42,10 +46,8 @@ void moments(const S* x, int64_t rows, int64_t channels, Compute<S> eps, Compute
   }
 }
 
-template <class S>
-void normalise(const S* x, const Compute<S>* moments, const Compute<S>* weight, const Compute<S>* bias, int64_t rows,
-               int64_t channels, S* out) {
-  using A = Compute<S>;
+template <class S, class A = Compute<S>>
+void normalise(const S* x, const A* moments, const A* weight, const A* bias, int64_t rows, int64_t channels, S* out) {
   for (int64_t r = 0; r < rows; ++r, x += channels, out += channels) {
     const A mean = moments[2 * r], rstd = moments[2 * r + 1];
     for_columns<S>(channels, [&](int64_t c, int64_t n) {
@@ -55,10 +57,9 @@ void normalise(const S* x, const Compute<S>* moments, const Compute<S>* weight, 
 }
 
 // dx = rstd (w g - mean(w g) - xhat mean(w g xhat))
-template <class S>
-void layer_norm_backward(const S* grad, const S* x, const Compute<S>* moments, const Compute<S>* weight, int64_t rows,
-                         int64_t channels, S* out, Compute<S>* weight_grad, Compute<S>* bias_grad) {
-  using A = Compute<S>;
+template <class S, class A = Compute<S>>
+void layer_norm_backward(const S* grad, const S* x, const A* moments, const A* weight, int64_t rows, int64_t channels,
+                         S* out, A* weight_grad, A* bias_grad) {
   for (int64_t r = 0; r < rows; ++r, grad += channels, x += channels, out += channels) {
     const A mean = moments[2 * r], rstd = moments[2 * r + 1];
     Vec<A> total{}, projection{};
@@ -78,126 +79,93 @@ void layer_norm_backward(const S* grad, const S* x, const Compute<S>* moments, c
   }
 }
 
-template <class S>
-void energy(const S* x, int64_t rows, int64_t channels, Compute<S>* energy) {
-  for (int64_t r = 0; r < rows; ++r, x += channels) {
-    for_columns<S>(channels, [&](int64_t c, int64_t n) {
-      const Vec<Compute<S>> value = load(x + c, n);
-      accumulate(energy + c, value * value, n);
-    });
-  }
+template <class S, class A = Compute<S>>
+void energy(const S* x, int64_t rows, int64_t channels, A* energy) {
+  for_values<S>(nullptr, rows, channels, [&](A, int64_t at, int64_t c, int64_t n) {
+    const Vec<A> value = load(x + at, n);
+    accumulate(energy + c, value * value, n);
+  });
 }
 
-template <class S>
-void affine(const S* x, const Compute<S>* scale, const Compute<S>* shift, const Compute<S>* row_scale, int64_t rows,
-            int64_t channels, S* out) {
-  for (int64_t r = 0; r < rows; ++r, x += channels, out += channels) {
-    const Compute<S> d = row_factor(row_scale, r);
-    for_columns<S>(channels, [&](int64_t c, int64_t n) {
-      const Vec<Compute<S>> value = (load(x + c, n) * load(scale + c, n) + load(shift + c, n)) * d;
-      store(out + c, value, n);
-    });
-  }
+template <class S, class A = Compute<S>>
+void affine(const S* x, const A* scale, const A* shift, const A* row_scale, int64_t rows, int64_t channels, S* out) {
+  for_values<S>(row_scale, rows, channels, [&](A d, int64_t at, int64_t c, int64_t n) {
+    store(out + at, (load(x + at, n) * load(scale + c, n) + load(shift + c, n)) * d, n);
+  });
 }
 
-template <class S>
-void add_shift(const S* x, const Compute<S>* shift, const Compute<S>* row_scale, int64_t rows, int64_t channels,
-               S* out) {
-  for (int64_t r = 0; r < rows; ++r, x += channels, out += channels) {
-    const Compute<S> d = row_factor(row_scale, r);
-    for_columns<S>(channels, [&](int64_t c, int64_t n) { store(out + c, load(x + c, n) + load(shift + c, n) * d, n); });
-  }
+template <class S, class A = Compute<S>>
+void add_shift(const S* x, const A* shift, const A* row_scale, int64_t rows, int64_t channels, S* out) {
+  for_values<S>(row_scale, rows, channels, [&](A d, int64_t at, int64_t c, int64_t n) {
+    store(out + at, load(x + at, n) + load(shift + c, n) * d, n);
+  });
 }
 
-template <class S>
-void combine(const S* grad, const S* x, const Compute<S>* a, const Compute<S>* b, int64_t rows, int64_t channels,
-             S* out) {
-  for (int64_t r = 0; r < rows; ++r, grad += channels, x += channels, out += channels) {
-    for_columns<S>(channels, [&](int64_t c, int64_t n) {
-      store(out + c, load(grad + c, n) * load(a + c, n) + load(x + c, n) * load(b + c, n), n);
-    });
-  }
+template <class S, class A = Compute<S>>
+void combine(const S* grad, const S* x, const A* a, const A* b, int64_t rows, int64_t channels, S* out) {
+  for_values<S>(nullptr, rows, channels, [&](A, int64_t at, int64_t c, int64_t n) {
+    store(out + at, load(grad + at, n) * load(a + c, n) + load(x + at, n) * load(b + c, n), n);
+  });
 }
 
-template <class S>
-void dot_and_sum(const S* grad, const S* x, int64_t rows, int64_t channels, Compute<S>* dot, Compute<S>* total) {
-  for (int64_t r = 0; r < rows; ++r, grad += channels, x += channels) {
-    for_columns<S>(channels, [&](int64_t c, int64_t n) {
-      const Vec<Compute<S>> g = load(grad + c, n);
-      accumulate(dot + c, g * load(x + c, n), n);
-      accumulate(total + c, g, n);
-    });
-  }
+template <class S, class A = Compute<S>>
+void dot_and_sum(const S* grad, const S* x, int64_t rows, int64_t channels, A* dot, A* total) {
+  for_values<S>(nullptr, rows, channels, [&](A, int64_t at, int64_t c, int64_t n) {
+    const Vec<A> g = load(grad + at, n);
+    accumulate(dot + c, g * load(x + at, n), n);
+    accumulate(total + c, g, n);
+  });
 }
 
-template <class S>
-void column_sum(const S* x, const Compute<S>* row_scale, int64_t rows, int64_t channels, Compute<S>* total) {
-  for (int64_t r = 0; r < rows; ++r, x += channels) {
-    const Compute<S> d = row_factor(row_scale, r);
-    for_columns<S>(channels, [&](int64_t c, int64_t n) { accumulate(total + c, load(x + c, n) * d, n); });
-  }
+template <class S, class A = Compute<S>>
+void column_sum(const S* x, const A* row_scale, int64_t rows, int64_t channels, A* total) {
+  for_values<S>(row_scale, rows, channels,
+                [&](A d, int64_t at, int64_t c, int64_t n) { accumulate(total + c, load(x + at, n) * d, n); });
 }
 
-template <class S>
-void scale_rows(const S* x, Compute<S> scale, int64_t rows, int64_t channels, S* out) {
+template <class S, class A = Compute<S>>
+void scale_rows(const S* x, A scale, int64_t rows, int64_t channels, S* out) {
   for_columns<S>(rows * channels, [&](int64_t i, int64_t n) { store(out + i, load(x + i, n) * scale, n); });
 }
 
-template <class S>
-void gelu_energy(const S* hidden, const Compute<S>* bias, int64_t rows, int64_t channels, S* h, Compute<S>* energy) {
-  for (int64_t r = 0; r < rows; ++r, hidden += channels, h += channels) {
-    for_columns<S>(channels, [&](int64_t c, int64_t n) {
-      const Vec<Compute<S>> value = gelu(load(hidden + c, n) + load(bias + c, n)).value;
-      store(h + c, value, n);
-      accumulate(energy + c, value * value, n);
-    });
-  }
+template <class S, class A = Compute<S>>
+void gelu_energy(const S* hidden, const A* bias, int64_t rows, int64_t channels, S* h, A* energy) {
+  for_values<S>(nullptr, rows, channels, [&](A, int64_t at, int64_t c, int64_t n) {
+    const Vec<A> value = gelu(load(hidden + at, n) + load(bias + c, n)).value;
+    store(h + at, value, n);
+    accumulate(energy + c, value * value, n);
+  });
 }
 
-template <class S>
-void gelu_grn_sums(const S* hidden, const Compute<S>* bias, const S* t, const Compute<S>* s, const Compute<S>* beta,
-                   const Compute<S>* row_scale, int64_t rows, int64_t channels, S* h, S* slope, S* scaled,
-                   Compute<S>* scale_grad, Compute<S>* beta_grad) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const Compute<S> d = row_factor(row_scale, r);
-    const int64_t row = r * channels;
-    for_columns<S>(channels, [&](int64_t c, int64_t n) {
-      const int64_t at = row + c;
-      const Gelu<Compute<S>> activation = gelu(load(hidden + at, n) + load(bias + c, n));
-      const Vec<Compute<S>> g = load(t + at, n) * d;
-      store(h + at, activation.value, n);
-      store(slope + at, activation.slope, n);
-      store(scaled + at, (activation.value * load(s + c, n) + load(beta + c, n)) * d, n);
-      accumulate(scale_grad + c, g * activation.value, n);
-      accumulate(beta_grad + c, g, n);
-    });
-  }
+template <class S, class A = Compute<S>>
+void gelu_grn_sums(const S* hidden, const A* bias, const S* t, const A* s, const A* beta, const A* row_scale,
+                   int64_t rows, int64_t channels, S* h, S* slope, S* scaled, A* scale_grad, A* beta_grad) {
+  for_values<S>(row_scale, rows, channels, [&](A d, int64_t at, int64_t c, int64_t n) {
+    const Gelu<A> activation = gelu(load(hidden + at, n) + load(bias + c, n));
+    const Vec<A> g = load(t + at, n) * d;
+    store(h + at, activation.value, n);
+    store(slope + at, activation.slope, n);
+    store(scaled + at, (activation.value * load(s + c, n) + load(beta + c, n)) * d, n);
+    accumulate(scale_grad + c, g * activation.value, n);
+    accumulate(beta_grad + c, g, n);
+  });
 }
 
-template <class S>
-void gelu_grn_backward(const S* h, const S* slope, S* t, const Compute<S>* s, const Compute<S>* p,
-                       const Compute<S>* row_scale, int64_t rows, int64_t channels, Compute<S>* bias_grad) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const Compute<S> d = row_factor(row_scale, r);
-    const int64_t row = r * channels;
-    for_columns<S>(channels, [&](int64_t c, int64_t n) {
-      const int64_t at = row + c;
-      const Vec<Compute<S>> g =
-          load(slope + at, n) * (load(t + at, n) * (load(s + c, n) * d) + load(h + at, n) * load(p + c, n));
-      store(t + at, g, n);
-      accumulate(bias_grad + c, g, n);
-    });
-  }
+template <class S, class A = Compute<S>>
+void gelu_grn_backward(const S* h, const S* slope, S* t, const A* s, const A* p, const A* row_scale, int64_t rows,
+                       int64_t channels, A* bias_grad) {
+  for_values<S>(row_scale, rows, channels, [&](A d, int64_t at, int64_t c, int64_t n) {
+    const Vec<A> g = load(slope + at, n) * (load(t + at, n) * (load(s + c, n) * d) + load(h + at, n) * load(p + c, n));
+    store(t + at, g, n);
+    accumulate(bias_grad + c, g, n);
+  });
 }
 
 template <class S>
 void gather(const S* x, const int32_t* map, int64_t rows, int64_t taps, int64_t channels, S* columns) {
   for (int64_t i = 0; i < rows * taps; ++i, columns += channels) {
-    if (map[i] < 0) {
-      std::memset(columns, 0, channels * sizeof(S));
-    } else {
-      std::memcpy(columns, x + map[i] * channels, channels * sizeof(S));
-    }
+    const size_t bytes = channels * sizeof(S);
+    map[i] < 0 ? std::memset(columns, 0, bytes) : std::memcpy(columns, x + map[i] * channels, bytes);
   }
 }
 
@@ -211,13 +179,9 @@ void scatter_add(const S* columns, const int32_t* map, int64_t rows, int64_t tap
   }
 }
 
-template <class S>
-void widen(const S* x, int64_t count, Compute<S>* out) {
-  for_columns<S>(count, [&](int64_t i, int64_t n) { store(out + i, load(x + i, n), n); });
-}
-
-template <class S>
-void narrow(const Compute<S>* x, int64_t count, S* out) {
+// Converts to the computing type and back.
+template <class S, class From, class To>
+void convert(const From* x, int64_t count, To* out) {
   for_columns<S>(count, [&](int64_t i, int64_t n) { store(out + i, load(x + i, n), n); });
 }
 

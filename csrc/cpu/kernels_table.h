@@ -7,31 +7,13 @@
 
 namespace sparsecnx::SPARSECNX_ISA {
 
+// The arguments are in the order of the members of `Kernels`.
 template <class S>
 Kernels<S> make_kernels() {
-  Kernels<S> k;
-  k.depthwise = depthwise<S>;
-  k.depthwise_weight_grad = depthwise_weight_grad<S>;
-  k.mapped_depthwise = mapped_depthwise<S>;
-  k.mapped_depthwise_weight_grad = mapped_depthwise_weight_grad<S>;
-  k.moments = moments<S>;
-  k.normalise = normalise<S>;
-  k.layer_norm_backward = layer_norm_backward<S>;
-  k.energy = energy<S>;
-  k.affine = affine<S>;
-  k.add_shift = add_shift<S>;
-  k.combine = combine<S>;
-  k.dot_and_sum = dot_and_sum<S>;
-  k.column_sum = column_sum<S>;
-  k.scale_rows = scale_rows<S>;
-  k.gelu_energy = gelu_energy<S>;
-  k.gelu_grn_sums = gelu_grn_sums<S>;
-  k.gelu_grn_backward = gelu_grn_backward<S>;
-  k.gather = gather<S>;
-  k.scatter_add = scatter_add<S>;
-  k.widen = widen<S>;
-  k.narrow = narrow<S>;
-  return k;
+  return Kernels<S>(depthwise<S>, depthwise_weight_grad<S>, mapped_depthwise<S>, mapped_depthwise_weight_grad<S>,
+                    moments<S>, normalise<S>, layer_norm_backward<S>, energy<S>, affine<S>, add_shift<S>, combine<S>,
+                    dot_and_sum<S>, column_sum<S>, scale_rows<S>, gelu_energy<S>, gelu_grn_sums<S>,
+                    gelu_grn_backward<S>, gather<S>, scatter_add<S>, convert<S>, convert<S>);
 }
 
 template Kernels<float> make_kernels<float>();

@@ -19,8 +19,7 @@ struct Mapped {
 Mapped check_map(const Tensor& x, const Tensor& kernel_map) {
   const auto [rows, channels] = feature_shape(x, "x");
   STD_TORCH_CHECK(kernel_map.dim() == 2, "sparsecnx: kernel_map must be (rows_out, taps)");
-  check_dense(kernel_map, "kernel_map", kernel_map.numel());
-  check_dtype(kernel_map, "kernel_map", ScalarType::Int);
+  check_dense(kernel_map, "kernel_map", kernel_map.numel(), ScalarType::Int);
   return {rows, channels, kernel_map.size(0), kernel_map.size(1), data<int32_t>(kernel_map)};
 }
 
@@ -32,8 +31,7 @@ int64_t check_conv(const Tensor& x, const Tensor& weight, const Tensor& kernel_m
   const int64_t width = shape.taps * shape.channels;
   check_range(kernel_map, "kernel_map", shape.rows_in);
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == width, "sparsecnx: weight must be (C_out, ", width, ")");
-  check_dense(weight, "weight", weight.numel());
-  check_dtype(weight, "weight", x.scalar_type());
+  check_dense(weight, "weight", weight.numel(), x.scalar_type());
   return weight.size(0);
 }
 
@@ -49,8 +47,7 @@ Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& kernel_map) {
   const Mapped shape = check_map(x, kernel_map);
   const int64_t width = shape.taps * shape.channels, outputs = check_conv(x, weight, kernel_map, shape);
   Tensor out = empty({shape.rows_out, outputs}, x.scalar_type());
-  for_dtype(x, [&](auto tag) {
-    using S = typename decltype(tag)::type;
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const int64_t step = std::min(chunk_rows(width), shape.rows_out);
     std::vector<S> columns(step * width);
     const Matrix<S> w{data<S>(weight), outputs, width};
@@ -67,17 +64,15 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, co
                                          const Tensor& kernel_map, bool needs_x) {
   const Mapped shape = check_map(x, kernel_map);
   const int64_t width = shape.taps * shape.channels, outputs = check_conv(x, weight, kernel_map, shape);
-  check_dense(grad, "grad", shape.rows_out * outputs);
-  check_dtype(grad, "grad", x.scalar_type());
+  check_dense(grad, "grad", shape.rows_out * outputs, x.scalar_type());
   Tensor x_grad = empty({needs_x ? shape.rows_in : 0, shape.channels}, x.scalar_type());
   Tensor weight_grad = torch::stable::empty_like(weight);
-  for_dtype(x, [&](auto tag) {
-    using S = typename decltype(tag)::type;
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const int64_t step = std::min(chunk_rows(width), shape.rows_out);
     std::vector<S> columns(step * width);
-    std::vector<Compute<S>> sum(x_grad.numel(), Compute<S>(0));
+    std::vector<A> sum(x_grad.numel(), A(0));
     const Matrix<S> w{data<S>(weight), outputs, width};
-    const Scratch<Compute<S>> weight_sum(outputs * width);
+    const Scratch<A> weight_sum(outputs * width);
     GemmSum<S> dw(weight_sum.data(), outputs, width);
     for (int64_t first = 0; first < shape.rows_out; first += step) {
       const int64_t rows = std::min(step, shape.rows_out - first);
@@ -105,12 +100,9 @@ constexpr int64_t kRows = 64;  // A thread takes at least this many.
 Tensor mapped_depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                              const Tensor& kernel_map, const std::optional<Tensor>&) {
   const Mapped shape = check_map(x, kernel_map);
-  check_matrix(weight, "weight", shape.taps, shape.channels);
-  check_dtype(weight, "weight", x.scalar_type());
+  check_matrix(weight, "weight", shape.taps, shape.channels, x.scalar_type());
   Tensor out = empty({shape.rows_out, shape.channels}, x.scalar_type());
-  for_dtype(x, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    using A = Compute<S>;
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const std::vector<A> taps = widened<S>(weight);
     const A* offset = bias ? parameter<A>(*bias, "bias", shape.channels, x) : nullptr;
     const MappedDepthwise<S> job{shape.map,  shape.taps,  shape.channels, shape.rows_in,
@@ -127,12 +119,9 @@ Tensor mapped_depthwise_conv(const Tensor& x, const Tensor& weight, const std::o
 
 Tensor mapped_depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& kernel_map) {
   const Mapped shape = check_map(x, kernel_map);
-  check_matrix(grad, "grad", shape.rows_out, shape.channels);
-  check_dtype(grad, "grad", x.scalar_type());
+  check_matrix(grad, "grad", shape.rows_out, shape.channels, x.scalar_type());
   Tensor out = empty({shape.taps, shape.channels}, x.scalar_type());
-  for_dtype(x, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    using A = Compute<S>;
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const MappedDepthwiseWeightGrad<S> job{shape.map,     shape.taps, shape.channels,
                                            shape.rows_in, data<S>(x), data<S>(grad)};
     // One thread sums each slab of rows, and slabs are added up in order, so the result does not depend on timing.

@@ -8,22 +8,18 @@ namespace {
 // Global Response Normalization reads the rows of a group twice: for its energy, then to scale them.
 std::tuple<Tensor, Tensor> grn(const Tensor& x, const Tensor& gamma, const Tensor& beta, const Tensor& groups,
                                double eps) {
-  const auto [rows, channels_] = feature_shape(x, "x");
-  const int64_t channels = channels_;
+  const auto [rows, channels] = feature_shape(x, "x");
   const int64_t* splits = check_groups(groups, "groups", rows);
   const int64_t count = groups.numel() - 1;
   Tensor out = torch::stable::empty_like(x);
   Tensor energy = empty({count, channels}, compute_dtype(x));
-  for_dtype(x, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    using A = Compute<S>;
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* g = parameter<A>(gamma, "gamma", channels, x);
     const A* b = parameter<A>(beta, "beta", channels, x);
     const std::vector<RowBlock> blocks = split_rows(splits, 0, count, channels);
     BlockSums<A> sums(blocks.size(), channels);
-    for_blocks(blocks, [&](int64_t i) {
-      const RowBlock block = blocks[i];
-      kernels<S>().energy(data<S>(x) + block.begin * channels, block.end - block.begin, channels, sums.at(i));
+    for_blocks(blocks, [&](int64_t i, RowBlock block) {
+      kernels<S>().energy(data<S>(x) + block.begin * channels, block.rows(), channels, sums.at(i));
     });
     A* energies = data<A>(energy);
     std::fill_n(energies, count * channels, A(0));
@@ -32,10 +28,9 @@ std::tuple<Tensor, Tensor> grn(const Tensor& x, const Tensor& gamma, const Tenso
       sums.add_to(energies + group * channels, first, last);
       scale[group] = GrnResponse<A>(energies + group * channels, g, channels, eps).scale;
     });
-    for_blocks(blocks, [&](int64_t i) {
-      const RowBlock block = blocks[i];
-      kernels<S>().affine(data<S>(x) + block.begin * channels, scale[block.group].data(), b, nullptr,
-                          block.end - block.begin, channels, data<S>(out) + block.begin * channels);
+    for_blocks(blocks, [&](int64_t i, RowBlock block) {
+      kernels<S>().affine(data<S>(x) + block.begin * channels, scale[block.group].data(), b, nullptr, block.rows(),
+                          channels, data<S>(out) + block.begin * channels);
     });
   });
   return {out, energy};
@@ -43,33 +38,24 @@ std::tuple<Tensor, Tensor> grn(const Tensor& x, const Tensor& gamma, const Tenso
 
 std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor& x, const Tensor& gamma,
                                                 const Tensor& groups, const Tensor& energy, double eps) {
-  const auto [rows, channels_] = feature_shape(x, "x");
-  const int64_t channels = channels_;
-  check_dense(grad, "grad", x.numel());
-  check_dtype(grad, "grad", x.scalar_type());
+  const auto [rows, channels] = feature_shape(x, "x");
+  check_dense(grad, "grad", x.numel(), x.scalar_type());
   const int64_t* splits = check_groups(groups, "groups", rows);
   const int64_t count = groups.numel() - 1;
-  check_dense(energy, "energy", count * channels);
-  check_dtype(energy, "energy", compute_dtype(x));
+  check_dense(energy, "energy", count * channels, compute_dtype(x));
   Tensor x_grad = torch::stable::empty_like(x);
   Tensor gamma_grad = torch::stable::empty_like(gamma), beta_grad = torch::stable::empty_like(gamma);
-  for_dtype(x, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    using A = Compute<S>;
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* g = parameter<A>(gamma, "gamma", channels, x);
     const std::vector<RowBlock> blocks = split_rows(splits, 0, count, channels);
     BlockSums<A> dot(blocks.size(), channels), total(blocks.size(), channels);
-    for_blocks(blocks, [&](int64_t i) {
-      const RowBlock block = blocks[i];
+    for_blocks(blocks, [&](int64_t i, RowBlock block) {
       const int64_t at = block.begin * channels;
-      kernels<S>().dot_and_sum(data<S>(grad) + at, data<S>(x) + at, block.end - block.begin, channels, dot.at(i),
-                               total.at(i));
+      kernels<S>().dot_and_sum(data<S>(grad) + at, data<S>(x) + at, block.rows(), channels, dot.at(i), total.at(i));
     });
     A* dgamma = data<A>(gamma_grad);
-    A* dbeta = data<A>(beta_grad);
     std::fill_n(dgamma, channels, A(0));
-    std::fill_n(dbeta, channels, A(0));
-    total.add_to(dbeta);
+    total.store(data<A>(beta_grad));
     std::vector<std::vector<A>> scale(count), p(count);
     for_groups(blocks, [&](int64_t group, int64_t first, int64_t last) {
       std::vector<A> scale_grad(channels, A(0));
@@ -78,24 +64,20 @@ std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor
       p[group] = response.backward(scale_grad.data(), g, dgamma);
       scale[group] = response.scale;
     });
-    for_blocks(blocks, [&](int64_t i) {
-      const RowBlock block = blocks[i];
+    for_blocks(blocks, [&](int64_t i, RowBlock block) {
       const int64_t at = block.begin * channels;
       kernels<S>().combine(data<S>(grad) + at, data<S>(x) + at, scale[block.group].data(), p[block.group].data(),
-                           block.end - block.begin, channels, data<S>(x_grad) + at);
+                           block.rows(), channels, data<S>(x_grad) + at);
     });
   });
   return {x_grad, gamma_grad, beta_grad};
 }
 
 std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
-  const auto [rows_, channels_] = feature_shape(x, "x");
-  const int64_t rows = rows_, channels = channels_;
+  const auto [rows, channels] = feature_shape(x, "x");
   Tensor out = torch::stable::empty_like(x);
   Tensor moments = empty({rows, 2}, compute_dtype(x));
-  for_dtype(x, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    using A = Compute<S>;
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* w = parameter<A>(weight, "weight", channels, x);
     const A* b = parameter<A>(bias, "bias", channels, x);
     parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
@@ -110,50 +92,39 @@ std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, con
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                                        const Tensor& moments) {
-  const auto [rows_, channels_] = feature_shape(x, "x");
-  const int64_t rows = rows_, channels = channels_;
-  check_dense(grad, "grad", x.numel());
-  check_dtype(grad, "grad", x.scalar_type());
-  check_dense(moments, "moments", 2 * rows);
-  check_dtype(moments, "moments", compute_dtype(x));
+  const auto [rows, channels] = feature_shape(x, "x");
+  check_dense(grad, "grad", x.numel(), x.scalar_type());
+  check_dense(moments, "moments", 2 * rows, compute_dtype(x));
   Tensor x_grad = torch::stable::empty_like(x);
   Tensor weight_grad = torch::stable::empty_like(weight), bias_grad = torch::stable::empty_like(weight);
-  for_dtype(x, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    using A = Compute<S>;
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* w = parameter<A>(weight, "weight", channels, x);
     const std::array<int64_t, 2> all{0, rows};
     const std::vector<RowBlock> blocks = split_rows(all.data(), 0, 1, channels);
     BlockSums<A> dw(blocks.size(), channels), db(blocks.size(), channels);
-    for_blocks(blocks, [&](int64_t i) {
-      const int64_t at = blocks[i].begin * channels;
-      kernels<S>().layer_norm_backward(data<S>(grad) + at, data<S>(x) + at, data<A>(moments) + 2 * blocks[i].begin, w,
-                                       blocks[i].end - blocks[i].begin, channels, data<S>(x_grad) + at, dw.at(i),
-                                       db.at(i));
+    for_blocks(blocks, [&](int64_t i, RowBlock block) {
+      const int64_t at = block.begin * channels;
+      kernels<S>().layer_norm_backward(data<S>(grad) + at, data<S>(x) + at, data<A>(moments) + 2 * block.begin, w,
+                                       block.rows(), channels, data<S>(x_grad) + at, dw.at(i), db.at(i));
     });
-    std::fill_n(data<A>(weight_grad), channels, A(0));
-    std::fill_n(data<A>(bias_grad), channels, A(0));
-    dw.add_to(data<A>(weight_grad));
-    db.add_to(data<A>(bias_grad));
+    dw.store(data<A>(weight_grad));
+    db.store(data<A>(bias_grad));
   });
   return {x_grad, weight_grad, bias_grad};
 }
 
 // Multiplies the rows of group n by scale[n] (stochastic depth). It is its own adjoint.
 Tensor scale_rows(const Tensor& x, const Tensor& scale, const Tensor& splits) {
-  const auto [rows, channels_] = feature_shape(x, "x");
-  const int64_t channels = channels_;
+  const auto [rows, channels] = feature_shape(x, "x");
   const int64_t* at = check_groups(splits, "splits", rows);
   const int64_t images = splits.numel() - 1;
   Tensor out = torch::stable::empty_like(x);
-  for_dtype(x, [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    const Compute<S>* factor = parameter<Compute<S>>(scale, "scale", images, x);
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
+    const A* factor = parameter<A>(scale, "scale", images, x);
     const std::vector<RowBlock> blocks = split_rows(at, 0, images, channels);
-    for_blocks(blocks, [&](int64_t i) {
-      const RowBlock block = blocks[i];
-      kernels<S>().scale_rows(data<S>(x) + block.begin * channels, factor[block.group], block.end - block.begin,
-                              channels, data<S>(out) + block.begin * channels);
+    for_blocks(blocks, [&](int64_t i, RowBlock block) {
+      kernels<S>().scale_rows(data<S>(x) + block.begin * channels, factor[block.group], block.rows(), channels,
+                              data<S>(out) + block.begin * channels);
     });
   });
   return out;

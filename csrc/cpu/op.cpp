@@ -3,7 +3,6 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>  // C functions, ABI-stable like the rest
 #include <torch/headeronly/util/shim_utils.h>
 
-#include <algorithm>
 #include <cstdlib>
 
 namespace sparsecnx {
@@ -54,15 +53,50 @@ class ScratchStack {
 
 thread_local ScratchStack scratch_stack;
 
-}  // namespace
+int64_t whole_lines(int64_t bytes) { return (std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment; }
 
-ScratchBytes::ScratchBytes(int64_t bytes)
-    : bytes_((std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment) {
-  at_ = scratch_stack.push(bytes_);
+// Returns memory as a tensor.
+Tensor view(Matrix<void> matrix, ScalarType dtype) {
+  const std::array<int64_t, 2> shape{matrix.rows, matrix.columns};
+  const int64_t stride = std::max<int64_t>(matrix.transposed ? matrix.rows : matrix.columns, 1);
+  const std::array<int64_t, 2> along_rows{stride, 1}, along_columns{1, stride};
+  return torch::stable::from_blob(matrix.at, shape, matrix.transposed ? along_columns : along_rows,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
 }
 
-ScratchBytes::~ScratchBytes() {
-  if (at_ != nullptr) scratch_stack.pop(at_, bytes_);
+}  // namespace
+
+void* push_scratch(int64_t bytes) { return scratch_stack.push(whole_lines(bytes)); }
+
+void pop_scratch(void* at, int64_t bytes) { scratch_stack.pop(at, whole_lines(bytes)); }
+
+void gemm_raw(void* out, Matrix<void> a, Matrix<void> b, ScalarType dtype, bool add) {
+  if (a.rows == 0 || b.columns == 0) return;
+  const Tensor result = view({out, a.rows, b.columns}, dtype), left = view(a, dtype), right = view(b, dtype);
+  if (add) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
+  }
+}
+
+void check_dense(const Tensor& x, const char* name, int64_t numel, ScalarType dtype) {
+  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "sparsecnx: ", name, " must be a contiguous CPU tensor");
+  STD_TORCH_CHECK(x.numel() == numel, "sparsecnx: ", name, " has ", x.numel(), " elements, expected ", numel);
+  STD_TORCH_CHECK(x.scalar_type() == dtype, "sparsecnx: ", name, " is ", torch::headeronly::toString(x.scalar_type()),
+                  ", expected ", torch::headeronly::toString(dtype));
+}
+
+void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t columns, ScalarType dtype) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, "sparsecnx: ", name, " must be (", rows,
+                  ", ", columns, ")");
+  check_dense(x, name, rows * columns, dtype);
+}
+
+std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 2, "sparsecnx: ", name, " must be (rows, channels)");
+  check_dense(x, name, x.numel(), x.scalar_type());
+  return {x.size(0), x.size(1)};
 }
 
 void check_range(const Tensor& table, const char* name, int64_t count) {
@@ -87,40 +121,13 @@ std::vector<RowBlock> split_rows(const int64_t* splits, int64_t first, int64_t l
 }
 
 const int64_t* check_groups(const Tensor& splits, const char* name, int64_t rows) {
-  check_dense(splits, name, splits.numel());
-  check_dtype(splits, name, ScalarType::Long);
+  check_dense(splits, name, splits.numel(), ScalarType::Long);
   const int64_t count = splits.numel();
   STD_TORCH_CHECK(count >= 1, "sparsecnx: ", name, " is empty, expected groups + 1 positions");
   const int64_t* at = data<int64_t>(splits);
   STD_TORCH_CHECK(at[0] == 0 && at[count - 1] == rows && std::is_sorted(at, at + count), "sparsecnx: ", name,
                   " must ascend from 0 to the number of rows, ", rows);
   return at;
-}
-
-namespace {
-
-// Returns memory as a tensor. Strides make it transposed.
-Tensor view(const void* at, int64_t rows, int64_t columns, bool transposed, ScalarType dtype) {
-  const std::array<int64_t, 2> shape{rows, columns};
-  const std::array<int64_t, 2> strides = transposed ? std::array<int64_t, 2>{1, std::max<int64_t>(rows, 1)}
-                                                    : std::array<int64_t, 2>{std::max<int64_t>(columns, 1), 1};
-  return torch::stable::from_blob(const_cast<void*>(at), shape, strides,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
-}
-
-}  // namespace
-
-void gemm_raw(void* out, const void* a, bool a_transposed, const void* b, bool b_transposed, int64_t rows,
-              int64_t inner, int64_t columns, ScalarType dtype, bool accumulate) {
-  if (rows == 0 || columns == 0) return;
-  const Tensor result = view(out, rows, columns, false, dtype);
-  const Tensor left = view(a, rows, inner, a_transposed, dtype);
-  const Tensor right = view(b, inner, columns, b_transposed, dtype);
-  if (accumulate) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
-  } else {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
-  }
 }
 
 }  // namespace sparsecnx

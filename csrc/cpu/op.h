@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -21,23 +22,22 @@ using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
-template <class S>
-struct Tag {
-  using type = S;
-};
+// The storage type of a floating dtype, and the type that it is computed in.
+template <class S, class A = Compute<S>>
+struct Types {};
 
-// Calls f(Tag<S>()) with the storage type of a floating dtype.
+// Calls f(Types<S>()) for the dtype of a tensor.
 template <class F>
 void for_dtype(const Tensor& x, const F& f) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
-      return f(Tag<float>());
+      return f(Types<float>());
     case ScalarType::Double:
-      return f(Tag<double>());
+      return f(Types<double>());
     case ScalarType::BFloat16:
-      return f(Tag<bfloat16>());
+      return f(Types<bfloat16>());
     case ScalarType::Half:
-      return f(Tag<half>());
+      return f(Types<half>());
     default:
       STD_TORCH_CHECK(false, "sparsecnx: dtype ", torch::headeronly::toString(x.scalar_type()),
                       " is not supported; expected float32, float64, bfloat16 or float16");
@@ -50,23 +50,14 @@ T* data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-// Raises unless x is a contiguous CPU tensor of that many elements.
-inline void check_dense(const Tensor& x, const char* name, int64_t numel) {
-  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "sparsecnx: ", name, " must be a contiguous CPU tensor");
-  STD_TORCH_CHECK(x.numel() == numel, "sparsecnx: ", name, " has ", x.numel(), " elements, expected ", numel);
-}
+// Raises unless x is a contiguous CPU tensor of that many elements and that dtype.
+void check_dense(const Tensor& x, const char* name, int64_t numel, ScalarType dtype);
 
-// Raises unless x is a contiguous (rows, columns) CPU tensor.
-inline void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, "sparsecnx: ", name, " must be (", rows,
-                  ", ", columns, ")");
-  check_dense(x, name, rows * columns);
-}
+// Raises unless x is a contiguous (rows, columns) CPU tensor of that dtype.
+void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t columns, ScalarType dtype);
 
-inline void check_dtype(const Tensor& x, const char* name, ScalarType expected) {
-  STD_TORCH_CHECK(x.scalar_type() == expected, "sparsecnx: ", name, " is ",
-                  torch::headeronly::toString(x.scalar_type()), ", expected ", torch::headeronly::toString(expected));
-}
+// Checks a feature matrix and returns (rows, channels).
+std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name);
 
 // Raises unless all entries of an int32 table are -1 or positions below `count`.
 void check_range(const Tensor& table, const char* name, int64_t count);
@@ -76,18 +67,10 @@ inline ScalarType compute_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Checks a feature matrix and returns (rows, channels).
-inline std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 2, "sparsecnx: ", name, " must be (rows, channels)");
-  check_dense(x, name, x.numel());
-  return {x.size(0), x.size(1)};
-}
-
 // Checks a per-channel parameter and returns its data.
 template <class A>
 const A* parameter(const Tensor& value, const char* name, int64_t channels, const Tensor& x) {
-  check_dense(value, name, channels);
-  check_dtype(value, name, compute_dtype(x));
+  check_dense(value, name, channels, compute_dtype(x));
   return data<A>(value);
 }
 
@@ -100,6 +83,8 @@ inline Tensor empty(std::vector<int64_t> shape, ScalarType dtype) {
 // A run of rows of one group (the rows that GRN normalises together).
 struct RowBlock {
   int64_t group, begin, end;
+
+  int64_t rows() const { return end - begin; }
 };
 
 // Divides the rows of groups [first, last) into blocks that occupy a thread for about ten microseconds.
@@ -108,11 +93,11 @@ std::vector<RowBlock> split_rows(const int64_t* splits, int64_t first, int64_t l
 // Checks the boundaries of groups (groups + 1 ascending positions that cover all rows) and returns them.
 const int64_t* check_groups(const Tensor& splits, const char* name, int64_t rows);
 
-// Calls f(block index) for every block, in parallel.
+// Calls f(index, block) for every block, in parallel.
 template <class F>
 void for_blocks(const std::vector<RowBlock>& blocks, const F& f) {
   parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
+    for (int64_t i = begin; i < end; ++i) f(i, blocks[i]);
   });
 }
 
@@ -130,6 +115,11 @@ class BlockSums {
     }
   }
   void add_to(A* total) { add_to(total, 0, width_ == 0 ? 0 : static_cast<int64_t>(partial_.size()) / width_); }
+  // total = partial sums of all blocks
+  void store(A* total) {
+    std::fill_n(total, width_, A(0));
+    add_to(total);
+  }
 
  private:
   int64_t width_;
@@ -160,29 +150,17 @@ struct Matrix {
 };
 
 template <class T>
-constexpr ScalarType kDtype = ScalarType::Undefined;
-template <>
-inline constexpr ScalarType kDtype<float> = ScalarType::Float;
-template <>
-inline constexpr ScalarType kDtype<double> = ScalarType::Double;
-template <>
-inline constexpr ScalarType kDtype<bfloat16> = ScalarType::BFloat16;
-template <>
-inline constexpr ScalarType kDtype<half> = ScalarType::Half;
+constexpr ScalarType kDtype = std::is_same_v<T, float>      ? ScalarType::Float
+                              : std::is_same_v<T, double>   ? ScalarType::Double
+                              : std::is_same_v<T, bfloat16> ? ScalarType::BFloat16
+                                                            : ScalarType::Half;
 
-void gemm_raw(void* out, const void* a, bool a_transposed, const void* b, bool b_transposed, int64_t rows,
-              int64_t inner, int64_t columns, ScalarType dtype, bool accumulate);
+void gemm_raw(void* out, Matrix<void> a, Matrix<void> b, ScalarType dtype, bool add);
 
-// out = a b
+// out = a b or, with `add`, out += a b
 template <class T>
-void gemm(T* out, Matrix<T> a, Matrix<T> b) {
-  gemm_raw(out, a.at, a.transposed, b.at, b.transposed, a.rows, a.columns, b.columns, kDtype<T>, false);
-}
-
-// out += a b, in T
-template <class T>
-void gemm_add(T* out, Matrix<T> a, Matrix<T> b) {
-  gemm_raw(out, a.at, a.transposed, b.at, b.transposed, a.rows, a.columns, b.columns, kDtype<T>, true);
+void gemm(T* out, Matrix<T> a, Matrix<T> b, bool add = false) {
+  gemm_raw(out, {a.at, a.rows, a.columns, a.transposed}, {b.at, b.rows, b.columns, b.transposed}, kDtype<T>, add);
 }
 
 // out (rows, columns) = a sum of products in the computing type. Each 16-bit product is rounded once, their sum never.
@@ -195,7 +173,7 @@ class GemmSum {
   GemmSum(A* out, int64_t rows, int64_t columns) : out_(out), count_(rows * columns) {}
   void add(Matrix<S> a, Matrix<S> b) {
     if constexpr (std::is_same_v<S, A>) {
-      empty_ ? gemm(out_, a, b) : gemm_add(out_, a, b);
+      gemm(out_, a, b, !empty_);
     } else {
       product_.resize(count_);
       widened_.resize(count_);
@@ -219,31 +197,25 @@ class GemmSum {
   std::vector<A> widened_;
 };
 
+void* push_scratch(int64_t bytes);
+void pop_scratch(void* at, int64_t bytes);
+
 // Uninitialised memory that an operator needs while it runs. It comes from a stack that the calling thread keeps
 // between calls, up to a limit, so that training does not pay for fresh pages at every operator. The thread that made
 // an object must destroy it. Neighbours in the stack may be destroyed in any order if nothing new is made in between.
-class ScratchBytes {
- public:
-  explicit ScratchBytes(int64_t bytes);
-  ~ScratchBytes();
-  ScratchBytes(ScratchBytes&& other) noexcept : at_(other.at_), bytes_(other.bytes_) { other.at_ = nullptr; }
-  ScratchBytes(const ScratchBytes&) = delete;
-  ScratchBytes& operator=(const ScratchBytes&) = delete;
-  void* data() const { return at_; }
-
- private:
-  void* at_;
-  int64_t bytes_;
-};
-
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : bytes_(count * static_cast<int64_t>(sizeof(T))) {}
-  T* data() const { return static_cast<T*>(bytes_.data()); }
+  explicit Scratch(int64_t count) : bytes_(count * static_cast<int64_t>(sizeof(T))), at_(push_scratch(bytes_)) {}
+  ~Scratch() {
+    if (at_ != nullptr) pop_scratch(at_, bytes_);
+  }
+  Scratch(Scratch&& other) noexcept : bytes_(other.bytes_), at_(std::exchange(other.at_, nullptr)) {}
+  T* data() const { return static_cast<T*>(at_); }
 
  private:
-  ScratchBytes bytes_;
+  int64_t bytes_;
+  void* at_;
 };
 
 // Adds `rest` to `total` in order and narrows the sum into `out`, which may be `total`. Elements are divided between

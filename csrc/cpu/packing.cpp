@@ -7,13 +7,17 @@ namespace {
 
 struct Shape {
   int64_t batch, channels, height, width, tile, tiles;
-  const int64_t* index;              // (tiles): image * cells + raster position, ascending
-  std::vector<int64_t> row, column;  // of each site of a tile, in nested order
+  const int64_t* index;           // (tiles): image * cells + raster position, ascending
+  std::array<int64_t, 4> stride;  // of the images
+  std::vector<int64_t> offset;    // of each site of a tile from its corner, in nested order
 
-  int64_t cells_y() const { return height / tile; }
-  int64_t cells_x() const { return width / tile; }
-  int64_t cells() const { return cells_y() * cells_x(); }
+  int64_t cells() const { return height / tile * (width / tile); }
   int64_t sites() const { return tile * tile; }
+  // Returns the offset of the corner of tile t in its image.
+  int64_t corner(int64_t t) const {
+    const int64_t cell = index[t] % cells(), across = width / tile;
+    return tile * (cell / across * stride[2] + cell % across * stride[3]);
+  }
 };
 
 Shape check(const Tensor& dense, const Tensor& index, int64_t tile) {
@@ -21,37 +25,33 @@ Shape check(const Tensor& dense, const Tensor& index, int64_t tile) {
   Shape shape{dense.size(0), dense.size(1), dense.size(2), dense.size(3), tile, index.numel(), nullptr, {}, {}};
   STD_TORCH_CHECK(tile >= 1 && shape.height % tile == 0 && shape.width % tile == 0, "sparsecnx: tile is ", tile,
                   ", expected a divisor of ", shape.height, " and ", shape.width);
-  check_dense(index, "index", shape.tiles);
-  check_dtype(index, "index", ScalarType::Long);
+  check_dense(index, "index", shape.tiles, ScalarType::Long);
   shape.index = data<int64_t>(index);
   const int64_t* end = shape.index + shape.tiles;
   STD_TORCH_CHECK(std::is_sorted(shape.index, end) &&
                       (shape.tiles == 0 || (*shape.index >= 0 && end[-1] < shape.batch * shape.cells())),
                   "sparsecnx: index must ascend within ", shape.batch, " images of ", shape.cells(), " tiles");
-  shape.row.resize(shape.sites());
-  shape.column.resize(shape.sites());
+  shape.stride = {dense.stride(0), dense.stride(1), dense.stride(2), dense.stride(3)};
+  shape.offset.resize(shape.sites());
   for (int64_t y = 0; y < tile; ++y) {
-    for (int64_t x = 0; x < tile; ++x) {
-      const int64_t site = nested_site(tile, y, x);
-      shape.row[site] = y;
-      shape.column[site] = x;
-    }
+    for (int64_t x = 0; x < tile; ++x)
+      shape.offset[nested_site(tile, y, x)] = y * shape.stride[2] + x * shape.stride[3];
   }
   return shape;
 }
 
-// Calls f(Tag<T>()) with an unsigned integer of the size of the tensor's elements.
+// Calls f with an unsigned integer of the size of the tensor's elements.
 template <class F>
 void for_size(const Tensor& x, const F& f) {
   switch (x.element_size()) {
     case 1:
-      return f(Tag<uint8_t>());
+      return f(uint8_t());
     case 2:
-      return f(Tag<uint16_t>());
+      return f(uint16_t());
     case 4:
-      return f(Tag<uint32_t>());
+      return f(uint32_t());
     case 8:
-      return f(Tag<uint64_t>());
+      return f(uint64_t());
     default:
       STD_TORCH_CHECK(false, "sparsecnx: elements of ", x.element_size(), " bytes are not supported");
   }
@@ -60,18 +60,13 @@ void for_size(const Tensor& x, const F& f) {
 Tensor gather_tiles(const Tensor& dense, const Tensor& index, int64_t tile) {
   const Shape shape = check(dense, index, tile);
   Tensor rows = empty({shape.tiles * shape.sites(), shape.channels}, dense.scalar_type());
-  const int64_t image = dense.stride(0), channel = dense.stride(1), down = dense.stride(2), right = dense.stride(3);
-  for_size(dense, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  for_size(dense, [&]<class T>(T) {
     parallel_for(0, shape.tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        const int64_t cell = shape.index[t] % shape.cells();
-        const T* corner = data<T>(dense) + shape.index[t] / shape.cells() * image +
-                          cell / shape.cells_x() * tile * down + cell % shape.cells_x() * tile * right;
+        const T* corner = data<T>(dense) + shape.index[t] / shape.cells() * shape.stride[0] + shape.corner(t);
         T* out = data<T>(rows) + t * shape.sites() * shape.channels;
-        for (int64_t site = 0; site < shape.sites(); ++site) {
-          const T* at = corner + shape.row[site] * down + shape.column[site] * right;
-          for (int64_t c = 0; c < shape.channels; ++c) *out++ = at[c * channel];
+        for (const int64_t site : shape.offset) {
+          for (int64_t c = 0; c < shape.channels; ++c) *out++ = corner[site + c * shape.stride[1]];
         }
       }
     });
@@ -86,10 +81,8 @@ Tensor scatter_tiles(const Tensor& rows, const Tensor& fill, const Tensor& index
   const Shape shape = check(dense, index, tile);
   STD_TORCH_CHECK(count == shape.tiles * shape.sites(), "sparsecnx: rows has ", count, " rows, expected ",
                   shape.tiles * shape.sites());
-  check_dense(fill, "fill", channels);
-  check_dtype(fill, "fill", rows.scalar_type());
-  for_size(rows, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  check_dense(fill, "fill", channels, rows.scalar_type());
+  for_size(rows, [&]<class T>(T) {
     parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         T* image = data<T>(dense) + n * shape.channels * height * width;
@@ -97,13 +90,11 @@ Tensor scatter_tiles(const Tensor& rows, const Tensor& fill, const Tensor& index
           std::fill_n(image + c * height * width, height * width, data<T>(fill)[c]);
         const int64_t* first = std::lower_bound(shape.index, shape.index + shape.tiles, n * shape.cells());
         const int64_t* last = std::lower_bound(first, shape.index + shape.tiles, (n + 1) * shape.cells());
-        for (const int64_t* t = first; t < last; ++t) {
-          const int64_t cell = *t % shape.cells();
-          T* corner = image + cell / shape.cells_x() * tile * width + cell % shape.cells_x() * tile;
-          const T* from = data<T>(rows) + (t - shape.index) * shape.sites() * shape.channels;
-          for (int64_t site = 0; site < shape.sites(); ++site) {
-            T* at = corner + shape.row[site] * width + shape.column[site];
-            for (int64_t c = 0; c < shape.channels; ++c) at[c * height * width] = *from++;
+        for (int64_t t = first - shape.index; t < last - shape.index; ++t) {
+          T* corner = image + shape.corner(t);
+          const T* from = data<T>(rows) + t * shape.sites() * shape.channels;
+          for (const int64_t site : shape.offset) {
+            for (int64_t c = 0; c < shape.channels; ++c) corner[site + c * height * width] = *from++;
           }
         }
       }

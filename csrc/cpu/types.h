@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace sparsecnx {
 
@@ -17,15 +18,7 @@ struct half {
 
 // Products and sums of 16-bit and float storage are float, those of double are double.
 template <class S>
-struct ComputeType {
-  using type = float;
-};
-template <>
-struct ComputeType<double> {
-  using type = double;
-};
-template <class S>
-using Compute = typename ComputeType<S>::type;
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 inline float half_to_float(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;

@@ -14,17 +14,13 @@
 namespace sparsecnx::SPARSECNX_ISA {
 
 template <class A>
-struct Lanes;
-template <>
-struct Lanes<float> {
-  typedef float type __attribute__((vector_size(SPARSECNX_BYTES)));
-};
-template <>
-struct Lanes<double> {
-  typedef double type __attribute__((vector_size(SPARSECNX_BYTES)));
+  requires std::is_arithmetic_v<A>
+struct Lanes {
+  typedef A type __attribute__((vector_size(SPARSECNX_BYTES)));
 };
 template <class A>
 using Vec = typename Lanes<A>::type;
+using Ints = Vec<int32_t>;
 
 // The number of lanes of a register for storage type S.
 template <class S>
@@ -105,24 +101,16 @@ inline void store(A* p, Vec<A> v, int64_t n = kLanes<A>) {
 
 // Values of 16 bits are moved first, all or some of them, and then widened.
 typedef uint16_t Bits16 __attribute__((vector_size(SPARSECNX_BYTES / 2)));
-typedef uint32_t Bits32 __attribute__((vector_size(SPARSECNX_BYTES)));
+using Bits32 = Vec<uint32_t>;
 
 inline Bits16 load_bits(const void* p, int64_t n) {
   Bits16 bits{};
-  if (n >= kLanes<float>) {
-    std::memcpy(&bits, p, sizeof(bits));
-  } else {
-    std::memcpy(&bits, p, n * sizeof(uint16_t));
-  }
+  n >= kLanes<float> ? std::memcpy(&bits, p, sizeof(bits)) : std::memcpy(&bits, p, n * sizeof(uint16_t));
   return bits;
 }
 
 inline void store_bits(void* p, Bits16 bits, int64_t n) {
-  if (n >= kLanes<float>) {
-    std::memcpy(p, &bits, sizeof(bits));
-  } else {
-    std::memcpy(p, &bits, n * sizeof(uint16_t));
-  }
+  n >= kLanes<float> ? std::memcpy(p, &bits, sizeof(bits)) : std::memcpy(p, &bits, n * sizeof(uint16_t));
 }
 
 inline Vec<float> load(const bfloat16* p, int64_t n = kLanes<float>) {
@@ -185,7 +173,6 @@ inline Vec<double> exp(Vec<double> x) {
 
 // exp(x) = 2^n exp(r), |r| <= ln(2) / 2, by its Taylor polynomial; below the smallest normal float it is 0.
 inline Vec<float> exp(Vec<float> x) {
-  typedef int32_t Ints __attribute__((vector_size(SPARSECNX_BYTES)));
   const Ints vanishes = x < -87.0f;
   const Ints too_large = x > 88.0f;
   x = too_large ? splat<Vec<float>>(88.0f) : x;
@@ -224,7 +211,6 @@ inline Gelu<double> gelu(Vec<double> x) {
 // erfc(z) = exp(-z^2) t P(t), t = 1 / (1 + 0.33 z), z = |x| / sqrt(2): P is a minimax fit on 0 <= z <= 9.6 with
 // relative error 8e-8. One exponential serves the value and the slope.
 inline Gelu<float> gelu(Vec<float> x) {
-  typedef int32_t Ints __attribute__((vector_size(SPARSECNX_BYTES)));
   const Vec<float> magnitude = (Vec<float>)((Ints)x & 0x7fffffff);
   const Vec<float> t = 1.0f / (1.0f + (0.33f * 0.70710678f) * magnitude);
   const Vec<float> e = exp(-0.5f * x * x);

@@ -10,8 +10,6 @@ namespace sparsecnx::cuda {
 
 enum class Dtype { kFloat32, kBFloat16, kFloat16 };
 
-constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
 // Blocks of `size` that cover `count`.
 constexpr int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 

@@ -114,11 +114,7 @@ struct Finish {
   // Calls f(row, its first value, whether the row exists, how to move values) for a whole warp at a time.
   template <class F>
   __device__ void for_rows(const Slab<T, kPer>& slab, const F& f) const {
-    if (slab.packs) {
-      rows_by(slab, f, Sixteen<T>());
-    } else {
-      rows_by(slab, f, Single<T>());
-    }
+    slab.packs ? rows_by(slab, f, Sixteen<T>()) : rows_by(slab, f, Single<T>());
   }
 
   // The number of lanes that share a row.

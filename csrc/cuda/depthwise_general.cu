@@ -1,6 +1,9 @@
-// Depthwise convolution on the GPU: the choice of the kernel, the kernels for any kernel size, and the second stage of
-// weight gradients.
-#include "depthwise_launch.cuh"
+// Depthwise convolution on the GPU: the kernels for any kernel size, the second stage of weight gradients, and the choice
+// and launch of all kernels.
+#include <algorithm>
+
+#include "depthwise_finish.cuh"
+#include "launch.cuh"
 
 namespace sparsecnx::cuda {
 namespace {
@@ -9,25 +12,13 @@ constexpr int kGroup = 8;  // rows of threads that share a sum
 
 // Finds the rows that an output site reads, tap by tap, for a kernel of any size.
 struct Taps {
-  const int32_t* table;
-  TileSide tile;
-  int span, kernel_h, kernel_w;
-
-  explicit Taps(const DepthwiseGeometry& g)
-      : table(g.table), tile(g.tile), span(g.span), kernel_h(g.kernel_h), kernel_w(g.kernel_w) {}
+  int kernel_h, kernel_w;
 
   __host__ __device__ int count() const { return kernel_h * kernel_w; }
 
-  // Returns the row that `row` reads through a tap, -1 if that site is masked.
-  __device__ int64_t read_by(int64_t row, int tap) const {
-    const int64_t index = row / tile.sites();
-    const int site = static_cast<int>(row % tile.sites());
-    const int y = site_line(tile, site) + tap / kernel_w - kernel_h / 2 + span / 2 * tile.side;
-    const int x = site_column(tile, site) + tap % kernel_w - kernel_w / 2 + span / 2 * tile.side;
-    const int32_t there = table[index * span * span + y / tile.side * span + x / tile.side];
-    if (there < 0) return -1;
-    return static_cast<int64_t>(there) * tile.sites() + nested_line(tile, y % tile.side) +
-           nested_column(tile, x % tile.side);
+  // Returns the row that `row` reads through a tap, -1 if that site is masked. `sites` are squares of one site.
+  __device__ int64_t read_by(const Squares& sites, int64_t row, int tap) const {
+    return sites.neighbour(static_cast<int>(row), tap / kernel_w - kernel_h / 2, tap % kernel_w - kernel_w / 2);
   }
 };
 
@@ -44,7 +35,7 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int k = 0; k < Move::kValues; ++k) sums[k] = a.bias != nullptr ? a.bias[channel + k] : 0.0f;
     for (int tap = 0; tap < taps.count(); ++tap) {
-      const int64_t from = taps.read_by(row, tap);
+      const int64_t from = taps.read_by(a.squares, row, tap);
       if (from < 0) continue;
       const Pack<T> values = Move::load(a.x + from * a.channels + channel);
       const T* weight = a.weight + int64_t{channel} * taps.count() + (a.flip ? taps.count() - 1 - tap : tap);
@@ -113,7 +104,7 @@ __global__ void __launch_bounds__(kGroup* kLanes)
       if (tap == taps.count()) {
         sum += grad;
       } else {
-        const int64_t from = taps.read_by(row, tap);
+        const int64_t from = taps.read_by(a.squares, row, tap);
         if (from >= 0) sum = fmaf(grad, widen(a.x[from * a.channels + channel]), sum);
       }
     }
@@ -147,12 +138,121 @@ __global__ void __launch_bounds__(kGroup* kLanes) add_up_ranges_kernel(const flo
   }
 }
 
+// The properties of the current device that matter here.
+struct Device {
+  int processors;
+  int64_t shared_bytes;  // that a block may use
+
+  static Device current() {
+    int device = 0, processors = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");
+    return {processors, most_shared_bytes()};
+  }
+
+  // Returns how many blocks a multiprocessor holds at once, if its registers allow `most`.
+  int64_t resident(int64_t most, int64_t bytes) const {
+    constexpr int64_t kReserved = 1024;  // shared memory reserved for each block; shared_bytes excludes it once
+    return std::clamp<int64_t>((shared_bytes + kReserved) / (bytes + kReserved), 1, most);
+  }
+};
+
+// The blocks of warps that share nothing; the registers of a multiprocessor allow `most` blocks.
+struct Blocks {
+  int64_t warps, bytes, resident;
+
+  Blocks(MemorySize memory, Device device, int64_t most)
+      : warps(std::min<int64_t>(kThreads / kLanes, (device.shared_bytes - memory.block) / memory.warp)),
+        bytes(warps * memory.warp + memory.block),
+        resident(device.resident(most, bytes)) {}
+};
+
+// Returns whether a kernel size has kernels of its own.
+bool specialised(const DepthwiseGeometry& g) {
+  return g.kernel_h == g.kernel_w && (g.kernel_h == 3 || g.kernel_h == 5 || g.kernel_h == 7);
+}
+
+// Returns these kernels for the largest squares that a tile is divided into.
+template <class T>
+SquareKernels<T> square_kernels(const DepthwiseGeometry& g) {
+  int side = 8;
+  while (g.tile % side != 0) side /= 2;
+  return side >= 4 ? halo_kernels<T>(g.kernel_h, side) : window_kernels<T>(g.kernel_h, side);
+}
+
+// Returns whether rows of `channels` values at these addresses can be moved 16 bytes at a time.
+template <class T>
+bool in_packs(int channels, std::initializer_list<const void*> pointers) {
+  bool aligned = channels * sizeof(T) % 16 == 0;
+  for (const void* pointer : pointers) aligned = aligned && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  return aligned;
+}
+
+// Returns how many squares each worker takes in turn, at most `most`, so that each of `resident` workers has two turns.
+int squares_each(int64_t squares, int64_t resident, int64_t most) {
+  return static_cast<int>(std::clamp<int64_t>(squares / (resident * 2), 1, most));
+}
+
+template <class T>
+ConvArguments<T> conv_arguments(const DepthwiseConv& job, int side, int per_warp) {
+  const DepthwiseGeometry& g = job.geometry;
+  return {static_cast<const T*>(job.x),
+          static_cast<const T*>(job.weight),
+          job.bias,
+          static_cast<const T*>(job.residual),
+          static_cast<T*>(job.out),
+          job.rstd,
+          Squares(g, side),
+          g.channels,
+          per_warp,
+          job.eps,
+          job.flip,
+          in_packs<T>(g.channels, {job.x, job.out})};
+}
+
+template <class T>
+WeightGradArguments<T> grad_arguments(const DepthwiseWeightGrad& job, int side) {
+  const Squares squares(job.geometry, side);
+  return {static_cast<const T*>(job.grad),
+          static_cast<const T*>(job.x),
+          job.partial,
+          squares,
+          job.geometry.channels,
+          static_cast<int>(std::max<int64_t>(1, blocks_of(squares.count, job.ranges))),
+          in_packs<T>(job.geometry.channels, {job.grad, job.x})};
+}
+
+// Launches the kernel for squares. Its warps take so few squares in turn that multiprocessors have work for two rounds.
+template <class T>
+void launch_squares(const DepthwiseConv& job, Device device, cudaStream_t stream) {
+  const SquareKernels<T> k = square_kernels<T>(job.geometry);
+  const int64_t squares = Squares(job.geometry, k.side).count, slabs = blocks_of(job.geometry.channels, k.channels);
+  const auto launch_grid = [&](int64_t x, int64_t y, int64_t warps, int64_t bytes, int each) {
+    launch("depthwise convolution", k.conv, dim3(x, y), dim3(warps * kLanes), bytes, stream,
+           conv_arguments<T>(job, k.side, each));
+  };
+  if (job.rstd != nullptr) {
+    // The warps of a block share its squares. There are as many warps as slabs, or an equal part of them.
+    const int64_t shared = k.outputs * sizeof(float2) + k.conv_memory.block;
+    const int64_t each_warp = k.conv_memory.warp + k.outputs * sizeof(Moments);
+    const int64_t fit = std::min<int64_t>(kMostWarps<T>, (device.shared_bytes - shared) / each_warp);
+    const int64_t warps = blocks_of(slabs, blocks_of(slabs, fit)), bytes = warps * each_warp + shared;
+    const int64_t blocks = device.processors * device.resident(kMostWarps<T> / warps, bytes);
+    const int each = squares_each(squares, blocks, k.most);
+    launch_grid(blocks_of(squares, each), 1, warps, bytes, each);
+  } else {
+    const Blocks blocks(k.conv_memory, device, kMostWarps<T> * kLanes / kThreads);
+    const int each = squares_each(squares * slabs, device.processors * blocks.resident * blocks.warps, k.most);
+    launch_grid(blocks_of(squares, blocks.warps * each), slabs, blocks.warps, blocks.bytes, each);
+  }
+}
+
 template <class T, class Move>
-void general(const DepthwiseConv& job, const ConvArguments<T>& arguments, Device device, cudaStream_t stream) {
+void launch_general(const DepthwiseConv& job, const ConvArguments<T>& arguments, Device device, cudaStream_t stream) {
   const int64_t rows = job.geometry.rows(), most = int64_t{16} * device.processors;
   const int64_t threads = rows * (job.geometry.channels / Move::kValues);
   launch("depthwise_general_kernel", depthwise_general_kernel<T, Move>, dim3(std::min(blocks_of(threads, 256), most)),
-         dim3(256), 0, stream, arguments, Taps(job.geometry), rows);
+         dim3(256), 0, stream, arguments, Taps{job.geometry.kernel_h, job.geometry.kernel_w}, rows);
   if (job.rstd != nullptr) {
     launch("normalise_rows_kernel", normalise_rows_kernel<T, Move>, dim3(std::min(blocks_of(rows, 8), most)), dim3(256),
            0, stream, arguments, rows);
@@ -162,51 +262,46 @@ void general(const DepthwiseConv& job, const ConvArguments<T>& arguments, Device
 }  // namespace
 
 void run_depthwise_conv(const DepthwiseConv& job, cudaStream_t stream) {
-  const DepthwiseGeometry& g = job.geometry;
   const Device device = Device::current();
-  const int side = square_side(g.tile);
-  if (specialised(g.kernel_h, g.kernel_w)) {
-    return side >= 4 ? depthwise_halo(job, side, device, stream) : depthwise_window(job, side, device, stream);
-  }
-  for_dtype(g.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
+  for_dtype(job.geometry.dtype, [&]<class T>(Tag<T>) {
+    if (specialised(job.geometry)) return launch_squares<T>(job, device, stream);
     const ConvArguments<T> arguments = conv_arguments<T>(job, 1, 1);
-    arguments.packs ? general<T, Sixteen<T>>(job, arguments, device, stream)
-                    : general<T, Single<T>>(job, arguments, device, stream);
+    arguments.packs ? launch_general<T, Sixteen<T>>(job, arguments, device, stream)
+                    : launch_general<T, Single<T>>(job, arguments, device, stream);
   });
 }
 
+// With kernels for squares, it is one wave of blocks. Each warp takes its squares in at least two turns, so that there
+// are few partial sums compared with rows.
 int64_t depthwise_ranges(const DepthwiseGeometry& g) {
   const Device device = Device::current();
-  const int side = square_side(g.tile);
-  if (specialised(g.kernel_h, g.kernel_w)) {
-    return side >= 4 ? depthwise_halo_ranges(g, side, device) : depthwise_window_ranges(g, side, device);
+  if (!specialised(g)) {
+    const int64_t blocks = blocks_of(g.channels, kLanes) * (g.kernel_h * g.kernel_w + 1);
+    return std::clamp<int64_t>(8 * device.processors / blocks, 1, blocks_of(std::max<int64_t>(g.rows(), 1), 64));
   }
-  const int64_t blocks = blocks_of(g.channels, kLanes) * (g.kernel_h * g.kernel_w + 1);
-  return std::clamp<int64_t>(8 * device.processors / blocks, 1, blocks_of(std::max<int64_t>(g.rows(), 1), 64));
+  return for_dtype(g.dtype, [&]<class T>(Tag<T>) {
+    const SquareKernels<T> k = square_kernels<T>(g);
+    const Blocks blocks(k.grad_memory, device, kGradBlocks<T>);
+    const int64_t most = std::max<int64_t>(1, Squares(g, k.side).count / (2 * k.at_once * blocks.warps));
+    return std::clamp<int64_t>(device.processors * blocks.resident / blocks_of(g.channels, k.channels), 1, most);
+  });
 }
 
 void run_depthwise_weight_grad(const DepthwiseWeightGrad& job, cudaStream_t stream) {
   const DepthwiseGeometry& g = job.geometry;
-  const Device device = Device::current();
-  const int side = square_side(g.tile), taps = g.kernel_h * g.kernel_w;
+  const int taps = g.kernel_h * g.kernel_w;
   const dim3 sums(blocks_of(g.channels, kLanes) * (taps + 1)), threads(kGroup * kLanes);
   const size_t bytes = kGroup * kLanes * sizeof(float);
-  if (specialised(g.kernel_h, g.kernel_w)) {
-    side >= 4 ? depthwise_halo_grad(job, side, device, stream) : depthwise_window_grad(job, side, device, stream);
-  }
-  for_dtype(g.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if (!specialised(g.kernel_h, g.kernel_w)) {
-      const WeightGradArguments<T> arguments{static_cast<const T*>(job.grad),
-                                             static_cast<const T*>(job.x),
-                                             job.partial,
-                                             Squares(g, 1),
-                                             g.channels,
-                                             0,
-                                             false};
+  for_dtype(g.dtype, [&]<class T>(Tag<T>) {
+    if (specialised(g)) {
+      const SquareKernels<T> k = square_kernels<T>(g);
+      const Blocks blocks(k.grad_memory, Device::current(), kGradBlocks<T>);
+      launch("depthwise weight gradient", k.weight_grad, dim3(job.ranges, blocks_of(g.channels, k.channels)),
+             dim3(blocks.warps * kLanes), blocks.bytes, stream, grad_arguments<T>(job, k.side));
+    } else {
       launch("depthwise_general_grad_kernel", depthwise_general_grad_kernel<T>, dim3(sums.x, job.ranges), threads,
-             bytes, stream, arguments, Taps(g), g.rows(), blocks_of(std::max<int64_t>(g.rows(), 1), job.ranges));
+             bytes, stream, grad_arguments<T>(job, 1), Taps{g.kernel_h, g.kernel_w}, g.rows(),
+             blocks_of(std::max<int64_t>(g.rows(), 1), job.ranges));
     }
     launch("add_up_ranges_kernel", add_up_ranges_kernel<T>, sums, threads, bytes, stream, job.partial, job.ranges, taps,
            g.channels, static_cast<T*>(job.grad_weight), job.grad_bias);

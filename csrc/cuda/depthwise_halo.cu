@@ -2,7 +2,6 @@
 // its square, the (S + K - 1)^2 sites that the outputs see. All S x S sums of a channel stay in registers, so a value
 // is read once and serves all outputs that see it, up to min(K, S)^2 of them.
 #include "depthwise_finish.cuh"
-#include "depthwise_launch.cuh"
 
 namespace sparsecnx::cuda {
 namespace {
@@ -13,14 +12,14 @@ constexpr int kHaloChannels = kHaloPer * kLanes;
 // The shared memory of a warp.
 template <class T, int K, int S>
 struct HaloMemory {
-  static constexpr int kChannels = kHaloChannels;
   static constexpr int kSites = Reach<K, S>::kHalo * Reach<K, S>::kHalo;
-  static constexpr int kOutputs = S * S;
-  static constexpr int kBlockBytes = kSites * sizeof(int);  // of `places`, which the warps of a block share
 
   alignas(16) T halo[kSites * kHaloChannels];
   int rows[kSites];  // of x, -1 where the site is masked
 };
+
+template <int K, int S>
+constexpr int64_t kPlaceBytes = HaloMemory<float, K, S>::kSites * sizeof(int);  // of `places`, which a block shares
 
 // Stores for every site of a halo the neighbour of the square that contains it, times 64, plus its nested index there.
 // It is the same for all squares, so the block computes it once.
@@ -54,8 +53,8 @@ __device__ unsigned seek_halo(const Squares& squares, int q, const int* places, 
   return present;
 }
 
-// Calls f(line, column, value) for every visible site of the halo, counted from its corner. `column` points to the
-// lane's value at the corner.
+// Calls f(output, tap, value) for every visible site of the halo and every output that sees it. `column` points to the
+// lane's value at the corner of the halo.
 template <class T, int K, int S, class F>
 __device__ __forceinline__ void for_halo(const T* column, unsigned present, const F& f) {
   using R = Reach<K, S>;
@@ -66,22 +65,10 @@ __device__ __forceinline__ void for_halo(const T* column, unsigned present, cons
       for (int i = 0; i < S * S; ++i) {
         const int y = j / R::kAcross * S - R::kShift + i / S, x = j % R::kAcross * S - R::kShift + i % S;
         if (y >= 0 && y < R::kHalo && x >= 0 && x < R::kHalo) {
-          f(y, x, widen(column[(y * R::kHalo + x) * kHaloChannels]));
+          const float value = widen(column[(y * R::kHalo + x) * kHaloChannels]);
+          for_outputs<K, S>(y, x, [&](int output, int tap) { f(output, tap, value); });
         }
       }
-    }
-  }
-}
-
-// Calls f(output line, output column, ky, kx) for every output that sees the site at (line, column) of the halo.
-template <int K, int S, class F>
-__device__ __forceinline__ void for_outputs(int line, int column, const F& f) {
-#pragma unroll
-  for (int y = 0; y < S; ++y) {
-#pragma unroll
-    for (int x = 0; x < S; ++x) {
-      const int ky = line - y, kx = column - x;
-      if (ky >= 0 && ky < K && kx >= 0 && kx < K) f(y, x, ky, kx);
     }
   }
 }
@@ -126,32 +113,20 @@ __global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_halo_kerne
       slab.fetch(memory.halo, a.x, Memory::kSites, [&](int i) { return memory.rows[i]; });
       const float bias = a.bias != nullptr && slab.inside(0) ? a.bias[slab.channel(0)] : 0.0f;
       slab.arrive();
-      float sums[S][S];
+      float sums[S * S];  // in raster order
 #pragma unroll
-      for (int y = 0; y < S; ++y) {
-#pragma unroll
-        for (int x = 0; x < S; ++x) sums[y][x] = bias;
-      }
+      for (int i = 0; i < S * S; ++i) sums[i] = bias;
       if (a.residual != nullptr && slab.inside(0)) {
         const T* residual = a.residual + slab.offset(q * (S * S), lane);
 #pragma unroll
-        for (int y = 0; y < S; ++y) {
-#pragma unroll
-          for (int x = 0; x < S; ++x) sums[y][x] += widen(residual[nested_in_square<S>(y, x) * a.channels]);
-        }
+        for (int i = 0; i < S * S; ++i) sums[i] += widen(residual[nested_in_square<S>(i / S, i % S) * a.channels]);
       }
       T* column = memory.halo + lane;
-      for_halo<T, K, S>(column, present, [&](int line, int across, float value) {
-        for_outputs<K, S>(line, across, [&](int y, int x, int ky, int kx) {
-          sums[y][x] = fmaf(value, weights[ky * K + kx][0], sums[y][x]);
-        });
-      });
+      for_halo<T, K, S>(column, present,
+                        [&](int i, int tap, float value) { sums[i] = fmaf(value, weights[tap][0], sums[i]); });
       // The outputs replace the halo: no other lane reads the lane's column.
 #pragma unroll
-      for (int y = 0; y < S; ++y) {
-#pragma unroll
-        for (int x = 0; x < S; ++x) column[(y * R::kHalo + x) * kHaloChannels] = narrow<T>(sums[y][x]);
-      }
+      for (int i = 0; i < S * S; ++i) column[(i / S * R::kHalo + i % S) * kHaloChannels] = narrow<T>(sums[i]);
       __syncwarp();
       if (normalise) finish.measure(slab, memory.halo, place, moments + warp * S * S);
       if (!normalise || slabs > warps) finish.store(slab, memory.halo, place);
@@ -173,9 +148,6 @@ __global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_halo_kerne
 // The shared memory of a warp for the weight gradient: the halo and the incoming gradient of the square.
 template <class T, int K, int S>
 struct HaloGradMemory {
-  static constexpr int kChannels = kHaloChannels;
-  static constexpr int kBlockBytes = HaloMemory<T, K, S>::kBlockBytes;
-
   HaloMemory<T, K, S> input;
   T grad[S * S * kHaloChannels];
 };
@@ -206,20 +178,14 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks<T>) depthwise_halo_grad_
     slab.fetch(memory.input.halo, a.x, HaloMemory<T, K, S>::kSites, [&](int i) { return memory.input.rows[i]; });
     slab.fetch(memory.grad, a.grad, S * S, [&](int i) { return q * (S * S) + i; });
     slab.arrive();
-    float grads[S][S];
+    float grads[S * S];  // in raster order
 #pragma unroll
-    for (int y = 0; y < S; ++y) {
-#pragma unroll
-      for (int x = 0; x < S; ++x) {
-        grads[y][x] = widen(memory.grad[nested_in_square<S>(y, x) * kHaloChannels + lane]);
-        total[0] += grads[y][x];
-      }
+    for (int i = 0; i < S * S; ++i) {
+      grads[i] = widen(memory.grad[nested_in_square<S>(i / S, i % S) * kHaloChannels + lane]);
+      total[0] += grads[i];
     }
-    for_halo<T, K, S>(memory.input.halo + lane, present, [&](int line, int across, float value) {
-      for_outputs<K, S>(line, across, [&](int y, int x, int ky, int kx) {
-        sums[ky * K + kx][0] = fmaf(value, grads[y][x], sums[ky * K + kx][0]);
-      });
-    });
+    for_halo<T, K, S>(memory.input.halo + lane, present,
+                      [&](int i, int tap, float value) { sums[tap][0] = fmaf(value, grads[i], sums[tap][0]); });
     __syncwarp();
   }
   add_up_warps<K>(sums, total, slab, reinterpret_cast<float*>(memories), sizeof(Memory) / sizeof(float), a.partial);
@@ -228,43 +194,27 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks<T>) depthwise_halo_grad_
 constexpr int64_t kMost = 4;  // squares of a warp: loading its weights once is then a small part of the work
 
 template <class T, int K, int S>
-struct Run {
-  static void convolve(const DepthwiseConv& job, Device device, cudaStream_t stream) {
-    launch_conv<T, HaloMemory<T, K, S>>("depthwise_halo_kernel", depthwise_halo_kernel<T, K, S>, job, S, kMost, device,
-                                        stream);
-  }
-  static void weight_grad(const DepthwiseWeightGrad& job, Device device, cudaStream_t stream) {
-    launch_weight_grad<T, HaloGradMemory<T, K, S>>("depthwise_halo_grad_kernel", depthwise_halo_grad_kernel<T, K, S>,
-                                                   job, S, device, stream);
-  }
-  static int64_t ranges(const DepthwiseGeometry& geometry, Device device) {
-    return weight_grad_ranges<T, HaloGradMemory<T, K, S>>(geometry, S, 1, device);
-  }
-};
-
-// Calls f(Run) for the dtype and the kernel size of a geometry.
-template <class F>
-void for_run(const DepthwiseGeometry& geometry, int side, const F& f) {
-  for_dtype(geometry.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    for_kernel(geometry.kernel_h, [&](auto size) { side == 8 ? f(Run<T, size(), 8>()) : f(Run<T, size(), 4>()); });
-  });
+SquareKernels<T> kernels() {
+  return {depthwise_halo_kernel<T, K, S>,
+          depthwise_halo_grad_kernel<T, K, S>,
+          {sizeof(HaloMemory<T, K, S>), kPlaceBytes<K, S>},
+          {sizeof(HaloGradMemory<T, K, S>), kPlaceBytes<K, S>},
+          S,
+          kHaloChannels,
+          S * S,
+          kMost,
+          1};
 }
 
 }  // namespace
 
-void depthwise_halo(const DepthwiseConv& job, int side, Device device, cudaStream_t stream) {
-  for_run(job.geometry, side, [&](auto run) { run.convolve(job, device, stream); });
+template <class T>
+SquareKernels<T> halo_kernels(int kernel_size, int side) {
+  return for_kernel(kernel_size,
+                    [&](auto size) { return side == 8 ? kernels<T, size(), 8>() : kernels<T, size(), 4>(); });
 }
-
-void depthwise_halo_grad(const DepthwiseWeightGrad& job, int side, Device device, cudaStream_t stream) {
-  for_run(job.geometry, side, [&](auto run) { run.weight_grad(job, device, stream); });
-}
-
-int64_t depthwise_halo_ranges(const DepthwiseGeometry& geometry, int side, Device device) {
-  int64_t found = 0;
-  for_run(geometry, side, [&](auto run) { found = run.ranges(geometry, device); });
-  return found;
-}
+template SquareKernels<float> halo_kernels(int, int);
+template SquareKernels<__nv_bfloat16> halo_kernels(int, int);
+template SquareKernels<__half> halo_kernels(int, int);
 
 }  // namespace sparsecnx::cuda

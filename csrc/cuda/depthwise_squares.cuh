@@ -84,12 +84,23 @@ __host__ __device__ constexpr int nested_in_square(int y, int x) {
   return (y & 1) << 1 | (y & 2) << 2 | (y & 4) << 3 | (x & 1) | (x & 2) << 1 | (x & 4) << 2;
 }
 
-// Two adjacent values that are moved at once.
-template <class T>
-union alignas(2 * sizeof(T)) Pair {
-  using Bits = std::conditional_t<sizeof(T) == 2, unsigned, uint2>;
-  Bits bits;
-  T at[2];
+// Calls f(output, tap) for every output of a square, in raster order, that sees the site at (line, column), which is
+// counted from the first site that the square sees.
+template <int K, int S, class F>
+__device__ __forceinline__ void for_outputs(int line, int column, const F& f) {
+#pragma unroll
+  for (int i = 0; i < S * S; ++i) {
+    const int ky = line - i / S, kx = column - i % S;
+    if (ky >= 0 && ky < K && kx >= 0 && kx < K) f(i, ky * K + kx);
+  }
+}
+
+// Four bytes of adjacent values, which are moved at once.
+template <class T, int kPer>
+union alignas(4) Group {
+  static_assert(kPer * sizeof(T) == 4);
+  unsigned bits;
+  T at[kPer];
 };
 
 // The channels that one warp works on, kPer for each lane.
@@ -116,24 +127,16 @@ struct Slab {
 
   // Read and write the lane's values of a row in shared memory. `at` points to the first.
   static __device__ void read(const T* at, float (&values)[kPer]) {
-    if constexpr (kPer == 1) {
-      values[0] = widen(*at);
-    } else {
-      Pair<T> pair;
-      pair.bits = *reinterpret_cast<const typename Pair<T>::Bits*>(at);
-      values[0] = widen(pair.at[0]);
-      values[1] = widen(pair.at[1]);
-    }
+    Group<T, kPer> group;
+    group.bits = *reinterpret_cast<const unsigned*>(at);
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) values[j] = widen(group.at[j]);
   }
   static __device__ void write(T* at, const float (&values)[kPer]) {
-    if constexpr (kPer == 1) {
-      *at = narrow<T>(values[0]);
-    } else {
-      Pair<T> pair;
-      pair.at[0] = narrow<T>(values[0]);
-      pair.at[1] = narrow<T>(values[1]);
-      *reinterpret_cast<typename Pair<T>::Bits*>(at) = pair.bits;
-    }
+    Group<T, kPer> group;
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) group.at[j] = narrow<T>(values[j]);
+    *reinterpret_cast<unsigned*>(at) = group.bits;
   }
 
   // Starts to copy rows to shared memory. Place i, of kChannels values, gets row_of(i), or nothing if that is negative.
@@ -211,6 +214,43 @@ struct WeightGradArguments {
   int per_range;  // squares of a range
   bool packs;
 };
+
+// The bytes of shared memory that each warp and, in addition, each block needs.
+struct MemorySize {
+  int64_t warp, block;
+};
+
+// The kernels for a dtype, a kernel size and a size of squares, and what their launch depends on.
+template <class T>
+struct SquareKernels {
+  void (*conv)(ConvArguments<T>);
+  void (*weight_grad)(WeightGradArguments<T>);
+  MemorySize conv_memory, grad_memory;
+  int side;      // of a square
+  int channels;  // of a slab
+  int outputs;   // sites of which a block of `conv` holds moments
+  int most;      // squares that a warp of `conv` takes in turn
+  int at_once;   // squares that a warp of `weight_grad` takes together
+};
+
+// Return the kernels of depthwise_halo.cu and depthwise_window.cu.
+template <class T>
+SquareKernels<T> halo_kernels(int kernel_size, int side);
+template <class T>
+SquareKernels<T> window_kernels(int kernel_size, int side);
+
+// Returns f(integral_constant<int, K>) for a kernel size that has kernels of its own.
+template <class F>
+auto for_kernel(int size, const F& f) {
+  switch (size) {
+    case 3:
+      return f(std::integral_constant<int, 3>());
+    case 5:
+      return f(std::integral_constant<int, 5>());
+    default:
+      return f(std::integral_constant<int, 7>());
+  }
+}
 
 // Ends a weight gradient: adds up the sums of all warps of the block, in order, and stores them to partial[blockIdx.x].
 // Every warp has `stride` floats of `scratch`, room for its (K * K + 1, kChannels) sums.

@@ -4,7 +4,6 @@
 // image. If the run is too long (a wide grid, masked site by site), the warp takes the squares one by one and gathers
 // their neighbours.
 #include "depthwise_finish.cuh"
-#include "depthwise_launch.cuh"
 
 namespace sparsecnx::cuda {
 namespace {
@@ -22,10 +21,8 @@ constexpr int kPitch = (Reach<K, S>::kAround + 3) / 4 * 4;
 // The shared memory of a warp.
 template <class T, int K, int S>
 struct WindowMemory {
-  static constexpr int kChannels = kWindowChannels<T>;
   static constexpr int kSquares = kSquaresAtOnce<S>;
   static constexpr int kOutputs = kSquares * S * S;
-  static constexpr int kBlockBytes = 0;
 
   alignas(16) T window[kWindowRows * kWindowChannels<T>];
   T outputs[kOutputs * kWindowChannels<T>];  // of the weight gradient: the incoming gradient
@@ -87,8 +84,8 @@ __device__ void fetch_window(const Slab<T, kWindowPer<T>>& slab, T* to, const T*
   }
 }
 
-// Calls f(line, column, values) for every visible site that a square sees, counted from the first that it sees. The
-// lane's values begin at `column` in the window.
+// Calls f(output, tap, values) for every visible site that a square sees and every output that sees it. The lane's
+// values begin at `column` in the window.
 template <int K, int S, class T, class F>
 __device__ __forceinline__ void for_window(const T* column, Window window, const int* around, const F& f) {
   using R = Reach<K, S>;
@@ -106,7 +103,7 @@ __device__ __forceinline__ void for_window(const T* column, Window window, const
           if (y >= 0 && y < R::kHalo && x >= 0 && x < R::kHalo) {
             float values[kWindowPer<T>];
             Slab<T, kWindowPer<T>>::read(at + i * kWindowChannels<T>, values);
-            f(y, x, values);
+            for_outputs<K, S>(y, x, [&](int output, int tap) { f(output, tap, values); });
           }
         }
       }
@@ -165,19 +162,10 @@ __global__ void __launch_bounds__(kMostWarps<T>* kLanes, 1) depthwise_window_ker
           }
         }
         const T* column = memory.window + lane * kWindowPer<T>;
-        const auto add = [&](int y, int x, const float (&values)[kWindowPer<T>]) {
+        for_window<K, S>(column, window, memory.around + n * kPitch<K, S>, [&](int i, int tap, const auto& values) {
 #pragma unroll
-          for (int i = 0; i < S * S; ++i) {
-            const int ky = y - (i >> 1), kx = x - (i & 1);
-            if (ky >= 0 && ky < K && kx >= 0 && kx < K) {
-#pragma unroll
-              for (int j = 0; j < kWindowPer<T>; ++j) {
-                sums[i][j] = fmaf(values[j], weights[ky * K + kx][j], sums[i][j]);
-              }
-            }
-          }
-        };
-        for_window<K, S>(column, window, memory.around + n * kPitch<K, S>, add);
+          for (int j = 0; j < kWindowPer<T>; ++j) sums[i][j] = fmaf(values[j], weights[tap][j], sums[i][j]);
+        });
 #pragma unroll
         for (int i = 0; i < S * S; ++i) {
           slab.write(memory.outputs + (n * S * S + i) * kWindowChannels<T> + lane * kWindowPer<T>, sums[i]);
@@ -238,19 +226,10 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks<T>)
           for (int j = 0; j < kWindowPer<T>; ++j) total[j] += grads[i][j];
         }
         const T* column = memory.window + lane * kWindowPer<T>;
-        const auto add = [&](int y, int x, const float (&values)[kWindowPer<T>]) {
+        for_window<K, S>(column, window, memory.around + n * kPitch<K, S>, [&](int i, int tap, const auto& values) {
 #pragma unroll
-          for (int i = 0; i < S * S; ++i) {
-            const int ky = y - (i >> 1), kx = x - (i & 1);
-            if (ky >= 0 && ky < K && kx >= 0 && kx < K) {
-#pragma unroll
-              for (int j = 0; j < kWindowPer<T>; ++j) {
-                sums[ky * K + kx][j] = fmaf(values[j], grads[i][j], sums[ky * K + kx][j]);
-              }
-            }
-          }
-        };
-        for_window<K, S>(column, window, memory.around + n * kPitch<K, S>, add);
+          for (int j = 0; j < kWindowPer<T>; ++j) sums[tap][j] = fmaf(values[j], grads[i][j], sums[tap][j]);
+        });
       }
       __syncwarp();
     }
@@ -259,43 +238,28 @@ __global__ void __launch_bounds__(kThreads, kGradBlocks<T>)
 }
 
 template <class T, int K, int S>
-struct Run {
-  static void convolve(const DepthwiseConv& job, Device device, cudaStream_t stream) {
-    launch_conv<T, WindowMemory<T, K, S>>("depthwise_window_kernel", depthwise_window_kernel<T, K, S>, job, S,
-                                          kSquaresAtOnce<S>, device, stream);
-  }
-  static void weight_grad(const DepthwiseWeightGrad& job, Device device, cudaStream_t stream) {
-    launch_weight_grad<T, WindowMemory<T, K, S>>("depthwise_window_grad_kernel", depthwise_window_grad_kernel<T, K, S>,
-                                                 job, S, device, stream);
-  }
-  static int64_t ranges(const DepthwiseGeometry& geometry, Device device) {
-    return weight_grad_ranges<T, WindowMemory<T, K, S>>(geometry, S, kSquaresAtOnce<S>, device);
-  }
-};
-
-// Calls f(Run) for the dtype and the kernel size of a geometry.
-template <class F>
-void for_run(const DepthwiseGeometry& geometry, int side, const F& f) {
-  for_dtype(geometry.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    for_kernel(geometry.kernel_h, [&](auto size) { side == 2 ? f(Run<T, size(), 2>()) : f(Run<T, size(), 1>()); });
-  });
+SquareKernels<T> kernels() {
+  constexpr MemorySize kMemory{sizeof(WindowMemory<T, K, S>), 0};
+  return {depthwise_window_kernel<T, K, S>,
+          depthwise_window_grad_kernel<T, K, S>,
+          kMemory,
+          kMemory,
+          S,
+          kWindowChannels<T>,
+          WindowMemory<T, K, S>::kOutputs,
+          kSquaresAtOnce<S>,
+          kSquaresAtOnce<S>};
 }
 
 }  // namespace
 
-void depthwise_window(const DepthwiseConv& job, int side, Device device, cudaStream_t stream) {
-  for_run(job.geometry, side, [&](auto run) { run.convolve(job, device, stream); });
+template <class T>
+SquareKernels<T> window_kernels(int kernel_size, int side) {
+  return for_kernel(kernel_size,
+                    [&](auto size) { return side == 2 ? kernels<T, size(), 2>() : kernels<T, size(), 1>(); });
 }
-
-void depthwise_window_grad(const DepthwiseWeightGrad& job, int side, Device device, cudaStream_t stream) {
-  for_run(job.geometry, side, [&](auto run) { run.weight_grad(job, device, stream); });
-}
-
-int64_t depthwise_window_ranges(const DepthwiseGeometry& geometry, int side, Device device) {
-  int64_t found = 0;
-  for_run(geometry, side, [&](auto run) { found = run.ranges(geometry, device); });
-  return found;
-}
+template SquareKernels<float> window_kernels(int, int);
+template SquareKernels<__nv_bfloat16> window_kernels(int, int);
+template SquareKernels<__half> window_kernels(int, int);
 
 }  // namespace sparsecnx::cuda

@@ -6,7 +6,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <tuple>
 
@@ -25,7 +24,7 @@ using torch::stable::new_empty;
 
 constexpr int64_t kMostChannels = 1 << 16;
 
-Dtype dtype_of(const Tensor& x, const char* name) {
+Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return Dtype::kFloat32;
@@ -34,19 +33,20 @@ Dtype dtype_of(const Tensor& x, const char* name) {
     case ScalarType::Half:
       return Dtype::kFloat16;
     default:
-      STD_TORCH_CHECK(false, "sparsecnx: ", name, " is ", torch::headeronly::toString(x.scalar_type()),
+      STD_TORCH_CHECK(false, "sparsecnx: x is ", torch::headeronly::toString(x.scalar_type()),
                       ", expected float32, bfloat16 or float16");
   }
 }
 
-template <class T>
+template <class T = void>
 T* data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-void* data(const Tensor& x) { return x.mutable_data_ptr(); }
-
-const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->mutable_data_ptr() : nullptr; }
+template <class T = void>
+T* data_or_null(const std::optional<Tensor>& x) {
+  return x ? data<T>(*x) : nullptr;
+}
 
 // Raises unless x is contiguous and has that many elements, that dtype and the device of `like`.
 void check_dense(const Tensor& x, const char* name, int64_t numel, ScalarType dtype, const Tensor& like) {
@@ -58,20 +58,14 @@ void check_dense(const Tensor& x, const char* name, int64_t numel, ScalarType dt
   STD_TORCH_CHECK(x.numel() == numel, "sparsecnx: ", name, " has ", x.numel(), " elements, expected ", numel);
 }
 
-// Returns (rows, channels) of a feature matrix. Raises unless it is contiguous.
-std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "sparsecnx: ", name, " must be contiguous, (rows, channels)");
-  STD_TORCH_CHECK(1 <= x.size(1) && x.size(1) <= kMostChannels, "sparsecnx: ", name, " has ", x.size(1),
-                  " channels, expected 1 to ", kMostChannels);
-  STD_TORCH_CHECK(x.size(0) < (int64_t{1} << 31), "sparsecnx: ", name, " has ", x.size(0),
-                  " rows, expected fewer than 2^31");
-  return {x.size(0), x.size(1)};
-}
-
 // Checks the arguments that describe the sites and returns them together.
 DepthwiseGeometry check_geometry(const Tensor& x, const Tensor& table, int64_t tile, int64_t kernel_h,
                                  int64_t kernel_w) {
-  const auto [rows, channels] = feature_shape(x, "x");
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "sparsecnx: x must be contiguous, (rows, channels)");
+  const int64_t rows = x.size(0), channels = x.size(1);
+  STD_TORCH_CHECK(1 <= channels && channels <= kMostChannels, "sparsecnx: x has ", channels,
+                  " channels, expected 1 to ", kMostChannels);
+  STD_TORCH_CHECK(rows < (int64_t{1} << 31), "sparsecnx: x has ", rows, " rows, expected fewer than 2^31");
   STD_TORCH_CHECK(tile >= 1 && tile <= (1 << 15), "sparsecnx: tile is ", tile, ", expected 1 to 32768 sites");
   STD_TORCH_CHECK(kernel_h > 0 && kernel_w > 0 && kernel_h % 2 == 1 && kernel_w % 2 == 1, "sparsecnx: the kernel is ",
                   kernel_h, "x", kernel_w, ", expected odd sizes");
@@ -84,7 +78,7 @@ DepthwiseGeometry check_geometry(const Tensor& x, const Tensor& table, int64_t t
   return {data<int32_t>(table),       tiles,
           static_cast<int>(tile),     static_cast<int>(span),
           static_cast<int>(kernel_h), static_cast<int>(kernel_w),
-          static_cast<int>(channels), dtype_of(x, "x")};
+          static_cast<int>(channels), dtype_of(x)};
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv_fused(const Tensor& x, const Tensor& weight,
@@ -100,10 +94,9 @@ std::tuple<Tensor, Tensor> depthwise_conv_fused(const Tensor& x, const Tensor& w
   const OnDevice guard(x);
   Tensor out = new_empty(x, {rows, channels}, x.scalar_type());
   Tensor rstd = new_empty(x, {eps ? rows : 0}, ScalarType::Float);
-  run_depthwise_conv(
-      {geometry, data(x), data(weight), static_cast<const float*>(data_or_null(bias)), data_or_null(residual),
-       data(out), eps ? data<float>(rstd) : nullptr, static_cast<float>(eps.value_or(0.0)), flip},
-      current_stream(x));
+  run_depthwise_conv({geometry, data(x), data(weight), data_or_null<float>(bias), data_or_null(residual), data(out),
+                      eps ? data<float>(rstd) : nullptr, static_cast<float>(eps.value_or(0.0)), flip},
+                     current_stream(x));
   return {out, rstd};
 }
 

@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "depthwise.h"
 
 namespace sparsecnx::cuda {
@@ -15,18 +17,14 @@ inline __device__ float widen(__half x) { return __half2float(x); }
 
 // Rounds to the nearest value of T, ties to even.
 template <class T>
-__device__ T narrow(float x);
-template <>
-inline __device__ float narrow<float>(float x) {
-  return x;
-}
-template <>
-inline __device__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-inline __device__ __half narrow<__half>(float x) {
-  return __float2half_rn(x);
+__device__ T narrow(float x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return x;
+  }
 }
 
 // Values that move together: 16 bytes at a multiple of 16 bytes.
@@ -49,19 +47,17 @@ __device__ void store_pack(T* to, const Pack<T>& pack) {
   *reinterpret_cast<uint4*>(to) = pack.bits;
 }
 
-// Calls f(Tag<T>()) with the storage type of a dtype.
+// Returns f(Tag<T>()) for the storage type of a dtype.
 template <class T>
-struct Tag {
-  using type = T;
-};
+struct Tag {};
 template <class F>
-void for_dtype(Dtype dtype, const F& f) {
+auto for_dtype(Dtype dtype, const F& f) {
   switch (dtype) {
     case Dtype::kFloat32:
       return f(Tag<float>());
     case Dtype::kBFloat16:
       return f(Tag<__nv_bfloat16>());
-    case Dtype::kFloat16:
+    default:
       return f(Tag<__half>());
   }
 }
