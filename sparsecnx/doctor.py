@@ -221,7 +221,7 @@ def _import_problem(module: str) -> str | None:
     """Return why `module` does not import; None where it does."""
     try:
         importlib.import_module(module)
-    except Exception as error:  # what a broken installation raises is its own choice
+    except Exception as error:  # a broken installation may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name is not None and module.startswith(error.name):
             return minkowski.NOT_INSTALLED
         return f"installed, but does not import: {error}"

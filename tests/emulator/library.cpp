@@ -1,6 +1,6 @@
-// What the GPU operators need of torch when they run on the CPU: memory and, instead of csrc/cuda/stream.cpp, a stream.
-// The memory that they allocate ends where nothing may be read and is full of NaN, so that values which a kernel leaves
-// out are noticed.
+// Gives the GPU operators what they need of torch on the CPU: memory and, instead of csrc/cuda/stream.cpp, a stream. The
+// memory that they allocate ends where nothing may be read and is full of NaN, so that values which a kernel leaves out
+// are noticed.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <vector>

@@ -1,4 +1,4 @@
-"""Submanifold depthwise convolution by the compiled CPU kernel (`csrc/cpu/kernels_depthwise.h`)."""
+"""Submanifold depthwise convolution by the compiled CPU kernel (`csrc/cpu/depthwise_conv.cpp`)."""
 
 from __future__ import annotations
 

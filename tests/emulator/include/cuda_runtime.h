@@ -49,7 +49,7 @@ constexpr int warpSize = 32;
 
 namespace emulator {
 
-// Where in the sources a thread waits.
+// The place in the sources where a thread waits.
 struct Place {
   const char* file;
   int line;
@@ -104,7 +104,7 @@ T __shfl_xor_sync(unsigned mask, T value, int bits, int width = warpSize, EMULAT
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
-// As CUDA's overloads: arguments of different types meet as in a + b.
+// As in CUDA's overloads, arguments of different types are converted as in a + b.
 template <class A, class B>
   requires(std::is_arithmetic_v<A> && std::is_arithmetic_v<B>)
 std::common_type_t<A, B> min(A a, B b) {
@@ -120,7 +120,7 @@ std::common_type_t<A, B> max(A a, B b) {
   return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(b) : static_cast<T>(a);
 }
 
-// As CUDA's, a kernel's arguments are converted to its parameters; every thread gets its own.
+// As in CUDA, a kernel's arguments are converted to its parameters. Every thread gets its own.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
