@@ -76,7 +76,7 @@ class Workload:
         images, grad = case.images(), torch.randn(case.batch, size.dims[-1], *case.grid).to(self.device)
         self.images = images.to(memory_format=torch.channels_last)
         self.output_grad = grad.to(memory_format=torch.channels_last)
-        # What the dense encoders get: images in the dtype of autocast bring the mask, and so all features, to it.
+        # The dense encoders get images in the dtype of autocast, which bring the mask, and so all features, to it.
         low = images.to(getattr(torch, case.dtype))
         self.dense_images = {False: low.to(memory_format=torch.channels_last), True: low}
         self.dense_grads = {False: self.output_grad, True: grad}
@@ -172,7 +172,7 @@ class Workload:
         """Return the peak memory of forward + backward, by encoder."""
         if self.device.type == "cuda":
             return {name: measure.peak_bytes(functools.partial(steps, self, name), self.device) for name in self.eager}
-        # What a dense encoder needs does not depend on the mask: one measurement serves all ratios.
+        # The memory of a dense encoder does not depend on the mask, so one measurement serves all ratios.
         fixed = replace(self.case, ratio=0.0)
         cases = {name: self.case if name == "sparse" else fixed for name in self.eager}
         return {name: measure.in_fresh_process(cpu_peak_bytes, cases[name], name, self.by_block) for name in self.eager}
@@ -216,8 +216,10 @@ def compiled_encoder(model: ConvNeXtV2Encoder, by_block: bool) -> Callable[..., 
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Draw weights that keep every branch as large as its input, and leave nothing at 0 or 1: GRN starts at 0, where a
-    wrong one would go unnoticed."""
+    """Draw weights that keep every branch as large as its input, and leave nothing at 0 or 1.
+
+    GRN starts at 0, where a wrong one would go unnoticed.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("weight") and parameter.ndim > 1:
@@ -227,7 +229,7 @@ def randomize(model: torch.nn.Module) -> None:
 
 
 def block_products(model: ConvNeXtV2Encoder, case: Case) -> Callable[[bool], None]:
-    """Return what computes the matrix products of all blocks: with True six a block, else the two of forward."""
+    """Return a function that computes the matrix products of all blocks: with True six a block, else two of forward."""
     dtype, blocks = getattr(torch, case.dtype), []
     stage: Any
     for index, stage in enumerate(model.stages):
@@ -252,8 +254,8 @@ def block_products(model: ConvNeXtV2Encoder, case: Case) -> Callable[[bool], Non
 
 def cpu_peak_bytes(case: Case, name: str, by_block: bool) -> int:
     """Return the peak memory of one encoder, in a fresh process."""
-    # What kernels keep from call to call counts, so one small image loads the libraries. Code that is compiled for its
-    # shape has to meet that shape first; it keeps nothing.
+    # Memory that kernels keep from call to call counts, so one small image loads the libraries. Code that is compiled
+    # for a shape has to run at that shape first; it keeps nothing.
     compiled = name.startswith("compiled")
     warm = Workload(case if compiled else replace(case, batch=1, image=STRIDE, ratio=0.0), [name], by_block)
     steps(warm, name)

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Time limit in seconds and command of every part. OUT stands for the folder of the results.
+# Each part has a time limit in seconds and a command. OUT stands for the folder of the results.
 GPU = "--device cuda --dtype bfloat16 --batch 64 --by-block"
 PARTS = {
     "build": (400, "setup.py build_ext --inplace"),

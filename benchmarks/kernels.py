@@ -50,9 +50,9 @@ class Work(NamedTuple):
     """The least work of a kernel or a torch operator.
 
     Attributes:
-        name: of the kernel or the operator.
+        name: name of the kernel or the operator.
         phase: `forward` or `backward`.
-        shapes: of its tensors.
+        shapes: shapes of its tensors.
         bytes, matrix, vector: least bytes moved, FLOPs of matrix products, other FLOPs.
     """
 
@@ -65,7 +65,7 @@ class Work(NamedTuple):
 
 
 class Stage:
-    """Where in a network the operators run: channels, tiles and a mask."""
+    """The place in a network where the operators run: channels, tiles and a mask."""
 
     def __init__(self, case: Case, stage: int) -> None:
         self.case, self.stage = case, stage
@@ -78,7 +78,7 @@ class Stage:
 
     @functools.cached_property
     def taps(self) -> int:
-        """Pairs of a visible site and a tap of a 7x7 kernel on a visible site: what a convolution of ones adds up."""
+        """Number of pairs of a visible site and a tap of a 7x7 kernel on a visible site, by a convolution of ones."""
         ones = SparseTensor(torch.ones(self.layout.rows, 1, device=self.device), self.layout)
         return int(ops.depthwise_conv(ones, torch.ones(1, 1, 7, 7, device=self.device)).features.double().sum())
 
@@ -119,7 +119,7 @@ def block(s: Stage) -> tuple[Any, ...]:
 
 
 def gather(s: Stage) -> tuple[Any, ...]:
-    # Before the first stage stand the images, at pixel size.
+    # The first stage gathers images, at pixel size.
     images = s.image(3, s.case.image) if s.stage == 1 else s.image(s.channels, s.layout.shape[0])
     return lambda x: SparseTensor.from_dense(x, s.mask, s.case.visible), images
 
@@ -165,7 +165,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "sparsecnx_triton":
-            # Written in Python. Its kernel for the device runs in this mode, which so sees what it calls in turn.
+            # It is written in Python. Its kernel for the device runs in this mode, which so sees what it calls in turn.
             keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, self.stage.device.type.upper()))
             with self:
                 return func.redispatch(keys, *args, **kwargs)

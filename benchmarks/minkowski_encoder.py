@@ -75,7 +75,7 @@ class Workload:
         """Return the last stage: dense from code for MinkowskiEngine, rows from our own."""
         if name.startswith("fused"):
             return self.models[name](self.images, self.mask, self.case.visible).features
-        # Without tiles, as if the pattern consisted of single sites.
+        # Tiles are not recognised, as if the pattern consisted of single sites.
         unrecognised = mock.patch.object(operations, "tiles_of_mask", lambda active: None)
         with unrecognised if name == "api_general" else nullcontext():
             encoded = self.models[name].features(self.images, self.mask.flatten(1).float())

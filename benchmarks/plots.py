@@ -28,7 +28,7 @@ VARIANTS = {
     "sparse_graph": ("sparse, CUDA graph", "#8d2a3a"),
     "floor": ("its matrix products alone", "#edae49"),
 }
-# What makes two cases comparable, but for the one that a plot varies.
+# Cases are comparable if these are equal, except the one that a plot varies.
 SETTING = ("size", "ratio", "batch", "image", "dtype", "device", "threads")
 
 

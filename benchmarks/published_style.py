@@ -78,7 +78,7 @@ class SparseBlock(nn.Module):
 
 
 class DenseLayerNorm(nn.LayerNorm):
-    """Over the channels of `(B, C, H, W)`."""
+    """Normalise over the channels of `(B, C, H, W)`."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=1e-6)
@@ -88,7 +88,7 @@ class DenseLayerNorm(nn.LayerNorm):
 
 
 class SparseConvNeXtV2(nn.Module):
-    """Dense images and a float mask `(B, L)`, 1 = masked, to dense `(B, dims[-1], gh, gw)`, 0 where masked."""
+    """Encode images under a float mask `(B, L)`, 1 = masked, to dense `(B, dims[-1], gh, gw)`, 0 where masked."""
 
     def __init__(self, depths: tuple[int, ...], dims: tuple[int, ...], drop_path_rate: float = 0.0) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class DenseBlock(nn.Module):
 
 
 class FCMAE(nn.Module):
-    """Images and a float mask `(B, L)`, 1 = masked, to the loss on masked patches, pixels normalised by patch."""
+    """Compute the loss on masked patches, normalised by patch, of images and a float mask `(B, L)`, 1 = masked."""
 
     def __init__(
         self, depths: tuple[int, ...], dims: tuple[int, ...], decoder_dim: int = 512, drop_path_rate: float = 0.0
