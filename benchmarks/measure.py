@@ -103,9 +103,9 @@ def interleaved(
 
 def spread(times: Sequence[float]) -> dict[str, Any]:
     """Return median, minimum, quartiles, and the repeats themselves."""
-    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else list(times) * 3
-    summary = {"median": median, "min": min(times), "q1": q1, "q3": q3}
-    return {**{name: round(value, 4) for name, value in summary.items()}, "repeats": [round(t, 4) for t in times]}
+    repeats = [round(time, 4) for time in times]
+    q1, median, q3 = statistics.quantiles(repeats, n=4, method="inclusive") if len(times) > 1 else repeats * 3
+    return {"median": round(median, 4), "min": min(repeats), "q1": round(q1, 4), "q3": round(q3, 4), "repeats": repeats}
 
 
 def captured(step: Callable[[], Any], reset: Call, device: torch.device) -> Callable[[], Any]:
@@ -194,8 +194,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     """Return the memory that `call` needs at its peak beyond what is held before it, in bytes.
 
     On a GPU this is memory of torch's allocator. On the CPU it is resident memory as Linux counts it, so that buffers
-    count which libraries allocate for themselves. Measure there in a fresh process (`in_fresh_process`), with code
-    loaded.
+    count which libraries allocate for themselves. Measure there `in_fresh_process`, with code loaded.
     """
     gc.collect()
     if device.type == "cuda":
@@ -213,11 +212,9 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 
 def _process_bytes(field: str) -> int:
-    """Return a memory field of `/proc/self/status`."""
-    match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if match is None:
-        raise RuntimeError(f"/proc/self/status has no {field}: peak memory is measured on Linux alone")
-    return 1024 * int(match[1])
+    """Return a memory field of `/proc/self/status`, which Linux alone has."""
+    found = re.findall(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return 1024 * int(found[0])
 
 
 @functools.cache
@@ -311,21 +308,17 @@ def describe_run() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    versions: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "sparsecnx": sparsecnx.__version__,
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "sparsecnx": sparsecnx.__version__}
     installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
-    versions |= {package: installed.get(package) for package in ("triton", "transformers", "MinkowskiEngine")}
+    packages = {package: installed.get(package) for package in ("triton", "transformers", "MinkowskiEngine")}
     # The commit of the checkout, with `-dirty` where files differ from it; None outside a checkout.
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    versions["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", name, *sys.argv[1:]]),
         "machine": machine,
-        "versions": versions,
+        "versions": {**versions, **packages, "commit": commit},
     }
 
 

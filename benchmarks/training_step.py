@@ -59,8 +59,8 @@ def fcmae(case: Case, variant: str, by_block: bool) -> tuple[FCMAE, Callable[[],
                 return dense_loss(model, encode, images, mask, case.dtype)
             return model(images, mask=mask, visible=case.visible)[0]
 
-    found, limit = loss(), measure.TOLERANCE[case.dtype]
-    if not (error := measure.relative_error(found, expected)) <= limit:
+    error, limit = measure.relative_error(loss(), expected), measure.TOLERANCE[case.dtype]
+    if not error <= limit:
         raise Mismatch(f"the loss of {variant} is off by {error:.1e}, at most {limit:g} is expected")
     return model, loss
 
