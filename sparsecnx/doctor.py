@@ -27,6 +27,7 @@ from sparsecnx.ops import (
 )
 from sparsecnx.tensor import SparseTensor
 
+NOT_INSTALLED = "not installed"
 TORCHVISION_RELEASES = "https://github.com/pytorch/vision#installation"
 INSTALL_MINKOWSKI = (
     "pip install setuptools==68.2.2 numpy==1.26.4 wheel ninja && CUDA_VISIBLE_DEVICES= "
@@ -55,7 +56,7 @@ class Check:
 
     Attributes:
         name: what was looked for.
-        ok: whether it is there and usable.
+        ok: True if it is there and usable.
         detail: its version and what matters about it, or why it is missing.
         remedy: what to do where it is missing; None where nothing needs to be done.
     """
@@ -199,7 +200,7 @@ def _train() -> Iterator[Check]:
     for distribution in TRAIN:
         module = MODULES.get(distribution, distribution)
         problem, remedy = _import_problem(module), f"pip install --force-reinstall --no-deps {distribution}"
-        if problem == minkowski.NOT_INSTALLED:
+        if problem == NOT_INSTALLED:
             remedy = "pip install 'sparsecnx[train]'"
         elif distribution == "torchvision":
             remedy = f"Install the one that belongs to torch {torch.__version__}: {TORCHVISION_RELEASES}"
@@ -223,7 +224,7 @@ def _import_problem(module: str) -> str | None:
         importlib.import_module(module)
     except Exception as error:  # a broken installation may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name is not None and module.startswith(error.name):
-            return minkowski.NOT_INSTALLED
+            return NOT_INSTALLED
         return f"installed, but does not import: {error}"
     return None
 

@@ -68,12 +68,12 @@ class SparseTensor:
             raise ValueError(f"dense is {tuple(dense.shape)}: expected (B, C, *spatial)")
         if dense.shape[0] == 0:
             raise ValueError(f"dense is {tuple(dense.shape)}: expected at least one image in the batch")
-        layout_shape = tuple(dense.shape[2:])
+        shape = tuple(dense.shape[2:])
         if isinstance(mask, Tensor) and mask.device != dense.device:
             raise ValueError(f"mask is on {mask.device}: dense is on {dense.device}")
         if isinstance(mask, Tensor) and mask.ndim and mask.shape[0] != dense.shape[0]:
             raise ValueError(f"mask is {tuple(mask.shape)}: dense holds {dense.shape[0]} images")
-        layout = Layout.from_mask(mask, layout_shape, visible, count)
+        layout = Layout.from_mask(mask, shape, visible, count)
         return cls(gather_rows(dense, layout), layout)
 
     def dense(self, fill: float | Tensor = 0.0) -> Tensor:
@@ -102,22 +102,22 @@ class SparseTensor:
 
     @property
     def coordinates(self) -> Tensor:
-        """int32 `(rows, 1 + ndim)`: image, then position in multiples of `layout.stride`."""
+        """Return int32 `(rows, 1 + ndim)`: image, then position in multiples of `layout.stride`."""
         return self.layout.coordinates()
 
     @property
     def F(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
-        """`features`, by MinkowskiEngine's name."""
+        """Return `features`, by MinkowskiEngine's name."""
         return self.features
 
     @property
     def C(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
-        """`coordinates`, by MinkowskiEngine's name."""
+        """Return `coordinates`, by MinkowskiEngine's name."""
         return self.coordinates
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of `dense()`: `(B, C, *spatial)`."""
+        """Return the shape of `dense()`: `(B, C, *spatial)`."""
         return (self.layout.batch, self.features.shape[1], *self.layout.shape)
 
     @property

@@ -68,7 +68,7 @@ def test_compiled_operators() -> None:
         assert f"{facts['compiler']}" in found.detail and f"{facts['torch']}" in found.detail
 
 
-def test_operators_of_another_version_are_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_mismatch_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled.loaded:
         pytest.skip(f"{compiled.why_not}")
     monkeypatch.setattr(sparsecnx, "__version__", "9.9.9")

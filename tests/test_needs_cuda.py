@@ -13,6 +13,6 @@ def test_on_a_gpu_missing_operators_fail(build: str | None) -> None:
 
 
 @pytest.mark.parametrize("build", ["cpu", "none"])
-def test_who_builds_none_skips(build: str) -> None:
+def test_without_a_cuda_build_missing_operators_skip(build: str) -> None:
     with pytest.raises(pytest.skip.Exception, match=f"SPARSECNX_BUILD={build}: not compiled"):
         without_operators("not compiled", build)

@@ -401,7 +401,7 @@ def test_torch_that_the_operators_do_not_run_on(tmp_path: Path, monkeypatch: pyt
     assert missing is not None and missing.reason == "this torch is built for CPU only"
 
 
-def test_libraries_of_another_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_mismatch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are left in a source folder after `git pull` and lack the operators that were added since."""
     for name in ("_C.abi3.so", "_C_cuda.abi3.so"):
         (tmp_path / name).touch()

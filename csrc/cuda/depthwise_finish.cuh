@@ -31,7 +31,7 @@ __device__ Moments merged_across(Moments m) {
   return m;
 }
 
-// How a lane moves values: 16 bytes at once where rows allow it, otherwise one value.
+// A lane moves 16 bytes at once where rows allow it (Sixteen), otherwise one value (Single).
 template <class T>
 struct Sixteen {
   static constexpr int kValues = Pack<T>::kSize;

@@ -1,4 +1,4 @@
-// What the kernels of the depthwise convolution on the GPU share.
+// The kernels of the depthwise convolution on the GPU share these definitions.
 //
 // The sites of a tile are divided into squares of S x S, S a power of two: S x S consecutive rows in nested order. A
 // warp takes one square at a time and a *slab* of its channels, one or two for each lane. A lane keeps the K x K
@@ -67,7 +67,7 @@ struct Squares {
   }
 };
 
-// How far a kernel of side K reaches from a square of side S.
+// A kernel of side K reaches this far from a square of side S.
 template <int K, int S>
 struct Reach {
   static constexpr int kHalo = S + K - 1;               // sites per side that the outputs see

@@ -83,8 +83,10 @@ def spread_bits(value, LEVELS: tl.constexpr):
 
 @triton.jit
 def nested_line(y, TILE: tl.constexpr):
-    """Return the part of row y of a tile in the nested index of a site (`geometry.nested_order`): the index of
-    site (y, x) is `nested_line(y) + nested_column(x)`."""
+    """Return the part of the nested index of a site (`geometry.nested_order`) that its row y in the tile determines.
+
+    The index of site (y, x) is `nested_line(y) + nested_column(x)`.
+    """
     LEVELS: tl.constexpr = levels(TILE)
     odd: tl.constexpr = TILE >> LEVELS
     return (y >> LEVELS) * (TILE * TILE // odd) + 2 * spread_bits(y & ((1 << LEVELS) - 1), LEVELS)

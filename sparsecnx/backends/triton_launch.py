@@ -165,7 +165,7 @@ def _run_tuned(kernel: Any, grid: Grid, arguments: dict[str, Any], device: torch
 
 
 def _may_time(device: torch.device) -> bool:
-    """Return whether a kernel may be launched again and again on that device now, and the clock looked at."""
+    """Return whether a kernel may be launched repeatedly and timed on that device now."""
     if interpreting or device.type != "cuda" or os.environ.get("SPARSECNX_AUTOTUNE") == "0":
         return False
     return not torch.cuda.is_current_stream_capturing()
@@ -195,8 +195,11 @@ def processors(device: torch.device) -> int:
 
 
 def alignment(*sizes: int) -> int:
-    """Return what all of them are multiples of, up to 16. Triton knows by itself which integers are multiples of 16;
-    with this, and `aligned` in the kernel, rows of 8 or 40 channels are also moved 16 bytes at a time."""
+    """Return the largest power of two up to 16 that divides all sizes.
+
+    Triton knows by itself which integers are multiples of 16. With this, and `aligned` in the kernel, rows of 8 or 40
+    channels are also moved 16 bytes at a time.
+    """
     return math.gcd(16, *sizes)
 
 

@@ -90,27 +90,27 @@ class Recipe:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches down and across an image."""
+        """Return the patches down and across an image."""
         return self.image_size // PATCH_SIZE, self.image_size // PATCH_SIZE
 
     @property
     def visible(self) -> int:
-        """Patches of an image that stay visible."""
+        """Return the patches of an image that stay visible."""
         return visible_count(math.prod(self.grid), self.mask_ratio)
 
     @property
     def effective_batch(self) -> int:
-        """Images per optimizer step."""
+        """Return the images per optimizer step."""
         return self.batch_size * self.grad_accum_steps
 
     @property
     def peak_lr(self) -> float:
-        """Learning rate at the end of warm-up: `base_lr` x effective batch / 256."""
+        """Return the learning rate at the end of warm-up: `base_lr` x effective batch / 256."""
         return self.base_lr * self.effective_batch / 256
 
     @property
     def warmup(self) -> float:
-        """Epochs of warm-up: by default the published 40, but at most a tenth of the run."""
+        """Return the epochs of warm-up: by default the published 40, but at most a tenth of the run."""
         return min(WARMUP_EPOCHS, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
 
     def steps_per_epoch(self, images: int) -> int:

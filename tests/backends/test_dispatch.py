@@ -193,7 +193,7 @@ def test_a_choice_in_words() -> None:
     assert str(alone.explain(x)) == "sum runs on reference, the fastest that can run (no other)"
 
 
-def test_what_was_asked_for_and_refuses() -> None:
+def test_backend_asked_for_by_name_refuses() -> None:
     """It raises, except where an operator only moves values."""
     x = random_sparse(example_layout(), 3)
     with use_backend("triton"):

@@ -56,7 +56,7 @@ def test_what_is_renamed_is_on_disk_with_the_mode_of_any_new_file(save, umask, m
     assert (tmp_path / "file").read_bytes() == b"whole"
 
 
-def test_of_several_files_none_is_renamed_before_all_are_on_disk(tmp_path, monkeypatch):
+def test_several_files_are_renamed_once_all_are_on_disk(tmp_path, monkeypatch):
     paths = [tmp_path / "a", tmp_path / "b"]
     for path in paths:
         path.write_bytes(b"old")

@@ -236,8 +236,8 @@ FIRST = "cpu" if compiled.loaded else "reference"
     ],
     ids=name,
 )
-def test_who_packs(backend: str, dtype: torch.dtype, grid: tuple[int, ...], expected: str) -> None:
-    """Nothing refuses, and there is no warning of the reference, since all backends give the same bits."""
+def test_chosen_backend(backend: str, dtype: torch.dtype, grid: tuple[int, ...], expected: str) -> None:
+    """No backend refuses and the reference does not warn, since all backends give the same bits."""
     layout = make_layout(draw_mask("random counts", 2, grid, seed=0), 2)
     packing = Packing(torch.zeros(2, 3, *layout.shape, dtype=dtype), layout)
     with use_backend(backend), warnings.catch_warnings():

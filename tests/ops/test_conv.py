@@ -31,9 +31,9 @@ CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 def masked_dense(x, weight, bias, stride, padding):
     """Zero the masked input, convolve with enough zeros around, crop to H / stride sites, zero the masked output."""
     layout = x.layout
-    room = max(weight.shape[2:])
-    corner = [room * stride - p for p in padding]  # where the first output reads
-    padded = F.pad(x.dense() * site_mask(layout), [room * stride] * (2 * layout.ndim))
+    margin = max(weight.shape[2:])
+    corner = [margin * stride - p for p in padding]  # where the first output reads
+    padded = F.pad(x.dense() * site_mask(layout), [margin * stride] * (2 * layout.ndim))
     for axis, start in enumerate(corner):
         extent = layout.shape[axis] - stride + weight.shape[2 + axis]
         padded = padded.narrow(2 + axis, start, extent)

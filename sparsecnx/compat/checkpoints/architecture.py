@@ -47,7 +47,7 @@ class Architecture:
 
     @property
     def size(self) -> str | None:
-        """The name of the size, such as `atto`; None for other depths and widths."""
+        """Return the name of the size, such as `atto`; None for other depths and widths."""
         config = (self.depths, self.dims)
         return next((name for name, size in SIZES.items() if (size.depths, size.dims) == config), None)
 

@@ -54,7 +54,7 @@ NEAREST = {
     "MinkowskiConvolutionFunction": "MinkowskiConvolution, or sparsecnx.ops.mapped_conv",
     "MinkowskiConvolutionTransposeFunction": "MinkowskiConvolutionTranspose, or sparsecnx.ops.mapped_conv",
     "MinkowskiDepthwiseConvolutionFunction": "MinkowskiDepthwiseConvolution, or sparsecnx.ops.mapped_depthwise_conv",
-    "MinkowskiLocalPoolingFunction": "MinkowskiMaxPooling and its kin, or sparsecnx.ops.mapped_pool",
+    "MinkowskiLocalPoolingFunction": "MinkowskiMaxPooling and the other pooling layers, or sparsecnx.ops.mapped_pool",
     "MinkowskiLocalPoolingTransposeFunction": "MinkowskiConvolutionTranspose",
     "MinkowskiGlobalPoolingFunction": "MinkowskiGlobalPooling",
     "MinkowskiDirectMaxPoolingFunction": "MinkowskiMaxPooling, or sparsecnx.ops.mapped_pool",

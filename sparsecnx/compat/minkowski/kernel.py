@@ -87,7 +87,7 @@ class KernelGenerator:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for kernels that read the same sites."""
+        """Return a key that is equal for kernels that read the same sites."""
         return (self.region_type, *self.kernel_size, *self.kernel_dilation)
 
     def offsets(self, tensor_stride: Sequence[int], partition: bool = False) -> Tensor:
@@ -113,13 +113,13 @@ class KernelGenerator:
 
     @property
     def plain(self) -> bool:
-        """True for cubes without dilation and with the same stride along all axes."""
+        """Return True for cubes without dilation and with the same stride along all axes."""
         one_stride = len(set(self.kernel_stride)) == 1 and set(self.kernel_dilation) == {1}
         return self.region_type == RegionType.HYPER_CUBE and one_stride
 
     @property
     def covers(self) -> bool:
-        """True for even cubes as large as their stride: the taps read the sites from one output site up to the next."""
+        """Return True for even cubes as large as their stride, whose taps read from one output site up to the next."""
         return self.plain and self.kernel_size == self.kernel_stride and self.kernel_size[0] % 2 == 0
 
     def __repr__(self) -> str:

@@ -51,7 +51,7 @@ class CoordinateMapKey:
 
     @property
     def name(self) -> Name:
-        """Tensor stride and string, hashable."""
+        """Return tensor stride and string, hashable."""
         if self._name is None:
             raise ArgumentError("coordinate_map_key is not set: it names no map yet")
         return self._name
@@ -80,7 +80,7 @@ class KernelMap:
 
     @cached_property
     def inverse(self) -> Tensor:
-        """int32 `(rows, K)`: the row of the output that reads each row of the input through each tap."""
+        """Return int32 `(rows, K)`: the row of the output that reads each row of the input through each tap."""
         with for_any_mode():
             return invert_kernel_map(self.table, self.rows)
 

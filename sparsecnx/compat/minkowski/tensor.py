@@ -110,14 +110,14 @@ class SparseTensor:
 
     @property
     def F(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
-        """Features `(rows, C)`."""
+        """Return the features `(rows, C)`."""
         return self._F
 
     features = F
 
     @property
     def C(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
-        """A copy of the coordinates, int32 `(rows, 1 + D)`: the image number, then the position."""
+        """Return a copy of the coordinates, int32 `(rows, 1 + D)`: the image number, then the position."""
         if self._C is None:
             self._C = self._map.coordinates.clone()
         return self._C
@@ -134,12 +134,12 @@ class SparseTensor:
 
     @property
     def tensor_stride(self) -> list[int]:
-        """Step between neighbouring sites along each axis."""
+        """Return the step between neighbouring sites along each axis."""
         return self.coordinate_map_key.get_tensor_stride()
 
     @property
     def D(self) -> int:  # noqa: N802 - MinkowskiEngine's name
-        """Number of spatial axes."""
+        """Return the number of spatial axes."""
         return self.coordinate_manager.D
 
     dimension = D
@@ -192,17 +192,17 @@ class SparseTensor:
 
     @property
     def decomposition_permutations(self) -> list[Tensor]:
-        """The rows of each image, int64, up to the last image with sites."""
+        """Return the rows of each image, int64, up to the last image with sites."""
         return [rows.clone() for rows in self._map.images.rows_by_number]
 
     @property
     def decomposed_coordinates(self) -> list[Tensor]:
-        """The positions of each image, int32 `(n, D)`, up to the last image with sites."""
+        """Return the positions of each image, int32 `(n, D)`, up to the last image with sites."""
         return self._by_image(self._map.coordinates[:, 1:].clone())
 
     @property
     def decomposed_features(self) -> list[Tensor]:
-        """The features of each image, `(n, C)`, up to the last image with sites."""
+        """Return the features of each image, `(n, C)`, up to the last image with sites."""
         return self._by_image(self._F)
 
     @property

@@ -1,7 +1,7 @@
 """Gather and scatter by Triton kernels. Each walks its output in the order of memory and writes every element once.
 
-A block is read in the order of the dense tensor or of the rows and turned in registers and shared memory into that of
-the other: planes are read and written along their sites, rows along their channels.
+A block is read in the order of its source, the dense tensor or the rows, and transposed in registers and shared memory
+to the order of the other. So planes are read and written along their sites, and rows along their channels.
 """
 
 from __future__ import annotations

@@ -205,7 +205,7 @@ def response_kernel(
         total += tl.sum(tl.sqrt(b_energy), axis=0)
         store(energy + o_group + o_c, b_energy, o_c < C)
     inverse = 1.0 / (total / C + eps)
-    tl.debug_barrier()  # The energies are read back, by other threads perhaps.
+    tl.debug_barrier()  # Threads read energies below that other threads have stored.
     for i_c in range(0, C, BLOCK_C):
         o_c = i_c + tl.arange(0, BLOCK_C)
         b_norm = tl.sqrt(load(energy + o_group + o_c, o_c < C))
@@ -231,8 +231,10 @@ def response_backward_kernel(
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
 ):
-    """dN = ds gamma, dG = dN / (M + eps) - sum_c(dN G) / (C (M + eps)^2) with M = mean_c G, dq = dG / (2 G), all 0
-    where G = 0: at a channel that is zero everywhere, and in a group without rows. One program per group."""
+    """dN = ds gamma, dG = dN / (M + eps) - sum_c(dN G) / (C (M + eps)^2) with M = mean_c G, dq = dG / (2 G).
+
+    All are 0 where G = 0: at a channel that is zero everywhere, and in a group without rows. One program per group.
+    """
     C = aligned(C, ALIGN)
     i_group = tl.program_id(0)
     o_group = i_group.to(tl.int64) * C
@@ -248,7 +250,7 @@ def response_backward_kernel(
         store(grad_scale + o_group + o_c, b_grad_scale, o_c < C)
     inverse = 1.0 / (total / C + eps)
     through_mean = along / C * inverse * inverse
-    tl.debug_barrier()  # ds is read back, by other threads perhaps.
+    tl.debug_barrier()  # Threads read ds below that other threads have stored.
     for i_c in range(0, C, BLOCK_C):
         o_c = i_c + tl.arange(0, BLOCK_C)
         b_grad_scale = load(grad_scale + o_group + o_c, o_c < C)
@@ -371,7 +373,7 @@ def _finaliser(partial: Tensor, splits: Tensor, block_rows: int) -> dict[str, An
         "BLOCK_C": block_c,
         "ALIGN": alignment(channels),
         "num_warps": max(1, block_s * block_c // 512),
-        "maxnreg": 128,  # Without a bound ptxas spills a register to get along with a few less than it needs.
+        "maxnreg": 128,  # Without a bound ptxas aims for fewer registers than the kernel needs and spills one.
     }
 
 

@@ -53,8 +53,10 @@ def layer_norm_kernel(
 
 @triton.jit
 def tangent(b_grad, b_normalised, C):
-    """Return `grad - mean_c grad - normalised mean_c(grad normalised)`: times rstd, the gradient of the row before it
-    was normalised. Both blocks are 0 beyond the channels."""
+    """Return `grad - mean_c grad - normalised mean_c(grad normalised)`.
+
+    Times rstd, this is the gradient of the row before it was normalised. Both blocks are 0 beyond the channels.
+    """
     b_mean = tl.sum(b_grad, axis=1) / C
     b_along = tl.sum(b_grad * b_normalised, axis=1) / C
     return b_grad - b_mean[:, None] - b_normalised * b_along[:, None]
@@ -135,8 +137,10 @@ def normalised_backward(grad: Tensor, normalised: Tensor, rstd: Tensor) -> Tenso
 
 
 def _options(rows: int, channels: int) -> tuple[int, dict[str, int]]:
-    """Return the blocks of rows, and the options of the kernels: whole rows, 4 warps of threads with VALUES_PER_THREAD
-    values each, more of them for long rows."""
+    """Return the number of blocks of rows, and the options of the kernels.
+
+    A block holds whole rows. It has 4 warps, more for long rows, with VALUES_PER_THREAD values for each thread.
+    """
     block_c = triton.next_power_of_2(channels)
     block_r = max(1, 4 * 32 * VALUES_PER_THREAD // block_c)
     warps = max(4, min(32, block_c // (32 * VALUES_PER_THREAD)))

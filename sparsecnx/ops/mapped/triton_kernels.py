@@ -25,7 +25,7 @@ WARPS = 4
 CHANNEL_BLOCKS = (128, 64, 32)
 MOST_TAPS = 8  # whose rows are gathered, or whose sums are held, at once
 ROWS = 2  # of a thread: they share its part of the weight
-REGISTERS = 168  # of a thread of the weight gradient: ptxas, left alone, spills one to get by with 128
+REGISTERS = 168  # of a thread of the weight gradient: without this bound ptxas aims for 128 and spills one
 ROWS_IN_L1 = 1024  # of a range of the weight gradient
 
 
@@ -106,8 +106,13 @@ def load_mapped(x, p_map, m_r, o_c, C):
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor) -> Tensor:
-    """Return `(rows out, C)` of `x (rows in, C)`, `weight (K, C)`, `bias (C,)` in float32 or None, and
-    `kernel_map (rows out, K)`."""
+    """Convolve `x (rows in, C)` to `(rows out, C)`.
+
+    Args:
+        weight: `(K, C)`.
+        bias: float32 `(C,)`, or None.
+        kernel_map: int32 `(rows out, K)`.
+    """
     (rows, taps), channels = kernel_map.shape, x.shape[1]
     out = x.new_empty(rows, channels)
     block_r, block_c = _blocks(x)
