@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 from build_backend import OLDEST_TORCH, installed_packages, torch_version
 from compilers import (
     ARCHITECTURES,
-    NVCC_FLAGS,
     CannotCompile,
     architecture_flags,
     find_compiler,
     find_toolkit,
+    nvcc_flags,
     release,
 )
 
@@ -82,7 +82,7 @@ def extensions(torch: Any, toolkit: dict[str, Any] | None) -> list[Any]:
             define_macros=[("TORCH_TARGET_VERSION", "0x{:02x}{:02x}{:012x}".format(*release(OLDEST_TORCH), 0))],
             extra_compile_args={
                 "cxx": [*FLAGS, *(f"-fmacro-prefix-map={root}/=" for root in roots)],
-                "nvcc": [*NVCC_FLAGS, *(architecture_flags() if toolkit else [])],
+                "nvcc": [*nvcc_flags(), *(architecture_flags() if toolkit else [])],
             },
             extra_link_args=link,
             py_limited_api=True,  # The file is _C.abi3.so, and libtorch_python is not linked.
@@ -182,7 +182,7 @@ def compiling_commands(torch: Any, toolkit: dict[str, Any] | None, no_toolkit: C
             "oldest_torch": OLDEST_TORCH,
             "cuda": toolkit["version"] if toolkit and cuda else None,
             "cuda_architectures": ARCHITECTURES if cuda else None,
-            "cuda_flags": " ".join(NVCC_FLAGS) if cuda else None,
+            "cuda_flags": " ".join(nvcc_flags()) if cuda else None,
         }
 
     return {"build_ext": BuildOperators}

@@ -16,13 +16,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
-
 # Machine code for compute capability 8.0 runs on every 8.x, that for 9.0 on Hopper. Later GPUs translate the PTX of 9.0
 # when they first load it. So two compilations serve every GPU that the kernels are made for.
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
 
 USUAL_TOOLKIT = Path("/usr/local/cuda")
+
+
+def nvcc_flags() -> list[str]:
+    """Return nvcc's flags but for the architectures, once CXX is set. NVCC_CCBIN or else CXX is its host compiler."""
+    host = os.environ.get("NVCC_CCBIN") or os.environ["CXX"]
+    return ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", f"-ccbin={host}"]
 
 
 class CannotCompile(Exception):
@@ -49,14 +53,16 @@ def find_compiler() -> str:
     """Return the command of a C++20 compiler that finds Python's headers, which torch's own headers include."""
     asked = os.environ.get("CXX")
     names = [asked] if asked else ["c++", "g++", "clang++"]
-    compiler = next((name for name in names if shutil.which(shlex.split(name)[0])), None)
+    if asked and shutil.which(asked) is None and len(shlex.split(asked)) > 1:
+        raise CannotCompile(f"CXX is {asked!r}: torch runs it as one program\nSet CXX to a script that calls it.")
+    compiler = next((name for name in names if shutil.which(name)), None)
     advice = "Install g++ 10 or later (Debian, Ubuntu: apt-get install g++), or set CXX to a compiler."
     if compiler is None:
         raise CannotCompile(f"no C++ compiler: found none of {', '.join(names)}\n{advice}")
 
     include = sysconfig.get_path("include")
     trial = subprocess.run(
-        [*shlex.split(compiler), "-std=c++20", f"-I{include}", "-fsyntax-only", "-x", "c++", "-"],
+        [compiler, "-std=c++20", f"-I{include}", "-fsyntax-only", "-x", "c++", "-"],
         input="#include <concepts>\n#include <Python.h>\n",
         text=True,
         capture_output=True,
@@ -131,7 +137,16 @@ def find_toolkit(torch: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "trial.cu")
         source.touch()
-        command = [nvcc, "--verbose", *NVCC_FLAGS, *architecture_flags(), "-c", source, "-o", source.with_suffix(".o")]
+        command = [
+            nvcc,
+            "--verbose",
+            *nvcc_flags(),
+            *architecture_flags(),
+            "-c",
+            source,
+            "-o",
+            source.with_suffix(".o"),
+        ]
         trial = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if trial.returncode != 0:
         error = first_error(trial.stdout)

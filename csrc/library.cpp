@@ -21,9 +21,9 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
       "mapped_depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor kernel_map, Tensor? inverse_map) -> "
       "Tensor");
   m.def("mapped_depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor kernel_map) -> Tensor");
-  m.def("grn(Tensor x, Tensor gamma, Tensor beta, Tensor groups, float eps) -> (Tensor, Tensor)");
+  m.def("grn(Tensor x, Tensor gamma, Tensor beta, Tensor splits, float eps) -> (Tensor, Tensor)");
   m.def(
-      "grn_backward(Tensor grad, Tensor x, Tensor gamma, Tensor groups, Tensor energy, float eps) -> "
+      "grn_backward(Tensor grad, Tensor x, Tensor gamma, Tensor splits, Tensor energy, float eps) -> "
       "(Tensor, Tensor, Tensor)");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)");
   m.def("layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor moments) -> (Tensor, Tensor, Tensor)");
@@ -31,13 +31,13 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
   m.def(
       "convnextv2_block(Tensor x, Tensor dwconv_weight, Tensor dwconv_bias, Tensor norm_weight, Tensor norm_bias, "
       "Tensor pwconv1_weight, Tensor pwconv1_bias, Tensor grn_gamma, Tensor grn_beta, Tensor pwconv2_weight, "
-      "Tensor pwconv2_bias, Tensor? row_scale, Tensor table, Tensor groups, int tile, float eps, "
+      "Tensor pwconv2_bias, Tensor? row_scale, Tensor table, Tensor splits, int tile, float eps, "
       "bool keep_hidden) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "convnextv2_block_backward(Tensor grad, Tensor x, Tensor dwconv_weight, Tensor dwconv_bias, "
       "Tensor norm_weight, Tensor norm_bias, Tensor pwconv1_weight, Tensor pwconv1_bias, Tensor grn_gamma, "
       "Tensor grn_beta, Tensor pwconv2_weight, Tensor pwconv2_bias, Tensor? row_scale, Tensor table, "
-      "Tensor groups, int tile, float eps, Tensor u, Tensor moments, Tensor energy, Tensor hidden) -> "
+      "Tensor splits, int tile, float eps, Tensor u, Tensor moments, Tensor energy, Tensor hidden) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

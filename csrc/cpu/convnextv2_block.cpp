@@ -92,12 +92,12 @@ struct Block {
   Block(const Tensor& x_, const Tensor& dwconv_weight, const Tensor& dwconv_bias_, const Tensor& norm_weight_,
         const Tensor& norm_bias_, const Tensor& pwconv1_weight, const Tensor& pwconv1_bias_, const Tensor& gamma_,
         const Tensor& beta_, const Tensor& pwconv2_weight, const Tensor& pwconv2_bias_,
-        const std::optional<Tensor>& row_scale_, const Tensor& table_, const Tensor& groups_, int64_t tile_,
+        const std::optional<Tensor>& row_scale_, const Tensor& table_, const Tensor& splits_, int64_t tile_,
         double eps_, int64_t worker_bytes)
       : rows(feature_shape(x_, "x")[0]),
         channels(feature_shape(x_, "x")[1]),
         hidden(pwconv1_weight.size(0)),
-        groups(groups_.numel() - 1),
+        groups(splits_.numel() - 1),
         tile(tile_),
         eps(eps_),
         halo(check_geometry(table_, rows, tile_, check_kernel(dwconv_weight, channels, x_.scalar_type()))),
@@ -113,7 +113,7 @@ struct Block {
         w1{data<S>(pwconv1_weight), hidden, channels},
         w2{data<S>(pwconv2_weight), channels, hidden},
         table(data<int32_t>(table_)),
-        splits(check_groups(groups_, "groups", rows)),
+        splits(check_groups(splits_, "splits", rows)),
         work(split_work(splits, groups, hidden, worker_bytes)) {
     check_matrix(pwconv1_weight, "pwconv1_weight", hidden, channels, x_.scalar_type());
     check_matrix(pwconv2_weight, "pwconv2_weight", channels, hidden, x_.scalar_type());
@@ -361,16 +361,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> convnextv2_block(
     const Tensor& x, const Tensor& dwconv_weight, const Tensor& dwconv_bias, const Tensor& norm_weight,
     const Tensor& norm_bias, const Tensor& pwconv1_weight, const Tensor& pwconv1_bias, const Tensor& grn_gamma,
     const Tensor& grn_beta, const Tensor& pwconv2_weight, const Tensor& pwconv2_bias,
-    const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& groups, int64_t tile, double eps,
+    const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& splits, int64_t tile, double eps,
     bool keep_hidden) {
   const int64_t rows = x.size(0), hidden_channels = pwconv1_weight.size(0);
   Tensor y = torch::stable::empty_like(x), u = torch::stable::empty_like(x);
   Tensor moments = empty({rows, 2}, compute_dtype(x));
-  Tensor energy = empty({groups.numel() - 1, hidden_channels}, compute_dtype(x));
+  Tensor energy = empty({splits.numel() - 1, hidden_channels}, compute_dtype(x));
   Tensor hidden = empty({keep_hidden ? rows : 0, hidden_channels}, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const Block<S> block(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma,
-                         grn_beta, pwconv2_weight, pwconv2_bias, row_scale, table, groups, tile, eps, 0);
+                         grn_beta, pwconv2_weight, pwconv2_bias, row_scale, table, splits, tile, eps, 0);
     forward<S>(block, dwconv_weight,
                {data<S>(y), data<S>(u), data<A>(moments), data<A>(energy), keep_hidden ? data<S>(hidden) : nullptr});
   });
@@ -382,7 +382,7 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
                           const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& pwconv1_weight,
                           const Tensor& pwconv1_bias, const Tensor& grn_gamma, const Tensor& grn_beta,
                           const Tensor& pwconv2_weight, const Tensor& pwconv2_bias,
-                          const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& groups,
+                          const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& splits,
                           int64_t tile, double eps, const Tensor& u, const Tensor& moments, const Tensor& energy,
                           const Tensor& hidden) {
   using torch::stable::empty_like;
@@ -394,12 +394,12 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
   check_dense(grad, "grad", x.numel(), x.scalar_type());
   check_dense(u, "u", x.numel(), x.scalar_type());
   check_dense(moments, "moments", 2 * x.size(0), compute_dtype(x));
-  check_dense(energy, "energy", (groups.numel() - 1) * pwconv1_weight.size(0), compute_dtype(x));
+  check_dense(energy, "energy", (splits.numel() - 1) * pwconv1_weight.size(0), compute_dtype(x));
   const bool kept = x.size(0) == 0 || hidden.size(0) > 0;
   check_dense(hidden, "hidden", kept ? x.size(0) * pwconv1_weight.size(0) : 0, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const Block<S> block(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma,
-                         grn_beta, pwconv2_weight, pwconv2_bias, row_scale, table, groups, tile, eps,
+                         grn_beta, pwconv2_weight, pwconv2_bias, row_scale, table, splits, tile, eps,
                          2 * w1_grad.numel() * int64_t{sizeof(A)});
     Grads<S> grads{data<S>(x_grad), data<S>(dwconv_weight_grad), data<S>(w1_grad), data<S>(w2_grad), {}};
     for (size_t i = 0; i < vectors.size(); ++i) grads.vectors[i] = data<A>(vectors[i]);

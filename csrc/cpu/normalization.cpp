@@ -6,17 +6,17 @@ namespace sparsecnx {
 namespace {
 
 // Global Response Normalization reads the rows of a group twice: for its energy, then to scale them.
-std::tuple<Tensor, Tensor> grn(const Tensor& x, const Tensor& gamma, const Tensor& beta, const Tensor& groups,
+std::tuple<Tensor, Tensor> grn(const Tensor& x, const Tensor& gamma, const Tensor& beta, const Tensor& splits,
                                double eps) {
   const auto [rows, channels] = feature_shape(x, "x");
-  const int64_t* splits = check_groups(groups, "groups", rows);
-  const int64_t count = groups.numel() - 1;
+  const int64_t* bounds = check_groups(splits, "splits", rows);
+  const int64_t count = splits.numel() - 1;
   Tensor out = torch::stable::empty_like(x);
   Tensor energy = empty({count, channels}, compute_dtype(x));
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* g = parameter<A>(gamma, "gamma", channels, x);
     const A* b = parameter<A>(beta, "beta", channels, x);
-    const std::vector<RowBlock> blocks = split_rows(splits, 0, count, channels);
+    const std::vector<RowBlock> blocks = split_rows(bounds, 0, count, channels);
     BlockSums<A> sums(blocks.size(), channels);
     for_blocks(blocks, [&](int64_t i, RowBlock block) {
       kernels<S>().energy(data<S>(x) + block.begin * channels, block.rows(), channels, sums.at(i));
@@ -37,17 +37,17 @@ std::tuple<Tensor, Tensor> grn(const Tensor& x, const Tensor& gamma, const Tenso
 }
 
 std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor& x, const Tensor& gamma,
-                                                const Tensor& groups, const Tensor& energy, double eps) {
+                                                const Tensor& splits, const Tensor& energy, double eps) {
   const auto [rows, channels] = feature_shape(x, "x");
   check_dense(grad, "grad", x.numel(), x.scalar_type());
-  const int64_t* splits = check_groups(groups, "groups", rows);
-  const int64_t count = groups.numel() - 1;
+  const int64_t* bounds = check_groups(splits, "splits", rows);
+  const int64_t count = splits.numel() - 1;
   check_dense(energy, "energy", count * channels, compute_dtype(x));
   Tensor x_grad = torch::stable::empty_like(x);
   Tensor gamma_grad = torch::stable::empty_like(gamma), beta_grad = torch::stable::empty_like(gamma);
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* g = parameter<A>(gamma, "gamma", channels, x);
-    const std::vector<RowBlock> blocks = split_rows(splits, 0, count, channels);
+    const std::vector<RowBlock> blocks = split_rows(bounds, 0, count, channels);
     BlockSums<A> dot(blocks.size(), channels), total(blocks.size(), channels);
     for_blocks(blocks, [&](int64_t i, RowBlock block) {
       const int64_t at = block.begin * channels;
@@ -116,12 +116,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
 // Multiplies the rows of group n by scale[n] (stochastic depth). It is its own adjoint.
 Tensor scale_rows(const Tensor& x, const Tensor& scale, const Tensor& splits) {
   const auto [rows, channels] = feature_shape(x, "x");
-  const int64_t* at = check_groups(splits, "splits", rows);
+  const int64_t* bounds = check_groups(splits, "splits", rows);
   const int64_t images = splits.numel() - 1;
   Tensor out = torch::stable::empty_like(x);
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* factor = parameter<A>(scale, "scale", images, x);
-    const std::vector<RowBlock> blocks = split_rows(at, 0, images, channels);
+    const std::vector<RowBlock> blocks = split_rows(bounds, 0, images, channels);
     for_blocks(blocks, [&](int64_t i, RowBlock block) {
       kernels<S>().scale_rows(data<S>(x) + block.begin * channels, factor[block.group], block.rows(), channels,
                               data<S>(out) + block.begin * channels);

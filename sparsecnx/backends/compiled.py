@@ -81,7 +81,7 @@ def load(package: Path = PACKAGE) -> Missing | None:
             f"the compiled operators need torch {OLDEST_TORCH} or later, this is {torch.__version__}",
             "pip install --upgrade torch",
         )
-    missing = register(library, reinstall(package))
+    missing = load_library(library, reinstall(package))
     if missing is not None:
         return missing
     lacks = [f"sparsecnx::{name}" for name in OPERATORS if not hasattr(torch.ops.sparsecnx, name)]
@@ -97,7 +97,7 @@ def load_cuda(package: Path = PACKAGE) -> Missing | None:
     library = find("_C_cuda", package)
     if library is None:
         return not_compiled("cuda", package)
-    missing = register(library, remedy)
+    missing = load_library(library, remedy)
     if missing is not None:
         return missing
     needed = [f"sparsecnx_cuda::{name}" for name in CUDA_OPERATORS]
@@ -126,7 +126,7 @@ def find(name: str, package: Path = PACKAGE) -> Path | None:
     return next(iter(sorted(package.glob(f"{name}.*so"))), None)
 
 
-def register(library: Path, remedy: str) -> Missing | None:
+def load_library(library: Path, remedy: str) -> Missing | None:
     """Load a shared library into torch. Return None if that worked."""
     try:
         torch.ops.load_library(str(library))

@@ -45,12 +45,12 @@ class Implementation:
 
     Attributes:
         function: takes the operator's input and its checked arguments.
-        refusal: returns why it cannot run on a given input, or None where it can.
+        refusal: returns why it cannot run on a given input, or None where it can. By default it always can.
         detail: returns how it runs on a given input, for `sparsecnx doctor --explain`; None where there is no choice.
     """
 
     function: Callable[..., Any]
-    refusal: Callable[[Any], str | None]
+    refusal: Callable[[Any], str | None] = lambda _: None
     detail: Callable[[Any], str] | None = None
 
 
@@ -69,11 +69,6 @@ class Choice:
     backend: str
     reasons: dict[str, str]
     detail: str = ""
-
-    def __str__(self) -> str:
-        detail = f", {self.detail}" if self.detail else ""
-        others = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items() if name != self.backend)
-        return f"{self.operator} runs on {self.backend}, {self.reasons[self.backend]}{detail} ({others or 'no other'})"
 
 
 class Operator:
@@ -164,7 +159,3 @@ class Operator:
             f"{self.name} runs on the slow dense reference ({reasons}). `sparsecnx doctor` says what to do.",
             stacklevel=5,
         )
-
-
-def never(_: Any) -> None:
-    """Refuse nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -98,7 +99,11 @@ def register(
                 shapes=ctx.shapes,
                 needs={key for key, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed},
             )
-            found = formula(saved, grad if strided else grad.contiguous())
+            grad = grad if strided else grad.contiguous()
+            # Without gradients of gradients the operators that the formula calls need no autograd of their own.
+            once = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            with torch._C._AutoDispatchBelowAutograd() if once else nullcontext():
+                found = formula(saved, grad)
             return tuple(
                 _reshaped(found.get(key), ctx.shapes[key]) if key in saved.needs else None for key in arguments
             )

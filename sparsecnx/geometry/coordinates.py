@@ -7,10 +7,9 @@ pattern that does consist of tiles is recognised and carries its `Layout`.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,19 +17,13 @@ import torch
 from torch import Tensor
 
 from sparsecnx.geometry.layout import Layout, TileSet
+from sparsecnx.geometry.tables import ordinary_tensors
 
 LARGEST_TILE = 32  # sites per side: a patch of a masked autoencoder at full resolution
 CELLS_PER_SITE = 32  # up to which a bounding box has a table of all its cells; a sparser one is searched by bisection
 SMALL_BOX = 2**20  # cells up to which a box always has a table
 MOST_CELLS = 2**62  # that an int64 can number
 MAP_ENTRIES = 2**22  # of a kernel map that are looked up at a time
-
-
-@contextlib.contextmanager
-def for_any_mode() -> Iterator[None]:
-    """Make tables that serve later calls in any mode, training too, also where inference mode is on outside."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 class CoordinateMap:
@@ -61,7 +54,7 @@ class CoordinateMap:
     @classmethod
     def from_coordinates(cls, coordinates: Tensor, stride: Sequence[int]) -> CoordinateMap:
         """Map sites in the order of `coordinates`, int32 `(rows, 1 + ndim)`, all distinct; tiles are recognised."""
-        with for_any_mode():
+        with ordinary_tensors():
             found = CoordinateMap(stride, coordinates)
             found.layout = tiles_of(coordinates, found.stride)
             if found.layout is not None:
@@ -74,14 +67,14 @@ class CoordinateMap:
     def coordinates(self) -> Tensor:
         """int32 `(rows, 1 + ndim)`: image, then position."""
         assert self.layout is not None  # The constructor makes sure of it.
-        with for_any_mode():
+        with ordinary_tensors():
             return self.layout.coordinates()
 
     @cached_property
     def back(self) -> Tensor:
         """int64 `(rows,)`: for every row here the row of `layout`; undoes `order`."""
         assert self.order is not None  # Otherwise there is nothing to undo.
-        with for_any_mode():
+        with ordinary_tensors():
             return self.order.argsort()
 
     @property
@@ -113,7 +106,7 @@ class CoordinateMap:
     @cached_property
     def images(self) -> Images:
         """The images that have sites, and the rows of each."""
-        with for_any_mode():
+        with ordinary_tensors():
             image = self.coordinates[:, 0].long()
             index, number, counts = torch.unique(image, return_inverse=True, return_counts=True)
             in_order = bool((image.diff() >= 0).all())
@@ -133,7 +126,7 @@ class CoordinateMap:
         stride = tuple(step * factor for step, factor in zip(self.stride, factors, strict=True))
         if self.layout is not None and len(set(factors)) == 1 and self.layout.tile % factors[0] == 0:
             return CoordinateMap(stride, layout=self.layout.coarsen(factors[0]))
-        with for_any_mode():
+        with ordinary_tensors():
             step = self.coordinates.new_tensor(stride)
             position = self.coordinates[:, 1:].div(step, rounding_mode="floor") * step
             return CoordinateMap(stride, unique(torch.cat([self.coordinates[:, :1], position], dim=1)))
@@ -146,7 +139,7 @@ class CoordinateMap:
 
     def spread(self, offsets: Tensor, stride: Sequence[int]) -> CoordinateMap:
         """Return all sites at `offsets`, integer `(K, ndim)`, from the sites here."""
-        with for_any_mode():
+        with ordinary_tensors():
             position = self.coordinates[:, None, 1:] + offsets.to(self.coordinates)
             image = self.coordinates[:, None, :1].expand(-1, offsets.shape[0], 1)
             return CoordinateMap(stride, unique(torch.cat([image, position], dim=2).flatten(0, 1)))
@@ -169,7 +162,7 @@ class CoordinateMap:
 
     @cached_property
     def _box(self) -> _Box:
-        with for_any_mode():
+        with ordinary_tensors():
             return _Box(self.coordinates, self.stride, self.bounds)
 
 
@@ -192,7 +185,7 @@ class Images:
     @cached_property
     def rows(self) -> list[Tensor]:
         """int64, ascending: the rows of each image."""
-        with for_any_mode():
+        with ordinary_tensors():
             by_image = self.number.argsort(stable=True)
             return list(by_image.split(self.counts.tolist()))
 
@@ -205,7 +198,7 @@ class Images:
     def rows_by_number(self) -> list[Tensor]:
         """int64, ascending: the rows of image 0, 1 and so on up to the last that has sites; none for one without."""
         numbers = self.index.tolist()
-        with for_any_mode():
+        with ordinary_tensors():
             nothing = self.number.new_empty(0)
         found = [nothing] * (numbers[-1] + 1 if numbers else 0)
         for number, rows in zip(numbers, self.rows, strict=True):

@@ -78,9 +78,10 @@ class TileSet:
             raise ValueError(f"mask does not keep count={count} tiles in all")
         if not known and len(set(counts)) < 2:
             visible = counts[0] if counts else 0
+        if mask.device.type != "cpu":  # One synchronisation was enough.
+            return cls._without_reading(flat, grid, visible, sum(counts))
         index = (~flat).flatten().nonzero().flatten()
-        splits = torch.tensor([0, *itertools.accumulate(counts)], device=mask.device)
-        return cls(batch, grid, index, splits, visible)
+        return cls(batch, grid, index, torch.tensor([0, *itertools.accumulate(counts)]), visible)
 
     @classmethod
     def _without_reading(cls, flat: Tensor, grid: tuple[int, ...], visible: int | None, count: int | None) -> TileSet:

@@ -59,7 +59,9 @@ def _check_map(value: Tensor, name: str, rows: str, x: MappedRows) -> None:
 
 
 def check_vector(value: Tensor, name: str, channels: int, x: Rows) -> None:
-    """Raise ValueError unless `value` is a per-channel parameter with `channels` elements on the device of `x`."""
+    """Raise TypeError or ValueError unless `value` is a tensor of `channels` elements on the device of `x`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected a tensor ({channels},)")
     shape = value.shape
     if shape != (channels,) and (shape[-1:] != (channels,) or value.numel() != channels):
         raise ValueError(f"{name} is {tuple(shape)}: expected ({channels},)")
@@ -95,12 +97,13 @@ def autocast(x: X, *weights: Tensor) -> tuple[X, tuple[Tensor, ...]]:
     return x.to(dtype), tuple(weight.to(dtype) for weight in weights)
 
 
-def vector(value: Tensor, name: str, channels: int, x: Rows) -> Tensor:
+def checked_vector(value: Tensor, name: str, channels: int, x: Rows) -> Tensor:
     """Check a per-channel parameter, and return it contiguous in the dtype of the statistics of `x`.
 
     Its shape stays `(channels,)`, or what was published such as `(1, 1, 1, channels)`: kernels read its elements.
 
     Raises:
+        TypeError: it is not a tensor.
         ValueError: it has another number of elements, or is on another device than `x`.
     """
     check_vector(value, name, channels, x)

@@ -13,7 +13,7 @@ from operators import CASES
 
 from sparsecnx import BackendError, SparseTensor, use_backend
 from sparsecnx.backends import compiled
-from sparsecnx.backends.dispatch import Choice, Implementation, Operator, never
+from sparsecnx.backends.dispatch import Choice, Implementation, Operator
 from sparsecnx.backends.selection import BACKENDS
 
 CHANNELS = 4
@@ -30,7 +30,7 @@ def call(operator: str, x: SparseTensor) -> SparseTensor:
 
 def selection() -> str:
     """Return the selected backend. `auto` takes the first that an operator offers."""
-    offers = {name: Implementation(lambda x: x, never) for name in BACKENDS}
+    offers = {name: Implementation(lambda x: x) for name in BACKENDS}
     return Operator("probe", **offers).choose(random_sparse(example_layout(), 1))
 
 
@@ -157,8 +157,8 @@ def three_ways(**options: bool) -> Operator:
         "sum",
         **options,
         triton=Implementation(lambda x: "triton", refusal, lambda x: f"by {x.features.shape[1]}"),
-        cpu=Implementation(lambda x: "cpu", never),
-        reference=Implementation(lambda x: "reference", never),
+        cpu=Implementation(lambda x: "cpu"),
+        reference=Implementation(lambda x: "reference"),
     )
 
 
@@ -185,14 +185,6 @@ def test_a_choice_explains_itself(
         assert three_ways()(x) == backend
 
 
-def test_a_choice_in_words() -> None:
-    x = random_sparse(example_layout(), 2)
-    others = "(cpu: can run, slower; reference: can run, slower)"
-    assert str(three_ways().explain(x)) == f"sum runs on triton, the fastest that can run, by 2 {others}"
-    alone = Operator("sum", reference=Implementation(lambda x: x, never))
-    assert str(alone.explain(x)) == "sum runs on reference, the fastest that can run (no other)"
-
-
 def test_backend_asked_for_by_name_refuses() -> None:
     """It raises, except where an operator only moves values."""
     x = random_sparse(example_layout(), 3)
@@ -207,7 +199,7 @@ def test_backend_asked_for_by_name_refuses() -> None:
 
 
 def test_arguments_reach_the_function(x: SparseTensor) -> None:
-    assert Operator("sum", cpu=Implementation(lambda x, y, z: (y, z), never))(x, 1, "two") == (1, "two")
+    assert Operator("sum", cpu=Implementation(lambda x, y, z: (y, z)))(x, 1, "two") == (1, "two")
 
 
 def test_the_log_tells_each_choice_once(caplog: pytest.LogCaptureFixture) -> None:

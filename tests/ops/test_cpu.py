@@ -222,11 +222,11 @@ def test_bfloat16_rounds_like_torch():
         ("conv", {"kernel_map": lambda m: m.long()}, "kernel_map is Long, expected Int"),
         ("conv", {"weight": lambda w: w[:, :-1].contiguous()}, "weight must be"),
         ("grn", {"gamma": lambda g: g[:-1].contiguous()}, "gamma has 3 elements, expected 4"),
-        ("grn", {"groups": lambda s: s[:-1].contiguous()}, "groups must ascend from 0 to the number of rows"),
+        ("grn", {"splits": lambda s: s[:-1].contiguous()}, "splits must ascend from 0 to the number of rows"),
         ("layer_norm", {"weight": lambda w: w.double()}, "weight is Double, expected Float"),
         ("scale_rows", {"splits": lambda s: s.flip(0)}, "splits must ascend from 0 to the number of rows"),
         ("convnextv2_block", {"pwconv2_weight": lambda w: w.bfloat16()}, "pwconv2_weight is BFloat16, expected Float"),
-        ("convnextv2_block", {"groups": lambda s: s.int()}, "groups is Int, expected Long"),
+        ("convnextv2_block", {"splits": lambda s: s.int()}, "splits is Int, expected Long"),
     ],
 )
 def test_compiled_operators_check_what_they_read(name, change, message, calls):

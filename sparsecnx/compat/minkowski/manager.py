@@ -13,8 +13,9 @@ from torch import Tensor
 from sparsecnx.compat.minkowski.enums import RegionType, SparseTensorOperationMode
 from sparsecnx.compat.minkowski.errors import ArgumentError, not_offered, require, require_type, with_missing_members
 from sparsecnx.compat.minkowski.kernel import KernelGenerator, convert_to_int_list
-from sparsecnx.geometry.coordinates import CoordinateMap, for_any_mode, unique
+from sparsecnx.geometry.coordinates import CoordinateMap, unique
 from sparsecnx.geometry.kernel_map import invert_kernel_map
+from sparsecnx.geometry.tables import ordinary_tensors
 
 Name = tuple[tuple[int, ...], str]  # tensor stride and string of a key
 
@@ -81,7 +82,7 @@ class KernelMap:
     @cached_property
     def inverse(self) -> Tensor:
         """Return int32 `(rows, K)`: the row of the output that reads each row of the input through each tap."""
-        with for_any_mode():
+        with ordinary_tensors():
             return invert_kernel_map(self.table, self.rows)
 
 
@@ -212,7 +213,7 @@ class CoordinateManager:
         """Return the key of the map that global pooling gives: one site for each image, stride 0."""
         name = ((0,) * self.D, "")
         if name not in self._maps:
-            with for_any_mode():
+            with ordinary_tensors():
                 images = torch.cat([self._maps[given].images.index for given in self._given]).unique()
                 coordinates = torch.nn.functional.pad(images.to(torch.int32)[:, None], (0, self.D))
             self._maps[name] = CoordinateMap(name[0], coordinates)
@@ -228,7 +229,7 @@ class CoordinateManager:
             ArgumentError: an image came to this manager after the origin.
         """
         if key.name not in self._origins:
-            with for_any_mode():
+            with ordinary_tensors():
                 images, origin = self.map(key).images, self.map(self.origin())
                 place = origin.find(torch.nn.functional.pad(images.index[:, None], (0, self.D))).long()
                 require(
@@ -258,7 +259,7 @@ class CoordinateManager:
         require(len(strides) == 1, f"tensors have strides {[list(stride) for stride in strides]}: a union needs one")
         names = tuple(key.name for key in keys)
         if names not in self._unions:
-            with for_any_mode():
+            with ordinary_tensors():
                 maps = [self.map(key) for key in keys]
                 sites = unique(torch.cat([known.coordinates for known in maps]))
                 new = CoordinateMap.from_coordinates(sites, maps[0].stride)
@@ -275,7 +276,7 @@ class CoordinateManager:
         if name not in self._tables:
             source = self.map(in_key)
             offsets = kernel.offsets(in_key.name[0], partition)
-            with for_any_mode():
+            with ordinary_tensors():
                 self._tables[name] = KernelMap(source.kernel_map(self.map(out_key), offsets), source.rows)
         return self._tables[name]
 

@@ -14,8 +14,9 @@ from sparsecnx.compat.minkowski.errors import require, require_type
 from sparsecnx.compat.minkowski.layers import MinkowskiLinear as MinkowskiLinear  # part of MinkowskiOps
 from sparsecnx.compat.minkowski.manager import CoordinateManager
 from sparsecnx.compat.minkowski.tensor import OTHER_MANAGER, SparseTensor, require_same_sites
-from sparsecnx.geometry.coordinates import CoordinateMap, for_any_mode, tiles_of_mask
+from sparsecnx.geometry.coordinates import CoordinateMap, tiles_of_mask
 from sparsecnx.geometry.packing import gather_rows
+from sparsecnx.geometry.tables import ordinary_tensors
 
 
 def to_sparse(
@@ -61,7 +62,7 @@ def to_sparse_all(dense_tensor: Tensor, coordinates: Tensor | None = None) -> Sp
 def _with_sites(x: Tensor, active: Tensor) -> SparseTensor:
     """Return the active sites, bool `(B, *spatial)`, of `x (B, C, *spatial)`."""
     manager = CoordinateManager(x.ndim - 2)
-    with for_any_mode():
+    with ordinary_tensors():
         layout = tiles_of_mask(active)
         sites = active.nonzero().to(torch.int32) if layout is None else None
         key = manager.insert(CoordinateMap((1,) * manager.D, sites, layout))

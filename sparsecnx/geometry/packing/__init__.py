@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsecnx.backends import triton_launch
-from sparsecnx.backends.dispatch import Implementation, Operator, never
+from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.packing import cpu, reference
 
@@ -36,7 +36,7 @@ def _operator(name: str, function: str) -> Operator:
         triton=triton_launch.implementation(
             "sparsecnx.geometry.packing.triton_kernels", function, triton_launch.refusal_2d
         ),
-        reference=Implementation(getattr(reference, function), never),
+        reference=Implementation(getattr(reference, function)),
     )
 
 

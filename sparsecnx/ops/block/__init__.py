@@ -9,11 +9,11 @@ from torch import Tensor
 from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import minkowski as minkowski_backend
 from sparsecnx.backends import triton_launch
-from sparsecnx.backends.dispatch import Implementation, Operator, never
+from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.ops.block import cpu, cuda, layers
 from sparsecnx.ops.block.parameters import BlockParameters
-from sparsecnx.ops.checks import autocast, check_device, check_same_dtype, check_sparse, vector
+from sparsecnx.ops.checks import autocast, check_device, check_same_dtype, check_sparse, checked_vector
 from sparsecnx.ops.global_response_norm.groups import check_scope
 from sparsecnx.tensor import SparseTensor
 
@@ -27,7 +27,7 @@ operator = Operator(
     ),
     cuda=Implementation(cuda.convnextv2_block, cuda.refusal, cuda.detail),
     minkowski=Implementation(layers.by_operators, minkowski_backend.refusal),
-    reference=Implementation(layers.reference, never),
+    reference=Implementation(layers.reference),
 )
 
 
@@ -78,15 +78,15 @@ def convnextv2_block(
         check_same_dtype(x, name, value)
     p = BlockParameters(
         kernel.contiguous(),
-        vector(p.dwconv_bias, "dwconv_bias", channels, x),
-        vector(p.norm_weight, "norm_weight", channels, x),
-        vector(p.norm_bias, "norm_bias", channels, x),
+        checked_vector(p.dwconv_bias, "dwconv_bias", channels, x),
+        checked_vector(p.norm_weight, "norm_weight", channels, x),
+        checked_vector(p.norm_bias, "norm_bias", channels, x),
         first.contiguous(),
-        vector(p.pwconv1_bias, "pwconv1_bias", hidden, x),
-        vector(p.grn_gamma, "grn_gamma", hidden, x),
-        vector(p.grn_beta, "grn_beta", hidden, x),
+        checked_vector(p.pwconv1_bias, "pwconv1_bias", hidden, x),
+        checked_vector(p.grn_gamma, "grn_gamma", hidden, x),
+        checked_vector(p.grn_beta, "grn_beta", hidden, x),
         second.contiguous(),
-        vector(p.pwconv2_bias, "pwconv2_bias", channels, x),
+        checked_vector(p.pwconv2_bias, "pwconv2_bias", channels, x),
     )
     if survival is not None:
         survival = survival.detach().to(statistics_dtype(x.dtype))

@@ -66,13 +66,13 @@ def _fake(
     pwconv2_bias: Tensor,
     row_scale: Tensor | None,
     table: Tensor,
-    groups: Tensor,
+    splits: Tensor,
     tile: int,
     eps: float,
     keep_hidden: bool,
 ) -> tuple[Tensor, ...]:
     rows, width = x.shape[0], pwconv1_weight.shape[0]
-    moments, energy = norm_weight.new_empty(rows, 2), norm_weight.new_empty(groups.shape[0] - 1, width)
+    moments, energy = norm_weight.new_empty(rows, 2), norm_weight.new_empty(splits.shape[0] - 1, width)
     return torch.empty_like(x), torch.empty_like(x), moments, energy, x.new_empty(rows if keep_hidden else 0, width)
 
 
@@ -82,7 +82,7 @@ def _fake_backward(grad: Tensor, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     parameters = [getattr(saved, name) for name in BlockParameters._fields]
-    places = saved.row_scale, saved.table, saved.groups, saved.tile, saved.eps
+    places = saved.row_scale, saved.table, saved.splits, saved.tile, saved.eps
     grads = torch.ops.sparsecnx.convnextv2_block_backward(grad, saved.x, *parameters, *places, *saved.outputs)
     return dict(zip(("x", *BlockParameters._fields), grads, strict=True))
 
@@ -91,7 +91,7 @@ if compiled.loaded:
     register(
         "sparsecnx::convnextv2_block",
         fake=_fake,
-        saves=("x", *BlockParameters._fields, "row_scale", "table", "groups", "tile", "eps"),
+        saves=("x", *BlockParameters._fields, "row_scale", "table", "splits", "tile", "eps"),
         backward=_backward,
     )
     register("sparsecnx::convnextv2_block_backward", fake=_fake_backward)

@@ -7,7 +7,7 @@ from torch import Tensor
 from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import minkowski as minkowski_backend
 from sparsecnx.backends import triton_launch
-from sparsecnx.backends.dispatch import Implementation, Operator, never
+from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.ops.checks import autocast, check_device, check_same_dtype, check_sparse, check_vector
 from sparsecnx.ops.convolution import cpu, minkowski, patchify, reference
 from sparsecnx.tensor import SparseTensor
@@ -17,14 +17,16 @@ operator = Operator(
     cpu=Implementation(cpu.conv, cpu_backend.refusal),
     triton=triton_launch.implementation("sparsecnx.ops.convolution.triton_kernels", "conv"),
     minkowski=Implementation(minkowski.conv, minkowski_backend.refusal),
-    reference=Implementation(reference.conv, never),
+    reference=Implementation(reference.conv),
 )
-# torch's own matrix product serves every device, and stands in for the CPU, Triton and CUDA backends alike.
+# Every backend takes torch's own matrix product, which also serves where no kernel of ours can run.
 patchify_operator = Operator(
     "patchify",
-    library=Implementation(patchify.conv, never),
+    cpu=Implementation(patchify.conv, cpu_backend.refusal),
+    triton=Implementation(patchify.conv, triton_launch.refusal),
+    torch=Implementation(patchify.conv),
     minkowski=Implementation(minkowski.conv, minkowski_backend.refusal),
-    reference=Implementation(reference.conv, never),
+    reference=Implementation(reference.conv),
 )
 
 

@@ -8,8 +8,8 @@ from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import cuda as cuda_backend
 from sparsecnx.backends import minkowski as minkowski_backend
 from sparsecnx.backends import triton_launch
-from sparsecnx.backends.dispatch import Implementation, Operator, never
-from sparsecnx.ops.checks import autocast, check_device, check_same_dtype, check_sparse, vector
+from sparsecnx.backends.dispatch import Implementation, Operator
+from sparsecnx.ops.checks import autocast, check_device, check_same_dtype, check_sparse, checked_vector
 from sparsecnx.ops.depthwise_convolution import cpu, cuda, minkowski, reference
 from sparsecnx.tensor import SparseTensor
 
@@ -21,7 +21,7 @@ operator = Operator(
     ),
     cuda=Implementation(cuda.depthwise_conv, cuda_backend.refusal),
     minkowski=Implementation(minkowski.depthwise_conv, minkowski_backend.refusal),
-    reference=Implementation(reference.depthwise_conv, never),
+    reference=Implementation(reference.depthwise_conv),
 )
 
 
@@ -55,5 +55,5 @@ def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None = None) 
     x, (weight,) = autocast(x, weight)
     check_same_dtype(x, "weight", weight)
     if bias is not None:
-        bias = vector(bias, "bias", channels, x)
+        bias = checked_vector(bias, "bias", channels, x)
     return x.with_features(operator(x, weight, bias))

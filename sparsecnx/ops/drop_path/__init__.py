@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import triton_launch
-from sparsecnx.backends.dispatch import Implementation, Operator, never
+from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.ops.checks import check_sparse
 from sparsecnx.ops.drop_path import cpu, reference
@@ -17,7 +17,7 @@ operator = Operator(
     "stochastic_depth",
     cpu=Implementation(cpu.scale_images, cpu_backend.refusal),
     triton=triton_launch.implementation("sparsecnx.ops.drop_path.triton_kernels", "scale_images"),
-    reference=Implementation(reference.scale_images, never),
+    reference=Implementation(reference.scale_images),
 )
 
 

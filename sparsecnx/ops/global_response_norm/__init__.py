@@ -6,8 +6,8 @@ from torch import Tensor
 
 from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import triton_launch
-from sparsecnx.backends.dispatch import Implementation, Operator, never
-from sparsecnx.ops.checks import check_sparse, vector
+from sparsecnx.backends.dispatch import Implementation, Operator
+from sparsecnx.ops.checks import check_sparse, checked_vector
 from sparsecnx.ops.global_response_norm import cpu, reference
 from sparsecnx.ops.global_response_norm.groups import check_scope
 from sparsecnx.tensor import SparseTensor
@@ -16,7 +16,7 @@ operator = Operator(
     "grn",
     cpu=Implementation(cpu.grn, cpu_backend.refusal),
     triton=triton_launch.implementation("sparsecnx.ops.global_response_norm.triton_kernels", "grn"),
-    reference=Implementation(reference.grn, never),
+    reference=Implementation(reference.grn),
 )
 
 
@@ -42,5 +42,5 @@ def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, scope: str = "sample", eps
     check_sparse(x)
     check_scope(scope)
     channels = x.features.shape[1]
-    gamma, beta = vector(gamma, "gamma", channels, x), vector(beta, "beta", channels, x)
+    gamma, beta = checked_vector(gamma, "gamma", channels, x), checked_vector(beta, "beta", channels, x)
     return x.with_features(operator(x, gamma, beta, scope, eps))

@@ -19,23 +19,23 @@ def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, scope: str, eps: float) ->
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     (energy,) = saved.outputs
-    grads = torch.ops.sparsecnx.grn_backward(grad, saved.x, saved.gamma, saved.groups, energy, saved.eps)
+    grads = torch.ops.sparsecnx.grn_backward(grad, saved.x, saved.gamma, saved.splits, energy, saved.eps)
     return dict(zip(("x", "gamma", "beta"), grads, strict=True))
 
 
 if compiled.loaded:
     register(
         "sparsecnx::grn",
-        fake=lambda x, gamma, beta, groups, eps: (
+        fake=lambda x, gamma, beta, splits, eps: (
             torch.empty_like(x),
-            gamma.new_empty(groups.shape[0] - 1, x.shape[1]),
+            gamma.new_empty(splits.shape[0] - 1, x.shape[1]),
         ),
-        saves=("x", "gamma", "groups", "eps"),
+        saves=("x", "gamma", "splits", "eps"),
         backward=_backward,
     )
     register(
         "sparsecnx::grn_backward",
-        fake=lambda grad, x, gamma, groups, energy, eps: (
+        fake=lambda grad, x, gamma, splits, energy, eps: (
             torch.empty_like(x),
             torch.empty_like(gamma),
             torch.empty_like(gamma),

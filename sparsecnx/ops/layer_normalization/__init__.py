@@ -6,8 +6,8 @@ from torch import Tensor
 
 from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import triton_launch
-from sparsecnx.backends.dispatch import Implementation, Operator, never
-from sparsecnx.ops.checks import check_sparse, vector
+from sparsecnx.backends.dispatch import Implementation, Operator
+from sparsecnx.ops.checks import check_sparse, checked_vector
 from sparsecnx.ops.layer_normalization import cpu, reference
 from sparsecnx.tensor import SparseTensor
 
@@ -15,7 +15,7 @@ operator = Operator(
     "layer_norm",
     cpu=Implementation(cpu.layer_norm, cpu_backend.refusal),
     triton=triton_launch.implementation("sparsecnx.ops.layer_normalization.triton_kernels", "layer_norm"),
-    reference=Implementation(reference.layer_norm, never),
+    reference=Implementation(reference.layer_norm),
 )
 
 
@@ -38,5 +38,5 @@ def layer_norm(x: SparseTensor, weight: Tensor, bias: Tensor, eps: float = 1e-6)
     """
     check_sparse(x)
     channels = x.features.shape[1]
-    weight, bias = vector(weight, "weight", channels, x), vector(bias, "bias", channels, x)
+    weight, bias = checked_vector(weight, "weight", channels, x), checked_vector(bias, "bias", channels, x)
     return x.with_features(operator(x, weight, bias, eps))

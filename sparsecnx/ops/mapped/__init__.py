@@ -9,9 +9,9 @@ from torch import Tensor
 
 from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import triton_launch
-from sparsecnx.backends.dispatch import Implementation, Operator, never
+from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.common.dtypes import statistics_dtype
-from sparsecnx.ops.checks import autocast, check_device, check_mapped, check_same_dtype, check_vector, vector
+from sparsecnx.ops.checks import autocast, check_device, check_mapped, check_same_dtype, check_vector, checked_vector
 from sparsecnx.ops.mapped import cpu, reference
 from sparsecnx.ops.mapped.maximum import maximum
 
@@ -21,13 +21,13 @@ conv_operator = Operator(
     "mapped_conv",
     cpu=Implementation(cpu.mapped_conv, cpu_backend.refusal),
     triton=triton_launch.implementation("sparsecnx.ops.mapped.triton_kernels", "mapped_conv"),
-    reference=Implementation(reference.mapped_conv, never),
+    reference=Implementation(reference.mapped_conv),
 )
 depthwise_operator = Operator(
     "mapped_depthwise_conv",
     cpu=Implementation(cpu.mapped_depthwise_conv, cpu_backend.refusal),
     triton=triton_launch.implementation("sparsecnx.ops.mapped.triton_kernels", "mapped_depthwise_conv"),
-    reference=Implementation(reference.mapped_depthwise_conv, never),
+    reference=Implementation(reference.mapped_depthwise_conv),
 )
 
 
@@ -104,7 +104,7 @@ def mapped_depthwise_conv(
     x, (weight,) = autocast(x, weight)
     check_same_dtype(x, "weight", weight)
     if bias is not None:
-        bias = vector(bias, "bias", channels, x)
+        bias = checked_vector(bias, "bias", channels, x)
     out: Tensor = depthwise_operator(x, weight, bias)
     return out
 
