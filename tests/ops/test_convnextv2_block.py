@@ -266,7 +266,7 @@ def test_cuda_depthwise_steps_at_every_stage(tile, channels):
 @pytest.mark.parametrize(("backend", "other"), [("cuda", "triton"), ("triton", "cuda")])
 def test_backward_takes_the_depthwise_kernels_of_forward(monkeypatch, backend, other):
     """Whatever is selected by then."""
-    kernels = importlib.import_module("sparsecnx.ops.block.triton_kernels")
+    triton_block = importlib.import_module("sparsecnx.ops.block.triton_block")
     taken = []
 
     class Watched:
@@ -274,9 +274,9 @@ def test_backward_takes_the_depthwise_kernels_of_forward(monkeypatch, backend, o
             taken.append(name)
             return getattr(depthwise, name)
 
-    depthwise = kernels.DEPTHWISE[backend]
-    monkeypatch.setitem(kernels.DEPTHWISE, backend, Watched())
-    monkeypatch.setitem(kernels.DEPTHWISE, other, None)
+    depthwise = triton_block.DEPTHWISE[backend]
+    monkeypatch.setitem(triton_block.DEPTHWISE, backend, Watched())
+    monkeypatch.setitem(triton_block.DEPTHWISE, other, None)
     x, p = suit(backend, random_sparse(example_layout(), 8), block_parameters(8, 3, 3))
     x = x.with_features(x.features.requires_grad_())
     with use_backend(backend):

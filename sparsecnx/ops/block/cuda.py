@@ -1,4 +1,4 @@
-"""The fused ConvNeXt V2 block with the depthwise steps of CUDA C++. The rest is `triton_kernels.py`."""
+"""The fused ConvNeXt V2 block with the depthwise steps of CUDA C++. The rest is `triton_block.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from sparsecnx.backends import cuda, triton_launch
 from sparsecnx.tensor import SparseTensor
 
-kernels: Any = importlib.import_module("sparsecnx.ops.block.triton_kernels") if triton_launch.available else None
+triton_block: Any = importlib.import_module("sparsecnx.ops.block.triton_block") if triton_launch.available else None
 
 
 def refusal(x: SparseTensor) -> str | None:
@@ -23,10 +23,10 @@ def refusal(x: SparseTensor) -> str | None:
 
 
 def convnextv2_block(x: SparseTensor, *arguments: Any) -> Tensor:
-    """Return features `(rows, C)` of the block; arguments as those of `triton_kernels.convnextv2_block`."""
-    return kernels.convnextv2_block(x, *arguments, depthwise="cuda")
+    """Return features `(rows, C)` of the block; arguments as those of `triton_block.convnextv2_block`."""
+    return triton_block.convnextv2_block(x, *arguments, depthwise="cuda")
 
 
 def detail(x: SparseTensor) -> str:
     """Return how the block runs on `x`."""
-    return f"depthwise steps alone, the rest on triton; {kernels.detail(x)}"
+    return f"depthwise steps alone, the rest on triton; {triton_block.detail(x)}"

@@ -39,7 +39,7 @@ LARGEST_KERNEL = 63  # sites; the table of neighbours of a single site then has 
 MOST_TAPS = 7  # rows of the kernel that are held in registers at once
 WARPS = 4
 CHANNEL_BLOCKS = (128, 64, 32)
-# Registers a thread may use where ptxas, left alone, spills one to get by with fewer: by rows of sites of a program.
+# The registers that ptxas may use for a thread, by STRIP. Without this number it decides on fewer and spills one.
 REGISTERS = {1: 96, 4: 168, 5: 255, 6: 255, 7: 255, 8: 255}
 
 
@@ -62,7 +62,6 @@ def depthwise_conv_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
-    FLIP: tl.constexpr,  # whether the kernel is rotated by half a turn, as the gradient needs it
 ):
     """out = conv(x) + bias + residual."""
     C = aligned(C, ALIGN)
@@ -74,7 +73,7 @@ def depthwise_conv_kernel(
     # fmt: off
     b_sums = convolve_strip(
         x, weight, table, i_tile, i_x, i_y, m_p, o_c, C,
-        TILE, REACH, KERNEL_H, KERNEL_W, STRIP, TAPS, BLOCK_P, BLOCK_C, FLIP,
+        TILE, REACH, KERNEL_H, KERNEL_W, STRIP, TAPS, BLOCK_P, BLOCK_C,
     )
     # fmt: on
     if bias is not None:
@@ -127,7 +126,7 @@ def depthwise_conv_norm_kernel(
         # fmt: off
         b_sums = convolve_strip(
             x, weight, table, i_tile, i_x, i_y, m_p, o_c, C,
-            TILE, REACH, KERNEL_H, KERNEL_W, STRIP, TAPS, BLOCK_P, BLOCK_C, False,
+            TILE, REACH, KERNEL_H, KERNEL_W, STRIP, TAPS, BLOCK_P, BLOCK_C,
         )
         # fmt: on
         b_bias = load(bias + o_c, o_c < C)[None, :]
@@ -243,9 +242,8 @@ def convolve_strip(
     TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    FLIP: tl.constexpr,
 ):
-    """Return the convolution at STRIP sites from row `i_y` on of columns of sites: for each row (BLOCK_P, BLOCK_C)."""
+    """Return the convolution at STRIP lines of sites from line `i_y` on, (BLOCK_P, BLOCK_C) for each line."""
     WHOLE: tl.constexpr = STRIP == TILE and TAPS == KERNEL_H
     b_sums = zero_blocks(STRIP, BLOCK_P, BLOCK_C)
     for i_taps in range(0, (KERNEL_H // TAPS) * KERNEL_W):
@@ -254,8 +252,6 @@ def convolve_strip(
         b_weights = ()
         for j in tl.static_range(TAPS):
             i_tap = (i_ky + j) * KERNEL_W + i_kx
-            if FLIP:
-                i_tap = KERNEL_H * KERNEL_W - 1 - i_tap
             # Loaded by every thread in the layout it needs: threads of a column share the address.
             p_weight = tl.broadcast_to((weight + i_tap * C + o_c)[None, :], (BLOCK_P, BLOCK_C))
             b_weights = b_weights + (load(p_weight, (o_c < C)[None, :]),)
@@ -297,13 +293,12 @@ def site_block(i_tile, i_x, i_y, m_p, o_c, C, TILE: tl.constexpr):
 
 @triton.jit
 def seek_column(table, i_tile, i_x, m_p, C, TILE: tl.constexpr, REACH: tl.constexpr, WHOLE: tl.constexpr):
-    """Find the tiles that the sites at column `i_x` from the corner of a tile lie in, -REACH * TILE or more.
+    """Find the tiles that contain column `i_x`, counted from the left side of tile `i_tile`, at least -REACH * TILE.
 
     Returns:
-        p_table: pointers to the uppermost of them in the table.
+        p_table: pointers to the uppermost of these tiles in the table.
         o_column: place of the column in the nested order of its tile.
-        o_tiles, m_tiles: where the lines to be read are known, the offsets of all these tiles and whether they are
-            visible, see `neighbour`.
+        o_tiles, m_tiles: with WHOLE, the offsets of these tiles and whether they are visible, see `neighbour`.
     """
     i_shifted = i_x + TILE * REACH
     i_step = i_shifted // TILE
@@ -368,31 +363,34 @@ def convolve(
     flip: bool = False,
     normalise: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Convolve rows.
+    """Convolve rows of features, and normalise the output on request.
 
     Args:
         x: `(rows, C)`.
         weight: `(C, 1, kh, kw)`.
         bias: float32 `(C,)` or None.
-        table: of neighbouring tiles.
+        table: neighbouring tiles of each tile, int32 `(tiles, (2 reach + 1)**2)`, -1 where masked.
         tile: sites per tile side.
         residual: `(rows, C)`, added to the output.
-        flip: whether the kernel is rotated by half a turn, as the gradient needs it.
-        normalise: eps of a LayerNorm without scale and shift over the output with a bias, None for none.
+        flip: whether to rotate the weight by half a turn, as the gradient of x needs it.
+        normalise: eps of a LayerNorm without scale and shift over the output, which then needs a bias and takes no
+            residual. None leaves the output as it is.
 
     Returns:
-        `(rows, C)`, and of the normalisation `1 / sqrt(variance + eps)`, float32 `(rows,)`, empty without it.
+        out: `(rows, C)`.
+        rstd: `1 / sqrt(variance + eps)` of the normalisation, float32 `(rows,)`, empty without it.
     """
     rows, channels = x.shape
     out = torch.empty_like(x)
     rstd = x.new_empty(rows if normalise is not None else 0, dtype=torch.float32)
     options = _options(x, table, tile, weight.shape[2:])
     high, strips = blocks(rows // tile, options["BLOCK_P"]), tile // options["STRIP"]
-    tensors = {"x": x, "weight": _tap_rows(weight), "bias": bias, "table": table, "out": out}
+    taps = _tap_rows(weight.flip(2, 3) if flip else weight)
+    tensors = {"x": x, "weight": taps, "bias": bias, "table": table, "out": out}
     if normalise is None:
         grid = (high, strips, blocks(channels, options["BLOCK_C"]))
         registers = _registers(options["STRIP"], x.dtype == torch.float32)
-        launch(depthwise_conv_kernel, grid, **tensors, residual=residual, FLIP=flip, **options, **registers)
+        launch(depthwise_conv_kernel, grid, **tensors, residual=residual, **options, **registers)
     else:
         registers = _registers(options["STRIP"], tight=True)
         launch(depthwise_conv_norm_kernel, (high, strips), **tensors, rstd=rstd, eps=normalise, **options, **registers)
@@ -400,8 +398,12 @@ def convolve(
 
 
 def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the weight, `(C, 1, kh, kw)` in the dtype of `x`, and of the bias, float32 `(C,)`, from
-    `grad` and `x`, `(rows, C)`."""
+    """Return the gradients of the weight and of the bias from `grad` and `x`, both `(rows, C)`.
+
+    Returns:
+        grad_weight: `(C, 1, kh, kw)` in the dtype of `x`.
+        grad_bias: float32 `(C,)`.
+    """
     rows, channels = x.shape
     options = _options(x, table, tile, kernel)
     wide, block_p = blocks(channels, options["BLOCK_C"]), options["BLOCK_P"]
@@ -433,13 +435,13 @@ def _tap_rows(weight: Tensor) -> Tensor:
 
 
 def check_kernel(weight: Tensor, name: str) -> None:
-    """Raise ValueError where a kernel is larger than these go."""
+    """Raise ValueError if the weight has more sites a side than LARGEST_KERNEL."""
     if max(weight.shape[2:]) > LARGEST_KERNEL:
         raise ValueError(f"{name} is {tuple(weight.shape)}: Triton kernels go to {LARGEST_KERNEL} sites a side")
 
 
 def _options(x: Tensor, table: Tensor, tile: int, kernel: Sequence[int]) -> dict[str, int]:
-    """Return the sizes and options of the kernels: geometry, and what a program takes of it."""
+    """Return the arguments that all kernels share: sizes, sizes of blocks, and the number of warps."""
     rows, channels = x.shape
     # The widest block that pads the channels least; a thread's part of a row is 16 bytes.
     block_c = min(CHANNEL_BLOCKS, key=lambda size: (blocks(channels, size) * size, -size))
@@ -460,7 +462,7 @@ def _options(x: Tensor, table: Tensor, tile: int, kernel: Sequence[int]) -> dict
 
 
 def _registers(strip: int, tight: bool) -> dict[str, int]:
-    """Return the launch option that limits registers, where it is needed."""
+    """Return the launch option that limits registers, or none where `tight` is False or no limit is known."""
     return {"maxnreg": REGISTERS[strip]} if tight and strip in REGISTERS and torch.version.hip is None else {}
 
 
