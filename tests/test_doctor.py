@@ -234,7 +234,8 @@ def test_explanation_covers_every_operator_at_every_stage() -> None:
     stages = list(zip(("96", "192", "384", "768"), ("8", "4", "2", "1"), strict=True))
     fast = "cpu" if compiled.loaded else "reference"
     assert [tuple(line[:4]) for line in table] == [
-        (name, *stage, "torch" if name == "patchify" and not compiled.loaded else fast) for name, stage in product(names, stages)
+        (name, *stage, "torch" if name == "patchify" and not compiled.loaded else fast)
+        for name, stage in product(names, stages)
     ]
     assert all("the fastest that can run" in " ".join(line) for line in table)
 

@@ -318,7 +318,8 @@ def on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     code.parent.mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", [PathFinder])
-    monkeypatch.delitem(sys.modules, minkowski.NAME, raising=False)
+    monkeypatch.setitem(sys.modules, minkowski.NAME, None)  # So that what the test imports is removed afterwards.
+    del sys.modules[minkowski.NAME]
     return code
 
 
