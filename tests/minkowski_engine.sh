@@ -37,7 +37,7 @@ pip() {
 pip install "torch==$torch" "numpy==$numpy" ninja pytest pytest-timeout hypothesis rich
 pip install "setuptools==$setuptools" wheel # older than torch asks for, which only its compiler needs
 
-# Of no use to another torch, so not left to pip's own cache, which does not ask for which it was built.
+# Another torch cannot use the wheel, so it does not stay in pip's own cache, which does not ask for the torch.
 tag=$(python -c 'import sys, platform; print(f"cp{sys.version_info[0]}{sys.version_info[1]}-{platform.machine()}")')
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/sparsecnx/minkowskiengine-$engine-torch-$torch-$tag"
 if [ ! -d "$cache" ]; then # it is there whole or not at all

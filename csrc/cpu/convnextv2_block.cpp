@@ -205,7 +205,7 @@ void forward(const Block<S>& block, const Tensor& dwconv_weight, const Outputs<S
   });
 }
 
-// What forward kept for backward, and the incoming gradient.
+// The tensors that forward kept for backward, and the incoming gradient.
 template <class S>
 struct Kept {
   const S *grad, *u;

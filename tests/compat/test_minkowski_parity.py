@@ -747,7 +747,7 @@ def test_initialisation() -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
 def test_residual_blocks(block: str, stride: int) -> None:
-    """Those with squeeze-and-excitation cannot be made in MinkowskiEngine 0.5.4."""
+    """MinkowskiEngine 0.5.4 cannot make blocks with squeeze-and-excitation."""
 
     def program(run: Run) -> None:
         ME = run.ME

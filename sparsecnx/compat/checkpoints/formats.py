@@ -215,7 +215,7 @@ def _transformers(prefix: str) -> Format:
 TRANSFORMERS_MODEL = _transformers("")
 TRANSFORMERS_CLASSIFIER = _transformers("convnextv2.")
 
-# Of two formats with the same names the first is taken, unless the dimensions fit the other better.
+# The first of two formats with the same names is taken, unless the dimensions fit the other better.
 ALL = (
     *(FCMAE, SPARSECNX, CONVNEXTV2, FCMAE_ENCODER),
     *(TIMM_LINEAR, TIMM_CONV, TRANSFORMERS_MODEL, TRANSFORMERS_CLASSIFIER),
