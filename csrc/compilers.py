@@ -24,9 +24,16 @@ USUAL_TOOLKIT = Path("/usr/local/cuda")
 
 
 def nvcc_flags() -> list[str]:
-    """Return nvcc's flags but for the architectures, once CXX is set. NVCC_CCBIN or else CXX is its host compiler."""
-    host = os.environ.get("NVCC_CCBIN") or os.environ["CXX"]
-    return ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden", f"-ccbin={host}"]
+    """Return nvcc's flags but for the architectures. NVCC_CCBIN, or else CXX, is its host compiler."""
+    host = os.environ.get("NVCC_CCBIN") or os.environ.get("CXX", "c++")
+    return [
+        "-std=c++20",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "-Xcompiler=-fvisibility=hidden",
+        "-Xptxas=-warn-spills",
+        f"-ccbin={host}",
+    ]
 
 
 class CannotCompile(Exception):

@@ -406,7 +406,7 @@ def test_version_mismatch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("_C.abi3.so", "_C_cuda.abi3.so"):
         (tmp_path / name).touch()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(compiled, "register", lambda library, remedy: None)
+    monkeypatch.setattr(compiled, "load_library", lambda library, remedy: None)
     monkeypatch.setattr(compiled, "OPERATORS", ["cpu_isa", "of_tomorrow"])
     lacking = "sparsecnx_cuda::depthwise_conv"
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: name != lacking)

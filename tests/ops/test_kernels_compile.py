@@ -29,13 +29,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that a block may have
 LIBRARIES = sorted((ROOT / "sparsecnx").glob("_C_cuda.*so"))
 DECODER_CHANNELS = 512
-# These are compiled: dtype, model size, stages (5 is the decoder), architectures. Every kernel is compiled
-# on every architecture, at the narrowest and the widest of the usual channels on sm_90, and in float32 where shared
-# memory is scarcest.
+# These are compiled: dtype, model size, stages (5 is the decoder), architectures. Most sizes share their machine code.
+# float32 is compiled where shared memory is scarcest.
 SELECTIONS = [
-    ("bfloat16", "atto", (1, 2, 3, 4), (90,)),
-    ("bfloat16", "base", (1, 2, 3, 4, 5), (90,)),
-    ("bfloat16", "tiny", (1,), (80, 100)),
+    *(("bfloat16", size, (1, 2, 3, 4), tuple(SHARED)) for size in SIZES),
+    ("bfloat16", "base", (5,), tuple(SHARED)),
     ("float32", "atto", (1,), (80,)),
 ]
 
