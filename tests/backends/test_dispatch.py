@@ -230,7 +230,7 @@ def test_the_log_breaks_no_graph(caplog: pytest.LogCaptureFixture, x: SparseTens
 
 
 @needs_cpu
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="of the CPU")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="tests what runs without a GPU, and there is one")
 @needs_cuda
 @needs_triton
 @pytest.mark.parametrize("operator", ["depthwise_conv", "convnextv2_block"])

@@ -216,7 +216,7 @@ def test_gradcheck(backend: str, ndim: int) -> None:
 FIRST = "cpu" if compiled.loaded else "reference"
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="of the CPU")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="tests what runs without a GPU, and there is one")
 @pytest.mark.parametrize(
     ("backend", "dtype", "grid", "expected"),
     [
