@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsecnx.geometry.layout import Layout
+from sparsecnx.geometry.masks import check_same_images
 from sparsecnx.geometry.packing import gather_rows, scatter_rows
 
 
@@ -69,10 +70,7 @@ class SparseTensor:
         if dense.shape[0] == 0:
             raise ValueError(f"dense is {tuple(dense.shape)}: expected at least one image in the batch")
         shape = tuple(dense.shape[2:])
-        if isinstance(mask, Tensor) and mask.device != dense.device:
-            raise ValueError(f"mask is on {mask.device}: dense is on {dense.device}")
-        if isinstance(mask, Tensor) and mask.ndim and mask.shape[0] != dense.shape[0]:
-            raise ValueError(f"mask is {tuple(mask.shape)}: dense holds {dense.shape[0]} images")
+        check_same_images(mask, dense, "dense")
         layout = Layout.from_mask(mask, shape, visible, count)
         return cls(gather_rows(dense, layout), layout)
 

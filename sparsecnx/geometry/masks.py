@@ -80,6 +80,20 @@ def check_mask(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
     return mask.flatten(1) if mask.ndim > 2 else mask.reshape(shape[0], math.prod(grid))
 
 
+def check_same_images(mask: Tensor, images: Tensor, name: str) -> None:
+    """Raise ValueError unless `mask` has as many images as the tensor `images`, on its device.
+
+    What is no tensor is left to `check_mask`.
+
+    Args:
+        name: what errors call `images`.
+    """
+    if isinstance(mask, Tensor) and mask.device != images.device:
+        raise ValueError(f"mask is on {mask.device}: {name} is on {images.device}")
+    if isinstance(mask, Tensor) and mask.ndim and mask.shape[0] != images.shape[0]:
+        raise ValueError(f"mask is {tuple(mask.shape)}: {name} holds {images.shape[0]} images")
+
+
 def infer_grid(mask: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     """Return grid and tile side for a mask `(B, L)` or `(B, *grid)` over a dense tensor of spatial `shape`.
 

@@ -86,34 +86,43 @@ class ConvNeXtV2Encoder(nn.Module):
         )
         self.apply(init_weights)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, visible: int | None = None) -> Any:
+    def forward(self, images: Tensor | SparseTensor, mask: Tensor | None = None, visible: int | None = None) -> Any:
         """Return the output of the last stage, at stride 32, see `forward_features`."""
         return self.forward_features(images, mask, visible)[-1]
 
-    def forward_features(self, images: Tensor, mask: Tensor | None = None, visible: int | None = None) -> list[Any]:
+    def forward_features(
+        self, images: Tensor | SparseTensor, mask: Tensor | None = None, visible: int | None = None
+    ) -> list[Any]:
         """Return the outputs of the four stages, at strides 4, 8, 16 and 32.
 
         Args:
-            images: `(B, in_chans, H, W)`, H and W multiples of 32.
+            images: `(B, in_chans, H, W)`, H and W multiples of 32; or a SparseTensor of their visible pixels, without
+                `mask`.
             mask: bool `(B, L)` or `(B, gh, gw)`, True = masked, on a grid of square patches whose side is a multiple of
                 32 pixels. None computes all sites, dense.
             visible: number of visible patches, if it is known and equal in all images, see `SparseTensor.from_dense`.
 
         Returns:
-            SparseTensors with a mask, otherwise dense tensors `(B, dims[i], H / s, W / s)`.
+            SparseTensors with a mask or of a SparseTensor, otherwise dense tensors `(B, dims[i], H / s, W / s)`.
 
         Raises:
             TypeError, ValueError: `images` or `mask` does not fit, see `SparseTensor.from_dense`.
         """
-        check_images(images, self.in_chans)
         x: Any = images
-        if mask is not None:
-            x = SparseTensor.from_dense(images, mask, visible)
-            if x.layout.tile % STRIDE:
-                raise ValueError(
-                    f"mask is {tuple(mask.shape)}: its patches of {x.layout.tile} pixels must be a multiple "
-                    f"of {STRIDE}, the stride of the network"
-                )
+        if isinstance(images, SparseTensor):
+            if mask is not None:
+                raise ValueError("mask is given: expected None, since images is a SparseTensor of the visible pixels")
+            if images.features.shape[1] != self.in_chans:
+                raise ValueError(f"images is {images.shape}: expected (B, {self.in_chans}, H, W)")
+        else:
+            check_images(images, self.in_chans)
+            x = images if mask is None else SparseTensor.from_dense(images, mask, visible)
+        if isinstance(x, SparseTensor) and x.layout.tile % STRIDE:
+            given = f"images is {images.shape}" if mask is None else f"mask is {tuple(mask.shape)}"
+            raise ValueError(
+                f"{given}: its patches of {x.layout.tile} pixels must be a multiple of {STRIDE}, the "
+                "stride of the network"
+            )
         outputs = []
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))

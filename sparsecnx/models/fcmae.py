@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnx.geometry.layout import Layout, TileSet
-from sparsecnx.geometry.masks import check_mask, random_mask, visible_count
+from sparsecnx.geometry.masks import check_same_images, random_mask, visible_count
 from sparsecnx.geometry.packing import gather_rows
 from sparsecnx.models.convnextv2 import (
     STRIDE,
@@ -26,7 +26,7 @@ class FCMAE(nn.Module):
     """A sparse ConvNeXt V2 encoder on the visible patches, a light decoder on all, and the loss on the masked ones.
 
     Args:
-        encoder: the masked encoder; `encoder(images, mask)` returns a SparseTensor at stride 32.
+        encoder: the masked encoder; on a SparseTensor of the visible pixels it returns one at stride 32.
         patch_size: pixels per patch side, a multiple of 32.
         decoder_depth: blocks of the decoder.
         decoder_dim: channels of the decoder.
@@ -93,9 +93,10 @@ class FCMAE(nn.Module):
             device = images.device if generator is None else generator.device
             mask = random_mask(images.shape[0], grid, mask_ratio, generator=generator, device=device)
             mask = mask.to(images.device)
-        else:
-            mask = check_mask(mask, grid)
-        pred = self.forward_decoder(self.encoder(images, mask.view(-1, *grid), visible))
+        check_same_images(mask, images, "images")
+        layout = Layout(TileSet.from_mask(mask, grid, visible), self.patch_size)
+        mask = mask.reshape(-1, grid[0] * grid[1])
+        pred = self.forward_decoder(self.encoder(SparseTensor(gather_rows(images, layout), layout)))
         return self._loss(images, pred, mask, grid), pred, mask
 
     def forward_decoder(self, encoded: SparseTensor) -> Tensor:

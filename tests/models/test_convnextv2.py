@@ -10,7 +10,7 @@ import torch
 from cases import EVERY_MODEL_BACKEND, MODEL_BACKENDS, assert_close, assert_same, bound, device_of, draw_mask, widest
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparsecnx import models, use_backend
+from sparsecnx import SparseTensor, models, use_backend
 from sparsecnx.models import masked_dense
 from sparsecnx.nn import ConvNeXtV2Block
 
@@ -247,6 +247,19 @@ def test_images_that_do_not_fit(value, error, message, masked):
 def test_masks_that_do_not_fit(mask, error, message):
     with pytest.raises(error, match=message):
         small_encoder()(images(), mask)
+
+
+def test_encoder_takes_the_sparse_tensor_of_its_visible_pixels():
+    encoder, x, mask = small_encoder(), images(), draw_mask("random counts", 3, (2, 3), seed=2)
+    pixels = SparseTensor.from_dense(x, mask)
+    for found, expected in zip(encoder.forward_features(pixels), encoder.forward_features(x, mask), strict=True):
+        assert torch.equal(found.features, expected.features)
+    with pytest.raises(ValueError, match="mask is given"):
+        encoder(pixels, mask)
+    with pytest.raises(ValueError, match=r"images is \(3, 2, 64, 96\): expected \(B, 3, H, W\)"):
+        encoder(pixels.with_features(pixels.features[:, :2]))
+    with pytest.raises(ValueError, match=r"images is \(3, 3, 64, 96\): its patches of 16 pixels"):
+        encoder(SparseTensor.from_dense(x, torch.zeros(3, 4, 6, dtype=torch.bool)))
 
 
 def test_visible_that_is_not_the_count():
