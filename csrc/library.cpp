@@ -32,12 +32,12 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
       "convnextv2_block(Tensor x, Tensor dwconv_weight, Tensor dwconv_bias, Tensor norm_weight, Tensor norm_bias, "
       "Tensor pwconv1_weight, Tensor pwconv1_bias, Tensor grn_gamma, Tensor grn_beta, Tensor pwconv2_weight, "
       "Tensor pwconv2_bias, Tensor? row_scale, Tensor table, Tensor splits, int tile, float eps, "
-      "bool keep_hidden) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float grn_eps, bool keep_hidden) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "convnextv2_block_backward(Tensor grad, Tensor x, Tensor dwconv_weight, Tensor dwconv_bias, "
       "Tensor norm_weight, Tensor norm_bias, Tensor pwconv1_weight, Tensor pwconv1_bias, Tensor grn_gamma, "
       "Tensor grn_beta, Tensor pwconv2_weight, Tensor pwconv2_bias, Tensor? row_scale, Tensor table, "
-      "Tensor splits, int tile, float eps, Tensor u, Tensor moments, Tensor energy, Tensor hidden) -> "
+      "Tensor splits, int tile, float eps, float grn_eps, Tensor u, Tensor moments, Tensor energy, Tensor hidden) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

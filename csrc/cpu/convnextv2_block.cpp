@@ -80,7 +80,7 @@ struct Block {
   using A = Compute<S>;
 
   int64_t rows, channels, hidden, groups, tile;
-  double eps;
+  double eps, grn_eps;  // of LayerNorm and of GRN
   Halo halo;
   const S* x;
   const A *dwconv_bias, *norm_weight, *norm_bias, *pwconv1_bias, *gamma, *beta, *pwconv2_bias, *row_scale;
@@ -93,13 +93,14 @@ struct Block {
         const Tensor& norm_bias_, const Tensor& pwconv1_weight, const Tensor& pwconv1_bias_, const Tensor& gamma_,
         const Tensor& beta_, const Tensor& pwconv2_weight, const Tensor& pwconv2_bias_,
         const std::optional<Tensor>& row_scale_, const Tensor& table_, const Tensor& splits_, int64_t tile_,
-        double eps_, int64_t worker_bytes)
+        double eps_, double grn_eps_, int64_t worker_bytes)
       : rows(feature_shape(x_, "x")[0]),
         channels(feature_shape(x_, "x")[1]),
         hidden(pwconv1_weight.size(0)),
         groups(splits_.numel() - 1),
         tile(tile_),
         eps(eps_),
+        grn_eps(grn_eps_),
         halo(check_geometry(table_, rows, tile_, check_kernel(dwconv_weight, channels, x_.scalar_type()))),
         x(data<S>(x_)),
         dwconv_bias(parameter<A>(dwconv_bias_, "dwconv_bias", channels, x_)),
@@ -180,7 +181,7 @@ void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>
   for_groups(blocks, [&](int64_t group, int64_t first, int64_t last) {
     A* energy = out.energy + group * H;
     sums.add_to(energy, first, last);
-    scale[group - chunk.first_group] = GrnResponse<A>(energy, block.gamma, H, block.eps).scale;
+    scale[group - chunk.first_group] = GrnResponse<A>(energy, block.gamma, H, block.grn_eps).scale;
   });
   for_blocks(blocks, [&](int64_t i, RowBlock b) {
     const A* d = block.row_scale_at(b.begin);
@@ -266,7 +267,7 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const std::vector
 
   std::vector<GrnResponse<A>> response;
   for (int64_t n = 0; n < groups; ++n)
-    response.emplace_back(kept.energy + (chunk.first_group + n) * H, block.gamma, H, block.eps);
+    response.emplace_back(kept.energy + (chunk.first_group + n) * H, block.gamma, H, block.grn_eps);
   BlockSums<A> scale_sums(blocks.size(), H), beta_sums(blocks.size(), H), bias2_sums(blocks.size(), C);
   for_blocks(blocks, [&](int64_t i, RowBlock b) {
     const int64_t at = (b.begin - chunk.begin) * H, count = b.rows();
@@ -362,7 +363,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> convnextv2_block(
     const Tensor& norm_bias, const Tensor& pwconv1_weight, const Tensor& pwconv1_bias, const Tensor& grn_gamma,
     const Tensor& grn_beta, const Tensor& pwconv2_weight, const Tensor& pwconv2_bias,
     const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& splits, int64_t tile, double eps,
-    bool keep_hidden) {
+    double grn_eps, bool keep_hidden) {
   const int64_t rows = x.size(0), hidden_channels = pwconv1_weight.size(0);
   Tensor y = torch::stable::empty_like(x), u = torch::stable::empty_like(x);
   Tensor moments = empty({rows, 2}, compute_dtype(x));
@@ -370,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> convnextv2_block(
   Tensor hidden = empty({keep_hidden ? rows : 0, hidden_channels}, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const Block<S> block(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma,
-                         grn_beta, pwconv2_weight, pwconv2_bias, row_scale, table, splits, tile, eps, 0);
+                         grn_beta, pwconv2_weight, pwconv2_bias, row_scale, table, splits, tile, eps, grn_eps, 0);
     forward<S>(block, dwconv_weight,
                {data<S>(y), data<S>(u), data<A>(moments), data<A>(energy), keep_hidden ? data<S>(hidden) : nullptr});
   });
@@ -383,8 +384,8 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
                           const Tensor& pwconv1_bias, const Tensor& grn_gamma, const Tensor& grn_beta,
                           const Tensor& pwconv2_weight, const Tensor& pwconv2_bias,
                           const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& splits,
-                          int64_t tile, double eps, const Tensor& u, const Tensor& moments, const Tensor& energy,
-                          const Tensor& hidden) {
+                          int64_t tile, double eps, double grn_eps, const Tensor& u, const Tensor& moments,
+                          const Tensor& energy, const Tensor& hidden) {
   using torch::stable::empty_like;
   Tensor x_grad = empty_like(x), dwconv_weight_grad = empty_like(dwconv_weight);
   Tensor w1_grad = empty_like(pwconv1_weight), w2_grad = empty_like(pwconv2_weight);
@@ -399,7 +400,7 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
   check_dense(hidden, "hidden", kept ? x.size(0) * pwconv1_weight.size(0) : 0, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const Block<S> block(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma,
-                         grn_beta, pwconv2_weight, pwconv2_bias, row_scale, table, splits, tile, eps,
+                         grn_beta, pwconv2_weight, pwconv2_bias, row_scale, table, splits, tile, eps, grn_eps,
                          2 * w1_grad.numel() * int64_t{sizeof(A)});
     Grads<S> grads{data<S>(x_grad), data<S>(dwconv_weight_grad), data<S>(w1_grad), data<S>(w2_grad), {}};
     for (size_t i = 0; i < vectors.size(); ++i) grads.vectors[i] = data<A>(vectors[i]);

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from sparsecnx import ops
-from sparsecnx.nn.layers import GRN, Conv2d, LayerNorm, Linear, StochasticDepth
+from sparsecnx.nn.layers import GELU, GRN, Conv2d, LayerNorm, Linear, StochasticDepth
+from sparsecnx.ops import block
+from sparsecnx.ops.global_response_norm.groups import SCOPES
 from sparsecnx.tensor import SparseTensor
+
+_logger = logging.getLogger("sparsecnx")
+_logged: set[str] = set()
+
+# The fused operator computes what layers of these types compute, and of no other types.
+FUSED: dict[str, tuple[type[nn.Module], ...]] = {
+    "dwconv": (Conv2d,),
+    "norm": (LayerNorm,),
+    "pwconv1": (Linear,),
+    "act": (nn.GELU, GELU),
+    "grn": (GRN,),
+    "pwconv2": (Linear,),
+    "drop_path": (StochasticDepth, nn.Identity),
+}
 
 
 class ConvNeXtV2Block(nn.Module):
     """Depthwise 7x7, LayerNorm, Linear C -> 4C, GELU, GRN, Linear 4C -> C, stochastic depth, + input.
 
-    On a SparseTensor the whole block is one fused operator, `ops.convnextv2_block`.
+    On a SparseTensor the whole block is one fused operator, `ops.convnextv2_block`, which reads the parameters of the
+    layers without calling them. Where a layer was replaced, wrapped, pruned or given a hook, the layers are called one
+    by one instead, which is slower: `dwconv`, `grn` and `drop_path` with a SparseTensor, the others with its features
+    `(rows, channels)`. The logger `sparsecnx` says so once at level INFO.
 
     Args:
         dim: channels C.
@@ -30,14 +53,58 @@ class ConvNeXtV2Block(nn.Module):
         self.grn = GRN(4 * dim, scope=grn_scope)
         self.pwconv2 = Linear(4 * dim, dim)
         self.drop_path = StochasticDepth(drop_path)
+        self._shapes = [parameter.shape for parameter in self.parameters_by_name()]
 
     def forward(self, x: SparseTensor | Tensor) -> SparseTensor | Tensor:
         """Take dense `(B, C, H, W)` or a SparseTensor; return the same shape."""
-        return self._sparse(x) if isinstance(x, SparseTensor) else self._dense(x)
+        if not isinstance(x, SparseTensor):
+            return self._dense(x)
+        reason = self.unfused()
+        if reason is None:
+            return self._fused(x)
+        if not torch.compiler.is_compiling() and reason not in _logged:
+            _logged.add(reason)
+            _logger.info("ConvNeXtV2Block calls its layers one by one, since %s", reason)
+        return self._layer_by_layer(x)
 
-    def _sparse(self, x: SparseTensor) -> SparseTensor:
-        survival = ops.draw_survival(x, self.drop_path.p, self.training)
-        return ops.convnextv2_block(x, self.parameters_by_name(), survival, scope=self.grn.scope, eps=self.norm.eps)
+    def unfused(self) -> str | None:
+        """Return why the fused operator cannot stand for the layers; None where it can."""
+        layers: dict[str, Any] = self._modules  # Attributes of a module are slow to look up.
+        for name, kinds in FUSED.items():
+            layer = layers[name]
+            if type(layer) not in kinds:
+                return f"{name} is a {type(layer).__name__}"
+            if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+                return f"{name} has a hook"
+            if "forward" in layer.__dict__:
+                return f"the forward method of {name} is replaced"
+        conv = self.dwconv
+        same = conv.padding == tuple(size // 2 for size in conv.kernel_size)
+        if not same or {*conv.stride, *conv.dilation} != {1} or conv.padding_mode != "zeros":
+            return f"dwconv is {conv}"
+        if self.act.approximate != "none":
+            return f"act is {self.act}"
+        for name in ("dwconv", "pwconv1", "pwconv2"):
+            kind = type(layers[name].weight)
+            if kind is not nn.Parameter and hasattr(kind, "__tensor_flatten__"):
+                return f"the weight of {name} is a {kind.__name__}"
+        return None
+
+    def _fused(self, x: SparseTensor) -> SparseTensor:
+        survival = ops.draw_survival(x, getattr(self.drop_path, "p", 0.0), self.training)
+        parameters, scope, eps, grn_eps = self.parameters_by_name(), self.grn.scope, self.norm.eps, self.grn.eps
+        # What has the shapes that the block was built with needs no other check.
+        built = x.layout.ndim == 2 and x.features.shape[1] == self._shapes[0][0] and scope in SCOPES
+        if built and [None if value is None else value.shape for value in parameters] == self._shapes:
+            return block.run(x, parameters, survival, scope, eps, grn_eps, None)
+        return ops.convnextv2_block(x, parameters, survival, scope, eps, grn_eps=grn_eps)
+
+    def _layer_by_layer(self, x: SparseTensor) -> SparseTensor:
+        u = self.dwconv(x)
+        h = self.act(self.pwconv1(self.norm(u.features)))
+        h = self.grn(u.with_features(h))
+        branch = self.drop_path(u.with_features(self.pwconv2(h.features)))
+        return x.with_features(x.features + branch.features)
 
     def _dense(self, x: Tensor) -> Tensor:
         branch = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
@@ -46,7 +113,6 @@ class ConvNeXtV2Block(nn.Module):
 
     def parameters_by_name(self) -> ops.BlockParameters:
         """Return the block's parameters as `ops.convnextv2_block` takes them."""
-        assert self.dwconv.bias is not None  # The constructor asks for one.
         return ops.BlockParameters(
             self.dwconv.weight,
             self.dwconv.bias,

@@ -107,5 +107,10 @@ def checked_vector(value: Tensor, name: str, channels: int, x: Rows) -> Tensor:
         ValueError: it has another number of elements, or is on another device than `x`.
     """
     check_vector(value, name, channels, x)
+    return as_statistics(value, x)
+
+
+def as_statistics(value: Tensor, x: Rows) -> Tensor:
+    """Return a per-channel parameter contiguous in the dtype of the statistics of `x`."""
     dtype = statistics_dtype(x.dtype)
     return (value if value.dtype == dtype else value.to(dtype)).contiguous()

@@ -7,9 +7,12 @@ import math
 import pytest
 import torch
 from cases import assert_close, draw_mask, make_layout, random_sparse, site_mask
+from torch.nn.utils import parametrizations, prune
 
 from sparsecnx import SparseTensor, nn
 from sparsecnx.models import masked_dense
+from sparsecnx.nn import block as block_module
+from sparsecnx.nn.block import FUSED
 
 CHANNELS = 6
 
@@ -167,6 +170,84 @@ def test_dense_block_is_the_sparse_one_with_everything_visible(kernel):
 def test_sparse_block_is_the_masked_dense_one(kind):
     block, x = randomise(nn.ConvNeXtV2Block(CHANNELS)), example(kind)
     assert_close(block(x).dense(), masked_dense.masked_block(block, x.dense(), site_mask(x.layout)))
+
+
+class LowRank(torch.nn.Module):
+    """Adds a product of narrow matrices to a linear layer, as LoRA does."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.down = layer, torch.nn.Linear(layer.in_features, 2)
+        self.up = torch.nn.Linear(2, layer.out_features)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def double_the_output(module, arguments, output):
+    return output.with_features(2 * output.features) if isinstance(output, SparseTensor) else 2 * output
+
+
+def replace(name, make):
+    return lambda block: setattr(block, name, make(getattr(block, name)))
+
+
+def without(layer, name):
+    return lambda block: setattr(getattr(block, layer), name, None)
+
+
+# Each alters a block, and says whether the fused operator can still stand for its layers.
+ALTERATIONS = {
+    **{f"hook on {name}": (lambda b, n=name: getattr(b, n).register_forward_hook(double_the_output), False)
+       for name in FUSED},
+    "hook before pwconv1": (lambda b: b.pwconv1.register_forward_pre_hook(lambda m, x: (2 * x[0],)), False),
+    "replaced activation": (replace("act", lambda _: torch.nn.ReLU()), False),
+    "other GELU": (replace("act", lambda _: torch.nn.GELU(approximate="tanh")), False),
+    "our GELU": (replace("act", lambda _: nn.GELU()), True),
+    "no stochastic depth": (replace("drop_path", lambda _: torch.nn.Identity()), True),
+    "no GRN": (replace("grn", lambda _: torch.nn.Identity()), False),
+    "subclass": (replace("pwconv2", lambda old: Doubled(old.in_features, old.out_features)), False),
+    "low rank": (replace("pwconv1", LowRank), False),
+    "pruning": (lambda b: prune.random_unstructured(b.pwconv1, "weight", 0.5), False),
+    "weight norm": (lambda b: parametrizations.weight_norm(b.pwconv1), False),
+    "old weight norm": (lambda b: torch.nn.utils.weight_norm(b.dwconv), False),
+    "forward": (lambda b: setattr(b.norm, "forward", lambda x, f=b.norm.forward: 2 * f(x)), False),
+    "narrower kernel": (
+        replace("dwconv", lambda _: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS)),
+        True,
+    ),
+    "epsilons": (lambda b: (setattr(b.norm, "eps", 0.3), setattr(b.grn, "eps", 0.7)), True),
+    "no bias of dwconv": (without("dwconv", "bias"), True),
+    "no weight of norm": (without("norm", "weight"), True),
+    "no bias of norm": (without("norm", "bias"), True),
+    "no bias of pwconv1": (without("pwconv1", "bias"), True),
+    "no bias of pwconv2": (without("pwconv2", "bias"), True),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("alter, fused", ALTERATIONS.values(), ids=list(ALTERATIONS))
+def test_altered_block_computes_the_same_sparse_and_dense(alter, fused, caplog):
+    block, x = nn.ConvNeXtV2Block(CHANNELS), example("all visible")
+    alter(block)
+    randomise(block)
+    caplog.set_level("INFO", "sparsecnx")
+    block_module._logged.clear()
+    expected = block(x.dense())
+    parameters = list(block.parameters())
+    for _ in range(2):
+        found = block(x).dense()
+        assert_close(found, expected)
+        gradients = torch.autograd.grad(found.square().sum(), parameters)
+    for gradient, reference in zip(gradients, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
+        assert_close(gradient, reference)
+    said = [record for record in caplog.records if "one by one" in record.message]
+    assert len(said) == (0 if fused else 1)
 
 
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])

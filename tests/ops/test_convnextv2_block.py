@@ -38,7 +38,7 @@ from operators import BLOCK_VECTORS, block, block_parameters, survival
 from sparsecnx import ops, use_backend
 
 
-def dense_block(x, keep, p, scale, eps=1e-6):
+def dense_block(x, keep, p, scale, eps=1e-6, grn_eps=1e-6):
     """Apply figure 5 of arXiv 2301.00808 to a masked dense tensor, image by image."""
     images = []
     for image, active, factor in zip(x, keep, scale, strict=True):
@@ -47,7 +47,7 @@ def dense_block(x, keep, p, scale, eps=1e-6):
         v = F.layer_norm(u[0].permute(1, 2, 0), (len(image),), p.norm_weight, p.norm_bias, eps)
         h = F.gelu(v @ p.pwconv1_weight.T + p.pwconv1_bias) * active.permute(1, 2, 0)
         norm = torch.linalg.norm(h.flatten(0, 1), dim=0)
-        h = p.grn_gamma * (h * (norm / (norm.mean() + eps))) + p.grn_beta + h
+        h = p.grn_gamma * (h * (norm / (norm.mean() + grn_eps))) + p.grn_beta + h
         branch = (h @ p.pwconv2_weight.T + p.pwconv2_bias).permute(2, 0, 1)
         images.append((image + factor * branch) * active)
     return torch.stack(images)
@@ -62,10 +62,30 @@ def test_reference_is_the_published_block_image_by_image(layout, kernel):
         assert_close(ops.convnextv2_block(x, p, scale).dense(), expected)
 
 
+def test_layer_norm_and_grn_have_an_epsilon_each():
+    x, p = random_sparse(example_layout(), 4), ops.BlockParameters(**block_parameters(4, 3, 3))
+    expected = dense_block(x.dense(), site_mask(x.layout), p, [1] * x.layout.batch, eps=0.2, grn_eps=0.5)
+    with use_backend("reference"):
+        assert_close(ops.convnextv2_block(x, p, eps=0.2, grn_eps=0.5).dense(), expected)
+
+
+@pytest.mark.parametrize("backend", backends("convnextv2_block"))
+@pytest.mark.parametrize("name", [name for name in BLOCK_VECTORS if not name.startswith("grn")])
+def test_bias_that_is_none_is_zero(name, backend):
+    x, p = suit(backend, random_sparse(example_layout(), 4), block_parameters(4, 3, 3))
+    p = ops.BlockParameters(**p)
+    constant = torch.full_like(getattr(p, name), float(name == "norm_weight"))
+    with use_backend(backend):
+        found = ops.convnextv2_block(x, p._replace(**{name: None}))
+        expected = ops.convnextv2_block(x, p._replace(**{name: constant}))
+    assert torch.equal(found.features, expected.features)
+
+
 OPTIONS = {
     "scope": st.sampled_from(["sample", "batch"]),
     "survive": st.booleans(),
     "recompute": st.sampled_from([True, False, "auto"]),
+    "grn_eps": st.sampled_from([None, 0.5]),
 }
 
 

@@ -13,11 +13,21 @@ from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.ops.block import cpu, cuda, layers
 from sparsecnx.ops.block.parameters import BlockParameters
-from sparsecnx.ops.checks import autocast, check_device, check_same_dtype, check_sparse, checked_vector
+from sparsecnx.ops.checks import (
+    as_statistics,
+    autocast,
+    check_device,
+    check_same_dtype,
+    check_sparse,
+    check_vector,
+)
 from sparsecnx.ops.global_response_norm.groups import check_scope
 from sparsecnx.tensor import SparseTensor
 
 __all__ = ["BlockParameters", "convnextv2_block", "operator"]
+
+MATRICES = ("dwconv_weight", "pwconv1_weight", "pwconv2_weight")
+OPTIONAL = ("dwconv_bias", "norm_weight", "norm_bias", "pwconv1_bias", "pwconv2_bias")
 
 operator = Operator(
     "convnextv2_block",
@@ -38,6 +48,7 @@ def convnextv2_block(
     scope: str = "sample",
     eps: float = 1e-6,
     recompute: bool | Literal["auto"] = "auto",
+    grn_eps: float | None = None,
 ) -> SparseTensor:
     """Run one ConvNeXt V2 block on visible sites (arXiv 2301.00808, figure 5):
 
@@ -49,9 +60,10 @@ def convnextv2_block(
         survival: stochastic-depth scale of each image, `(B,)`, see `draw_survival`; None for 1. A constant: no
             gradient flows to it.
         scope: groups of GRN, `"sample"` or `"batch"`, see `ops.grn`.
-        eps: epsilon of LayerNorm and GRN.
+        eps: epsilon of LayerNorm, added to the variance.
         recompute: whether backward computes the hidden layer `(rows, 4C)` again rather than keeping it;
             "auto" lets the backend decide by C.
+        grn_eps: epsilon of GRN, added to the mean over channels; None for `eps`.
 
     Returns:
         The layout of `x` with features `(rows, C)`.
@@ -67,30 +79,63 @@ def convnextv2_block(
     p = BlockParameters(*parameters)
     channels, hidden = x.features.shape[1], p.pwconv1_weight.shape[0]
     _check_matrices(x, p, channels, hidden)
+    for name in OPTIONAL:
+        value = getattr(p, name)
+        if value is not None:
+            check_vector(value, name, hidden if name == "pwconv1_bias" else channels, x)
+    check_vector(p.grn_gamma, "grn_gamma", hidden, x)
+    check_vector(p.grn_beta, "grn_beta", hidden, x)
     if survival is not None:
         if tuple(survival.shape) != (x.layout.batch,):
             raise ValueError(f"survival is {tuple(survival.shape)}: expected ({x.layout.batch},)")
         check_device(survival, "survival", x)
+        survival = survival.detach().to(statistics_dtype(x.dtype))
+    return run(
+        x, p, survival, scope, eps, eps if grn_eps is None else grn_eps, None if recompute == "auto" else recompute
+    )
 
+
+def run(
+    x: SparseTensor,
+    p: BlockParameters,
+    survival: Tensor | None,
+    scope: str,
+    eps: float,
+    grn_eps: float,
+    recompute: bool | None,
+) -> SparseTensor:
+    """Run `convnextv2_block` on arguments that fit, but for the dtypes of the matrices, which autocast may change.
+
+    Args:
+        survival: a constant in the dtype of the statistics of `x`, or None.
+        recompute: None for "auto".
+
+    Raises:
+        TypeError: dtypes differ outside autocast.
+    """
     x, (kernel, first, second) = autocast(x, p.dwconv_weight, p.pwconv1_weight, p.pwconv2_weight)
-    for name, value in (("dwconv_weight", kernel), ("pwconv1_weight", first), ("pwconv2_weight", second)):
-        check_device(value, name, x)
-        check_same_dtype(x, name, value)
+    check_same_dtype(x, "dwconv_weight", kernel)
+    check_same_dtype(x, "pwconv1_weight", first)
+    check_same_dtype(x, "pwconv2_weight", second)
     p = BlockParameters(
         kernel.contiguous(),
-        checked_vector(p.dwconv_bias, "dwconv_bias", channels, x),
-        checked_vector(p.norm_weight, "norm_weight", channels, x),
-        checked_vector(p.norm_bias, "norm_bias", channels, x),
+        _vector(p.dwconv_bias, x, kernel.shape[0]),
+        _vector(p.norm_weight, x, kernel.shape[0], missing=1.0),
+        _vector(p.norm_bias, x, kernel.shape[0]),
         first.contiguous(),
-        checked_vector(p.pwconv1_bias, "pwconv1_bias", hidden, x),
-        checked_vector(p.grn_gamma, "grn_gamma", hidden, x),
-        checked_vector(p.grn_beta, "grn_beta", hidden, x),
+        _vector(p.pwconv1_bias, x, first.shape[0]),
+        as_statistics(p.grn_gamma, x),
+        as_statistics(p.grn_beta, x),
         second.contiguous(),
-        checked_vector(p.pwconv2_bias, "pwconv2_bias", channels, x),
+        _vector(p.pwconv2_bias, x, kernel.shape[0]),
     )
-    if survival is not None:
-        survival = survival.detach().to(statistics_dtype(x.dtype))
-    return x.with_features(operator(x, p, survival, scope, eps, None if recompute == "auto" else recompute))
+    return x.with_features(operator(x, p, survival, scope, eps, grn_eps, recompute))
+
+
+def _vector(value: Tensor | None, x: SparseTensor, channels: int, missing: float = 0.0) -> Tensor:
+    if value is None:
+        return x.features.new_full((channels,), missing, dtype=statistics_dtype(x.dtype))
+    return as_statistics(value, x)
 
 
 def _check_matrices(x: SparseTensor, p: BlockParameters, channels: int, hidden: int) -> None:
@@ -103,3 +148,5 @@ def _check_matrices(x: SparseTensor, p: BlockParameters, channels: int, hidden: 
     for name, expected in (("pwconv1_weight", (hidden, channels)), ("pwconv2_weight", (channels, hidden))):
         if tuple(getattr(p, name).shape) != expected:
             raise ValueError(f"{name} is {tuple(getattr(p, name).shape)}: expected {expected}")
+    for name in MATRICES:
+        check_device(getattr(p, name), name, x)

@@ -22,7 +22,13 @@ RECOMPUTE_CHANNELS = 64
 
 
 def convnextv2_block(
-    x: SparseTensor, p: BlockParameters, survival: Tensor | None, scope: str, eps: float, recompute: bool | None
+    x: SparseTensor,
+    p: BlockParameters,
+    survival: Tensor | None,
+    scope: str,
+    eps: float,
+    grn_eps: float,
+    recompute: bool | None,
 ) -> Tensor:
     """Return features `(rows, C)` of the block; `recompute=None` decides by C."""
     keep_hidden = not (_recomputes(x) if recompute is None else recompute) and torch.is_grad_enabled()
@@ -36,6 +42,7 @@ def convnextv2_block(
         group_splits(x.layout, scope),
         x.layout.tile,
         eps,
+        grn_eps,
         keep_hidden,
     )
     return out
@@ -69,6 +76,7 @@ def _fake(
     splits: Tensor,
     tile: int,
     eps: float,
+    grn_eps: float,
     keep_hidden: bool,
 ) -> tuple[Tensor, ...]:
     rows, width = x.shape[0], pwconv1_weight.shape[0]
@@ -82,7 +90,7 @@ def _fake_backward(grad: Tensor, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     parameters = [getattr(saved, name) for name in BlockParameters._fields]
-    places = saved.row_scale, saved.table, saved.splits, saved.tile, saved.eps
+    places = saved.row_scale, saved.table, saved.splits, saved.tile, saved.eps, saved.grn_eps
     grads = torch.ops.sparsecnx.convnextv2_block_backward(grad, saved.x, *parameters, *places, *saved.outputs)
     return dict(zip(("x", *BlockParameters._fields), grads, strict=True))
 
@@ -91,7 +99,7 @@ if compiled.loaded:
     register(
         "sparsecnx::convnextv2_block",
         fake=_fake,
-        saves=("x", *BlockParameters._fields, "row_scale", "table", "splits", "tile", "eps"),
+        saves=("x", *BlockParameters._fields, "row_scale", "table", "splits", "tile", "eps", "grn_eps"),
         backward=_backward,
     )
     register("sparsecnx::convnextv2_block_backward", fake=_fake_backward)

@@ -15,7 +15,13 @@ Layer = Callable[..., Tensor]
 
 
 def reference(
-    x: SparseTensor, p: BlockParameters, survival: Tensor | None, scope: str, eps: float, recompute: bool | None
+    x: SparseTensor,
+    p: BlockParameters,
+    survival: Tensor | None,
+    scope: str,
+    eps: float,
+    grn_eps: float,
+    recompute: bool | None,
 ) -> Tensor:
     """Return features `(rows, C)` of the block, from the dense reference of each layer. Nothing is recomputed."""
     return _in_sequence(
@@ -24,6 +30,7 @@ def reference(
         survival,
         scope,
         eps,
+        grn_eps,
         depthwise_convolution.reference.depthwise_conv,
         layer_normalization.reference.layer_norm,
         global_response_norm.reference.grn,
@@ -32,7 +39,13 @@ def reference(
 
 
 def by_operators(
-    x: SparseTensor, p: BlockParameters, survival: Tensor | None, scope: str, eps: float, recompute: bool | None
+    x: SparseTensor,
+    p: BlockParameters,
+    survival: Tensor | None,
+    scope: str,
+    eps: float,
+    grn_eps: float,
+    recompute: bool | None,
 ) -> Tensor:
     """Return features `(rows, C)` of the block, each layer on the backend in force. Nothing is recomputed."""
     return _in_sequence(
@@ -41,6 +54,7 @@ def by_operators(
         survival,
         scope,
         eps,
+        grn_eps,
         depthwise_convolution.operator,
         layer_normalization.operator,
         global_response_norm.operator,
@@ -54,6 +68,7 @@ def _in_sequence(
     survival: Tensor | None,
     scope: str,
     eps: float,
+    grn_eps: float,
     depthwise_conv: Layer,
     layer_norm: Layer,
     grn: Layer,
@@ -62,7 +77,7 @@ def _in_sequence(
     u = x.with_features(depthwise_conv(x, p.dwconv_weight, p.dwconv_bias))
     v = layer_norm(u, p.norm_weight, p.norm_bias, eps)
     h = F.gelu(F.linear(v, p.pwconv1_weight, p.pwconv1_bias.flatten().to(v.dtype)))
-    normalised = grn(x.with_features(h), p.grn_gamma, p.grn_beta, scope, eps)
+    normalised = grn(x.with_features(h), p.grn_gamma, p.grn_beta, scope, grn_eps)
     branch = F.linear(normalised, p.pwconv2_weight, p.pwconv2_bias.flatten().to(h.dtype))
     if survival is not None:
         branch = scale_images(x.with_features(branch), survival)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 
 class BlockParameters(NamedTuple):
-    """Parameters of one block with C channels, in the order the block applies them."""
+    """Parameters of one block with C channels, in the order the block applies them.
+
+    A bias that is None stands for zeros, a `norm_weight` that is None for ones. Operators of backends get tensors.
+    """
 
     dwconv_weight: Tensor  # (C, 1, k, k)
-    dwconv_bias: Tensor  # (C,)
-    norm_weight: Tensor  # (C,)
-    norm_bias: Tensor  # (C,)
+    dwconv_bias: Any  # (C,) or None
+    norm_weight: Any  # (C,) or None
+    norm_bias: Any  # (C,) or None
     pwconv1_weight: Tensor  # (4C, C)
-    pwconv1_bias: Tensor  # (4C,)
+    pwconv1_bias: Any  # (4C,) or None
     grn_gamma: Tensor  # (4C,) or (1, 1, 1, 4C)
     grn_beta: Tensor  # (4C,) or (1, 1, 1, 4C)
     pwconv2_weight: Tensor  # (C, 4C)
-    pwconv2_bias: Tensor  # (C,)
+    pwconv2_bias: Any  # (C,) or None

@@ -141,7 +141,7 @@ def hidden_backward(
     row_scale: Tensor | None,
     row_group: Tensor,
     splits: Tensor,
-    eps: float,
+    grn_eps: float,
     normalised: Tensor,
     energy: Tensor,
     pre: Tensor,
@@ -169,7 +169,7 @@ def hidden_backward(
     else:
         matrices |= {"normalised": normalised, "weight1": folded[0], "bias1": folded[1]}
         _launch(recomputed_sums_kernel, grad, hidden, block_m, **matrices, **by_row, partial=partial)
-    grad_gamma, grad_energy, scale = grn.response_backward(partial, splits, block_m, energy, p.grn_gamma, eps)
+    grad_gamma, grad_energy, scale = grn.response_backward(partial, splits, block_m, energy, p.grn_gamma, grn_eps)
 
     by_row |= {"scale": scale, "grad_energy": grad_energy}
     block_m = KEPT_ROWS if kept else RECOMPUTED_ROWS
@@ -204,6 +204,7 @@ def convnextv2_block(
     survival: Tensor | None,
     scope: str,
     eps: float,
+    grn_eps: float,
     recompute: bool | None,
     depthwise: str = "triton",
 ) -> Tensor:
@@ -217,7 +218,7 @@ def convnextv2_block(
     places = row_scale, row_groups(x.layout, scope), table, group_splits(x.layout, scope), x.layout.tile
     p = p._replace(grn_gamma=p.grn_gamma.flatten(), grn_beta=p.grn_beta.flatten())
     features, parameters = x.features.contiguous(), [value.contiguous() for value in p]
-    out, *_ = torch.ops.sparsecnx_triton.convnextv2_block(features, *parameters, *places, eps, depthwise, keep)
+    out, *_ = torch.ops.sparsecnx_triton.convnextv2_block(features, *parameters, *places, eps, grn_eps, depthwise, keep)
     return out
 
 
@@ -239,6 +240,7 @@ def _block(
     splits: Tensor,
     tile: int,
     eps: float,
+    grn_eps: float,
     depthwise: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -248,13 +250,13 @@ def _block(
     convolve = DEPTHWISE[depthwise].convolve
     normalised, rstd = convolve(x, dwconv_weight, dwconv_bias, table, tile, normalise=eps)
     hidden, pre, partial = linear_gelu(normalised, weight1, bias1, row_group, splits.shape[0] - 1, keep)
-    energy, scale = grn.response(partial, splits, _block_rows(x), grn_gamma, eps)
+    energy, scale = grn.response(partial, splits, _block_rows(x), grn_gamma, grn_eps)
     out = linear_scaled(hidden, scale, weight2, bias2, x, row_scale, row_group)
     return out, normalised, rstd, energy, pre
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *_, splits, _, _, _, keep = rest
+    *_, splits, _, _, _, _, keep = rest
     rows, hidden = x.shape[0], BlockParameters(*rest[:10]).pwconv1_weight.shape[0]
     rstd = x.new_empty(rows, dtype=torch.float32)
     energy = x.new_empty(splits.shape[0] - 1, hidden, dtype=torch.float32)
@@ -270,7 +272,7 @@ def _block_backward(
     table: Tensor,
     splits: Tensor,
     tile: int,
-    eps: float,
+    grn_eps: float,
     depthwise: str,
     normalised: Tensor,
     rstd: Tensor,
@@ -281,7 +283,7 @@ def _block_backward(
     p = BlockParameters(*parameters)
     folded = fold(p.pwconv1_weight, p.norm_weight, p.norm_bias, p.pwconv1_bias)
     grad_pre, scaled, grad_gamma, grad_bias1 = hidden_backward(
-        grad, p, folded, row_scale, row_group, splits, eps, normalised, energy, pre
+        grad, p, folded, row_scale, row_group, splits, grn_eps, normalised, energy, pre
     )
     # pwconv2, whose input is h s + beta: `scaled` is h s times the scale of the rows.
     grad_bias2 = column_sums(grad, row_scale)
@@ -316,12 +318,12 @@ def _block_backward(
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     parameters = [getattr(saved, name) for name in BlockParameters._fields]
-    places = saved.row_scale, saved.row_group, saved.table, saved.splits, saved.tile, saved.eps, saved.depthwise
+    places = saved.row_scale, saved.row_group, saved.table, saved.splits, saved.tile, saved.grn_eps, saved.depthwise
     grads = torch.ops.sparsecnx_triton.convnextv2_block_backward(grad, saved.x, parameters, *places, *saved.outputs)
     return dict(zip(("x", *BlockParameters._fields), grads, strict=True))
 
 
-SAVED = ("x", *BlockParameters._fields, "row_scale", "row_group", "table", "splits", "tile", "eps", "depthwise")
+SAVED = ("x", *BlockParameters._fields, "row_scale", "row_group", "table", "splits", "tile", "grn_eps", "depthwise")
 register("sparsecnx_triton::convnextv2_block", function=_block, fake=_fake, saves=SAVED, backward=_backward)
 register(
     "sparsecnx_triton::convnextv2_block_backward",
