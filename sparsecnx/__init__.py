@@ -3,6 +3,7 @@
 from sparsecnx import models, nn, ops
 from sparsecnx.backends.dispatch import BackendError
 from sparsecnx.backends.selection import use_backend
+from sparsecnx.compat.checkpoints import load_encoder
 from sparsecnx.geometry.layout import Layout, TileSet
 from sparsecnx.geometry.masks import random_mask
 from sparsecnx.tensor import SparseTensor
@@ -14,6 +15,7 @@ __all__ = [
     "Layout",
     "SparseTensor",
     "TileSet",
+    "load_encoder",
     "models",
     "nn",
     "ops",

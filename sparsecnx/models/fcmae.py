@@ -132,15 +132,26 @@ class FCMAE(nn.Module):
         patches = images.reshape(images.shape[0], self.in_chans, gh, p, gw, p)
         return patches.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], gh * gw, -1)
 
-    def unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Join patches `(B, L, patch_size**2 * C)` to images `(B, C, H, W)`; undoes `patchify`.
+    def unpatchify(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Join patches to images `(B, C, H, W)`; undoes `patchify`.
+
+        Args:
+            patches: `(B, patch_size**2 * C, gh, gw)` as `forward` returns them, or `(B, L, patch_size**2 * C)` as
+                `patchify` does.
+            grid: `(gh, gw)`, needed for three dimensions only.
 
         Raises:
-            ValueError: L is not the number of cells of `grid`.
+            ValueError: `patches` has another shape, or L is not the number of cells of `grid`.
         """
-        (gh, gw), p = grid, self.patch_size
-        if patches.shape[1] != gh * gw:
-            raise ValueError(f"patches is {tuple(patches.shape)}: a {gh}x{gw} grid has {gh * gw} patches")
+        p, values = self.patch_size, self.patch_size**2 * self.in_chans
+        if patches.ndim == 4 and patches.shape[1] == values and grid in (None, tuple(patches.shape[2:])):
+            grid = patches.shape[2], patches.shape[3]
+            patches = patches.flatten(2).mT
+        if grid is None or patches.ndim != 3 or patches.shape[1:] != (grid[0] * grid[1], values):
+            cells = "L" if grid is None else grid[0] * grid[1]
+            expected = f"expected (B, {values}, gh, gw), or (B, {cells}, {values}) with grid=(gh, gw)"
+            raise ValueError(f"patches is {tuple(patches.shape)} and grid is {grid}: {expected}")
+        gh, gw = grid
         images = patches.reshape(patches.shape[0], gh, gw, p, p, self.in_chans)
         return images.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_chans, gh * p, gw * p)
 

@@ -89,6 +89,7 @@ def test_patches_hold_pixels_by_row_column_and_colour(patch, grid):
     patches = model.patchify(x)
     assert patches.shape == (2, grid[0] * grid[1], patch * patch * 3)
     assert torch.equal(model.unpatchify(patches, grid), x)
+    assert torch.equal(model.unpatchify(patches.mT.unflatten(2, grid)), x)  # as `forward` returns predictions
     for image, row, column, y, x_, colour in [(0, 0, 0, 0, 0, 1), (1, 1, 2, 5, 7, 0), (1, grid[0] - 1, 1, 31, 0, 2)]:
         found = patches[image, row * grid[1] + column, (y * patch + x_) * 3 + colour]
         assert found == x[image, colour, row * patch + y, column * patch + x_]
@@ -96,8 +97,15 @@ def test_patches_hold_pixels_by_row_column_and_colour(patch, grid):
 
 def test_unpatchify_rejects_another_number_of_patches():
     model = small_model()
-    with pytest.raises(ValueError, match=r"patches is \(2, 6, 3072\): a 2x2 grid has 4 patches"):
-        model.unpatchify(model.patchify(images()), (2, 2))
+    patches = model.patchify(images())
+    for given, grid in (
+        (patches, (2, 2)),
+        (patches, None),
+        (patches.mT.unflatten(2, (2, 3)), (3, 2)),
+        (patches[0], None),
+    ):
+        with pytest.raises(ValueError, match=r"patches is \(.*\) and grid is .*: expected \(B, 3072, gh, gw\), or"):
+            model.unpatchify(given, grid)
 
 
 def test_normalised_target_uses_the_unbiased_variance():

@@ -12,6 +12,7 @@ from sparsecnx.compat.checkpoints.conversion import Conversion, convert, detect_
 from sparsecnx.compat.checkpoints.files import Loaded, PartError, load, overwrites, path_problem, save
 from sparsecnx.compat.checkpoints.formats import NAMES as FORMATS
 from sparsecnx.compat.checkpoints.formats import Format
+from sparsecnx.compat.checkpoints.loading import load_encoder
 
 __all__ = [
     "FORMATS",
@@ -25,6 +26,7 @@ __all__ = [
     "convert",
     "detect_format",
     "load",
+    "load_encoder",
     "overwrites",
     "path_problem",
     "save",

@@ -58,7 +58,7 @@ def convert(
     if conv_mlp is not None and to != "timm":
         raise ValueError(f"conv_mlp is {conv_mlp}: expected only with to='timm', not {to!r}")
     origin = detect_format(state_dict, source)
-    ours, architecture = _to_ours(state_dict, origin)
+    ours, architecture = to_ours(state_dict, origin)
     target = _target(to, architecture, conv_mlp)
     if target is formats.FCMAE and architecture.decoder and architecture.decoder.patch_size != STRIDE:
         raise CheckpointError(
@@ -120,7 +120,7 @@ def _score(format: Format, state_dict: Mapping[str, Tensor]) -> tuple[int, int]:
     return len(layouts), sum(layout.ndim == state_dict[name].ndim for name, layout in layouts.items())
 
 
-def _to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str, tuple[str, Tensor]], Architecture]:
+def to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str, tuple[str, Tensor]], Architecture]:
     """Return by our names, in the order of our modules, the name in the input and the tensor in our layout."""
     places = {name: origin.to_ours(name) for name in state_dict}
     if unknown := {name: state_dict[name] for name, place in places.items() if place is None}:
