@@ -71,6 +71,10 @@ class TileSet:
         known = visible is not None or count is not None
         if known and (mask.device.type != "cpu" or torch.compiler.is_compiling()):
             return cls._without_reading(flat, grid, visible, count)
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(
+                msg="the mask must be counted: pass visible= (tiles that each image keeps) or count="
+            )
         counts = (~flat).sum(dim=1).tolist() if batch else []
         if visible is not None and any(kept != visible for kept in counts):
             raise ValueError(f"mask does not keep visible={visible} tiles in every image")

@@ -69,10 +69,8 @@ def check_mask(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
         TypeError: not a bool tensor.
         ValueError: the shape does not fit `grid`.
     """
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask is a {type(mask).__name__}: expected a bool tensor, True = masked")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask is {mask.dtype}: expected torch.bool, True = masked")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"{_describe(mask)}: expected a bool tensor (B, {math.prod(grid)}), True = masked")
     shape = tuple(mask.shape)
     if mask.ndim == 0 or shape[1:] not in ((math.prod(grid),), tuple(grid)):
         batch, name = shape[0] if shape else "B", format_shape(grid)
@@ -98,11 +96,11 @@ def infer_grid(mask: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], i
     """Return grid and tile side for a mask `(B, L)` or `(B, *grid)` over a dense tensor of spatial `shape`.
 
     Raises:
-        TypeError: `mask` is not a tensor.
+        TypeError: `mask` is not a bool tensor.
         ValueError: no tile with equal sides fits.
     """
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask is a {type(mask).__name__}: expected a bool tensor, True = masked")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"{_describe(mask)}: expected a bool tensor (B, L) or (B, *grid), True = masked")
     if mask.ndim == 1 + len(shape) and len(shape) > 1:
         grid = tuple(mask.shape[1:])
         tile = shape[0] // grid[0] if grid[0] else 0
@@ -123,6 +121,12 @@ def infer_grid(mask: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], i
             f"{format_shape(shape)} sites evenly"
         )
     return grid, tile
+
+
+def _describe(mask: object) -> str:
+    if isinstance(mask, Tensor):
+        return f"mask is {mask.dtype} {tuple(mask.shape)}"
+    return f"mask is a {type(mask).__name__}"
 
 
 def format_shape(shape: tuple[int, ...]) -> str:

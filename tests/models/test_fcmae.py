@@ -200,7 +200,7 @@ def test_images_that_do_not_fit(x, error, message):
 @pytest.mark.parametrize(
     "mask, error, message",
     [
-        (torch.zeros(2, 6), TypeError, "mask is torch.float32: expected torch.bool"),
+        (torch.zeros(2, 6), TypeError, r"mask is torch\.float32 \(.*\): expected a bool tensor \(B, "),
         (torch.zeros(2, 5, dtype=torch.bool), ValueError, r"mask is \(2, 5\): a 2x3 grid needs \(2, 6\)"),
         (torch.zeros(2, 3, 2, dtype=torch.bool), ValueError, r"mask is \(2, 3, 2\): a 2x3 grid needs"),
         (torch.zeros(3, 6, dtype=torch.bool), ValueError, r"mask is \(3, .*2 images"),
@@ -211,6 +211,11 @@ def test_images_that_do_not_fit(x, error, message):
 def test_masks_that_do_not_fit(mask, error, message):
     with pytest.raises(error, match=message):
         small_model()(images(dtype=torch.float32), mask=mask)
+
+
+def test_mask_in_the_place_of_the_ratio_is_an_error():
+    with pytest.raises(TypeError, match=r"mask_ratio is a tensor: .* mask="):
+        small_model()(images(dtype=torch.float32), some_mask())
 
 
 class Recorder(TorchDispatchMode):
