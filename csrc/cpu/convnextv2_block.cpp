@@ -96,7 +96,7 @@ struct Block {
         double eps_, double grn_eps_, int64_t worker_bytes)
       : rows(feature_shape(x_, "x")[0]),
         channels(feature_shape(x_, "x")[1]),
-        hidden(pwconv1_weight.size(0)),
+        hidden(feature_shape(pwconv1_weight, "pwconv1_weight")[0]),
         groups(splits_.numel() - 1),
         tile(tile_),
         eps(eps_),
@@ -364,14 +364,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> convnextv2_block(
     const Tensor& grn_beta, const Tensor& pwconv2_weight, const Tensor& pwconv2_bias,
     const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& splits, int64_t tile, double eps,
     double grn_eps, bool keep_hidden) {
-  const int64_t rows = x.size(0), hidden_channels = pwconv1_weight.size(0);
-  Tensor y = torch::stable::empty_like(x), u = torch::stable::empty_like(x);
-  Tensor moments = empty({rows, 2}, compute_dtype(x));
-  Tensor energy = empty({splits.numel() - 1, hidden_channels}, compute_dtype(x));
-  Tensor hidden = empty({keep_hidden ? rows : 0, hidden_channels}, x.scalar_type());
+  Tensor y, u, moments, energy, hidden;
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const Block<S> block(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma,
                          grn_beta, pwconv2_weight, pwconv2_bias, row_scale, table, splits, tile, eps, grn_eps, 0);
+    y = torch::stable::empty_like(x);  // Outputs are allocated once their sizes are checked.
+    u = torch::stable::empty_like(x);
+    moments = empty({block.rows, 2}, compute_dtype(x));
+    energy = empty({block.groups, block.hidden}, compute_dtype(x));
+    hidden = empty({keep_hidden ? block.rows : 0, block.hidden}, x.scalar_type());
     forward<S>(block, dwconv_weight,
                {data<S>(y), data<S>(u), data<A>(moments), data<A>(energy), keep_hidden ? data<S>(hidden) : nullptr});
   });
@@ -387,21 +388,24 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
                           int64_t tile, double eps, double grn_eps, const Tensor& u, const Tensor& moments,
                           const Tensor& energy, const Tensor& hidden) {
   using torch::stable::empty_like;
-  Tensor x_grad = empty_like(x), dwconv_weight_grad = empty_like(dwconv_weight);
-  Tensor w1_grad = empty_like(pwconv1_weight), w2_grad = empty_like(pwconv2_weight);
-  std::array<Tensor, kVectors> vectors{empty_like(dwconv_bias),  empty_like(norm_weight), empty_like(norm_bias),
-                                       empty_like(pwconv1_bias), empty_like(grn_gamma),   empty_like(grn_beta),
-                                       empty_like(pwconv2_bias)};
-  check_dense(grad, "grad", x.numel(), x.scalar_type());
-  check_dense(u, "u", x.numel(), x.scalar_type());
-  check_dense(moments, "moments", 2 * x.size(0), compute_dtype(x));
-  check_dense(energy, "energy", (splits.numel() - 1) * pwconv1_weight.size(0), compute_dtype(x));
-  const bool kept = x.size(0) == 0 || hidden.size(0) > 0;
-  check_dense(hidden, "hidden", kept ? x.size(0) * pwconv1_weight.size(0) : 0, x.scalar_type());
+  Tensor x_grad, dwconv_weight_grad, w1_grad, w2_grad;
+  std::array<Tensor, kVectors> vectors;
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const Block<S> block(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma,
                          grn_beta, pwconv2_weight, pwconv2_bias, row_scale, table, splits, tile, eps, grn_eps,
-                         2 * w1_grad.numel() * int64_t{sizeof(A)});
+                         2 * pwconv1_weight.numel() * int64_t{sizeof(A)});
+    check_dense(grad, "grad", x.numel(), x.scalar_type());
+    check_dense(u, "u", x.numel(), x.scalar_type());
+    check_dense(moments, "moments", 2 * block.rows, compute_dtype(x));
+    check_dense(energy, "energy", block.groups * block.hidden, compute_dtype(x));
+    const bool kept = block.rows == 0 || hidden.numel() > 0;
+    check_dense(hidden, "hidden", kept ? block.rows * block.hidden : 0, x.scalar_type());
+    x_grad = empty_like(x);  // Outputs are allocated once their sizes are checked.
+    dwconv_weight_grad = empty_like(dwconv_weight);
+    w1_grad = empty_like(pwconv1_weight);
+    w2_grad = empty_like(pwconv2_weight);
+    vectors = {empty_like(dwconv_bias), empty_like(norm_weight), empty_like(norm_bias),   empty_like(pwconv1_bias),
+               empty_like(grn_gamma),   empty_like(grn_beta),    empty_like(pwconv2_bias)};
     Grads<S> grads{data<S>(x_grad), data<S>(dwconv_weight_grad), data<S>(w1_grad), data<S>(w2_grad), {}};
     for (size_t i = 0; i < vectors.size(); ++i) grads.vectors[i] = data<A>(vectors[i]);
     backward<S>(block, dwconv_weight,

@@ -5,14 +5,16 @@ namespace sparsecnx {
 
 Halo check_geometry(const Tensor& table, int64_t rows, int64_t tile, std::array<int64_t, 2> kernel) {
   const auto [kernel_h, kernel_w] = kernel;
-  STD_TORCH_CHECK(tile >= 1, "sparsecnx: tile is ", tile, ", expected at least 1");
-  STD_TORCH_CHECK(kernel_h > 0 && kernel_w > 0 && kernel_h % 2 == 1 && kernel_w % 2 == 1, "sparsecnx: the kernel is ",
-                  kernel_h, "x", kernel_w, ", expected odd sizes");
+  check_size(tile, "tile", 1, kMostTile);
+  STD_TORCH_CHECK(kernel_h > 0 && kernel_w > 0 && kernel_h % 2 == 1 && kernel_w % 2 == 1 &&
+                      std::max(kernel_h, kernel_w) <= kMostKernel,
+                  "sparsecnx: the kernel is ", kernel_h, "x", kernel_w, ", expected odd sizes up to ", kMostKernel);
   const int64_t sites = tile * tile;
   STD_TORCH_CHECK(rows % sites == 0, "sparsecnx: x has ", rows, " rows, expected a multiple of tile^2 = ", sites);
-  const Halo halo(tile, kernel_h, kernel_w);
+  Halo halo(tile, kernel_h, kernel_w);
   check_dense(table, "table", rows / sites * halo.table_width, ScalarType::Int);
   check_range(table, "table", rows / sites);
+  if (rows > 0) halo.fill();  // Without rows nothing bounds the tile, and nobody reads these lists.
   return halo;
 }
 

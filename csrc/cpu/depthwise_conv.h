@@ -40,6 +40,7 @@ class WeightGradSum {
   void add(const DepthwiseWeightGrad<S>& job, int64_t begin, int64_t end, int64_t slabs) {
     constexpr int64_t kSlice = 64;  // channels of a task
     const int64_t slices = (channels_ + kSlice - 1) / kSlice, count = end - begin;
+    if (count == 0) return;
     std::vector<A> partial((slabs - 1) * taps_ * channels_, A(0));  // of all slabs but the first
     parallel_for(0, slabs * slices, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {

@@ -29,16 +29,20 @@ struct Halo {
   int64_t tile, kernel_h, kernel_w;
   int64_t height, width;        // sites of the square: tile + kernel - 1
   int64_t table_width;          // neighbouring tiles listed for each tile
+  int64_t reach;                // neighbouring tiles on each side
   std::vector<int32_t> slot;    // (height * width): the neighbouring tile of a position
   std::vector<int32_t> site;    // (height * width): its nested index there
   std::vector<int32_t> output;  // (tile * tile): nested index of each output in raster order
 
   Halo(int64_t tile, int64_t kernel_h, int64_t kernel_w)
       : tile(tile), kernel_h(kernel_h), kernel_w(kernel_w), height(tile + kernel_h - 1), width(tile + kernel_w - 1) {
-    const int64_t above = kernel_h / 2, left = kernel_w / 2;
-    const int64_t reach = (std::max(above, left) + tile - 1) / tile;
-    const int64_t side = 2 * reach + 1;
-    table_width = side * side;
+    reach = (std::max(kernel_h, kernel_w) / 2 + tile - 1) / tile;
+    table_width = (2 * reach + 1) * (2 * reach + 1);
+  }
+
+  // Fills the lists.
+  void fill() {
+    const int64_t above = kernel_h / 2, left = kernel_w / 2, side = 2 * reach + 1;
     for (int64_t row = 0; row < height; ++row) {
       for (int64_t column = 0; column < width; ++column) {
         // Shifted by whole tiles so that division rounds the same way everywhere.

@@ -208,7 +208,7 @@ bool mapped_depthwise(const MappedDepthwise<S>& job, int64_t begin, int64_t end)
       for (int j = 0; j < block.kRegisters; ++j) *at++ = block.get(job.weight + k * channels, j);
     }
   });
-  Reads reads(kBlock, taps);
+  Reads reads(std::min(kBlock, end - begin), taps);
   for (int64_t row = begin; row < end; row += kBlock) {
     const int64_t rows = std::min(kBlock, end - row);
     const int32_t* map = job.map + row * taps;
@@ -232,7 +232,7 @@ bool mapped_depthwise_weight_grad(const MappedDepthwiseWeightGrad<S>& job, int64
   const int64_t channels = job.channels, taps = job.taps;
   const std::vector<S> zeros(channels);
   Registers<A> grad(kBlock * kMostRegisters);
-  Reads reads(taps, kBlock);
+  Reads reads(taps, std::min(kBlock, end - begin));
   for (int64_t row = begin; row < end; row += kBlock) {
     const int64_t rows = std::min(kBlock, end - row);
     const int32_t* map = job.map + row * taps;

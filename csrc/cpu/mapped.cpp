@@ -18,7 +18,10 @@ struct Mapped {
 
 Mapped check_map(const Tensor& x, const Tensor& kernel_map) {
   const auto [rows, channels] = feature_shape(x, "x");
-  STD_TORCH_CHECK(kernel_map.dim() == 2, "sparsecnx: kernel_map must be (rows_out, taps)");
+  STD_TORCH_CHECK(kernel_map.dim() == 2, "sparsecnx: kernel_map must be (rows_out, taps), it has ", kernel_map.dim(),
+                  " dimensions");
+  STD_TORCH_CHECK(1 <= kernel_map.size(1) && kernel_map.size(1) <= kMostTaps, "sparsecnx: kernel_map has ",
+                  kernel_map.size(1), " taps, expected 1 to ", kMostTaps);
   check_dense(kernel_map, "kernel_map", kernel_map.numel(), ScalarType::Int);
   return {rows, channels, kernel_map.size(0), kernel_map.size(1), data<int32_t>(kernel_map)};
 }
@@ -29,9 +32,10 @@ int64_t chunk_rows(int64_t width) { return std::max<int64_t>(64, (int64_t{1} << 
 // Raises unless weight is (C_out, taps * C_in) and the map is in range. Returns C_out.
 int64_t check_conv(const Tensor& x, const Tensor& weight, const Tensor& kernel_map, const Mapped& shape) {
   const int64_t width = shape.taps * shape.channels;
-  check_range(kernel_map, "kernel_map", shape.rows_in);
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == width, "sparsecnx: weight must be (C_out, ", width, ")");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == width && weight.size(0) >= 1,
+                  "sparsecnx: weight must be (C_out, ", width, ") with at least one row");
   check_dense(weight, "weight", weight.numel(), x.scalar_type());
+  check_range(kernel_map, "kernel_map", shape.rows_in);
   return weight.size(0);
 }
 

@@ -43,10 +43,11 @@ std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor
   const int64_t* bounds = check_groups(splits, "splits", rows);
   const int64_t count = splits.numel() - 1;
   check_dense(energy, "energy", count * channels, compute_dtype(x));
+  check_dense(gamma, "gamma", channels, compute_dtype(x));
   Tensor x_grad = torch::stable::empty_like(x);
   Tensor gamma_grad = torch::stable::empty_like(gamma), beta_grad = torch::stable::empty_like(gamma);
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
-    const A* g = parameter<A>(gamma, "gamma", channels, x);
+    const A* g = data<A>(gamma);
     const std::vector<RowBlock> blocks = split_rows(bounds, 0, count, channels);
     BlockSums<A> dot(blocks.size(), channels), total(blocks.size(), channels);
     for_blocks(blocks, [&](int64_t i, RowBlock block) {
@@ -95,10 +96,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
   const auto [rows, channels] = feature_shape(x, "x");
   check_dense(grad, "grad", x.numel(), x.scalar_type());
   check_dense(moments, "moments", 2 * rows, compute_dtype(x));
+  check_dense(weight, "weight", channels, compute_dtype(x));
   Tensor x_grad = torch::stable::empty_like(x);
   Tensor weight_grad = torch::stable::empty_like(weight), bias_grad = torch::stable::empty_like(weight);
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
-    const A* w = parameter<A>(weight, "weight", channels, x);
+    const A* w = data<A>(weight);
     const std::array<int64_t, 2> all{0, rows};
     const std::vector<RowBlock> blocks = split_rows(all.data(), 0, 1, channels);
     BlockSums<A> dw(blocks.size(), channels), db(blocks.size(), channels);

@@ -80,11 +80,23 @@ void gemm_raw(void* out, Matrix<void> a, Matrix<void> b, ScalarType dtype, bool 
   }
 }
 
+void check_size(int64_t value, const char* what, int64_t low, int64_t high) {
+  STD_TORCH_CHECK(low <= value && value <= high, "sparsecnx: ", what, " is ", value, ", expected ", low, " to ", high);
+}
+
+void check_product(std::initializer_list<int64_t> sizes, const char* name) {
+  int64_t total = 1;
+  bool fits = true;
+  for (const int64_t size : sizes) fits = !__builtin_mul_overflow(total, std::max<int64_t>(size, 1), &total) && fits;
+  STD_TORCH_CHECK(fits, "sparsecnx: the sizes of ", name, " multiply to 2^63 or more");
+}
+
 void check_dense(const Tensor& x, const char* name, int64_t numel, ScalarType dtype) {
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "sparsecnx: ", name, " must be a contiguous CPU tensor");
   STD_TORCH_CHECK(x.numel() == numel, "sparsecnx: ", name, " has ", x.numel(), " elements, expected ", numel);
   STD_TORCH_CHECK(x.scalar_type() == dtype, "sparsecnx: ", name, " is ", torch::headeronly::toString(x.scalar_type()),
                   ", expected ", torch::headeronly::toString(dtype));
+  check_storage(x, name);
 }
 
 void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t columns, ScalarType dtype) {
@@ -94,7 +106,9 @@ void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t colum
 }
 
 std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 2, "sparsecnx: ", name, " must be (rows, channels)");
+  STD_TORCH_CHECK(x.dim() == 2, "sparsecnx: ", name, " must be (rows, channels), it has ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(1 <= x.size(1) && x.size(1) <= kMostChannels, "sparsecnx: ", name, " has ", x.size(1),
+                  " channels, expected 1 to ", kMostChannels);
   check_dense(x, name, x.numel(), x.scalar_type());
   return {x.size(0), x.size(1)};
 }

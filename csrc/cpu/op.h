@@ -10,11 +10,13 @@
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "kernels.h"
+#include "storage.h"
 
 namespace sparsecnx {
 
@@ -50,13 +52,23 @@ T* data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-// Raises unless x is a contiguous CPU tensor of that many elements and that dtype.
+// Limits of sizes that no memory bounds: a tensor of 0 rows can have 2^60 channels. Below them, no product of a kernel's
+// sizes overflows, and no loop runs for ever. Tiles and kernels have the limits of the CUDA operators.
+constexpr int64_t kMostChannels = 1 << 20, kMostTaps = 1 << 20, kMostTile = 1 << 15, kMostKernel = 1023;
+
+// Raises unless `value`, called `what`, is in [low, high].
+void check_size(int64_t value, const char* what, int64_t low, int64_t high);
+
+// Raises unless int64 holds the product of sizes that are not negative, with 0 counted as 1, as strides count it.
+void check_product(std::initializer_list<int64_t> sizes, const char* name);
+
+// Raises unless x is a contiguous CPU tensor of that many elements and that dtype, with memory for them.
 void check_dense(const Tensor& x, const char* name, int64_t numel, ScalarType dtype);
 
 // Raises unless x is a contiguous (rows, columns) CPU tensor of that dtype.
 void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t columns, ScalarType dtype);
 
-// Checks a feature matrix and returns (rows, channels).
+// Checks a feature matrix and returns (rows, channels); there is at least one channel.
 std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name);
 
 // Raises unless all entries of an int32 table are -1 or positions below `count`.

@@ -20,24 +20,33 @@ struct Shape {
   }
 };
 
-Shape check(const Tensor& dense, const Tensor& index, int64_t tile) {
-  STD_TORCH_CHECK(dense.is_cpu() && dense.dim() == 4, "sparsecnx: dense must be a CPU tensor (B, C, H, W)");
-  Shape shape{dense.size(0), dense.size(1), dense.size(2), dense.size(3), tile, index.numel(), nullptr, {}, {}};
-  STD_TORCH_CHECK(tile >= 1 && shape.height % tile == 0 && shape.width % tile == 0, "sparsecnx: tile is ", tile,
-                  ", expected a divisor of ", shape.height, " and ", shape.width);
-  check_dense(index, "index", shape.tiles, ScalarType::Long);
-  shape.index = data<int64_t>(index);
+// Checks the sizes of the images, of the tiles and the index, before anything of their sizes is made.
+Shape check(std::array<int64_t, 4> images, const Tensor& index, int64_t tile) {
+  const auto [batch, channels, height, width] = images;
+  const int64_t smallest = std::min({batch, channels, height, width});
+  STD_TORCH_CHECK(smallest >= 0, "sparsecnx: the images are (", batch, ", ", channels, ", ", height, ", ", width,
+                  "), expected no negative size");
+  check_size(tile, "tile", 1, kMostTile);
+  STD_TORCH_CHECK(height % tile == 0 && width % tile == 0, "sparsecnx: tile is ", tile, ", expected a divisor of ",
+                  height, " and ", width);
+  check_dense(index, "index", index.numel(), ScalarType::Long);
+  Shape shape{batch, channels, height, width, tile, index.numel(), data<int64_t>(index), {}, {}};
+  check_product({batch, channels, height, width}, "the images");
+  const int64_t tiles = batch * shape.cells();
   const int64_t* end = shape.index + shape.tiles;
-  STD_TORCH_CHECK(std::is_sorted(shape.index, end) &&
-                      (shape.tiles == 0 || (*shape.index >= 0 && end[-1] < shape.batch * shape.cells())),
-                  "sparsecnx: index must ascend within ", shape.batch, " images of ", shape.cells(), " tiles");
+  STD_TORCH_CHECK(std::is_sorted(shape.index, end) && (shape.tiles == 0 || (*shape.index >= 0 && end[-1] < tiles)),
+                  "sparsecnx: index must ascend within ", batch, " images of ", shape.cells(), " tiles");
+  return shape;
+}
+
+// Takes the strides of the images. Call it when there are tiles and channels: otherwise nothing bounds the tile.
+void set_strides(Shape& shape, const Tensor& dense) {
   shape.stride = {dense.stride(0), dense.stride(1), dense.stride(2), dense.stride(3)};
   shape.offset.resize(shape.sites());
-  for (int64_t y = 0; y < tile; ++y) {
-    for (int64_t x = 0; x < tile; ++x)
-      shape.offset[nested_site(tile, y, x)] = y * shape.stride[2] + x * shape.stride[3];
+  for (int64_t y = 0; y < shape.tile; ++y) {
+    for (int64_t x = 0; x < shape.tile; ++x)
+      shape.offset[nested_site(shape.tile, y, x)] = y * shape.stride[2] + x * shape.stride[3];
   }
-  return shape;
 }
 
 // Calls f with an unsigned integer of the size of the tensor's elements.
@@ -58,8 +67,13 @@ void for_size(const Tensor& x, const F& f) {
 }
 
 Tensor gather_tiles(const Tensor& dense, const Tensor& index, int64_t tile) {
-  const Shape shape = check(dense, index, tile);
+  STD_TORCH_CHECK(dense.is_cpu() && dense.dim() == 4, "sparsecnx: dense must be a CPU tensor (B, C, H, W), it has ",
+                  dense.dim(), " dimensions");
+  check_storage(dense, "dense");
+  Shape shape = check({dense.size(0), dense.size(1), dense.size(2), dense.size(3)}, index, tile);
   Tensor rows = empty({shape.tiles * shape.sites(), shape.channels}, dense.scalar_type());
+  if (rows.numel() == 0) return rows;
+  set_strides(shape, dense);
   for_size(dense, [&]<class T>(T) {
     parallel_for(0, shape.tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
@@ -77,11 +91,14 @@ Tensor gather_tiles(const Tensor& dense, const Tensor& index, int64_t tile) {
 Tensor scatter_tiles(const Tensor& rows, const Tensor& fill, const Tensor& index, int64_t batch, int64_t height,
                      int64_t width, int64_t tile) {
   const auto [count, channels] = feature_shape(rows, "rows");
-  Tensor dense = empty({batch, channels, height, width}, rows.scalar_type());
-  const Shape shape = check(dense, index, tile);
+  Shape shape = check({batch, channels, height, width}, index, tile);
   STD_TORCH_CHECK(count == shape.tiles * shape.sites(), "sparsecnx: rows has ", count, " rows, expected ",
                   shape.tiles * shape.sites());
   check_dense(fill, "fill", channels, rows.scalar_type());
+  check_product({batch, channels, height, width, static_cast<int64_t>(rows.element_size())}, "the images");
+  Tensor dense = empty({batch, channels, height, width}, rows.scalar_type());
+  if (dense.numel() == 0) return dense;
+  if (count > 0) set_strides(shape, dense);
   for_size(rows, [&]<class T>(T) {
     parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
