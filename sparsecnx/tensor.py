@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
 
-from sparsecnx.geometry.layout import Layout
+from sparsecnx.geometry.layout import Layout, TileSet
 from sparsecnx.geometry.masks import check_same_images
 from sparsecnx.geometry.packing import gather_rows, scatter_rows
 
 
+@dataclass(init=False, eq=False, repr=False)
 class SparseTensor:
     """Features of active sites, packed into rows, with the layout that says where the rows are.
 
     Immutable: operators return new tensors that share the layout.
+
+    It is a dataclass and a pytree node, because DDP, FSDP and torch.export look for tensors inside these.
 
     Attributes:
         features: `(rows, C)`, one row per active site in the order of `layout`.
@@ -127,7 +139,72 @@ class SparseTensor:
         return self.features.device
 
     def __repr__(self) -> str:
+        if not isinstance(self.features, Tensor) or self.features.ndim != 2:  # A tree_map made it.
+            return f"SparseTensor(features={self.features!r}, layout={self.layout!r})"
         return (
             f"SparseTensor(shape={self.shape}, rows={self.layout.rows}, tile={self.layout.tile}, "
             f"stride={self.layout.stride}, dtype={self.dtype}, device={self.device})"
         )
+
+
+# The layouts of flattened SparseTensors: the same tensors are unflattened to the same layout, whose tables are built.
+_layouts: weakref.WeakValueDictionary[tuple[Any, ...], Layout] = weakref.WeakValueDictionary()
+
+
+def _flatten(x: SparseTensor) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """Return the tensors of x and the constants of its layout.
+
+    The tensors of the layout are leaves too, so that an exported program or a CUDA graph takes those of another mask.
+    """
+    layout, tiles = x.layout, x.layout.tiles
+    constants = tiles.batch, tiles.grid, tiles.visible, layout.tile, layout.stride
+    if not torch.compiler.is_compiling():
+        _refuse_reentrant_checkpoint()
+        key = id(tiles.index), *constants
+        _layouts[key] = layout
+    return [x.features, tiles.index, tiles.splits], constants
+
+
+def _flatten_with_keys(x: SparseTensor) -> tuple[list[tuple[Any, Tensor]], tuple[Any, ...]]:
+    leaves, constants = _flatten(x)
+    return list(zip(map(pytree.GetAttrKey, ("features", "index", "splits")), leaves, strict=True)), constants
+
+
+def _unflatten(leaves: Iterable[Any], constants: tuple[Any, ...]) -> SparseTensor:
+    features, index, splits = leaves
+    batch, grid, visible, tile, stride = constants
+    layout = None if torch.compiler.is_compiling() else _layouts.get((id(index), *constants))
+    if layout is None or layout.tiles.index is not index or layout.tiles.splits is not splits:
+        layout = Layout(TileSet(batch, grid, index, splits, visible), tile, stride)
+    x = object.__new__(SparseTensor)  # Leaves need not fit each other while torch replaces them.
+    object.__setattr__(x, "features", features)
+    object.__setattr__(x, "layout", layout)
+    return x
+
+
+def _refuse_reentrant_checkpoint() -> None:
+    """Raise RuntimeError where torch's reentrant checkpoint flattens its arguments.
+
+    It asks their devices before it runs the function without gradients. Only tensors in the place of an argument get
+    one, so that a SparseTensor would lose its gradient without a word.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
+        frame = frame.f_back
+    caller = None if frame is None else frame.f_back
+    if caller is not None and caller.f_code is checkpoint.CheckpointFunction.forward.__code__:
+        raise RuntimeError(
+            "checkpoint(..., use_reentrant=True) got a SparseTensor: it would lose its gradient; "
+            "use checkpoint(..., use_reentrant=False), or set_grad_checkpointing() of the model"
+        )
+
+
+pytree.register_pytree_node(
+    SparseTensor,
+    _flatten,
+    _unflatten,
+    serialized_type_name="sparsecnx.SparseTensor",
+    flatten_with_keys_fn=_flatten_with_keys,
+    to_dumpable_context=list,
+    from_dumpable_context=lambda constants: (constants[0], tuple(constants[1]), *constants[2:]),
+)

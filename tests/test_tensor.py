@@ -15,6 +15,7 @@ from cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sparsecnx import SparseTensor
 
@@ -124,3 +125,18 @@ def test_fill_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
     x = SparseTensor.from_dense(IMAGES, MASK)
     with pytest.raises(ValueError, match=r"fill is \(.*\): expected a number or \(3,\)"):
         x.dense(torch.zeros(shape))
+
+
+def test_tree_has_the_features_and_the_tensors_of_the_layout():
+    x = random_sparse(example_layout(), 3)
+    leaves, spec = pytree.tree_flatten({"x": x})
+    expected = x.features, x.layout.tiles.index, x.layout.tiles.splits
+    assert all(leaf is tensor for leaf, tensor in zip(leaves, expected, strict=True))
+    again = pytree.tree_unflatten(leaves, spec)["x"]
+    assert again.features is x.features and again.layout is x.layout
+    copy = pytree.tree_map(torch.clone, x)
+    assert copy.layout is not x.layout and torch.equal(copy.dense(), x.dense())
+    assert "torch.Size" in repr(pytree.tree_map(lambda leaf: leaf.shape, x))
+    assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
+    keys = [pytree.keystr(key) for key, _ in pytree.tree_flatten_with_path(x)[0]]
+    assert keys == [".features", ".index", ".splits"]

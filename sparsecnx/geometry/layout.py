@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,19 @@ from sparsecnx.geometry.masks import check_mask, infer_grid
 from sparsecnx.geometry.nested_order import tile_sites
 from sparsecnx.geometry.tables import cached_table, capturing, current_stream, ordinary_tensors
 
+T = TypeVar("T", bound=type)
 
+
+def _opaque(cls: T) -> T:
+    """Hide that `cls` is a dataclass.
+
+    FSDP looks for tensors inside dataclasses and builds them anew: layers would no longer share their tables.
+    """
+    del cls.__dataclass_fields__  # type: ignore[attr-defined]
+    return cls
+
+
+@_opaque
 @dataclass(frozen=True, eq=False)
 class TileSet:
     """The visible tiles of a batch of images. All stages of a network share them.
@@ -58,8 +70,14 @@ class TileSet:
             ValueError: its shape does not fit `grid`, or it does not keep `visible` or `count` tiles. On a GPU, and
                 where torch.compile compiles, an assertion on the device fails instead.
         """
+        if torch.jit.is_tracing():
+            raise RuntimeError("torch.jit.trace would record this mask for all: use torch.export.export")
         flat = check_mask(mask, grid)
         batch, cells = flat.shape
+        if torch.compiler.is_exporting() and visible is None and count is None:
+            raise ValueError(
+                "visible and count are None: torch.export needs one of them, since it cannot read the mask"
+            )
         if visible is not None:
             if not 0 <= visible <= cells:
                 raise ValueError(f"visible is {visible}: a grid of {cells} tiles keeps 0 to {cells}")
@@ -191,6 +209,7 @@ MOST_KEPT = 8  # geometries of which nothing is masked
 _all_visible: dict[Any, TileSet] = {}
 
 
+@_opaque
 @dataclass(frozen=True, eq=False)
 class Layout:
     """A `TileSet` at one stride of a network: the geometry of a `SparseTensor`'s rows.
@@ -212,10 +231,12 @@ class Layout:
     rows: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        grid = self.tiles.grid
+        grid, index = self.tiles.grid, self.tiles.index
+        # Functions such as torch.utils._pytree.tree_map put into the place of tensors what they like.
+        count = index.numel() if isinstance(index, Tensor) else 0
         object.__setattr__(self, "shape", tuple(size * self.tile for size in grid))
         object.__setattr__(self, "sites_per_tile", self.tile ** len(grid))
-        object.__setattr__(self, "rows", self.tiles.index.shape[0] * self.sites_per_tile)
+        object.__setattr__(self, "rows", count * self.sites_per_tile)
 
     @classmethod
     def from_mask(

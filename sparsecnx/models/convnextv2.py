@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparsecnx.nn import Conv2d, ConvNeXtV2Block, LayerNorm2d
+from sparsecnx.nn.layers import refuse_backward_hooks
 from sparsecnx.tensor import SparseTensor
 
 STRIDE = 32  # pixels per site after the last stage
@@ -49,6 +51,26 @@ def get_size(name: str) -> Size:
     return SIZES[name]
 
 
+class Layers(nn.Sequential):
+    """Call one layer after the other, on dense and on SparseTensors.
+
+    Attributes:
+        grad_checkpointing: True keeps only what goes into each layer; backward calls the layer again.
+    """
+
+    grad_checkpointing = False
+
+    def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:
+        """Return what the last layer returns."""
+        refuse_backward_hooks(self, input)
+        for layer in self:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                input = checkpoint(layer, input, use_reentrant=False)
+            else:
+                input = layer(input)
+        return input
+
+
 class ConvNeXtV2Encoder(nn.Module):
     """The four stages: dense on images, sparse on images with a mask, with the same weights.
 
@@ -73,18 +95,29 @@ class ConvNeXtV2Encoder(nn.Module):
         super().__init__()
         self.in_chans = in_chans
         self.dims = tuple(dims)
-        self.downsample_layers = nn.ModuleList(
-            [nn.Sequential(Conv2d(in_chans, dims[0], 4, stride=4), LayerNorm2d(dims[0]))]
-        )
+        self.downsample_layers = nn.ModuleList([Layers(Conv2d(in_chans, dims[0], 4, stride=4), LayerNorm2d(dims[0]))])
         for dim, wider in itertools.pairwise(dims):
-            self.downsample_layers.append(nn.Sequential(LayerNorm2d(dim), Conv2d(dim, wider, 2, stride=2)))
+            self.downsample_layers.append(Layers(LayerNorm2d(dim), Conv2d(dim, wider, 2, stride=2)))
         last = max(sum(depths) - 1, 1)
         rates = (drop_path_rate * index / last for index in itertools.count())
         self.stages = nn.ModuleList(
-            nn.Sequential(*(ConvNeXtV2Block(dim, next(rates), grn_scope) for _ in range(depth)))
+            Layers(*(ConvNeXtV2Block(dim, next(rates), grn_scope) for _ in range(depth)))
             for depth, dim in zip(depths, dims, strict=True)
         )
         self.apply(init_weights)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of each block for backward, which computes the block again: less memory, more time.
+
+        Gradients are the same, stochastic depth included.
+
+        Raises:
+            TypeError: a stage was replaced by a module that is not `Layers`.
+        """
+        for stage in self.stages:
+            if not isinstance(stage, Layers):
+                raise TypeError(f"stages holds a {type(stage).__name__}: set_grad_checkpointing needs Layers")
+            stage.grad_checkpointing = enable
 
     def forward(self, images: Tensor | SparseTensor, mask: Tensor | None = None, visible: int | None = None) -> Any:
         """Return the output of the last stage, at stride 32, see `forward_features`."""
@@ -123,6 +156,7 @@ class ConvNeXtV2Encoder(nn.Module):
                 f"{given}: its patches of {x.layout.tile} pixels must be a multiple of {STRIDE}, the "
                 "stride of the network"
             )
+        refuse_backward_hooks(self, x)
         outputs = []
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))

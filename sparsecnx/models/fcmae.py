@@ -14,6 +14,7 @@ from sparsecnx.geometry.packing import gather_rows
 from sparsecnx.models.convnextv2 import (
     STRIDE,
     ConvNeXtV2Encoder,
+    Layers,
     check_images,
     get_size,
     init_weights,
@@ -50,13 +51,18 @@ class FCMAE(nn.Module):
         self.in_chans = encoder.in_chans
         self.proj = Conv2d(encoder.dims[-1], decoder_dim, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1))
-        self.decoder = nn.Sequential(*(ConvNeXtV2Block(decoder_dim) for _ in range(decoder_depth)))
+        self.decoder = Layers(*(ConvNeXtV2Block(decoder_dim) for _ in range(decoder_depth)))
         # The kernel is 1x1 for the published 32-pixel patch. A larger patch is predicted from all its sites.
         sites = patch_size // STRIDE
         self.pred = Conv2d(decoder_dim, patch_size**2 * self.in_chans, sites, stride=sites)
         for module in (self.proj, self.decoder, self.pred):
             module.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of each block for backward, see `ConvNeXtV2Encoder.set_grad_checkpointing`."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.decoder.grad_checkpointing = enable
 
     def forward(
         self,

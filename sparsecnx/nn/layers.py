@@ -6,9 +6,25 @@ from typing import overload
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as torch_module
 
 from sparsecnx import ops
 from sparsecnx.tensor import SparseTensor
+
+
+def refuse_backward_hooks(module: torch.nn.Module, x: SparseTensor | Tensor) -> None:
+    """Raise RuntimeError where torch would ignore a backward hook of `module`, because `x` is a SparseTensor.
+
+    torch attaches these hooks to the tensors in the place of an argument, and does not look inside one.
+    """
+    if not isinstance(x, SparseTensor) or not torch.is_grad_enabled():
+        return
+    own = module._backward_hooks or module._backward_pre_hooks
+    if own or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        raise RuntimeError(
+            f"{type(module).__name__} has a backward hook, which torch ignores on a SparseTensor: register a forward "
+            "hook that calls register_hook() on the features of the SparseTensor"
+        )
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -30,6 +46,7 @@ class Conv2d(torch.nn.Conv2d):
         """
         if not isinstance(input, SparseTensor):
             return super().forward(input)
+        refuse_backward_hooks(self, input)
         if set(self.dilation) != {1} or self.padding_mode != "zeros" or len(set(self.stride)) > 1:
             raise ValueError(f"{self} on a SparseTensor: expected dilation 1, zero padding, one stride")
         padding = self._leading_padding()
@@ -58,6 +75,7 @@ class Linear(torch.nn.Linear):
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
         """Map `(..., C_in)` to `(..., C_out)`, or a SparseTensor to one."""
         if isinstance(input, SparseTensor):
+            refuse_backward_hooks(self, input)
             return input.with_features(super().forward(input.features))
         return super().forward(input)
 
@@ -68,6 +86,7 @@ class GELU(torch.nn.GELU):
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
         """Return the same shape."""
         if isinstance(input, SparseTensor):
+            refuse_backward_hooks(self, input)
             return input.with_features(super().forward(input.features))
         return super().forward(input)
 
@@ -81,6 +100,7 @@ class LayerNorm(torch.nn.LayerNorm):
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
         """Take dense `(..., C)` or a SparseTensor; return the same shape."""
         if isinstance(input, SparseTensor):
+            refuse_backward_hooks(self, input)
             return ops.layer_norm(input, self.weight, self.bias, self.eps)
         return super().forward(input)
 
@@ -114,6 +134,7 @@ class GRN(torch.nn.Module):
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:
         """Take dense channels-last `(B, H, W, C)`, normalised per image, or a SparseTensor; return the same shape."""
         if isinstance(input, SparseTensor):
+            refuse_backward_hooks(self, input)
             return ops.grn(input, self.gamma, self.beta, self.scope, self.eps)
         norm = torch.linalg.vector_norm(input, dim=(1, 2), keepdim=True)
         response = norm / (norm.mean(dim=-1, keepdim=True) + self.eps)
@@ -135,6 +156,7 @@ class StochasticDepth(torch.nn.Module):
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:
         """Take dense `(B, ...)` or a SparseTensor; return the same shape, in evaluation the input."""
         if isinstance(input, SparseTensor):
+            refuse_backward_hooks(self, input)
             return ops.stochastic_depth(input, self.p, self.training)
         if self.p == 0.0 or not self.training:
             return input
