@@ -53,7 +53,7 @@ WRAPPERS: dict[tuple[str, str], Callable[[nn.Module], nn.Module]] = {
     ("encoder", "DDP"): DistributedDataParallel,
     ("encoder", "DDP, unused parameters"): lambda model: DistributedDataParallel(model, find_unused_parameters=True),
     ("encoder", "DDP, static graph"): lambda model: DistributedDataParallel(model, static_graph=True),
-    ("encoder", "fully_shard"): shard,
+    ("encoder", "fully_shard of layers"): lambda model: shard(model, nn.Linear),
     ("encoder", "fully_shard of stages"): lambda model: shard(model, nn.Sequential),
     ("encoder", "fully_shard of blocks, checkpointing"): lambda model: shard(checkpointed(model), ConvNeXtV2Block),
     ("fcmae", "DDP"): DistributedDataParallel,
