@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from cases import draw_mask, example_layout, random_sparse
+from cases import draw_mask, example_layout, random_sparse, relative_error
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
@@ -233,3 +233,18 @@ def test_trace_of_a_mask_is_refused():
 def test_copies_compute_the_same(copied):
     net, mask = build(), some_mask()
     assert torch.equal(copied(net)(images(), mask).features, net(images(), mask).features)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_dynamic_quantization_by_the_documented_steps():
+    net, mask = build().float().eval(), some_mask()
+    expected = net(images().float(), mask).dense()
+    for module in net.modules():
+        if type(module) is sparsecnx.nn.Linear:
+            module.__class__ = nn.Linear
+    quantized = torch.ao.quantization.quantize_dynamic(net, {nn.Linear})
+    kinds = [type(module) for module in quantized.modules()]
+    assert kinds.count(torch.ao.nn.quantized.dynamic.Linear) == 10 and nn.Linear not in kinds
+    found = quantized(images().float(), mask).dense()
+    assert not torch.equal(found, expected)
+    assert relative_error(found, expected) < 0.02
