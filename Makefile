@@ -2,6 +2,7 @@
 #
 #   make demo              pretrains on 22 photographs for a few minutes and draws what the network reconstructs
 #   make test              runs linters, type checker and tests
+#   make docs              builds the documentation into build/docs; a warning is an error
 #   make wheel-test        builds the wheel and tests it under another Python with another torch
 #   make wheel-matrix      the same under three Pythons with three torches: 5 GB of disk for each
 #   make minkowski-test    compares with MinkowskiEngine, which it compiles first: ten minutes, once. It also needs
@@ -34,7 +35,7 @@ ifndef SPARSECNX_BUILD
 endif
 export SPARSECNX_BUILD
 
-.PHONY: demo test wheel wheel-test wheel-matrix minkowski minkowski-test lint format clean
+.PHONY: demo test docs wheel wheel-test wheel-matrix minkowski minkowski-test lint format clean
 
 # The published recipe, with a learning rate for a run of minutes. A second `make demo` resumes an interrupted run.
 demo: $(READY)
@@ -43,6 +44,9 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/pytest $(WORKERS)
+
+docs: $(READY)
+	$(BIN)/sphinx-build -q -E -W --keep-going docs build/docs
 
 wheel-test: $(addprefix wheel-in-,$(WHEEL_TEST))
 
@@ -98,7 +102,7 @@ clean:
 
 $(READY): $(SOURCES) $(BIN)/python pyproject.toml setup.py
 	$(BIN)/pip install $(TORCH)
-	$(BIN)/pip install -e '.[train,test,dev]'
+	$(BIN)/pip install -e '.[train,test,dev,docs]'
 	$(BIN)/sparsecnx doctor
 	touch $@
 

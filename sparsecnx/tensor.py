@@ -112,7 +112,7 @@ class SparseTensor:
 
     @property
     def coordinates(self) -> Tensor:
-        """Return int32 `(rows, 1 + ndim)`: image, then position in multiples of `layout.stride`."""
+        """Return the image and the position of each row, int32 `(rows, 1 + ndim)`, in multiples of `layout.stride`."""
         return self.layout.coordinates()
 
     @property
@@ -127,7 +127,7 @@ class SparseTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of `dense()`: `(B, C, *spatial)`."""
+        """Return `(B, C, *spatial)`, the shape of `dense()`."""
         return (self.layout.batch, self.features.shape[1], *self.layout.shape)
 
     @property

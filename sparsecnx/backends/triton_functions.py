@@ -1,4 +1,4 @@
-"""Device functions that the Triton kernels share. docs/kernels.md says how kernels name things (section "Grammar")."""
+"""Device functions that the Triton kernels share. "Grammar" in docs/dev/kernels.md says how kernels name things."""
 
 from __future__ import annotations
 

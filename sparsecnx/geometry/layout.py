@@ -266,12 +266,12 @@ class Layout:
 
     @property
     def rows_per_image(self) -> int | None:
-        """Active sites in every image, or None where images differ."""
+        """Return the active sites of every image, or None where images differ."""
         return None if self.tiles.visible is None else self.tiles.visible * self.sites_per_tile
 
     @property
     def row_splits(self) -> Tensor:
-        """int64 `(batch + 1,)`: the rows of image `n` are `row_splits[n]:row_splits[n + 1]`."""
+        """Return the first row of every image and the number of rows, int64 `(batch + 1,)`."""
         return cached_table(self.tiles, ("row_splits", self.tile), lambda: self.tiles.splits * self.sites_per_tile)
 
     def coarsen(self, factor: int) -> Layout:

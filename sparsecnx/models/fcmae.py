@@ -84,9 +84,9 @@ class FCMAE(nn.Module):
             generator: source of the random mask, on the device of `images` or on the CPU.
 
         Returns:
-            loss: scalar, see `reconstruction_loss`.
-            pred: `(B, patch_size**2 * C, gh, gw)`, pixels of each patch in the order (row, column, colour).
-            mask: bool `(B, L)`, True = masked.
+            Loss, prediction and mask. The loss is a scalar, see `reconstruction_loss`. The prediction is
+            `(B, patch_size**2 * C, gh, gw)`, the pixels of each patch in the order (row, column, colour). The mask is
+            bool `(B, L)`, True = masked.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.

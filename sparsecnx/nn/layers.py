@@ -119,7 +119,7 @@ class GRN(torch.nn.Module):
     """Global Response Normalization (arXiv 2301.00808, section 3.2). gamma and beta `(1, 1, 1, C)` start at 0.
 
     Args:
-        num_channels: C.
+        num_channels: channels C.
         scope: on a SparseTensor, `"sample"` or `"batch"`, see `ops.grn`.
         eps: added to the mean over channels.
     """

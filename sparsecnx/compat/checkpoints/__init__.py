@@ -1,9 +1,11 @@
-"""Conversion of ConvNeXt V2 and FCMAE checkpoints between libraries, see docs/checkpoints.md.
+"""Conversion of ConvNeXt V2 and FCMAE checkpoints between libraries.
 
-loaded = checkpoints.load("convnextv2_tiny_22k_224_ema.pt")
-conversion = checkpoints.convert(loaded.state_dict, "timm")
-timm.create_model("convnextv2_tiny", num_classes=21841).load_state_dict(conversion.state_dict)
-checkpoints.save("tiny.safetensors", conversion)
+docs/checkpoints.md lists the formats. For example:
+
+    loaded = checkpoints.load("convnextv2_tiny_22k_224_ema.pt")
+    conversion = checkpoints.convert(loaded.state_dict, "timm")
+    timm.create_model("convnextv2_tiny", num_classes=21841).load_state_dict(conversion.state_dict)
+    checkpoints.save("tiny.safetensors", conversion)
 """
 
 from sparsecnx.common.errors import CheckpointError

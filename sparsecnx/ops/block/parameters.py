@@ -11,15 +11,23 @@ class BlockParameters(NamedTuple):
     """Parameters of one block with C channels, in the order the block applies them.
 
     A bias that is None stands for zeros, a `norm_weight` that is None for ones. Operators of backends get tensors.
+
+    Attributes:
+        dwconv_weight: `(C, 1, k, k)`.
+        dwconv_bias, norm_weight, norm_bias, pwconv2_bias: `(C,)` or None.
+        pwconv1_weight: `(4C, C)`.
+        pwconv1_bias: `(4C,)` or None.
+        grn_gamma, grn_beta: `(4C,)` or `(1, 1, 1, 4C)`.
+        pwconv2_weight: `(C, 4C)`.
     """
 
-    dwconv_weight: Tensor  # (C, 1, k, k)
-    dwconv_bias: Any  # (C,) or None
-    norm_weight: Any  # (C,) or None
-    norm_bias: Any  # (C,) or None
-    pwconv1_weight: Tensor  # (4C, C)
-    pwconv1_bias: Any  # (4C,) or None
-    grn_gamma: Tensor  # (4C,) or (1, 1, 1, 4C)
-    grn_beta: Tensor  # (4C,) or (1, 1, 1, 4C)
-    pwconv2_weight: Tensor  # (C, 4C)
-    pwconv2_bias: Any  # (C,) or None
+    dwconv_weight: Tensor
+    dwconv_bias: Any
+    norm_weight: Any
+    norm_bias: Any
+    pwconv1_weight: Tensor
+    pwconv1_bias: Any
+    grn_gamma: Tensor
+    grn_beta: Tensor
+    pwconv2_weight: Tensor
+    pwconv2_bias: Any

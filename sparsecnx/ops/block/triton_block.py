@@ -34,7 +34,7 @@ from sparsecnx.ops.layer_normalization import triton_kernels as layer_norm
 from sparsecnx.tensor import SparseTensor
 
 # Up to this width the hidden layer is computed again in backward, three matrix products more, rather than keeping 4C of
-# the 6C values a row would keep. By counts, not measured: docs/kernels.md.
+# the 6C values a row would keep. By counts, not measured: docs/dev/kernels.md.
 RECOMPUTE_CHANNELS = 512
 
 KEPT_ROWS, RECOMPUTED_ROWS = 32, 64  # of a block of the kernels of gradients
