@@ -191,6 +191,8 @@ def compiling_commands(torch: Any, toolkit: dict[str, Any] | None, no_toolkit: C
 def main() -> None:
     if MODE not in ("auto", "cpu", "cuda", "none"):
         sys.exit(f"SPARSECNX_BUILD is {MODE!r}: expected auto, cpu, cuda or none")
+    if sys.version_info < (3, 10):  # noqa: UP036 - pip would look for a torch first, and report that it finds none
+        sys.exit(f"sparsecnx needs Python 3.10 or later: this is {sys.version.split()[0]}")
     refuse_old_torch()
     toolkit, no_toolkit = None, None
     try:

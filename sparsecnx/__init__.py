@@ -1,5 +1,18 @@
 """Sparse convolution kernels for masked-autoencoder pretraining of ConvNets."""
 
+import sys as _sys
+
+if _sys.version_info < (3, 10):  # noqa: UP036 - a script in the folder of a clone runs without installing
+    raise ImportError(f"sparsecnx needs Python 3.10 or later: this is {_sys.version.split()[0]}", name="sparsecnx")
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ImportError(
+        "sparsecnx needs torch 2.11 or later, which is not installed: pip install torch", name="sparsecnx"
+    ) from None
+
 from sparsecnx import models, nn, ops
 from sparsecnx.backends.dispatch import BackendError
 from sparsecnx.backends.selection import use_backend
