@@ -159,7 +159,7 @@ def _flatten(x: SparseTensor) -> tuple[list[Tensor], tuple[Any, ...]]:
     layout, tiles = x.layout, x.layout.tiles
     constants = tiles.batch, tiles.grid, tiles.visible, layout.tile, layout.stride
     if not torch.compiler.is_compiling():
-        _refuse_reentrant_checkpoint()
+        refuse_reentrant_checkpoint()
         key = id(tiles.index), *constants
         _layouts[key] = layout
     return [x.features, tiles.index, tiles.splits], constants
@@ -182,7 +182,7 @@ def _unflatten(leaves: Iterable[Any], constants: tuple[Any, ...]) -> SparseTenso
     return x
 
 
-def _refuse_reentrant_checkpoint() -> None:
+def refuse_reentrant_checkpoint() -> None:
     """Raise RuntimeError where torch's reentrant checkpoint flattens its arguments.
 
     It asks their devices before it runs the function without gradients. Only tensors in the place of an argument get

@@ -19,15 +19,34 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from sparsecnx import models
+from sparsecnx import SparseTensor, models
+from sparsecnx.compat import minkowski
 from sparsecnx.nn import ConvNeXtV2Block
 
 WHOLE = StateDictOptions(full_state_dict=True)
 
 
+class MinkowskiNetwork(nn.Module):
+    """Layers of MinkowskiEngine's API, which take and return tensors of its kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            minkowski.MinkowskiConvolution(3, 4, kernel_size=2, stride=2, dimension=2),
+            minkowski.MinkowskiReLU(),
+            minkowski.MinkowskiConvolution(4, 4, kernel_size=3, dimension=2),
+        )
+
+    def forward(self, images: torch.Tensor, mask: torch.Tensor) -> minkowski.SparseTensor:
+        x = SparseTensor.from_dense(images[..., :8, :12], mask)
+        return self.layers(minkowski.SparseTensor(x.features, x.coordinates))
+
+
 def build(model: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """Return the model that every process starts from."""
     torch.manual_seed(0)
+    if model == "minkowski":
+        return MinkowskiNetwork().to(dtype)
     encoder = models.ConvNeXtV2Encoder(depths=(1, 2, 1, 1), dims=(8, 8, 16, 16))
     built = models.FCMAE(encoder, decoder_dim=16) if model == "fcmae" else encoder
     for name, parameter in built.named_parameters():
@@ -63,6 +82,9 @@ WRAPPERS: dict[tuple[str, str], Callable[[nn.Module], nn.Module]] = {
     ("fcmae", "FSDP of blocks"): lambda model: FullyShardedDataParallel(
         model, auto_wrap_policy=ModuleWrapPolicy({ConvNeXtV2Block}), device_id=torch.device("cpu"), use_orig_params=True
     ),
+    ("minkowski", "DDP, unused parameters"): lambda model: DistributedDataParallel(model, find_unused_parameters=True),
+    ("minkowski", "DDP, static graph"): lambda model: DistributedDataParallel(model, static_graph=True),
+    ("minkowski", "fully_shard of layers"): lambda model: shard(model, minkowski.MinkowskiConvolution),
 }
 
 
@@ -72,7 +94,7 @@ def train(model: nn.Module, images: torch.Tensor, mask: torch.Tensor) -> list[fl
     for _ in range(2):
         optimizer.zero_grad()
         out = model(images, mask=mask)
-        loss = out[0] if isinstance(out, tuple) else out.dense().square().mean()
+        loss = out[0] if isinstance(out, tuple) else out.F.square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partialmethod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sparsecnx.compat.minkowski.enums import SparseTensorQuantizationMode
 from sparsecnx.compat.minkowski.errors import (
@@ -25,6 +27,7 @@ from sparsecnx.compat.minkowski.manager import CoordinateManager, CoordinateMapK
 from sparsecnx.geometry.coordinates import CoordinateMap
 from sparsecnx.geometry.packing import scatter_rows
 from sparsecnx.tensor import SparseTensor as TileTensor
+from sparsecnx.tensor import refuse_reentrant_checkpoint
 
 OTHER_MANAGER = (
     "tensors have different coordinate managers: make one from the other's coordinate_map_key and coordinate_manager, "
@@ -34,8 +37,11 @@ Quantization = SparseTensorQuantizationMode
 
 
 @with_missing_members
+@dataclass(init=False, eq=False, repr=False)
 class SparseTensor:
     """Features of active sites, one row for each.
+
+    It is a dataclass and a pytree node, because DDP and FSDP look for tensors inside these.
 
     A tensor is made from `coordinates`, or from the key and manager of another tensor on the same sites.
 
@@ -44,6 +50,10 @@ class SparseTensor:
         unique_index, inverse_mapping: int64, of a tensor made from coordinates: the given row of each site, and the
             site of each given row.
     """
+
+    features: Tensor
+    coordinate_map_key: CoordinateMapKey
+    coordinate_manager: CoordinateManager
 
     def __init__(
         self,
@@ -113,7 +123,7 @@ class SparseTensor:
         """Return the features `(rows, C)`."""
         return self._F
 
-    features = F
+    features = F  # type: ignore[assignment]
 
     @property
     def C(self) -> Tensor:  # noqa: N802 - MinkowskiEngine's name
@@ -124,7 +134,7 @@ class SparseTensor:
 
     coordinates = C
 
-    @property
+    @property  # type: ignore[no-redef]
     def coordinate_manager(self) -> CoordinateManager:
         return self._manager
 
@@ -354,6 +364,23 @@ class SparseTensor:
             f"SparseTensor(features={tuple(self._F.shape)} {self.dtype} on {self.device}, "
             f"tensor_stride={self.tensor_stride}, {self.coordinate_map_key})"
         )
+
+
+def _flatten(x: SparseTensor) -> tuple[list[Tensor], tuple[CoordinateMapKey, CoordinateManager]]:
+    refuse_reentrant_checkpoint()
+    return [x.F], (x.coordinate_map_key, x.coordinate_manager)
+
+
+def _unflatten(leaves: Iterable[Any], sites: tuple[CoordinateMapKey, CoordinateManager]) -> SparseTensor:
+    x = object.__new__(SparseTensor)  # The leaf need not fit the sites while torch replaces it.
+    (x._F,), (x.coordinate_map_key, x._manager) = leaves, sites
+    x._C, x.quantization_mode = None, Quantization.RANDOM_SUBSAMPLE
+    return x
+
+
+pytree.register_pytree_node(
+    SparseTensor, _flatten, _unflatten, serialized_type_name="sparsecnx.compat.minkowski.SparseTensor"
+)
 
 
 def require_same_sites(x: SparseTensor, other: Any, name: str) -> None:
