@@ -235,7 +235,7 @@ def test_copies_compute_the_same(copied):
     assert torch.equal(copied(net)(images(), mask).features, net(images(), mask).features)
 
 
-@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_dynamic_quantization_by_the_documented_steps():
     net, mask = build().float().eval(), some_mask()
     expected = net(images().float(), mask).dense()
