@@ -86,7 +86,7 @@ def headers() -> bytes:
     """Return all that a compilation depends on apart from its source and flags."""
     assert compiler() is not None
     version = subprocess.run([str(compiler()), "--version"], capture_output=True, check=True).stdout
-    files = sorted(path for folder in (HERE / "include", KERNELS) for path in folder.glob("*.*h"))
+    files = sorted(path for folder in (HERE / "include", KERNELS, KERNELS.parent) for path in folder.glob("*.*h"))
     return b"\0".join([version, torch.__version__.encode(), *(path.read_bytes() for path in files)])
 
 

@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../storage.h"
 #include "depthwise.h"
 #include "stream.h"
 
@@ -56,12 +57,14 @@ void check_dense(const Tensor& x, const char* name, int64_t numel, ScalarType dt
                   ", expected ", torch::headeronly::toString(dtype));
   STD_TORCH_CHECK(x.is_contiguous(), "sparsecnx: ", name, " must be contiguous");
   STD_TORCH_CHECK(x.numel() == numel, "sparsecnx: ", name, " has ", x.numel(), " elements, expected ", numel);
+  check_storage(x, name);
 }
 
 // Checks the arguments that describe the sites and returns them together.
 DepthwiseGeometry check_geometry(const Tensor& x, const Tensor& table, int64_t tile, int64_t kernel_h,
                                  int64_t kernel_w) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "sparsecnx: x must be contiguous, (rows, channels)");
+  check_storage(x, "x");
   const int64_t rows = x.size(0), channels = x.size(1);
   STD_TORCH_CHECK(1 <= channels && channels <= kMostChannels, "sparsecnx: x has ", channels,
                   " channels, expected 1 to ", kMostChannels);

@@ -219,7 +219,17 @@ def test_opcheck():
     torch.library.opcheck(operators.depthwise_conv_weight_grad.default, (grad, x, case.table, 4, 7, 7))
 
 
+def freed(tensor):
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 WRONG = {
+    **{
+        f"{which} without memory": ({which: freed}, f"{which} has .* elements, but its storage holds 0 bytes")
+        for which in ("x", "weight", "bias", "residual", "table")
+    },
     "x of three dimensions": (dict(x=lambda x: x[None]), r"x must be contiguous, \(rows, channels\)"),
     "x with strides": (dict(x=lambda x: x.t().contiguous().t()), "x must be contiguous"),
     "x in float64": (dict(x=Tensor.double), "x is Double, expected float32, bfloat16 or float16"),
@@ -253,6 +263,7 @@ def test_wrong_arguments_are_named(changes, message):
 
 
 WRONG_GRADIENTS = {
+    "grad without memory": (dict(grad=freed), "grad has .* elements, but its storage holds 0 bytes"),
     "grad of another size": (dict(grad=lambda g: g[1:].clone()), r"grad has \d+ elements, expected"),
     "grad of another dtype": (dict(grad=Tensor.half), "grad is Half, expected Float"),
     "grad with strides": (dict(grad=lambda g: g.t().contiguous().t()), "grad must be contiguous"),
