@@ -6,10 +6,12 @@ none. It describes any coordinates, strides, dilations and kernels.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +48,71 @@ class MappedRows:
         )
 
 
+# The pairs of maps that `check_inverse_map` found right: the kernel map of each inverse map, and the versions of both.
+_checked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def check_kernel_map(kernel_map: Tensor, rows: int, name: str = "kernel_map") -> None:
+    """Raise RuntimeError unless every entry is -1 or one of `rows` rows.
+
+    On a GPU and under torch.compile nothing waits for values: an assertion fails later.
+    """
+    if kernel_map.numel() == 0:
+        return
+    low, high = kernel_map.aminmax()
+    if not _readable(kernel_map):
+        torch._assert_async((low >= -1) & (high < rows), f"{name} has an entry that is neither -1 nor a row")
+    elif low < -1 or high >= rows:
+        raise RuntimeError(f"{name} has entries from {int(low)} to {int(high)}, expected -1 to {rows - 1}")
+
+
+def check_inverse_map(kernel_map: Tensor, inverse_map: Tensor) -> None:
+    """Raise RuntimeError unless `inverse_map` is the inverse of `kernel_map`.
+
+    Only maps on the CPU outside torch.compile are compared, and each pair once, as long as neither is changed.
+    """
+    if not (_readable(kernel_map) and _readable(inverse_map)):
+        return
+    versions = (
+        None if kernel_map.is_inference() or inverse_map.is_inference() else (kernel_map._version, inverse_map._version)
+    )
+    known = _checked.get(inverse_map)
+    if versions is not None and known is not None and known[0]() is kernel_map and known[1] == versions:
+        return
+    check_kernel_map(kernel_map, inverse_map.shape[0])
+    present = kernel_map >= 0
+    reader = torch.arange(kernel_map.shape[0], dtype=torch.int32)[:, None]
+    # Without input rows there is nothing to gather from.
+    back = inverse_map.gather(0, kernel_map.clamp(min=0).long()) if inverse_map.shape[0] else kernel_map
+    wrong = int(((back != reader) & present).sum())
+    extra = int((inverse_map != -1).sum()) - int(present.sum())
+    if wrong or extra:
+        raise RuntimeError(
+            f"inverse_map contradicts kernel_map: {wrong} of {int(present.sum())} reads are not in it"
+            f" and it has {extra + wrong} others; leave it out, or pass the inverse of this kernel_map"
+        )
+    if versions is not None:
+        _checked[inverse_map] = weakref.ref(kernel_map), versions
+
+
+def _readable(value: Tensor) -> bool:
+    """Return whether the values of a tensor can be read here and now, at no cost but the reading."""
+    return value.device.type == "cpu" and type(value) is Tensor and not torch.compiler.is_compiling()
+
+
 def invert_kernel_map(kernel_map: Tensor, rows: int) -> Tensor:
     """Return for each of `rows` input rows the output row that reads it through each tap, -1 where none does.
 
     Raises:
-        RuntimeError: two output rows read the same input row through the same tap; on a GPU, an assertion there fails.
+        RuntimeError: two output rows read the same input row through the same tap, or an entry is neither -1 nor an
+            input row; on a GPU, an assertion there fails.
     """
     count, taps = kernel_map.shape
     reader = torch.arange(count, dtype=torch.int32, device=kernel_map.device)[:, None].expand(-1, taps)
     nowhere = kernel_map.new_full((), rows)  # Entries of -1 meet in a row of their own.
     found = kernel_map.new_full((rows + 1, taps), -1)
     found = found.scatter(0, torch.where(kernel_map < 0, nowhere, kernel_map).long(), reader)[:rows].contiguous()
-    every_read = (found >= 0).sum() == (kernel_map >= 0).sum()
-    torch._assert_async(every_read, "two rows of kernel_map read the same input row through the same tap")
+    every_read = (found >= 0).sum() == (kernel_map != -1).sum()
+    message = "two rows of kernel_map read the same input row through the same tap, or an entry is no input row"
+    torch._assert_async(every_read, message)
     return found

@@ -338,19 +338,65 @@ def test_a_row_read_twice_through_one_tap_has_no_inverse(backend, operator):
         run_mapped(operator, values, kernel_map)
 
 
-@needs_cpu
-@BOTH
+@on_backends(("cpu", "reference"))
 @pytest.mark.parametrize("entry", [6, -2])
-def test_an_entry_that_is_no_row(operator, entry):
+def test_an_entry_that_is_no_row(backend, operator, entry):
     kernel_map = random_map(6, 200, 4, 0.6)
     kernel_map[150, 2] = entry
     values = mapped_values(operator, kernel_map, 6, 3)
-    with use_backend("cpu"), pytest.raises(RuntimeError, match=r"kernel_map has entries from .*, expected -1 to 5"):
+    with use_backend(backend), pytest.raises(RuntimeError, match=r"kernel_map has entries from .*, expected -1 to 5"):
         getattr(ops, operator)(kernel_map=kernel_map, **values)
-    if operator == "mapped_depthwise_conv":
-        grad = torch.randn(200, 3, dtype=torch.float64)
-        with pytest.raises(RuntimeError, match=r"kernel_map has entries from .*, expected -1 to 5"):
-            torch.ops.sparsecnx.mapped_depthwise_conv_weight_grad(grad, values["features"], kernel_map)
+
+
+@needs_cpu
+def test_a_gradient_refuses_an_entry_that_is_no_row():
+    kernel_map = random_map(6, 200, 4, 0.6)
+    kernel_map[150, 2] = 6
+    x, grad = torch.randn(6, 3), torch.randn(200, 5)
+    with pytest.raises(RuntimeError, match=r"kernel_map has entries from .*, expected -1 to 5"):
+        torch.ops.sparsecnx.mapped_depthwise_conv_weight_grad(grad[:, :3].contiguous(), x, kernel_map)
+    with pytest.raises(RuntimeError, match=r"kernel_map has entries from .*, expected -1 to 5"):
+        torch.ops.sparsecnx.conv_backward(grad, x, torch.randn(5, 12), kernel_map, True)
+
+
+@on_backends(("triton",))
+def test_a_gpu_kernel_makes_nan_of_an_entry_that_is_no_row(backend, operator):
+    """Nothing waits for a check there, no memory outside is read, and the number is not silently another."""
+    kernel_map = random_map(6, 20, 4, 0.6)
+    values = suited(mapped_values(operator, kernel_map, 6, 8), torch.float32, backend, operator)
+    for entry in (6, -2, 2**31 - 1):
+        kernel_map[15, 2] = entry
+        with use_backend(backend):
+            out = getattr(ops, operator)(kernel_map=kernel_map.to(values["features"].device), **values)
+        assert out.isnan().all(1).nonzero().flatten().tolist() == [15] and out.isnan().any(1).sum() == 1
+
+
+@on_backends(("cpu", "reference"))
+def test_an_inverse_map_that_contradicts_the_kernel_map(backend, operator):
+    kernel_map = random_map(20, 15, 4, 0.6)
+    right = inverse(kernel_map, 20)
+    values = mapped_values(operator, kernel_map, 20, 3)
+    taken = right.clone()
+    with use_backend(backend):
+        getattr(ops, operator)(kernel_map=kernel_map, inverse_map=taken, **values)
+        row, tap = (right >= 0).nonzero()[0].tolist()
+        for at, entry, reads in (((row, tap), -1, 1), ((right < 0).nonzero()[0].tolist(), 3, 0)):
+            taken.copy_(right)[tuple(at)] = entry  # A pair that was right is compared again once it has changed.
+            message = (
+                rf"inverse_map contradicts kernel_map: {reads} of \d+ reads are not in it and it has {1 - reads} others"
+            )
+            with pytest.raises(RuntimeError, match=message):
+                getattr(ops, operator)(kernel_map=kernel_map, inverse_map=taken, **values)
+
+
+@needs_cpu
+def test_a_gradient_refuses_an_inverse_map_that_contradicts_the_kernel_map():
+    kernel_map = random_map(20, 15, 4, 0.6)
+    x, weight = torch.randn(20, 3, requires_grad=True), torch.randn(4, 3)
+    wrong = inverse(kernel_map, 20).flip(0)
+    out = torch.ops.sparsecnx.mapped_depthwise_conv(x, weight, None, kernel_map, wrong)
+    with pytest.raises(RuntimeError, match="inverse_map contradicts kernel_map"):
+        out.sum().backward()
 
 
 WRONG = [

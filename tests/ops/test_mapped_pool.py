@@ -129,6 +129,25 @@ def test_autocast_leaves_the_dtype_alone_and_bits_repeat(mode):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@MODES
+def test_maps_of_other_rows_are_refused(mode):
+    features, kernel_map = torch.randn(6, 3, requires_grad=True), random_map(6, 5, 4, 0.6)
+    kernel_map[2, 1] = 6
+    with pytest.raises(RuntimeError, match=r"kernel_map has entries from -1 to 6, expected -1 to 5"):
+        ops.mapped_pool(features, kernel_map, mode)
+    kernel_map[2, 1] = -1
+    wrong = inverse(kernel_map, 6).flip(0)
+    with pytest.raises(RuntimeError, match="inverse_map contradicts kernel_map"):
+        ops.mapped_pool(features, kernel_map, mode, wrong)
+    operators = torch.ops.sparsecnx_mapped
+    with pytest.raises(RuntimeError, match="inverse_map contradicts kernel_map"):
+        operators.max_pool(features, kernel_map, wrong)[0].sum().backward()
+    out, winner = operators.max_pool(features.detach(), kernel_map, None)
+    wrong[0, 0] = 5
+    with pytest.raises(RuntimeError, match=r"inverse_map has entries from -1 to 5, expected -1 to 4"):
+        operators.max_pool_backward(out, winner, wrong)
+
+
 def test_what_does_not_fit_is_refused():
     features, kernel_map = torch.zeros(6, 3), torch.zeros(5, 4).int()
     for mode in ("mean", None):

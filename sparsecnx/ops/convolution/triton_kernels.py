@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecnx.backends.registration import Saved, register
-from sparsecnx.backends.triton_functions import aligned, row_block
+from sparsecnx.backends.triton_functions import aligned, load, row_block, store
 from sparsecnx.backends.triton_launch import blocks, launch, row_sizes
 from sparsecnx.geometry.kernel_map import invert_kernel_map
 from sparsecnx.tensor import SparseTensor
@@ -24,23 +24,25 @@ COLUMN_VALUES = 2**28  # of a chunk of gathered rows
 
 @triton.jit
 def gather_columns_kernel(
-    x,  # (rows, C)
+    x,  # (ROWS_IN, C)
     kernel_map,  # (ROWS,) int32: the entries (rows out, taps) of a kernel map
     columns,  # (ROWS, C)
     ROWS,
+    ROWS_IN,
     C,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
 ):
-    """columns = x[kernel_map], 0 where that is -1."""
+    """columns = x[kernel_map], 0 where that is -1, NaN where it is no row."""
     C = aligned(C, ALIGN)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     i_row, o_r, m_r, o_x, m_x = row_block(tl.program_id(0), o_c, ROWS, C, BLOCK_R)
     b_read = tl.load(kernel_map + i_row + o_r, mask=m_r, other=-1).to(tl.int64)
-    m_read = (b_read >= 0)[:, None] & (o_c < C)[None, :]
-    b_x = tl.load(x + b_read[:, None] * C + o_c[None, :], mask=m_read, other=0.0)
-    tl.store(columns + i_row * C + o_x, b_x, mask=m_x)
+    m_read = (b_read >= 0) & (b_read < ROWS_IN)
+    b_x = load(x + b_read[:, None] * C + o_c[None, :], m_read[:, None] & (o_c < C)[None, :])
+    b_x = tl.where((m_read | (b_read == -1))[:, None], b_x, float("nan"))
+    store(columns + i_row * C + o_x, b_x, m_x)
 
 
 def gather_columns(x: Tensor, kernel_map: Tensor) -> Tensor:
@@ -51,7 +53,16 @@ def gather_columns(x: Tensor, kernel_map: Tensor) -> Tensor:
     block_r = max(1, 4 * 128 * 16 // x.element_size() // block_c)  # four times 16 bytes for each of 128 threads
     grid = (blocks(count * taps, block_r), blocks(channels, block_c))
     sizes = row_sizes(count * taps, channels, block_r, block_c)
-    launch(gather_columns_kernel, grid, x=x, kernel_map=kernel_map, columns=columns, **sizes, num_warps=4)
+    launch(
+        gather_columns_kernel,
+        grid,
+        x=x,
+        kernel_map=kernel_map,
+        columns=columns,
+        ROWS_IN=x.shape[0],
+        **sizes,
+        num_warps=4,
+    )
     return columns
 
 

@@ -11,6 +11,7 @@ from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.common.dtypes import statistics_dtype
+from sparsecnx.geometry.kernel_map import MappedRows, check_inverse_map
 from sparsecnx.ops.checks import autocast, check_device, check_mapped, check_same_dtype, check_vector, checked_vector
 from sparsecnx.ops.mapped import cpu, reference
 from sparsecnx.ops.mapped.maximum import maximum
@@ -31,6 +32,14 @@ depthwise_operator = Operator(
 )
 
 
+def _checked(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> MappedRows:
+    """Check what the operators share, and that an inverse map belongs to its kernel map."""
+    x = check_mapped(features, kernel_map, inverse_map)
+    if inverse_map is not None:
+        check_inverse_map(kernel_map, inverse_map)
+    return x
+
+
 def mapped_conv(
     features: Tensor,
     weight: Tensor,
@@ -46,7 +55,8 @@ def mapped_conv(
         kernel_map: int32 `(rows_out, K)`: for every output row and tap the input row that is read, -1 where there is
             none. No two output rows may read the same input row through the same tap.
         inverse_map: int32 `(rows_in, K)`: for every input row and tap the output row that reads it, -1 where none
-            does; where None it is computed if a gradient needs it. Give it where one map serves many calls.
+            does; where None it is computed if a gradient needs it. Give it where one map serves many calls. On the CPU
+            it is compared with `kernel_map` the first time, outside torch.compile.
         bias: `(C_out,)`, added to every output row, or None.
 
     Returns:
@@ -55,8 +65,10 @@ def mapped_conv(
     Raises:
         TypeError: an argument is not a tensor, a map not int32, or dtypes differ outside autocast.
         ValueError: a shape does not fit, or devices differ.
+        RuntimeError: an entry of `kernel_map` is neither -1 nor a row of `features`, or `inverse_map` contradicts it.
+            On a GPU nothing waits for the maps: there an entry that is no row gives NaN, or an assertion fails.
     """
-    x = check_mapped(features, kernel_map, inverse_map)
+    x = _checked(features, kernel_map, inverse_map)
     channels, taps = features.shape[1], kernel_map.shape[1]
     if weight.ndim != 3 or weight.shape[:2] != (taps, channels):
         raise ValueError(
@@ -94,9 +106,9 @@ def mapped_depthwise_conv(
         `(rows_out, C)`.
 
     Raises:
-        TypeError, ValueError: as `mapped_conv`.
+        TypeError, ValueError, RuntimeError: as `mapped_conv`.
     """
-    x = check_mapped(features, kernel_map, inverse_map)
+    x = _checked(features, kernel_map, inverse_map)
     channels, taps = features.shape[1], kernel_map.shape[1]
     if weight.shape != (taps, channels):
         raise ValueError(f"weight is {tuple(weight.shape)}: expected (K, C), here ({taps}, {channels})")
@@ -127,10 +139,11 @@ def mapped_pool(features: Tensor, kernel_map: Tensor, mode: str, inverse_map: Te
     Raises:
         TypeError: an argument is not a tensor, or a map not int32.
         ValueError: `mode` is unknown, a shape does not fit, or devices differ.
+        RuntimeError: as `mapped_conv`.
     """
     if mode not in POOL_MODES:
         raise ValueError(f"mode is {mode!r}: expected 'sum', 'avg' or 'max'")
-    x = check_mapped(features, kernel_map, inverse_map)
+    x = _checked(features, kernel_map, inverse_map)
     if mode == "max":
         return maximum(features, kernel_map, inverse_map)
     if mode == "avg":

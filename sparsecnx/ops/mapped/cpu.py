@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
-from sparsecnx.geometry.kernel_map import MappedRows, invert_kernel_map
+from sparsecnx.geometry.kernel_map import MappedRows, check_inverse_map, invert_kernel_map
 from sparsecnx.ops.convolution import cpu as _convolution  # noqa: F401 - registers torch.ops.sparsecnx.conv
 
 
@@ -36,6 +36,8 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
         # The adjoint reads the map the other way: every input row gathers from the output rows that read it.
         if inverse_map is None:
             inverse_map = invert_kernel_map(kernel_map, x.shape[0])
+        else:
+            check_inverse_map(kernel_map, inverse_map)
         grads["x"] = torch.ops.sparsecnx.mapped_depthwise_conv(grad, saved.weight, None, inverse_map, kernel_map)
     if "weight" in saved.needs:
         grads["weight"] = torch.ops.sparsecnx.mapped_depthwise_conv_weight_grad(grad, x, kernel_map)

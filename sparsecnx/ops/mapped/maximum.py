@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx.backends.registration import Saved, register
-from sparsecnx.geometry.kernel_map import invert_kernel_map
+from sparsecnx.geometry.kernel_map import check_inverse_map, check_kernel_map, invert_kernel_map
 
 
 def maximum(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> Tensor:
@@ -17,6 +17,7 @@ def maximum(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) ->
 
 def _max_pool(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the maximum `(rows_out, C)`, and the first tap that has it, int32, -1 without any input."""
+    check_kernel_map(kernel_map, features.shape[0])
     padded = F.pad(features, (0, 0, 0, 1))
     best = features.new_zeros(kernel_map.shape[0], features.shape[1])
     winner = torch.full_like(best, -1, dtype=torch.int32)
@@ -31,6 +32,7 @@ def _max_pool(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) 
 
 def _max_pool_backward(grad: Tensor, winner: Tensor, inverse_map: Tensor) -> Tensor:
     """Gather for every input row the gradients of the output rows that took it: no atomics."""
+    check_kernel_map(inverse_map, grad.shape[0], "inverse_map")
     wide = torch.promote_types(grad.dtype, torch.float32)
     padded, taken = F.pad(grad.to(wide), (0, 0, 0, 1)), F.pad(winner, (0, 0, 0, 1), value=-1)
     total = padded.new_zeros(inverse_map.shape[0], grad.shape[1])
@@ -44,6 +46,8 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     (winner,), inverse_map = saved.outputs, saved.inverse_map
     if inverse_map is None:
         inverse_map = invert_kernel_map(saved.kernel_map, saved.shapes["features"][0])
+    else:
+        check_inverse_map(saved.kernel_map, inverse_map)
     return {"features": torch.ops.sparsecnx_mapped.max_pool_backward(grad, winner, inverse_map)}
 
 

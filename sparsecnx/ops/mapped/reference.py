@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx.common.dtypes import statistics_dtype
-from sparsecnx.geometry.kernel_map import MappedRows
+from sparsecnx.geometry.kernel_map import MappedRows, check_kernel_map
 
 
 def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -25,6 +25,7 @@ def mapped_depthwise_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) ->
 def _sum_over_taps(
     x: MappedRows, weight: Tensor, bias: Tensor | None, channels: int, product: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
+    check_kernel_map(x.kernel_map, x.features.shape[0])
     wide = statistics_dtype(x.dtype)
     padded = F.pad(x.features.to(wide), (0, 0, 0, 1))  # A tap without an input reads this row of zeros.
     read = torch.where(x.kernel_map == -1, x.features.shape[0], x.kernel_map)

@@ -1,8 +1,9 @@
 """Depthwise convolution on an explicit kernel map in Triton.
 
 A program takes some output rows and a block of channels and goes over the taps: for each, it reads where its rows read
-and gathers those rows of x, as many taps at once as keep loads in flight. What is missing is not loaded. The gradient
-of x is the same kernel on the inverse map.
+and gathers those rows of x, as many taps at once as keep loads in flight. What is missing is not loaded. An
+entry that is no row gives NaN: nothing waits for a check of the map. The gradient of x is the same kernel on the
+inverse map.
 
 Weight gradient: a program goes over a range of output rows once for every few taps, whose sums it keeps in registers,
 and leaves partial sums over its range; those are added up in a second stage, in a fixed order.
@@ -37,6 +38,7 @@ def mapped_depthwise_conv_kernel(
     kernel_map,  # (ROWS, K) int32
     out,  # (ROWS, C)
     ROWS,
+    ROWS_IN,
     C,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -51,7 +53,7 @@ def mapped_depthwise_conv_kernel(
     b_out = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for i_k in range(0, K, BLOCK_K):
         for j in tl.static_range(BLOCK_K):
-            b_x = load_mapped(x, kernel_map + i_row * K + o_r * K + (i_k + j), m_r, o_c, C)
+            b_x = load_mapped(x, kernel_map + i_row * K + o_r * K + (i_k + j), m_r, o_c, ROWS_IN, C)
             b_weight = load(weight + (i_k + j) * C + o_c, o_c < C)
             b_out += b_x * b_weight[None, :]
     if bias is not None:
@@ -66,6 +68,7 @@ def mapped_depthwise_conv_weight_grad_kernel(
     kernel_map,  # (ROWS, K) int32
     partial,  # (ranges, K + 1, C) float32: of the weight, then of the bias
     ROWS,
+    ROWS_IN,
     C,
     blocks_per_program,
     K: tl.constexpr,
@@ -89,7 +92,7 @@ def mapped_depthwise_conv_weight_grad_kernel(
             b_total += b_grad
             b_updated = ()
             for j in tl.static_range(BLOCK_K):
-                b_x = load_mapped(x, kernel_map + i_row * K + o_r * K + (i_k + j), m_r, o_c, C)
+                b_x = load_mapped(x, kernel_map + i_row * K + o_r * K + (i_k + j), m_r, o_c, ROWS_IN, C)
                 b_updated = b_updated + (b_sums[j] + b_x * b_grad,)
             b_sums = b_updated
         for j in tl.static_range(BLOCK_K):
@@ -99,10 +102,12 @@ def mapped_depthwise_conv_weight_grad_kernel(
 
 
 @triton.jit
-def load_mapped(x, p_map, m_r, o_c, C):
-    """Return the rows of x (rows, C) that entries of a kernel map name, 0 where that is -1."""
+def load_mapped(x, p_map, m_r, o_c, ROWS_IN, C):
+    """Return the rows of x (ROWS_IN, C) that a kernel map names, 0 where that is -1, NaN where it is no row."""
     b_read = tl.load(p_map, mask=m_r, other=-1).to(tl.int64)
-    return load(x + b_read[:, None] * C + o_c[None, :], (b_read >= 0)[:, None] & (o_c < C)[None, :])
+    m_read = (b_read >= 0) & (b_read < ROWS_IN)
+    b_x = load(x + b_read[:, None] * C + o_c[None, :], m_read[:, None] & (o_c < C)[None, :])
+    return tl.where((m_read | (b_read == -1))[:, None], b_x, float("nan"))
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor) -> Tensor:
@@ -127,6 +132,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor)
         out=out,
         K=taps,
         BLOCK_K=_taps(kernel_map),
+        ROWS_IN=x.shape[0],
         **row_sizes(rows, channels, block_r, block_c),
         num_warps=WARPS,
     )
@@ -154,6 +160,7 @@ def weight_grad(grad: Tensor, x: Tensor, kernel_map: Tensor) -> tuple[Tensor, Te
         blocks_per_program=blocks_per_program,
         K=taps,
         BLOCK_K=_taps(kernel_map),
+        ROWS_IN=x.shape[0],
         **row_sizes(rows, channels, block_r, block_c),
         num_warps=WARPS,
         **({} if torch.version.hip else {"maxnreg": REGISTERS}),
