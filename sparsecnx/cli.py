@@ -2,7 +2,8 @@
 
 Exit codes:
     0    done
-    1    a run stopped: loss not finite, images gone, checkpoint or log not written; its last good checkpoint is there
+    1    a run stopped: loss not finite, images or output folder gone, a reading process died, checkpoint, log or
+         terminal not written; the message says which checkpoint is the last good one
     2    an argument or an installation that cannot work; nothing was changed
     130  Ctrl-C, 143 SIGTERM; `pretrain` saves first, and `--resume` goes on
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +24,7 @@ from sparsecnx.common.errors import CheckpointError, InputError, MissingExtra, T
 from sparsecnx.common.files import printable
 from sparsecnx.compat import checkpoints
 from sparsecnx.models import SIZES
-from sparsecnx.train.recipe import TRAINING_DTYPES, Recipe
+from sparsecnx.train.recipe import MAX_PIXELS, TRAINING_DTYPES, Recipe
 
 # These are the choices of `doctor --explain`. The first is the default.
 EXPLAINED = {
@@ -34,16 +36,28 @@ EXPLAINED = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code, see the top of this file."""
+    code = _run(argv)
+    try:
+        sys.stdout.flush()
+    except OSError:  # reported already; Python would fail once more at its exit, and with a code of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     command = f"sparsecnx {arguments.command}"
     try:
         return int(arguments.run(arguments))
     except (InputError, MissingExtra) as error:
         text = f"{_as_typed(error.argument)} {error.problem}" if isinstance(error, InputError) else str(error)
-        print(f"{command}: error: {text}", file=sys.stderr)
+        print(printable(f"{command}: error: {text}"), file=sys.stderr)
         return 2
     except TrainingStopped as error:
-        print(f"{command}: stopped: {error}", file=sys.stderr)
+        print(printable(f"{command}: stopped: {error}"), file=sys.stderr)
+        return 1
+    except _OutputError as error:
+        print(f"{command}: stopped: standard output could not be written ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
@@ -94,6 +108,7 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add("--dtype", metavar="DTYPE", help=f"{' or '.join(TRAINING_DTYPES)} autocast (default: float32)")
     add("--seed", type=int, metavar="N", help="of weights, order, crops and masks (default: 0)")
     add("--epoch-repeats", type=int, metavar="N", help="times an epoch shows an image (default: 1, without --data 20)")
+    add("--max-pixels", type=int, metavar="N", help=f"largest image, width x height (default: {MAX_PIXELS})")
     for action in recipe._group_actions:
         action.default = argparse.SUPPRESS  # absent unless given, because a resumed run has its own values
 
@@ -124,6 +139,8 @@ def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
     add("--out", default="reconstruction.png", metavar="FILE", help="(default: %(default)s)")
     add("--mask-ratio", type=float, metavar="R", help="(default: the checkpoint's)")
     add("--seed", type=int, default=0, metavar="N", help="of the masks (default: 0)")
+    largest = f"largest image, width x height (default: {MAX_PIXELS})"
+    add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=largest)
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
@@ -131,8 +148,8 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     from sparsecnx.train.reconstruct import reconstruct
 
     a = arguments
-    loss = reconstruct(a.checkpoint, a.images, a.out, mask_ratio=a.mask_ratio, seed=a.seed)
-    print(printable(f"{a.out}: loss {loss:.4f} on the masked patches"))
+    loss = reconstruct(a.checkpoint, a.images, a.out, mask_ratio=a.mask_ratio, seed=a.seed, max_pixels=a.max_pixels)
+    _print(f"{a.out}: loss {loss:.4f} on the masked patches")
     return 0
 
 
@@ -188,7 +205,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     if conversion.left_out:
         lines.append(f"left out, because {to} has no place for them: {len(conversion.left_out)} entries")
         lines.extend(f"    {name}" for name in conversion.left_out)
-    print(printable("\n".join(lines)))
+    _print("\n".join(lines))
     return 0
 
 
@@ -212,14 +229,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
         if value not in (None, *choices):
             raise InputError(name, value, f"expected one of {', '.join(choices)}")
     if not arguments.explain:
-        print(doctor.report())
+        _print(doctor.report())
         return 0
     device, dtype, model = (getattr(arguments, name) or choices[0] for name, choices in EXPLAINED.items())
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device", device, "this torch sees no CUDA device; expected auto or cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(doctor.explain(torch.device(device), DTYPES[dtype], model))
+    _print(doctor.explain(torch.device(device), DTYPES[dtype], model))
     return 0
 
 
@@ -229,6 +246,22 @@ def _require_train_extra() -> None:
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtra(f"{', '.join(missing)} not installed: pip install sparsecnx[train]")
+
+
+class _OutputError(Exception):
+    """Standard output could not be written: the disk is full, or its reader is gone."""
+
+
+def _print(text: str) -> None:
+    """Print lines, with what a terminal cannot show escaped.
+
+    Raises:
+        _OutputError: they could not be written.
+    """
+    try:
+        print("\n".join(printable(line) for line in text.split("\n")), flush=True)
+    except OSError as error:
+        raise _OutputError(str(error)) from error
 
 
 def _as_typed(argument: str) -> str:

@@ -68,6 +68,22 @@ def sync(path: str | Path, mode: int | None = None) -> None:
         os.close(descriptor)
 
 
+def not_regular(path: str | Path) -> str | None:
+    """Return why `path` is no regular file, which a reader could wait for or read from without end, or None."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "no such file"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({error})"
+    if stat.S_ISREG(mode):
+        return None
+    if stat.S_ISDIR(mode):
+        return "a folder; expected a file in it"
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return f"{kinds.get(stat.S_IFMT(mode), 'a device')}; expected a regular file"
+
+
 def printable(text: str) -> str:
     """Escape what standard output cannot encode in `text`, such as a file name in another encoding."""
     encoding = sys.stdout.encoding or "utf-8"

@@ -26,7 +26,7 @@ class CheckpointFolder:
     """The checkpoints of one run.
 
     Args:
-        folder: folder of the run; it is made when the first checkpoint is saved.
+        folder: folder of the run. It must exist when a checkpoint is saved: a run never makes its folder again.
         keep: number of checkpoints that stay.
     """
 
@@ -49,7 +49,6 @@ class CheckpointFolder:
         Raises:
             OSError: it could not be written; earlier checkpoints are untouched.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"checkpoint-{state['step']:08d}.pt"
         save_torch(path, state)
         link = self.folder / f".{LAST}.tmp"
@@ -68,11 +67,11 @@ class CheckpointFolder:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of `sparsecnx pretrain` onto the CPU.
+    """Read a checkpoint of `sparsecnx pretrain` onto the CPU. `contents.check` looks at what it holds.
 
     Returns:
         `model`, `optimizer`: state dicts; `step`: optimizer steps done; `epoch`: the same in epochs; `recipe`: the
-        fields of `Recipe`; `data`: the folder of the images, their number and their fingerprint.
+        fields of `Recipe`; `data`: folder of the images, their number and hashes of names, sizes and contents.
 
     Raises:
         CheckpointError: there is no such file, it is truncated or damaged, or it is not a checkpoint of

@@ -12,21 +12,26 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from sparsecnx.common.errors import InputError, MissingExtra
-from sparsecnx.train.recipe import Recipe
+from sparsecnx.common.files import not_regular
+from sparsecnx.train.recipe import MAX_PIXELS, Recipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -42,6 +47,44 @@ PHOTOGRAPHS = {
 }
 # An epoch shows each of the 22 photographs this often, so that it has a few hundred images.
 PHOTOGRAPH_REPEATS = 20
+
+# This many files, spread evenly over the list, are looked at before a run begins.
+SAMPLED_FILES = 256
+SAMPLED_BYTES = 4096
+# How an image is turned upright, by the value of its EXIF orientation.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Reading processes that are in the middle of a file get so many seconds at the end of a run.
+SECONDS_TO_END = 3.0
+
+
+class WorkersError(Exception):
+    """Reading processes could not be started; the message says why."""
+
+
+class UnsupportedImage(ValueError):
+    """A whole image of a kind that the command does not read; the message says why."""
+
+
+class Fingerprint(NamedTuple):
+    """Hashes that tell one data set from another, wherever its folder is.
+
+    Attributes:
+        names: of the names and their order.
+        sizes: of the sizes of all files, in bytes.
+        contents: of the first, middle and last 4096 bytes of up to 256 files, spread evenly over the list.
+    """
+
+    names: str
+    sizes: str
+    contents: str
 
 
 class ImageSet(NamedTuple):
@@ -60,9 +103,61 @@ class ImageSet(NamedTuple):
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.names[index])
 
-    def fingerprint(self) -> str:
-        """Return a hash of the names and their order, which does not depend on the place of the folder."""
-        return hashlib.blake2b(os.fsencode("\n".join(self.names)), digest_size=16).hexdigest()
+    def sample(self) -> list[int]:
+        """Return the numbers of up to `SAMPLED_FILES` images, spread evenly."""
+        count = min(len(self.names), SAMPLED_FILES)
+        return [i * len(self.names) // count for i in range(count)]
+
+    def fingerprint(self) -> Fingerprint:
+        """Return hashes of names, sizes and a sample of the contents. A million files take about 5 seconds."""
+        sizes = (str(_size(self.path(index))) for index in range(len(self.names)))
+        contents = (_some_bytes(self.path(index)) for index in self.sample())
+        return Fingerprint(
+            _hash([os.fsencode("\n".join(self.names))]), _hash([",".join(sizes).encode()]), _hash(contents)
+        )
+
+    def refuse_unsupported(self, max_pixels: int) -> None:
+        """Look at the headers of a sample, and raise InputError if an image is of a kind that cannot be trained on.
+
+        Files that are damaged or no images are not refused here: a run skips them and names them.
+        """
+        for index in self.sample():
+            try:
+                open_image(self.path(index), max_pixels).close()
+            except UnsupportedImage as error:
+                raise InputError("data", self.root, f"holds {self.names[index]}, which {error}") from error
+            except Exception:  # decoders raise many kinds of errors
+                continue
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _size(path: str) -> int:
+    """Return the size of a file in bytes, or -1 if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def _some_bytes(path: str) -> bytes:
+    """Return the first, middle and last bytes of a file, or nothing if it cannot be read."""
+    if not_regular(path) is not None:
+        return b""
+    try:
+        with open(path, "rb") as file:
+            size, parts = os.fstat(file.fileno()).st_size, []
+            for place in (0, (size - SAMPLED_BYTES) // 2, size - SAMPLED_BYTES):
+                file.seek(max(place, 0))
+                parts.append(file.read(SAMPLED_BYTES))
+            return b"".join(parts)
+    except OSError:
+        return b""
 
 
 def find_images(folder: str | Path) -> ImageSet:
@@ -71,17 +166,21 @@ def find_images(folder: str | Path) -> ImageSet:
     Links are followed. A folder that can be reached in several ways, such as by a link to its parent, is listed once.
 
     Raises:
-        InputError: `folder` does not exist, is not a folder, or holds no image file.
+        InputError: `folder` does not exist, is not a folder, holds no image file, or a folder in it cannot be listed.
     """
     root = Path(folder)
-    if not root.is_dir():
-        raise InputError("data", folder, "not a folder" if root.exists() else "no such folder; expected images in one")
-    names = [
-        Path(parent, file).relative_to(root).as_posix()
-        for parent, files in _walk(root)
-        for file in files
-        if file.lower().endswith(IMG_EXTENSIONS)
-    ]
+    if not os.path.isdir(root):
+        missing = "no such folder; expected images in one"
+        raise InputError("data", folder, "not a folder" if os.path.exists(root) else missing)
+    try:
+        names = [
+            Path(parent, file).relative_to(root).as_posix()
+            for parent, files in _walk(root)
+            for file in files
+            if file.lower().endswith(IMG_EXTENSIONS)
+        ]
+    except OSError as error:
+        raise InputError("data", folder, f"cannot be listed ({error})") from error
     if not names:
         raise InputError("data", folder, f"holds no images; expected files ending in {', '.join(IMG_EXTENSIONS)}")
     return ImageSet(str(root), tuple(sorted(names)), small=False)
@@ -90,7 +189,7 @@ def find_images(folder: str | Path) -> ImageSet:
 def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield `root` and every folder below it with its files. Links are followed, and no folder comes twice."""
     visited: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(root, followlinks=True):
+    for parent, folders, files in os.walk(root, onerror=_raise, followlinks=True):
         status = os.stat(parent)
         if (status.st_dev, status.st_ino) in visited:
             folders.clear()
@@ -99,6 +198,10 @@ def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
         # Folders come before links to them, so that the names do not depend on the order on disk.
         folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
         yield parent, files
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def wheel_photographs() -> ImageSet:
@@ -119,13 +222,73 @@ def wheel_photographs() -> ImageSet:
     return ImageSet(str(root), tuple(p.relative_to(root).as_posix() for p in present), small=True)
 
 
-def read_image(path: str) -> Tensor:
-    """Decode a file to RGB, uint8 `(3, H, W)`. Raises whatever the decoder raises."""
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):  # grey of 0 to 65535, which Pillow's own conversion clips to 255
-            image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
-        pixels: Tensor = v2.functional.pil_to_tensor(image.convert("RGB"))
+def open_image(path: str, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
+    """Open an image file and read its header, but not its pixels.
+
+    Raises:
+        UnsupportedImage: it is no regular file, has more than `max_pixels` pixels, several pages, or other channels
+            than 8-bit ones. These would be cut or clipped.
+        Exception: whatever the decoder raises.
+    """
+    if os.path.exists(path) and (problem := not_regular(path)) is not None:
+        raise UnsupportedImage(f"is {problem}")
+    # Pillow has a limit of its own, from 89 million pixels on. It warns of some images and refuses others.
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        image = Image.open(path)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    if (problem := _unsupported(image, max_pixels)) is not None:
+        image.close()
+        raise UnsupportedImage(problem)
+    return image
+
+
+def _unsupported(image: ImageFile.ImageFile, max_pixels: int) -> str | None:
+    """Return why an open image would not be read as it is, or None."""
+    width, height = image.size
+    if width * height > max_pixels:
+        return f"has {width} x {height} pixels, more than max_pixels, {max_pixels}; a larger max_pixels lets it in"
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1 and image.format != "MPO":  # photographs of many phones, with a preview or a depth map behind
+        return f"has {pages} pages or frames: expected one image in a file"
+    if _is_8_bit(image):
+        return None
+    return f"has channels of more than 8 bits, or signed ones (Pillow's mode {image.mode}): expected 8-bit ones"
+
+
+def _is_8_bit(image: ImageFile.ImageFile) -> bool:
+    """Return whether 8 bits hold the values in the file. Of 16-bit colours Pillow keeps 8 bits, and does not tell."""
+    if image.mode[0] in "IF":
+        return False
+    if image.format == "TIFF":
+        tags = getattr(image, "tag_v2", {})
+        bits, formats = (tags.get(tag, ()) for tag in (BITSPERSAMPLE, SAMPLEFORMAT))
+        return all(bit <= 8 for bit in bits) and all(kind == 1 for kind in formats)
+    for tile in image.tile:  # the arguments of its decoder: the raw mode, and for PPM the largest value
+        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if any(isinstance(argument, str) and ";16" in argument for argument in arguments):
+            return False
+        if image.format == "PPM" and any(isinstance(argument, int) and argument > 255 for argument in arguments):
+            return False
+    return True
+
+
+def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decode a file to RGB, uint8 `(3, H, W)`, upright as its EXIF orientation says. Raises as `open_image` does."""
+    with open_image(path, max_pixels) as file:
+        file.load()  # first, because Pillow turns TIFF upright by itself
+        turn = UPRIGHT.get(_orientation(file))
+        image: Image.Image = file if turn is None else file.transpose(turn)
+        pixels: Tensor = v2.functional.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
     return pixels
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF data raise many kinds of errors, and say nothing about how the image lies
+        return None
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -166,8 +329,9 @@ class Crops(Dataset[Any]):
     The next readable file takes the place of an unreadable one, so that batches stay full.
     """
 
-    def __init__(self, images: ImageSet, image_size: int) -> None:
+    def __init__(self, images: ImageSet, image_size: int, max_pixels: int = MAX_PIXELS) -> None:
         self.images = images
+        self.max_pixels = max_pixels
         self.augment = v2.Compose(
             [
                 v2.RandomResizedCrop(image_size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
@@ -197,7 +361,7 @@ class Crops(Dataset[Any]):
             if place in self.decoded:
                 return self.decoded[place], unreadable
             try:
-                pixels = read_image(self.images.path(place))
+                pixels = read_image(self.images.path(place), self.max_pixels)
             except Exception as error:  # decoders raise many kinds of errors, and none may end a long run
                 unreadable[self.images.names[place]] = f"{type(error).__name__}: {error}"
                 continue
@@ -224,9 +388,18 @@ def draws(recipe: Recipe, images: int, *, start: int = 0) -> Iterator[list[Draw]
         yield [Draw(order[position], mix(recipe.seed, "crop", epoch, position)) for position in positions]
 
 
-def load_batches(crops: Crops, recipe: Recipe, *, start: int, workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """Return the batches of a run from number `start` on, which do not depend on the number of workers."""
-    return DataLoader(
+@contextmanager
+def load_batches(
+    crops: Crops, recipe: Recipe, *, start: int, workers: int, pin_memory: bool
+) -> Iterator[Iterator[Batch]]:
+    """Yield the batches of a run from number `start` on, which do not depend on the number of workers.
+
+    Afterwards no reading process is left, however the run ended.
+
+    Raises:
+        WorkersError: the system starts no more processes.
+    """
+    loader = DataLoader(
         crops,
         batch_sampler=draws(recipe, len(crops.images.names), start=start),
         num_workers=workers,
@@ -234,6 +407,55 @@ def load_batches(crops: Crops, recipe: Recipe, *, start: int, workers: int, pin_
         worker_init_fn=leave_signals_to_parent,
         pin_memory=pin_memory,
     )
+    others, batches = multiprocessing.active_children(), None
+    try:
+        try:
+            batches = iter(loader)
+        except OSError as error:
+            raise WorkersError(f"{workers} processes that read images cannot be started ({error})") from error
+        finally:
+            processes = [process for process in multiprocessing.active_children() if process not in others]
+        yield batches
+    finally:
+        _end(batches, processes)
+
+
+def _end(batches: Any, processes: list[Any]) -> None:
+    """End the reading processes within seconds.
+
+    torch and Python would end them by SIGTERM, which they ignore, see `leave_signals_to_parent`, and then wait for them
+    for ever. So the loader asks them first, and those that are busy for too long are killed.
+    """
+
+    def kill() -> None:
+        for process in processes:
+            process.kill()
+
+    killer = threading.Timer(SECONDS_TO_END, kill)
+    killer.daemon = True
+    with _default_sigchld():
+        killer.start()
+        try:
+            if processes and batches is not None:
+                batches._shutdown_workers()  # `del batches` would do this, if no traceback held on to it
+        finally:
+            killer.cancel()
+            kill()
+            for process in processes:
+                process.join()
+
+
+@contextmanager
+def _default_sigchld() -> Iterator[None]:
+    """Keep torch from raising an error because a reading process ends."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def collate(samples: list[tuple[Tensor, dict[str, str]] | InputError]) -> Batch:

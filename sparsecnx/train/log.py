@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from sparsecnx.common.files import printable, write_atomically
+from sparsecnx.train.lock import is_open_file
 
 LOG = "log.jsonl"
 
@@ -51,7 +57,8 @@ class RunLog:
         images_per_step: effective batch.
 
     Raises:
-        LogError: no space, or another failure of the file system; also raised by `write` and on leaving.
+        LogError: no space, another failure of the file system, or a file that was removed or replaced meanwhile; also
+            raised by `write`, `say` and on leaving.
     """
 
     def __init__(self, folder: Path, *, step: int, total_steps: int, images_per_step: int) -> None:
@@ -60,9 +67,12 @@ class RunLog:
         with _writing(self.path):
             _keep_steps_up_to(step, self.path)
             self.lines = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
-        self.events = folder / "events.out.tfevents.*"  # the writer does not tell the rest of the name
-        with _writing(self.events):
-            self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+        # TensorBoard shows the files of one folder as one run, in the order of their names.
+        self.events_path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        with _writing(self.events_path):
+            self.events = open(self.events_path, "xb")  # noqa: SIM115
+            self._write_event(file_version="brain.Event:2")
+            self._write_event(step=step + 1, session_log=SessionLog(status=SessionLog.START))  # forget later steps
         self.bar = tqdm(
             total=total_steps * images_per_step,
             initial=step * images_per_step,
@@ -76,35 +86,56 @@ class RunLog:
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        self.bar.close()
+        with suppress(OSError):  # standard error may be gone
+            self.bar.close()
         # If the run stops for another reason, that one is reported.
         with suppress(*(() if error is None else (LogError,))):
             try:
-                with _writing(self.events):
-                    self.tensorboard.close()
+                with _writing(self.events_path):
+                    self.events.close()
             finally:
                 with _writing(self.path):
                     self.lines.close()
 
     def write(self, record: StepRecord) -> None:
         """Log one step."""
+        self.expect_files()
         with _writing(self.path):
             self.lines.write(json.dumps(record._asdict()) + "\n")
-        with _writing(self.events):
-            for name, value in record._asdict().items():
-                if name != "step":
-                    self.tensorboard.add_scalar(f"pretrain/{name}", value, record.step)
-        self.bar.set_postfix(loss=f"{record.loss:.4f}", lr=f"{record.lr:.2e}", refresh=False)
-        self.bar.update(self.images_per_step)
+        values = {f"pretrain/{name}": value for name, value in record._asdict().items() if name != "step"}
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        with _writing(self.events_path):
+            self._write_event(step=record.step, summary=summary)
+        with _writing("standard error"):
+            self.bar.set_postfix(loss=f"{record.loss:.4f}", lr=f"{record.lr:.2e}", refresh=False)
+            self.bar.update(self.images_per_step)
+
+    def expect_files(self) -> None:
+        """Raise LogError unless the logs are still the files that were opened.
+
+        The system lets a process write to a file that was removed with its folder, and nobody would ever read it.
+        """
+        for path, file in ((self.path, self.lines), (self.events_path, self.events)):
+            with _writing(path):
+                same = is_open_file(path, file.fileno())
+            if not same:
+                gone = path if path.parent.is_dir() else path.parent
+                raise LogError(f"{gone} was removed, renamed or replaced while the run wrote to it")
+
+    def _write_event(self, **fields: Any) -> None:
+        """Write one record of TensorBoard, at once: its own writer does so in a thread, which fails late and loudly."""
+        RecordWriter(self.events).write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self.events.flush()
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
-        self.bar.write(printable(line))
-        sys.stdout.flush()
+        with _writing("standard output"):
+            self.bar.write(printable(line))
+            sys.stdout.flush()
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path | str) -> Iterator[None]:
     """Turn errors of the file system into LogErrors that name `path`."""
     try:
         yield
@@ -115,7 +146,7 @@ def _writing(path: Path) -> Iterator[None]:
 def _keep_steps_up_to(step: int, path: Path) -> None:
     """Delete the lines of steps after `step`, which an earlier attempt logged."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
+        lines = path.read_text(errors="replace").splitlines(keepends=True)  # a kill can cut a letter in two
         write_atomically(path, "".join(line for line in lines if _step(line) <= step))
 
 

@@ -6,8 +6,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, harmonic_mean
@@ -18,20 +18,25 @@ import torch
 
 from sparsecnx.common.dtypes import DTYPES
 from sparsecnx.common.errors import CheckpointError, InputError, TrainingStopped
+from sparsecnx.common.torch_files import has_checksums
 from sparsecnx.geometry.masks import random_mask
-from sparsecnx.train import checkpoint
+from sparsecnx.train import contents
 from sparsecnx.train.checkpoint import CheckpointFolder
+from sparsecnx.train.contents import Contents, Data
 from sparsecnx.train.data import (
     PHOTOGRAPH_REPEATS,
     Batch,
     Crops,
+    Fingerprint,
     ImageSet,
+    WorkersError,
     find_images,
     load_batches,
     mix,
     normalize,
     wheel_photographs,
 )
+from sparsecnx.train.lock import locked
 from sparsecnx.train.log import LOG, LogError, RunLog, StepRecord
 from sparsecnx.train.recipe import BETAS, Recipe, build_model, learning_rate, param_groups
 
@@ -87,64 +92,80 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
         a checkpoint first.
 
     Raises:
-        InputError: an argument cannot work; nothing was changed on disk.
-        TrainingStopped: the loss is not finite, no image can be read any more, or a checkpoint or a log could not be
-            written.
+        InputError: an argument cannot work, or another run has the output folder; nothing was changed on disk.
+        TrainingStopped: the loss is not finite, no image can be read any more, a reading process died, the output
+            folder is gone, or a checkpoint or a log could not be written.
     """
-    folder, source = _place(options)
-    if source is None:
-        images = wheel_photographs() if options.data is None else find_images(options.data)
-        repeats = PHOTOGRAPH_REPEATS if options.data is None else 1
-        return Trainer(Recipe(**{"epoch_repeats": repeats, **given}), images, folder, options).run()
+    folder, resume = _place(options)
+    with locked(folder.folder) as problem:
+        notes = [] if problem is None else [f"cannot lock the output ({problem}): start no other run in it"]
+        source = _source(folder, resume)
+        if source is None:
+            images = wheel_photographs() if options.data is None else find_images(options.data)
+            repeats = PHOTOGRAPH_REPEATS if options.data is None else 1
+            recipe = Recipe(**{"epoch_repeats": repeats, **given})
+            return Trainer(recipe, images, images.fingerprint(), folder, options, notes).run()
 
-    state = _read_resumed(source)
-    saved = state["data"]
-    where = saved["folder"] if options.data is None else options.data
-    images = wheel_photographs() if where is None else find_images(where)
-    try:
-        recipe = Recipe.continued(state["recipe"], given)
-    except TypeError as error:
-        raise InputError("resume", source, f"its recipe was written by another version ({error})") from error
-    if saved["fingerprint"] != images.fingerprint():
-        argument, value = ("resume" if options.data is None else "data"), where or "the installed photographs"
-        started = f"not the {saved['images']} that the run was started with (or under other names)"
-        problem = f"{len(images.names)} image files, {started}; the losses could not continue"
-        raise InputError(argument, value, problem)
-    trainer = Trainer(recipe, images, folder, options)
-    try:
-        trainer.load(state)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise InputError("resume", source, f"its weights do not fit {recipe.model} ({error})") from error
-    return trainer.run()
+        saved = _read_resumed(source)
+        saved.recipe.refuse_change(given)
+        where = saved.data.folder if options.data is None else options.data
+        images = wheel_photographs() if where is None else find_images(where)
+        fingerprint = images.fingerprint()
+        _expect_same_images(saved.data, images, fingerprint, "resume" if options.data is None else "data")
+        if saved.data.sizes is None or saved.data.contents is None:
+            notes.append(f"{source.name} is of an earlier version: changed images under the same names are not noticed")
+        if not has_checksums(source):
+            notes.append(f"{source.name} holds no checksums: damage to it is not noticed")
+        trainer = Trainer(saved.recipe, images, fingerprint, folder, options, notes)
+        trainer.load(saved)
+        return trainer.run()
 
 
-def _place(options: Options) -> tuple[CheckpointFolder, Path | None]:
-    """Return the folder of the run and the checkpoint to go on from; refuse to write over another run."""
-    resume = None if options.resume in (None, "auto") else Path(str(options.resume))
-    output = Path(options.output or (resume.parent if resume else "runs/pretrain"))
-    folder = CheckpointFolder(output, options.keep)
-    if output.exists() and not output.is_dir():
+def _place(options: Options) -> tuple[CheckpointFolder, Path | str | None]:
+    """Return the folder of the run, and the checkpoint to go on from, "auto" for the newest, or None."""
+    resume = options.resume if options.resume in (None, "auto") else Path(str(options.resume))
+    beside = resume.parent if isinstance(resume, Path) else "runs/pretrain"
+    output = Path(options.output or beside)
+    if os.path.exists(output) and not os.path.isdir(output):
         raise InputError("output", output, "a file; expected a folder, or a name for a new one")
-    newest = folder.newest()
-    if options.resume == "auto":
-        return folder, newest
-    if resume is not None:
+    return CheckpointFolder(output, options.keep), resume
+
+
+def _source(folder: CheckpointFolder, resume: Path | str | None) -> Path | None:
+    """Return the checkpoint to go on from, or None for a new run; refuse to write over another run."""
+    newest, output = folder.newest(), folder.folder
+    if isinstance(resume, Path):
         if newest is not None and resume.resolve() != newest.resolve() and resume.exists():
             problem = f"{output} goes on to {newest.name}; resume that, or name another output"
             raise InputError("resume", resume, problem)
-        return folder, resume
-    if newest is not None or (output / LOG).exists():
+        return resume
+    if resume is None and (newest is not None or os.path.lexists(output / LOG)):
         raise InputError("output", output, "holds a run already; resume it (resume auto), or name another folder")
-    return folder, None
+    return newest
 
 
-def _read_resumed(path: Path) -> dict[str, Any]:
+def _read_resumed(path: Path) -> Contents:
     try:
-        return checkpoint.read(path)
+        return contents.load(path)
     except CheckpointError as error:
         others = [p.name for p in CheckpointFolder(path.parent).all() if p.resolve() != path.resolve()]
         hint = f"; there are also {', '.join(others)}" if others else ""
         raise InputError("resume", path, f"{error}{hint}") from error
+
+
+def _expect_same_images(data: Data, images: ImageSet, found: Fingerprint, argument: str) -> None:
+    """Raise InputError that blames `argument` unless the images are those of a checkpoint."""
+    problem = None
+    if data.fingerprint != found.names:
+        count = len(images.names)
+        problem = f"{count} image files, not the {data.images} that the run was started with (or under other names)"
+    elif data.sizes not in (None, found.sizes):
+        problem = "the same names, but files of other sizes than the run was started with"
+    elif data.contents not in (None, found.contents):
+        problem = "the same names and sizes, but files with other contents than the run was started with"
+    if problem is not None:
+        where = "the installed photographs" if images.small else images.root
+        raise InputError(argument, where, f"{problem}; the losses could not continue")
 
 
 class Trainer:
@@ -153,16 +174,29 @@ class Trainer:
     Args:
         recipe: decides the losses.
         images: the data set.
+        fingerprint: its hashes.
         folder: folder of the checkpoints and logs.
         options: only device, workers, compile and save_every are read.
+        notes: lines to print when the run begins.
 
     Raises:
-        InputError: an epoch is smaller than the effective batch, or no image can be read.
+        InputError: an epoch is smaller than the effective batch, no image can be read, or one of a sample is of a kind
+            that is not read, see `data.open_image`.
     """
 
-    def __init__(self, recipe: Recipe, images: ImageSet, folder: CheckpointFolder, options: Options) -> None:
-        self.recipe, self.images, self.folder, self.options = recipe, images, folder, options
-        self.crops = Crops(images, recipe.image_size)
+    def __init__(
+        self,
+        recipe: Recipe,
+        images: ImageSet,
+        fingerprint: Fingerprint,
+        folder: CheckpointFolder,
+        options: Options,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.recipe, self.images, self.fingerprint = recipe, images, fingerprint
+        self.folder, self.options, self.notes = folder, options, notes
+        images.refuse_unsupported(recipe.max_pixels)
+        self.crops = Crops(images, recipe.image_size, recipe.max_pixels)
         self.crops.read(0)  # raises unless there is a readable image
         self.steps_per_epoch = recipe.steps_per_epoch(len(images.names))
         self.total_steps = self.steps_per_epoch * recipe.epochs
@@ -177,11 +211,13 @@ class Trainer:
         self.step = 0
         self.unreadable: dict[str, str] = {}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, saved: Contents) -> None:
         """Take model, optimizer and step from a checkpoint."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.model.load_state_dict(saved.model)
+        # The rest of AdamW's state is the recipe's, so nothing else in the file has a say in it.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": saved.optimizer, "param_groups": groups})
+        self.step = saved.step
 
     def state(self) -> dict[str, Any]:
         """Return the contents of a checkpoint, see `checkpoint.read`.
@@ -197,30 +233,34 @@ class Trainer:
             "data": {
                 "folder": None if self.images.small else os.path.abspath(self.images.root),
                 "images": len(self.images.names),
-                "fingerprint": self.images.fingerprint(),
+                "fingerprint": self.fingerprint.names,
+                "sizes": self.fingerprint.sizes,
+                "contents": self.fingerprint.contents,
             },
         }
 
     def run(self) -> int:
         """Train to the end of the recipe; returns and raises as `pretrain` does."""
-        folder = self.folder.folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self.folder.drop_leftovers()
         except OSError as error:
-            raise InputError("output", folder, f"cannot be written ({error})") from error
+            raise InputError("output", self.folder.folder, f"cannot be written ({error})") from error
         try:
             return self._run()
-        except LogError as error:
+        except (LogError, WorkersError) as error:
             raise TrainingStopped(f"step {self.step}: {error}, {self._last_good()}") from error
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is at that moment
+                raise
+            problem = f"step {self.step}: a process that reads images died ({str(error).strip()})"
+            raise TrainingStopped(f"{problem}, {self._last_good()}. Fewer workers need less memory") from error
 
     def _run(self) -> int:
         steps = {"step": self.step, "total_steps": self.total_steps, "images_per_step": self.recipe.effective_batch}
-        with _caught_signals() as signals, RunLog(self.folder.folder, **steps) as log:
-            for line in self.describe():
+        with _caught_signals() as signals, RunLog(self.folder.folder, **steps) as log, self.batches() as batches:
+            for line in [*self.describe(), *self.notes]:
                 log.say(line)
             records: list[StepRecord] = []
-            batches = iter(self.batches())
             while self.step < self.total_steps:
                 record = self.train_step(batches, log)
                 log.write(record)
@@ -241,10 +281,10 @@ class Trainer:
             log.say(f"done: {self.folder.newest()}")
         return 0
 
-    def batches(self) -> Iterator[Batch]:
-        """Return the batches that are still to come."""
+    def batches(self) -> AbstractContextManager[Iterator[Batch]]:
+        """Return a context with the batches that are still to come."""
         start, pin_memory = self.step * self.recipe.grad_accum_steps, self.device.type == "cuda"
-        return iter(load_batches(self.crops, self.recipe, start=start, workers=self.workers, pin_memory=pin_memory))
+        return load_batches(self.crops, self.recipe, start=start, workers=self.workers, pin_memory=pin_memory)
 
     def train_step(self, batches: Iterator[Batch], log: RunLog) -> StepRecord:
         """Take one optimizer step over `grad_accum_steps` batches.
@@ -326,7 +366,9 @@ class Trainer:
         ]
 
     def _last_good(self) -> str:
-        newest = self.folder.newest()
+        newest, folder = self.folder.newest(), self.folder.folder
+        if not folder.is_dir():
+            return "no checkpoint is left"
         return f"last good checkpoint: {newest}" if newest else "no checkpoint yet"
 
 

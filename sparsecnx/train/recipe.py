@@ -7,11 +7,12 @@ same images have the same losses. The output folder and the device are options o
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.geometry.masks import visible_count
@@ -21,6 +22,16 @@ PATCH_SIZE = 32
 BETAS = (0.9, 0.95)
 WARMUP_EPOCHS = 40
 TRAINING_DTYPES = ("float32", "bfloat16")
+# Reading and cropping an image takes up to 12 bytes per pixel for a moment: 0.8 GB at this size.
+MAX_PIXELS = 64_000_000
+MANY = 1_000_000_000
+# These are the types of a recipe's fields: what is accepted, and its name in an error.
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "text"),
+    "bool": ((bool,), "True or False"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,9 +53,10 @@ class Recipe:
         dtype: float32, or bfloat16 for autocast (parameters and loss stay float32).
         seed: seed of the initial weights, the order of images, crops, flips and masks.
         epoch_repeats: times an epoch shows each image; for small data sets.
+        max_pixels: size of the largest image that is read, width x height.
 
     Raises:
-        InputError: a field is out of range.
+        InputError: a field is out of range or of another type.
     """
 
     model: str = "atto"
@@ -61,17 +73,19 @@ class Recipe:
     dtype: str = "float32"
     seed: int = 0
     epoch_repeats: int = 1
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
+        self._expect_types()
         self._expect("model", self.model in SIZES, f"one of {', '.join(SIZES)}")
         self._expect("dtype", self.dtype in TRAINING_DTYPES, f"one of {', '.join(TRAINING_DTYPES)}")
-        for field in ("epochs", "batch_size", "grad_accum_steps", "epoch_repeats"):
-            self._expect(field, getattr(self, field) >= 1, "1 or more")
-        self._expect("seed", self.seed >= 0, "0 or more")
-        self._expect("base_lr", 0 < self.base_lr < math.inf, "more than 0")
-        self._expect("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more")
+        for field in ("epochs", "batch_size", "grad_accum_steps", "epoch_repeats", "max_pixels"):
+            self._expect(field, 1 <= getattr(self, field) <= MANY, f"1 or more, at most {MANY}")
+        self._expect("seed", 0 <= self.seed < 2**63, "0 or more, less than 2**63")
+        self._expect("base_lr", 0 < self.base_lr <= MANY, f"more than 0, at most {MANY}")
+        self._expect("weight_decay", 0 <= self.weight_decay <= MANY, f"0 or more, at most {MANY}")
         if self.clip_grad is not None:
-            self._expect("clip_grad", 0 < self.clip_grad < math.inf, "more than 0")
+            self._expect("clip_grad", 0 < self.clip_grad <= MANY, f"more than 0, at most {MANY}")
         if self.warmup_epochs is not None:
             self._expect("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"0 to epochs, {self.epochs}")
 
@@ -79,14 +93,27 @@ class Recipe:
         divisible = self.image_size > 0 and self.image_size % PATCH_SIZE == 0
         multiple = f"a multiple of the patch size, {PATCH_SIZE}, such as {near} or {near + PATCH_SIZE}"
         self._expect("image_size", divisible, multiple)
+        largest = f"at most max_pixels, {self.max_pixels}, in a square crop"
+        self._expect("image_size", self.image_size**2 <= self.max_pixels, largest)
         self._expect("mask_ratio", 0 <= self.mask_ratio < 1, "0 <= ratio < 1")
         patches = math.prod(self.grid)
         some = f"a ratio that masks some of the {patches} patches of a {self.image_size}-pixel image, not all"
         self._expect("mask_ratio", 0 < int(patches * (1 - self.mask_ratio)) < patches, some)
 
+    def _expect_types(self) -> None:
+        """Refuse what Python would compute with for a while, such as a `batch_size` of 2.5 or of True."""
+        for field in fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if value is None and kind.endswith(" | None"):
+                continue
+            classes, name = KINDS[kind.removesuffix(" | None")]
+            if not isinstance(value, classes) or (isinstance(value, bool) and kind != "bool"):
+                raise InputError(field.name, shown(value), f"expected {name}")
+
     def _expect(self, field: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise InputError(field, getattr(self, field), f"expected {expected}")
+            value = getattr(self, field)
+            raise InputError(field, value if isinstance(value, str) else shown(value), f"expected {expected}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -127,29 +154,26 @@ class Recipe:
             raise InputError("batch_size", f"{self.batch_size}{accumulated}", problem)
         return samples // self.effective_batch
 
-    @classmethod
-    def continued(cls, saved: Mapping[str, Any], given: Mapping[str, Any]) -> Recipe:
-        """Return the recipe of a run that goes on.
-
-        Args:
-            saved: the checkpoint's recipe as a dict.
-            given: fields that the user asks for now.
-
-        Raises:
-            InputError: a field given now differs, so that the losses could not continue.
-            TypeError: `saved` is not a recipe of this version.
-        """
-        recipe = cls(**saved)
+    def refuse_change(self, given: Mapping[str, Any]) -> None:
+        """Raise InputError if a field that the user gives to a resumed run differs: the losses could not continue."""
         for field, value in given.items():
-            if value != (before := getattr(recipe, field)):
+            if value != (before := getattr(self, field)):
                 remedy = "leave it out to continue that run, or start a new one in another output folder"
                 raise InputError(field, value, f"the run to resume was started with {before}; {remedy}")
-        return recipe
 
 
 def build_model(recipe: Recipe) -> FCMAE:
     """Build the model that a recipe trains, with weights drawn from torch's global generator."""
     return create_fcmae(recipe.model, patch_size=PATCH_SIZE, norm_pix_loss=recipe.norm_pix_loss)
+
+
+def shown(value: Any) -> str:
+    """Return any value in a few words on one line, for an error."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 100:  # Python refuses to print very long ones
+        return f"a whole number of {value.bit_length()} bits"
+    return " ".join(reprlib.repr(value).split())
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: float, total_steps: int) -> float:

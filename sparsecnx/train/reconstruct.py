@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +15,19 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from sparsecnx.common.errors import CheckpointError, InputError
+from sparsecnx.common.files import not_regular, open_atomically
 from sparsecnx.geometry.masks import random_mask
 from sparsecnx.models import FCMAE
-from sparsecnx.train import checkpoint
-from sparsecnx.train.data import IMAGENET_MEAN, IMAGENET_STD, normalize, read_image, wheel_photographs
-from sparsecnx.train.recipe import Recipe, build_model
+from sparsecnx.train import contents
+from sparsecnx.train.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    UnsupportedImage,
+    normalize,
+    read_image,
+    wheel_photographs,
+)
+from sparsecnx.train.recipe import MAX_PIXELS, build_model
 
 SHOWN_PHOTOGRAPHS = 6
 PANEL_INCHES = 2.6
@@ -39,7 +50,13 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct(
-    path: str | Path, images: Sequence[str | Path], out: str | Path, *, mask_ratio: float | None = None, seed: int = 0
+    path: str | Path,
+    images: Sequence[str | Path],
+    out: str | Path,
+    *,
+    mask_ratio: float | None = None,
+    seed: int = 0,
+    max_pixels: int = MAX_PIXELS,
 ) -> float:
     """Draw original, masked image and reconstruction side by side, one row per image.
 
@@ -49,6 +66,7 @@ def reconstruct(
         out: picture to write; the ending chooses the format.
         mask_ratio: fraction of patches removed; None is the ratio of the pretraining.
         seed: seed of the masks.
+        max_pixels: size of the largest image that is read, width x height.
 
     Returns:
         The loss on these images.
@@ -58,26 +76,35 @@ def reconstruct(
             cannot be written.
     """
     try:
-        state = checkpoint.read(path)
-        recipe = Recipe(**state["recipe"])
-        model = build_model(recipe)
-        model.load_state_dict(state["model"])
-    except (CheckpointError, TypeError, RuntimeError) as error:
+        saved = contents.load(path)
+    except CheckpointError as error:
         raise InputError("checkpoint", path, str(error)) from error
+    recipe = saved.recipe
+    model = build_model(recipe)
+    model.load_state_dict(saved.model)
     if mask_ratio is not None:
-        recipe = Recipe(**{**state["recipe"], "mask_ratio": mask_ratio})
+        recipe = replace(recipe, mask_ratio=mask_ratio)
+    if not 0 <= seed < 2**63:
+        raise InputError("seed", seed, "expected 0 or more, less than 2**63")
+    if max_pixels < 1:
+        raise InputError("max_pixels", max_pixels, "expected 1 or more")
+    if os.path.exists(out) and (problem := not_regular(out)) is not None:
+        raise InputError("out", out, problem)
 
     if not images:
         photographs = wheel_photographs()
         images = [photographs.path(i) for i in range(min(SHOWN_PHOTOGRAPHS, len(photographs.names)))]
-    pixels = torch.stack([_read_square(image, recipe.image_size) for image in images])
+    pixels = torch.stack([_read_square(image, recipe.image_size, max_pixels) for image in images])
     generator = torch.Generator().manual_seed(seed)
     mask = random_mask(len(pixels), recipe.grid, recipe.mask_ratio, generator=generator)
     result = fill_in(model.eval(), normalize(pixels), mask)
 
-    figure = draw(result, f"FCMAE {recipe.model}, step {state['step']}, mask ratio {recipe.mask_ratio:g}")
+    if not math.isfinite(result.loss):
+        raise InputError("checkpoint", path, f"its loss on these images is {result.loss}")
+    figure = draw(result, f"FCMAE {recipe.model}, step {saved.step}, mask ratio {recipe.mask_ratio:g}")
     try:
-        figure.savefig(out)
+        with open_atomically(Path(out)) as (file,):
+            figure.savefig(file, format=Path(out).suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise InputError("out", out, f"cannot be written ({error})") from error
     return result.loss
@@ -128,10 +155,12 @@ def draw(result: Reconstruction, title: str) -> Figure:
     return figure
 
 
-def _read_square(path: str | Path, side: int) -> Tensor:
+def _read_square(path: str | Path, side: int, max_pixels: int) -> Tensor:
     """Return the central square of an image file, uint8 `(3, side, side)`."""
     try:
-        pixels = read_image(str(path))
+        pixels = read_image(str(path), max_pixels)
+    except UnsupportedImage as error:
+        raise InputError("images", path, str(error)) from error
     except Exception as error:  # decoders raise many kinds of errors
         raise InputError("images", path, f"cannot be read ({type(error).__name__}: {error})") from error
     pixels = v2.functional.resize(pixels, [side], interpolation=v2.InterpolationMode.BICUBIC)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,19 +9,13 @@ import torch
 
 pytest.importorskip("torchvision", reason="needs the extra [train]")
 
+from small_runs import use_tiny_models
 from torchvision.transforms.v2.functional import to_pil_image
-
-from sparsecnx.models import SIZES, create_fcmae
-from sparsecnx.models.convnextv2 import Size
-from sparsecnx.train import recipe
 
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give two sizes of the real architecture few channels, different ones."""
-    monkeypatch.setitem(SIZES, "atto", Size((1, 1, 1, 1), (8, 8, 16, 16)))
-    monkeypatch.setitem(SIZES, "femto", Size((1, 1, 1, 1), (8, 8, 16, 24)))
-    monkeypatch.setattr(recipe, "create_fcmae", partial(create_fcmae, decoder_dim=16))
+    use_tiny_models(monkeypatch)
 
 
 @pytest.fixture

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from sparsecnx.models import SIZES, create_fcmae
+from sparsecnx.models.convnextv2 import Size
+from sparsecnx.train import recipe
 from sparsecnx.train.loop import Options, pretrain
 
 SMALL: dict[str, Any] = {"image_size": 64, "epochs": 2, "batch_size": 2, "base_lr": 0.05}
+
+
+def use_tiny_models(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
+    """Give two sizes of the real architecture few channels, different ones."""
+    monkeypatch = monkeypatch or pytest.MonkeyPatch()
+    monkeypatch.setitem(SIZES, "atto", Size((1, 1, 1, 1), (8, 8, 16, 16)))
+    monkeypatch.setitem(SIZES, "femto", Size((1, 1, 1, 1), (8, 8, 16, 24)))
+    monkeypatch.setattr(recipe, "create_fcmae", partial(create_fcmae, decoder_dim=16))
 
 
 def train(data: Path | None, output: Path, resume: str | None = None, workers: int = 0, **given: Any) -> int:

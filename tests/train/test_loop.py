@@ -217,7 +217,9 @@ def test_resume_refuses_what_cannot_continue(photos, tmp_path):
     state = checkpoint.read(newest)
     state["recipe"]["model"] = "femto"
     save_torch(tmp_path / "mixed.pt", state)
-    with pytest.raises(InputError, match="its weights do not fit femto"):
+    with pytest.raises(
+        InputError, match=r"mixed.pt: model\.\S+ is float32 \(16, .*: expected float32 \(24, .* in femto"
+    ):
         train(photos, tmp_path / "other", resume=str(tmp_path / "mixed.pt"))
 
     newest.write_bytes(newest.read_bytes()[:-100])
@@ -249,18 +251,20 @@ def test_options_out_of_range_are_named(field, value):
 def test_a_log_that_cannot_be_written_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypatch, target):
     write = RunLog.write
 
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     class FullFile:
-        write = close = full
+        def __init__(self, file):
+            self.fileno = file.fileno
+
+        def write(self, *arguments):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        close = write
 
     def full_at_step_6(log, record):
         if record.step == 6 and target == "log":
-            log.lines.close()
-            log.lines = FullFile()
+            log.lines = FullFile(log.lines)
         elif record.step == 6:
-            log.tensorboard.add_scalar = full
+            log.events = FullFile(log.events)
         write(log, record)
 
     monkeypatch.setattr(RunLog, "write", full_at_step_6)

@@ -1,0 +1,200 @@
+"""The contents of a training checkpoint, checked field by field in this one place.
+
+A file can be damaged, edited or written by another program. Each error names the field, its value and what was
+expected, such as `step is '7': expected a whole number from 1 to 8`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecnx.common.errors import CheckpointError, InputError
+from sparsecnx.train import checkpoint
+from sparsecnx.train.recipe import BETAS, Recipe, build_model, param_groups, shown
+
+# Checkpoints that were written before these existed do not have them.
+LATER_RECIPE_FIELDS = {"max_pixels"}
+# AdamW counts its steps in float32, which holds whole numbers up to this one.
+LARGEST_OPTIMIZER_STEP = 2**24
+
+
+class Data(NamedTuple):
+    """The images of a run, as its checkpoint records them.
+
+    Attributes:
+        folder: folder of the images; None for the photographs inside the wheels.
+        images: number of image files.
+        fingerprint: hash of their names.
+        sizes: hash of their sizes; None in a checkpoint of an earlier version.
+        contents: hash of a sample of their contents; None in a checkpoint of an earlier version.
+    """
+
+    folder: str | None
+    images: int
+    fingerprint: str
+    sizes: str | None
+    contents: str | None
+
+
+class Contents(NamedTuple):
+    """A checkpoint in which every field is what it should be.
+
+    Attributes:
+        model: state dict of the model that `recipe` builds, float32 and finite.
+        optimizer: AdamW's state of every parameter, by its number.
+        step: optimizer steps done, 1 or more.
+        recipe: the recipe of the run.
+        data: its images.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[int, dict[str, Tensor]]
+    step: int
+    recipe: Recipe
+    data: Data
+
+
+def load(path: str | Path) -> Contents:
+    """Read a checkpoint of `sparsecnx pretrain` onto the CPU and check every field.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or a field is not what it should be.
+    """
+    return check(checkpoint.read(path))
+
+
+def check(state: Mapping[str, Any]) -> Contents:
+    """Return the contents of a checkpoint, see `checkpoint.read`, or refuse the first wrong field.
+
+    Raises:
+        CheckpointError: names the field, its value and what was expected.
+    """
+    recipe = _recipe(state["recipe"])
+    data = _data(state["data"])
+    try:
+        steps_per_epoch = recipe.steps_per_epoch(data.images)
+    except InputError as error:
+        raise CheckpointError(f"data.images is {data.images}: too few for its recipe, whose {error}") from error
+    step, last = state["step"], steps_per_epoch * recipe.epochs
+    _expect("step", step, _is_whole(step) and 1 <= step <= last, f"a whole number from 1 to {last}")
+    epoch = state["epoch"]
+    expected = step / steps_per_epoch
+    _expect("epoch", epoch, isinstance(epoch, float) and math.isclose(epoch, expected), f"{expected!r} at step {step}")
+
+    with torch.device("meta"):
+        model = build_model(recipe)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _names("model", state["model"], shapes)
+    for name, shape in shapes.items():
+        _tensor(f"model.{name}", state["model"][name], shape, f" in {recipe.model}")
+    optimizer = _optimizer(state["optimizer"], param_groups(model, recipe.weight_decay), step)
+    return Contents(state["model"], optimizer, step, recipe, data)
+
+
+def _recipe(saved: Any) -> Recipe:
+    known = {field.name for field in fields(Recipe)}
+    _names("recipe", saved, known, optional=LATER_RECIPE_FIELDS)
+    try:
+        return Recipe(**saved)
+    except InputError as error:
+        raise CheckpointError(f"recipe.{error}") from error
+
+
+def _data(saved: Any) -> Data:
+    later = {"sizes", "contents"}
+    _names("data", saved, set(Data._fields), optional=later)
+    data = Data(**{**dict.fromkeys(later), **saved})
+    _expect("data.folder", data.folder, data.folder is None or _is_path(data.folder), "the name of a folder, or None")
+    _expect("data.images", data.images, _is_whole(data.images) and data.images >= 1, "a whole number, 1 or more")
+    for field in ("fingerprint", "sizes", "contents"):
+        value = getattr(data, field)
+        known = isinstance(value, str) or (field not in saved)
+        _expect(f"data.{field}", value, known, "text")
+    return data
+
+
+def _optimizer(saved: Any, groups: list[dict[str, Any]], step: int) -> dict[int, dict[str, Tensor]]:
+    """Return AdamW's state of every parameter in `groups`, by its number."""
+    _names("optimizer", saved, ("state", "param_groups"))
+    found, parameters = saved["param_groups"], [parameter for group in groups for parameter in group["params"]]
+    _expect("optimizer.param_groups", found, isinstance(found, list) and len(found) == len(groups), "a list of 2 dicts")
+    first = 0
+    for i, (held, group) in enumerate(zip(found, groups, strict=True)):
+        field, last = f"optimizer.param_groups[{i}]", first + len(group["params"]) - 1
+        _expect(field, held, isinstance(held, dict), "a dict")
+        # The rest, such as the learning rate, is not taken from the file.
+        expected = {"params": list(range(first, last + 1)), "betas": BETAS, "weight_decay": group["weight_decay"]}
+        for key, value in expected.items():
+            text = f"the numbers {first} to {last}" if key == "params" else str(value)
+            _expect(f"{field}.{key}", held.get(key), _equal(held.get(key), value), text)
+        first = last + 1
+
+    state = saved["state"]
+    _names("optimizer.state", state, range(len(parameters)))
+    counted = float(min(step, LARGEST_OPTIMIZER_STEP))
+    for number, parameter in enumerate(parameters):
+        field, held = f"optimizer.state[{number}]", state[number]
+        _names(field, held, ("step", "exp_avg", "exp_avg_sq"))
+        for key in ("exp_avg", "exp_avg_sq"):
+            _tensor(f"{field}.{key}", held[key], tuple(parameter.shape))
+        least = held["exp_avg_sq"].min().item()
+        _expect(f"the minimum of {field}.exp_avg_sq", least, least >= 0, "0 or more")
+        _tensor(f"{field}.step", held["step"], ())
+        taken = held["step"].item()
+        _expect(f"{field}.step", taken, taken == counted, str(counted))
+    return dict(state)
+
+
+def _names(field: str, value: Any, expected: Collection[Any], optional: Collection[str] = ()) -> None:
+    """Expect a dict with these keys."""
+    _expect(field, value, isinstance(value, dict), "a dict")
+    unknown = next((key for key in value if key not in expected), None)
+    if unknown is not None:
+        raise CheckpointError(f"{field} holds {shown(unknown)}: expected no such entry")
+    missing = next((key for key in expected if key not in value and key not in optional), None)
+    if missing is not None:
+        raise CheckpointError(f"{field} lacks {missing!r}: expected it beside {len(expected) - 1} others")
+
+
+def _tensor(field: str, value: Any, shape: tuple[int, ...], where: str = "") -> None:
+    """Expect a finite float32 tensor of a shape on the CPU."""
+    fits = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    _expect(field, value, fits and value.dtype == torch.float32 and value.shape == shape, f"float32 {shape}{where}")
+    finite = value.isfinite()
+    if not finite.all():
+        raise CheckpointError(f"{field} holds {value[~finite][0].item()}: expected finite numbers")
+
+
+def _expect(field: str, value: Any, holds: bool, expected: str) -> None:
+    if not holds:
+        raise CheckpointError(f"{field} is {shown(value)}: expected {expected}")
+
+
+def _equal(value: Any, expected: Any) -> bool:
+    """Return whether a value, which may be of any type, equals a number or a series of numbers."""
+    if isinstance(expected, (list, tuple)):
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == len(expected)
+            and all(_equal(v, e) for v, e in zip(value, expected, strict=True))
+        )
+    return isinstance(value, (int, float)) and value == expected
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_path(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and value != "" and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
