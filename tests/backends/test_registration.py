@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparsecnx.backends.registration import Saved, register
 
@@ -28,7 +29,10 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 
 
 SCALE_GRAD = register(
-    "sparsecnx_test::scale_grad", function=_scale_grad, fake=lambda grad, factor, power: torch.empty_like(grad)
+    "sparsecnx_test::scale_grad",
+    public="scaling",
+    function=_scale_grad,
+    fake=lambda grad, factor, power: torch.empty_like(grad),
 )
 SCALE = register(
     "sparsecnx_test::scale",
@@ -56,9 +60,9 @@ def test_schema_fake_kernel_and_gradient(bias: Tensor | None) -> None:
 
 def test_gradients_of_the_tensors_that_ask_for_them() -> None:
     x, bias = torch.randn(2, 3), torch.ones(3, requires_grad=True)
-    SCALE(x, torch.tensor(3.0, requires_grad=True), bias, 2)[0].sum().backward()  # Of factor there is none.
+    SCALE(x, torch.tensor(3.0), bias, 2)[0].sum().backward()
     assert bias.grad is not None and (bias.grad == 2).all()
-    assert saved_by_last_call.needs == {"factor", "bias"}
+    assert saved_by_last_call.needs == {"bias"}
 
 
 def test_a_gradient_takes_the_shape_of_its_argument() -> None:
@@ -67,10 +71,31 @@ def test_a_gradient_takes_the_shape_of_its_argument() -> None:
     assert bias.grad is not None and bias.grad.shape == (1, 3) and (bias.grad == 2).all()
 
 
-def test_a_gradient_that_is_not_offered_raises() -> None:
-    """Left alone, torch would return zeros or stay silent."""
-    x = torch.randn(2, 3, requires_grad=True)
-    out, _ = SCALE(x, torch.tensor(3.0), None, 2)
+def test_a_derivative_that_is_not_offered_raises() -> None:
+    """Left alone, torch would return zeros or None or stay silent."""
+    remedy = r'call it inside `with sparsecnx.use_backend\("reference"\):`'
+    x, factor = torch.randn(2, 3, requires_grad=True), torch.tensor(3.0)
+    out, _ = SCALE(x, factor, None, 2)
     (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"torch.ops.sparsecnx_test.scale_grad has no gradient .*reference"):
+    message = rf"^scaling has no second derivatives \(in torch.ops.sparsecnx_test.scale_grad\): {remedy}"
+    with pytest.raises(NotImplementedError, match=message):
         gradient.sum().backward()
+    out, _ = SCALE(x, factor.requires_grad_(), None, 2)
+    with pytest.raises(NotImplementedError, match=rf"^scale has no gradient of 'factor' .*{remedy}"):
+        out.sum().backward()
+    with (
+        forward_ad.dual_level(),
+        torch.no_grad(),
+        pytest.raises(NotImplementedError, match=rf"^scale has no forward-mode derivatives .*{remedy}"),
+    ):
+        SCALE(x, forward_ad.make_dual(factor, factor), None, 2)
+
+
+def test_without_a_tangent_forward_mode_changes_nothing() -> None:
+    x = torch.randn(2, 3)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        with forward_ad._set_fwd_grad_enabled(False):
+            SCALE(dual, torch.tensor(3.0), None, 2)
+        out, _ = SCALE(x, torch.tensor(3.0), None, 2)
+        assert forward_ad.unpack_dual(out).tangent is None

@@ -56,12 +56,14 @@ def _scatter_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 if compiled.loaded:
     register(
         "sparsecnx::gather_tiles",
+        public="SparseTensor.from_dense",
         fake=lambda dense, index, tile: dense.new_empty(index.shape[0] * tile**2, dense.shape[1]),
         saves=("index", "tile"),
         backward=_gather_backward,
     )
     register(
         "sparsecnx::scatter_tiles",
+        public="SparseTensor.dense",
         fake=lambda rows, fill, index, batch, height, width, tile: rows.new_empty(batch, rows.shape[1], height, width),
         saves=("index", "tile"),
         backward=_scatter_backward,

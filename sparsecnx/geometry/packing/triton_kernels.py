@@ -279,6 +279,7 @@ def _scatter_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 
 register(
     "sparsecnx_triton::gather_tiles",
+    public="SparseTensor.from_dense",
     function=_gather_tiles,
     fake=lambda dense, index, slots, tile: dense.new_empty(index.shape[0] * tile**2, dense.shape[1]),
     saves=("index", "slots", "tile"),
@@ -286,6 +287,7 @@ register(
 )
 register(
     "sparsecnx_triton::scatter_tiles",
+    public="SparseTensor.dense",
     function=_scatter_tiles,
     fake=lambda rows, fill, index, slots, batch, *size: rows.new_empty(batch, rows.shape[1], *size[:2]),
     saves=("index", "slots", "tile"),
@@ -294,6 +296,7 @@ register(
 )
 register(
     "sparsecnx_triton::scatter_tiles_fill_grad",
+    public="SparseTensor.dense",
     function=_fill_grad,
     fake=lambda dense, slots, tile: dense.new_empty(dense.shape[1]),
 )

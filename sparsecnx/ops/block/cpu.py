@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
+from sparsecnx.ops import flops
 from sparsecnx.ops.block.parameters import BlockParameters
 from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.ops.global_response_norm.groups import group_splits
@@ -101,5 +102,11 @@ if compiled.loaded:
         fake=_fake,
         saves=("x", *BlockParameters._fields, "row_scale", "table", "splits", "tile", "eps", "grn_eps"),
         backward=_backward,
+        flops=flops.block,
     )
-    register("sparsecnx::convnextv2_block_backward", fake=_fake_backward)
+    register(
+        "sparsecnx::convnextv2_block_backward",
+        public="convnextv2_block",
+        fake=_fake_backward,
+        flops=flops.block_backward,
+    )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors, row_sizes
+from sparsecnx.ops import flops
 from sparsecnx.ops.block.parameters import BlockParameters
 from sparsecnx.ops.block.triton_folding import fold, unfold
 from sparsecnx.ops.block.triton_kernels import (
@@ -266,7 +267,16 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _block_backward(
     grad: Tensor,
     x: Tensor,
-    parameters: list[Tensor],
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    pwconv1_weight: Tensor,
+    pwconv1_bias: Tensor,
+    grn_gamma: Tensor,
+    grn_beta: Tensor,
+    pwconv2_weight: Tensor,
+    pwconv2_bias: Tensor,
     row_scale: Tensor | None,
     row_group: Tensor,
     table: Tensor,
@@ -278,9 +288,20 @@ def _block_backward(
     rstd: Tensor,
     energy: Tensor,
     pre: Tensor,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x and of the ten parameters."""
-    p = BlockParameters(*parameters)
+    p = BlockParameters(
+        dwconv_weight,
+        dwconv_bias,
+        norm_weight,
+        norm_bias,
+        pwconv1_weight,
+        pwconv1_bias,
+        grn_gamma,
+        grn_beta,
+        pwconv2_weight,
+        pwconv2_bias,
+    )
     folded = fold(p.pwconv1_weight, p.norm_weight, p.norm_bias, p.pwconv1_bias)
     grad_pre, scaled, grad_gamma, grad_bias1 = hidden_backward(
         grad, p, folded, row_scale, row_group, splits, grn_eps, normalised, energy, pre
@@ -313,20 +334,29 @@ def _block_backward(
         pwconv2_weight=grad_weight2,
         pwconv2_bias=grad_bias2,
     )
-    return [grad_x, *grads]
+    return grad_x, *grads
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     parameters = [getattr(saved, name) for name in BlockParameters._fields]
     places = saved.row_scale, saved.row_group, saved.table, saved.splits, saved.tile, saved.grn_eps, saved.depthwise
-    grads = torch.ops.sparsecnx_triton.convnextv2_block_backward(grad, saved.x, parameters, *places, *saved.outputs)
+    grads = torch.ops.sparsecnx_triton.convnextv2_block_backward(grad, saved.x, *parameters, *places, *saved.outputs)
     return dict(zip(("x", *BlockParameters._fields), grads, strict=True))
 
 
 SAVED = ("x", *BlockParameters._fields, "row_scale", "row_group", "table", "splits", "tile", "grn_eps", "depthwise")
-register("sparsecnx_triton::convnextv2_block", function=_block, fake=_fake, saves=SAVED, backward=_backward)
+register(
+    "sparsecnx_triton::convnextv2_block",
+    function=_block,
+    fake=_fake,
+    saves=SAVED,
+    backward=_backward,
+    flops=flops.block,
+)
 register(
     "sparsecnx_triton::convnextv2_block_backward",
+    public="convnextv2_block",
     function=_block_backward,
-    fake=lambda grad, x, parameters, *_: [torch.empty_like(value) for value in (x, *parameters)],
+    fake=lambda grad, x, *rest: tuple(map(torch.empty_like, (x, *rest[: len(BlockParameters._fields)]))),
+    flops=flops.block_backward,
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
+from sparsecnx.ops import flops
 from sparsecnx.tensor import SparseTensor
 
 
@@ -31,9 +32,12 @@ if compiled.loaded:
         fake=lambda x, weight, kernel_map: x.new_empty(kernel_map.shape[0], weight.shape[0]),
         saves=("x", "weight", "kernel_map"),
         backward=_backward,
+        flops=flops.conv,
     )
     register(
         "sparsecnx::conv_backward",
+        public="conv",
+        flops=flops.conv_backward,
         fake=lambda grad, x, weight, kernel_map, needs_x: (
             x.new_empty(x.shape[0] if needs_x else 0, x.shape[1]),
             torch.empty_like(weight),

@@ -17,6 +17,7 @@ from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_functions import aligned, load, row_block, store
 from sparsecnx.backends.triton_launch import blocks, launch, row_sizes
 from sparsecnx.geometry.kernel_map import invert_kernel_map
+from sparsecnx.ops import flops
 from sparsecnx.tensor import SparseTensor
 
 COLUMN_VALUES = 2**28  # of a chunk of gathered rows
@@ -129,9 +130,12 @@ register(
     fake=lambda x, weight, kernel_map, inverse_map: x.new_empty(kernel_map.shape[0], weight.shape[0]),
     saves=("x", "weight", "kernel_map", "inverse_map"),
     backward=_backward,
+    flops=flops.conv,
 )
 register(
     "sparsecnx_triton::conv_backward",
+    public="conv",
+    flops=flops.conv_backward,
     function=_conv_backward,
     fake=lambda grad, x, weight, kernel_map, inverse_map, needs_x: (
         x.new_empty(x.shape[0] if needs_x else 0, x.shape[1]),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
+from sparsecnx.ops import flops
 from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.tensor import SparseTensor
 
@@ -83,9 +84,12 @@ if compiled.loaded:
         fake=lambda x, weight, bias, table, tile: torch.empty_like(x),
         saves=("x", "weight", "bias", "table", "tile"),
         backward=_backward,
+        flops=flops.depthwise_conv,
     )
     register(
         "sparsecnx_cuda::depthwise_conv_fused",
+        public="depthwise_conv",
+        flops=flops.depthwise_conv,
         fake=lambda x, weight, bias, residual, table, tile, flip, eps: (
             torch.empty_like(x),
             x.new_empty(0 if eps is None else x.shape[0], dtype=torch.float32),
@@ -93,6 +97,8 @@ if compiled.loaded:
     )
     register(
         "sparsecnx_cuda::depthwise_conv_weight_grad",
+        public="depthwise_conv",
+        flops=flops.depthwise_conv_weight_grad,
         fake=lambda grad, x, table, tile, kernel_h, kernel_w: (
             x.new_empty(x.shape[1], 1, kernel_h, kernel_w),
             x.new_empty(x.shape[1], dtype=torch.float32),

@@ -30,6 +30,7 @@ from sparsecnx.backends.triton_functions import (
     zero_blocks,
 )
 from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors
+from sparsecnx.ops import flops
 from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.tensor import SparseTensor
 
@@ -503,9 +504,12 @@ register(
     fake=lambda x, weight, bias, table, tile: torch.empty_like(x),
     saves=("x", "weight", "table", "tile"),
     backward=_backward,
+    flops=flops.depthwise_conv,
 )
 register(
     "sparsecnx_triton::depthwise_conv_weight_grad",
+    public="depthwise_conv",
+    flops=flops.depthwise_conv_weight_grad,
     function=_weight_grad,
     fake=lambda grad, x, table, tile, kernel_h, kernel_w: (
         x.new_empty(x.shape[1], 1, kernel_h, kernel_w),

@@ -35,6 +35,7 @@ if compiled.loaded:
     )
     register(
         "sparsecnx::grn_backward",
+        public="grn",
         fake=lambda grad, x, gamma, splits, energy, eps: (
             torch.empty_like(x),
             torch.empty_like(gamma),

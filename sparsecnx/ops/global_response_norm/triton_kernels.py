@@ -438,6 +438,7 @@ register(
 )
 register(
     "sparsecnx_triton::grn_backward",
+    public="grn",
     function=_grn_backward,
     fake=lambda grad, x, gamma, row_group, splits, energy, eps: (
         torch.empty_like(x),

@@ -187,6 +187,7 @@ register(
 )
 register(
     "sparsecnx_triton::layer_norm_backward",
+    public="layer_norm",
     function=_layer_norm_backward,
     fake=lambda grad, x, weight, moments: (torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)),
 )

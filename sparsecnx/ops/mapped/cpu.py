@@ -8,6 +8,7 @@ from torch import Tensor
 from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.geometry.kernel_map import MappedRows, check_inverse_map, invert_kernel_map
+from sparsecnx.ops import flops
 from sparsecnx.ops.convolution import cpu as _convolution  # noqa: F401 - registers torch.ops.sparsecnx.conv
 
 
@@ -52,8 +53,11 @@ if compiled.loaded:
         fake=lambda x, weight, bias, kernel_map, inverse_map: x.new_empty(kernel_map.shape[0], x.shape[1]),
         saves=("x", "weight", "bias", "kernel_map", "inverse_map"),
         backward=_backward,
+        flops=flops.mapped_depthwise_conv,
     )
     register(
         "sparsecnx::mapped_depthwise_conv_weight_grad",
+        public="mapped_depthwise_conv",
+        flops=flops.mapped_depthwise_conv_weight_grad,
         fake=lambda grad, x, kernel_map: x.new_empty(kernel_map.shape[1], x.shape[1]),
     )

@@ -7,11 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx.backends.registration import Saved, register
+from sparsecnx.backends.selection import selected
 from sparsecnx.geometry.kernel_map import check_inverse_map, check_kernel_map, invert_kernel_map
 
 
 def maximum(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> Tensor:
     """Return the maximum of `features (rows_in, C)` under each output row, `(rows_out, C)`, 0 without any input."""
+    if selected() == "reference":  # It has every derivative, for what it keeps of every tap.
+        return _max_pool(features, kernel_map, inverse_map)[0]
     return torch.ops.sparsecnx_mapped.max_pool(features, kernel_map, inverse_map)[0]
 
 
@@ -58,6 +61,7 @@ def _fake(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> t
 
 register(
     "sparsecnx_mapped::max_pool",
+    public="mapped_pool",
     function=_max_pool,
     fake=_fake,
     saves=("kernel_map", "inverse_map"),
@@ -65,6 +69,7 @@ register(
 )
 register(
     "sparsecnx_mapped::max_pool_backward",
+    public="mapped_pool",
     function=_max_pool_backward,
     fake=lambda grad, winner, inverse_map: grad.new_empty(inverse_map.shape[0], grad.shape[1]),
 )

@@ -20,6 +20,7 @@ from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_functions import aligned, load, row_block, store, zero_blocks
 from sparsecnx.backends.triton_launch import blocks, launch, processors, row_sizes
 from sparsecnx.geometry.kernel_map import MappedRows, invert_kernel_map
+from sparsecnx.ops import flops
 from sparsecnx.ops.convolution import triton_kernels as _convolution  # noqa: F401 - registers sparsecnx_triton::conv
 
 WARPS = 4
@@ -225,9 +226,12 @@ register(
     fake=lambda x, weight, bias, kernel_map, inverse_map: x.new_empty(kernel_map.shape[0], x.shape[1]),
     saves=("x", "weight", "kernel_map", "inverse_map"),
     backward=_backward,
+    flops=flops.mapped_depthwise_conv,
 )
 register(
     "sparsecnx_triton::mapped_depthwise_conv_weight_grad",
+    public="mapped_depthwise_conv",
+    flops=flops.mapped_depthwise_conv_weight_grad,
     function=weight_grad,
     fake=lambda grad, x, kernel_map: (
         x.new_empty(kernel_map.shape[1], x.shape[1]),

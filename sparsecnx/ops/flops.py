@@ -1,0 +1,58 @@
+"""Count the floating-point operations of operators for `torch.utils.flop_counter`.
+
+Each multiply-add of a matrix product or convolution counts 2, as torch counts. Normalization, activations, biases,
+pooling by the maximum and the moving of values count nothing. A row has every tap of a kernel: with all sites visible
+the count is that of the dense network. What backward computes again is not counted. The formulas take the arguments of
+the operator, with shapes in place of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+Shape = Sequence[int]
+
+
+def conv(x: Shape, weight: Shape, *_: Any, out_shape: Shape) -> int:
+    """Return the count of `(rows out, K * C_in) @ (K * C_in, C_out)`."""
+    return 2 * out_shape[0] * math.prod(weight)
+
+
+def conv_backward(grad: Shape, x: Shape, weight: Shape, *rest: Any, out_shape: Any) -> int:
+    """Return the count of the gradient of the weight, and of that of x where the last argument asks for it."""
+    return 2 * grad[0] * math.prod(weight) * (2 if rest[-1] else 1)
+
+
+def depthwise_conv(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
+    """Return the count of rows `(rows, C)` under kernels `(C, 1, kh, kw)`."""
+    return 2 * x[0] * math.prod(weight)
+
+
+def depthwise_conv_weight_grad(
+    grad: Shape, x: Shape, table: Shape, tile: int, kernel_h: int, kernel_w: int, out_shape: Any
+) -> int:
+    """Return the count of the gradient of `(C, 1, kh, kw)`: that of the convolution."""
+    return 2 * math.prod(x) * kernel_h * kernel_w
+
+
+def mapped_depthwise_conv(x: Shape, weight: Shape, bias: Any, kernel_map: Shape, *_: Any, out_shape: Any) -> int:
+    """Return the count of output rows with K taps `(rows_out, K)` of C channels."""
+    return 2 * math.prod(kernel_map) * x[1]
+
+
+def mapped_depthwise_conv_weight_grad(grad: Shape, x: Shape, kernel_map: Shape, out_shape: Any) -> int:
+    """Return the count of the gradient of `(K, C)`: that of the convolution."""
+    return 2 * math.prod(kernel_map) * x[1]
+
+
+def block(x: Shape, dwconv_weight: Shape, *rest: Any, out_shape: Any) -> int:
+    """Return the count of the depthwise convolution and the two matrices of a block."""
+    pwconv1_weight, pwconv2_weight = rest[3], rest[7]
+    return 2 * x[0] * sum(map(math.prod, (dwconv_weight, pwconv1_weight, pwconv2_weight)))
+
+
+def block_backward(grad: Shape, x: Shape, *rest: Any, out_shape: Any) -> int:
+    """Return the count of the gradients of rows and weights: twice that of the block."""
+    return 2 * block(x, *rest, out_shape=out_shape)
