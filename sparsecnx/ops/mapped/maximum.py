@@ -13,7 +13,7 @@ from sparsecnx.geometry.kernel_map import check_inverse_map, check_kernel_map, i
 
 def maximum(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> Tensor:
     """Return the maximum of `features (rows_in, C)` under each output row, `(rows_out, C)`, 0 without any input."""
-    if selected() == "reference":  # It has every derivative, for what it keeps of every tap.
+    if selected() == "reference":  # Plain torch has every derivative, and keeps every tap for it.
         return _max_pool(features, kernel_map, inverse_map)[0]
     return torch.ops.sparsecnx_mapped.max_pool(features, kernel_map, inverse_map)[0]
 
