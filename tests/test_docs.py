@@ -1,0 +1,72 @@
+"""The documentation for users: its Python runs as written, and its links lead to files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsecnx import cli, models
+from sparsecnx.compat import checkpoints
+
+ROOT = Path(__file__).parents[1]
+# The pages, and the libraries that they need. minkowski.md is not among them: half of its Python needs MinkowskiEngine,
+# and the other half hides it.
+PAGES: dict[str, tuple[str, ...]] = {
+    "README.md": (),
+    "docs/training-loop.md": (),
+    "docs/networks.md": (),
+    "docs/backends.md": (),
+    "docs/wrapping.md": (),
+    "docs/after-pretraining.md": ("timm", "transformers", "safetensors"),
+    "docs/checkpoints.md": ("transformers", "safetensors"),
+}
+# A block of Python, or a line that converts a checkpoint for the block after it.
+CODE = re.compile(r"^```python\n(.*?)^```$|^    (sparsecnx convert (?!IN)[^\n]*)$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the files that the pages read: of a run, of published pretraining, and of other code."""
+    folder = tmp_path_factory.mktemp("docs")
+    state_dict = models.fcmae_convnextv2_atto().state_dict()
+    checkpoints.save(folder / "checkpoint-799.pth", checkpoints.convert(state_dict, "fcmae"))
+    (folder / "runs/mine").mkdir(parents=True)
+    torch.save({"model": state_dict, "step": 1}, folder / "runs/mine/last.pt")
+    torch.save({"model_ema": state_dict, "model": {}}, folder / "checkpoint-best.pth")
+    torch.save({"model": state_dict, "folder": folder}, folder / "in.pt")
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_of_a_page_runs_as_written(page: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in PAGES[page]:
+        pytest.importorskip(library)
+    monkeypatch.chdir(files)
+    # Inductor would compile for minutes.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    names: dict[str, Any] = {}
+    found = CODE.findall((ROOT / page).read_text())
+    assert found
+    for python, command in found:
+        if command:
+            assert cli.main(shlex.split(command, comments=True)[1:]) == 0
+        else:
+            exec(compile(python, page, "exec"), names)
+
+
+def test_links_lead_to_files() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    link = re.compile(r"\]\(([^):#]+)[)#]")
+    links = [(page.parent / found, page) for page in pages for found in link.findall(page.read_text())]
+    sources = [path for ending in ("py", "cpp", "h", "cu", "cuh") for path in ROOT.glob(f"*/**/*.{ending}")]
+    sources += [ROOT / "setup.py", ROOT / "Makefile"]
+    mention = re.compile(r"\bdocs/[\w/-]+\.md")
+    links += [(ROOT / found, path) for path in sources for found in mention.findall(path.read_text())]
+    assert len(links) > 50
+    assert [f"{path}: {target}" for target, path in links if not target.exists()] == []
