@@ -18,10 +18,10 @@ Halo check_geometry(const Tensor& table, int64_t rows, int64_t tile, std::array<
   return halo;
 }
 
-std::array<int64_t, 2> check_kernel(const Tensor& weight, int64_t channels, ScalarType dtype) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1, "sparsecnx: weight must be (",
-                  channels, ", 1, kh, kw)");
-  check_dense(weight, "weight", weight.numel(), dtype);
+std::array<int64_t, 2> check_kernel(const Tensor& weight, const char* name, int64_t channels, ScalarType dtype) {
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1, "sparsecnx: ", name,
+                  " must be (", channels, ", 1, kh, kw)");
+  check_dense(weight, name, weight.numel(), dtype);
   return {weight.size(2), weight.size(3)};
 }
 
@@ -30,7 +30,7 @@ namespace {
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& table,
                       int64_t tile) {
   const auto [rows, channels] = feature_shape(x, "x");
-  const Halo halo = check_geometry(table, rows, tile, check_kernel(weight, channels, x.scalar_type()));
+  const Halo halo = check_geometry(table, rows, tile, check_kernel(weight, "weight", channels, x.scalar_type()));
   Tensor out = torch::stable::empty_like(x);
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const std::vector<A> taps = taps_first<S>(weight, false);

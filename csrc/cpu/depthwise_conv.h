@@ -12,7 +12,7 @@ inline int64_t tiles_per_call(int64_t tile) { return std::max<int64_t>(1, 64 / (
 Halo check_geometry(const Tensor& table, int64_t rows, int64_t tile, std::array<int64_t, 2> kernel);
 
 // Checks a weight (channels, 1, kernel_h, kernel_w) and returns its kernel size.
-std::array<int64_t, 2> check_kernel(const Tensor& weight, int64_t channels, ScalarType dtype);
+std::array<int64_t, 2> check_kernel(const Tensor& weight, const char* name, int64_t channels, ScalarType dtype);
 
 // Returns a weight (channels, 1, kernel_h, kernel_w) as the kernels read it, (kernel_h * kernel_w, channels); flipped,
 // it is the kernel of the adjoint.

@@ -102,9 +102,11 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, co
 constexpr int64_t kRows = 64;  // A thread takes at least this many.
 
 Tensor mapped_depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                             const Tensor& kernel_map, const std::optional<Tensor>&) {
+                             const Tensor& kernel_map, const std::optional<Tensor>& inverse_map) {
   const Mapped shape = check_map(x, kernel_map);
   check_matrix(weight, "weight", shape.taps, shape.channels, x.scalar_type());
+  if (inverse_map)
+    check_matrix(*inverse_map, "inverse_map", shape.rows_in, shape.taps, ScalarType::Int);  // for backward
   Tensor out = empty({shape.rows_out, shape.channels}, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const std::vector<A> taps = widened<S>(weight);

@@ -137,7 +137,8 @@ std::vector<RowBlock> split_rows(const int64_t* splits, int64_t first, int64_t l
 const int64_t* check_groups(const Tensor& splits, const char* name, int64_t rows) {
   check_dense(splits, name, splits.numel(), ScalarType::Long);
   const int64_t count = splits.numel();
-  STD_TORCH_CHECK(count >= 1, "sparsecnx: ", name, " is empty, expected groups + 1 positions");
+  STD_TORCH_CHECK(splits.dim() == 1 && count >= 1, "sparsecnx: ", name, " has ", splits.dim(), " dimensions and ",
+                  count, " positions, expected one dimension of groups + 1 positions");
   const int64_t* at = data<int64_t>(splits);
   STD_TORCH_CHECK(at[0] == 0 && at[count - 1] == rows && std::is_sorted(at, at + count), "sparsecnx: ", name,
                   " must ascend from 0 to the number of rows, ", rows);

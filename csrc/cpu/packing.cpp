@@ -29,6 +29,7 @@ Shape check(std::array<int64_t, 4> images, const Tensor& index, int64_t tile) {
   check_size(tile, "tile", 1, kMostTile);
   STD_TORCH_CHECK(height % tile == 0 && width % tile == 0, "sparsecnx: tile is ", tile, ", expected a divisor of ",
                   height, " and ", width);
+  STD_TORCH_CHECK(index.dim() == 1, "sparsecnx: index must be (tiles,), it has ", index.dim(), " dimensions");
   check_dense(index, "index", index.numel(), ScalarType::Long);
   Shape shape{batch, channels, height, width, tile, index.numel(), data<int64_t>(index), {}, {}};
   check_product({batch, channels, height, width}, "the images");

@@ -71,7 +71,7 @@ def register(
         library.define(short + torch.library.infer_schema(function, mutates_args=()))
         library.impl(short, function, "CompositeExplicitAutograd")
     operator = getattr(getattr(torch.ops, namespace), short)
-    torch.library.register_fake(name, fake, lib=library)
+    torch.library.register_fake(name, _on_one_device(operator.default, fake), lib=library)
     if flops is not None:
         register_flop_formula(operator)(flops)
 
@@ -163,6 +163,24 @@ def _have_tangents(inputs: tuple[Any, ...]) -> bool:
 def _transformed() -> bool:
     """Return whether derivatives other than those of the autograd graph are being computed, maybe of a gradient."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _on_one_device(operator: torch._ops.OpOverload, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a fake kernel refuse tensors of several devices: torch calls it when one of them is on meta."""
+
+    def checked(*inputs: Any) -> Any:
+        places = [
+            (argument.name, x.device)
+            for argument, given in zip(operator._schema.arguments, inputs, strict=False)
+            for x in (given if isinstance(given, (list, tuple)) else (given,))
+            if isinstance(x, Tensor)
+        ]
+        if len({device for _, device in places}) > 1:
+            found = ", ".join(dict.fromkeys(f"{key} on {device}" for key, device in places))
+            raise ValueError(f"torch.ops.{operator}: expected tensors on one device, got {found}")
+        return fake(*inputs)
+
+    return checked
 
 
 def _reshaped(grad: Tensor | None, shape: torch.Size) -> Tensor | None:

@@ -238,6 +238,68 @@ def test_compiled_operators_check_what_they_read(name, change, message, calls):
         operator(**args)
 
 
+E = torch.empty
+BOUNDLESS = {
+    "gather_tiles, a tile whose square overflows": (
+        lambda o: o.gather_tiles(E(1, 1, 0, 0), E(0, dtype=torch.long), 2**32),
+        "tile is 4294967296, expected 1 to 32768",
+    ),
+    "scatter_tiles, images without an end": (
+        lambda o: o.scatter_tiles(E(0, 1), E(1), E(0, dtype=torch.long), 2**31, 2**31, 2**31, 1),
+        r"the sizes of the images multiply to 2\^63 or more",
+    ),
+    "scatter_tiles, a negative size": (
+        lambda o: o.scatter_tiles(E(0, 1), E(1), E(0, dtype=torch.long), 1, -4, 4, 1),
+        r"the images are \(1, 1, -4, 4\), expected no negative size",
+    ),
+    "conv, channels without memory": (
+        lambda o: o.conv(E(0, 2**60), E(0, 2**60), E(0, 1).int()),
+        "x has 1152921504606846976 channels, expected 1 to 1048576",
+    ),
+    "conv, taps without memory": (
+        lambda o: o.conv(E(0, 4), E(0, 4), E(0, 2**60).int()),
+        "kernel_map has 1152921504606846976 taps, expected 1 to 1048576",
+    ),
+    "layer_norm, rows without memory": (
+        lambda o: o.layer_norm(E(2**60, 0), E(0), E(0), 1e-6),
+        "x has 0 channels, expected 1 to 1048576",
+    ),
+    "depthwise_conv, a tile without rows": (
+        lambda o: o.depthwise_conv(E(0, 4), E(4, 1, 7, 7), None, E(0).int(), 50_000),
+        "tile is 50000, expected 1 to 32768",
+    ),
+    "depthwise_conv_weight_grad, a kernel without memory": (
+        lambda o: o.depthwise_conv_weight_grad(E(0, 4), E(0, 4), E(0).int(), 2, 2**31 - 1, 7),
+        "the kernel is 2147483647x7, expected odd sizes up to 1023",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BOUNDLESS.values(), ids=BOUNDLESS.keys())
+def test_sizes_that_no_memory_bounds_are_refused_first(call, message):
+    with pytest.raises(RuntimeError, match=f"sparsecnx: {message}"):
+        call(torch.ops.sparsecnx)
+
+
+def test_sizes_of_nothing_take_no_memory():
+    """The largest tile, without rows: lists of its sites would be 13 GB."""
+    o, none = torch.ops.sparsecnx, E(0).int()
+    assert o.depthwise_conv(E(0, 4), E(4, 1, 7, 7), None, none, 2**15).shape == (0, 4)
+    assert not o.depthwise_conv_weight_grad(E(0, 4), E(0, 4), none, 2**15, 7, 7).any()
+    assert o.gather_tiles(E(1, 0, 2**15, 2**15), torch.tensor([0]), 2**15).shape == (2**30, 0)
+    assert o.scatter_tiles(E(0, 1), E(1), none.long(), 2**40, 0, 0, 1).shape == (2**40, 1, 0, 0)
+
+
+def test_tensors_of_two_devices_give_an_error_not_a_meta_tensor():
+    for arguments in (
+        {"x": E(4, 3), "weight": E(3, device="meta"), "bias": E(3), "eps": 1e-6},
+        {"x": E(4, 3, device="meta"), "weight": E(3), "bias": E(3, device="meta"), "eps": 1e-6},
+    ):
+        with pytest.raises(ValueError, match=r"expected tensors on one device, got x on .*, weight on .*, bias on"):
+            torch.ops.sparsecnx.layer_norm(**arguments)
+    assert torch.ops.sparsecnx.scale_rows(*(E(*size, device="meta") for size in ((4, 3), (1,), (2,)))).shape == (4, 3)
+
+
 def test_cpu_gradients_do_not_depend_on_what_else_is_wanted():
     x = random_sparse(example_layout(), 4, torch.float32)
     weight = torch.randn(4, 1, 3, 3, requires_grad=True)

@@ -1,0 +1,619 @@
+"""Call the compiled CPU operators with arguments that nobody should pass; count crashes, hangs and wrong numbers.
+
+    python tests/fuzz_operators.py --calls 20000 --out fuzz.json    (make sanitize runs it with sanitizers)
+
+A call is a valid one with arguments changed: dtypes, shapes, strides, devices, freed and cut storages, huge sizes,
+values that are not finite or no rows. It must raise a Python exception, or return what plain torch computes in float64.
+The first calls free, cut and move to meta every tensor of every operator, and those must raise. Calls run in child
+processes; seed and number give a call again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import inspect
+import json
+import os
+import platform
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sparsecnx
+from sparsecnx import Layout
+from sparsecnx.backends import compiled
+from sparsecnx.common.dtypes import FLOATING, statistics_dtype
+from sparsecnx.geometry.kernel_map import invert_kernel_map
+from sparsecnx.geometry.nested_order import tile_sites
+
+Arguments = dict[str, Any]
+
+# This is the largest ||found - expected|| / ||expected||, as in tests/cases.py.
+BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+SECONDS = 10  # that a call may take: all sizes are small
+GIGABYTES = 2  # that a child may allocate
+KEPT = ("u", "moments", "energy", "hidden")  # made by forward: what a changed one means for backward is not compared
+HUGE = (50_000, 2**15, 2**20, 2**31 - 1, 2**31, 2**32, 2**40, 2**60, 2**62, 2**63 - 1)
+INTEGERS = (0, 1, 2, 3, 4, 5, 7, 8, 1023, 1025, -1, -2, -(2**31), -(2**63), *HUGE)
+FLOATS = (0.0, -1.0, 1e300, -1e300, 5e-324, float("nan"), float("inf"), -float("inf"))
+
+
+# --- references in plain torch, from the arguments of the raw operators -----------------------------------------------
+
+
+def read(x: Tensor, kernel_map: Tensor) -> Tensor:
+    """Return the rows under each output row, `(rows_out, K, C)`, 0 where the map has -1."""
+    return F.pad(x, (0, 0, 0, 1))[kernel_map.long()]
+
+
+def site_map(rows: int, table: Tensor, tile: int, kernel: tuple[int, int]) -> Tensor:
+    """Return the kernel map of a depthwise convolution on tiles, `(rows, kh * kw)`."""
+    sites, tiles = tile_sites(tile, 2), rows // tile**2
+    number = torch.empty(tile, tile, dtype=torch.long)
+    number[sites[:, 0], sites[:, 1]] = torch.arange(tile**2)
+    reach = -(-(max(kernel) // 2) // tile)
+    table = table.reshape(tiles, 2 * reach + 1, 2 * reach + 1).long()
+    dy, dx = torch.meshgrid(*(torch.arange(size) - size // 2 for size in kernel), indexing="ij")
+    y, x = sites[:, :1] + dy.flatten(), sites[:, 1:] + dx.flatten()  # (tile^2, taps)
+    neighbour = table[:, y // tile + reach, x // tile + reach]
+    return torch.where(neighbour < 0, -1, neighbour * tile**2 + number[y % tile, x % tile]).flatten(0, 1)
+
+
+def groups(splits: Tensor) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(splits) - 1), splits.diff())
+
+
+def positions(tile: int, index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return image, y and x of the rows of the tiles of `index`."""
+    across, cells = max(1, width // tile), max(1, height // tile * (width // tile))
+    sites, cell = tile_sites(tile, 2), (index % cells)[:, None]
+    y, x = cell // across * tile + sites[:, 0], cell % across * tile + sites[:, 1]
+    return (index // cells)[:, None].expand_as(y).flatten(), y.flatten(), x.flatten()
+
+
+def gather_tiles(dense: Tensor, index: Tensor, tile: int) -> Tensor:
+    image, y, x = positions(tile, index, *dense.shape[2:])
+    return dense[image, :, y, x]
+
+
+def scatter_tiles(rows: Tensor, fill: Tensor, index: Tensor, batch: int, height: int, width: int, tile: int) -> Tensor:
+    dense = fill[:, None, None].repeat(batch, 1, height, width)
+    image, y, x = positions(tile, index, height, width)
+    dense[image, :, y, x] = rows
+    return dense
+
+
+def conv(x: Tensor, weight: Tensor, kernel_map: Tensor) -> Tensor:
+    return read(x, kernel_map).flatten(1) @ weight.t()
+
+
+def mapped_depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor, inverse_map: Tensor | None = None
+) -> Tensor:
+    out = (read(x, kernel_map) * weight).sum(1)
+    return out if bias is None else out + bias.reshape(-1)
+
+
+def mapped_depthwise_conv_weight_grad(grad: Tensor, x: Tensor, kernel_map: Tensor) -> Tensor:
+    return (grad[:, None] * read(x, kernel_map)).sum(0)
+
+
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, tile: int) -> Tensor:
+    kernel_map = site_map(x.shape[0], table, tile, (weight.shape[2], weight.shape[3]))
+    return mapped_depthwise_conv(x, weight.flatten(1).t(), bias, kernel_map)
+
+
+def depthwise_conv_weight_grad(
+    grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel_h: int, kernel_w: int
+) -> Tensor:
+    kernel_map = site_map(x.shape[0], table, tile, (kernel_h, kernel_w))
+    total = mapped_depthwise_conv_weight_grad(grad.reshape(x.shape), x, kernel_map)
+    return total.t().reshape(-1, 1, kernel_h, kernel_w)
+
+
+def grn(x: Tensor, gamma: Tensor, beta: Tensor, splits: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    group = groups(splits)
+    energy = x.new_zeros(len(splits) - 1, x.shape[1]).index_add(0, group, x * x)
+    norm = torch.where(energy > 0, energy, 1).sqrt() * (energy > 0) + energy * energy.isnan()  # no gradient at 0
+    scale = 1 + gamma.reshape(-1) * norm / (norm.mean(1, keepdim=True) + eps)
+    return x * scale[group] + beta.reshape(-1), energy
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean, variance = x.mean(1), x.var(1, correction=0)
+    rstd = 1 / (variance + eps).sqrt()
+    out = (x - mean[:, None]) * rstd[:, None] * weight.reshape(-1) + bias.reshape(-1)
+    return out, torch.stack([mean, rstd], 1)
+
+
+def scale_rows(x: Tensor, scale: Tensor, splits: Tensor) -> Tensor:
+    return x * scale.reshape(-1)[groups(splits), None]
+
+
+def convnextv2_block(
+    x: Tensor,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    pwconv1_weight: Tensor,
+    pwconv1_bias: Tensor,
+    grn_gamma: Tensor,
+    grn_beta: Tensor,
+    pwconv2_weight: Tensor,
+    pwconv2_bias: Tensor,
+    row_scale: Tensor | None,
+    table: Tensor,
+    splits: Tensor,
+    tile: int,
+    eps: float,
+    grn_eps: float,
+    keep_hidden: bool,
+) -> tuple[Tensor, ...]:
+    u = depthwise_conv(x, dwconv_weight, dwconv_bias, table, tile)
+    v, moments = layer_norm(u, norm_weight, norm_bias, eps)
+    hidden = v @ pwconv1_weight.t()
+    h, energy = grn(F.gelu(hidden + pwconv1_bias.reshape(-1)), grn_gamma, grn_beta, splits, grn_eps)
+    out = h @ pwconv2_weight.t() + pwconv2_bias.reshape(-1)
+    y = x + (out if row_scale is None else out * row_scale.reshape(-1, 1))
+    return y, u, moments, energy, hidden if keep_hidden else hidden[:0]
+
+
+def gradients(forward: Callable[..., Any], arguments: Arguments, names: list[str]) -> list[Tensor]:
+    """Return the gradients of the first output for `arguments["grad"]`."""
+    leaves = {name: arguments[name].detach().clone().requires_grad_() for name in names}
+    given = {name: leaves.get(name, arguments.get(name)) for name in inspect.signature(forward).parameters}
+    out = forward(**given)
+    out = out[0] if isinstance(out, tuple) else out
+    found = torch.autograd.grad(out, list(leaves.values()), arguments["grad"].reshape(out.shape), allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves.values(), found, strict=True)]
+
+
+def conv_backward(**a: Any) -> list[Tensor]:
+    grad_x, grad_weight = gradients(conv, a, ["x", "weight"])
+    return [grad_x if a["needs_x"] else grad_x[:0], grad_weight]
+
+
+PARAMETERS = list(inspect.signature(convnextv2_block).parameters)[:11]
+REFERENCES: dict[str, Callable[..., Any]] = {
+    function.__name__: function
+    for function in (
+        gather_tiles,
+        scatter_tiles,
+        depthwise_conv,
+        depthwise_conv_weight_grad,
+        conv,
+        conv_backward,
+        mapped_depthwise_conv,
+        mapped_depthwise_conv_weight_grad,
+        grn,
+        layer_norm,
+        scale_rows,
+        convnextv2_block,
+    )
+} | {
+    "grn_backward": lambda **a: gradients(grn, {**a, "beta": torch.zeros_like(a["gamma"])}, ["x", "gamma", "beta"]),
+    "layer_norm_backward": lambda **a: gradients(
+        layer_norm, {**a, "bias": torch.zeros_like(a["weight"]), "eps": EPS}, ["x", "weight", "bias"]
+    ),
+    "convnextv2_block_backward": lambda **a: gradients(convnextv2_block, {**a, "keep_hidden": False}, PARAMETERS),
+}
+EPS = 1e-6
+
+
+# --- valid calls ------------------------------------------------------------------------------------------------------
+
+
+def valid(operator: str, rng: random.Random) -> Arguments:
+    """Return arguments of a small valid call."""
+    dtype, channels, tile = rng.choice(FLOATING), rng.choice((1, 2, 3, 5, 8, 16, 33)), rng.choice((1, 2, 3, 4))
+    wide, kernel = statistics_dtype(dtype), (rng.choice((1, 3, 5, 7)), rng.choice((1, 3, 7)))
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+    def vector(size: int = channels) -> Tensor:
+        return normal(size, dtype=wide)
+
+    batch, grid = rng.randint(1, 3), (rng.randint(1, 3), rng.randint(1, 3))
+    mask = torch.rand(batch, *grid) < rng.choice((0.0, 0.4, 0.9))
+    layout = Layout.from_mask(mask, (grid[0] * tile, grid[1] * tile))
+    index, splits, rows = layout.tiles.index.clone(), layout.row_splits.clone(), layout.rows
+    table = layout.tiles.neighbours(-(-(max(kernel) // 2) // tile)).clone()
+    x, grad = normal(rows, channels), normal(rows, channels)
+    optional = rng.random() < 0.5
+    if operator == "gather_tiles":
+        return {"dense": normal(batch, channels, *layout.shape), "index": index, "tile": tile}
+    if operator == "scatter_tiles":
+        sizes = dict(zip(("batch", "height", "width"), (batch, *layout.shape), strict=True))
+        return {"rows": x, "fill": normal(channels), "index": index, **sizes, "tile": tile}
+    if operator == "depthwise_conv":
+        bias = vector() if optional else None
+        return {"x": x, "weight": normal(channels, 1, *kernel), "bias": bias, "table": table, "tile": tile}
+    if operator == "depthwise_conv_weight_grad":
+        sizes = {"kernel_h": kernel[0], "kernel_w": kernel[1]}
+        return {"grad": grad, "x": x, "table": table, "tile": tile, **sizes}
+    if "conv" in operator and "block" not in operator:
+        rows_out, taps, outputs = rng.randint(0, 9), rng.randint(1, 9), rng.choice((1, 5, 16))
+        kernel_map = torch.stack([torch.randperm(rows + 9)[:rows_out] for _ in range(taps)], 1).int()
+        kernel_map[kernel_map >= rows] = -1
+        if operator == "mapped_depthwise_conv":
+            inverse_map = invert_kernel_map(kernel_map, rows) if optional else None
+            bias, maps = (
+                vector() if rng.random() < 0.5 else None,
+                {"kernel_map": kernel_map, "inverse_map": inverse_map},
+            )
+            return {"x": x, "weight": normal(taps, channels), "bias": bias, **maps}
+        if operator == "mapped_depthwise_conv_weight_grad":
+            return {"grad": normal(rows_out, channels), "x": x, "kernel_map": kernel_map}
+        product: Arguments = {"x": x, "weight": normal(outputs, taps * channels), "kernel_map": kernel_map}
+        return product if operator == "conv" else {"grad": normal(rows_out, outputs), **product, "needs_x": optional}
+    if operator == "grn":
+        return {"x": x, "gamma": vector(), "beta": vector(), "splits": splits, "eps": EPS}
+    if operator == "grn_backward":
+        gamma, energy = vector(), grn(x.double(), vector(), vector(), splits, EPS)[1].to(wide)
+        return {"grad": grad, "x": x, "gamma": gamma, "splits": splits, "energy": energy, "eps": EPS}
+    if operator == "layer_norm":
+        return {"x": x, "weight": vector(), "bias": vector(), "eps": EPS}
+    if operator == "layer_norm_backward":
+        moments = layer_norm(x.double(), torch.ones(channels), torch.zeros(channels), EPS)[1].to(wide)
+        return {"grad": grad, "x": x, "weight": vector(), "moments": moments}
+    if operator == "scale_rows":
+        return {"x": x, "scale": vector(batch), "splits": splits}
+    hidden = rng.choice((1, 4, 32))
+    p = [normal(channels, 1, *kernel), vector(), vector(), vector(), normal(hidden, channels), vector(hidden)]
+    p += [vector(hidden), vector(hidden), normal(channels, hidden), vector()]
+    shared: Arguments = {
+        **dict(zip(PARAMETERS, (x, *p), strict=True)),
+        "row_scale": vector(rows) if optional else None,
+        "table": table,
+        "splits": splits,
+        "tile": tile,
+        "eps": EPS,
+        "grn_eps": EPS,
+    }
+    keep = rng.random() < 0.5
+    if operator == "convnextv2_block":
+        return {**shared, "keep_hidden": keep}
+    kept = torch.ops.sparsecnx.convnextv2_block(**shared, keep_hidden=keep)[1:]
+    return {"grad": grad, **shared, **dict(zip(KEPT, kept, strict=True))}
+
+
+# --- changes ----------------------------------------------------------------------------------------------------------
+
+
+def freed(x: Tensor, rng: random.Random) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def cut(x: Tensor, rng: random.Random) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    x.untyped_storage().resize_(max(0, x.untyped_storage().nbytes() - x.element_size()))
+    return x
+
+
+def to_meta(x: Tensor, rng: random.Random) -> Tensor:
+    return x.to("meta")
+
+
+def other_dtype(x: Tensor, rng: random.Random) -> Tensor:
+    others = (*FLOATING, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.complex64)
+    return x.to(rng.choice(others))
+
+
+def fewer(x: Tensor, rng: random.Random) -> Tensor:
+    d = rng.randrange(x.ndim)
+    return x.narrow(d, 0, x.shape[d] - 1 if rng.random() < 0.7 and x.shape[d] else 0).contiguous()
+
+
+def more(x: Tensor, rng: random.Random) -> Tensor:
+    d = rng.randrange(x.ndim)
+    return torch.cat([x, x], d) if rng.random() < 0.3 else torch.cat([x, x.narrow(d, 0, min(1, x.shape[d]))], d)
+
+
+def other_shape(x: Tensor, rng: random.Random) -> Tensor:
+    return rng.choice(
+        (x[None], x[..., None], x.flatten(), x.reshape(-1)[:1].squeeze(), x.transpose(0, -1).contiguous())
+    )
+
+
+def other_strides(x: Tensor, rng: random.Random) -> Tensor:
+    spread = torch.stack([x, x], -1)[..., 0]
+    reverse = x.permute(*range(x.ndim)[::-1]).contiguous().permute(*range(x.ndim)[::-1])
+    return rng.choice((spread, reverse, x[:1].expand(x.shape) if x.shape[0] else x))
+
+
+def shifted(x: Tensor, rng: random.Random) -> Tensor:
+    """Return the same values at an address that no vector register is aligned to."""
+    return torch.cat([x.reshape(-1)[:1], x.reshape(-1)])[min(1, x.numel()) :].view(x.shape)
+
+
+def huge(x: Tensor, rng: random.Random) -> Tensor:
+    """Return a tensor of huge sizes that takes no memory."""
+    sizes = [rng.choice((0, *HUGE)) if rng.random() < 0.6 else size for size in x.shape]
+    if rng.random() < 0.5:
+        sizes[rng.randrange(x.ndim)] = 0
+        return torch.empty(sizes, dtype=x.dtype)
+    return torch.zeros(1, dtype=x.dtype).expand(sizes)
+
+
+def other_values(x: Tensor, rng: random.Random) -> Tensor:
+    x = x.clone()
+    if x.numel() == 0:
+        return x
+    values: Sequence[float] = FLOATS[-3:]
+    if not x.is_floating_point():
+        values = (-1, -2, 0, 1, x.numel(), int(x.max()) + 1, -(2**31), 2**31 - 1)
+        if rng.random() < 0.3:
+            return x.flatten()[torch.randperm(x.numel())].view(x.shape)
+    for _ in range(rng.randint(1, 3)):
+        x.view(-1)[rng.randrange(x.numel())] = rng.choice(values)
+    return x
+
+
+def other_kind(x: Tensor, rng: random.Random) -> Any:
+    """Return what is no ordinary tensor, or no tensor."""
+    kinds: list[Callable[[], Any]] = [
+        lambda: None,
+        lambda: x.tolist(),
+        lambda: [x],
+        lambda: 1.5,
+        lambda: x.to_sparse(),
+        lambda: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+        lambda: torch.view_as_real(torch.complex(torch.zeros(x.shape), -x.float()).conj())[..., 1],
+        lambda: torch.nn.Parameter(x, requires_grad=x.is_floating_point()),
+        lambda: torch._lazy_clone(x),
+        lambda: torch.nested.nested_tensor([x, x]),
+        lambda: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.quint8),
+    ]
+    return rng.choice(kinds)()
+
+
+TENSOR_CHANGES: list[tuple[Callable[[Tensor, random.Random], Any], int]] = [
+    (freed, 3),
+    (cut, 3),
+    (to_meta, 2),
+    (other_dtype, 3),
+    (fewer, 3),
+    (more, 3),
+    (other_shape, 2),
+    (other_strides, 2),
+    (shifted, 3),
+    (huge, 5),
+    (other_values, 5),
+    (other_kind, 3),
+]
+MUST_RAISE = (freed, cut, to_meta)
+
+
+def operators() -> dict[str, Any]:
+    return {name: getattr(torch.ops.sparsecnx, name).default for name in compiled.OPERATORS if name != "cpu_isa"}
+
+
+def sweep() -> list[tuple[str, str, int]]:
+    """Return the calls that come first: each tensor of each operator with each change that must raise."""
+    found = []
+    for name, operator in operators().items():
+        for argument in operator._schema.arguments:
+            if "Tensor" in str(argument.type):
+                found += [(name, argument.name, change) for change in range(len(MUST_RAISE))]
+    return found
+
+
+def draw(seed: int, number: int) -> tuple[str, Arguments, dict[str, str]]:
+    """Return the operator, the arguments and the changes, by argument, of a call."""
+    rng, first = random.Random(f"{seed} {number}"), sweep()
+    torch.manual_seed(rng.randrange(2**31))
+    if number < len(first):
+        name, changed, change = first[number]
+        while True:  # until the tensor is there and has elements
+            arguments = valid(name, rng)
+            if isinstance(arguments[changed], Tensor) and arguments[changed].numel() > 0:
+                break
+        arguments[changed] = MUST_RAISE[change](arguments[changed], rng)
+        return name, arguments, {changed: MUST_RAISE[change].__name__}
+    name = rng.choice(list(REFERENCES))
+    arguments, changes = valid(name, rng), {}
+    for _ in range(rng.choice((0, 1, 1, 1, 1, 1, 2, 2))):
+        changed = rng.choice(list(arguments))
+        value = arguments[changed]
+        if isinstance(value, Tensor):
+            if type(value) is not Tensor or value.device.type != "cpu" or value.ndim == 0 or changed in changes:
+                continue
+            (change,) = rng.choices(*zip(*TENSOR_CHANGES, strict=True))
+            try:
+                arguments[changed] = change(value, rng)
+            except (RuntimeError, NotImplementedError, TypeError):
+                continue  # torch itself has no such tensor
+            changes[changed] = change.__name__
+        elif value is not None:
+            arguments[changed] = (
+                rng.choice((not value, None, 7))
+                if isinstance(value, bool)
+                else rng.choice(FLOATS if isinstance(value, float) else INTEGERS)
+            )
+            changes[changed] = repr(arguments[changed])
+    return name, arguments, changes
+
+
+def run(seed: int, number: int) -> str:
+    """Make a call and return what came of it: "raised", "equal", "not compared", or "wrong: ..."."""
+    name, arguments, changes = draw(seed, number)
+    rng = random.Random(f"{number}")
+    gradient = number >= len(sweep()) and rng.random() < 0.15 and not name.endswith(("_backward", "_weight_grad"))
+    try:
+        found = operators()[name](**arguments)
+        if gradient:
+            differentiate(name, arguments, rng)
+    except Exception as error:
+        message = str(error).splitlines()[0] if str(error) else ""
+        if "INTERNAL ASSERT" in str(error):
+            return f"wrong: {message}"
+        if number < len(sweep()) and next(iter(changes)) not in message:
+            return f"wrong: the error does not name the argument: {message}"
+        return "raised"
+    if number < len(sweep()):
+        return "wrong: taken"
+    found = found if isinstance(found, (tuple, list)) else (found,)
+    if any(x.device.type == "meta" for x in found):
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+        return "equal" if all(value.device.type == "meta" for value in tensors) else "wrong: meta from a CPU tensor"
+    # Not compared: another eps but 0, a kept tensor of another forward, the gradient of a table that is not symmetric,
+    # and the variance of few channels, which may be nothing but rounding.
+    other = {key for key, change in changes.items() if key in KEPT or (key.endswith("eps") and change != "0.0")}
+    few = ("layer_norm" in name or "block" in name) and arguments["x"].shape[1] < 5
+    if other or few or (name == "convnextv2_block_backward" and "table" in changes):
+        return "not compared"
+    return compare(name, found, arguments, changes)
+
+
+def differentiate(name: str, arguments: Arguments, rng: random.Random) -> None:
+    """Run the gradient too, sometimes after the storage of an argument was freed."""
+    leaves = {
+        key: value.detach().clone().requires_grad_()
+        for key, value in arguments.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and key not in ("scale", "row_scale")
+    }
+    if not leaves:
+        return
+    out = operators()[name](**{**arguments, **leaves})
+    if rng.random() < 0.3:
+        rng.choice(list(leaves.values())).untyped_storage().resize_(0)
+    (out[0] if isinstance(out, tuple) else out).sum().backward()
+
+
+def compare(name: str, found: Sequence[Tensor], arguments: Arguments, changes: dict[str, str]) -> str:
+    """Compare with the reference in float64."""
+    moved = name in ("gather_tiles", "scatter_tiles")  # values of any dtype, bit for bit
+
+    def exact(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() and not moved else value
+
+    try:
+        expected = REFERENCES[name](**{key: exact(value) for key, value in arguments.items()})
+    except Exception as error:
+        return f"wrong: taken, but the reference says {type(error).__name__}: {error}"
+    expected = expected if isinstance(expected, (tuple, list)) else (expected,)
+    # A value that is not finite times a weight of a site that is not there is NaN or nothing.
+    loose = any(change in ("other_values", *map(repr, FLOATS)) for change in changes.values())
+    bound = BOUNDS.get(next(value.dtype for value in arguments.values() if isinstance(value, Tensor)), 0.0)
+    for position, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if one.numel() != other.numel():
+            return f"wrong: output {position} is {tuple(one.shape)}, expected {tuple(other.shape)}"
+        one, other = one.detach().reshape(-1), other.detach().reshape(-1)
+        if moved:
+            if not torch.equal(one.nan_to_num(0.125), other.nan_to_num(0.125)):
+                return f"wrong: output {position} differs"
+            continue
+        other = other.to(one.dtype).double()
+        one, finite = one.double(), other.isfinite()
+        if not loose:
+            finite |= True
+        off = float((one - other)[finite].norm() / other[finite].norm().clamp(min=1e-30)) if finite.any() else 0.0
+        if not off < bound:
+            return f"wrong: output {position} is off by {off:.3g}"
+    return "equal"
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def child(seed: int, first: int, end: int, limited: bool) -> None:
+    """Make calls [first, end). Print the number of each before it, what came of it after it."""
+    torch.set_num_threads(2)
+    operators()
+    valid("convnextv2_block_backward", random.Random(0))
+    if limited:
+        (size,) = (
+            int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line
+        )
+        limit = (size << 10) + (GIGABYTES << 30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for number in range(first, end):
+        print(number, end=" ", flush=True)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)  # Nobody handles it, so it ends the process also inside C++.
+        result = run(seed, number)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(result.replace("\n", " "), flush=True)
+
+
+def fuzz(calls: int, seed: int, limited: bool = True) -> tuple[Counter[str], list[str]]:
+    """Return how many calls raised, were equal and so on, and a line for each crash, hang or wrong number."""
+    counts: Counter[str] = Counter()
+    faults: list[str] = []
+    first = 0
+    with tempfile.TemporaryFile("w+") as errors:
+        while first < calls:
+            options = [f"--seed={seed}", f"--first={first}", f"--calls={calls}", *([] if limited else ["--unlimited"])]
+            command = [sys.executable, "-W", "ignore", __file__, "--child", *options]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            lines = done.stdout.splitlines()
+            for line in lines:
+                number, _, result = line.partition(" ")
+                first = int(number) + 1
+                if not result:
+                    result = "hang" if done.returncode == -signal.SIGALRM else f"crash: exit code {done.returncode}"
+                counts[result.partition(":")[0]] += 1
+                if result.startswith(("hang", "crash", "wrong")):
+                    faults.append(f"call {number}: {result}: {describe(seed, int(number))}")
+            if not lines or (done.returncode and lines[-1].partition(" ")[2]):
+                errors.seek(0)
+                raise RuntimeError(
+                    f"child process failed outside a call, exit code {done.returncode}: {errors.read()[-4000:]}"
+                )
+    return counts, faults
+
+
+def describe(seed: int, number: int) -> str:
+    name, arguments, changes = draw(seed, number)
+    shown = [
+        f"{key}={value.dtype}{tuple(value.shape)}".replace("torch.", "")
+        if isinstance(value, Tensor)
+        else f"{key}={value!r}"
+        for key, value in arguments.items()
+    ]
+    return f"{name}({', '.join(shown)}) with {changes}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=20000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file for the record")
+    parser.add_argument("--unlimited", action="store_true", help="no limit of memory, which sanitizers cannot have")
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return child(options.seed, options.first, options.calls, not options.unlimited)
+    counts, faults = fuzz(options.calls, options.seed, not options.unlimited)
+    record = {
+        "command": f"python tests/fuzz_operators.py --calls {options.calls} --seed {options.seed}",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {torch.ops.sparsecnx.cpu_isa()}, {os.cpu_count()} CPUs",
+        "versions": f"sparsecnx {sparsecnx.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "calls": options.calls,
+        "counts": {key: counts[key] for key in ("raised", "equal", "not compared", "crash", "hang", "wrong")},
+    }
+    print("\n".join([*faults, json.dumps(record, indent=2)]))
+    if options.out is not None:
+        options.out.write_text(json.dumps(record, indent=2) + "\n")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
