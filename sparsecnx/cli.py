@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +22,7 @@ import torch
 from sparsecnx import doctor
 from sparsecnx.common.dtypes import DTYPES
 from sparsecnx.common.errors import CheckpointError, InputError, MissingExtra, TrainingStopped
-from sparsecnx.common.files import printable
+from sparsecnx.common.files import escape, printable
 from sparsecnx.compat import checkpoints
 from sparsecnx.models import SIZES
 from sparsecnx.train.recipe import MAX_PIXELS, TRAINING_DTYPES, Recipe
@@ -168,6 +169,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     add("--from", dest="origin", metavar="FORMAT", help="of IN (default: recognised by its names)")
     key = "part of IN to convert, such as model_ema or model.net (default: model, or state_dict)"
     add("--key", metavar="NAME", help=key)
+    most = "memory that IN may take if it is compressed or its tensors share numbers (default: %(default)s)"
+    add("--max-bytes", type=int, default=checkpoints.MOST_BYTES, metavar="N", help=most)
     conv_mlp = "for a timm model with conv_mlp=True (default: as timm builds that size)"
     add("--conv-mlp", action=argparse.BooleanOptionalAction, help=conv_mlp)
 
@@ -183,9 +186,13 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise InputError("target", target, problem)
     if checkpoints.overwrites(target, source):
         raise InputError("target", target, "the same file as IN; expected another one")
+    if arguments.max_bytes < 1:
+        raise InputError("max_bytes", arguments.max_bytes, "expected 1 or more")
     try:
-        loaded = checkpoints.load(source, arguments.key)
-        conversion = checkpoints.convert(loaded.state_dict, to, arguments.origin, arguments.conv_mlp)
+        loaded = checkpoints.load(source, arguments.key, arguments.max_bytes)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            conversion = checkpoints.convert(loaded.state_dict, to, arguments.origin, arguments.conv_mlp)
     except checkpoints.PartError as error:
         others = ", ".join(error.candidates[:3]) + (", ..." if error.candidates[3:] else "")
         raise InputError("source", source, f"{error}" + (f"; --key can be {others}" if others else "")) from error
@@ -205,7 +212,9 @@ def _convert(arguments: argparse.Namespace) -> int:
     if conversion.left_out:
         lines.append(f"left out, because {to} has no place for them: {len(conversion.left_out)} entries")
         lines.extend(f"    {name}" for name in conversion.left_out)
-    _print("\n".join(lines))
+    _print("\n".join(map(escape, lines)))
+    for warning in warned:
+        print(f"sparsecnx convert: warning: {printable(str(warning.message))}", file=sys.stderr)
     return 0
 
 

@@ -1,6 +1,13 @@
-"""Errors that more than one package raises or catches."""
+"""Errors that more than one package raises or catches.
+
+Text from files gets into their messages. What does not print is escaped, so that it cannot steer a terminal.
+"""
 
 from __future__ import annotations
+
+from sparsecnx.common.files import escape
+
+MOST_LETTERS = 2000  # of a message about a file, which can hold names of any length
 
 
 class InputError(ValueError):
@@ -13,7 +20,7 @@ class InputError(ValueError):
 
     def __init__(self, argument: str, value: object, problem: str) -> None:
         self.argument = argument
-        self.problem = f"is {value}: {problem}"
+        self.problem = escape(f"is {value}: {problem}")
         super().__init__(argument, str(value), problem)  # unpickling calls the constructor with these
 
     def __str__(self) -> str:
@@ -27,6 +34,13 @@ class MissingExtra(ImportError):
 class CheckpointError(Exception):
     """A file is not a whole checkpoint; the message says why."""
 
+    def __str__(self) -> str:
+        text = escape(super().__str__())
+        return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS // 2]} ... {text[-MOST_LETTERS // 2 :]}"
+
 
 class TrainingStopped(RuntimeError):
     """A run could not go on. Its last good checkpoint is still there, and the message names it."""
+
+    def __str__(self) -> str:
+        return escape(super().__str__())

@@ -38,10 +38,14 @@ def open_atomically(*paths: Path) -> Iterator[list[BinaryIO]]:
     for path in paths:
         if path.is_dir():  # checked first: the system refuses it only after other files are renamed
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if path.exists() and not path.is_file():  # the new file would take the place of a device
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
     temporaries = [path.with_name(f".{path.name}.tmp") for path in paths]
     try:
         with contextlib.ExitStack() as stack:
-            files: list[BinaryIO] = [stack.enter_context(open(temporary, "wb")) for temporary in temporaries]
+            for temporary in temporaries:
+                temporary.unlink(missing_ok=True)  # whatever lies there: a link would lead elsewhere, a FIFO block
+            files: list[BinaryIO] = [stack.enter_context(open(temporary, "xb")) for temporary in temporaries]
             yield files
             for file in files:
                 file.flush()
@@ -84,7 +88,17 @@ def not_regular(path: str | Path) -> str | None:
     return f"{kinds.get(stat.S_IFMT(mode), 'a device')}; expected a regular file"
 
 
+def escape(text: str) -> str:
+    r"""Write what does not print in `text` as `\x1b` or `\u202e`, so that a name in a file cannot steer a terminal.
+
+    Line breaks are escaped too: `text` is one line.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def printable(text: str) -> str:
-    """Escape what standard output cannot encode in `text`, such as a file name in another encoding."""
+    """Escape one line of text: what does not print, and what standard output cannot encode."""
     encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    return escape(text).encode(encoding, "backslashreplace").decode(encoding)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import re
 import threading
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,8 @@ import torch
 
 from sparsecnx.common.errors import CheckpointError
 from sparsecnx.common.files import not_regular, open_atomically
+from sparsecnx.common.inspection import LEGACY, MOST_BYTES, check_holes, check_torch_file
 
-# torch.save began its files with this number before it wrote zip files.
-_LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
 _ALLOWING = threading.Lock()
 
 
@@ -34,7 +32,7 @@ def save_torch(path: Path, state: dict[str, Any]) -> None:
             raise OSError(f"{file.name}: {error.__context__ or error}") from error
 
 
-def load_torch(path: str | Path, allowed: Sequence[type] = (), mmap: bool = False) -> Any:
+def load_torch(path: str | Path, allowed: Sequence[type] = (), mmap: bool = False, max_bytes: int = MOST_BYTES) -> Any:
     """Read any file of `torch.save` onto the CPU, without running code in it.
 
     Args:
@@ -42,41 +40,39 @@ def load_torch(path: str | Path, allowed: Sequence[type] = (), mmap: bool = Fals
         allowed: classes that the file may hold beside tensors and plain values.
         mmap: map the tensors into memory and read them when they are used, where the kind of file allows it. The file
             may be renamed, replaced or deleted meanwhile, but not written into.
+        max_bytes: the most that a file may take in memory if that is more than it has: one that is compressed, has
+            holes, or holds tensors that share their numbers.
 
     Raises:
-        CheckpointError: there is no such file, it is truncated or damaged, or it holds other classes.
+        CheckpointError: there is no such file, it is truncated or damaged, it is larger than `max_bytes` in memory, or
+            it holds other classes.
     """
     path = Path(path)
     if (problem := not_regular(path)) is not None:
         raise CheckpointError(problem)
     try:
-        damaged = damaged_record(path)
-    except Exception as error:  # damaged bytes make zipfile raise many kinds of errors
-        raise CheckpointError(f"truncated or damaged, or not a checkpoint ({error})") from error
-    if damaged is not None:
-        raise CheckpointError(f"truncated or damaged: the checksum of its record {damaged} does not match")
-    try:
         with _allow(allowed):
+            check_holes(path, max_bytes)
+            check_torch_file(path, max_bytes)
+            if (damaged := damaged_record(path)) is not None:
+                raise CheckpointError(f"truncated or damaged: the checksum of its record {damaged} does not match")
             if path.suffix != ".safetensors":
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and _can_be_mapped(path))
             with open(path, "rb") as file:  # by its name torch would take it for a file of safetensors
                 return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the unpickler raise any kind of error
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged bytes make zipfile and the unpickler raise any kind of error
         # torch wraps the unpickler's message in advice to load the file without this safety.
         unpickling = error.__context__ if isinstance(error, pickle.UnpicklingError) else None
         reason = next(iter(str(unpickling or error).splitlines()), "") or type(error).__name__
-        refused = re.search(r"Unsupported global: GLOBAL (\S+)", reason)
-        if unpickling is not None and refused and is_torch_file(path):
-            raise CheckpointError(
-                f"not a checkpoint: it holds more than tensors and plain values, first {refused[1]}"
-            ) from error
         raise CheckpointError(f"truncated or damaged, or not a checkpoint ({reason})") from error
 
 
 def is_torch_file(path: Path) -> bool:
     """Return whether `torch.save` writes files of this kind, whatever their name."""
     with open(path, "rb") as file:
-        return file.read(len(_LEGACY)) == _LEGACY or zipfile.is_zipfile(file)
+        return file.read(len(LEGACY)) == LEGACY or zipfile.is_zipfile(file)
 
 
 def damaged_record(path: Path) -> str | None:

@@ -665,14 +665,15 @@ def test_without_safetensors_its_files_say_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     conversion = convert(classifier().state_dict(), "transformers")
+    (tmp_path / "in.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     for work in (
-        lambda: checkpoints.load(tmp_path / "model.safetensors"),
+        lambda: checkpoints.load(tmp_path / "in.safetensors"),
         lambda: checkpoints.save(tmp_path / "model.safetensors", conversion),
         lambda: checkpoints.save(f"{tmp_path}/folder/", conversion),
     ):
         with pytest.raises(MissingExtra, match="pip install safetensors"):
             work()
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "in.safetensors"]
 
 
 @pytest.mark.parametrize("ending", [".pt", ".safetensors"])

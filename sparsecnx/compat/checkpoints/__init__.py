@@ -9,6 +9,7 @@ docs/checkpoints.md lists the formats. For example:
 """
 
 from sparsecnx.common.errors import CheckpointError
+from sparsecnx.common.inspection import MOST_BYTES
 from sparsecnx.compat.checkpoints.architecture import Architecture, Decoder
 from sparsecnx.compat.checkpoints.conversion import Conversion, convert, detect_format
 from sparsecnx.compat.checkpoints.files import Loaded, PartError, load, overwrites, path_problem, save
@@ -18,6 +19,7 @@ from sparsecnx.compat.checkpoints.loading import load_encoder
 
 __all__ = [
     "FORMATS",
+    "MOST_BYTES",
     "Architecture",
     "CheckpointError",
     "Conversion",

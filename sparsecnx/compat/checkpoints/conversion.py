@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from sparsecnx.compat.checkpoints import formats
 from sparsecnx.compat.checkpoints.architecture import Architecture, infer
 from sparsecnx.compat.checkpoints.formats import Format
 from sparsecnx.models.convnextv2 import STRIDE
+
+MOST_ENTRIES = 10_000  # the largest published network has 400
+MOST_LABELS = 2**20  # transformers lists every class by name, twice
 
 
 class Conversion(NamedTuple):
@@ -40,6 +44,8 @@ def convert(
 ) -> Conversion:
     """Convert a state dict to another format; values and dtypes stay as they are, bit for bit.
 
+    Numbers that are not finite stay too, with a UserWarning that names the entries.
+
     Args:
         state_dict: a ConvNeXt V2 in any of the formats, whole: an encoder, with or without final norm and head, or
             with a decoder.
@@ -50,8 +56,8 @@ def convert(
 
     Raises:
         CheckpointError: an entry is unknown, missing, or of a shape that the rest of the network contradicts, or is
-            sparse, quantized or otherwise no plain tensor of floating-point numbers; or the new format cannot express
-            the decoder.
+            sparse, quantized or otherwise no plain tensor of floating-point numbers; or there are more than 10,000
+            entries; or the new format cannot express the decoder or so many classes.
         ValueError: there is no such format, or `conv_mlp` is given without timm.
     """
     _check_name("to", to)
@@ -65,7 +71,10 @@ def convert(
             f"its decoder predicts patches of {architecture.decoder.patch_size} pixels: decoders of fcmae predict "
             f"{STRIDE} pixels only"
         )
+    if to == "transformers" and (architecture.num_classes or 0) > MOST_LABELS:
+        raise CheckpointError(f"has {architecture.num_classes} classes: transformers takes {MOST_LABELS} at most")
     converted: dict[str, Tensor] = {}
+    not_finite = []
     left_out = []
     storages: set[int] = set()
     for name, (their_name, tensor) in ours.items():
@@ -73,7 +82,12 @@ def convert(
         if place is None:
             left_out.append(their_name)
             continue
+        if not _is_finite(tensor):
+            not_finite.append(their_name)
         converted[place[0]] = _own(place[1].theirs(tensor), storages)
+    if not_finite:
+        names = ", ".join(not_finite[:3]) + (f" and {len(not_finite) - 3} more" if not_finite[3:] else "")
+        warnings.warn(f"kept numbers that are not finite, in {names}", stacklevel=2)
     return Conversion(converted, target, origin, architecture, left_out)
 
 
@@ -90,6 +104,8 @@ def detect_format(state_dict: Mapping[str, Tensor], among: str | None = None) ->
     """
     if among is not None:
         _check_name("source", among)
+    if len(state_dict) > MOST_ENTRIES:
+        raise CheckpointError(f"has {len(state_dict)} entries: expected at most {MOST_ENTRIES}")
     for name, tensor in state_dict.items():
         _check_entry(name, tensor)
     candidates = [format for format in formats.ALL if among in (None, format.name)]
@@ -127,7 +143,10 @@ def to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str,
         raise CheckpointError(f"{origin.name} has no place for {_some(unknown)} in a ConvNeXt V2")
     given = {place[0]: (name, state_dict[name], place[1]) for name, place in places.items() if place is not None}
     architecture = infer({name: tensor for name, (_, tensor, _) in given.items()}, origin)
-    entries = architecture.parameters()
+    try:
+        entries = architecture.parameters()
+    except (RuntimeError, ValueError) as error:  # sizes whose product no tensor can have, or a wrong number of stages
+        raise CheckpointError(f"no network is a {architecture} ({error})") from error
     lacking, misshapen = {}, []
     for name, parameter in entries.items():
         their_name, layout = origin.place(name)
@@ -165,6 +184,12 @@ def _own(tensor: Tensor, storages: set[int]) -> Tensor:
         tensor = tensor.clone()
     storages.add(tensor.untyped_storage().data_ptr())
     return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether no number is infinite or NaN. torch tells that of no dtype of 8 bits."""
+    numbers = tensor.detach()
+    return numbers.is_meta or bool(torch.isfinite(numbers.float() if numbers.itemsize == 1 else numbers).all())
 
 
 def _check_name(argument: str, name: str) -> None:

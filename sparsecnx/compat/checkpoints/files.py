@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from sparsecnx.common.errors import CheckpointError, MissingExtra
-from sparsecnx.common.files import open_atomically
+from sparsecnx.common.files import not_regular, open_atomically
+from sparsecnx.common.inspection import MOST_BYTES, check_description, check_holes, readable
 from sparsecnx.common.torch_files import is_torch_file, load_torch, save_torch
 from sparsecnx.compat.checkpoints.architecture import Architecture
 from sparsecnx.compat.checkpoints.conversion import Conversion
@@ -28,6 +29,9 @@ FOLDER_WEIGHTS = "model.safetensors"
 MODEL_KEYS = ("model", "state_dict")
 # DistributedDataParallel and torch.compile put these before the names of the module that they wrap.
 WRAPPERS = ("module.", "_orig_mod.")
+MOST_WRAPPERS = 8
+DEEPEST = 8  # parts within parts of a file that are looked into
+MOST_CANDIDATES = 8
 
 
 class Loaded(NamedTuple):
@@ -58,7 +62,7 @@ class PartError(CheckpointError):
         self.candidates = candidates
 
 
-def load(path: str | Path, key: str | None = None) -> Loaded:
+def load(path: str | Path, key: str | None = None, max_bytes: int = MOST_BYTES) -> Loaded:
     """Read a state dict onto the CPU.
 
     Tensors are mapped into memory and read when they are used, if the kind of file allows it, so that the optimizer
@@ -69,15 +73,21 @@ def load(path: str | Path, key: str | None = None) -> Loaded:
             a state dict, or a training checkpoint that holds one beside other things.
         key: the wanted part of a training checkpoint, such as `model_ema`, or `model.net` for a part of a part; None is
             `model` or `state_dict`.
+        max_bytes: the most that a file may take in memory if that is more than it has: one that is compressed, has
+            holes, or holds tensors that share their numbers. Its description of the tensors may have a 256th of that.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it holds more than tensors and plain values.
+        CheckpointError: there is no such file, it is damaged, it is larger than `max_bytes` in memory, or it holds more
+            than tensors and plain values.
         PartError: it has no such part.
         MissingExtra: safetensors is not installed.
+        ValueError: `max_bytes` is not positive.
     """
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes is {max_bytes}: expected 1 or more")
     path = Path(path)
     try:
-        contents = _contents(path)
+        contents = _contents(path, max_bytes)
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error})") from error
     if not isinstance(contents, dict):
@@ -90,20 +100,24 @@ def load(path: str | Path, key: str | None = None) -> Loaded:
     return Loaded(state_dict, key, parts, prefix)
 
 
-def _contents(path: Path) -> Any:
+def _contents(path: Path, max_bytes: int) -> Any:
     if path.is_dir():
         path = path / FOLDER_WEIGHTS
-        if not path.is_file():
+        if not path.exists():
             raise CheckpointError(f"a folder without {FOLDER_WEIGHTS}; expected a file, or a folder of transformers")
+    if (problem := not_regular(path)) is not None:
+        raise CheckpointError(problem)
     if not _is_safetensors(path):
         # The published code saves its command line, a Namespace, beside the model.
-        return load_torch(path, allowed=[argparse.Namespace], mmap=True)
+        return load_torch(path, allowed=[argparse.Namespace], mmap=True, max_bytes=max_bytes)
     safetensors = _import_safetensors()
-    if not path.is_file():
-        raise CheckpointError("no such file")
+    check_holes(path, max_bytes)
     try:
+        _check_header(path, max_bytes)
         return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors raises its own errors, and those of Python and torch
         raise CheckpointError(f"truncated or damaged, or not of safetensors ({error})") from error
 
 
@@ -112,13 +126,33 @@ def _is_safetensors(path: Path) -> bool:
 
     A file of safetensors begins with the length of its header, 8 bytes, and the header, a JSON object.
     """
-    if not path.is_file():
-        return path.suffix == ".safetensors"
     with open(path, "rb") as file:
         start = file.read(9)
     if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8:
         return True
     return path.suffix == ".safetensors" and not is_torch_file(path)
+
+
+def _check_header(path: Path, max_bytes: int) -> None:
+    """Check what safetensors does not: the length of the header before it is read, and names that come twice."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size == 0:
+            raise ValueError("the file is empty")
+        if length > size - 8:
+            raise ValueError(f"its header has {readable(length)}, the file {readable(size)}")
+        check_description("header", length, max_bytes)
+        header = file.read(length)
+    json.loads(header, object_pairs_hook=_names_once)
+
+
+def _names_once(pairs: list[tuple[str, Any]]) -> None:
+    names = set()
+    for name, _ in pairs:
+        if name in names:
+            raise ValueError(f"its header has {name} twice")
+        names.add(name)
 
 
 def _part(contents: dict[str, Any], key: str | None) -> tuple[dict[str, Any], str | None, tuple[str, ...]]:
@@ -130,35 +164,43 @@ def _part(contents: dict[str, Any], key: str | None) -> tuple[dict[str, Any], st
     parts = tuple(map(str, contents))
     state_dicts = _state_dicts(contents)
     wanted = MODEL_KEYS if key is None else (key,)
-    found = next((name for name in wanted if name in state_dicts), None)
-    if found is None:
-        holds = ", ".join(parts[:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "") or "nothing"
-        candidates = sorted(state_dicts, key=lambda name: -len(state_dicts[name]))
-        raise PartError(f"holds no state dict under {' or '.join(wanted)}: it holds {holds}", candidates)
-    return state_dicts[found], found, parts
+    for name in wanted:
+        for path, state_dict in state_dicts:
+            if sum(map(len, path)) + len(path) - 1 == len(name) and ".".join(path) == name:
+                return state_dict, name, parts
+    holds = ", ".join(parts[:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "") or "nothing"
+    largest = sorted(state_dicts, key=lambda part: -len(part[1]))[:MOST_CANDIDATES]
+    candidates = list(dict.fromkeys(".".join(path) for path, _ in largest))
+    raise PartError(f"holds no state dict under {' or '.join(wanted)}: it holds {holds}", candidates)
 
 
-def _state_dicts(contents: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return every part, and part of a part, that holds tensors, by its names joined by dots."""
-    found: dict[str, dict[str, Any]] = {}
-    opened = {id(contents)}  # a file can hold a dict that holds itself
-    within = [("", contents)]
-    for prefix, holder in within:
+def _state_dicts(contents: dict[str, Any]) -> list[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Return every part, part of a part and so on that holds tensors, with the names that lead to it."""
+    found = []
+    opened = {id(contents)}  # a file can hold a dict that holds itself, or one dict under many names
+    holds_tensors: dict[int, bool] = {}
+    within: list[tuple[tuple[str, ...], dict[str, Any]]] = [((), contents)]
+    for path, holder in within:
         for name, value in holder.items():
             if not isinstance(name, str) or not isinstance(value, dict):
                 continue
-            if any(isinstance(entry, Tensor) for entry in value.values()):
-                found.setdefault(prefix + name, value)
-            if id(value) not in opened:
+            if id(value) not in holds_tensors:
+                holds_tensors[id(value)] = any(isinstance(entry, Tensor) for entry in value.values())
+            if holds_tensors[id(value)]:
+                found.append(((*path, name), value))
+            if id(value) not in opened and len(path) + 1 < DEEPEST:
                 opened.add(id(value))
-                within.append((f"{prefix}{name}.", value))
+                within.append(((*path, name), value))
     return found
 
 
 def _unwrap(state_dict: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Return the state dict of the module inside its wrappers, and the prefix that these gave all names."""
     prefix, names = "", list(map(str, state_dict))
-    while wrapper := next((w for w in WRAPPERS if names and all(n.startswith(prefix + w) for n in names)), None):
+    for _ in range(MOST_WRAPPERS):
+        wrapper = next((w for w in WRAPPERS if names and all(n.startswith(prefix + w) for n in names)), None)
+        if wrapper is None:
+            break
         prefix += wrapper
     return {name[len(prefix) :]: tensor for name, tensor in state_dict.items()} if prefix else state_dict, prefix
 
