@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import sparsecnx
 from sparsecnx import cli, models
 from sparsecnx.compat import checkpoints
 
@@ -44,6 +47,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES)
+@pytest.mark.filterwarnings("ignore:torch.(ao.quantization|quantize_per_tensor)")  # from torch's own tools
 def test_python_of_a_page_runs_as_written(page: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for library in PAGES[page]:
         pytest.importorskip(library)
@@ -58,6 +62,13 @@ def test_python_of_a_page_runs_as_written(page: str, files: Path, monkeypatch: p
             assert cli.main(shlex.split(command, comments=True)[1:]) == 0
         else:
             exec(compile(python, page, "exec"), names)
+
+
+@pytest.mark.parametrize("module", [sparsecnx, sparsecnx.nn, sparsecnx.ops])
+def test_api_reference_names_everything_public(module: ModuleType) -> None:
+    page = (ROOT / f"docs/api/{module.__name__.rpartition('.')[2]}.rst").read_text()
+    documented = re.findall(r"auto(?:class|function|exception):: (\w+)", page)
+    assert sorted(documented) == sorted(name for name in module.__all__ if not inspect.ismodule(getattr(module, name)))
 
 
 def test_links_lead_to_files() -> None:
