@@ -48,17 +48,26 @@ def refused(arguments, capsys):
         (["--batch-size", 7, "--epochs", 1], "--batch-size is 7: expected at most the 6 images of an epoch"),
         (["--data", "{tmp}/none"], "--data is {tmp}/none: no such folder"),
         (["--data", "{tmp}/empty"], "--data is {tmp}/empty: holds no images"),
+        (["--data", "/dev/zero"], "--data is /dev/zero: not a folder"),
+        (["--data", "{tmp}/scans"], "--data is {tmp}/scans: holds a.tif, which has channels of more than 8 bits"),
+        (
+            ["--max-pixels", 65535],
+            "0.jpg, which has 256 x 256 pixels, more than max_pixels, 65535; a larger max_pixels",
+        ),
         (["--data", "{tmp}/bad"], "none of its 1 image files can be read, first a.png"),
         (["--output", "{tmp}/full"], "--output is {tmp}/full: holds a run already"),
-        (["--output", "{tmp}/photos/0.jpg"], "--output is {tmp}/photos/0.jpg: a file"),
+        (["--output", "{tmp}/photos/0.jpg"], "--output is {tmp}/photos/0.jpg: not a folder"),
+        (["--output", "/dev/null"], "--output is /dev/null: not a folder"),
+        (["--resume", "/dev/zero"], "--resume is /dev/zero: a device; expected a regular file"),
         (["--resume", "{tmp}/none.pt"], "--resume is {tmp}/none.pt: no such file"),
         (["--resume", "{tmp}/bad/a.png"], "--resume is {tmp}/bad/a.png: "),
     ],
 )
 def test_pretrain_refuses_in_one_line_that_names_the_argument(arguments, message, photos, tmp_path, capsys):
-    for folder in ("empty", "bad", "full"):
+    for folder in ("empty", "bad", "full", "scans"):
         (tmp_path / folder).mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no image")
+    Image.new("F", (4, 4)).save(tmp_path / "scans" / "a.tif")
     (tmp_path / "full" / "log.jsonl").write_text("")
     output = tmp_path / "run"
     arguments = [str(argument).format(tmp=tmp_path) for argument in arguments]

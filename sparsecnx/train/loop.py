@@ -127,7 +127,7 @@ def _place(options: Options) -> tuple[CheckpointFolder, Path | str | None]:
     beside = resume.parent if isinstance(resume, Path) else "runs/pretrain"
     output = Path(options.output or beside)
     if os.path.exists(output) and not os.path.isdir(output):
-        raise InputError("output", output, "a file; expected a folder, or a name for a new one")
+        raise InputError("output", output, "not a folder; expected one, or a name for a new one")
     return CheckpointFolder(output, options.keep), resume
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsecnx.common.errors import InputError
@@ -170,7 +171,9 @@ def build_model(recipe: Recipe) -> FCMAE:
 def shown(value: Any) -> str:
     """Return any value in a few words on one line, for an error."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        kind = "" if value.layout == torch.strided else f" as {str(value.layout).removeprefix('torch.')}"
+        place = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{kind}{place}"
     if isinstance(value, int) and value.bit_length() > 100:  # Python refuses to print very long ones
         return f"a whole number of {value.bit_length()} bits"
     return " ".join(reprlib.repr(value).split())

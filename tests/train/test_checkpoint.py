@@ -3,11 +3,13 @@ import multiprocessing
 import os
 import resource
 import signal
+import zipfile
 
 import pytest
 import torch
 
 from sparsecnx.common.errors import CheckpointError
+from sparsecnx.compat import checkpoints
 from sparsecnx.train import checkpoint
 from sparsecnx.train.checkpoint import CheckpointFolder
 
@@ -141,6 +143,21 @@ def test_a_truncated_file_is_refused(part, tmp_path):
         checkpoint.read(path)
 
 
+@pytest.mark.parametrize("record", ["data.pkl", "data/0", "data/1"])
+@pytest.mark.parametrize("load", [checkpoint.read, checkpoints.load])
+def test_a_flipped_bit_is_noticed_by_everything_that_reads_it(record, load, tmp_path):
+    path = CheckpointFolder(tmp_path).save({**state(1), "optimizer": {"exp_avg": torch.rand(300)}})
+    with zipfile.ZipFile(path) as archive:
+        whole = archive.read(f"archive/{record}")
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.find(whole) + len(whole) // 2] ^= 0b1000
+    path.write_bytes(damaged)
+    with pytest.raises(
+        CheckpointError, match=rf"truncated or damaged: the checksum of its record archive/{record} does not"
+    ):
+        load(path)
+
+
 def test_other_files_are_refused(tmp_path):
     torch.save({"model": {}}, tmp_path / "published.pt")
     with pytest.raises(CheckpointError, match="lacks data, epoch, optimizer, recipe, step"):
@@ -152,6 +169,11 @@ def test_other_files_are_refused(tmp_path):
         checkpoint.read(tmp_path / "missing.pt")
     with pytest.raises(CheckpointError, match="a folder"):
         checkpoint.read(tmp_path)
+    os.mkfifo(tmp_path / "fifo.pt")
+    with pytest.raises(CheckpointError, match="a FIFO; expected a regular file"):
+        checkpoint.read(tmp_path / "fifo.pt")
+    with pytest.raises(CheckpointError, match="a device; expected a regular file"):
+        checkpoint.read("/dev/zero")
 
 
 @pytest.mark.parametrize(

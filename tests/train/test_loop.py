@@ -233,6 +233,38 @@ def test_resume_refuses_what_cannot_continue(photos, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("change", ["size", "contents"])
+def test_images_replaced_under_the_same_names_are_noticed(photos, tmp_path, change):
+    train(photos, tmp_path / "run", epochs=1)
+    whole = (photos / "3.png").read_bytes()
+    middle = len(whole) // 2
+    extra = b"" if change == "contents" else b"\0"
+    (photos / "3.png").write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :] + extra)
+    problem = {
+        "size": "the same names, but files of other sizes",
+        "contents": "the same names and sizes, but files with other contents",
+    }
+    with pytest.raises(InputError, match=rf"resume is .*photos: {problem[change]} .*; the losses could not continue"):
+        train(None, tmp_path / "run", resume="auto")
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_is_not_checked(photos, tmp_path, capsys):
+    train(photos, tmp_path / "run")
+    state = checkpoint.read(tmp_path / "run" / "checkpoint-00000004.pt")
+    del state["data"]["sizes"], state["data"]["contents"], state["recipe"]["max_pixels"]
+    torch.serialization.set_crc32_options(False)
+    try:
+        save_torch(tmp_path / "old.pt", state)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    capsys.readouterr()
+    assert train(None, tmp_path / "branch", resume=str(tmp_path / "old.pt")) == 0
+    out = capsys.readouterr().out
+    assert "old.pt is of an earlier version: changed images under the same names are not noticed" in out
+    assert "old.pt holds no checksums: damage to it is not noticed" in out
+    assert logged(tmp_path / "branch") == logged(tmp_path / "run")[4:]
+
+
 def test_a_run_goes_on_in_another_output_and_with_moved_images(photos, tmp_path):
     train(photos, tmp_path / "run")
     moved = photos.rename(tmp_path / "moved")

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from PIL import Image
@@ -70,6 +72,20 @@ def test_a_picture_from_a_run(photos, tmp_path):
     assert reconstruct(last, [photos / "3.png"], out, mask_ratio=0.25) != one
 
 
+def test_a_photograph_is_drawn_upright(photos, tmp_path):
+    train(photos, tmp_path / "run", epochs=1)
+    exif = Image.Exif()
+    exif[274] = 6  # turned left when it was taken
+    with Image.open(photos / "3.png") as upright:
+        upright.save(tmp_path / "upright.png")
+        upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
+    one, other = (
+        reconstruct(tmp_path / "run" / "last.pt", [tmp_path / f"{name}.png"], tmp_path / "grid.png")
+        for name in ("upright", "lying")
+    )
+    assert one == other
+
+
 def test_what_cannot_be_drawn_is_named(photos, tmp_path):
     train(photos, tmp_path / "run", epochs=1)
     last, out = tmp_path / "run" / "last.pt", tmp_path / "grid.png"
@@ -83,6 +99,18 @@ def test_what_cannot_be_drawn_is_named(photos, tmp_path):
         reconstruct(last, [photos / "3.png"], tmp_path / "missing" / "grid.png")
     with pytest.raises(InputError, match=r"out is .*grid.txt: cannot be written"):
         reconstruct(last, [photos / "3.png"], tmp_path / "grid.txt")
+    Image.new("F", (4, 4)).save(photos / "float.tif")
+    with pytest.raises(InputError, match=r"images is .*float.tif: has channels of more than 8 bits"):
+        reconstruct(last, [photos / "float.tif"], out)
+    with pytest.raises(InputError, match=r"images is .*3.png: has 84 x 79 pixels, more than max_pixels, 99"):
+        reconstruct(last, [photos / "3.png"], out, max_pixels=99)
+    os.mkfifo(tmp_path / "fifo.png")
+    with pytest.raises(InputError, match=r"images is .*fifo.png: is a FIFO; expected a regular file"):
+        reconstruct(last, [tmp_path / "fifo.png"], out)
+    with pytest.raises(InputError, match=r"out is .*fifo.png: a FIFO; expected a regular file"):
+        reconstruct(last, [photos / "3.png"], tmp_path / "fifo.png")
+    with pytest.raises(InputError, match=r"seed is 9223372036854775808: expected"):
+        reconstruct(last, [], out, seed=2**63)
     last.resolve().write_bytes(b"")
     with pytest.raises(InputError, match=r"checkpoint is .*last.pt: truncated or damaged"):
         reconstruct(last, [], out)
