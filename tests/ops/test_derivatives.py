@@ -194,8 +194,13 @@ ON_TRITON = (*SOME, "from_dense", "mapped_conv", "mapped_depthwise_conv", "mappe
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", [by_jvp, by_gradients_of_gradients, by_vmap_of_grad])
-@pytest.mark.parametrize("operator", ON_TRITON)
+@pytest.mark.parametrize(
+    ("operator", "kind"),
+    [
+        *((operator, kind) for operator in ON_TRITON for kind in (by_jvp, by_gradients_of_gradients)),
+        *((operator, by_vmap_of_grad) for operator in ("layer_norm", "block-recompute", "from_dense", "mapped_conv")),
+    ],
+)
 def test_on_triton(operator, kind):
     check(operator, kind, "triton")
 
