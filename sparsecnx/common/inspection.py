@@ -125,7 +125,9 @@ def _check_zip(file: BinaryIO, size: int, max_bytes: int) -> None:
         with archive.open(description) as stream:
             pickled = stream.read(description.file_size)
     pickles = Pickles(
-        io.BytesIO(pickled), len(pickled), lambda key: sizes.get(folder + b"/data/" + key.encode().lower())
+        io.BytesIO(pickled),
+        max_bytes // BYTES_FOR_ONE,
+        lambda key: sizes.get(folder + b"/data/" + key.encode().lower()),
     )
     pickles.check()
     check_expansion(pickles.tensor_bytes, size, max_bytes)
@@ -228,12 +230,12 @@ class Pickles:
         self.classes = {_name(allowed) for allowed in torch.serialization.get_safe_globals()}
 
     def read(self, count: int) -> bytes:
-        self.left -= count
-        if self.left < 0:
+        data = self.file.read(min(count, self.left + 1))
+        if len(data) > self.left:
             raise CheckpointError(f"its pickle is too long: {REMEDY}")
-        data = self.file.read(count)
         if len(data) < count:
             raise EOFError("its pickle ends early")
+        self.left -= count
         return data
 
     def line(self) -> str:

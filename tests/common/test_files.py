@@ -81,3 +81,18 @@ def test_several_files_are_renamed_once_all_are_on_disk(tmp_path, monkeypatch):
         files[0].write(b"newer")
     assert (tmp_path / "a").read_bytes() == b"new"
     assert names(tmp_path) == ["a", "b"]
+
+
+def test_nothing_but_regular_files_is_replaced_and_no_link_is_followed(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="Not a regular file"), open_atomically(tmp_path / "fifo"):
+        pass
+    (tmp_path / "other").write_bytes(b"other")
+    (tmp_path / ".linked.tmp").symlink_to("other")
+    os.mkfifo(tmp_path / ".waiting.tmp")
+    for name in ("linked", "waiting"):
+        with open_atomically(tmp_path / name) as (file,):
+            file.write(b"whole")
+        assert (tmp_path / name).read_bytes() == b"whole"
+    assert (tmp_path / "other").read_bytes() == b"other"
+    assert names(tmp_path) == ["fifo", "linked", "other", "waiting"]

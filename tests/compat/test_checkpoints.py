@@ -191,9 +191,14 @@ def test_no_bit_changes_in_any_dtype(dtype):
     tensors = {name: tensor.to(dtype) for name, tensor in published_state_dict(autoencoder()).items()}
     for tensor in tensors.values():
         tensor.flatten()[:4] = torch.tensor([-0.0, math.nan, -math.inf, torch.finfo(dtype).tiny], dtype=dtype)
-    dense = convert(tensors, "sparsecnx").state_dict
+    first = (
+        "encoder.downsample_layers.0.0.weight, encoder.downsample_layers.0.0.bias, encoder.downsample_layers.0.1.weight"
+    )
+    with pytest.warns(UserWarning, match=f"^kept numbers that are not finite, in {first} and {len(tensors) - 3} more$"):
+        dense = convert(tensors, "sparsecnx").state_dict
+        back = convert(dense, "fcmae").state_dict
     assert {tensor.dtype for tensor in dense.values()} == {dtype}
-    assert_same_bits(convert(dense, "fcmae").state_dict, tensors)
+    assert_same_bits(back, tensors)
 
 
 def test_minkowski_layout_number_by_number():
@@ -448,6 +453,19 @@ def test_a_network_without_channels_is_refused():
     tensors = {name: tensor[:0] if len(tensor) == 8 else tensor for name, tensor in classifier().state_dict().items()}
     with pytest.raises(CheckpointError, match=r"downsample_layers\.0\.0\.weight is \(0, 3, 4, 4\): expected sizes"):
         convert(tensors, "timm")
+
+
+def test_networks_beyond_all_bounds_are_refused():
+    with pytest.raises(CheckpointError, match="has 10001 entries: expected at most 10000"):
+        convert({f"head.{i}": torch.ones(1) for i in range(10_001)}, "timm")
+    one = torch.ones(1)
+    many = {"head.weight": one.expand(2**20 + 1, DIMS[-1]), "head.bias": one.expand(2**20 + 1)}
+    with pytest.raises(CheckpointError, match="has 1048577 classes: transformers takes 1048576 at most"):
+        convert({**classifier().state_dict(), **many}, "transformers")
+    ends = ("dwconv.bias", "norm.weight", "norm.bias", "pwconv2.bias")
+    wide = {name: one.expand(2**40) for name in classifier().state_dict() if name.endswith(ends)}
+    with pytest.raises(CheckpointError, match=r"^no network is a ConvNeXt V2 with .* dims 1099511627776"):
+        convert({**classifier().state_dict(), **wide}, "timm")
 
 
 def test_a_decoder_for_larger_patches_has_no_published_form():

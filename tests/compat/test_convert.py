@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import resource
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -207,3 +208,41 @@ def test_it_names_the_class_that_torch_refused(value, named, tmp_path, capsys):
     torch.save({"model": autoencoder().state_dict(), "value": value}, tmp_path / "in.pt")
     assert convert(tmp_path / "in.pt", tmp_path / "out.pt", "--to", "timm") == 2
     assert re.search(rf"holds more than tensors and plain values, first {named}\n$", capsys.readouterr().err)
+
+
+def test_it_keeps_numbers_that_are_not_finite_and_says_where(tmp_path, capsys):
+    state = autoencoder().state_dict()
+    state["mask_token"].fill_(torch.nan)
+    torch.save(state, tmp_path / "in.pt")
+    assert convert(tmp_path / "in.pt", tmp_path / "out.pt", "--to", "fcmae") == 0
+    assert capsys.readouterr().err == "sparsecnx convert: warning: kept numbers that are not finite, in mask_token\n"
+    assert torch.load(tmp_path / "out.pt", weights_only=True)["model"]["mask_token"].isnan().all()
+    assert convert(tmp_path / "in.pt", tmp_path / "out.pt", "--to", "timm") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_what_steers_a_terminal_is_escaped(tmp_path, capsys):
+    source = tmp_path / "\x1b[2Jin.pt"
+    torch.save({"model": autoencoder().state_dict(), "\x1b]0;title\x07\nout.pt: forged": 1}, source)
+    assert convert(source, tmp_path / "out.pt", "--to", "fcmae") == 0
+    assert convert(source, tmp_path / "out.pt", "--to", "fcmae", "--key", "ema") == 2
+    captured = capsys.readouterr()
+    beside = r"\x1b]0;title\x07\nout.pt: forged"
+    assert captured.out.startswith(rf"{tmp_path}/\x1b[2Jin.pt, part model (beside {beside}): ")
+    assert captured.err.endswith(f"it holds model, {beside}; --key can be model\n")
+    assert (captured.out + captured.err).replace("\n", "").isprintable()
+
+
+def test_a_compressed_file_needs_its_bytes(published, tmp_path, capsys):
+    compressed = tmp_path / "compressed.pt"
+    with zipfile.ZipFile(published) as stored, zipfile.ZipFile(compressed, "w", zipfile.ZIP_DEFLATED) as file:
+        for record in stored.infolist():
+            file.writestr(record.filename, stored.read(record))
+        file.writestr(f"{published.stem}/more", bytes(2**24))
+    arguments = (compressed, tmp_path / "out.pt", "--to", "timm", "--max-bytes")
+    assert convert(*arguments, 2**24) == 2
+    problem = capsys.readouterr().err
+    assert re.search(r"expands from .* kB to 17.* MB: expected at most 16.8 MB; raise max_bytes \(--max-bytes", problem)
+    assert convert(*arguments, 2**25) == 0
+    assert convert(*arguments, 0) == 2
+    assert capsys.readouterr().err == "sparsecnx convert: error: --max-bytes is 0: expected 1 or more\n"

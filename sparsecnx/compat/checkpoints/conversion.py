@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsecnx.common.errors import CheckpointError
+from sparsecnx.common.files import escape
 from sparsecnx.compat.checkpoints import formats
 from sparsecnx.compat.checkpoints.architecture import Architecture, infer
 from sparsecnx.compat.checkpoints.formats import Format
@@ -74,7 +75,6 @@ def convert(
     if to == "transformers" and (architecture.num_classes or 0) > MOST_LABELS:
         raise CheckpointError(f"has {architecture.num_classes} classes: transformers takes {MOST_LABELS} at most")
     converted: dict[str, Tensor] = {}
-    not_finite = []
     left_out = []
     storages: set[int] = set()
     for name, (their_name, tensor) in ours.items():
@@ -82,12 +82,8 @@ def convert(
         if place is None:
             left_out.append(their_name)
             continue
-        if not _is_finite(tensor):
-            not_finite.append(their_name)
         converted[place[0]] = _own(place[1].theirs(tensor), storages)
-    if not_finite:
-        names = ", ".join(not_finite[:3]) + (f" and {len(not_finite) - 3} more" if not_finite[3:] else "")
-        warnings.warn(f"kept numbers that are not finite, in {names}", stacklevel=2)
+    warn_of_not_finite({name: tensor for name, tensor in ours.values() if name not in left_out})
     return Conversion(converted, target, origin, architecture, left_out)
 
 
@@ -186,10 +182,18 @@ def _own(tensor: Tensor, storages: set[int]) -> Tensor:
     return tensor
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Return whether no number is infinite or NaN. torch tells that of no dtype of 8 bits."""
-    numbers = tensor.detach()
-    return numbers.is_meta or bool(torch.isfinite(numbers.float() if numbers.itemsize == 1 else numbers).all())
+def warn_of_not_finite(entries: Mapping[str, Tensor]) -> None:
+    """Warn the caller's caller of entries that hold an infinite number or NaN."""
+    found = [name for name, tensor in entries.items() if not _is_finite(tensor.detach())]
+    if found:
+        names = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
+        warnings.warn(escape(f"kept numbers that are not finite, in {names}"), stacklevel=3)
+
+
+def _is_finite(numbers: Tensor) -> bool:
+    if numbers.is_meta or "float4" in str(numbers.dtype):  # these have no such numbers
+        return True
+    return bool(torch.isfinite(numbers.float() if numbers.itemsize == 1 else numbers).all())  # not for 8 bits
 
 
 def _check_name(argument: str, name: str) -> None:

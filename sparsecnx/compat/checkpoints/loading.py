@@ -16,8 +16,15 @@ from sparsecnx.compat.checkpoints.formats import Format
 ENCODER = ("downsample_layers.", "stages.")
 
 
-def load_encoder(model: nn.Module, checkpoint: str | Path | Mapping[str, Tensor], key: str | None = None) -> list[str]:
+def load_encoder(
+    model: nn.Module,
+    checkpoint: str | Path | Mapping[str, Tensor],
+    key: str | None = None,
+    max_bytes: int = files.MOST_BYTES,
+) -> list[str]:
     """Load the encoder of a pretraining run into a model, all of it or nothing.
+
+    Numbers that are not finite are loaded too, with a UserWarning that names the entries.
 
     Args:
         model: a ConvNeXt V2 with any parts beside its encoder: `ConvNeXtV2`, `ConvNeXtV2Encoder` or `FCMAE` of this
@@ -26,6 +33,7 @@ def load_encoder(model: nn.Module, checkpoint: str | Path | Mapping[str, Tensor]
         checkpoint: a checkpoint of a run, such as `runs/mine/last.pt`, a file or folder in any format that
             `sparsecnx convert` reads, or a state dict.
         key: part of the file that holds the weights, see `load`.
+        max_bytes: the most that the file may take in memory if that is more than it has, see `load`.
 
     Returns:
         The entries of the model that keep their values, such as a new classifier.
@@ -36,7 +44,9 @@ def load_encoder(model: nn.Module, checkpoint: str | Path | Mapping[str, Tensor]
     """
     name = "checkpoint" if isinstance(checkpoint, Mapping) else str(checkpoint)
     try:
-        state_dict = checkpoint if isinstance(checkpoint, Mapping) else files.load(checkpoint, key).state_dict
+        state_dict = (
+            checkpoint if isinstance(checkpoint, Mapping) else files.load(checkpoint, key, max_bytes).state_dict
+        )
         given, architecture = conversion.to_ours(state_dict, conversion.detect_format(state_dict))
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from error
@@ -60,6 +70,7 @@ def load_encoder(model: nn.Module, checkpoint: str | Path | Mapping[str, Tensor]
                 f"{name} is a {architecture}: {entry} of the model is {tuple(entries[entry].shape)}, "
                 f"expected {tuple(tensor.shape)}"
             )
+    conversion.warn_of_not_finite({given[name_of][0]: given[name_of][1] for name_of, _ in ours.values()})
     with torch.no_grad():
         for entry, tensor in loaded.items():
             entries[entry].copy_(tensor)
