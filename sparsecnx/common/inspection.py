@@ -35,6 +35,8 @@ _CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False, p
 _TUPLES = {pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
 _REBUILT_ON_STORAGE = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor")
 _REBUILT = ("_rebuild_parameter", "_rebuild_sparse_tensor", "_rebuild_meta_tensor_no_storage")
+# torch lets these in by itself, for its own exceptions and stacks: `traceback.FrameSummary` reads the file that it names.
+_OF_TORCH = ("torch", "traceback", "builtins")
 _CALLED = {
     *(f"torch._utils.{name}" for name in (*_REBUILT_ON_STORAGE, *_REBUILT)),
     *(
@@ -227,7 +229,8 @@ class Pickles:
         self.file, self.left, self.size_of = file, most, size_of
         self.storages: dict[str, _Storage] = {}
         self.tensor_bytes = self.storage_bytes = 0
-        self.classes = {_name(allowed) for allowed in torch.serialization.get_safe_globals()}
+        names = map(_name, torch.serialization.get_safe_globals())
+        self.classes = {name for name in names if name.partition(".")[0] not in _OF_TORCH}
 
     def read(self, count: int) -> bytes:
         data = self.file.read(min(count, self.left + 1))

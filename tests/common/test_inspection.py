@@ -138,6 +138,10 @@ HOSTILE = {
         archive(START + b"ctorch\nTensor\n" + number(10**11) + b"\x85R."),
         "more than .* values, first torch.Tensor",
     ),
+    "reads.pt": (
+        archive(START + b"ctraceback\nFrameSummary\n(" + text("/dev/zero") + number(1) + text("a") + b"tR."),
+        "more than .* values, first traceback.FrameSummary",
+    ),
     # declared and not there
     "record.pt": (
         archive(entries(text("w") + tensor("0", 10**9, (10**9,), (1,)))),
