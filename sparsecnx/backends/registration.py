@@ -190,5 +190,5 @@ def _reshaped(grad: Tensor | None, shape: torch.Size) -> Tensor | None:
 def _refusal(what: str, called: str, name: str) -> NotImplementedError:
     return NotImplementedError(
         f"{called} has no {what} (in torch.ops.{name.replace('::', '.')}): call it inside "
-        '`with sparsecnx.use_backend("reference"):`, plain torch, which has them'
+        '`with sparsecnx.use_backend("reference"):`, plain torch, which has every derivative'
     )
