@@ -36,6 +36,7 @@ from compilers import (
     nvcc_flags,
     release,
 )
+from library_facts import library_facts
 
 MODE = os.environ.get("SPARSECNX_BUILD", "auto")
 FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"]
@@ -109,7 +110,7 @@ def record(command: Command, facts: dict[str, Any], keep: tuple[str, ...] = ()) 
     (package / "_build.json").unlink(missing_ok=True)
     if facts:
         package.mkdir(parents=True, exist_ok=True)
-        facts = {"version": command.distribution.get_version(), **facts}
+        facts = {"version": command.distribution.get_version(), **facts, "libraries": library_facts(package)}
         (package / "_build.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 

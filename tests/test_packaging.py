@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -139,6 +140,8 @@ def test_one_wheel_serves_every_python(source: Path, tmp_path: Path) -> None:
     facts = json.loads(archive.read("sparsecnx/_build.json"))
     assert (facts["version"], facts["torch"]) == (sparsecnx.__version__, torch.__version__)
     assert facts["cuda"] is None and facts["cpu_failure"] is None
+    digest = hashlib.blake2b(archive.read("sparsecnx/_C.abi3.so")).hexdigest()
+    assert facts["libraries"]["_C.abi3.so"]["blake2b"] == digest
 
 
 def test_without_a_compiler_the_install_succeeds_and_doctor_says_why(source: Path, tmp_path: Path) -> None:
@@ -388,6 +391,54 @@ def test_libraries_that_do_not_load_are_no_crash(tmp_path: Path, monkeypatch: py
         missing = load(tmp_path)
         assert missing is not None and f"{library} does not load into torch" in missing.reason
         assert missing.remedy.startswith(f"{again} --force-reinstall")
+
+
+DAMAGED = """
+import os, shutil, sys
+from pathlib import Path
+import torch
+
+package, built, facts = Path(sys.argv[1], "sparsecnx"), Path(sys.argv[2]), sys.argv[3]
+library = package / built.name
+shutil.copy(built, library)
+(package / "_build.json").write_text("{}")
+os.system(f"{sys.executable} {facts} {package}")
+os.truncate(library, library.stat().st_size // 2)
+import sparsecnx.doctor
+print(sparsecnx.doctor.report())
+
+shutil.copy(built, library)
+with open(library, "r+b") as file:
+    file.seek(library.stat().st_size // 2)
+    byte = file.read(1)
+    file.seek(-1, 1)
+    file.write(bytes([byte[0] ^ 1]))
+print(sparsecnx.backends.compiled.load(package))
+shutil.copy(built, library)
+print(sparsecnx.backends.compiled.load(package))
+"""
+
+
+@pytest.mark.skipif(not compiled.loaded, reason=f"{compiled.why_not}")
+def test_a_damaged_library_is_named_before_it_is_loaded(tmp_path: Path) -> None:
+    """Half of one ends the process with SIGBUS."""
+    binaries = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    shutil.copytree(ROOT / "sparsecnx", tmp_path / "sparsecnx", ignore=binaries)
+    built, facts = compiled.find("_C"), ROOT / "csrc/library_facts.py"
+    assert built is not None
+    result = run("-c", DAMAGED, tmp_path, built, facts, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    half, size = rf"it has {built.stat().st_size // 2:,} bytes, {built.stat().st_size:,} were built", r"\n +-> "
+    changed = r"_C\.abi3\.so is damaged or was changed after the build: "
+    assert re.search(rf"--  CPU operators +{changed}{half}{size}pip install --force-reinstall", result.stdout)
+    assert re.search(rf"{changed}its content is not what was built', remedy='pip install", result.stdout)
+    assert result.stdout.endswith("\nNone\n"), result.stdout
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_record_of_the_build_that_cannot_be_read_is_no_record(tmp_path: Path, text: str) -> None:
+    (tmp_path / "_build.json").write_text(text)
+    assert compiled.build_info(tmp_path) is None
 
 
 def test_torch_that_the_operators_do_not_run_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ are in `_C`) are plain shared libraries, not Python modules. Loading them regist
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from dataclasses import dataclass
@@ -60,15 +61,18 @@ def reinstall(package: Path = PACKAGE, build: str = "auto") -> str:
 
 
 def build_info(package: Path = PACKAGE) -> dict[str, Any] | None:
-    """Return what setup.py recorded about the build in `_build.json`; None if it recorded nothing.
+    """Return what setup.py recorded about the build in `_build.json`; None if there is no record that can be read.
 
     `version`, `compiler`, `flags`, `torch` (compiled with) and `oldest_torch` describe the CPU operators. `cuda` (the
     version of the toolkit), `cuda_architectures` (as in TORCH_CUDA_ARCH_LIST) and `cuda_flags` describe the GPU
     operators and are None without them. `cpu_failure` and `cuda_failure` hold the `reason` and the `remedy` where
-    operators could not be compiled.
+    operators could not be compiled. `libraries` holds `size` and `blake2b`, a digest, of each library by its file name.
     """
-    file = package / "_build.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    try:
+        facts = json.loads((package / "_build.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) else None
 
 
 def load(package: Path = PACKAGE) -> Missing | None:
@@ -81,7 +85,7 @@ def load(package: Path = PACKAGE) -> Missing | None:
             f"the compiled operators need torch {OLDEST_TORCH} or later, this is {torch.__version__}",
             "pip install --upgrade torch",
         )
-    missing = load_library(library, reinstall(package))
+    missing = damage(library, reinstall(package)) or load_library(library, reinstall(package))
     if missing is not None:
         return missing
     lacks = [f"sparsecnx::{name}" for name in OPERATORS if not hasattr(torch.ops.sparsecnx, name)]
@@ -97,7 +101,7 @@ def load_cuda(package: Path = PACKAGE) -> Missing | None:
     library = find("_C_cuda", package)
     if library is None:
         return not_compiled("cuda", package)
-    missing = load_library(library, remedy)
+    missing = damage(library, remedy) or load_library(library, remedy)
     if missing is not None:
         return missing
     needed = [f"sparsecnx_cuda::{name}" for name in CUDA_OPERATORS]
@@ -124,6 +128,25 @@ def version_mismatch(library: Path, lacks: list[str], remedy: str) -> Missing | 
 def find(name: str, package: Path = PACKAGE) -> Path | None:
     """Return the shared library of that name, whatever its suffix."""
     return next(iter(sorted(package.glob(f"{name}.*so"))), None)
+
+
+def damage(library: Path, remedy: str) -> Missing | None:
+    """Return what to report about a library that is not the one that was built; None if it is, or nothing is recorded.
+
+    Loading half a library ends the process with SIGBUS. Comparing takes 1 ms for the CPU operators and 9 ms for those of
+    the GPU, of an import of seconds.
+    """
+    built = (build_info(library.parent) or {}).get("libraries", {}).get(library.name)
+    if built is None:
+        return None
+    size, expected = library.stat().st_size, built["size"]
+    if size != expected:
+        found = f"it has {size:,} bytes, {expected:,} were built"
+    elif hashlib.blake2b(library.read_bytes()).hexdigest() != built["blake2b"]:
+        found = "its content is not what was built"
+    else:
+        return None
+    return Missing(f"{library.name} is damaged or was changed after the build: {found}", remedy)
 
 
 def load_library(library: Path, remedy: str) -> Missing | None:
