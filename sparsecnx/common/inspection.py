@@ -35,7 +35,7 @@ _CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False, p
 _TUPLES = {pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
 _REBUILT_ON_STORAGE = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor")
 _REBUILT = ("_rebuild_parameter", "_rebuild_sparse_tensor", "_rebuild_meta_tensor_no_storage")
-# torch lets these in by itself, for its own exceptions and stacks: `traceback.FrameSummary` reads the file that it names.
+# torch lets classes of these modules in by itself. `traceback.FrameSummary` is one, and reads the file that it names.
 _OF_TORCH = ("torch", "traceback", "builtins")
 _CALLED = {
     *(f"torch._utils.{name}" for name in (*_REBUILT_ON_STORAGE, *_REBUILT)),
@@ -332,7 +332,7 @@ class Pickles:
         module, _, attribute = name.rpartition(".")
         known = name in _CALLED or name in self.classes
         if not known and module in ("torch", "torch.storage") and attribute.isidentifier():
-            known = isinstance(getattr(torch, attribute, None), (torch.dtype, torch.qscheme)) or "Storage" in attribute
+            known = isinstance(vars(torch).get(attribute), (torch.dtype, torch.qscheme)) or "Storage" in attribute
         if not known:
             raise CheckpointError(f"not a checkpoint: it holds more than tensors and plain values, first {name}")
         return _Global(name)

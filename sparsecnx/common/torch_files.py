@@ -14,7 +14,7 @@ import torch
 
 from sparsecnx.common.errors import CheckpointError
 from sparsecnx.common.files import not_regular, open_atomically
-from sparsecnx.common.inspection import LEGACY, MOST_BYTES, check_holes, check_torch_file
+from sparsecnx.common.inspection import LEGACY, MOST_BYTES, ZIP, check_holes, check_torch_file
 
 _ALLOWING = threading.Lock()
 
@@ -72,7 +72,13 @@ def load_torch(path: str | Path, allowed: Sequence[type] = (), mmap: bool = Fals
 def is_torch_file(path: Path) -> bool:
     """Return whether `torch.save` writes files of this kind, whatever their name."""
     with open(path, "rb") as file:
-        return file.read(len(LEGACY)) == LEGACY or zipfile.is_zipfile(file)
+        return file.read(len(LEGACY)).startswith((LEGACY, ZIP))
+
+
+def _is_zip(path: Path) -> bool:
+    """Return whether torch takes a file for a zip file: by its start, while other readers look at its end."""
+    with open(path, "rb") as file:
+        return file.read(len(ZIP)) == ZIP
 
 
 def damaged_record(path: Path) -> str | None:
@@ -89,7 +95,7 @@ def damaged_record(path: Path) -> str | None:
 
 def has_checksums(path: Path) -> bool:
     """Return whether a file records checksums. One in torch's old format, or with torch's checksums off, has none."""
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         return False
     with zipfile.ZipFile(path) as archive:
         return any(record.CRC != 0 for record in archive.infolist())
@@ -97,7 +103,7 @@ def has_checksums(path: Path) -> bool:
 
 def _can_be_mapped(path: Path) -> bool:
     """Return whether tensors lie in the file as in memory: in a zip file that is not compressed."""
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         return False
     with zipfile.ZipFile(path) as archive:
         return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())

@@ -253,6 +253,7 @@ def test_a_file_that_expands_is_read_within_max_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 def test_whatever_torch_saves_of_tensors_and_plain_values_is_read(legacy, tmp_path):
     ones = torch.ones(2, 3)
     state = {

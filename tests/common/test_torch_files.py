@@ -120,3 +120,13 @@ def test_the_name_of_another_kind_does_not_matter(tmp_path):
     assert is_torch_file(tmp_path / "a.safetensors")
     (tmp_path / "a.pt").write_bytes(pickle.dumps({"a": 1}))
     assert not is_torch_file(tmp_path / "a.pt")
+
+
+def test_the_start_of_a_file_tells_its_kind_as_for_torch(tmp_path):
+    """A damaged zip file at the end, which others would take the file for, is not looked into."""
+    path = tmp_path / "a.pt"
+    torch.save(STATE, path, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("a", b"numbers")
+    path.write_bytes(path.read_bytes().replace(b"numbers", b"damaged"))
+    assert torch.equal(load_torch(path)["weight"], STATE["weight"])

@@ -100,3 +100,13 @@ def test_what_does_not_fit_is_an_error_and_changes_nothing(run):
         load_encoder(autoencoder(), torch.nn.Linear(2, 2).state_dict())
     with pytest.raises(CheckpointError, match=r"nowhere\.pt: no such file"):
         load_encoder(autoencoder(), "nowhere.pt")
+
+
+def test_numbers_that_are_not_finite_are_named(run):
+    path, _, _ = run
+    state = torch.load(path, weights_only=True)["model"]
+    state["encoder.stages.1.0.norm.bias"][3] = torch.inf
+    model = models.ConvNeXtV2Encoder(DEPTHS, DIMS)
+    with pytest.warns(UserWarning, match=r"^kept numbers that are not finite, in encoder\.stages\.1\.0\.norm\.bias$"):
+        load_encoder(model, state)
+    assert model.stages[1][0].norm.bias[3] == torch.inf
