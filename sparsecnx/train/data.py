@@ -52,6 +52,7 @@ PHOTOGRAPH_REPEATS = 20
 SAMPLED_FILES = 256
 SAMPLED_BYTES = 4096
 # How an image is turned upright, by the value of its EXIF orientation.
+ORIENTATION = ExifTags.Base.Orientation
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -286,7 +287,7 @@ def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 def _orientation(image: Image.Image) -> Any:
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
+        return image.getexif().get(ORIENTATION)
     except Exception:  # damaged EXIF data raise many kinds of errors, and say nothing about how the image lies
         return None
 
@@ -410,14 +411,33 @@ def load_batches(
     others, batches = multiprocessing.active_children(), None
     try:
         try:
-            batches = iter(loader)
+            with _signals_kept_back():
+                batches = iter(loader)
         except OSError as error:
             raise WorkersError(f"{workers} processes that read images cannot be started ({error})") from error
         finally:
             processes = [process for process in multiprocessing.active_children() if process not in others]
-        yield batches
+        yield _received(batches)
     finally:
         _end(batches, processes)
+
+
+def _received(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield batches, and turn the errors of a connection to a process that died meanwhile into WorkersErrors."""
+    try:
+        yield from batches
+    except (OSError, EOFError) as error:
+        raise WorkersError(f"a process that reads images died ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def _signals_kept_back() -> Iterator[None]:
+    """Deliver Ctrl-C and SIGTERM to this thread later, and not to a new process before it ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(batches: Any, processes: list[Any]) -> None:
