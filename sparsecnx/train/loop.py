@@ -23,19 +23,9 @@ from sparsecnx.geometry.masks import random_mask
 from sparsecnx.train import contents
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.contents import Contents, Data
-from sparsecnx.train.data import (
-    PHOTOGRAPH_REPEATS,
-    Batch,
-    Crops,
-    Fingerprint,
-    ImageSet,
-    WorkersError,
-    find_images,
-    load_batches,
-    mix,
-    normalize,
-    wheel_photographs,
-)
+from sparsecnx.train.data import Batch, Crops, mix, normalize
+from sparsecnx.train.images import PHOTOGRAPH_REPEATS, Fingerprint, ImageSet, find_images, wheel_photographs
+from sparsecnx.train.loader import WorkersError, load_batches
 from sparsecnx.train.lock import locked
 from sparsecnx.train.log import LOG, LogError, RunLog, StepRecord
 from sparsecnx.train.recipe import BETAS, Recipe, build_model, learning_rate, param_groups

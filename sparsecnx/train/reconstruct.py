@@ -19,14 +19,8 @@ from sparsecnx.common.files import not_regular, open_atomically
 from sparsecnx.geometry.masks import random_mask
 from sparsecnx.models import FCMAE
 from sparsecnx.train import contents
-from sparsecnx.train.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    UnsupportedImage,
-    normalize,
-    read_image,
-    wheel_photographs,
-)
+from sparsecnx.train.data import IMAGENET_MEAN, IMAGENET_STD, normalize
+from sparsecnx.train.images import UnsupportedImage, read_image, wheel_photographs
 from sparsecnx.train.recipe import MAX_PIXELS, build_model
 
 SHOWN_PHOTOGRAPHS = 6

@@ -23,7 +23,7 @@ from PIL import Image
 from small_runs import train, use_tiny_models
 
 from sparsecnx import cli
-from sparsecnx.train import data
+from sparsecnx.train import loader
 from sparsecnx.train.log import LogError, RunLog
 
 SECONDS = 60  # a run takes less than one; this tells a slow machine from a run that hangs
@@ -41,7 +41,7 @@ def fill_the_log(log: RunLog) -> None:
 
 def stop_a_reader(log: RunLog) -> None:
     """Make a reading process deaf, as a file server that does not answer does."""
-    data.SECONDS_TO_END = 0.2
+    loader.SECONDS_TO_END = 0.2
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGSTOP)
     raise LogError("the log could not be written")
 

@@ -1,0 +1,268 @@
+"""Image files: which there are, what tells one set of them from another, and how one is read."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import ExifTags, Image, ImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from sparsecnx.common.errors import InputError, MissingExtra
+from sparsecnx.common.files import not_regular
+from sparsecnx.train.recipe import MAX_PIXELS
+
+# These are the photographs (no drawings, no masks) inside the wheels, colourful ones first.
+PHOTOGRAPHS = {
+    "sklearn": "datasets/images/china.jpg datasets/images/flower.jpg",
+    "skimage": """
+        data/astronaut.png data/chelsea.png data/coffee.png data/rocket.jpg data/motorcycle_left.png
+        data/motorcycle_right.png data/hubble_deep_field.jpg data/ihc.png data/retina.jpg data/camera.png
+        data/coins.png data/brick.png data/grass.png data/gravel.png data/moon.png data/page.png
+        data/text.png data/cell.png data/clock_motion.png data/microaneurysms.png""",
+}
+# An epoch shows each of the 22 photographs this often, so that it has a few hundred images.
+PHOTOGRAPH_REPEATS = 20
+# This many files, spread evenly over the list, are looked at before a run begins.
+SAMPLED_FILES = 256
+SAMPLED_BYTES = 4096
+# How an image is turned upright, by the value of its EXIF orientation.
+ORIENTATION = ExifTags.Base.Orientation
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnsupportedImage(ValueError):
+    """A whole image of a kind that the command does not read; the message says why."""
+
+
+class Fingerprint(NamedTuple):
+    """Hashes that tell one data set from another, wherever its folder is.
+
+    Attributes:
+        names: of the names and their order.
+        sizes: of the sizes of all files, in bytes.
+        contents: of the first, middle and last 4096 bytes of up to 256 files, spread evenly over the list.
+    """
+
+    names: str
+    sizes: str
+    contents: str
+
+
+class ImageSet(NamedTuple):
+    """Image files, in a fixed order.
+
+    Attributes:
+        root: folder that `names` are relative to.
+        names: paths below `root`, with forward slashes.
+        small: True if the decoded images are kept in memory.
+    """
+
+    root: str
+    names: tuple[str, ...]
+    small: bool
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.names[index])
+
+    def sample(self) -> list[int]:
+        """Return the numbers of up to `SAMPLED_FILES` images, spread evenly."""
+        count = min(len(self.names), SAMPLED_FILES)
+        return [i * len(self.names) // count for i in range(count)]
+
+    def fingerprint(self) -> Fingerprint:
+        """Return hashes of names, sizes and a sample of the contents. A million files take about 6 seconds."""
+        sizes = (str(_size(self.path(index))) for index in range(len(self.names)))
+        contents = (_some_bytes(self.path(index)) for index in self.sample())
+        return Fingerprint(
+            _hash([os.fsencode("\n".join(self.names))]), _hash([",".join(sizes).encode()]), _hash(contents)
+        )
+
+    def refuse_unsupported(self, max_pixels: int) -> None:
+        """Look at the headers of a sample, and raise InputError if an image is of a kind that cannot be trained on.
+
+        Files that are damaged or no images are not refused here: a run skips them and names them.
+        """
+        for index in self.sample():
+            try:
+                open_image(self.path(index), max_pixels).close()
+            except UnsupportedImage as error:
+                raise InputError("data", self.root, f"holds {self.names[index]}, which {error}") from error
+            except Exception:  # decoders raise many kinds of errors
+                continue
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _size(path: str) -> int:
+    """Return the size of a file in bytes, or -1 if there is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def _some_bytes(path: str) -> bytes:
+    """Return the first, middle and last bytes of a file, or nothing if it cannot be read."""
+    if not_regular(path) is not None:
+        return b""
+    try:
+        with open(path, "rb") as file:
+            size, parts = os.fstat(file.fileno()).st_size, []
+            for place in (0, (size - SAMPLED_BYTES) // 2, size - SAMPLED_BYTES):
+                file.seek(max(place, 0))
+                parts.append(file.read(SAMPLED_BYTES))
+            return b"".join(parts)
+    except OSError:
+        return b""
+
+
+def find_images(folder: str | Path) -> ImageSet:
+    """Return all image files below `folder`, in class folders or not, sorted by path.
+
+    Links are followed. A folder that can be reached in several ways, such as by a link to its parent, is listed once.
+
+    Raises:
+        InputError: `folder` does not exist, is not a folder, holds no image file, or a folder in it cannot be listed.
+    """
+    root = Path(folder)
+    if not os.path.isdir(root):
+        missing = "no such folder; expected images in one"
+        raise InputError("data", folder, "not a folder" if os.path.exists(root) else missing)
+    try:
+        names = [
+            Path(parent, file).relative_to(root).as_posix()
+            for parent, files in _walk(root)
+            for file in files
+            if file.lower().endswith(IMG_EXTENSIONS)
+        ]
+    except OSError as error:
+        raise InputError("data", folder, f"cannot be listed ({error})") from error
+    if not names:
+        raise InputError("data", folder, f"holds no images; expected files ending in {', '.join(IMG_EXTENSIONS)}")
+    return ImageSet(str(root), tuple(sorted(names)), small=False)
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield `root` and every folder below it with its files. Links are followed, and no folder comes twice."""
+    visited: set[tuple[int, int]] = set()
+    for parent, folders, files in os.walk(root, onerror=_raise, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        # Folders come before links to them, so that the names do not depend on the order on disk.
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        yield parent, files
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def wheel_photographs() -> ImageSet:
+    """Return the photographs inside the installed scikit-image and scikit-learn. Nothing is downloaded.
+
+    Raises:
+        MissingExtra: neither is installed.
+    """
+    paths = []
+    for package, files in PHOTOGRAPHS.items():
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            paths += [Path(spec.origin).parent / file for file in files.split()]
+    present = [path for path in paths if path.is_file()]
+    if not present:
+        raise MissingExtra("scikit-image and scikit-learn not installed: pip install sparsecnx[train]")
+    root = Path(os.path.commonpath([path.parent for path in present]))
+    return ImageSet(str(root), tuple(p.relative_to(root).as_posix() for p in present), small=True)
+
+
+def open_image(path: str, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
+    """Open an image file and read its header, but not its pixels.
+
+    Raises:
+        UnsupportedImage: it is no regular file, has more than `max_pixels` pixels, several pages, or other channels
+            than 8-bit ones. These would be cut or clipped.
+        Exception: whatever the decoder raises.
+    """
+    if os.path.exists(path) and (problem := not_regular(path)) is not None:
+        raise UnsupportedImage(f"is {problem}")
+    # Pillow has a limit of its own, from 89 million pixels on. It warns of some images and refuses others.
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        image = Image.open(path)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    if (problem := _unsupported(image, max_pixels)) is not None:
+        image.close()
+        raise UnsupportedImage(problem)
+    return image
+
+
+def _unsupported(image: ImageFile.ImageFile, max_pixels: int) -> str | None:
+    """Return why an open image would not be read as it is, or None."""
+    width, height = image.size
+    if width * height > max_pixels:
+        return f"has {width} x {height} pixels, more than max_pixels, {max_pixels}; a larger max_pixels lets it in"
+    pages = getattr(image, "n_frames", 1)
+    if pages > 1 and image.format != "MPO":  # photographs of many phones, with a preview or a depth map behind
+        return f"has {pages} pages or frames: expected one image in a file"
+    if _is_8_bit(image):
+        return None
+    return f"has channels of more than 8 bits, or signed ones (Pillow's mode {image.mode}): expected 8-bit ones"
+
+
+def _is_8_bit(image: ImageFile.ImageFile) -> bool:
+    """Return whether 8 bits hold the values in the file. Of 16-bit colours Pillow keeps 8 bits, and does not tell."""
+    if image.mode[0] in "IF":
+        return False
+    if image.format == "TIFF":
+        tags = getattr(image, "tag_v2", {})
+        bits, formats = (tags.get(tag, ()) for tag in (BITSPERSAMPLE, SAMPLEFORMAT))
+        return all(bit <= 8 for bit in bits) and all(kind == 1 for kind in formats)
+    for tile in image.tile:  # the arguments of its decoder: the raw mode, and for PPM the largest value
+        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if any(isinstance(argument, str) and ";16" in argument for argument in arguments):
+            return False
+        if image.format == "PPM" and any(isinstance(argument, int) and argument > 255 for argument in arguments):
+            return False
+    return True
+
+
+def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decode a file to RGB, uint8 `(3, H, W)`, upright as its EXIF orientation says. Raises as `open_image` does."""
+    with open_image(path, max_pixels) as file:
+        file.load()  # first, because Pillow turns TIFF upright by itself
+        turn = UPRIGHT.get(_orientation(file))
+        image: Image.Image = file if turn is None else file.transpose(turn)
+        pixels: Tensor = v2.functional.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+    return pixels
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:  # damaged EXIF data raise many kinds of errors, and say nothing about how the image lies
+        return None
