@@ -46,7 +46,8 @@ test: lint
 	$(BIN)/pytest $(WORKERS)
 
 docs: $(READY)
-	$(BIN)/sphinx-build -q -E -W --keep-going docs build/docs
+	rm -rf build/docs
+	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
 
 wheel-test: $(addprefix wheel-in-,$(WHEEL_TEST))
 
