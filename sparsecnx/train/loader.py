@@ -19,7 +19,7 @@ SECONDS_TO_END = 3.0
 
 
 class WorkersError(Exception):
-    """Reading processes could not be started; the message says why."""
+    """Reading processes could not be started, or one died; the message says why."""
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def load_batches(
     Afterwards no reading process is left, however the run ended.
 
     Raises:
-        WorkersError: the system starts no more processes.
+        WorkersError: the system starts no more processes; from the batches: one died while it sent its batch.
     """
     loader = DataLoader(
         crops,
@@ -79,6 +79,8 @@ def _end(batches: Any, processes: list[Any]) -> None:
     torch and Python would end them by SIGTERM, which they ignore, see `leave_signals_to_parent`, and then wait for them
     for ever. So the loader asks them first, and those that are busy for too long are killed.
     """
+    if not processes:
+        return
 
     def kill() -> None:
         for process in processes:
@@ -89,7 +91,7 @@ def _end(batches: Any, processes: list[Any]) -> None:
     with _default_sigchld():
         killer.start()
         try:
-            if processes and batches is not None:
+            if batches is not None:
                 batches._shutdown_workers()  # `del batches` would do this, if no traceback held on to it
         finally:
             killer.cancel()
@@ -101,7 +103,8 @@ def _end(batches: Any, processes: list[Any]) -> None:
 @contextmanager
 def _default_sigchld() -> Iterator[None]:
     """Keep torch from raising an error because a reading process ends."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+    # Only the main thread has a handler of torch. None is one that Python did not set and cannot set again.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGCHLD) is None:
         yield
         return
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
