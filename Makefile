@@ -5,6 +5,7 @@
 #   make docs              builds the documentation into build/docs; a warning is an error
 #   make wheel-test        builds the wheel and tests it under another Python with another torch
 #   make wheel-matrix      the same under three Pythons with three torches: 5 GB of disk for each
+#   make sanitize          fuzzes the CPU operators in a build that checks addresses and undefined behaviour: ten minutes
 #   make minkowski-test    compares with MinkowskiEngine, which it compiles first: ten minutes, once. It also needs
 #                          OpenBLAS, and Python 3.10 or 3.11.
 #
@@ -35,7 +36,7 @@ ifndef SPARSECNX_BUILD
 endif
 export SPARSECNX_BUILD
 
-.PHONY: demo test docs wheel wheel-test wheel-matrix minkowski minkowski-test lint format clean
+.PHONY: demo test docs sanitize wheel wheel-test wheel-matrix minkowski minkowski-test lint format clean
 
 # The published recipe, with a learning rate for a run of minutes. A second `make demo` resumes an interrupted run.
 demo: $(READY)
@@ -48,6 +49,18 @@ test: lint
 docs: $(READY)
 	rm -rf build/docs
 	$(BIN)/sphinx-build -q -W --keep-going docs build/docs
+
+# This is a package of its own: .venv keeps its operators. Sanitizers reserve more memory than the fuzzer's limit allows.
+CALLS ?= 3000
+SANITIZE := build/sanitize
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: $(READY)
+	rm -rf $(SANITIZE)
+	SPARSECNX_BUILD=cpu CFLAGS='$(SANITIZERS)' LDFLAGS='$(SANITIZERS)' \
+	  $(BIN)/python setup.py build --build-lib $(SANITIZE) --build-temp $(SANITIZE)/objects
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048 \
+	  PYTHONPATH=$(SANITIZE) $(BIN)/python tests/fuzz_operators.py --calls $(CALLS) --unlimited
 
 wheel-test: $(addprefix wheel-in-,$(WHEEL_TEST))
 

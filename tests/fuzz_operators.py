@@ -89,7 +89,7 @@ def gather_tiles(dense: Tensor, index: Tensor, tile: int) -> Tensor:
 
 
 def scatter_tiles(rows: Tensor, fill: Tensor, index: Tensor, batch: int, height: int, width: int, tile: int) -> Tensor:
-    dense = fill[:, None, None].repeat(batch, 1, height, width)
+    dense = fill.reshape(-1, 1, 1).repeat(batch, 1, height, width)
     image, y, x = positions(tile, index, height, width)
     dense[image, :, y, x] = rows
     return dense
