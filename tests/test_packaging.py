@@ -391,21 +391,29 @@ def test_libraries_that_do_not_load_are_no_crash(tmp_path: Path, monkeypatch: py
         missing = load(tmp_path)
         assert missing is not None and f"{library} does not load into torch" in missing.reason
         assert missing.remedy.startswith(f"{again} --force-reinstall")
+        facts = {"libraries": {library: {"size": 12_577_224, "blake2b": ""}}}
+        (tmp_path / "_build.json").write_text(json.dumps(facts))
+        missing = load(tmp_path)
+        assert missing is not None and missing.remedy.startswith(f"{again} --force-reinstall")
+        end = "is damaged or was changed after the build: it has 13 bytes, 12,577,224 were built"
+        assert missing.reason == f"{library} {end}"
+        (tmp_path / "_build.json").unlink()
 
 
 DAMAGED = """
 import os, shutil, sys
 from pathlib import Path
-import torch
 
-package, built, facts = Path(sys.argv[1], "sparsecnx"), Path(sys.argv[2]), sys.argv[3]
+package, built = Path(sys.argv[1], "sparsecnx"), Path(sys.argv[2])
 library = package / built.name
 shutil.copy(built, library)
 (package / "_build.json").write_text("{}")
-os.system(f"{sys.executable} {facts} {package}")
+sys.path.append(sys.argv[3])
+import library_facts
+library_facts.main(package)
 os.truncate(library, library.stat().st_size // 2)
 import sparsecnx.doctor
-print(sparsecnx.doctor.report())
+print(sparsecnx.doctor._cpu_operators())
 
 shutil.copy(built, library)
 with open(library, "r+b") as file:
@@ -424,15 +432,19 @@ def test_a_damaged_library_is_named_before_it_is_loaded(tmp_path: Path) -> None:
     """Half of one ends the process with SIGBUS."""
     binaries = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
     shutil.copytree(ROOT / "sparsecnx", tmp_path / "sparsecnx", ignore=binaries)
-    built, facts = compiled.find("_C"), ROOT / "csrc/library_facts.py"
+    built = compiled.find("_C")
     assert built is not None
-    result = run("-c", DAMAGED, tmp_path, built, facts, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    result = run("-c", DAMAGED, tmp_path, built, ROOT / "csrc", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
-    half, size = rf"it has {built.stat().st_size // 2:,} bytes, {built.stat().st_size:,} were built", r"\n +-> "
-    changed = r"_C\.abi3\.so is damaged or was changed after the build: "
-    assert re.search(rf"--  CPU operators +{changed}{half}{size}pip install --force-reinstall", result.stdout)
-    assert re.search(rf"{changed}its content is not what was built', remedy='pip install", result.stdout)
-    assert result.stdout.endswith("\nNone\n"), result.stdout
+    size = built.stat().st_size
+    half, whole, repaired = result.stdout.splitlines()
+    reason = "_C.abi3.so is damaged or was changed after the build:"
+    found = f"{reason} it has {size // 2:,} bytes, {size:,} were built"
+    assert half.startswith(
+        f"Check(name='CPU operators', ok=False, detail='{found}', remedy='pip install --force-reinstall"
+    )
+    assert whole.startswith(f"Missing(reason='{reason} its content is not what was built', remedy='pip install")
+    assert repaired == "None"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]"])

@@ -300,6 +300,18 @@ def test_tensors_of_two_devices_give_an_error_not_a_meta_tensor():
     assert torch.ops.sparsecnx.scale_rows(*(E(*size, device="meta") for size in ((4, 3), (1,), (2,)))).shape == (4, 3)
 
 
+def test_scales_have_no_gradient_and_say_so(calls):
+    for name, scale in (("scale_rows", "scale"), ("convnextv2_block", "row_scale")):
+        operator = getattr(torch.ops.sparsecnx, name).default
+        names = [argument.name for argument in operator._schema.arguments]
+        arguments = next(
+            found for args in calls[name] if (found := dict(zip(names, args, strict=True)))[scale] is not None
+        )
+        out = operator(**{**arguments, scale: arguments[scale].detach().clone().requires_grad_()})
+        with pytest.raises(NotImplementedError, match=rf"has no gradient of '{scale}'"):
+            (out[0] if isinstance(out, tuple) else out).sum().backward()
+
+
 def test_cpu_gradients_do_not_depend_on_what_else_is_wanted():
     x = random_sparse(example_layout(), 4, torch.float32)
     weight = torch.randn(4, 1, 3, 3, requires_grad=True)
