@@ -38,9 +38,9 @@ export SPARSECNX_BUILD
 
 .PHONY: demo test docs sanitize wheel wheel-test wheel-matrix minkowski minkowski-test lint format clean
 
-# The published recipe, with a learning rate for a run of minutes. A second `make demo` resumes an interrupted run.
+# The recipe for few images, in a run of minutes. A second `make demo` resumes an interrupted run.
 demo: $(READY)
-	$(BIN)/sparsecnx pretrain --model atto --image-size 224 --epochs 14 --batch-size 8 --base-lr 0.03 --output $(RUN) --resume
+	$(BIN)/sparsecnx pretrain --model atto --image-size 224 --small-data --epochs 14 --output $(RUN) --resume auto
 	$(BIN)/sparsecnx reconstruct $(RUN)/last.pt --out $(RUN)/reconstruction.png
 
 test: lint

@@ -11,11 +11,14 @@ Exit codes:
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
 import os
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 
@@ -67,9 +70,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="sparsecnx", description="Masked-autoencoder pretraining at the cost of the visible pixels."
-    )
+    parser = _Parser(prog="sparsecnx", description="Masked-autoencoder pretraining at the cost of the visible pixels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_pretrain(commands.add_parser("pretrain", help="pretrain ConvNeXt V2 as a masked autoencoder"))
     _add_reconstruct(commands.add_parser("reconstruct", help="draw how a checkpoint reconstructs masked images"))
@@ -87,15 +88,17 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data and output").add_argument
     add("--data", metavar="FOLDER", help="images (default: the photographs inside scikit-image and scikit-learn)")
     add("--output", metavar="FOLDER", help="of checkpoints and logs (default: runs/pretrain)")
-    resume = "go on from a checkpoint; without a name or with 'auto', from the newest in --output"
-    add("--resume", nargs="?", const="auto", metavar="CHECKPOINT", help=resume)
+    resume = "go on from a checkpoint, without a name from the newest in --output; 'auto' starts a run if there is none"
+    add("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help=resume)
+    add("--extend", type=int, metavar="EPOCHS", help="with --resume: train a finished run on, with a new schedule")
     add("--save-every", type=int, default=1, metavar="EPOCHS", help="between checkpoints (default: 1)")
     add("--keep", type=int, default=3, metavar="K", help="checkpoints kept (default: 3)")
 
     recipe = parser.add_argument_group("recipe (defaults as published)")
     add = recipe.add_argument
     add("--model", metavar="SIZE", help=f"{', '.join(SIZES)} (default: {Recipe.model})")
-    add("--image-size", type=int, metavar="PIXELS", help="side of the training crop (default: 224)")
+    size = "side of the training crop, or HEIGHTxWIDTH (default: 224)"
+    add("--image-size", type=_size, metavar="PIXELS", help=size)
     add("--mask-ratio", type=float, metavar="R", help="fraction of patches removed (default: 0.6)")
     normalised = "predict pixels normalised per patch (default: yes)"
     add("--norm-pix-loss", action=argparse.BooleanOptionalAction, help=normalised)
@@ -110,11 +113,16 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", help="of weights, order, crops and masks (default: 0)")
     add("--epoch-repeats", type=int, metavar="N", help="times an epoch shows an image (default: 1, without --data 20)")
     add("--max-pixels", type=int, metavar="N", help=f"largest image, width x height (default: {MAX_PIXELS})")
+    scope = "GRN over the sites of one image (sample, the paper) or of all (batch, the published sparse code)"
+    add("--grn-scope", metavar="SCOPE", help=f"{scope} (default: sample)")
     for action in recipe._group_actions:
         action.default = argparse.SUPPRESS  # absent unless given, because a resumed run has its own values
 
+    small = "for a few hundred images or fewer: other defaults of batch, learning rate, epochs and repeats"
+    recipe.add_argument("--small-data", action="store_true", help=small)
+
     add = parser.add_argument_group("machine (the losses do not depend on the workers)").add_argument
-    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda (default: auto)")
+    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--workers", type=int, metavar="N", help="reading processes (default: one per 2 cores, at most 8)")
     add("--compile", action="store_true", help="use torch.compile")
 
@@ -249,10 +257,39 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest option where one is unknown. Abbreviations are not accepted: a new option would change them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown is not None:
+            known = [name for parser in _parsers(self) for name in parser._option_string_actions]
+            ends = [name for name in known if name.endswith(unknown[1].removeprefix("-"))]  # --lr is --base-lr
+            near = ends or difflib.get_close_matches(unknown[1], known, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        super().error(message)
+
+
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    """Read `224` or `192x320`."""
+    height, cross, width = text.partition("x")
+    return (int(height), int(width)) if cross else int(height)
+
+
 def _require_train_extra() -> None:
     """Raise MissingExtra, with the command that helps, unless every library of `[train]` is installed."""
-    wanted = ("torchvision", "tensorboard", "tqdm", "matplotlib", "skimage", "sklearn")
-    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    modules = {name: doctor.MODULES.get(name, name) for name in doctor.TRAIN}
+    missing = [name for name, module in modules.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise MissingExtra(f"{', '.join(missing)} not installed: pip install sparsecnx[train]")
 

@@ -28,14 +28,13 @@ from sparsecnx.ops import (
 from sparsecnx.tensor import SparseTensor
 
 NOT_INSTALLED = "not installed"
-TORCHVISION_RELEASES = "https://github.com/pytorch/vision#installation"
 INSTALL_MINKOWSKI = (
     "pip install setuptools==68.2.2 numpy==1.26.4 wheel ninja && CUDA_VISIBLE_DEVICES= "
     "pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation MinkowskiEngine==0.5.4"
 )
 
 # These are the distributions of the extra `[train]`, and those modules that have another name than their distribution.
-TRAIN = ("torchvision", "tensorboard", "tqdm", "matplotlib", "pillow", "scikit-image", "scikit-learn", "safetensors")
+TRAIN = ("tensorboard", "tqdm", "matplotlib", "pillow", "scikit-image", "scikit-learn", "safetensors")
 MODULES = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn"}
 
 # These are the operators on tiles, which the models run. Those on explicit kernel maps are not explained.
@@ -202,8 +201,6 @@ def _train() -> Iterator[Check]:
         problem, remedy = _import_problem(module), f"pip install --force-reinstall --no-deps {distribution}"
         if problem == NOT_INSTALLED:
             remedy = "pip install 'sparsecnx[train]'"
-        elif distribution == "torchvision":
-            remedy = f"Install the one that belongs to torch {torch.__version__}: {TORCHVISION_RELEASES}"
         if problem is None:
             yield Check(distribution, True, _version(distribution, module))
         else:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torchvision", reason="needs the extra [train]")
+pytest.importorskip("tensorboard", reason="needs the extra [train]")
 
 from PIL import Image
 
@@ -43,7 +43,15 @@ def refused(arguments, capsys):
         (["--image-size", 100], "--image-size is 100: expected a multiple of the patch size, 32, such as 96"),
         (["--mask-ratio", 1], "--mask-ratio is 1.0: expected 0 <= ratio < 1"),
         (["--dtype", "float8"], "--dtype is float8: expected one of float32, bfloat16"),
-        (["--device", "tpu"], "--device is tpu: expected auto, cpu or cuda"),
+        (["--device", "tpu"], "--device is tpu: expected auto, cpu, cuda or one GPU such as cuda:1"),
+        (["--device", "cuda:7"], "--device is cuda:7: this torch sees "),
+        (
+            ["--image-size", "64x100"],
+            "--image-size is (64, 100): expected a multiple of the patch size, 32, such as 96",
+        ),
+        (["--grn-scope", "image"], "--grn-scope is image: expected one of sample, batch"),
+        (["--extend", 2], "--extend is 2: expected 1 or more epochs, together with --resume"),
+        (["--resume"], "run: holds no checkpoint to resume; leave out --resume for a new run, or --resume auto"),
         (["--base-lr", "nan"], "--base-lr is nan: expected more than 0"),
         (["--batch-size", 7, "--epochs", 1], "--batch-size is 7: expected at most the 6 images of an epoch"),
         (["--data", "{tmp}/none"], "--data is {tmp}/none: no such folder"),
@@ -52,7 +60,7 @@ def refused(arguments, capsys):
         (["--data", "{tmp}/scans"], "--data is {tmp}/scans: holds a.tif, which has channels of more than 8 bits"),
         (
             ["--max-pixels", 65535],
-            "0.jpg, which has 256 x 256 pixels, more than max_pixels, 65535; a larger max_pixels",
+            "0.jpg, which has 256 x 256 pixels, more than --max-pixels, 65535; a larger one",
         ),
         (["--data", "{tmp}/bad"], "none of its 1 image files can be read, first a.png"),
         (["--output", "{tmp}/full"], "--output is {tmp}/full: holds a run already"),
@@ -120,6 +128,18 @@ def test_doctor_explains(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.startswith("What runs on cpu in float16, in the four stages of ConvNeXt V2 Base\n")
     assert "convnextv2_block" in out and "1024" in out
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("--dta", "--data"), ("--lr", "--base-lr"), ("--epoch", "--epochs"), ("--zebra", None)]
+)
+def test_the_nearest_option_is_named(typed, meant, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["pretrain", typed, "1"])
+    assert leaving.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"sparsecnx: error: unrecognized arguments: {typed} 1")
+    assert last.endswith(f"did you mean {meant}?" if meant else "1")
 
 
 def test_help_lists_the_commands(capsys):

@@ -21,7 +21,7 @@ from sparsecnx.train import checkpoint
 from sparsecnx.train.recipe import BETAS, Recipe, build_model, param_groups, shown
 
 # Checkpoints that were written before these existed do not have them.
-LATER_RECIPE_FIELDS = {"max_pixels"}
+LATER_RECIPE_FIELDS = {"max_pixels", "grn_scope", "first_epoch"}
 # AdamW counts its steps in float32, which holds whole numbers up to this one.
 LARGEST_OPTIMIZER_STEP = 2**24
 

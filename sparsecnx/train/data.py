@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 from sparsecnx.common.errors import InputError
+from sparsecnx.train.augment import random_flip, random_resized_crop
 from sparsecnx.train.images import ImageSet, read_image
 from sparsecnx.train.recipe import MAX_PIXELS, Recipe
 
@@ -29,7 +29,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def normalize(images: Tensor) -> Tensor:
     """Return uint8 images `(B, 3, H, W)` as float32, normalised by ImageNet's mean and standard deviation."""
-    return v2.functional.normalize(images.float() / 255, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.float() / 255 - mean) / std
 
 
 def mix(*parts: int | str) -> int:
@@ -49,7 +50,7 @@ class Batch(NamedTuple):
     """One batch of crops.
 
     Attributes:
-        images: uint8 `(B, 3, S, S)`; empty if `problem` is set.
+        images: uint8 `(B, 3, *size)`; empty if `problem` is set.
         unreadable: the files that were skipped, and why.
         problem: the reason why there is no batch. A worker that raised it would send a traceback in words instead.
     """
@@ -65,15 +66,10 @@ class Crops(Dataset[Any]):
     The next readable file takes the place of an unreadable one, so that batches stay full.
     """
 
-    def __init__(self, images: ImageSet, image_size: int, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, images: ImageSet, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
         self.images = images
+        self.size = size
         self.max_pixels = max_pixels
-        self.augment = v2.Compose(
-            [
-                v2.RandomResizedCrop(image_size, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
-                v2.RandomHorizontalFlip(),
-            ]
-        )
         self.decoded: dict[int, Tensor] = {}
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, dict[str, str]] | InputError:
@@ -81,9 +77,9 @@ class Crops(Dataset[Any]):
             pixels, unreadable = self.read(draw.image)
         except InputError as error:
             return error
-        with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from torch's CPU generator
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(draw.seed)
-            return self.augment(pixels), unreadable
+            return random_flip(random_resized_crop(pixels, self.size)), unreadable
 
     def read(self, index: int) -> tuple[Tensor, dict[str, str]]:
         """Return image `index`, or the first readable one after it, and the files that were skipped with the reasons.

@@ -9,15 +9,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import ExifTags, Image, ImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
 
 from sparsecnx.common.errors import InputError, MissingExtra
 from sparsecnx.common.files import not_regular
 from sparsecnx.train.recipe import MAX_PIXELS
+
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 # These are the photographs (no drawings, no masks) inside the wheels, colourful ones first.
 PHOTOGRAPHS = {
@@ -225,7 +226,7 @@ def _unsupported(image: ImageFile.ImageFile, max_pixels: int) -> str | None:
     """Return why an open image would not be read as it is, or None."""
     width, height = image.size
     if width * height > max_pixels:
-        return f"has {width} x {height} pixels, more than max_pixels, {max_pixels}; a larger max_pixels lets it in"
+        return f"has {width} x {height} pixels, more than --max-pixels, {max_pixels}; a larger one lets it in"
     pages = getattr(image, "n_frames", 1)
     if pages > 1 and image.format != "MPO":  # photographs of many phones, with a preview or a depth map behind
         return f"has {pages} pages or frames: expected one image in a file"
@@ -257,8 +258,9 @@ def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Tensor:
         file.load()  # first, because Pillow turns TIFF upright by itself
         turn = UPRIGHT.get(_orientation(file))
         image: Image.Image = file if turn is None else file.transpose(turn)
-        pixels: Tensor = v2.functional.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
-    return pixels
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
 
 
 def _orientation(image: Image.Image) -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, harmonic_mean
 from types import FrameType
@@ -28,7 +29,10 @@ from sparsecnx.train.images import PHOTOGRAPH_REPEATS, Fingerprint, ImageSet, fi
 from sparsecnx.train.loader import WorkersError, load_batches
 from sparsecnx.train.lock import locked
 from sparsecnx.train.log import LOG, LogError, RunLog, StepRecord
-from sparsecnx.train.recipe import BETAS, Recipe, build_model, learning_rate, param_groups
+from sparsecnx.train.recipe import BETAS, Recipe, build_model, learning_rate, param_groups, small_data
+
+# Steps times the peak learning rate of a run that learns little. `make demo` has 0.7, the published runs have 600.
+LEAST_TRAINING = 0.2
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,10 @@ class Options:
     Attributes:
         data: folder of images; None for that of the resumed run, or for the photographs inside the wheels.
         output: folder of checkpoints and logs; None for that of the resumed checkpoint, or `runs/pretrain`.
-        resume: a checkpoint; or "auto" for the newest in `output`, or a new run if there is none.
-        device: auto, cpu or cuda.
+        resume: a checkpoint; "newest" for the newest in `output`; "auto" for the same, or a new run if there is none.
+        extend: epochs that a finished run is to be trained on, with a warm-up and a schedule of their own.
+        small_data: take the defaults of `recipe.small_data` in place of the published ones.
+        device: auto, cpu, cuda or one GPU such as cuda:1.
         workers: processes that read images; None for one per two cores, at most 8.
         compile: run the model through `torch.compile`.
         save_every: epochs between checkpoints.
@@ -52,6 +58,8 @@ class Options:
     data: str | None = None
     output: str | None = None
     resume: str | None = None
+    extend: int | None = None
+    small_data: bool = False
     device: str = "auto"
     workers: int | None = None
     compile: bool = False
@@ -64,10 +72,16 @@ class Options:
                 raise InputError(field, getattr(self, field), "expected 1 or more")
         if self.workers is not None and self.workers < 0:
             raise InputError("workers", self.workers, "expected 0 or more")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise InputError("device", self.device, "expected auto, cpu or cuda")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("device", "cuda", "this torch sees no CUDA device; expected auto or cpu")
+        if self.extend is not None and (self.extend < 1 or self.resume is None):
+            raise InputError("extend", self.extend, "expected 1 or more epochs, together with --resume")
+        if re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
+            raise InputError("device", self.device, "expected auto, cpu, cuda or one GPU such as cuda:1")
+        if self.device.startswith("cuda"):
+            seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if torch.device(self.device).index in (None, *range(seen)) and seen:
+                return
+            devices = f"{seen} CUDA devices, cuda:0 to cuda:{seen - 1}" if seen else "no CUDA device"
+            raise InputError("device", self.device, f"this torch sees {devices}; expected one of them, auto or cpu")
 
 
 def pretrain(options: Options, given: Mapping[str, Any]) -> int:
@@ -92,14 +106,16 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
         source = _source(folder, resume)
         if source is None:
             images = wheel_photographs() if options.data is None else find_images(options.data)
-            repeats = PHOTOGRAPH_REPEATS if options.data is None else 1
-            recipe = Recipe(**{"epoch_repeats": repeats, **given})
+            repeats = {"epoch_repeats": PHOTOGRAPH_REPEATS} if options.data is None else {}
+            recipe = Recipe(**{**repeats, **_chosen(options, images, given)})
             return Trainer(recipe, images, images.fingerprint(), folder, options, notes).run()
 
         saved = _read_resumed(source)
-        saved.recipe.refuse_change(given)
         where = saved.data.folder if options.data is None else options.data
         images = wheel_photographs() if where is None else find_images(where)
+        saved.recipe.refuse_change(_chosen(options, images, given))
+        if options.extend is not None:
+            saved = saved._replace(recipe=_extended(saved, options.extend))
         fingerprint = images.fingerprint()
         _expect_same_images(saved.data, images, fingerprint, "resume" if options.data is None else "data")
         if saved.data.sizes is None or saved.data.contents is None:
@@ -111,9 +127,24 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
         return trainer.run()
 
 
+def _chosen(options: Options, images: ImageSet, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the recipe that the user chose, with those that --small-data chooses."""
+    return {**(small_data(len(images.names)) if options.small_data else {}), **given}
+
+
+def _extended(saved: Contents, epochs: int) -> Recipe:
+    """Return the recipe of a finished run with so many more epochs, in which the schedule begins again."""
+    recipe, last = saved.recipe, saved.recipe.steps_per_epoch(saved.data.images) * saved.recipe.epochs
+    if saved.step < last:
+        raise InputError(
+            "extend", epochs, f"the run is at step {saved.step} of {last}; --resume without it finishes it"
+        )
+    return replace(recipe, first_epoch=recipe.epochs, epochs=recipe.epochs + epochs, warmup_epochs=None)
+
+
 def _place(options: Options) -> tuple[CheckpointFolder, Path | str | None]:
-    """Return the folder of the run, and the checkpoint to go on from, "auto" for the newest, or None."""
-    resume = options.resume if options.resume in (None, "auto") else Path(str(options.resume))
+    """Return the folder of the run, and the checkpoint to go on from, "newest", "auto" or None."""
+    resume = options.resume if options.resume in (None, "auto", "newest") else Path(str(options.resume))
     beside = resume.parent if isinstance(resume, Path) else "runs/pretrain"
     output = Path(options.output or beside)
     if os.path.exists(output) and not os.path.isdir(output):
@@ -130,7 +161,10 @@ def _source(folder: CheckpointFolder, resume: Path | str | None) -> Path | None:
             raise InputError("resume", resume, problem)
         return resume
     if resume is None and (newest is not None or os.path.lexists(output / LOG)):
-        raise InputError("output", output, "holds a run already; resume it (resume auto), or name another folder")
+        raise InputError("output", output, "holds a run already; --resume goes on with it, or name another folder")
+    if resume == "newest" and newest is None:
+        problem = "holds no checkpoint to resume; leave out --resume for a new run, or --resume auto for either"
+        raise InputError("output", output, problem)
     return newest
 
 
@@ -186,11 +220,12 @@ class Trainer:
         self.recipe, self.images, self.fingerprint = recipe, images, fingerprint
         self.folder, self.options, self.notes = folder, options, notes
         images.refuse_unsupported(recipe.max_pixels)
-        self.crops = Crops(images, recipe.image_size, recipe.max_pixels)
+        self.crops = Crops(images, recipe.size, recipe.max_pixels)
         self.crops.read(0)  # raises unless there is a readable image
         self.steps_per_epoch = recipe.steps_per_epoch(len(images.names))
         self.total_steps = self.steps_per_epoch * recipe.epochs
-        self.device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(automatic if options.device == "auto" else options.device)
         self.workers = default_workers() if options.workers is None else options.workers
 
         torch.manual_seed(recipe.seed)
@@ -259,7 +294,7 @@ class Trainer:
                 if signals:
                     self.save()
                     name = signal.Signals(signals[0]).name
-                    log.say(f"{name}: saved step {self.step} in {self.folder.newest()}; resume goes on")
+                    log.say(f"{name}: saved step {self.step} in {self.folder.newest()}; --resume goes on")
                     return 128 + signals[0]
                 if within == 0:
                     log.say(_epoch_line(epoch, self.recipe.epochs, records))
@@ -284,8 +319,9 @@ class Trainer:
                 before the step.
         """
         recipe, start = self.recipe, time.perf_counter()
-        warmup_steps = recipe.warmup * self.steps_per_epoch
-        lr = learning_rate(self.step, peak=recipe.peak_lr, warmup_steps=warmup_steps, total_steps=self.total_steps)
+        warmup_steps, first = recipe.warmup * self.steps_per_epoch, recipe.first_epoch * self.steps_per_epoch
+        total_steps = self.total_steps - first
+        lr = learning_rate(self.step - first, peak=recipe.peak_lr, warmup_steps=warmup_steps, total_steps=total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -309,7 +345,7 @@ class Trainer:
         mean_loss, grad_norm = torch.stack([torch.stack(losses).mean(), norm]).tolist()
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             what = f"step {self.step + 1}: loss is {mean_loss}, gradient norm {grad_norm}; stopped before the update"
-            help = "A lower base_lr, clip_grad 1 or dtype float32 may help"
+            help = "A lower --base-lr, --clip-grad 1 or --dtype float32 may help"
             raise TrainingStopped(f"{what}, {self._last_good()}. {help}")
         if recipe.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), recipe.clip_grad, norm)
@@ -350,10 +386,23 @@ class Trainer:
         start = f", going on from step {self.step}" if self.step else ""
         return [
             f"FCMAE {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.device}, mask ratio {r.mask_ratio:g}",
-            f"{len(self.images.names)} images{repeats} of {r.image_size} px from {self.images.root}, batch "
-            f"{r.batch_size}{accumulated}, steps per epoch {self.steps_per_epoch}, epochs {r.epochs}",
-            f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}; writes to {self.folder.folder}{start}",
+            f"{len(self.images.names)} images{repeats} of {r.pixels} px from {self.images.root}",
+            f"batch {r.batch_size}{accumulated}, steps per epoch {self.steps_per_epoch}, epochs {r.epochs}",
+            f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}, GRN per {r.grn_scope}",
+            f"writes to {self.folder.folder}{start}",
+            *self._hints(),
         ]
+
+    def _hints(self) -> list[str]:
+        """Return what the user of a small data set should know."""
+        r, hints = self.recipe, []
+        steps = self.total_steps - r.first_epoch * self.steps_per_epoch
+        if steps * r.peak_lr < LEAST_TRAINING:
+            problem = f"hint: {steps} steps at a learning rate of at most {r.peak_lr:.2g} hardly train a network"
+            hints.append(f"{problem}; --small-data is a recipe for few images")
+        if self.options.compile:
+            hints.append("torch.compile runs in the first step, which takes a minute or more")
+        return hints
 
     def _last_good(self) -> str:
         newest, folder = self.folder.newest(), self.folder.folder

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparsecnx.common.errors import InputError
 from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import FCMAE, SIZES, create_fcmae
+from sparsecnx.ops.global_response_norm.groups import SCOPES
 
 PATCH_SIZE = 32
 BETAS = (0.9, 0.95)
@@ -26,12 +27,14 @@ TRAINING_DTYPES = ("float32", "bfloat16")
 # Reading and cropping an image takes up to 12 bytes per pixel for a moment: 0.8 GB at this size.
 MAX_PIXELS = 64_000_000
 MANY = 1_000_000_000
+SMALL_EPOCH = 440  # images that an epoch of a small data set shows at least
 # These are the types of a recipe's fields: what is accepted, and its name in an error.
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "str": ((str,), "text"),
     "bool": ((bool,), "True or False"),
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
+    "int | tuple[int, int]": ((int, tuple), "a whole number, or two"),
 }
 
 
@@ -41,7 +44,7 @@ class Recipe:
 
     Attributes:
         model: size, a name in `sparsecnx.models.SIZES`.
-        image_size: side of the square training crop, pixels; a multiple of the 32-pixel patch.
+        image_size: side of the square training crop, or its height and width, pixels; multiples of the 32-pixel patch.
         mask_ratio: fraction of patches removed, in [0, 1); at least one patch stays and at least one goes.
         norm_pix_loss: predict pixels normalised per patch.
         epochs: passes over the images, warm-up included.
@@ -55,13 +58,16 @@ class Recipe:
         seed: seed of the initial weights, the order of images, crops, flips and masks.
         epoch_repeats: times an epoch shows each image; for small data sets.
         max_pixels: size of the largest image that is read, width x height.
+        grn_scope: groups of GRN in the encoder, `"sample"` as in the paper and the published JAX code, or `"batch"` as
+            in the published sparse PyTorch code.
+        first_epoch: epoch in which the learning rate begins its schedule: 0, or the end of the run that was extended.
 
     Raises:
         InputError: a field is out of range or of another type.
     """
 
     model: str = "atto"
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224
     mask_ratio: float = 0.6
     norm_pix_loss: bool = True
     epochs: int = 800
@@ -75,10 +81,13 @@ class Recipe:
     seed: int = 0
     epoch_repeats: int = 1
     max_pixels: int = MAX_PIXELS
+    grn_scope: str = "sample"
+    first_epoch: int = 0
 
     def __post_init__(self) -> None:
         self._expect_types()
         self._expect("model", self.model in SIZES, f"one of {', '.join(SIZES)}")
+        self._expect("grn_scope", self.grn_scope in SCOPES, f"one of {', '.join(SCOPES)}")
         self._expect("dtype", self.dtype in TRAINING_DTYPES, f"one of {', '.join(TRAINING_DTYPES)}")
         for field in ("epochs", "batch_size", "grad_accum_steps", "epoch_repeats", "max_pixels"):
             self._expect(field, 1 <= getattr(self, field) <= MANY, f"1 or more, at most {MANY}")
@@ -89,16 +98,17 @@ class Recipe:
             self._expect("clip_grad", 0 < self.clip_grad <= MANY, f"more than 0, at most {MANY}")
         if self.warmup_epochs is not None:
             self._expect("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"0 to epochs, {self.epochs}")
+        self._expect("first_epoch", 0 <= self.first_epoch < self.epochs, f"0 to {self.epochs - 1}")
 
-        near = max(self.image_size // PATCH_SIZE, 1) * PATCH_SIZE
-        divisible = self.image_size > 0 and self.image_size % PATCH_SIZE == 0
-        multiple = f"a multiple of the patch size, {PATCH_SIZE}, such as {near} or {near + PATCH_SIZE}"
-        self._expect("image_size", divisible, multiple)
-        largest = f"at most max_pixels, {self.max_pixels}, in a square crop"
-        self._expect("image_size", self.image_size**2 <= self.max_pixels, largest)
+        for side in self.size:
+            near = max(side // PATCH_SIZE, 1) * PATCH_SIZE
+            multiple = f"a multiple of the patch size, {PATCH_SIZE}, such as {near} or {near + PATCH_SIZE}"
+            self._expect("image_size", side > 0 and side % PATCH_SIZE == 0, multiple)
+        largest = f"at most --max-pixels, {self.max_pixels}, in a crop"
+        self._expect("image_size", math.prod(self.size) <= self.max_pixels, largest)
         self._expect("mask_ratio", 0 <= self.mask_ratio < 1, "0 <= ratio < 1")
         patches = math.prod(self.grid)
-        some = f"a ratio that masks some of the {patches} patches of a {self.image_size}-pixel image, not all"
+        some = f"a ratio that masks some of the {patches} patches of an image of {self.pixels} pixels, not all"
         self._expect("mask_ratio", 0 < int(patches * (1 - self.mask_ratio)) < patches, some)
 
     def _expect_types(self) -> None:
@@ -108,7 +118,9 @@ class Recipe:
             if value is None and kind.endswith(" | None"):
                 continue
             classes, name = KINDS[kind.removesuffix(" | None")]
-            if not isinstance(value, classes) or (isinstance(value, bool) and kind != "bool"):
+            parts = value if isinstance(value, tuple) else (value,)
+            whole = tuple not in classes or (all(type(part) is int for part in parts) and len(parts) in (1, 2))
+            if not isinstance(value, classes) or (isinstance(value, bool) and kind != "bool") or not whole:
                 raise InputError(field.name, shown(value), f"expected {name}")
 
     def _expect(self, field: str, holds: bool, expected: str) -> None:
@@ -119,7 +131,18 @@ class Recipe:
     @property
     def grid(self) -> tuple[int, int]:
         """Return the patches down and across an image."""
-        return self.image_size // PATCH_SIZE, self.image_size // PATCH_SIZE
+        height, width = self.size
+        return height // PATCH_SIZE, width // PATCH_SIZE
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return height and width of the training crop."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def pixels(self) -> str:
+        """Return the size of the training crop in words: `224` or `192x320`."""
+        return "x".join(map(str, self.size)) if isinstance(self.image_size, tuple) else str(self.image_size)
 
     @property
     def visible(self) -> int:
@@ -139,7 +162,8 @@ class Recipe:
     @property
     def warmup(self) -> float:
         """Return the epochs of warm-up: by default the published 40, but at most a tenth of the run."""
-        return min(WARMUP_EPOCHS, self.epochs / 10) if self.warmup_epochs is None else self.warmup_epochs
+        most = (self.epochs - self.first_epoch) / 10
+        return min(WARMUP_EPOCHS, most) if self.warmup_epochs is None else self.warmup_epochs
 
     def steps_per_epoch(self, images: int) -> int:
         """Return the optimizer steps in an epoch over `images` images, without an incomplete last batch.
@@ -150,8 +174,9 @@ class Recipe:
         samples = images * self.epoch_repeats
         if samples < self.effective_batch:
             accumulated = "" if self.grad_accum_steps == 1 else f" (x {self.grad_accum_steps} accumulated)"
-            epoch = f"{samples} images of an epoch ({images} images x epoch_repeats {self.epoch_repeats})"
-            problem = f"expected at most the {epoch}; a larger epoch_repeats shows each image more often"
+            epoch = f"{samples} images of an epoch ({images} images x --epoch-repeats {self.epoch_repeats})"
+            remedy = "--small-data fits both, or a larger --epoch-repeats shows each image more often"
+            problem = f"expected at most the {epoch}; {remedy}"
             raise InputError("batch_size", f"{self.batch_size}{accumulated}", problem)
         return samples // self.effective_batch
 
@@ -163,9 +188,20 @@ class Recipe:
                 raise InputError(field, value, f"the run to resume was started with {before}; {remedy}")
 
 
+def small_data(images: int) -> dict[str, Any]:
+    """Return the fields of a recipe for a few hundred images or fewer.
+
+    The published learning rate is for batches of thousands, and would hardly move the weights here.
+    """
+    repeats = max(1, math.ceil(SMALL_EPOCH / images))
+    return {"batch_size": 8, "base_lr": 0.03, "epochs": 100, "epoch_repeats": repeats}
+
+
 def build_model(recipe: Recipe) -> FCMAE:
     """Build the model that a recipe trains, with weights drawn from torch's global generator."""
-    return create_fcmae(recipe.model, patch_size=PATCH_SIZE, norm_pix_loss=recipe.norm_pix_loss)
+    return create_fcmae(
+        recipe.model, patch_size=PATCH_SIZE, norm_pix_loss=recipe.norm_pix_loss, grn_scope=recipe.grn_scope
+    )
 
 
 def shown(value: Any) -> str:

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.transforms import v2
 
 from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.common.files import not_regular, open_atomically
 from sparsecnx.geometry.masks import random_mask
 from sparsecnx.models import FCMAE
 from sparsecnx.train import contents
+from sparsecnx.train.augment import central_crop
 from sparsecnx.train.data import IMAGENET_MEAN, IMAGENET_STD, normalize
 from sparsecnx.train.images import UnsupportedImage, read_image, wheel_photographs
 from sparsecnx.train.recipe import MAX_PIXELS, build_model
@@ -88,7 +88,7 @@ def reconstruct(
     if not images:
         photographs = wheel_photographs()
         images = [photographs.path(i) for i in range(min(SHOWN_PHOTOGRAPHS, len(photographs.names)))]
-    pixels = torch.stack([_read_square(image, recipe.image_size, max_pixels) for image in images])
+    pixels = torch.stack([_read_centre(image, recipe.size, max_pixels) for image in images])
     generator = torch.Generator().manual_seed(seed)
     mask = random_mask(len(pixels), recipe.grid, recipe.mask_ratio, generator=generator)
     result = fill_in(model.eval(), normalize(pixels), mask)
@@ -149,17 +149,15 @@ def draw(result: Reconstruction, title: str) -> Figure:
     return figure
 
 
-def _read_square(path: str | Path, side: int, max_pixels: int) -> Tensor:
-    """Return the central square of an image file, uint8 `(3, side, side)`."""
+def _read_centre(path: str | Path, size: tuple[int, int], max_pixels: int) -> Tensor:
+    """Return the centre of an image file, uint8 `(3, *size)`."""
     try:
         pixels = read_image(str(path), max_pixels)
     except UnsupportedImage as error:
         raise InputError("images", path, str(error)) from error
     except Exception as error:  # decoders raise many kinds of errors
         raise InputError("images", path, f"cannot be read ({type(error).__name__}: {error})") from error
-    pixels = v2.functional.resize(pixels, [side], interpolation=v2.InterpolationMode.BICUBIC)
-    square: Tensor = v2.functional.center_crop(pixels, [side])
-    return square
+    return central_crop(pixels, size)
 
 
 def _to_unit_range(images: Tensor) -> Tensor:

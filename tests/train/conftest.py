@@ -6,11 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("torchvision", reason="needs the extra [train]")
-
+from PIL import Image
 from small_runs import use_tiny_models
-from torchvision.transforms.v2.functional import to_pil_image
 
 
 @pytest.fixture(autouse=True)
@@ -28,5 +25,5 @@ def photos(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = torch.rand(1, 3, 4, 5, generator=generator)
         pixels = torch.nn.functional.interpolate(coarse, (70 + 3 * i, 90 - 2 * i), mode="bilinear")
-        to_pil_image(pixels[0]).save(path)
+        Image.fromarray(pixels[0].mul(255).byte().permute(1, 2, 0).numpy()).save(path)
     return folder

@@ -104,7 +104,7 @@ def write_images(folder: Path) -> None:
 
 def arguments(place: Path, name: str) -> list[str]:
     output = place / name.removeprefix("resumed after ")
-    files = ["--data", str(place / "photos"), "--output", str(output), "--resume"]
+    files = ["--data", str(place / "photos"), "--output", str(output), "--resume", "auto"]
     numbers = {"epochs": 2, "batch-size": 2, "image-size": 64, "workers": 2}
     return ["pretrain", *files, "--device", "cpu", *(f"--{name}={number}" for name, number in numbers.items())]
 

@@ -3,13 +3,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.train import data
+from sparsecnx.train import augment, data
 from sparsecnx.train.data import Crops, Draw, normalize
-from sparsecnx.train.images import find_images
+from sparsecnx.train.images import find_images, read_image
 from sparsecnx.train.loader import load_batches
 from sparsecnx.train.recipe import Recipe
 
@@ -47,7 +45,7 @@ def test_draws_go_on_where_they_stopped(start):
 
 
 def test_a_crop_depends_on_its_draw_alone(photos):
-    crops = Crops(find_images(photos), 64)
+    crops = Crops(find_images(photos), (64, 64))
     first, _ = crops[Draw(2, seed=1)]
     state = torch.get_rng_state()
     other, _ = crops[Draw(2, seed=2)]
@@ -65,7 +63,7 @@ def read_all(crops, **options):
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(photos):
-    crops = Crops(find_images(photos), 64)
+    crops = Crops(find_images(photos), (64, 64))
     none, two = ([batch.images for batch in read_all(crops, start=1, workers=n)] for n in (0, 2))
     assert len(none) == len(two) == 7
     assert all(torch.equal(a, b) for a, b in zip(none, two, strict=True))
@@ -75,11 +73,11 @@ def test_unreadable_files_give_their_place_to_the_next(photos):
     whole = (photos / "6.png").read_bytes()
     (photos / "3.png").write_bytes(whole[: len(whole) // 2])
     (photos / "cat" / "1.png").write_bytes(b"not an image")
-    crops = Crops(find_images(photos), 64)
+    crops = Crops(find_images(photos), (64, 64))
     assert crops.images.names[1:4] == ("3.png", "6.png", "cat/1.png")
 
     pixels, unreadable = crops.read(1)
-    assert torch.equal(pixels, pil_to_tensor(Image.open(photos / "6.png")))
+    assert torch.equal(pixels, read_image(str(photos / "6.png")))
     assert list(unreadable) == ["3.png"]
     assert "truncated" in unreadable["3.png"]
 
@@ -92,9 +90,36 @@ def test_no_readable_file_at_all(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"")
     (tmp_path / "b.jpg").write_bytes(b"")
     with pytest.raises(InputError, match=r"none of its 2 image files can be read, first b\.jpg"):
-        Crops(find_images(tmp_path), 64).read(1)
+        Crops(find_images(tmp_path), (64, 64)).read(1)
 
 
 def test_an_input_error_survives_pickling():
     error = pickle.loads(pickle.dumps(InputError("data", "here", "gone")))
     assert (str(error), error.argument, error.problem) == ("data is here: gone", "data", "is here: gone")
+
+
+SIZES = [(37, 61), (5, 300), (300, 5), (64, 64), (240, 320), (1, 1)]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 96)])
+def test_crops_are_those_of_torchvision(size):
+    v2 = pytest.importorskip("torchvision.transforms.v2", reason="needs a torchvision that fits this torch")
+    bicubic = v2.InterpolationMode.BICUBIC
+    crop = v2.RandomResizedCrop(size, scale=(0.2, 1.0), interpolation=bicubic)
+    theirs = v2.Compose([crop, v2.RandomHorizontalFlip()])
+    for seed, sides in enumerate(SIZES * 4):
+        pixels = torch.randint(256, (3, *sides), dtype=torch.uint8)
+        torch.manual_seed(seed)
+        expected = theirs(pixels)
+        torch.manual_seed(seed)
+        assert torch.equal(augment.random_flip(augment.random_resized_crop(pixels, size)), expected)
+
+
+def test_the_centre_is_that_of_torchvision():
+    v2 = pytest.importorskip("torchvision.transforms.v2", reason="needs a torchvision that fits this torch")
+    for sides in SIZES:
+        pixels = torch.randint(256, (3, *sides), dtype=torch.uint8)
+        resized = v2.functional.resize(pixels, [64], interpolation=v2.InterpolationMode.BICUBIC)
+        assert torch.equal(augment.central_crop(pixels, (64, 64)), v2.functional.center_crop(resized, [64]))
+    wide = augment.central_crop(torch.arange(96, dtype=torch.uint8).expand(3, 64, 96), (32, 96))
+    assert wide.shape == (3, 32, 96) and torch.equal(wide[0, 0], torch.arange(96, dtype=torch.uint8))

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sparsecnx.train import checkpoint, loop
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.log import RunLog
 from sparsecnx.train.loop import Options, Trainer, pretrain
+from sparsecnx.train.recipe import learning_rate
 
 
 def signal_after(step, monkeypatch, number=signal.SIGTERM):
@@ -118,11 +120,14 @@ def test_clipping_limits_the_gradient_and_the_log_keeps_its_norm(photos, tmp_pat
 
 def test_the_first_lines_say_what_is_trained_on_what(photos, tmp_path, capsys):
     assert train(photos, tmp_path / "run") == 0
-    first = capsys.readouterr().out.splitlines()[:4]
+    first = capsys.readouterr().out.splitlines()[:6]
     assert first[0] == "FCMAE atto, 0.1 M parameters, float32 on cpu, mask ratio 0.6"
-    assert first[1] == f"8 images of 64 px from {photos}, batch 2, steps per epoch 4, epochs 2"
-    assert first[2] == f"peak learning rate 0.000391, warm-up epochs 0.2; writes to {tmp_path}/run"
-    assert first[3].startswith("epoch 1/2  loss ")
+    assert first[1] == f"8 images of 64 px from {photos}"
+    assert first[2] == "batch 2, steps per epoch 4, epochs 2"
+    assert first[3] == "peak learning rate 0.000391, warm-up epochs 0.2, GRN per sample"
+    assert first[4] == f"writes to {tmp_path}/run"
+    hint = "hint: 8 steps at a learning rate of at most 0.00039 hardly train a network; --small-data"
+    assert first[5].startswith(hint)
 
 
 def test_unreadable_images_are_named_once_and_counted(photos, tmp_path, capsys):
@@ -198,6 +203,39 @@ def test_what_a_run_leaves_behind(photos, tmp_path):
 def test_resume_auto_without_a_checkpoint_starts_a_run(photos, tmp_path):
     options = Options(data=str(photos), output=str(tmp_path / "run"), resume="auto", device="cpu", workers=0)
     assert pretrain(options, {"image_size": 64, "epochs": 1, "batch_size": 4}) == 0
+
+
+def test_a_finished_run_is_extended_with_a_schedule_of_its_own(photos, tmp_path):
+    run, options = tmp_path / "run", {"data": str(photos), "device": "cpu", "workers": 0}
+    train(photos, run)
+    more = Options(output=str(run), resume="newest", extend=3, **options)
+    assert pretrain(more, {}) == 0
+    rates = [line["lr"] for line in logged(run)]
+    assert len(rates) == 5 * 4
+    again = [learning_rate(step, peak=0.05 * 2 / 256, warmup_steps=0.3 * 4, total_steps=12) for step in range(12)]
+    assert rates[8:] == again
+    saved = checkpoint.read(run / "last.pt")
+    assert (saved["step"], saved["recipe"]["epochs"], saved["recipe"]["first_epoch"]) == (20, 5, 2)
+    state = checkpoint.read(run / "checkpoint-00000016.pt")
+    (tmp_path / "other").mkdir()
+    save_torch(tmp_path / "other" / "part.pt", state)
+    with pytest.raises(InputError, match=r"extend is 3: the run is at step 16 of 20; --resume without it"):
+        pretrain(Options(resume=str(tmp_path / "other" / "part.pt"), extend=3, **options), {})
+
+
+def test_small_data_trains_on_a_few_images_and_keeps_what_was_chosen(photos, tmp_path):
+    options = Options(data=str(photos), output=str(tmp_path / "run"), device="cpu", workers=0, small_data=True)
+    assert pretrain(options, {"image_size": 64, "epochs": 1}) == 0
+    recipe = checkpoint.read(tmp_path / "run" / "last.pt")["recipe"]
+    assert (recipe["batch_size"], recipe["base_lr"], recipe["epoch_repeats"], recipe["epochs"]) == (8, 0.03, 55, 1)
+    assert pretrain(replace(options, resume="auto"), {"epochs": 1}) == 0
+
+
+def test_crops_need_not_be_square(photos, tmp_path):
+    train(photos, tmp_path / "run", image_size=(64, 96), grn_scope="batch", epochs=1)
+    recipe = checkpoint.read(tmp_path / "run" / "last.pt")["recipe"]
+    assert (recipe["image_size"], recipe["grn_scope"]) == ((64, 96), "batch")
+    assert train(None, tmp_path / "run", resume="newest") == 0
 
 
 def test_resume_refuses_what_cannot_continue(photos, tmp_path):

@@ -66,6 +66,11 @@ def test_batch_larger_than_an_epoch():
     [
         ("model", "gigantic", "expected one of atto, femto"),
         ("image_size", 200, "multiple of the patch size, 32, such as 192 or 224"),
+        ("image_size", (64, 100), "multiple of the patch size, 32, such as 96 or 128"),
+        ("image_size", (64, 64, 64), "expected a whole number, or two"),
+        ("image_size", (64, 2.0), "expected a whole number, or two"),
+        ("grn_scope", "image", "expected one of sample, batch"),
+        ("first_epoch", 800, "0 to 799"),
         ("image_size", 0, "multiple of the patch size, 32, such as 32 or 64"),
         ("mask_ratio", 1.0, "0 <= ratio < 1"),
         ("mask_ratio", -0.1, "0 <= ratio < 1"),
@@ -82,7 +87,7 @@ def test_batch_larger_than_an_epoch():
         ("seed", -1, "0 or more"),
         ("seed", 2**63, "less than 2"),
         ("epochs", 10**400, "at most 1000000000"),
-        ("image_size", 32_000, "at most max_pixels, 64000000"),
+        ("image_size", 32_000, "at most --max-pixels, 64000000"),
     ],
 )
 def test_a_field_out_of_range_is_named(field, value, expected):
