@@ -75,9 +75,19 @@ def test_links_lead_to_files() -> None:
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
     link = re.compile(r"\]\(([^):#]+)[)#]")
     links = [(page.parent / found, page) for page in pages for found in link.findall(page.read_text())]
-    sources = [path for ending in ("py", "cpp", "h", "cu", "cuh") for path in ROOT.glob(f"*/**/*.{ending}")]
+    folders, endings = ("sparsecnx", "csrc", "benchmarks", "tests"), ("py", "cpp", "h", "cu", "cuh")
+    sources = [path for folder in folders for ending in endings for path in ROOT.glob(f"{folder}/**/*.{ending}")]
     sources += [ROOT / "setup.py", ROOT / "Makefile"]
     mention = re.compile(r"\bdocs/[\w/-]+\.md")
     links += [(ROOT / found, path) for path in sources for found in mention.findall(path.read_text())]
     assert len(links) > 50
     assert [f"{path}: {target}" for target, path in links if not target.exists()] == []
+
+
+def test_promises_name_tests_that_exist() -> None:
+    file = ""
+    for path, name in re.findall(r"`(tests/[\w/*]+\.py)?(?:::)?(test_\w+)?`", (ROOT / "docs/promises.md").read_text()):
+        file = path or file
+        files = list(ROOT.glob(file))
+        assert files, file
+        assert not name or any(f"def {name}(" in found.read_text() for found in files), f"{file}::{name}"

@@ -112,9 +112,13 @@ def load_cuda(package: Path = PACKAGE) -> Missing | None:
 def not_compiled(kind: str, package: Path) -> Missing:
     """Return why the "cpu" or the "cuda" operators were not compiled."""
     again = reinstall(package, build="auto" if kind == "cpu" else kind)
-    failure = (build_info(package) or {}).get(f"{kind}_failure")
+    info = build_info(package)
+    if info is None and (package.parent / "setup.py").exists():
+        where = f"Python imports the source folder {package.parent} and not an installed sparsecnx"
+        return Missing(f"not compiled: {where}; run in another folder, or `pip install -e {package.parent}`", again)
+    failure = (info or {}).get(f"{kind}_failure")
     if failure is None:
-        return Missing("not compiled: installed without them, or a source folder that was never installed", again)
+        return Missing("not compiled: installed without them", again)
     return Missing(f"not compiled: {failure['reason']}", f"{failure['remedy']} Then: {again}")
 
 
@@ -133,8 +137,8 @@ def find(name: str, package: Path = PACKAGE) -> Path | None:
 def damage(library: Path, remedy: str) -> Missing | None:
     """Return what to report about a library that is not the one that was built; None if it is, or nothing is recorded.
 
-    Loading half a library ends the process with SIGBUS. Comparing takes 1 ms for the CPU operators and 9 ms for those of
-    the GPU, of an import of seconds.
+    Loading half a library ends the process with SIGBUS. Comparing takes 1 ms for the CPU operators and 9 ms for those
+    of the GPU, of an import of seconds.
     """
     built = (build_info(library.parent) or {}).get("libraries", {}).get(library.name)
     if built is None:
