@@ -60,6 +60,8 @@ def read(x: Tensor, kernel_map: Tensor) -> Tensor:
 
 def site_map(rows: int, table: Tensor, tile: int, kernel: tuple[int, int]) -> Tensor:
     """Return the kernel map of a depthwise convolution on tiles, `(rows, kh * kw)`."""
+    if rows == 0:
+        return torch.empty(0, kernel[0] * kernel[1], dtype=torch.long)
     sites, tiles = tile_sites(tile, 2), rows // tile**2
     number = torch.empty(tile, tile, dtype=torch.long)
     number[sites[:, 0], sites[:, 1]] = torch.arange(tile**2)
@@ -475,6 +477,9 @@ def run(seed: int, number: int) -> str:
     # Not compared: another eps but 0, a kept tensor of another forward, the gradient of a table that is not symmetric,
     # and the variance of few channels, which may be nothing but rounding.
     other = {key for key, change in changes.items() if key in KEPT or (key.endswith("eps") and change != "0.0")}
+    # Results of gigabytes take longer to compare than a call may.
+    if any(x.numel() > 2**24 for x in found):
+        return "not compared"
     few = ("layer_norm" in name or "block" in name) and arguments["x"].shape[1] < 5
     if other or few or (name == "convnextv2_block_backward" and "table" in changes):
         return "not compared"
@@ -499,18 +504,24 @@ def differentiate(name: str, arguments: Arguments, rng: random.Random) -> None:
 def compare(name: str, found: Sequence[Tensor], arguments: Arguments, changes: dict[str, str]) -> str:
     """Compare with the reference in float64."""
     moved = name in ("gather_tiles", "scatter_tiles")  # values of any dtype, bit for bit
+    first = next(value.dtype for value in arguments.values() if isinstance(value, Tensor))
 
-    def exact(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() and not moved else value
+    def reference(dtype: torch.dtype) -> Any:
+        """Return what plain torch computes in that dtype."""
+
+        def cast(value: Any) -> Any:
+            floating = isinstance(value, Tensor) and value.is_floating_point() and not moved
+            return value.to(dtype) if floating else value
+
+        return REFERENCES[name](**{key: cast(value) for key, value in arguments.items()})
 
     try:
-        expected = REFERENCES[name](**{key: exact(value) for key, value in arguments.items()})
+        expected = reference(torch.float64)
     except Exception as error:
         return f"wrong: taken, but the reference says {type(error).__name__}: {error}"
     expected = expected if isinstance(expected, (tuple, list)) else (expected,)
     # A value that is not finite times a weight of a site that is not there is NaN or nothing.
     loose = any(change in ("other_values", *map(repr, FLOATS)) for change in changes.values())
-    bound = BOUNDS.get(next(value.dtype for value in arguments.values() if isinstance(value, Tensor)), 0.0)
     for position, (one, other) in enumerate(zip(found, expected, strict=True)):
         if one.numel() != other.numel():
             return f"wrong: output {position} is {tuple(one.shape)}, expected {tuple(other.shape)}"
@@ -523,10 +534,21 @@ def compare(name: str, found: Sequence[Tensor], arguments: Arguments, changes: d
         one, finite = one.double(), other.isfinite()
         if not loose:
             finite |= True
-        off = float((one - other)[finite].norm() / other[finite].norm().clamp(min=1e-30)) if finite.any() else 0.0
-        if not off < bound:
-            return f"wrong: output {position} is off by {off:.3g}"
+        off = distance(one, other, finite)
+        if not off < BOUNDS.get(first, 0.0):
+            # A sum that cancels keeps few digits in any arithmetic of that dtype, also in torch's.
+            rounded = reference(first)
+            rounded = rounded[position] if isinstance(rounded, (tuple, list)) else rounded
+            if not off < 8 * distance(rounded.detach().reshape(-1).double(), other, finite):
+                return f"wrong: output {position} is off by {off:.3g}"
     return "equal"
+
+
+def distance(found: Tensor, expected: Tensor, where: Tensor) -> float:
+    """Return ||found - expected|| / ||expected|| over some elements."""
+    if not where.any():
+        return 0.0
+    return float((found - expected)[where].norm() / expected[where].norm().clamp(min=1e-30))
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

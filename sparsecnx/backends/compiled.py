@@ -135,7 +135,7 @@ def find(name: str, package: Path = PACKAGE) -> Path | None:
 
 
 def damage(library: Path, remedy: str) -> Missing | None:
-    """Return what to report about a library that is not the one that was built; None if it is, or nothing is recorded.
+    """Return what to report about a library that is not the one that was built; None if it is, or none is recorded.
 
     Loading half a library ends the process with SIGBUS. Comparing takes 1 ms for the CPU operators and 9 ms for those
     of the GPU, of an import of seconds.

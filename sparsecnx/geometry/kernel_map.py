@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparsecnx.common.memory import check_memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +49,8 @@ class MappedRows:
         )
 
 
-# The pairs of maps that `check_inverse_map` found right: the kernel map of each inverse map, and the versions of both.
-_checked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# The pairs of maps that `check_inverse_map` found right, by the identity of the inverse map, with the versions of both.
+_checked: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor], int, int]] = {}
 
 
 def check_kernel_map(kernel_map: Tensor, rows: int, name: str = "kernel_map") -> None:
@@ -59,6 +60,7 @@ def check_kernel_map(kernel_map: Tensor, rows: int, name: str = "kernel_map") ->
     """
     if kernel_map.numel() == 0:
         return
+    check_memory(**{name: kernel_map})
     low, high = kernel_map.aminmax()
     if not _readable(kernel_map):
         torch._assert_async((low >= -1) & (high < rows), f"{name} has an entry that is neither -1 nor a row")
@@ -73,12 +75,15 @@ def check_inverse_map(kernel_map: Tensor, inverse_map: Tensor) -> None:
     """
     if not (_readable(kernel_map) and _readable(inverse_map)):
         return
-    versions = (
-        None if kernel_map.is_inference() or inverse_map.is_inference() else (kernel_map._version, inverse_map._version)
-    )
-    known = _checked.get(inverse_map)
-    if versions is not None and known is not None and known[0]() is kernel_map and known[1] == versions:
+    key = id(inverse_map)
+    known = _checked.get(key)
+    if (
+        known is not None
+        and (known[0]() is inverse_map and known[1]() is kernel_map)
+        and known[2:] == (inverse_map._version, kernel_map._version)
+    ):
         return
+    check_memory(inverse_map=inverse_map)
     check_kernel_map(kernel_map, inverse_map.shape[0])
     present = kernel_map >= 0
     reader = torch.arange(kernel_map.shape[0], dtype=torch.int32)[:, None]
@@ -91,8 +96,9 @@ def check_inverse_map(kernel_map: Tensor, inverse_map: Tensor) -> None:
             f"inverse_map contradicts kernel_map: {wrong} of {int(present.sum())} reads are not in it"
             f" and it has {extra + wrong} others; leave it out, or pass the inverse of this kernel_map"
         )
-    if versions is not None:
-        _checked[inverse_map] = weakref.ref(kernel_map), versions
+    if not (kernel_map.is_inference() or inverse_map.is_inference()):  # Those count no versions.
+        gone = weakref.ref(inverse_map, lambda _: _checked.pop(key, None))
+        _checked[key] = gone, weakref.ref(kernel_map), inverse_map._version, kernel_map._version
 
 
 def _readable(value: Tensor) -> bool:
@@ -107,6 +113,7 @@ def invert_kernel_map(kernel_map: Tensor, rows: int) -> Tensor:
         RuntimeError: two output rows read the same input row through the same tap, or an entry is neither -1 nor an
             input row; on a GPU, an assertion there fails.
     """
+    check_memory(kernel_map=kernel_map)
     count, taps = kernel_map.shape
     reader = torch.arange(count, dtype=torch.int32, device=kernel_map.device)[:, None].expand(-1, taps)
     nowhere = kernel_map.new_full((), rows)  # Entries of -1 meet in a row of their own.

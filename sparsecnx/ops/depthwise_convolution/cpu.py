@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
+from sparsecnx.common.memory import check_memory
 from sparsecnx.ops import flops
 from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.tensor import SparseTensor
@@ -23,6 +24,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     grads: dict[str, Tensor | None] = {}
     if "x" in saved.needs:
         # Active sites neighbour each other symmetrically: the adjoint is the flipped kernel.
+        check_memory(weight=weight)
         grads["x"] = torch.ops.sparsecnx.depthwise_conv(grad, weight.flip(2, 3), None, table, tile)
     if "weight" in saved.needs:
         grads["weight"] = torch.ops.sparsecnx.depthwise_conv_weight_grad(grad, x, table, tile, *weight.shape[2:])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
+from sparsecnx.common.memory import check_memory
 from sparsecnx.ops import flops
 from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.tensor import SparseTensor
@@ -68,6 +69,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     if "x" in saved.needs:
         # Active sites neighbour each other symmetrically: the adjoint is the flipped kernel.
         if torch.is_grad_enabled():  # This gradient is to be differentiated in turn.
+            check_memory(weight=weight)
             grads["x"] = torch.ops.sparsecnx_cuda.depthwise_conv(grad, weight.flip(2, 3), None, table, tile)
         else:
             grads["x"], _ = convolve(grad, weight, None, table, tile, flip=True)

@@ -30,6 +30,7 @@ from sparsecnx.backends.triton_functions import (
     zero_blocks,
 )
 from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors
+from sparsecnx.common.memory import check_memory
 from sparsecnx.ops import flops
 from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.tensor import SparseTensor
@@ -490,6 +491,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     grads: dict[str, Tensor | None] = {}
     if "x" in saved.needs:
         # Active sites neighbour each other symmetrically: the adjoint is the flipped kernel.
+        check_memory(weight=weight)
         grads["x"] = torch.ops.sparsecnx_triton.depthwise_conv(grad, weight.flip(2, 3), None, table, tile)
     if saved.needs & {"weight", "bias"}:
         grads["weight"], grads["bias"] = torch.ops.sparsecnx_triton.depthwise_conv_weight_grad(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.selection import selected
+from sparsecnx.common.memory import check_memory
 from sparsecnx.geometry.kernel_map import check_inverse_map, check_kernel_map, invert_kernel_map
 
 
@@ -20,6 +21,7 @@ def maximum(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) ->
 
 def _max_pool(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the maximum `(rows_out, C)`, and the first tap that has it, int32, -1 without any input."""
+    check_memory(features=features)
     check_kernel_map(kernel_map, features.shape[0])
     padded = F.pad(features, (0, 0, 0, 1))
     best = features.new_zeros(kernel_map.shape[0], features.shape[1])
@@ -35,6 +37,7 @@ def _max_pool(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) 
 
 def _max_pool_backward(grad: Tensor, winner: Tensor, inverse_map: Tensor) -> Tensor:
     """Gather for every input row the gradients of the output rows that took it: no atomics."""
+    check_memory(grad=grad, winner=winner)
     check_kernel_map(inverse_map, grad.shape[0], "inverse_map")
     wide = torch.promote_types(grad.dtype, torch.float32)
     padded, taken = F.pad(grad.to(wide), (0, 0, 0, 1)), F.pad(winner, (0, 0, 0, 1), value=-1)
