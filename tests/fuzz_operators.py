@@ -4,8 +4,8 @@
 
 A call is a valid one with arguments changed: dtypes, shapes, strides, devices, freed and cut storages, huge sizes,
 values that are not finite or no rows. It must raise a Python exception, or return what plain torch computes in float64.
-The first calls free, cut and move to meta every tensor of every operator, and those must raise. Calls run in child
-processes; seed and number give a call again.
+The first calls free, cut and move to meta every tensor of every operator, and those must raise; and they free each
+before its gradient is computed. Calls run in child processes; seed and number give a call again.
 """
 
 from __future__ import annotations
@@ -400,6 +400,7 @@ TENSOR_CHANGES: list[tuple[Callable[[Tensor, random.Random], Any], int]] = [
     (other_kind, 3),
 ]
 MUST_RAISE = (freed, cut, to_meta)
+GRADIENT = "freed before the gradient"
 
 
 def operators() -> dict[str, Any]:
@@ -413,6 +414,8 @@ def sweep() -> list[tuple[str, str, int]]:
         for argument in operator._schema.arguments:
             if "Tensor" in str(argument.type):
                 found += [(name, argument.name, change) for change in range(len(MUST_RAISE))]
+                if not name.endswith(("_backward", "_weight_grad")):
+                    found.append((name, argument.name, len(MUST_RAISE)))
     return found
 
 
@@ -426,6 +429,8 @@ def draw(seed: int, number: int) -> tuple[str, Arguments, dict[str, str]]:
             arguments = valid(name, rng)
             if isinstance(arguments[changed], Tensor) and arguments[changed].numel() > 0:
                 break
+        if change == len(MUST_RAISE):
+            return name, arguments, {changed: GRADIENT}
         arguments[changed] = MUST_RAISE[change](arguments[changed], rng)
         return name, arguments, {changed: MUST_RAISE[change].__name__}
     name = rng.choice(list(REFERENCES))
@@ -457,18 +462,22 @@ def run(seed: int, number: int) -> str:
     name, arguments, changes = draw(seed, number)
     rng = random.Random(f"{number}")
     gradient = number >= len(sweep()) and rng.random() < 0.15 and not name.endswith(("_backward", "_weight_grad"))
+    (swept,) = changes if number < len(sweep()) else (None,)
     try:
+        if swept is not None and changes[swept] == GRADIENT:
+            differentiate(name, arguments, swept)
+            return "not compared"  # That gradient did not read it.
         found = operators()[name](**arguments)
         if gradient:
-            differentiate(name, arguments, rng)
+            differentiate(name, arguments, rng.choice([None, None, *arguments]))
     except Exception as error:
         message = str(error).splitlines()[0] if str(error) else ""
         if "INTERNAL ASSERT" in str(error):
             return f"wrong: {message}"
-        if number < len(sweep()) and next(iter(changes)) not in message:
+        if swept is not None and swept not in message:
             return f"wrong: the error does not name the argument: {message}"
         return "raised"
-    if number < len(sweep()):
+    if swept is not None:
         return "wrong: taken"
     found = found if isinstance(found, (tuple, list)) else (found,)
     if any(x.device.type == "meta" for x in found):
@@ -486,8 +495,8 @@ def run(seed: int, number: int) -> str:
     return compare(name, found, arguments, changes)
 
 
-def differentiate(name: str, arguments: Arguments, rng: random.Random) -> None:
-    """Run the gradient too, sometimes after the storage of an argument was freed."""
+def differentiate(name: str, arguments: Arguments, freed: str | None) -> None:
+    """Run the gradient too, after the storage of an argument was freed."""
     leaves = {
         key: value.detach().clone().requires_grad_()
         for key, value in arguments.items()
@@ -496,8 +505,9 @@ def differentiate(name: str, arguments: Arguments, rng: random.Random) -> None:
     if not leaves:
         return
     out = operators()[name](**{**arguments, **leaves})
-    if rng.random() < 0.3:
-        rng.choice(list(leaves.values())).untyped_storage().resize_(0)
+    given = {**arguments, **leaves}.get(freed or "")
+    if type(given) is Tensor and given.device.type == "cpu" and given.layout == torch.strided:
+        given.untyped_storage().resize_(0)
     (out[0] if isinstance(out, tuple) else out).sum().backward()
 
 
