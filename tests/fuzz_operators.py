@@ -1,6 +1,8 @@
 """Call the compiled CPU operators with arguments that nobody should pass; count crashes, hangs and wrong numbers.
 
-    python tests/fuzz_operators.py --calls 20000 --out fuzz.json    (make sanitize runs it with sanitizers)
+    python tests/fuzz_operators.py --calls 20000 --out benchmarks/results/fuzz-cpu.json
+
+`make sanitize` runs it on a build with sanitizers.
 
 A call is a valid one with arguments changed: dtypes, shapes, strides, devices, freed and cut storages, huge sizes,
 values that are not finite or no rows. It must raise a Python exception, or return what plain torch computes in float64.
