@@ -44,7 +44,8 @@ Arguments = dict[str, Any]
 
 # This is the largest ||found - expected|| / ||expected||, as in tests/cases.py.
 BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-SECONDS = 10  # that a call may take: all sizes are small
+SECONDS = 10  # of processor time that a call may take: all sizes are small
+WAIT = 120  # seconds after which a call that waits for something has hung
 GIGABYTES = 2  # that a child may allocate
 KEPT = ("u", "moments", "energy", "hidden")  # made by forward: what a changed one means for backward is not compared
 HUGE = (50_000, 2**15, 2**20, 2**31 - 1, 2**31, 2**32, 2**40, 2**60, 2**62, 2**63 - 1)
@@ -579,8 +580,11 @@ def child(seed: int, first: int, end: int, limited: bool) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for number in range(first, end):
         print(number, end=" ", flush=True)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)  # Nobody handles it, so it ends the process also inside C++.
+        # Nobody handles these signals, so they end the process also inside C++.
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, WAIT)
         result = run(seed, number)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(result.replace("\n", " "), flush=True)
 
@@ -600,7 +604,11 @@ def fuzz(calls: int, seed: int, limited: bool = True) -> tuple[Counter[str], lis
                 number, _, result = line.partition(" ")
                 first = int(number) + 1
                 if not result:
-                    result = "hang" if done.returncode == -signal.SIGALRM else f"crash: exit code {done.returncode}"
+                    result = (
+                        "hang"
+                        if -done.returncode in (signal.SIGPROF, signal.SIGALRM)
+                        else f"crash: exit code {done.returncode}"
+                    )
                 counts[result.partition(":")[0]] += 1
                 if result.startswith(("hang", "crash", "wrong")):
                     faults.append(f"call {number}: {result}: {describe(seed, int(number))}")
