@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from sparsecnx import ops
 from sparsecnx.nn.layers import GELU, GRN, Conv2d, LayerNorm, Linear, StochasticDepth, refuse_backward_hooks
@@ -14,38 +16,56 @@ from sparsecnx.ops import block
 from sparsecnx.ops.global_response_norm.groups import SCOPES
 from sparsecnx.tensor import SparseTensor
 
+TENSOR: Any = Tensor
 _logger = logging.getLogger("sparsecnx")
 _logged: set[str] = set()
 
-# The fused operator computes what layers of these types compute, and of no other types.
+# The fused operator computes what layers of exactly these types compute. torch's own serve as well as ours.
 FUSED: dict[str, tuple[type[nn.Module], ...]] = {
-    "dwconv": (Conv2d,),
-    "norm": (LayerNorm,),
-    "pwconv1": (Linear,),
+    "dwconv": (Conv2d, nn.Conv2d),
+    "norm": (LayerNorm, nn.LayerNorm),
+    "pwconv1": (Linear, nn.Linear),
     "act": (nn.GELU, GELU),
     "grn": (GRN,),
-    "pwconv2": (Linear,),
+    "pwconv2": (Linear, nn.Linear),
     "drop_path": (StochasticDepth, nn.Identity),
 }
+# Before anybody replaces one.
+FORWARD = {kind: kind.forward for kinds in FUSED.values() for kind in kinds}
+
+
+def _computes_otherwise(kind: Any) -> bool:
+    """Return whether tensors of a type have operators of their own: DTensors, quantized and other subclasses."""
+    overrides = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    # A fake tensor stands for a plain one, and has no overrides.
+    plain = overrides in (TENSOR.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+    return hasattr(kind, "__tensor_flatten__") or not plain
 
 
 class ConvNeXtV2Block(nn.Module):
     """Depthwise 7x7, LayerNorm, Linear C -> 4C, GELU, GRN, Linear 4C -> C, stochastic depth, + input.
 
     On a SparseTensor the whole block is one fused operator, `ops.convnextv2_block`, which reads the parameters of the
-    layers without calling them. Where a layer was replaced, wrapped, pruned or given a hook, the layers are called one
-    by one instead, which is slower: `dwconv`, `grn` and `drop_path` with a SparseTensor, the others with its features
-    `(rows, channels)`. The logger `sparsecnx` says so once at level INFO.
+    layers without calling them. Where a layer was replaced, wrapped, pruned or given a hook, or a global hook exists,
+    the layers are called one by one instead, which is slower: `dwconv`, `grn` and `drop_path` with a SparseTensor, the
+    others with its features `(rows, channels)`. The logger `sparsecnx` says so once at level INFO.
 
     Args:
         dim: channels C.
         drop_path: probability that stochastic depth drops the branch of an image.
         grn_scope: groups of GRN on a SparseTensor, `"sample"` or `"batch"`.
         kernel_size: size of the depthwise kernel, odd.
+
+    Raises:
+        ValueError: `kernel_size` is even.
     """
+
+    _shapes: Sequence[torch.Size] = ()  # a block that was pickled before blocks had it checks more
 
     def __init__(self, dim: int, drop_path: float = 0.0, grn_scope: str = "sample", kernel_size: int = 7) -> None:
         super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}: expected an odd size, whose kernel has a centre")
         self.dwconv = Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
         self.norm = LayerNorm(dim)
         self.pwconv1 = Linear(dim, 4 * dim)
@@ -77,26 +97,31 @@ class ConvNeXtV2Block(nn.Module):
                 return f"{name} is a {type(layer).__name__}"
             if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
                 return f"{name} has a hook"
-            if "forward" in layer.__dict__:
+            # torch.compile misses a later change of the first; looking at `layer.forward` would make it miss hooks.
+            if "forward" in layer.__dict__ or type(layer).forward is not FORWARD[type(layer)]:
                 return f"the forward method of {name} is replaced"
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return "there is a global hook of modules"
         conv = self.dwconv
         same = conv.padding == tuple(size // 2 for size in conv.kernel_size)
         if not same or {*conv.stride, *conv.dilation} != {1} or conv.padding_mode != "zeros":
             return f"dwconv is {conv}"
         if self.act.approximate != "none":
             return f"act is {self.act}"
-        for name in ("dwconv", "pwconv1", "pwconv2"):
-            kind = type(layers[name].weight)
-            if kind is not nn.Parameter and hasattr(kind, "__tensor_flatten__"):
-                return f"the weight of {name} is a {kind.__name__}"
+        for name in ("dwconv", "norm", "pwconv1", "grn", "pwconv2"):
+            for value in layers[name]._parameters.values():
+                kind: Any = type(value)
+                if value is not None and kind is not nn.Parameter and _computes_otherwise(kind):
+                    return f"a parameter of {name} is a {kind.__name__}"
         return None
 
     def _fused(self, x: SparseTensor) -> SparseTensor:
-        survival = ops.draw_survival(x, getattr(self.drop_path, "p", 0.0), self.training)
+        survival = ops.draw_survival(x, getattr(self.drop_path, "p", 0.0), self.drop_path.training)
         parameters, scope, eps, grn_eps = self.parameters_by_name(), self.grn.scope, self.norm.eps, self.grn.eps
         # What has the shapes that the block was built with needs no other check.
-        built = x.layout.ndim == 2 and x.features.shape[1] == self._shapes[0][0] and scope in SCOPES
-        if built and [None if value is None else value.shape for value in parameters] == self._shapes:
+        channels, device = parameters.dwconv_weight.shape[:1], parameters.dwconv_weight.device
+        built = [None if value is None else value.shape for value in parameters] == self._shapes and scope in SCOPES
+        if built and x.layout.ndim == 2 and x.features.shape[1:] == channels and x.device == device:
             return block.run(x, parameters, survival, scope, eps, grn_eps, None)
         return ops.convnextv2_block(x, parameters, survival, scope, eps, grn_eps=grn_eps)
 
@@ -105,7 +130,8 @@ class ConvNeXtV2Block(nn.Module):
         h = self.act(self.pwconv1(self.norm(u.features)))
         h = self.grn(u.with_features(h))
         branch = self.drop_path(u.with_features(self.pwconv2(h.features)))
-        return x.with_features(x.features + branch.features)
+        # The fused operator adds in the same dtype under autocast.
+        return x.with_features(x.features.to(branch.dtype) + branch.features)
 
     def _dense(self, x: Tensor) -> Tensor:
         branch = self.norm(self.dwconv(x).permute(0, 2, 3, 1))

@@ -189,6 +189,11 @@ class Doubled(nn.Linear):
         return 2 * super().forward(input)
 
 
+def plain_layers(block):
+    for name, kind in {"norm": torch.nn.LayerNorm, "pwconv1": torch.nn.Linear, "pwconv2": torch.nn.Linear}.items():
+        getattr(block, name).__class__ = kind
+
+
 def double_the_output(module, arguments, output):
     return output.with_features(2 * output.features) if isinstance(output, SparseTensor) else 2 * output
 
@@ -211,6 +216,7 @@ ALTERATIONS = {
     "our GELU": (replace("act", lambda _: nn.GELU()), True),
     "no stochastic depth": (replace("drop_path", lambda _: torch.nn.Identity()), True),
     "no GRN": (replace("grn", lambda _: torch.nn.Identity()), False),
+    "layers of torch": (plain_layers, True),
     "subclass": (replace("pwconv2", lambda old: Doubled(old.in_features, old.out_features)), False),
     "low rank": (replace("pwconv1", LowRank), False),
     "pruning": (lambda b: prune.random_unstructured(b.pwconv1, "weight", 0.5), False),
@@ -221,6 +227,7 @@ ALTERATIONS = {
         replace("dwconv", lambda _: nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS)),
         True,
     ),
+    "no drop path in training": (lambda b: (setattr(b.drop_path, "p", 0.9), b.drop_path.eval()), True),
     "epsilons": (lambda b: (setattr(b.norm, "eps", 0.3), setattr(b.grn, "eps", 0.7)), True),
     "no bias of dwconv": (without("dwconv", "bias"), True),
     "no weight of norm": (without("norm", "weight"), True),
@@ -248,6 +255,53 @@ def test_altered_block_computes_the_same_sparse_and_dense(alter, fused, caplog):
         assert_close(gradient, reference)
     said = [record for record in caplog.records if "one by one" in record.message]
     assert len(said) == (0 if fused else 1)
+
+
+def test_global_hooks_reach_the_layers_of_a_block():
+    block, x = randomise(nn.ConvNeXtV2Block(CHANNELS)), example("all visible")
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, x, out: seen.append(type(module)))
+    try:
+        block(x)
+    finally:
+        handle.remove()
+    assert {nn.Conv2d, nn.LayerNorm, nn.Linear, torch.nn.GELU, nn.GRN} <= set(seen)
+
+
+def test_hook_after_compiling_is_noticed():
+    torch.compiler.reset()
+    block, x = randomise(nn.ConvNeXtV2Block(CHANNELS)), example()
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    assert_close(compiled(x).features, block(x).features)
+    block.pwconv1.register_forward_hook(double_the_output)
+    assert_close(compiled(x).features, block(x).features)
+
+
+def test_altered_block_has_the_dtype_of_the_fused_one_under_autocast():
+    block, x = nn.ConvNeXtV2Block(CHANNELS), example().to(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = block(x).features
+        block.pwconv1.register_forward_hook(lambda *_: None)
+        altered = block(x).features
+    assert fused.dtype == altered.dtype == torch.bfloat16
+    torch.testing.assert_close(fused, altered, rtol=2e-2, atol=2e-2)
+
+
+def test_parameter_with_operators_of_its_own_is_not_fused():
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    block = nn.ConvNeXtV2Block(CHANNELS)
+    assert block.unfused() is None
+    block.grn._parameters["gamma"] = block.grn.gamma.detach().as_subclass(Own)
+    assert block.unfused() == "a parameter of grn is a Own"
+
+
+def test_even_kernel_is_refused():
+    with pytest.raises(ValueError, match="kernel_size is 4: expected an odd size"):
+        nn.ConvNeXtV2Block(CHANNELS, kernel_size=4)
 
 
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
