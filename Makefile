@@ -74,9 +74,11 @@ wheel: $(READY)
 # The tests run outside the source folder, so that they import the installed package.
 wheel-in-%: wheel $(WHEEL)/%/ready
 	$(WHEEL)/$*/bin/pip install --force-reinstall --no-deps dist/*.whl
+	$(WHEEL)/$*/bin/pip install "$$(ls dist/*.whl)[train]"
 	$(WHEEL)/$*/bin/sparsecnx doctor
-	rm -rf $(WHEEL)/$*/tests && cp -r tests pyproject.toml $(WHEEL)/$*
+	rm -rf $(WHEEL)/$*/tests && cp -r tests pyproject.toml README.md $(WHEEL)/$*
 	cd $(WHEEL)/$* && bin/python tests/installed_wheel.py $(SPARSECNX_BUILD)
+	cd $(WHEEL)/$* && bin/python tests/first_hour.py $(lastword $(subst -, ,$*))
 	cd $(WHEEL)/$* && bin/pytest $(WORKERS) -k cpu tests/ops
 
 .PRECIOUS: $(WHEEL)/%/ready
