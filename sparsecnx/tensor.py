@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
+from sparsecnx.backends.transforms import transforms_active
 from sparsecnx.geometry.layout import Layout, TileSet
 from sparsecnx.geometry.masks import check_same_images
 from sparsecnx.geometry.packing import gather_rows, scatter_rows
@@ -160,6 +161,8 @@ def _flatten(x: SparseTensor) -> tuple[list[Tensor], tuple[Any, ...]]:
     constants = tiles.batch, tiles.grid, tiles.visible, layout.tile, layout.stride
     if not torch.compiler.is_compiling():
         refuse_reentrant_checkpoint()
+        if transforms_active():
+            _refuse_differentiation()
         key = id(tiles.index), *constants
         _layouts[key] = layout
     return [x.features, tiles.index, tiles.splits], constants
@@ -172,6 +175,11 @@ def _flatten_with_keys(x: SparseTensor) -> tuple[list[tuple[Any, Tensor]], tuple
 
 def _unflatten(leaves: Iterable[Any], constants: tuple[Any, ...]) -> SparseTensor:
     features, index, splits = leaves
+    if isinstance(index, Tensor) and index.is_floating_point():
+        raise TypeError(
+            f"the layout of a SparseTensor became {index.dtype}, expected int64: its tensors are leaves of the pytree "
+            "too; change the features alone, x.with_features(function(x.features)), their dtype with x.to(dtype)"
+        )
     batch, grid, visible, tile, stride = constants
     layout = None if torch.compiler.is_compiling() else _layouts.get((id(index), *constants))
     if layout is None or layout.tiles.index is not index or layout.tiles.splits is not splits:
@@ -199,6 +207,18 @@ def refuse_reentrant_checkpoint() -> None:
         )
 
 
+def _refuse_differentiation() -> None:
+    """Raise TypeError where a transform of torch.func asks for the gradient of every leaf."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename in (__file__, pytree.__file__):
+        frame = frame.f_back
+    if frame is not None and frame.f_code.co_name in ("grad_and_value_impl", "_create_differentiable"):  # of vjp
+        raise TypeError(
+            "torch.func got a SparseTensor to differentiate with respect to, whose layout is of integers: "
+            "differentiate with respect to x.features, and call x.with_features(features) in the function"
+        )
+
+
 pytree.register_pytree_node(
     SparseTensor,
     _flatten,
@@ -208,3 +228,6 @@ pytree.register_pytree_node(
     to_dumpable_context=list,
     from_dumpable_context=lambda constants: (constants[0], tuple(constants[1]), *constants[2:]),
 )
+
+# Files with SparseTensors, such as programs of torch.export with their example inputs, load with weights_only=True.
+torch.serialization.add_safe_globals([SparseTensor, Layout, TileSet])

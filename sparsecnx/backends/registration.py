@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
+
+from sparsecnx.backends import transforms
+from sparsecnx.backends.transforms import levels, transforms_active
 
 _libraries: dict[str, torch.library.Library] = {}
 
@@ -42,6 +43,7 @@ def register(
     strided: bool = False,
     public: str | None = None,
     flops: Callable[..., int] | None = None,
+    sizes: Mapping[str, str] | None = None,
 ) -> Any:
     """Register `name`, "namespace::operator", and return `torch.ops.namespace.operator`.
 
@@ -62,6 +64,8 @@ def register(
         strided: whether `backward` takes a gradient of any strides.
         public: what users call: the function of `sparsecnx.ops`, by default of the operator's own name.
         flops: what `torch.utils.flop_counter` counts, see `sparsecnx.ops.flops`; None for nothing.
+        sizes: shapes of arguments, which the fake kernel checks: `{"x": "rows C", "weight": "out K*C", "bias": "C"}`.
+            A name stands for the same size everywhere. An argument of other dimensions may have as many values.
     """
     namespace, _, short = name.partition("::")
     if namespace not in _libraries:
@@ -71,7 +75,7 @@ def register(
         library.define(short + torch.library.infer_schema(function, mutates_args=()))
         library.impl(short, function, "CompositeExplicitAutograd")
     operator = getattr(getattr(torch.ops, namespace), short)
-    torch.library.register_fake(name, _on_one_device(operator.default, fake), lib=library)
+    torch.library.register_fake(name, _checked(operator.default, fake, sizes or {}), lib=library)
     if flops is not None:
         register_flop_formula(operator)(flops)
 
@@ -90,105 +94,143 @@ def register(
             extra = output[1:] if isinstance(output, tuple) else ()
             ctx.set_materialize_grads(False)  # These would be zeros in the shapes of outputs that nobody reads.
             if backward is None:
+                ctx.shapes = [value.shape if isinstance(value, Tensor) else None for value in inputs]
                 return output
             given = dict(zip(arguments, inputs, strict=True))
+            ctx.shapes = {key: value.shape for key, value in given.items() if isinstance(value, Tensor)}
             ctx.names = [key for key in saves if isinstance(given[key], Tensor)]
             ctx.constants = {key: given[key] for key in saves if key not in ctx.names}
-            ctx.shapes = {key: value.shape for key, value in given.items() if isinstance(value, Tensor)}
             ctx.mark_non_differentiable(*extra)
             ctx.save_for_backward(*(given[key] for key in ctx.names), *extra)
             return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            if backward is None:  # Every output may have a gradient.
+                grad = next((value for value in grads if value is not None), None)
+                message = _refusal("second derivatives", called, name)
+                return tuple(
+                    None if grad is None or not needed else _refuse(grad, shape, message)
+                    for shape, needed in zip(ctx.shapes, ctx.needs_input_grad, strict=True)
+                )
             grad = grads[0]
-            if backward is None:
-                raise _refusal("second derivatives", called, name)
             if grad is None:
                 return (None,) * len(arguments)
             tensors = ctx.saved_tensors
+            needs = {key for key, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed}
             saved = Saved(
                 **ctx.constants,
                 **dict(zip(ctx.names, tensors, strict=False)),
                 outputs=tensors[len(ctx.names) :],
                 shapes=ctx.shapes,
-                needs={key for key, needed in zip(arguments, ctx.needs_input_grad, strict=True) if needed},
+                needs=needs,
             )
             grad = grad if strided else grad.contiguous()
             # Without derivatives of gradients the operators that the formula calls need no autograd of their own.
-            once = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed())
+            once = not (
+                torch.is_grad_enabled()
+                or torch.compiler.is_compiling()
+                or levels._current_level >= 0
+                or transforms_active()
+            )
             with torch._C._AutoDispatchBelowAutograd() if once else nullcontext():
                 found = backward(saved, grad)
-            try:
-                return tuple(
-                    _reshaped(found[key], ctx.shapes[key]) if key in saved.needs else None for key in arguments
-                )
-            except KeyError as missing:
-                raise _refusal(f"gradient of {missing}", called, name) from None
+            for key in needs - found.keys():
+                found[key] = _refuse(grad, ctx.shapes[key], _refusal(f"gradient of {key!r}", called, name))
+            return tuple(_reshaped(found[key], ctx.shapes[key]) if key in needs else None for key in arguments)
 
     def below_autograd(*inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return operator.default(*inputs)
 
-    class DifferentiableInTransform(_SingleLevelFunction):
+    class DifferentiableInTransform(transforms.SingleLevelFunction):
         """`Differentiable` for one level of `torch.func`. The level below has derivatives of its own."""
 
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # A function in its forward has neither.
+            with torch.enable_grad(), transforms.set_forward_mode(True):  # A function in its forward has neither.
                 return Differentiable.forward(ctx, *inputs)
 
         backward = Differentiable.backward
 
     def autograd(*inputs: Any) -> Any:
-        if forward_ad._current_level >= 0 and _have_tangents(inputs):
-            raise _refusal("forward-mode derivatives", called, name)
-        if not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)):
-            return below_autograd(*inputs)
-        if torch._C._are_functorch_transforms_active():
-            with enable_single_level_autograd_function():
-                return DifferentiableInTransform.apply(*inputs)  # type: ignore[attr-defined]
-        return Differentiable.apply(*inputs)
+        if levels._current_level >= 0 and transforms.have_tangents(inputs):
+            raise NotImplementedError(_refusal("forward-mode derivatives", called, name))
+        if torch.is_grad_enabled():
+            for x in inputs:  # any() takes a microsecond longer for the arguments of the block.
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return differentiable(inputs)
+        return below_autograd(*inputs)
+
+    def differentiable(inputs: tuple[Any, ...]) -> Any:
+        if not transforms_active():
+            return Differentiable.apply(*inputs)
+        if transforms.missing is not None:
+            what = f"gradient inside torch.func with torch {torch.__version__} ({transforms.missing})"
+            raise NotImplementedError(_refusal(what, called, name))
+        with transforms.single_level():
+            return DifferentiableInTransform.apply(*inputs)
 
     library.impl(short, autograd, "Autograd")
     return operator
 
 
-def _have_tangents(inputs: tuple[Any, ...]) -> bool:
-    return torch._C._is_fwd_grad_enabled() and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in inputs if isinstance(x, Tensor)
-    )
+def _checked(operator: torch._ops.OpOverload, fake: Callable[..., Any], sizes: Mapping[str, str]) -> Callable[..., Any]:
+    """Let a fake kernel refuse wrong shapes, and tensors of several devices: it is called when one of them is on meta.
 
-
-def _transformed() -> bool:
-    """Return whether derivatives other than those of the autograd graph are being computed, maybe of a gradient."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def _on_one_device(operator: torch._ops.OpOverload, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a fake kernel refuse tensors of several devices: torch calls it when one of them is on meta."""
+    Real kernels check their arguments themselves.
+    """
+    names = [argument.name for argument in operator._schema.arguments]
 
     def checked(*inputs: Any) -> Any:
-        places = [
-            (argument.name, x.device)
-            for argument, given in zip(operator._schema.arguments, inputs, strict=False)
-            for x in (given if isinstance(given, (list, tuple)) else (given,))
-            if isinstance(x, Tensor)
-        ]
-        if len({device for _, device in places}) > 1:
-            found = ", ".join(dict.fromkeys(f"{key} on {device}" for key, device in places))
+        tensors = {key: given for key, given in zip(names, inputs, strict=False) if isinstance(given, Tensor)}
+        if len({x.device for x in tensors.values()}) > 1:
+            found = ", ".join(dict.fromkeys(f"{key} on {x.device}" for key, x in tensors.items()))
             raise ValueError(f"torch.ops.{operator}: expected tensors on one device, got {found}")
+        known: dict[str, int] = {}
+        for key, shape in sizes.items():
+            if key in tensors and not _fits(tensors[key], shape.split(), known):
+                expected = "".join(f", {name} = {size}" for name, size in known.items())
+                raise ValueError(
+                    f"torch.ops.{operator}: {key} is {tuple(tensors[key].shape)}, expected ({shape}){expected}"
+                )
         return fake(*inputs)
 
     return checked
+
+
+def _fits(x: Tensor, shape: Sequence[str], known: dict[str, int]) -> bool:
+    """Return whether x has a shape such as `("out", "K*C")`, and add the names that are new to `known`."""
+    if x.ndim == len(shape):
+        for name, size in zip(shape, x.shape, strict=True):
+            if name.isidentifier():
+                known.setdefault(name, size)
+    elif not known.keys() >= set(shape):
+        return False
+    wanted = [math.prod(int(part) if part.isdigit() else known[part] for part in name.split("*")) for name in shape]
+    return wanted == list(x.shape) if x.ndim == len(shape) else math.prod(wanted) == x.numel()
 
 
 def _reshaped(grad: Tensor | None, shape: torch.Size) -> Tensor | None:
     return grad if grad is None or grad.shape == shape else grad.reshape(shape)
 
 
-def _refusal(what: str, called: str, name: str) -> NotImplementedError:
-    return NotImplementedError(
+def _refusal(what: str, called: str, name: str) -> str:
+    return (
         f"{called} has no {what} (in torch.ops.{name.replace('::', '.')}): call it inside "
         '`with sparsecnx.use_backend("reference"):`, plain torch, which has every derivative'
     )
+
+
+def _refuse_gradient(grad: Tensor, shape: Sequence[int], message: str) -> Tensor:
+    raise NotImplementedError(message)
+
+
+# torch.compile traces gradients that may never be computed. So an operator refuses, which runs where one is computed.
+_refuse: Any = register(
+    "sparsecnx_derivatives::refuse",
+    function=_refuse_gradient,
+    fake=lambda grad, shape, message: grad.new_empty(shape),
+    saves=("message",),
+    backward=lambda saved, grad: {"grad": _refuse(grad, saved.shapes["grad"], saved.message)},
+)

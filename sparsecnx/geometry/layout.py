@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from sparsecnx.backends.registration import register
+from sparsecnx.backends.transforms import transforms_active
 from sparsecnx.geometry.masks import check_mask, infer_grid
 from sparsecnx.geometry.nested_order import tile_sites
 from sparsecnx.geometry.tables import cached_table, capturing, current_stream, ordinary_tensors
@@ -68,7 +70,8 @@ class TileSet:
         Raises:
             TypeError: `mask` is not a bool tensor.
             ValueError: its shape does not fit `grid`, or it does not keep `visible` or `count` tiles. On a GPU, and
-                where torch.compile compiles, an assertion on the device fails instead.
+                where torch.compile compiles, an assertion on the device fails instead. Or `torch.vmap` gives each
+                sample another mask, and neither is known.
         """
         if torch.jit.is_tracing():
             raise RuntimeError("torch.jit.trace would record this mask for all: use torch.export.export")
@@ -87,17 +90,17 @@ class TileSet:
             raise ValueError(f"count is {count}: {batch} images of {cells} tiles keep 0 to {batch * cells}")
 
         known = visible is not None or count is not None
+        if known and transforms_active():
+            index, splits = torch.ops.sparsecnx_geometry.list_tiles(flat, visible, count)
+            return cls(batch, grid, index, splits, visible)
         if known and (mask.device.type != "cpu" or torch.compiler.is_compiling()):
             return cls._without_reading(flat, grid, visible, count)
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(
                 msg="the mask must be counted: pass visible= (tiles that each image keeps) or count="
             )
-        counts = (~flat).sum(dim=1).tolist() if batch else []
-        if visible is not None and any(kept != visible for kept in counts):
-            raise ValueError(f"mask does not keep visible={visible} tiles in every image")
-        if count is not None and sum(counts) != count:
-            raise ValueError(f"mask does not keep count={count} tiles in all")
+        counts = _count_tiles(flat) if batch else []
+        _check_counts(counts, visible, count)
         if not known and len(set(counts)) < 2:
             visible = counts[0] if counts else 0
         if mask.device.type != "cpu":  # One synchronisation was enough.
@@ -204,6 +207,42 @@ class TileSet:
         blank = torch.full((count,), -1, dtype=torch.int32, device=self.device)
         return blank.index_copy(0, places, torch.arange(self.count, dtype=torch.int32, device=self.device))
 
+
+def _count_tiles(flat: Tensor) -> list[int]:
+    """Return the visible tiles of each image of a mask `(B, cells)`, read back to the host."""
+    counts = (~flat).sum(dim=1)
+    try:
+        return counts.tolist()
+    except RuntimeError as error:
+        if not transforms_active():
+            raise
+        raise ValueError(
+            "mask differs between the samples of torch.vmap, so that it cannot be counted: pass visible= (tiles that "
+            "each image keeps) or count="
+        ) from error
+
+
+def _check_counts(counts: list[int], visible: int | None, count: int | None) -> None:
+    if visible is not None and any(kept != visible for kept in counts):
+        raise ValueError(f"mask does not keep visible={visible} tiles in every image")
+    if count is not None and sum(counts) != count:
+        raise ValueError(f"mask does not keep count={count} tiles in all")
+
+
+def _list_tiles(mask: Tensor, visible: int | None, count: int | None) -> tuple[Tensor, Tensor]:
+    """Return `index` and `splits` of a `TileSet`. `torch.vmap` calls an operator for each sample, with its own mask."""
+    if mask.device.type == "cpu":
+        _check_counts((~mask).sum(dim=1).tolist(), visible, count)
+    tiles = TileSet._without_reading(mask, (mask.shape[1],), visible, count)
+    return tiles.index, tiles.splits
+
+
+def _fake_list_tiles(mask: Tensor, visible: int | None, count: int | None) -> tuple[Tensor, Tensor]:
+    kept: Any = count if visible is None else mask.shape[0] * visible
+    return mask.new_empty(kept, dtype=torch.int64), mask.new_empty(mask.shape[0] + 1, dtype=torch.int64)
+
+
+register("sparsecnx_geometry::list_tiles", function=_list_tiles, fake=_fake_list_tiles)
 
 MOST_KEPT = 8  # geometries of which nothing is masked
 _all_visible: dict[Any, TileSet] = {}

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparsecnx.backends.transforms import transforms_active
+
 
 class Owner(Protocol):
     """A geometry that keeps tables.
@@ -38,7 +40,8 @@ def cached_table(owner: Owner, key: Any, build: Callable[[], Tensor]) -> Tensor:
         return owner.tables[key]
     with ordinary_tensors():
         table = build()
-    if type(table) is Tensor and owner.captured == capturing():
+    leaves = torch.compiler.is_compiling() and transforms_active()  # torch.compile lets no tensor leave a transform.
+    if type(table) is Tensor and owner.captured == capturing() and not leaves:
         owner.tables[key] = table
     return table
 

@@ -2,8 +2,9 @@
 
 Each multiply-add of a matrix product or convolution counts 2, as torch counts. Normalization, activations, biases,
 pooling by the maximum and the moving of values count nothing. A row has every tap of a kernel: with all sites visible
-the count is that of the dense network. What backward computes again is not counted. The formulas take the arguments of
-the operator, with shapes in place of tensors.
+the forward count is that of the dense network. So is the backward count, but for the gradient of a depthwise kernel,
+which torch counts C times too high. What backward computes again is not counted. The formulas take the arguments of the
+operator, with shapes in place of tensors.
 """
 
 from __future__ import annotations

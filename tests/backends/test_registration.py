@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+from types import ModuleType
+
 import pytest
 import torch
+from cases import needs_cpu
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from sparsecnx.backends import registration, transforms
 from sparsecnx.backends.registration import Saved, register
 
 saved_by_last_call: Saved
@@ -40,6 +45,7 @@ SCALE = register(
     fake=lambda x, factor, bias, power: (torch.empty_like(x), torch.empty_like(x)),
     saves=("factor", "bias", "power"),
     backward=_backward,
+    sizes={"x": "rows C", "bias": "C"},
 )
 
 
@@ -99,3 +105,71 @@ def test_without_a_tangent_forward_mode_changes_nothing() -> None:
             SCALE(dual, torch.tensor(3.0), None, 2)
         out, _ = SCALE(x, torch.tensor(3.0), None, 2)
         assert forward_ad.unpack_dual(out).tangent is None
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "message"),
+    [
+        ((2, 3), (3,), ""),
+        ((2, 3), (1, 3), ""),
+        ((2, 3), (4,), r"scale.default: bias is \(4,\), expected \(C\), rows = 2, C = 3$"),
+        ((3,), (3,), r"scale.default: x is \(3,\), expected \(rows C\)$"),
+    ],
+)
+def test_shapes_on_meta(x: tuple[int, ...], bias: tuple[int, ...], message: str) -> None:
+    arguments = [torch.empty(shape, device="meta") for shape in (x, (), bias)]
+    if message:
+        with pytest.raises(ValueError, match=message):
+            SCALE(*arguments, 2)
+    else:
+        assert SCALE(*arguments, 2)[0].shape == x
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("operator", "shapes", "others"),
+    [
+        ("layer_norm", [(8, 4), (4,), (5,)], (1e-6,)),
+        ("grn", [(8, 4), (5,), (4,), (3,)], (1e-6,)),
+        ("depthwise_conv", [(8, 4), (5, 1, 3, 3), (4,), (8, 9)], (1,)),
+        ("conv", [(8, 4), (6, 13), (8, 3)], ()),
+        ("mapped_depthwise_conv", [(8, 4), (3, 5), (4,), (8, 3), (8, 3)], ()),
+        ("scatter_tiles", [(8, 4), (5,), (2,)], (1, 4, 4, 2)),
+    ],
+)
+def test_operators_refuse_shapes_on_meta(operator: str, shapes: list[tuple[int, ...]], others: tuple[float]) -> None:
+    with pytest.raises(ValueError, match=rf"^torch.ops.sparsecnx.{operator}.default: (weight|bias|gamma|fill) is "):
+        getattr(torch.ops.sparsecnx, operator)(*(torch.empty(shape, device="meta") for shape in shapes), *others)
+
+
+def _without(monkeypatch: pytest.MonkeyPatch, *removed: tuple[object, str]) -> ModuleType:
+    """Return `sparsecnx.backends.transforms` as a torch that has no such names would import it."""
+    with monkeypatch.context() as patch:
+        for place, name in removed:
+            patch.delattr(place, name)
+        spec = importlib.util.find_spec(transforms.__name__)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+def test_a_torch_that_renamed_its_internals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only gradients inside transforms are refused."""
+    removed = (torch.autograd.function, "_SingleLevelFunction"), (forward_ad, "_current_level")
+    module = _without(monkeypatch, *removed, (torch._C, "_is_fwd_grad_enabled"))
+    monkeypatch.setattr(registration, "transforms", module)
+    monkeypatch.setattr(registration, "levels", module.levels)
+    x, factor = torch.randn(2, 3, requires_grad=True), torch.tensor(3.0)
+
+    def total(x: Tensor) -> Tensor:
+        return SCALE(x, factor, None, 2)[0].sum()
+
+    (gradient,) = torch.autograd.grad(total(x), x)
+    assert (gradient == 9).all() and torch.vmap(total)(x.detach()[None]) == total(x)
+    with pytest.raises(NotImplementedError, match=r"^scale has no gradient inside torch.func .*_SingleLevelFunction"):
+        torch.func.grad(total)(x)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"^scale has no forward-mode derivatives"):
+        total(forward_ad.make_dual(x.detach(), x.detach()))
+    module = _without(monkeypatch, (torch._C, "_are_functorch_transforms_active"))
+    assert module.missing and "_are_functorch_transforms_active" in module.missing and not module.transforms_active()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import draw_mask, example_layout, random_sparse, relative_error
 from torch import nn
+from torch.func import functional_call, grad, vmap
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -248,3 +249,52 @@ def test_dynamic_quantization_by_the_documented_steps():
     found = quantized(images().float(), mask).dense()
     assert not torch.equal(found, expected)
     assert relative_error(found, expected) < 0.02
+
+
+def each(net, **options):
+    """Return the loss of one image and its mask, as a function of parameters."""
+
+    def loss(parameters, image, mask):
+        return functional_call(net, parameters, (image[None],), {"mask": mask[None], **options})[0]
+
+    return loss
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented")
+def test_a_mask_of_its_own_for_each_sample():
+    net, masks = build("fcmae"), some_mask("equal counts", seed=1)
+    parameters = {name: value.detach() for name, value in net.named_parameters()}
+    visible = int((~masks[0]).sum())
+    assert not torch.equal(*masks)
+    per_sample = grad(each(net, visible=visible))
+    found = vmap(per_sample, in_dims=(None, 0, 0))(parameters, images(), masks)
+    for i, (image, mask) in enumerate(zip(images(), masks, strict=True)):
+        for name, expected in per_sample(parameters, image, mask).items():
+            assert relative_error(found[name][i], expected) < 1e-12
+    with pytest.raises(ValueError, match=f"^mask does not keep visible={visible + 1} tiles in every image"):
+        vmap(each(net, visible=visible + 1), in_dims=(None, 0, 0))(parameters, images(), masks)
+    with pytest.raises(ValueError, match=r"^mask differs between the samples of torch.vmap.*pass visible="):
+        vmap(each(net), in_dims=(None, 0, 0))(parameters, images(), masks)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented")
+def test_a_random_mask_for_each_sample():
+    net = build("fcmae")
+    losses, _, masks = vmap(lambda image: net(image[None]), randomness="different")(images())
+    expected = [net(image[None], mask=mask)[0] for image, mask in zip(images(), masks, strict=True)]
+    torch.testing.assert_close(losses, torch.stack(expected))
+
+
+def test_changing_the_dtype_of_all_leaves_is_refused():
+    x = sparse()
+    with pytest.raises(TypeError, match=r"^the layout of a SparseTensor became torch.float32.* x\.to\(dtype\)"):
+        pytree.tree_map(lambda value: value.float(), x)
+    assert sparsecnx.nn.LayerNorm(CHANNELS)(pytree.tree_map(torch.detach, x).to(torch.float32)).dtype == torch.float32
+
+
+def test_a_file_with_a_sparse_tensor_loads_with_weights_only():
+    """torch.export.load does so with the example inputs of a program."""
+    x, file = sparse(), io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True).dense(), x.dense())

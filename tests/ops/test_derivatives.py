@@ -22,7 +22,7 @@ from mapped import mapped_values, random_map
 from operators import CASES
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian
-from torch.func import grad, grad_and_value, jacrev, jvp, vmap
+from torch.func import grad, grad_and_value, jacrev, jvp, vjp, vmap
 
 from sparsecnx import SparseTensor, ops, use_backend
 
@@ -275,3 +275,33 @@ def test_torch_func_under_no_grad():
         found = grad(weighted(function))(features, *values)
     assert not found.requires_grad
     assert grad(weighted(function))(features, *values).requires_grad
+
+
+@needs_cpu
+@pytest.mark.parametrize("operator", ["layer_norm", "block-recompute"])
+def test_compiled_with_trainable_parameters(operator):
+    """torch.compile prepares second derivatives that nobody computes. They are refused where one is computed."""
+    torch._dynamo.reset()
+    function, (features, *values) = differentiable(operator, "cpu")
+    values = [value.requires_grad_() for value in values]
+
+    def run(x):
+        return grad(weighted(function))(x, *values)
+
+    found = torch.compile(run, backend="aot_eager")(features)
+    assert_same({"grad": found}, {"grad": run(features)}, 1e-11)
+    with pytest.raises(NotImplementedError, match=f"^{public_name(operator)} has no second derivatives"):
+        found.sum().backward()
+
+
+@pytest.mark.parametrize("transform", [lambda f, x: grad(f)(x), vjp], ids=["grad", "vjp"])
+def test_a_sparse_tensor_is_not_differentiated_with_respect_to(transform):
+    x = random_sparse(example_layout(2, (2, 1), tile=2), 3)
+
+    def total(x):
+        return x.features.square().sum()
+
+    with pytest.raises(TypeError, match=r"^torch.func got a SparseTensor .* with respect to x\.features"):
+        transform(total, x)
+    factor = torch.tensor(2.0, dtype=torch.float64)
+    assert grad(lambda factor, x: factor * total(x))(factor, x) == total(x)

@@ -63,6 +63,7 @@ if compiled.loaded:
     )
     register(
         "sparsecnx::scatter_tiles",
+        sizes={"rows": "rows C", "fill": "C"},
         public="SparseTensor.dense",
         fake=lambda rows, fill, index, batch, height, width, tile: rows.new_empty(batch, rows.shape[1], height, width),
         saves=("index", "tile"),

@@ -287,6 +287,7 @@ register(
 )
 register(
     "sparsecnx_triton::scatter_tiles",
+    sizes={"rows": "rows C", "fill": "C"},
     public="SparseTensor.dense",
     function=_scatter_tiles,
     fake=lambda rows, fill, index, slots, batch, *size: rows.new_empty(batch, rows.shape[1], *size[:2]),

@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.ops import flops
-from sparsecnx.ops.block.parameters import BlockParameters
+from sparsecnx.ops.block.parameters import SIZES, BlockParameters
 from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.ops.global_response_norm.groups import group_splits
 from sparsecnx.tensor import SparseTensor
@@ -99,6 +99,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 if compiled.loaded:
     register(
         "sparsecnx::convnextv2_block",
+        sizes=SIZES,
         fake=_fake,
         saves=("x", *BlockParameters._fields, "row_scale", "table", "splits", "tile", "eps", "grn_eps"),
         backward=_backward,

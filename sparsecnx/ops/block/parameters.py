@@ -31,3 +31,14 @@ class BlockParameters(NamedTuple):
     grn_beta: Tensor
     pwconv2_weight: Tensor
     pwconv2_bias: Any
+
+
+# The shapes as `sparsecnx.backends.registration.register` takes them.
+SIZES = {
+    "x": "rows C",
+    "dwconv_weight": "C 1 kh kw",
+    **dict.fromkeys(("dwconv_bias", "norm_weight", "norm_bias", "pwconv2_bias"), "C"),
+    "pwconv1_weight": "hidden C",
+    **dict.fromkeys(("pwconv1_bias", "grn_gamma", "grn_beta"), "hidden"),
+    "pwconv2_weight": "C hidden",
+}

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors, row_sizes
 from sparsecnx.ops import flops
-from sparsecnx.ops.block.parameters import BlockParameters
+from sparsecnx.ops.block.parameters import SIZES, BlockParameters
 from sparsecnx.ops.block.triton_folding import fold, unfold
 from sparsecnx.ops.block.triton_kernels import (
     column_sums_kernel,
@@ -347,6 +347,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 SAVED = ("x", *BlockParameters._fields, "row_scale", "row_group", "table", "splits", "tile", "grn_eps", "depthwise")
 register(
     "sparsecnx_triton::convnextv2_block",
+    sizes=SIZES,
     function=_block,
     fake=_fake,
     saves=SAVED,

@@ -29,6 +29,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 if compiled.loaded:
     register(
         "sparsecnx::conv",
+        sizes={"x": "rows C", "kernel_map": "rows_out K", "weight": "C_out K*C"},
         fake=lambda x, weight, kernel_map: x.new_empty(kernel_map.shape[0], weight.shape[0]),
         saves=("x", "weight", "kernel_map"),
         backward=_backward,

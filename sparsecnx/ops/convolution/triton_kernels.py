@@ -126,6 +126,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 
 register(
     "sparsecnx_triton::conv",
+    sizes={"x": "rows C", "kernel_map": "rows_out K", "weight": "C_out K*C"},
     function=_conv,
     fake=lambda x, weight, kernel_map, inverse_map: x.new_empty(kernel_map.shape[0], weight.shape[0]),
     saves=("x", "weight", "kernel_map", "inverse_map"),

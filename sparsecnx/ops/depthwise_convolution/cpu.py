@@ -36,6 +36,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 if compiled.loaded:
     register(
         "sparsecnx::depthwise_conv",
+        sizes={"x": "rows C", "weight": "C 1 kh kw", "bias": "C"},
         fake=lambda x, weight, bias, table, tile: torch.empty_like(x),
         saves=("x", "weight", "bias", "table", "tile"),
         backward=_backward,

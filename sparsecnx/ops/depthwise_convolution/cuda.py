@@ -83,6 +83,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 if compiled.loaded:
     register(
         "sparsecnx_cuda::depthwise_conv",
+        sizes={"x": "rows C", "weight": "C 1 kh kw", "bias": "C"},
         fake=lambda x, weight, bias, table, tile: torch.empty_like(x),
         saves=("x", "weight", "bias", "table", "tile"),
         backward=_backward,
@@ -90,6 +91,7 @@ if compiled.loaded:
     )
     register(
         "sparsecnx_cuda::depthwise_conv_fused",
+        sizes={"x": "rows C", "weight": "C 1 kh kw", "bias": "C"},
         public="depthwise_conv",
         flops=flops.depthwise_conv,
         fake=lambda x, weight, bias, residual, table, tile, flip, eps: (

@@ -502,6 +502,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 
 register(
     "sparsecnx_triton::depthwise_conv",
+    sizes={"x": "rows C", "weight": "C 1 kh kw", "bias": "C"},
     function=_depthwise_conv,
     fake=lambda x, weight, bias, table, tile: torch.empty_like(x),
     saves=("x", "weight", "table", "tile"),

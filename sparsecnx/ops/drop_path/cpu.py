@@ -22,6 +22,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 if compiled.loaded:
     register(
         "sparsecnx::scale_rows",
+        sizes={"x": "rows C"},
         public="stochastic_depth",
         fake=lambda x, scale, splits: torch.empty_like(x),
         saves=("scale", "splits"),

@@ -60,6 +60,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 
 register(
     "sparsecnx_triton::scale_rows",
+    sizes={"x": "rows C"},
     public="stochastic_depth",
     function=_scale_rows,
     fake=lambda x, scale, row_image: torch.empty_like(x),

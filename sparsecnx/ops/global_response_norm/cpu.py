@@ -26,6 +26,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 if compiled.loaded:
     register(
         "sparsecnx::grn",
+        sizes={"x": "rows C", "gamma": "C", "beta": "C"},
         fake=lambda x, gamma, beta, splits, eps: (
             torch.empty_like(x),
             gamma.new_empty(splits.shape[0] - 1, x.shape[1]),

@@ -428,6 +428,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 
 register(
     "sparsecnx_triton::grn",
+    sizes={"x": "rows C", "gamma": "C", "beta": "C"},
     function=_grn,
     fake=lambda x, gamma, beta, row_group, splits, eps: (
         torch.empty_like(x),

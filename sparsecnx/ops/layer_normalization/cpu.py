@@ -25,6 +25,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 if compiled.loaded:
     register(
         "sparsecnx::layer_norm",
+        sizes={"x": "rows C", "weight": "C", "bias": "C"},
         fake=lambda x, weight, bias, eps: (torch.empty_like(x), weight.new_empty(x.shape[0], 2)),
         saves=("x", "weight"),
         backward=_backward,

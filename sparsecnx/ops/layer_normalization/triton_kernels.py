@@ -180,6 +180,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 
 register(
     "sparsecnx_triton::layer_norm",
+    sizes={"x": "rows C", "weight": "C", "bias": "C"},
     function=_layer_norm,
     fake=lambda x, weight, bias, eps: (torch.empty_like(x), weight.new_empty(x.shape[0], 2)),
     saves=("x", "weight"),

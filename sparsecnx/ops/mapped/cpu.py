@@ -50,6 +50,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 if compiled.loaded:
     register(
         "sparsecnx::mapped_depthwise_conv",
+        sizes={"x": "rows C", "kernel_map": "rows_out K", "weight": "K C", "bias": "C"},
         fake=lambda x, weight, bias, kernel_map, inverse_map: x.new_empty(kernel_map.shape[0], x.shape[1]),
         saves=("x", "weight", "bias", "kernel_map", "inverse_map"),
         backward=_backward,

@@ -64,6 +64,7 @@ def _fake(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> t
 
 register(
     "sparsecnx_mapped::max_pool",
+    sizes={"features": "rows C", "kernel_map": "rows_out K"},
     public="mapped_pool",
     function=_max_pool,
     fake=_fake,

@@ -222,6 +222,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 
 register(
     "sparsecnx_triton::mapped_depthwise_conv",
+    sizes={"x": "rows C", "kernel_map": "rows_out K", "weight": "K C", "bias": "C"},
     function=_conv,
     fake=lambda x, weight, bias, kernel_map, inverse_map: x.new_empty(kernel_map.shape[0], x.shape[1]),
     saves=("x", "weight", "kernel_map", "inverse_map"),
