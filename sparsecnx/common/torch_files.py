@@ -54,7 +54,7 @@ def load_torch(path: str | Path, allowed: Sequence[type] = (), mmap: bool = Fals
         with _allow(allowed):
             check_holes(path, max_bytes)
             check_torch_file(path, max_bytes)
-            if (damaged := damaged_record(path)) is not None:
+            if (damaged := _damaged_record(path)) is not None:
                 raise CheckpointError(f"truncated or damaged: the checksum of its record {damaged} does not match")
             if path.suffix != ".safetensors":
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and _can_be_mapped(path))
@@ -75,13 +75,12 @@ def is_torch_file(path: Path) -> bool:
         return file.read(len(LEGACY)).startswith((LEGACY, ZIP))
 
 
-def _is_zip(path: Path) -> bool:
-    """Return whether torch takes a file for a zip file: by its start, while other readers look at its end."""
-    with open(path, "rb") as file:
-        return file.read(len(ZIP)) == ZIP
+def has_checksums(path: Path) -> bool:
+    """Return whether a file records checksums. One in torch's old format, or with torch's checksums off, has none."""
+    return any(record.CRC != 0 for record in _records(path))
 
 
-def damaged_record(path: Path) -> str | None:
+def _damaged_record(path: Path) -> str | None:
     """Return the first record of a zip file that does not match its CRC-32, or None.
 
     `torch.save` writes a CRC-32 of every tensor's bytes, and `torch.load` never compares them. This reads the whole
@@ -93,20 +92,19 @@ def damaged_record(path: Path) -> str | None:
         return archive.testzip()
 
 
-def has_checksums(path: Path) -> bool:
-    """Return whether a file records checksums. One in torch's old format, or with torch's checksums off, has none."""
-    if not _is_zip(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(record.CRC != 0 for record in archive.infolist())
-
-
 def _can_be_mapped(path: Path) -> bool:
     """Return whether tensors lie in the file as in memory: in a zip file that is not compressed."""
-    if not _is_zip(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+    records = _records(path)
+    return bool(records) and all(record.compress_type == zipfile.ZIP_STORED for record in records)
+
+
+def _records(path: Path) -> list[zipfile.ZipInfo]:
+    """Return what a zip file holds. torch takes a file for one by its start, while other readers look at its end."""
+    with open(path, "rb") as file:
+        if file.read(len(ZIP)) != ZIP:
+            return []
+        with zipfile.ZipFile(file) as archive:
+            return archive.infolist()
 
 
 @contextlib.contextmanager

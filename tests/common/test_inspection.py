@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from itertools import product
 
 import pytest
 import torch
@@ -55,6 +56,8 @@ def entries(*pairs):
 
 
 ONE = text("a") + tensor("0", 1, (1,), (1,))
+# A list of ten times a list of ten times a list and so on: 10**11 numbers.
+NESTED = b"K\x00" + b"".join(b"q%c](%se" % (i, b"h%c" % i * 10) for i in range(11)) + b"q\x0b"
 DEEP_TUPLE = b")" + b"\x85" * 10**5
 
 
@@ -138,6 +141,51 @@ HOSTILE = {
         archive(START + b"ctorch\nTensor\n" + number(10**11) + b"\x85R."),
         "more than .* values, first torch.Tensor",
     ),
+    "copies.pt": (
+        archive(
+            START
+            + text("a" * 10**6)
+            + b"q\x00"
+            + (b"c_codecs\nencode\nh\x00" + text("latin1") + b"\x86R") * 1000
+            + b"."
+        ),
+        "its pickle, with what its calls copy, has 5 MB: expected at most 4.19 MB",
+    ),
+    "states.pt": (
+        archive(
+            START
+            + entries(*(text(str(i)) + b"N" for i in range(10**5)))[2:-1]
+            + b"q\x00cargparse\nNamespace\nq\x01"
+            + b"h\x01)\x81h\x00b" * 10**4
+            + b"."
+        ),
+        "its pickle, with what its calls copy, has 4.* MB: expected at most 4.19 MB",
+    ),
+    "sparse.pt": (
+        archive(
+            START
+            + NESTED
+            + b"ctorch._utils\n_rebuild_sparse_tensor\nctorch.serialization\n_get_layout\n"
+            + text("torch.sparse_coo")
+            + b"\x85R"
+            + b"h\x0bh\x0b"
+            + numbers(3)
+            + b"\x87\x86R."
+        ),
+        CALLS.format("torch._utils._rebuild_sparse_tensor"),
+    ),
+    "cases.pt": (  # torch reads one record for all of these names
+        archive(
+            entries(
+                *(
+                    text(key) + tensor(key, 10**7, (1,), (1,))
+                    for key in map("".join, product("aA", "bB", "cC", "dD", "eE"))
+                )
+            ),
+            {"abcde": bytes(4 * 10**7)},
+        ),
+        "expands from .* kB to 1.28 GB",
+    ),
     "reads.pt": (
         archive(START + b"ctraceback\nFrameSummary\n(" + text("/dev/zero") + number(1) + text("a") + b"tR."),
         "more than .* values, first traceback.FrameSummary",
@@ -153,7 +201,7 @@ HOSTILE = {
     ),
     "two_sizes.pt": (
         archive(entries(ONE, text("w") + tensor("0", 2, (2,), (1,))), {"0": bytes(8)}),
-        "its storage 0 has two sizes",
+        r"'w' is \(2,\) with strides \(1,\) from number 0 on, in a storage of 4 bytes",
     ),
     "beyond.pt": (
         archive(entries(text("w") + tensor("0", 1, (3,), (1,)))),
@@ -162,7 +210,11 @@ HOSTILE = {
     "legacy_beyond.pt": (legacy(entries(text("w") + tensor("0", 1, (3,), (1,), True))), r"'w' is \(3,\) with strides"),
     "legacy_short.pt": (
         legacy(entries(text("w") + tensor("0", 10**9, (10**9,), (1,), True)), stored=10**9),
-        "its tensors have 4 GB, the file .* bytes",
+        "its storage 0 has .* bytes, and not 4 GB",
+    ),
+    "legacy_long.pt": (
+        legacy(START + b"}" * 10**7 + b"."),
+        "its pickle has 4.19 MB or more, max_bytes / 256; raise max",
     ),
     "length.safetensors": (safetensors(b"{", length=10**15), "its header has 1 PB, the file 9 bytes"),
     "empty.pt": (lambda path: path.touch(), "the file is empty"),
