@@ -134,7 +134,7 @@ def _cpu_operators() -> Check:
 
 
 def _other_version(facts: dict[str, Any]) -> str:
-    return f"compiled from sparsecnx {facts.get('version', '(unknown version)')}"
+    return f"compiled from sparsecnx {facts.get('version') or '(unknown version)'}"
 
 
 def _built_for(facts: dict[str, Any]) -> str:

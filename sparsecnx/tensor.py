@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from sparsecnx.backends.transforms import transforms_active
+from sparsecnx.common.memory import check_memory
 from sparsecnx.geometry.layout import Layout, TileSet
 from sparsecnx.geometry.masks import check_same_images
 from sparsecnx.geometry.packing import gather_rows, scatter_rows
@@ -82,6 +83,7 @@ class SparseTensor:
             raise ValueError(f"dense is {tuple(dense.shape)}: expected (B, C, *spatial)")
         if dense.shape[0] == 0:
             raise ValueError(f"dense is {tuple(dense.shape)}: expected at least one image in the batch")
+        check_memory(dense=dense)
         shape = tuple(dense.shape[2:])
         check_same_images(mask, dense, "dense")
         layout = Layout.from_mask(mask, shape, visible, count)
@@ -101,6 +103,9 @@ class SparseTensor:
             fill = self.features.new_full((channels,), fill)
         elif fill.shape != (channels,):
             raise ValueError(f"fill is {tuple(fill.shape)}: expected a number or ({channels},)")
+        else:
+            check_memory(fill=fill)
+        check_memory(features=self.features)
         return scatter_rows(self.features, self.layout, fill.to(self.dtype))
 
     def with_features(self, features: Tensor, layout: Layout | None = None) -> SparseTensor:

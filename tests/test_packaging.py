@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import setuptools
@@ -415,6 +416,17 @@ os.truncate(library, library.stat().st_size // 2)
 import sparsecnx.doctor
 print(sparsecnx.doctor._cpu_operators())
 
+# Without a record the library itself says how long it is.
+for record in ("{}", '{"libraries": null}', '{"libraries": {"_C.abi3.so": {"size": "2"}}}'):
+    (package / "_build.json").write_text(record)
+    for size in (library.stat().st_size, 100):
+        os.truncate(library, size)
+        print(sparsecnx.backends.compiled.load(package).reason)
+    shutil.copy(built, library)
+    os.truncate(library, library.stat().st_size // 2)
+shutil.copy(built, library)
+library_facts.main(package)
+
 shutil.copy(built, library)
 with open(library, "r+b") as file:
     file.seek(library.stat().st_size // 2)
@@ -437,17 +449,56 @@ def test_a_damaged_library_is_named_before_it_is_loaded(tmp_path: Path) -> None:
     result = run("-c", DAMAGED, tmp_path, built, ROOT / "csrc", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     size = built.stat().st_size
-    half, whole, repaired = result.stdout.splitlines()
+    half, *unrecorded, whole, repaired = result.stdout.splitlines()
     reason = "_C.abi3.so is damaged or was changed after the build:"
     found = f"{reason} it has {size // 2:,} bytes, {size:,} were built"
     assert half.startswith(
         f"Check(name='CPU operators', ok=False, detail='{found}', remedy='pip install --force-reinstall"
     )
+    said = [
+        f"{reason} it has {part}, its header says at least {size:,}" for part in (f"{size // 2:,} bytes", "100 bytes")
+    ]
+    assert unrecorded == 3 * said
     assert whole.startswith(f"Missing(reason='{reason} its content is not what was built', remedy='pip install")
     assert repaired == "None"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]"])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("dangling", "cannot be read: No such file or directory"),
+        ("loop", "cannot be read: Too many levels of symbolic links"),
+        ("folder", "is not a file"),
+        ("pipe", "is not a file"),
+        ("forbidden", "cannot be read: Permission denied"),
+    ],
+)
+def test_a_library_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, reason: str) -> None:
+    library = tmp_path / "_C.abi3.so"
+    if kind in ("dangling", "loop"):
+        library.symlink_to("nowhere" if kind == "dangling" else library)
+    elif kind == "folder":
+        library.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(library)
+    else:  # Root may read every file.
+        library.touch()
+        monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=PermissionError(13, "Permission denied")))
+    missing = compiled.load(tmp_path)
+    assert missing is not None and missing.reason == f"{library} {reason}"
+    assert missing.remedy.startswith("pip install --force-reinstall")
+
+
+def test_a_malformed_entry_of_the_record_is_no_entry(tmp_path: Path) -> None:
+    for text in ('{"libraries": null}', '{"libraries": {"_C.abi3.so": {"size": 1}}, "cpu_failure": {"reason": 1}}'):
+        (tmp_path / "_build.json").write_text(text)
+        info = compiled.build_info(tmp_path)
+        assert info is not None and info["libraries"] == {} and info["cpu_failure"] is info["version"] is None
+        missing = compiled.load(tmp_path)
+        assert missing is not None and missing.reason == "not compiled: installed without them"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
 def test_a_record_of_the_build_that_cannot_be_read_is_no_record(tmp_path: Path, text: str) -> None:
     (tmp_path / "_build.json").write_text(text)
     assert compiled.build_info(tmp_path) is None

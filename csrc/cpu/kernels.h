@@ -86,7 +86,8 @@ struct DepthwiseWeightGrad {
 // A depthwise convolution on an explicit kernel map.
 template <class S>
 struct MappedDepthwise {
-  const int32_t* map;  // (rows out, taps): row of x, -1 for none
+  const int32_t* map;      // (rows out, taps): row of x, -1 for none
+  const int32_t* inverse;  // (rows in, taps): row of out that reads it, or null
   int64_t taps, channels, rows_in;
   const S* x;
   const Compute<S>* weight;  // (taps, channels)
@@ -113,9 +114,10 @@ struct Kernels {
   void (*depthwise_weight_grad)(const DepthwiseWeightGrad<S>&, int64_t begin, int64_t end, int64_t from, int64_t to,
                                 A* weight_grad);
 
-  // Computes output rows [begin, end). Stops and returns false if an entry of the map is neither a row of x nor -1.
+  // Computes output rows [begin, end). Stops and returns false if an entry of the map is neither a row of x nor -1, or
+  // is not in the inverse map.
   bool (*mapped_depthwise)(const MappedDepthwise<S>&, int64_t begin, int64_t end);
-  // weight_grad (taps, channels) += contribution of output rows [begin, end). Returns false as above.
+  // weight_grad (taps, channels) += contribution of output rows [begin, end). Returns false if an entry is no row.
   bool (*mapped_depthwise_weight_grad)(const MappedDepthwiseWeightGrad<S>&, int64_t begin, int64_t end, A* weight_grad);
 
   // moments (rows, 2): mean and 1 / sqrt(var + eps) of each row.

@@ -3,6 +3,7 @@
 // A general convolution goes chunk by chunk: it gathers the rows under the kernel, then makes one GEMM. The input
 // gradient of the depthwise convolution is the same operator on the inverse map, which holds for every input row the
 // output row that reads it through each tap.
+#include <algorithm>
 #include <atomic>
 
 #include "op.h"
@@ -101,24 +102,53 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, co
 
 constexpr int64_t kRows = 64;  // A thread takes at least this many.
 
+// Returns how many entries of a map are not -1.
+int64_t count_reads(const int32_t* map, int64_t count) {
+  std::atomic<int64_t> total = 0;
+  parallel_for(0, count, 1 << 16,
+               [&](int64_t begin, int64_t end) { total += (end - begin) - std::count(map + begin, map + end, -1); });
+  return total;
+}
+
+// Raises and says how the maps differ.
+void contradict(const Mapped& shape, const int32_t* inverse) {
+  const int64_t reads = count_reads(shape.map, shape.rows_out * shape.taps);
+  int64_t missing = 0;
+  for (int64_t i = 0; i < shape.rows_out * shape.taps; ++i) {
+    const int64_t row = shape.map[i];
+    missing += row >= 0 && inverse[row * shape.taps + i % shape.taps] != i / shape.taps;
+  }
+  const int64_t others = count_reads(inverse, shape.rows_in * shape.taps) - (reads - missing);
+  STD_TORCH_CHECK(false, "sparsecnx: inverse_map contradicts kernel_map: ", missing, " of ", reads,
+                  " reads are not in it and it has ", others,
+                  " others; leave it out, or pass the inverse of this kernel_map");
+}
+
 Tensor mapped_depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                              const Tensor& kernel_map, const std::optional<Tensor>& inverse_map) {
   const Mapped shape = check_map(x, kernel_map);
   check_matrix(weight, "weight", shape.taps, shape.channels, x.scalar_type());
-  if (inverse_map)
-    check_matrix(*inverse_map, "inverse_map", shape.rows_in, shape.taps, ScalarType::Int);  // for backward
+  const int32_t* inverse = nullptr;  // The gradient gathers through it.
+  if (inverse_map) {
+    check_matrix(*inverse_map, "inverse_map", shape.rows_in, shape.taps, ScalarType::Int);
+    inverse = data<int32_t>(*inverse_map);
+  }
   Tensor out = empty({shape.rows_out, shape.channels}, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const std::vector<A> taps = widened<S>(weight);
     const A* offset = bias ? parameter<A>(*bias, "bias", shape.channels, x) : nullptr;
-    const MappedDepthwise<S> job{shape.map,  shape.taps,  shape.channels, shape.rows_in,
-                                 data<S>(x), taps.data(), offset,         data<S>(out)};
-    // The kernels check the map when they read it, while it is in cache.
+    const MappedDepthwise<S> job{shape.map,  inverse,     shape.taps, shape.channels, shape.rows_in,
+                                 data<S>(x), taps.data(), offset,     data<S>(out)};
+    // The kernels check the maps when they read them, while they are in cache.
     std::atomic<bool> good = true;
     parallel_for(0, shape.rows_out, kRows, [&](int64_t begin, int64_t end) {
       if (!kernels<S>().mapped_depthwise(job, begin, end)) good = false;
     });
     if (!good) check_range(kernel_map, "kernel_map", shape.rows_in);
+    // With as many entries as reads, an inverse map that has every read has no other.
+    const bool inverted = inverse == nullptr || (good && count_reads(shape.map, shape.rows_out * shape.taps) ==
+                                                             count_reads(inverse, shape.rows_in * shape.taps));
+    if (!inverted) contradict(shape, inverse);
   });
   return out;
 }

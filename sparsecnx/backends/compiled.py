@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,28 @@ def build_info(package: Path = PACKAGE) -> dict[str, Any] | None:
     version of the toolkit), `cuda_architectures` (as in TORCH_CUDA_ARCH_LIST) and `cuda_flags` describe the GPU
     operators and are None without them. `cpu_failure` and `cuda_failure` hold the `reason` and the `remedy` where
     operators could not be compiled. `libraries` holds `size` and `blake2b`, a digest, of each library by its file name.
+    An entry that is not of its type is left out, as if it were not recorded.
     """
     try:
         facts = json.loads((package / "_build.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return facts if isinstance(facts, dict) else None
+    if not isinstance(facts, dict):
+        return None
+    libraries = facts.get("libraries")
+    known: dict[str, Any] = {
+        "libraries": {
+            name: built
+            for name, built in (libraries if isinstance(libraries, dict) else {}).items()
+            if isinstance(built, dict) and type(built.get("size")) is int and isinstance(built.get("blake2b"), str)
+        }
+    }
+    for key in ("cpu_failure", "cuda_failure"):
+        failure = facts.get(key)
+        entries = (failure.get("reason"), failure.get("remedy")) if isinstance(failure, dict) else (None,)
+        known[key] = failure if all(isinstance(entry, str) for entry in entries) else None
+    texts = ("version", "compiler", "flags", "torch", "oldest_torch", "cuda", "cuda_architectures", "cuda_flags")
+    return known | {key: facts[key] if isinstance(facts.get(key), str) else None for key in texts}
 
 
 def load(package: Path = PACKAGE) -> Missing | None:
@@ -135,22 +152,43 @@ def find(name: str, package: Path = PACKAGE) -> Path | None:
 
 
 def damage(library: Path, remedy: str) -> Missing | None:
-    """Return what to report about a library that is not the one that was built; None if it is, or none is recorded.
+    """Return what to report about a library that cannot be read, or is not the one that was built; None if it is.
 
-    Loading half a library ends the process with SIGBUS. Comparing takes 1 ms for the CPU operators and 9 ms for those
-    of the GPU, of an import of seconds.
+    Loading half a library ends the process with SIGBUS. Without a record of the build, the library itself says how long
+    it is. Comparing takes 1 ms for the CPU operators and 9 ms for those of the GPU, of an import of seconds.
     """
-    built = (build_info(library.parent) or {}).get("libraries", {}).get(library.name)
-    if built is None:
-        return None
-    size, expected = library.stat().st_size, built["size"]
-    if size != expected:
-        found = f"it has {size:,} bytes, {expected:,} were built"
-    elif hashlib.blake2b(library.read_bytes()).hexdigest() != built["blake2b"]:
+    try:
+        if library.exists() and not library.is_file():
+            return Missing(f"{library} is not a file", remedy)
+        content = library.read_bytes()
+    except OSError as error:
+        return Missing(f"{library} cannot be read: {error.strerror}", remedy)
+    built = (build_info(library.parent) or {"libraries": {}})["libraries"].get(library.name)
+    size, least = len(content), elf_size(content)
+    if built is not None and size != built["size"]:
+        found = f"it has {size:,} bytes, {built['size']:,} were built"
+    elif built is not None and hashlib.blake2b(content).hexdigest() != built["blake2b"]:
         found = "its content is not what was built"
+    elif size < least:
+        found = f"it has {size:,} bytes, its header says at least {least:,}"
     else:
         return None
     return Missing(f"{library.name} is damaged or was changed after the build: {found}", remedy)
+
+
+def elf_size(content: bytes) -> int:
+    """Return the least size of a 64-bit library of Linux, by its header: that of its sections and what is mapped."""
+    if len(content) < 64 or not content.startswith(b"\x7fELF\x02\x01"):
+        return 0  # The loader refuses what is no library. Those of other systems have other headers.
+    segments, sections, _, _, segment_size, segment_count, section_size, section_count = struct.unpack_from(
+        "<QQIHHHHH", content, 32
+    )
+    least: int = max(sections + section_size * section_count, segments + segment_size * segment_count)
+    if least <= len(content) and segment_size == 56:
+        for at in range(segments, segments + segment_size * segment_count, segment_size):
+            offset, _, _, length = struct.unpack_from("<QQQQ", content, at + 8)
+            least = max(least, offset + length)
+    return least
 
 
 def load_library(library: Path, remedy: str) -> Missing | None:

@@ -12,14 +12,17 @@ def check_memory(**tensors: Tensor) -> None:
     Where one was freed or cut, as `x.untyped_storage().resize_(0)` does, torch's own functions end the process.
     """
     for name, x in tensors.items():
-        if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
             continue  # These have no memory of their own yet.
         try:
             bytes_there = x.untyped_storage().nbytes()
         except NotImplementedError:
             continue  # torch.func wraps tensors. What it wraps reaches the operators.
-        needed = (x.storage_offset() + x.numel()) * x.itemsize if x.is_contiguous() else 1
-        if x.numel() and bytes_there < needed:
+        if x.is_contiguous():
+            count = x.numel()
+        else:
+            count = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+        if bytes_there < (x.storage_offset() + count) * x.itemsize and x.numel() and not x._is_zerotensor():
             raise RuntimeError(
                 f"{name} has {x.numel()} elements, but its storage holds {bytes_there} bytes: it was freed or never"
                 f" allocated; call the operator, and its gradient, while {name} has its memory"

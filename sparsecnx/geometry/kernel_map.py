@@ -6,7 +6,6 @@ none. It describes any coordinates, strides, dilations and kernels.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,10 +48,6 @@ class MappedRows:
         )
 
 
-# The pairs of maps that `check_inverse_map` found right, by the identity of the inverse map, with the versions of both.
-_checked: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor], int, int]] = {}
-
-
 def check_kernel_map(kernel_map: Tensor, rows: int, name: str = "kernel_map") -> None:
     """Raise RuntimeError unless every entry is -1 or one of `rows` rows.
 
@@ -69,36 +64,26 @@ def check_kernel_map(kernel_map: Tensor, rows: int, name: str = "kernel_map") ->
 
 
 def check_inverse_map(kernel_map: Tensor, inverse_map: Tensor) -> None:
-    """Raise RuntimeError unless `inverse_map` is the inverse of `kernel_map`.
+    """Raise RuntimeError unless `inverse_map` is the inverse of `kernel_map`, both in range.
 
-    Only maps on the CPU outside torch.compile are compared, and each pair once, as long as neither is changed.
+    On a GPU nothing waits for values: an assertion fails later.
     """
-    if not (_readable(kernel_map) and _readable(inverse_map)):
-        return
-    key = id(inverse_map)
-    known = _checked.get(key)
-    if (
-        known is not None
-        and (known[0]() is inverse_map and known[1]() is kernel_map)
-        and known[2:] == (inverse_map._version, kernel_map._version)
-    ):
-        return
-    check_memory(inverse_map=inverse_map)
+    check_memory(kernel_map=kernel_map, inverse_map=inverse_map)
     check_kernel_map(kernel_map, inverse_map.shape[0])
+    check_kernel_map(inverse_map, kernel_map.shape[0], "inverse_map")
     present = kernel_map >= 0
-    reader = torch.arange(kernel_map.shape[0], dtype=torch.int32)[:, None]
+    reader = torch.arange(kernel_map.shape[0], dtype=torch.int32, device=kernel_map.device)[:, None]
     # Without input rows there is nothing to gather from.
     back = inverse_map.gather(0, kernel_map.clamp(min=0).long()) if inverse_map.shape[0] else kernel_map
-    wrong = int(((back != reader) & present).sum())
-    extra = int((inverse_map != -1).sum()) - int(present.sum())
-    if wrong or extra:
+    missing, reads = ((back != reader) & present).sum(), present.sum()
+    others = (inverse_map >= 0).sum() - (reads - missing)
+    if not _readable(kernel_map):
+        torch._assert_async((missing == 0) & (others == 0), "inverse_map contradicts kernel_map")
+    elif missing or others:
         raise RuntimeError(
-            f"inverse_map contradicts kernel_map: {wrong} of {int(present.sum())} reads are not in it"
-            f" and it has {extra + wrong} others; leave it out, or pass the inverse of this kernel_map"
+            f"inverse_map contradicts kernel_map: {int(missing)} of {int(reads)} reads are not in it"
+            f" and it has {int(others)} others; leave it out, or pass the inverse of this kernel_map"
         )
-    if not (kernel_map.is_inference() or inverse_map.is_inference()):  # Those count no versions.
-        gone = weakref.ref(inverse_map, lambda _: _checked.pop(key, None))
-        _checked[key] = gone, weakref.ref(kernel_map), inverse_map._version, kernel_map._version
 
 
 def _readable(value: Tensor) -> bool:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from sparsecnx.common.memory import check_memory
+
 
 def visible_count(cells: int, ratio: float, name: str = "ratio") -> int:
     """Return the tiles kept of `cells` at a mask ratio: `int(cells * (1 - ratio))`, 19 of 49 at 0.6.
@@ -71,6 +73,7 @@ def check_mask(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"{_describe(mask)}: expected a bool tensor (B, {math.prod(grid)}), True = masked")
+    check_memory(mask=mask)
     shape = tuple(mask.shape)
     if mask.ndim == 0 or shape[1:] not in ((math.prod(grid),), tuple(grid)):
         batch, name = shape[0] if shape else "B", format_shape(grid)

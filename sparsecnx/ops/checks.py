@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparsecnx.backends.dispatch import Rows
 from sparsecnx.common.dtypes import FLOATING, statistics_dtype
+from sparsecnx.common.memory import check_memory
 from sparsecnx.geometry.kernel_map import MappedRows
 from sparsecnx.tensor import SparseTensor
 
@@ -20,6 +21,7 @@ def check_sparse(x: object, name: str = "x") -> None:
     if not isinstance(x, SparseTensor):
         raise TypeError(f"{name} is a {type(x).__name__}: expected a SparseTensor")
     _check_floating(x.dtype, name)
+    check_memory(**{name: x.features})
 
 
 def check_mapped(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> MappedRows:
@@ -33,6 +35,7 @@ def check_mapped(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | Non
         if not isinstance(value, Tensor) and not (value is None and name == "inverse_map"):
             raise TypeError(f"{name} is a {type(value).__name__}: expected a tensor")
     _check_floating(features.dtype, "features")
+    check_memory(features=features)
     if features.ndim != 2:
         raise ValueError(f"features is {tuple(features.shape)}: expected (rows_in, C)")
     x = MappedRows(features, kernel_map, inverse_map)
@@ -69,9 +72,10 @@ def check_vector(value: Tensor, name: str, channels: int, x: Rows) -> None:
 
 
 def check_device(value: Tensor, name: str, x: Rows) -> None:
-    """Raise ValueError unless `value` lies on the device of `x`."""
+    """Raise ValueError unless `value` lies on the device of `x`, RuntimeError unless its storage holds it."""
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device}: {_argument(x)} is on {x.device}")
+    check_memory(**{name: value})
 
 
 def check_same_dtype(x: Rows, name: str, value: Tensor) -> None:

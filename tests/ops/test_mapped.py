@@ -371,22 +371,59 @@ def test_a_gpu_kernel_makes_nan_of_an_entry_that_is_no_row(backend, operator):
         assert out.isnan().all(1).nonzero().flatten().tolist() == [15] and out.isnan().any(1).sum() == 1
 
 
-@on_backends(("cpu", "reference"))
-def test_an_inverse_map_that_contradicts_the_kernel_map(backend, operator):
+@needs_cpu
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_an_inverse_map_that_contradicts_the_kernel_map(way):
     kernel_map = random_map(20, 15, 4, 0.6)
     right = inverse(kernel_map, 20)
+    values = mapped_values("mapped_depthwise_conv", kernel_map, 20, 3)
+    array = right.numpy().copy()
+    taken = torch.from_numpy(array)  # A change of the array is no new version of the tensor.
+    torch._dynamo.reset()
+    function = ops.mapped_depthwise_conv
+    if way == "compiled":
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with_gradients(function, values, kernel_map=kernel_map, inverse_map=taken)
+    row, tap = (right >= 0).nonzero()[0].tolist()
+    for at, entry, reads in (((row, tap), -1, 1), ((right < 0).nonzero()[0].tolist(), 3, 0)):
+        array[:] = right.numpy()
+        array[tuple(at)] = entry
+        message = (
+            rf"inverse_map contradicts kernel_map: {reads} of \d+ reads are not in it and it has {1 - reads} others"
+        )
+        with pytest.raises(RuntimeError, match=message if way == "eager" else "inverse_map contradicts kernel_map"):
+            with_gradients(function, values, kernel_map=kernel_map, inverse_map=taken)
+
+
+@on_backends(("cpu", "reference"))
+def test_an_inverse_map_that_nothing_reads_changes_nothing(backend, operator):
+    """Without a gradient it is not compared either: comparing would cost as much as the operator."""
+    kernel_map = random_map(20, 15, 4, 0.6)
     values = mapped_values(operator, kernel_map, 20, 3)
-    taken = right.clone()
+    wrong = inverse(kernel_map, 20).flip(0)
     with use_backend(backend):
-        getattr(ops, operator)(kernel_map=kernel_map, inverse_map=taken, **values)
-        row, tap = (right >= 0).nonzero()[0].tolist()
-        for at, entry, reads in (((row, tap), -1, 1), ((right < 0).nonzero()[0].tolist(), 3, 0)):
-            taken.copy_(right)[tuple(at)] = entry  # A pair that was right is compared again once it has changed.
-            message = (
-                rf"inverse_map contradicts kernel_map: {reads} of \d+ reads are not in it and it has {1 - reads} others"
-            )
-            with pytest.raises(RuntimeError, match=message):
-                getattr(ops, operator)(kernel_map=kernel_map, inverse_map=taken, **values)
+        expected = run_mapped(operator, values, kernel_map)
+        out = getattr(ops, operator)(kernel_map=kernel_map, inverse_map=wrong, **values)
+        assert torch.equal(out, expected["output"])
+        if (backend, operator) != ("cpu", "mapped_depthwise_conv"):
+            assert_same(run_mapped(operator, values, kernel_map, wrong), expected, 1e-12)
+
+
+@pytest.mark.parametrize("how", ["freed", "cut", "cut, strided"])
+@on_backends(("cpu", "reference"))
+def test_a_tensor_without_its_memory_is_named(backend, operator, how):
+    """Plain torch would read the memory of others, or end the process."""
+    kernel_map = random_map(20, 15, 4, 0.6)
+    values = mapped_values(operator, kernel_map, 20, 3)
+    arguments = {**values, "kernel_map": kernel_map, "inverse_map": inverse(kernel_map, 20)}
+    for key in arguments:
+        x = arguments[key]
+        x = x.mT.contiguous().mT if how == "cut, strided" and x.ndim > 1 else x.clone()
+        x.untyped_storage().resize_(0 if how == "freed" else x.untyped_storage().nbytes() - x.itemsize)
+        said = pytest.raises(RuntimeError, match=rf"^{key} has {x.numel()} elements, but its storage holds")
+        for autocast in (False, True):  # which casts before the operator runs
+            with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=autocast), said:
+                getattr(ops, operator)(**{**arguments, key: x})
 
 
 @needs_cpu
@@ -394,7 +431,9 @@ def test_a_gradient_refuses_an_inverse_map_that_contradicts_the_kernel_map():
     kernel_map = random_map(20, 15, 4, 0.6)
     x, weight = torch.randn(20, 3, requires_grad=True), torch.randn(4, 3)
     wrong = inverse(kernel_map, 20).flip(0)
-    out = torch.ops.sparsecnx.mapped_depthwise_conv(x, weight, None, kernel_map, wrong)
+    with pytest.raises(RuntimeError, match="inverse_map contradicts kernel_map"):
+        torch.ops.sparsecnx.mapped_depthwise_conv(x, weight, None, kernel_map, wrong)
+    out = ops.mapped_depthwise_conv(x, weight, kernel_map, wrong)
     with pytest.raises(RuntimeError, match="inverse_map contradicts kernel_map"):
         out.sum().backward()
 

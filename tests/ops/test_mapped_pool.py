@@ -116,8 +116,8 @@ def test_opcheck():
     operators = torch.ops.sparsecnx_mapped
     for inverse_map in (None, inverse(kernel_map, 20)):
         torch.library.opcheck(operators.max_pool.default, (features, kernel_map, inverse_map))
-    _, winner = operators.max_pool(features, kernel_map, None)
-    torch.library.opcheck(operators.max_pool_backward.default, (torch.randn(15, 8), winner, inverse(kernel_map, 20)))
+        arguments = (torch.randn(15, 8), operators.max_pool(features, kernel_map, None)[1], kernel_map, inverse_map, 20)
+        torch.library.opcheck(operators.max_pool_backward.default, arguments)
 
 
 @MODES
@@ -137,15 +137,45 @@ def test_maps_of_other_rows_are_refused(mode):
         ops.mapped_pool(features, kernel_map, mode)
     kernel_map[2, 1] = -1
     wrong = inverse(kernel_map, 6).flip(0)
-    with pytest.raises(RuntimeError, match="inverse_map contradicts kernel_map"):
-        ops.mapped_pool(features, kernel_map, mode, wrong)
-    operators = torch.ops.sparsecnx_mapped
-    with pytest.raises(RuntimeError, match="inverse_map contradicts kernel_map"):
-        operators.max_pool(features, kernel_map, wrong)[0].sum().backward()
+    torch._dynamo.reset()
+    operators, compiled = torch.ops.sparsecnx_mapped, torch.compile(ops.mapped_pool, backend="aot_eager")
+    for pool in (ops.mapped_pool, compiled):
+        with pytest.raises(RuntimeError, match="inverse_map contradicts kernel_map"):
+            pool(features, kernel_map, mode, wrong).sum().backward()
     out, winner = operators.max_pool(features.detach(), kernel_map, None)
     wrong[0, 0] = 5
     with pytest.raises(RuntimeError, match=r"inverse_map has entries from -1 to 5, expected -1 to 4"):
-        operators.max_pool_backward(out, winner, wrong)
+        operators.max_pool_backward(out, winner, kernel_map, wrong, 6)
+
+
+@MODES
+def test_a_changed_inverse_map_is_compared_again(mode):
+    """Writing to `data` or to the array of a tensor is no new version of it."""
+    kernel_map = torch.tensor([[0], [1]], dtype=torch.int32)
+    features, inverse_map = torch.randn(2, 1, requires_grad=True), kernel_map.clone()
+    out = ops.mapped_pool(features, kernel_map, mode, inverse_map)
+    out.sum().backward()
+    inverse_map.data[:] = kernel_map.flip(0)
+    with pytest.raises(RuntimeError, match="inverse_map contradicts kernel_map"):
+        ops.mapped_pool(features, kernel_map, mode, inverse_map).sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("left", [0, 4, 16])
+def test_a_tensor_without_its_memory_is_named(backend, left):
+    """Plain torch would read the memory of others, or end the process."""
+    operators = torch.ops.sparsecnx_mapped
+    kernel_map = torch.arange(8, dtype=torch.int32).flip(0)[:, None].contiguous()
+    given = {"features": torch.randn(8, 4), "kernel_map": kernel_map, "inverse_map": kernel_map.clone()}
+    kept = {"grad": torch.randn(8, 4), "winner": torch.zeros(8, 4).int(), **given, "rows_in": 8}
+    del kept["features"]
+    cases = [(ops.mapped_pool, {**given, "mode": mode}) for mode in ("sum", "avg", "max")]
+    for function, arguments in [*cases, (operators.max_pool_backward, kept)]:
+        for name in [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]:
+            x = arguments[name].clone()
+            x.untyped_storage().resize_(left)
+            with use_backend(backend), pytest.raises(RuntimeError, match=rf"^{name} has .* its storage holds {left} b"):
+                function(**{**arguments, name: x})
 
 
 def test_what_does_not_fit_is_refused():

@@ -11,7 +11,6 @@ from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.common.dtypes import statistics_dtype
-from sparsecnx.geometry.kernel_map import MappedRows, check_inverse_map
 from sparsecnx.ops.checks import autocast, check_device, check_mapped, check_same_dtype, check_vector, checked_vector
 from sparsecnx.ops.mapped import cpu, reference
 from sparsecnx.ops.mapped.maximum import maximum
@@ -32,14 +31,6 @@ depthwise_operator = Operator(
 )
 
 
-def _checked(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> MappedRows:
-    """Check what the operators share, and that an inverse map belongs to its kernel map."""
-    x = check_mapped(features, kernel_map, inverse_map)
-    if inverse_map is not None:
-        check_inverse_map(kernel_map, inverse_map)
-    return x
-
-
 def mapped_conv(
     features: Tensor,
     weight: Tensor,
@@ -55,8 +46,8 @@ def mapped_conv(
         kernel_map: int32 `(rows_out, K)`: for every output row and tap the input row that is read, -1 where there is
             none. No two output rows may read the same input row through the same tap.
         inverse_map: int32 `(rows_in, K)`: for every input row and tap the output row that reads it, -1 where none
-            does; where None it is computed if a gradient needs it. Give it where one map serves many calls. On the CPU
-            it is compared with `kernel_map` the first time, outside torch.compile.
+            does; where None it is computed if a gradient needs it. Give it where one map serves many calls. Where a
+            gradient gathers through it, it is compared with `kernel_map`.
         bias: `(C_out,)`, added to every output row, or None.
 
     Returns:
@@ -65,10 +56,11 @@ def mapped_conv(
     Raises:
         TypeError: an argument is not a tensor, a map not int32, or dtypes differ outside autocast.
         ValueError: a shape does not fit, or devices differ.
-        RuntimeError: an entry of `kernel_map` is neither -1 nor a row of `features`, or `inverse_map` contradicts it.
-            On a GPU nothing waits for the maps: there an entry that is no row gives NaN, or an assertion fails.
+        RuntimeError: an entry of `kernel_map` is neither -1 nor a row of `features`, or a gradient finds that
+            `inverse_map` contradicts it; or the storage of a tensor was freed. On a GPU nothing waits for the maps:
+            there an entry that is no row gives NaN, or an assertion fails.
     """
-    x = _checked(features, kernel_map, inverse_map)
+    x = check_mapped(features, kernel_map, inverse_map)
     channels, taps = features.shape[1], kernel_map.shape[1]
     if weight.ndim != 3 or weight.shape[:2] != (taps, channels):
         raise ValueError(
@@ -108,7 +100,7 @@ def mapped_depthwise_conv(
     Raises:
         TypeError, ValueError, RuntimeError: as `mapped_conv`.
     """
-    x = _checked(features, kernel_map, inverse_map)
+    x = check_mapped(features, kernel_map, inverse_map)
     channels, taps = features.shape[1], kernel_map.shape[1]
     if weight.shape != (taps, channels):
         raise ValueError(f"weight is {tuple(weight.shape)}: expected (K, C), here ({taps}, {channels})")
@@ -143,7 +135,7 @@ def mapped_pool(features: Tensor, kernel_map: Tensor, mode: str, inverse_map: Te
     """
     if mode not in POOL_MODES:
         raise ValueError(f"mode is {mode!r}: expected 'sum', 'avg' or 'max'")
-    x = _checked(features, kernel_map, inverse_map)
+    x = check_mapped(features, kernel_map, inverse_map)
     if mode == "max":
         return maximum(features, kernel_map, inverse_map)
     if mode == "avg":

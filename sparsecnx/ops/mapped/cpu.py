@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
+from sparsecnx.common.memory import check_memory
 from sparsecnx.geometry.kernel_map import MappedRows, check_inverse_map, invert_kernel_map
 from sparsecnx.ops import flops
 from sparsecnx.ops.convolution import cpu as _convolution  # noqa: F401 - registers torch.ops.sparsecnx.conv
@@ -24,10 +25,21 @@ def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def mapped_depthwise_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return features `(rows_out, C)`; `weight (K, C)`, `bias (C,)`."""
-    inverse_map = None if x.inverse_map is None else x.inverse_map.contiguous()
-    return torch.ops.sparsecnx.mapped_depthwise_conv(
-        x.features.contiguous(), weight.contiguous(), bias, x.kernel_map.contiguous(), inverse_map
-    )
+    arguments = x.features.contiguous(), weight.contiguous(), bias, x.kernel_map.contiguous()
+    if x.inverse_map is None:
+        return torch.ops.sparsecnx.mapped_depthwise_conv(*arguments, None)
+    return torch.ops.sparsecnx_mapped.depthwise_conv_kept(*arguments, x.inverse_map.contiguous())
+
+
+def _depthwise_conv_kept(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor, inverse_map: Tensor
+) -> Tensor:
+    """Keep the inverse map for the gradient. The compiled operator would compare it, here for nothing."""
+    if inverse_map.dtype != torch.int32 or inverse_map.shape != (x.shape[0], kernel_map.shape[1]):
+        raise ValueError(f"inverse_map is {inverse_map.dtype} {tuple(inverse_map.shape)}: expected int32 (rows_in, K)")
+    check_memory(inverse_map=inverse_map)
+    out: Tensor = torch.ops.sparsecnx.mapped_depthwise_conv(x, weight, bias, kernel_map, None)
+    return out
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
@@ -35,11 +47,17 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     grads: dict[str, Tensor | None] = {}
     if "x" in saved.needs:
         # The adjoint reads the map the other way: every input row gathers from the output rows that read it.
+        # The kernel compares both maps as it reads them. One that is computed here needs no comparison.
         if inverse_map is None:
-            inverse_map = invert_kernel_map(kernel_map, x.shape[0])
+            inverse_map, given = invert_kernel_map(kernel_map, x.shape[0]), None
         else:
-            check_inverse_map(kernel_map, inverse_map)
-        grads["x"] = torch.ops.sparsecnx.mapped_depthwise_conv(grad, saved.weight, None, inverse_map, kernel_map)
+            given = kernel_map
+        try:
+            grads["x"] = torch.ops.sparsecnx.mapped_depthwise_conv(grad, saved.weight, None, inverse_map, given)
+        except RuntimeError:
+            if given is not None:
+                check_inverse_map(kernel_map, inverse_map)  # which calls the maps by their names
+            raise
     if "weight" in saved.needs:
         grads["weight"] = torch.ops.sparsecnx.mapped_depthwise_conv_weight_grad(grad, x, kernel_map)
     if "bias" in saved.needs:
@@ -51,6 +69,15 @@ if compiled.loaded:
     register(
         "sparsecnx::mapped_depthwise_conv",
         sizes={"x": "rows C", "kernel_map": "rows_out K", "weight": "K C", "bias": "C"},
+        fake=lambda x, weight, bias, kernel_map, inverse_map: x.new_empty(kernel_map.shape[0], x.shape[1]),
+        saves=("x", "weight", "bias", "kernel_map", "inverse_map"),
+        backward=_backward,
+        flops=flops.mapped_depthwise_conv,
+    )
+    register(
+        "sparsecnx_mapped::depthwise_conv_kept",
+        public="mapped_depthwise_conv",
+        function=_depthwise_conv_kept,
         fake=lambda x, weight, bias, kernel_map, inverse_map: x.new_empty(kernel_map.shape[0], x.shape[1]),
         saves=("x", "weight", "bias", "kernel_map", "inverse_map"),
         backward=_backward,
