@@ -5,7 +5,7 @@ from __future__ import annotations
 import fuzz_operators
 from cases import needs_cpu
 
-CALLS = 450
+CALLS = 600
 
 
 @needs_cpu
