@@ -2,6 +2,6 @@
 
 import sys
 
-from sparsecnx.cli import main
+from sparsecnx_command import main
 
 sys.exit(main())

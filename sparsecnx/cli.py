@@ -282,8 +282,11 @@ def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
 
 def _size(text: str) -> int | tuple[int, int]:
     """Read `224` or `192x320`."""
-    height, cross, width = text.partition("x")
-    return (int(height), int(width)) if cross else int(height)
+    sides = text.split("x")
+    if not all(side.isdecimal() for side in sides) or len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a side such as 224, or 192x320 for height and width")
+    height, width = int(sides[0]), int(sides[-1])
+    return height if height == width else (height, width)
 
 
 def _require_train_extra() -> None:

@@ -7,6 +7,7 @@ import importlib.metadata
 import itertools
 import platform
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,10 +80,17 @@ def report() -> str:
     found = checks()
     width = max(len(check.name) for check in found)
     for check in found:
-        lines.append(f"{'ok' if check.ok else '--'}  {check.name:{width}}  {check.detail}")
+        begin, indent = f"{'ok' if check.ok else '--'}  {check.name:{width}}  ", " " * (width + 6)
+        lines += _wrapped(begin + check.detail, indent)
         if check.remedy is not None:
-            lines.append(f"{'':{width + 6}}-> {check.remedy}")
+            lines += _wrapped(f"{indent}-> {check.remedy}", f"{indent}   ")
     return "\n".join(lines)
+
+
+def _wrapped(line: str, indent: str) -> list[str]:
+    """Break a long line between words."""
+    options = {"break_long_words": False, "break_on_hyphens": False, "drop_whitespace": True}
+    return textwrap.wrap(line, 120, subsequent_indent=indent, **options)
 
 
 def _torch() -> Check:

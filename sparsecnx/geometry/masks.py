@@ -77,7 +77,7 @@ def check_mask(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
     shape = tuple(mask.shape)
     if mask.ndim == 0 or shape[1:] not in ((math.prod(grid),), tuple(grid)):
         batch, name = shape[0] if shape else "B", format_shape(grid)
-        raise ValueError(f"mask is {shape}: a {name} grid needs {(batch, math.prod(grid))}")
+        raise ValueError(f"mask is {shape}: a {name} grid needs {(batch, math.prod(grid))} or {(batch, *grid)}")
     return mask.flatten(1) if mask.ndim > 2 else mask.reshape(shape[0], math.prod(grid))
 
 

@@ -92,8 +92,8 @@ class FCMAE(nn.Module):
             TypeError, ValueError: an argument does not fit; the message names it.
         """
         grid = self.grid(images)
-        if isinstance(mask_ratio, Tensor):
-            raise TypeError("mask_ratio is a tensor: expected a number; a mask is given as mask=")
+        if not isinstance(mask_ratio, (int, float)):
+            raise TypeError(f"mask_ratio is a {type(mask_ratio).__name__}: expected a number; a mask is given as mask=")
         if mask is None:
             visible = visible_count(grid[0] * grid[1], mask_ratio, "mask_ratio")
             if visible == grid[0] * grid[1]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 
 from sparsecnx import ops
+from sparsecnx.ops.global_response_norm.groups import check_scope
 from sparsecnx.tensor import SparseTensor
 
 
@@ -126,6 +127,7 @@ class GRN(torch.nn.Module):
 
     def __init__(self, num_channels: int, scope: str = "sample", eps: float = 1e-6) -> None:
         super().__init__()
+        check_scope(scope)
         self.scope = scope
         self.eps = eps
         self.gamma = torch.nn.Parameter(torch.zeros(1, 1, 1, num_channels))

@@ -84,7 +84,8 @@ def check(state: Mapping[str, Any]) -> Contents:
     except InputError as error:
         raise CheckpointError(f"data.images is {data.images}: too few for its recipe, whose {error}") from error
     step, last = state["step"], steps_per_epoch * recipe.epochs
-    _expect("step", step, _is_whole(step) and 1 <= step <= last, f"a whole number from 1 to {last}")
+    first = max(1, recipe.first_epoch * steps_per_epoch)
+    _expect("step", step, _is_whole(step) and first <= step <= last, f"a whole number from {first} to {last}")
     epoch = state["epoch"]
     expected = step / steps_per_epoch
     _expect("epoch", epoch, isinstance(epoch, float) and math.isclose(epoch, expected), f"{expected!r} at step {step}")

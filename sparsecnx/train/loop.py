@@ -29,7 +29,7 @@ from sparsecnx.train.images import PHOTOGRAPH_REPEATS, Fingerprint, ImageSet, fi
 from sparsecnx.train.loader import WorkersError, load_batches
 from sparsecnx.train.lock import locked
 from sparsecnx.train.log import LOG, LogError, RunLog, StepRecord
-from sparsecnx.train.recipe import BETAS, Recipe, build_model, learning_rate, param_groups, small_data
+from sparsecnx.train.recipe import BETAS, MANY, Recipe, build_model, learning_rate, param_groups, small_data
 
 # Steps times the peak learning rate of a run that learns little. `make demo` has 0.7, the published runs have 600.
 LEAST_TRAINING = 0.2
@@ -72,16 +72,19 @@ class Options:
                 raise InputError(field, getattr(self, field), "expected 1 or more")
         if self.workers is not None and self.workers < 0:
             raise InputError("workers", self.workers, "expected 0 or more")
-        if self.extend is not None and (self.extend < 1 or self.resume is None):
-            raise InputError("extend", self.extend, "expected 1 or more epochs, together with --resume")
+        for field in ("data", "output", "resume"):
+            if getattr(self, field) == "":
+                raise InputError(field, "''", "expected a name")
+        if self.extend is not None and (not 1 <= self.extend <= MANY or self.resume is None):
+            raise InputError("extend", self.extend, f"expected 1 to {MANY} epochs, together with --resume")
         if re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
             raise InputError("device", self.device, "expected auto, cpu, cuda or one GPU such as cuda:1")
         if self.device.startswith("cuda"):
             seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-            if torch.device(self.device).index in (None, *range(seen)) and seen:
-                return
-            devices = f"{seen} CUDA devices, cuda:0 to cuda:{seen - 1}" if seen else "no CUDA device"
-            raise InputError("device", self.device, f"this torch sees {devices}; expected one of them, auto or cpu")
+            if seen == 0:
+                raise InputError("device", self.device, "this torch sees no CUDA device; expected auto or cpu")
+            if int(self.device.partition(":")[2] or 0) >= seen:
+                raise InputError("device", self.device, f"this torch sees cuda:0 to cuda:{seen - 1}")
 
 
 def pretrain(options: Options, given: Mapping[str, Any]) -> int:
@@ -105,19 +108,25 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
         notes = [] if problem is None else [f"cannot lock the output ({problem}): start no other run in it"]
         source = _source(folder, resume)
         if source is None:
+            if options.extend is not None:
+                raise InputError(
+                    "extend", options.extend, f"there is no run in {folder.folder}; expected a finished one"
+                )
             images = wheel_photographs() if options.data is None else find_images(options.data)
-            repeats = {"epoch_repeats": PHOTOGRAPH_REPEATS} if options.data is None else {}
-            recipe = Recipe(**{**repeats, **_chosen(options, images, given)})
+            defaults = {"epoch_repeats": PHOTOGRAPH_REPEATS} if options.data is None else {}
+            if options.small_data:
+                defaults = small_data(len(images.names))
+            recipe = Recipe(**{**defaults, **given})
             return Trainer(recipe, images, images.fingerprint(), folder, options, notes).run()
 
         saved = _read_resumed(source)
         where = saved.data.folder if options.data is None else options.data
         images = wheel_photographs() if where is None else find_images(where)
-        saved.recipe.refuse_change(_chosen(options, images, given))
-        if options.extend is not None:
-            saved = saved._replace(recipe=_extended(saved, options.extend))
         fingerprint = images.fingerprint()
         _expect_same_images(saved.data, images, fingerprint, "resume" if options.data is None else "data")
+        if options.extend is not None:
+            saved = saved._replace(recipe=_extended(saved, options.extend, given.get("warmup_epochs")))
+        saved.recipe.refuse_change(given)
         if saved.data.sizes is None or saved.data.contents is None:
             notes.append(f"{source.name} is of an earlier version: changed images under the same names are not noticed")
         if not has_checksums(source):
@@ -127,19 +136,17 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
         return trainer.run()
 
 
-def _chosen(options: Options, images: ImageSet, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of the recipe that the user chose, with those that --small-data chooses."""
-    return {**(small_data(len(images.names)) if options.small_data else {}), **given}
-
-
-def _extended(saved: Contents, epochs: int) -> Recipe:
+def _extended(saved: Contents, epochs: int, warmup_epochs: float | None) -> Recipe:
     """Return the recipe of a finished run with so many more epochs, in which the schedule begins again."""
     recipe, last = saved.recipe, saved.recipe.steps_per_epoch(saved.data.images) * saved.recipe.epochs
     if saved.step < last:
         raise InputError(
             "extend", epochs, f"the run is at step {saved.step} of {last}; --resume without it finishes it"
         )
-    return replace(recipe, first_epoch=recipe.epochs, epochs=recipe.epochs + epochs, warmup_epochs=None)
+    if warmup_epochs is not None and not 0 <= warmup_epochs <= epochs:
+        raise InputError("warmup_epochs", warmup_epochs, f"expected 0 to --extend, {epochs}")
+    last_epoch = recipe.epochs + epochs
+    return replace(recipe, first_epoch=recipe.epochs, epochs=last_epoch, warmup_epochs=warmup_epochs)
 
 
 def _place(options: Options) -> tuple[CheckpointFolder, Path | str | None]:
@@ -396,11 +403,16 @@ class Trainer:
     def _hints(self) -> list[str]:
         """Return what the user of a small data set should know."""
         r, hints = self.recipe, []
-        steps = self.total_steps - r.first_epoch * self.steps_per_epoch
-        if steps * r.peak_lr < LEAST_TRAINING:
+        first = r.first_epoch * self.steps_per_epoch
+        steps = self.total_steps - first
+        if self.step == self.total_steps:
+            hints.append("the run is finished; --extend EPOCHS trains it on")
+        elif self.step == first and steps * r.peak_lr < LEAST_TRAINING:
             problem = f"hint: {steps} steps at a learning rate of at most {r.peak_lr:.2g} hardly train a network"
-            hints.append(f"{problem}; --small-data is a recipe for few images")
-        if self.options.compile:
+            small = self.options.small_data or first
+            remedy = "more --epochs or --epoch-repeats help" if small else "--small-data is a recipe for few images"
+            hints.append(f"{problem}; {remedy}")
+        if self.options.compile and self.step < self.total_steps:
             hints.append("torch.compile runs in the first step, which takes a minute or more")
         return hints
 

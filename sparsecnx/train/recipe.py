@@ -106,8 +106,9 @@ class Recipe:
             self._expect("image_size", side > 0 and side % PATCH_SIZE == 0, multiple)
         largest = f"at most --max-pixels, {self.max_pixels}, in a crop"
         self._expect("image_size", math.prod(self.size) <= self.max_pixels, largest)
-        self._expect("mask_ratio", 0 <= self.mask_ratio < 1, "0 <= ratio < 1")
         patches = math.prod(self.grid)
+        self._expect("image_size", patches > 1, f"more than one patch of {PATCH_SIZE} x {PATCH_SIZE} pixels")
+        self._expect("mask_ratio", 0 <= self.mask_ratio < 1, "0 <= ratio < 1")
         some = f"a ratio that masks some of the {patches} patches of an image of {self.pixels} pixels, not all"
         self._expect("mask_ratio", 0 < int(patches * (1 - self.mask_ratio)) < patches, some)
 
@@ -119,14 +120,15 @@ class Recipe:
                 continue
             classes, name = KINDS[kind.removesuffix(" | None")]
             parts = value if isinstance(value, tuple) else (value,)
-            whole = tuple not in classes or (all(type(part) is int for part in parts) and len(parts) in (1, 2))
+            whole = tuple not in classes or (
+                all(type(part) is int for part in parts) and (parts[0] is value or len(parts) == 2)
+            )
             if not isinstance(value, classes) or (isinstance(value, bool) and kind != "bool") or not whole:
                 raise InputError(field.name, shown(value), f"expected {name}")
 
     def _expect(self, field: str, holds: bool, expected: str) -> None:
         if not holds:
-            value = getattr(self, field)
-            raise InputError(field, value if isinstance(value, str) else shown(value), f"expected {expected}")
+            raise InputError(field, _typed(getattr(self, field)), f"expected {expected}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -142,7 +144,7 @@ class Recipe:
     @property
     def pixels(self) -> str:
         """Return the size of the training crop in words: `224` or `192x320`."""
-        return "x".join(map(str, self.size)) if isinstance(self.image_size, tuple) else str(self.image_size)
+        return _typed(self.image_size)
 
     @property
     def visible(self) -> int:
@@ -175,7 +177,7 @@ class Recipe:
         if samples < self.effective_batch:
             accumulated = "" if self.grad_accum_steps == 1 else f" (x {self.grad_accum_steps} accumulated)"
             epoch = f"{samples} images of an epoch ({images} images x --epoch-repeats {self.epoch_repeats})"
-            remedy = "--small-data fits both, or a larger --epoch-repeats shows each image more often"
+            remedy = "a larger --epoch-repeats shows each image more often, --small-data sets both for few images"
             problem = f"expected at most the {epoch}; {remedy}"
             raise InputError("batch_size", f"{self.batch_size}{accumulated}", problem)
         return samples // self.effective_batch
@@ -185,7 +187,7 @@ class Recipe:
         for field, value in given.items():
             if value != (before := getattr(self, field)):
                 remedy = "leave it out to continue that run, or start a new one in another output folder"
-                raise InputError(field, value, f"the run to resume was started with {before}; {remedy}")
+                raise InputError(field, _typed(value), f"the run to resume was started with {_typed(before)}; {remedy}")
 
 
 def small_data(images: int) -> dict[str, Any]:
@@ -202,6 +204,13 @@ def build_model(recipe: Recipe) -> FCMAE:
     return create_fcmae(
         recipe.model, patch_size=PATCH_SIZE, norm_pix_loss=recipe.norm_pix_loss, grn_scope=recipe.grn_scope
     )
+
+
+def _typed(value: Any) -> str:
+    """Return the value of a field as one types it on the command line."""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return value if isinstance(value, str) else shown(value)
 
 
 def shown(value: Any) -> str:

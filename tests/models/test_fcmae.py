@@ -214,7 +214,7 @@ def test_masks_that_do_not_fit(mask, error, message):
 
 
 def test_mask_in_the_place_of_the_ratio_is_an_error():
-    with pytest.raises(TypeError, match=r"mask_ratio is a tensor: .* mask="):
+    with pytest.raises(TypeError, match=r"mask_ratio is a Tensor: .* mask="):
         small_model()(images(dtype=torch.float32), some_mask())
 
 
