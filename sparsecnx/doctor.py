@@ -81,16 +81,11 @@ def report() -> str:
     width = max(len(check.name) for check in found)
     for check in found:
         begin, indent = f"{'ok' if check.ok else '--'}  {check.name:{width}}  ", " " * (width + 6)
-        lines += _wrapped(begin + check.detail, indent)
-        if check.remedy is not None:
-            lines += _wrapped(f"{indent}-> {check.remedy}", f"{indent}   ")
+        lines += textwrap.wrap(begin + check.detail, 120, subsequent_indent=indent, break_on_hyphens=False)
+        if check.remedy is not None:  # Commands can be copied as they are: they are broken after && alone.
+            parts = check.remedy.replace(" && ", " &&\n").replace(". Or ", ".\nOr ").split("\n")
+            lines.append(f"{indent}-> " + f"\n{indent}   ".join(parts))
     return "\n".join(lines)
-
-
-def _wrapped(line: str, indent: str) -> list[str]:
-    """Break a long line between words."""
-    options = {"break_long_words": False, "break_on_hyphens": False, "drop_whitespace": True}
-    return textwrap.wrap(line, 120, subsequent_indent=indent, **options)
 
 
 def _torch() -> Check:

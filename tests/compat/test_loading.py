@@ -40,6 +40,12 @@ def test_models_of_ours(run):
     for model in (models.ConvNeXtV2Encoder(DEPTHS, DIMS).double(), autoencoder().encoder):
         assert load_encoder(model, path) == []
         assert torch.equal(model(images), expected[-1])
+    contents = torch.load(path)
+    compiled = {f"_orig_mod.{name}": tensor for name, tensor in contents["model"].items()}
+    for given in (contents, contents["model"], compiled):
+        model = models.ConvNeXtV2Encoder(DEPTHS, DIMS).double()
+        assert load_encoder(model, given) == []
+        assert torch.equal(model(images), expected[-1])
     wrapped = torch.nn.DataParallel(autoencoder())
     assert all(not name.startswith("module.encoder.") for name in load_encoder(wrapped, path))
     assert torch.equal(wrapped.module.encoder(images), expected[-1])
@@ -94,6 +100,10 @@ def test_what_does_not_fit_is_an_error_and_changes_nothing(run):
         with pytest.raises(CheckpointError, match=message):
             load_encoder(model, path)
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    with torch.device("meta"), pytest.raises(CheckpointError, match=r"model is on the device meta: model\.to_empty"):
+        load_encoder(autoencoder(), path)
+    with pytest.raises(TypeError, match="model is a OrderedDict: expected a module"):
+        load_encoder(autoencoder().state_dict(), path)
     with pytest.raises(CheckpointError, match="model is a Linear: expected a ConvNeXt V2"):
         load_encoder(torch.nn.Linear(2, 2), path)
     with pytest.raises(CheckpointError, match="checkpoint: none of its 2 entries"):

@@ -119,6 +119,12 @@ def test_a_wrong_field_is_named_with_its_value_and_what_was_expected(field, valu
     assert str(error.value).isprintable()
 
 
+def test_a_step_before_the_schedule_is_refused(saved):
+    recipe = {**saved["recipe"], "epochs": 3, "first_epoch": 2}
+    with pytest.raises(CheckpointError, match="^step is 2: expected a whole number from 4 to 6"):
+        contents.check(changed(saved, ("recipe",), recipe))
+
+
 def test_no_value_in_any_field_is_more_than_refused(saved):
     """Every field in turn is left out or gets values of every kind: the checkpoint is refused, or else it is right."""
     first = lambda names: list(names)[:2]  # noqa: E731

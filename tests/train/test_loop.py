@@ -216,10 +216,15 @@ def test_a_finished_run_is_extended_with_a_schedule_of_its_own(photos, tmp_path)
     assert rates[8:] == again
     saved = checkpoint.read(run / "last.pt")
     assert (saved["step"], saved["recipe"]["epochs"], saved["recipe"]["first_epoch"]) == (20, 5, 2)
-    state = checkpoint.read(run / "checkpoint-00000016.pt")
+    chosen = Options(output=str(run), resume="newest", extend=2, **options)
+    assert pretrain(chosen, {"warmup_epochs": 1.0}) == 0
+    assert checkpoint.read(run / "last.pt")["recipe"]["warmup_epochs"] == 1.0
+    with pytest.raises(InputError, match=r"warmup_epochs is 3.0: expected 0 to --extend, 2"):
+        pretrain(chosen, {"warmup_epochs": 3.0})
+    state = checkpoint.read(run / "checkpoint-00000024.pt")
     (tmp_path / "other").mkdir()
     save_torch(tmp_path / "other" / "part.pt", state)
-    with pytest.raises(InputError, match=r"extend is 3: the run is at step 16 of 20; --resume without it"):
+    with pytest.raises(InputError, match=r"extend is 3: the run is at step 24 of 28; --resume without it"):
         pretrain(Options(resume=str(tmp_path / "other" / "part.pt"), extend=3, **options), {})
 
 

@@ -67,6 +67,8 @@ def test_batch_larger_than_an_epoch():
         ("model", "gigantic", "expected one of atto, femto"),
         ("image_size", 200, "multiple of the patch size, 32, such as 192 or 224"),
         ("image_size", (64, 100), "multiple of the patch size, 32, such as 96 or 128"),
+        ("image_size", 32, "more than one patch"),
+        ("image_size", (64,), "expected a whole number, or two"),
         ("image_size", (64, 64, 64), "expected a whole number, or two"),
         ("image_size", (64, 2.0), "expected a whole number, or two"),
         ("grn_scope", "image", "expected one of sample, batch"),
@@ -94,7 +96,8 @@ def test_a_field_out_of_range_is_named(field, value, expected):
     with pytest.raises(InputError, match=expected) as error:
         Recipe(**{field: value})
     assert error.value.argument == field
-    assert ("1329 bits" if value == 10**400 else str(value)) in str(error.value)
+    shown = "x".join(map(str, value)) if isinstance(value, tuple) and 100 in value else str(value)
+    assert ("1329 bits" if value == 10**400 else shown) in str(error.value)
 
 
 def test_a_resumed_run_keeps_its_recipe():

@@ -90,6 +90,11 @@ def load(path: str | Path, key: str | None = None, max_bytes: int = MOST_BYTES) 
         contents = _contents(path, max_bytes)
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error})") from error
+    return find_state_dict(contents, key)
+
+
+def find_state_dict(contents: Any, key: str | None = None) -> Loaded:
+    """Return the state dict in the contents of a file; arguments and errors are those of `load`."""
     if not isinstance(contents, dict):
         raise CheckpointError(f"holds one {type(contents).__name__}: expected a state dict")
     state_dict, key, parts = _part(contents, key)

@@ -31,26 +31,32 @@ def load_encoder(
             package; `convnextv2_*` of timm, also with `features_only=True`; a `ConvNextV2Model`,
             `ConvNextV2ForImageClassification` or `ConvNextV2Backbone` of transformers. Its dtypes and devices stay.
         checkpoint: a checkpoint of a run, such as `runs/mine/last.pt`, a file or folder in any format that
-            `sparsecnx convert` reads, or a state dict.
-        key: part of the file that holds the weights, see `load`.
+            `sparsecnx convert` reads, or its contents: a state dict, or a dict that holds one.
+        key: part of the checkpoint that holds the weights, see `load`.
         max_bytes: the most that the file may take in memory if that is more than it has, see `load`.
 
     Returns:
         The entries of the model that keep their values, such as a new classifier.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read or is no ConvNeXt V2; the model is none; or its depths, widths or
-            channels are others than those of the checkpoint. The model is not changed.
+        TypeError: `model` is no module.
+        CheckpointError: the checkpoint cannot be read or is no ConvNeXt V2; the model is none, or has no memory; or its
+            depths, widths or channels are others than those of the checkpoint. The model is not changed.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: expected a module, and the checkpoint after it")
     name = "checkpoint" if isinstance(checkpoint, Mapping) else str(checkpoint)
     try:
-        state_dict = (
-            checkpoint if isinstance(checkpoint, Mapping) else files.load(checkpoint, key, max_bytes).state_dict
-        )
+        if isinstance(checkpoint, Mapping):
+            state_dict = files.find_state_dict(dict(checkpoint), key).state_dict
+        else:
+            state_dict = files.load(checkpoint, key, max_bytes).state_dict
         given, architecture = conversion.to_ours(state_dict, conversion.detect_format(state_dict))
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from error
     entries = model.state_dict(keep_vars=True)
+    if any(value.is_meta for value in entries.values()):
+        raise CheckpointError("model is on the device meta: model.to_empty(device=...) gives it memory")
     target = _format(model, entries)
     ours = {}
     for entry in entries:
@@ -84,7 +90,8 @@ def _format(model: nn.Module, entries: Mapping[str, Tensor]) -> Format:
         return conversion.detect_format(floating)
     except CheckpointError as error:
         raise CheckpointError(
-            f"model is a {type(model).__name__}: expected a ConvNeXt V2 of this package, timm or transformers"
+            f"model is a {type(model).__name__}: expected a ConvNeXt V2 of this package, timm or transformers, "
+            "or the part of a network that is one"
         ) from error
 
 
