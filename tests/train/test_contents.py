@@ -121,7 +121,7 @@ def test_a_wrong_field_is_named_with_its_value_and_what_was_expected(field, valu
 
 def test_a_step_before_the_schedule_is_refused(saved):
     recipe = {**saved["recipe"], "epochs": 3, "first_epoch": 2}
-    with pytest.raises(CheckpointError, match="^step is 2: expected a whole number from 4 to 6"):
+    with pytest.raises(CheckpointError, match=r"^step is 2: expected a whole number from 4 to 6"):
         contents.check(changed(saved, ("recipe",), recipe))
 
 
