@@ -693,6 +693,9 @@ def main() -> None:
     record = {
         "command": f"python tests/fuzz_operators.py --calls {options.calls} --seed {options.seed}",
         "date": datetime.date.today().isoformat(),
+        "commit": subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+        ).stdout.strip(),
         "machine": f"{platform.machine()}, {torch.ops.sparsecnx.cpu_isa()}, {os.cpu_count()} CPUs",
         "versions": f"sparsecnx {sparsecnx.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         "calls": options.calls,
