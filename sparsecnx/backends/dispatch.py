@@ -152,10 +152,6 @@ class Operator:
         if self.name in _warned:
             return
         _warned.add(self.name)
-        reasons = "; ".join(
-            f"{name}: {self.refusal(name, x)}" for name in self.implementations if name != self._slowest
-        )
-        warnings.warn(
-            f"{self.name} runs on the slow dense reference ({reasons}). `sparsecnx doctor` says what to do.",
-            stacklevel=5,
-        )
+        reasons = [f"    {name}: {self.refusal(name, x)}" for name in self.implementations if name != self._slowest]
+        first = f"{self.name} runs on the slow dense reference. `sparsecnx doctor` says what to do."
+        warnings.warn("\n".join([first, *reasons]), stacklevel=5)

@@ -48,10 +48,13 @@ def random_mask(
         bool `(batch, L)`, True = masked, L in raster order.
 
     Raises:
+        TypeError: `grid` is no tuple.
         ValueError: `batch` or `grid` is empty, `ratio` outside [0, 1) or leaves nothing visible.
     """
     if batch < 1:
         raise ValueError(f"batch is {batch}: expected at least one image")
+    if not isinstance(grid, (tuple, list)):
+        raise TypeError(f"grid is {grid!r}: expected the patches per axis, such as (7, 7)")
     if not grid or min(grid) < 1:
         raise ValueError(f"grid is {tuple(grid)}: expected a positive number of patches per axis")
     cells = math.prod(grid)

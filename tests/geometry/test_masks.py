@@ -90,3 +90,5 @@ def test_empty_batch(batch: int) -> None:
 def test_empty_grid(grid: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"grid is \(.*\): expected a positive number of patches per axis"):
         random_mask(2, grid)
+    with pytest.raises(TypeError, match=r"grid is 7: expected the patches per axis"):
+        random_mask(2, 7)  # type: ignore[arg-type]
