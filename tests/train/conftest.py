@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("tensorboard", reason="needs the extra [train]")
 from PIL import Image
 from small_runs import use_tiny_models
 
