@@ -1,4 +1,4 @@
-"""What `torch.func` and forward-mode derivatives need of torch's internals, all in one place.
+"""Hold what `torch.func` and forward-mode derivatives need of torch's internals, all in one place.
 
 A later torch may rename these. Then the package still imports and works, and only gradients inside transforms of
 `torch.func` are refused.

@@ -118,7 +118,7 @@ class ConvNeXtV2Block(nn.Module):
     def _fused(self, x: SparseTensor) -> SparseTensor:
         survival = ops.draw_survival(x, getattr(self.drop_path, "p", 0.0), self.drop_path.training)
         parameters, scope, eps, grn_eps = self.parameters_by_name(), self.grn.scope, self.norm.eps, self.grn.eps
-        # What has the shapes that the block was built with needs no other check.
+        # Arguments with the shapes that the block was built with need no other check.
         channels, device = parameters.dwconv_weight.shape[:1], parameters.dwconv_weight.device
         built = [None if value is None else value.shape for value in parameters] == self._shapes and scope in SCOPES
         if built and x.layout.ndim == 2 and x.features.shape[1:] == channels and x.device == device:

@@ -34,7 +34,7 @@ PHOTOGRAPH_REPEATS = 20
 # This many files, spread evenly over the list, are looked at before a run begins.
 SAMPLED_FILES = 256
 SAMPLED_BYTES = 4096
-# How an image is turned upright, by the value of its EXIF orientation.
+# These turns make an image upright, by the value of its EXIF orientation.
 ORIENTATION = ExifTags.Base.Orientation
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
