@@ -395,6 +395,16 @@ def test_an_inverse_map_that_contradicts_the_kernel_map(way):
             with_gradients(function, values, kernel_map=kernel_map, inverse_map=taken)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a failed assertion ends all later work on a GPU")
+@on_backends(("triton",))
+def test_triton_compares_an_inverse_map_in_the_gradient(backend, operator):
+    kernel_map = random_map(20, 15, 4, 0.6)
+    values = suited(mapped_values(operator, kernel_map, 20, 8), torch.float32, backend, operator)
+    wrong = inverse(kernel_map, 20).flip(0)
+    with use_backend(backend), pytest.raises(RuntimeError, match="inverse_map contradicts kernel_map"):
+        with_gradients(getattr(ops, operator), values, kernel_map=kernel_map, inverse_map=wrong)
+
+
 @on_backends(("cpu", "reference"))
 def test_an_inverse_map_that_nothing_reads_changes_nothing(backend, operator):
     """Without a gradient it is not compared either: comparing would cost as much as the operator."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_functions import aligned, load, row_block, store
 from sparsecnx.backends.triton_launch import blocks, launch, row_sizes
-from sparsecnx.geometry.kernel_map import invert_kernel_map
+from sparsecnx.geometry.kernel_map import check_inverse_map, invert_kernel_map
 from sparsecnx.ops import flops
 from sparsecnx.tensor import SparseTensor
 
@@ -112,6 +112,8 @@ def _conv_backward(
         return x.new_empty(0, x.shape[1]), grad_weight
     if inverse_map is None:
         inverse_map = invert_kernel_map(kernel_map, x.shape[0])
+    else:
+        check_inverse_map(kernel_map, inverse_map)
     outputs, taps = weight.shape[0], kernel_map.shape[1]
     back = weight.view(outputs, taps, -1).permute(2, 1, 0).reshape(-1, taps * outputs)  # (C_in, taps * C_out)
     return convolve(grad, back, inverse_map), grad_weight

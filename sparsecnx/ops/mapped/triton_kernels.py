@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_functions import aligned, load, row_block, store, zero_blocks
 from sparsecnx.backends.triton_launch import blocks, launch, processors, row_sizes
-from sparsecnx.geometry.kernel_map import MappedRows, invert_kernel_map
+from sparsecnx.geometry.kernel_map import MappedRows, check_inverse_map, invert_kernel_map
 from sparsecnx.ops import flops
 from sparsecnx.ops.convolution import triton_kernels as _convolution  # noqa: F401 - registers sparsecnx_triton::conv
 
@@ -212,6 +212,8 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
         # The adjoint reads the map the other way: every input row gathers from the output rows that read it.
         if inverse_map is None:
             inverse_map = invert_kernel_map(kernel_map, x.shape[0])
+        else:
+            check_inverse_map(kernel_map, inverse_map)
         grads["x"] = torch.ops.sparsecnx_triton.mapped_depthwise_conv(grad, saved.weight, None, inverse_map, kernel_map)
     if saved.needs & {"weight", "bias"}:
         grads["weight"], grads["bias"] = torch.ops.sparsecnx_triton.mapped_depthwise_conv_weight_grad(
