@@ -26,6 +26,8 @@ from sparsecnx.ops import (
     global_response_norm,
     layer_normalization,
     mapped,
+    pooling,
+    site_normalization,
 )
 
 # Triton's and CUDA's kernels run on a GPU, or else in the interpreter and the emulator (see conftest.py). The other
@@ -154,6 +156,11 @@ OPERATORS = {
         layer_normalization.operator,
         mapped.conv_operator,
         mapped.depthwise_operator,
+        pooling.max_operator,
+        pooling.sum_operator,
+        site_normalization.batch_norm_operator,
+        site_normalization.group_norm_operator,
+        site_normalization.instance_norm_operator,
         packing.gather_operator,
         packing.scatter_operator,
     )

@@ -97,6 +97,23 @@ class Case:
     follows_autocast: bool = True
 
 
+def normalization(operator: str, *first: object, **options: object) -> Case:
+    """Return a case of `ops.<operator>(x, *first, weight, bias, **options)`."""
+
+    def run(x: SparseTensor, weight: Tensor, bias: Tensor) -> SparseTensor:
+        return getattr(ops, operator)(x, *first, weight, bias, **options)
+
+    parameters = lambda c: channel_parameters(c, "weight", "bias")  # noqa: E731
+    return Case(operator, run, parameters, ("weight", "bias"), follows_autocast=False)
+
+
+def frozen_batch_norm(x: SparseTensor, weight: Tensor, bias: Tensor) -> SparseTensor:
+    """Normalise by running statistics, which are the same every time."""
+    place = {"device": weight.device, "dtype": weight.dtype}
+    mean, variance = torch.linspace(-0.5, 0.5, weight.numel(), **place), torch.linspace(0.5, 2, weight.numel(), **place)
+    return ops.batch_norm(x, mean, variance, weight, bias)
+
+
 CASES = {
     "depthwise_conv-7x7": Case(
         "depthwise_conv", ops.depthwise_conv, lambda c: conv_parameters(c, 1, 7, 7), statistics=("bias",)
@@ -122,6 +139,24 @@ CASES = {
         ("weight", "bias"),
         follows_autocast=False,
     ),
+    "batch_norm-relu-batch": normalization("batch_norm", None, None, training=True, activation="relu"),
+    "batch_norm-frozen": Case(
+        "batch_norm",
+        frozen_batch_norm,
+        lambda c: channel_parameters(c, "weight", "bias"),
+        ("weight", "bias"),
+        follows_autocast=False,
+    ),
+    "instance_norm": normalization("instance_norm", None, None, activation="silu"),
+    "group_norm": normalization("group_norm", 1),
+    "max_pool-3x3-stride2": Case("max_pool", lambda x: ops.max_pool(x, 3, 2, 1), lambda c: {}, follows_autocast=False),
+    "avg_pool-3x3": Case(
+        "avg_pool",
+        lambda x: ops.avg_pool(x, 3, 1, 1, count_include_pad=False),
+        lambda c: {},
+        follows_autocast=False,
+    ),
+    "avg_pool-2x2-stride2": Case("avg_pool", lambda x: ops.avg_pool(x, 2), lambda c: {}, follows_autocast=False),
     "stochastic_depth": Case("stochastic_depth", scaled_images, lambda c: {}, follows_autocast=False),
     "stochastic_depth-drawn": Case("stochastic_depth", half_of_the_images, lambda c: {}, follows_autocast=False),
     "block-recompute": Case(

@@ -1,0 +1,192 @@
+"""Batch, group and instance normalization: statistics over the visible sites, of the batch or of each image.
+
+All are one formula. The rows are in segments: one, or one for each image. The channels are in groups: single channels,
+or several that are next to each other. Each segment and group has a mean and a biased variance over its rows and
+channels, and each channel a weight and a bias:
+
+    out = activation((x - mean) / sqrt(variance + eps) * weight + bias)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsecnx.backends.dispatch import Implementation, Operator
+from sparsecnx.common.dtypes import statistics_dtype
+from sparsecnx.ops.checks import check_sparse, checked_vector
+from sparsecnx.ops.global_response_norm.groups import group_splits
+from sparsecnx.ops.site_normalization import reference
+from sparsecnx.ops.site_normalization.activations import check_activation
+from sparsecnx.tensor import SparseTensor
+
+
+def _operator(name: str) -> Operator:
+    return Operator(name, reference=Implementation(reference.site_norm))
+
+
+batch_norm_operator = _operator("batch_norm")
+group_norm_operator = _operator("group_norm")
+instance_norm_operator = _operator("instance_norm")
+
+
+def batch_norm(
+    x: SparseTensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "none",
+    slope: float = 0.01,
+) -> SparseTensor:
+    """Normalise each channel over the visible sites of the batch (arXiv 1502.03167), as `F.batch_norm` does over all.
+
+    Args:
+        x: features `(rows, C)`.
+        running_mean, running_var: `(C,)`, or None in training. In training they move towards the mean and the unbiased
+            variance of the batch by `momentum`, in place, unless nothing is visible. In evaluation they normalise.
+        weight, bias: `(C,)`, or None for 1 and 0.
+        training: whether the statistics are those of the batch.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+        activation: applied to the result: "none", "relu", "relu6", "leaky_relu", "silu", "hardswish" or "gelu" (exact).
+        slope: of "leaky_relu" below 0.
+
+    Returns:
+        The layout of `x` with features `(rows, C)` in the dtype of `x`, also under autocast.
+
+    Raises:
+        TypeError: `x` is not a SparseTensor.
+        ValueError: a shape does not fit, devices differ, `activation` is unknown, only one site is visible in training,
+            or running statistics are missing in evaluation.
+    """
+    check_sparse(x)
+    check_activation(activation)
+    channels = x.features.shape[1]
+    if training and x.layout.rows == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got x {x.shape} with one visible site: use larger "
+            "batches, or eval()"
+        )
+    parameters = _vectors(x, weight=weight, bias=bias)
+    running = _vectors(x, running_mean=running_mean, running_var=running_var)
+    if not training and None in running:
+        raise ValueError("running_mean or running_var is None: expected both in evaluation (training=False)")
+    moments = [None, None] if training else running
+    dtype = statistics_dtype(x.dtype)
+    out, mean, variance = batch_norm_operator(
+        x, *parameters, *moments, "batch", channels, eps, activation, slope, dtype
+    )
+    if training and x.layout.rows:
+        _move(running_mean, mean[0], momentum)
+        _move(running_var, variance[0] * (x.layout.rows / (x.layout.rows - 1)), momentum)
+    return x.with_features(out)
+
+
+def group_norm(
+    x: SparseTensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "none",
+    slope: float = 0.01,
+) -> SparseTensor:
+    """Normalise each group of channels over the visible sites of each image (arXiv 1803.08494), as `F.group_norm`.
+
+    Args:
+        x: features `(rows, C)`.
+        groups: how many; C / groups channels that are next to each other share their statistics.
+        weight, bias, eps, activation, slope: as in `batch_norm`.
+
+    Returns:
+        The layout of `x` with features `(rows, C)` in the dtype of `x`, also under autocast.
+
+    Raises:
+        TypeError: `x` is not a SparseTensor.
+        ValueError: `groups` does not divide C, a shape does not fit, devices differ, or `activation` is unknown.
+    """
+    check_sparse(x)
+    check_activation(activation)
+    channels = x.features.shape[1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups is {groups}: expected a divisor of the channels, {channels}")
+    parameters = _vectors(x, weight=weight, bias=bias)
+    dtype = statistics_dtype(x.dtype)
+    out, _, _ = group_norm_operator(x, *parameters, None, None, "sample", groups, eps, activation, slope, dtype)
+    return x.with_features(out)
+
+
+def instance_norm(
+    x: SparseTensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "none",
+    slope: float = 0.01,
+) -> SparseTensor:
+    """Normalise each channel over the visible sites of each image (arXiv 1607.08022), as `F.instance_norm`.
+
+    Args:
+        x: features `(rows, C)`.
+        running_mean, running_var: `(C,)` or None. With `use_input_stats` they move by `momentum`, in place, towards the
+            mean over the images of their means and unbiased variances; images with one visible site, or none, have no
+            part in that. Without it they normalise.
+        use_input_stats: whether the statistics are those of the images.
+        weight, bias, momentum, eps, activation, slope: as in `batch_norm`.
+
+    Returns:
+        The layout of `x` with features `(rows, C)` in the dtype of `x`, also under autocast.
+
+    Raises:
+        TypeError: `x` is not a SparseTensor.
+        ValueError: a shape does not fit, devices differ, `activation` is unknown, every image has a single visible site
+            with `use_input_stats`, or running statistics are missing without.
+    """
+    check_sparse(x)
+    check_activation(activation)
+    channels = x.features.shape[1]
+    if use_input_stats and x.layout.rows_per_image == 1:
+        raise ValueError(
+            f"Expected more than 1 spatial element when training, got x {x.shape} with one visible site in every image"
+        )
+    parameters = _vectors(x, weight=weight, bias=bias)
+    running = _vectors(x, running_mean=running_mean, running_var=running_var)
+    dtype = statistics_dtype(x.dtype)
+    options = channels, eps, activation, slope, dtype
+    if not use_input_stats:
+        if None in running:
+            raise ValueError("running_mean or running_var is None: expected both where use_input_stats is False")
+        out, _, _ = instance_norm_operator(x, *parameters, *running, "batch", *options)
+        return x.with_features(out)
+    out, mean, variance = instance_norm_operator(x, *parameters, None, None, "sample", *options)
+    if running_mean is not None or running_var is not None:
+        sizes = group_splits(x.layout, "sample").diff()[:, None]
+        counted = sizes > 1
+        images = counted.sum()
+        weight_of_these = momentum * (images > 0)
+        unbiased = variance * (sizes / (sizes - 1).clamp(min=1))
+        _move(running_mean, (mean * counted).sum(0) / images.clamp(min=1), weight_of_these)
+        _move(running_var, (unbiased * counted).sum(0) / images.clamp(min=1), weight_of_these)
+    return x.with_features(out)
+
+
+def _vectors(x: SparseTensor, **values: Tensor | None) -> list[Tensor | None]:
+    """Check parameters of C elements that may be None, and return them in the dtype of the statistics of x."""
+    channels = x.features.shape[1]
+    return [None if value is None else checked_vector(value, name, channels, x) for name, value in values.items()]
+
+
+def _move(running: Tensor | None, value: Tensor, momentum: float | Tensor) -> None:
+    """Move a running statistic towards that of the batch, in place."""
+    if running is None:
+        return
+    with torch.no_grad():
+        running.lerp_(value.to(running.dtype).view_as(running), momentum)
