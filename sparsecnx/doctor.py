@@ -247,7 +247,7 @@ def explain(device: torch.device, dtype: torch.dtype, model: str) -> str:
         choice = operator.explain(x)
         reasons = dict(choice.reasons)
         why = "; ".join(filter(None, (reasons.pop(choice.backend), choice.detail)))
-        table.append((choice.operator, str(x.features.shape[1]), str(x.layout.tile), choice.backend, why))
+        table.append((choice.operator, str(x.features.shape[1]), str(x.layout.side), choice.backend, why))
         for backend, reason in reasons.items():
             not_taken.setdefault(f"{backend}: {reason}", {})[choice.operator] = None
     where = f"{tiles.device} in {str(dtype).removeprefix('torch.')}"

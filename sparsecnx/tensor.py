@@ -231,7 +231,7 @@ pytree.register_pytree_node(
     serialized_type_name="sparsecnx.SparseTensor",
     flatten_with_keys_fn=_flatten_with_keys,
     to_dumpable_context=list,
-    from_dumpable_context=lambda constants: (constants[0], tuple(constants[1]), *constants[2:]),
+    from_dumpable_context=lambda constants: tuple(tuple(c) if isinstance(c, list) else c for c in constants),
 )
 
 # Files with SparseTensors, such as programs of torch.export with their example inputs, load with weights_only=True.

@@ -114,7 +114,7 @@ def layouts(draw: Any, ndim: int = 2, sites: int = 16, tiles: tuple[int, ...] = 
 def draw_convolution(data: Any, ndim: int) -> tuple[Layout, int, tuple[int, ...], tuple[int, ...]]:
     """Draw a layout, stride, kernel and padding that fit each other."""
     layout = data.draw(layouts(ndim, sites=(24, 16, 8)[ndim - 1]))
-    stride = data.draw(st.sampled_from([s for s in (1, 2, 3, 4, 6, 8) if layout.tile % s == 0]))
+    stride = data.draw(st.sampled_from([s for s in (1, 2, 3, 4, 6, 8) if layout.tile[0] % s == 0]))
     kernel = data.draw(st.tuples(*[st.integers(1, (9, 7, 3)[ndim - 1])] * ndim))
     padding = data.draw(st.tuples(*[st.integers(0, size - 1) for size in kernel]))
     return layout, stride, kernel, padding
@@ -238,7 +238,7 @@ def site_mask(layout: Layout, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return 1 at visible sites, else 0: `(B, 1, *spatial)`."""
     keep = (~layout.tiles.mask()).to(dtype).view(layout.batch, 1, *layout.tiles.grid)
     for axis in range(layout.ndim):
-        keep = keep.repeat_interleave(layout.tile, 2 + axis)
+        keep = keep.repeat_interleave(layout.tile[axis], 2 + axis)
     return keep
 
 

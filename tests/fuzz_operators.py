@@ -65,7 +65,7 @@ def site_map(rows: int, table: Tensor, tile: int, kernel: tuple[int, int]) -> Te
     """Return the kernel map of a depthwise convolution on tiles, `(rows, kh * kw)`."""
     if rows == 0:
         return torch.empty(0, kernel[0] * kernel[1], dtype=torch.long)
-    sites, tiles = tile_sites(tile, 2), rows // tile**2
+    sites, tiles = tile_sites((tile, tile)), rows // tile**2
     number = torch.empty(tile, tile, dtype=torch.long)
     number[sites[:, 0], sites[:, 1]] = torch.arange(tile**2)
     reach = -(-(max(kernel) // 2) // tile)
@@ -83,7 +83,7 @@ def groups(splits: Tensor) -> Tensor:
 def positions(tile: int, index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return image, y and x of the rows of the tiles of `index`."""
     across, cells = max(1, width // tile), max(1, height // tile * (width // tile))
-    sites, cell = tile_sites(tile, 2), (index % cells)[:, None]
+    sites, cell = tile_sites((tile, tile)), (index % cells)[:, None]
     y, x = cell // across * tile + sites[:, 0], cell % across * tile + sites[:, 1]
     return (index // cells)[:, None].expand_as(y).flatten(), y.flatten(), x.flatten()
 

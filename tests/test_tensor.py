@@ -47,7 +47,7 @@ def test_arbitrary_masks_of_sites(batch: int, height: int, width: int, share: fl
     mask = torch.rand(batch, height, width, generator=torch.Generator().manual_seed(seed)) < share
     images = torch.randn(batch, 4, height, width)
     x = SparseTensor.from_dense(images, mask)
-    assert (x.layout.tile, x.layout.tiles.grid) == (1, (height, width))
+    assert (x.layout.side, x.layout.tiles.grid) == (1, (height, width))
     assert torch.equal(x.features, images.movedim(1, -1)[~mask])
     assert torch.equal(x.dense(), images.masked_fill(mask[:, None], 0))
 
@@ -68,7 +68,7 @@ def test_names_of_what_it_holds() -> None:
     assert (x.dtype, x.device) == (torch.float32, torch.device("cpu"))
     coarse = SparseTensor(x.features[::4], layout.coarsen(2))
     assert repr(coarse) == (
-        f"SparseTensor(shape=(2, 5, 6, 4), rows={layout.rows // 4}, tile=2, stride=2, dtype=torch.float32, device=cpu)"
+        f"SparseTensor(shape=(2, 5, 6, 4), rows={layout.rows // 4}, tile=(2, 2), stride=(2, 2), dtype=torch.float32, device=cpu)"
     )
 
 

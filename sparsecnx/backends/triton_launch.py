@@ -41,9 +41,11 @@ def refusal(x: Any) -> str | None:
 
 
 def refusal_2d(x: Any) -> str | None:
-    """Return the refusal of kernels for SparseTensors of two spatial dimensions."""
+    """Return the refusal of kernels for SparseTensors of two spatial dimensions with square tiles."""
     if x.layout.ndim != 2:
         return f"Triton kernel is two-dimensional, x has {x.layout.ndim} spatial dimensions"
+    if x.layout.side is None:
+        return f"Triton kernel takes square tiles, x has tiles of {x.layout.tile} sites"
     return refusal(x)
 
 

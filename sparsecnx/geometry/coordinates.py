@@ -97,8 +97,9 @@ class CoordinateMap:
             low, high = self.coordinates.aminmax(dim=0)
         else:
             low, high = torch.stack(self.layout.tiles.positions()).aminmax(dim=1)
-            step = low.new_tensor([1, *([self.layout.tile * self.layout.stride] * self.ndim)])
-            inside = low.new_tensor([0, *([(self.layout.tile - 1) * self.layout.stride] * self.ndim)])
+            sides = list(zip(self.layout.tile, self.layout.stride, strict=True))
+            step = low.new_tensor([1, *(side * stride for side, stride in sides)])
+            inside = low.new_tensor([0, *((side - 1) * stride for side, stride in sides)])
             low, high = low * step, high * step + inside
         lowest, highest = torch.stack([low, high]).tolist()
         return tuple(lowest), tuple(highest)
@@ -124,7 +125,7 @@ class CoordinateMap:
         They are the multiples of the new stride that have a site here between them and the next multiple.
         """
         stride = tuple(step * factor for step, factor in zip(self.stride, factors, strict=True))
-        if self.layout is not None and len(set(factors)) == 1 and self.layout.tile % factors[0] == 0:
+        if self.layout is not None and len(set(factors)) == 1 and self.layout.tile[0] % factors[0] == 0:
             return CoordinateMap(stride, layout=self.layout.coarsen(factors[0]))
         with ordinary_tensors():
             step = self.coordinates.new_tensor(stride)
@@ -134,8 +135,7 @@ class CoordinateMap:
     def refined(self, factor: int) -> CoordinateMap:
         """Return all sites of these tiles at a stride that is smaller by `factor`: undoes `strided`."""
         assert self.layout is not None  # Only maps of tiles are refined.
-        layout = Layout(self.layout.tiles, self.layout.tile * factor, self.layout.stride // factor)
-        return CoordinateMap([step // factor for step in self.stride], layout=layout)
+        return CoordinateMap([step // factor for step in self.stride], layout=self.layout.refine(factor))
 
     def spread(self, offsets: Tensor, stride: Sequence[int]) -> CoordinateMap:
         """Return all sites at `offsets`, integer `(K, ndim)`, from the sites here."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsecnx.backends.registration import register
 from sparsecnx.backends.transforms import transforms_active
-from sparsecnx.geometry.masks import check_mask, infer_grid
+from sparsecnx.geometry.masks import check_mask, format_shape, infer_grid
 from sparsecnx.geometry.nested_order import tile_sites
 from sparsecnx.geometry.tables import cached_table, capturing, current_stream, ordinary_tensors
 
@@ -249,32 +249,38 @@ _all_visible: dict[Any, TileSet] = {}
 
 
 @_opaque
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Layout:
     """A `TileSet` at one stride of a network: the geometry of a `SparseTensor`'s rows.
 
     Attributes:
         tiles: the visible tiles. They keep the tables of all their layouts.
-        tile: sites per tile side (8, 4, 2, 1 in the four stages of a ConvNeXt with 32-pixel patches).
-        stride: pixels of the original input per site and axis.
+        tile: sites per tile along each axis ((8, 8), (4, 4), (2, 2), (1, 1) in the four stages of a ConvNeXt with
+            32-pixel patches).
+        stride: pixels of the original input per site along each axis.
         shape: spatial shape in sites, `(H, W)` in two dimensions.
-        sites_per_tile: `tile**ndim`.
+        sites_per_tile: `prod(tile)`.
         rows: number of active sites in the batch.
     """
 
     tiles: TileSet
-    tile: int
-    stride: int = 1
-    shape: tuple[int, ...] = field(init=False, repr=False)
-    sites_per_tile: int = field(init=False, repr=False)
-    rows: int = field(init=False, repr=False)
+    tile: tuple[int, ...]
+    stride: tuple[int, ...]
+    shape: tuple[int, ...] = field(repr=False)
+    sites_per_tile: int = field(repr=False)
+    rows: int = field(repr=False)
 
-    def __post_init__(self) -> None:
-        grid, index = self.tiles.grid, self.tiles.index
+    def __init__(self, tiles: TileSet, tile: int | tuple[int, ...], stride: int | tuple[int, ...] = 1) -> None:
+        """See the attributes; a single number stands for the same along every axis."""
+        grid, index = tiles.grid, tiles.index
+        tile, stride = per_axis(tile, len(grid)), per_axis(stride, len(grid))
         # Functions such as torch.utils._pytree.tree_map put into the place of tensors what they like.
         count = index.numel() if isinstance(index, Tensor) else 0
-        object.__setattr__(self, "shape", tuple(size * self.tile for size in grid))
-        object.__setattr__(self, "sites_per_tile", self.tile ** len(grid))
+        object.__setattr__(self, "tiles", tiles)
+        object.__setattr__(self, "tile", tile)
+        object.__setattr__(self, "stride", stride)
+        object.__setattr__(self, "shape", tuple(cells * side for cells, side in zip(grid, tile, strict=True)))
+        object.__setattr__(self, "sites_per_tile", math.prod(tile))
         object.__setattr__(self, "rows", count * self.sites_per_tile)
 
     @classmethod
@@ -304,6 +310,11 @@ class Layout:
         return self.tiles.index.device
 
     @property
+    def side(self) -> int | None:
+        """Return the side of a tile that is a square or cube, otherwise None."""
+        return self.tile[0] if self.tile == self.tile[:1] * self.ndim else None
+
+    @property
     def rows_per_image(self) -> int | None:
         """Return the active sites of every image, or None where images differ."""
         return None if self.tiles.visible is None else self.tiles.visible * self.sites_per_tile
@@ -313,26 +324,50 @@ class Layout:
         """Return the first row of every image and the number of rows, int64 `(batch + 1,)`."""
         return cached_table(self.tiles, ("row_splits", self.tile), lambda: self.tiles.splits * self.sites_per_tile)
 
-    def coarsen(self, factor: int) -> Layout:
-        """Return the layout after a convolution with stride `factor`.
+    def coarsen(self, stride: int | tuple[int, ...]) -> Layout:
+        """Return the layout after a convolution with that stride, along each axis.
 
         Raises:
-            ValueError: `factor` does not divide the tile side.
+            ValueError: `stride` does not divide the tile.
         """
-        if factor < 1 or self.tile % factor:
-            raise ValueError(f"stride is {factor}: it must divide the tile side, {self.tile} sites")
-        if factor == 1:
+        steps = per_axis(stride, self.ndim)
+        if len(steps) != self.ndim or any(step < 1 or side % step for side, step in zip(self.tile, steps, strict=True)):
+            side = f"side, {self.side}" if self.side is not None else f"of {format_shape(self.tile)}"
+            raise ValueError(f"stride is {stride}: it must divide the tile {side} sites")
+        if max(steps) == 1:
             return self
-        return Layout(self.tiles, self.tile // factor, self.stride * factor)
+        return Layout(
+            self.tiles,
+            tuple(side // step for side, step in zip(self.tile, steps, strict=True)),
+            tuple(before * step for before, step in zip(self.stride, steps, strict=True)),
+        )
+
+    def refine(self, factor: int | tuple[int, ...]) -> Layout:
+        """Return the layout whose sites are smaller by `factor` along each axis: undoes `coarsen`.
+
+        Where `factor` does not divide the stride, the sites are smaller than the pixels of the input; the stride is
+        then 1.
+
+        Raises:
+            ValueError: `factor` is not positive.
+        """
+        steps = per_axis(factor, self.ndim)
+        if len(steps) != self.ndim or min(steps) < 1:
+            raise ValueError(f"factor is {factor}: expected a positive number, or one for each of {self.ndim} axes")
+        return Layout(
+            self.tiles,
+            tuple(side * step for side, step in zip(self.tile, steps, strict=True)),
+            tuple(1 if before % step else before // step for before, step in zip(self.stride, steps, strict=True)),
+        )
 
     def coordinates(self) -> Tensor:
         """Return int32 `(rows, 1 + ndim)`: image, then position in multiples of `stride`, (n, y, x) in 2-D."""
-        image, *place = self.tiles.positions()
-        sites = tile_sites(self.tile, self.ndim, self.device)
-        corner = torch.stack(place, dim=-1) * self.tile
-        position = (corner[:, None, :] + sites) * self.stride
-        image = image[:, None, None].expand(-1, self.sites_per_tile, 1)
-        return torch.cat([image, position], dim=-1).flatten(0, 1).to(torch.int32)
+        image, *corner = self.tiles.positions()
+        sites = tile_sites(self.tile, self.device).unbind(dim=1)
+        axes = [image[:, None].expand(-1, self.sites_per_tile)]
+        for place, site, side, step in zip(corner, sites, self.tile, self.stride, strict=True):
+            axes.append((place[:, None] * side + site) * step)
+        return torch.stack(axes, dim=-1).flatten(0, 1).to(torch.int32)
 
     def row_image(self) -> Tensor:
         """Return the image that each row belongs to, int32 `(rows,)`."""
@@ -344,47 +379,52 @@ class Layout:
 
         return cached_table(self.tiles, ("row_image", self.tile), build)
 
-    def kernel_map(self, kernel: tuple[int, ...], stride: int, padding: tuple[int, ...]) -> Tensor:
+    def kernel_map(self, kernel: tuple[int, ...], stride: int | tuple[int, ...], padding: tuple[int, ...]) -> Tensor:
         """Return the input row read by each output row of a convolution, int32 `(rows_out, prod(kernel))`.
 
         Output site `o` reads input sites `o * stride - padding + k` for `k` in raster order over the kernel; -1 where
         that site is masked or outside. Built once per geometry.
 
         Raises:
-            ValueError: `stride` does not divide the tile side.
+            ValueError: `stride` does not divide the tile.
         """
         key = ("kernel_map", self.tile, kernel, stride, padding)
         return cached_table(self.tiles, key, lambda: self._build_kernel_map(kernel, stride, padding))
 
-    def _build_kernel_map(self, kernel: tuple[int, ...], stride: int, padding: tuple[int, ...]) -> Tensor:
-        coarse = self.coarsen(stride)
-        site = tile_sites(coarse.tile, self.ndim, self.device) * stride
+    def _build_kernel_map(
+        self, kernel: tuple[int, ...], stride: int | tuple[int, ...], padding: tuple[int, ...]
+    ) -> Tensor:
+        coarse, stride = self.coarsen(stride), per_axis(stride, self.ndim)
+        sites = tile_sites(coarse.tile, self.device)
         # The offsets of the taps are computed on the device: a list of them would be copied there.
         axes = [torch.arange(-p, k - p, device=self.device) for k, p in zip(kernel, padding, strict=True)]
         taps = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-        # This is the position of the site that is read, relative to the corner of the output site's own tile.
-        reads = site[:, None, :] + taps[None, :, :]
-        tile_step = reads.div(self.tile, rounding_mode="floor")
-        inside = reads - tile_step * self.tile
         reach = max(
-            max(math.ceil(p / self.tile), (self.tile - stride - p + k - 1) // self.tile)
-            for k, p in zip(kernel, padding, strict=True)
+            max(math.ceil(p / side), (side - step - p + k - 1) // side)
+            for side, step, k, p in zip(self.tile, stride, kernel, padding, strict=True)
         )
         width = 2 * reach + 1
-        step_index = torch.zeros_like(tile_step[..., 0])
+        step_index = torch.zeros_like(sites[:, :1])
         raster = torch.zeros_like(step_index)
-        for d in range(self.ndim):
-            step_index = step_index * width + tile_step[..., d] + reach
-            raster = raster * self.tile + inside[..., d]
+        for axis, (side, step) in enumerate(zip(self.tile, stride, strict=True)):
+            # This is the position of the site that is read, relative to the corner of the output site's own tile.
+            reads = sites[:, axis, None] * step + taps[None, :, axis]
+            tile_step = reads.div(side, rounding_mode="floor")
+            step_index = step_index * width + tile_step + reach
+            raster = raster * side + reads - tile_step * side
         neighbour = self.tiles.neighbours(reach)[:, step_index]
         rows = neighbour * self.sites_per_tile + self._raster_to_nested()[raster].to(torch.int32)
         table = torch.where(neighbour >= 0, rows, -1)
         return table.flatten(0, 1)
 
     def _raster_to_nested(self) -> Tensor:
-        """Return the nested index of each site of a tile in raster order, int64 `(T**ndim,)`."""
-        sites = tile_sites(self.tile, self.ndim, self.device)
-        raster = torch.zeros_like(sites[:, 0])
-        for d in range(self.ndim):
-            raster = raster * self.tile + sites[:, d]
+        """Return the nested index of each site of a tile in raster order, int64 `(prod(tile),)`."""
+        raster = torch.zeros(self.sites_per_tile, dtype=torch.int64, device=self.device)
+        for axis, side in enumerate(self.tile):
+            raster = raster * side + tile_sites(self.tile, self.device)[:, axis]
         return raster.argsort()
+
+
+def per_axis(value: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """Return one number for each axis; a single one stands for all of them."""
+    return (value,) * ndim if isinstance(value, (int, torch.SymInt)) else tuple(value)

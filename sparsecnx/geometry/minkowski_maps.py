@@ -19,13 +19,13 @@ class Maps:
         self.manager = library.CoordinateManager(
             D=tiles.ndim, coordinate_map_type=kind.CUDA if tiles.device.type == "cuda" else kind.CPU
         )
-        self._keys: dict[tuple[int, int], Any] = {}
+        self._keys: dict[tuple[tuple[int, ...], tuple[int, ...]], Any] = {}
 
     def key(self, layout: Layout) -> Any:
         """Return the key of the coordinates of a layout, in the order of its rows."""
         geometry = layout.tile, layout.stride
         if geometry not in self._keys:
-            key, _ = self.manager.insert_and_map(layout.coordinates(), tensor_stride=[layout.stride] * layout.ndim)
+            key, _ = self.manager.insert_and_map(layout.coordinates(), tensor_stride=list(layout.stride))
             self._keys[geometry] = key
         return self._keys[geometry]
 

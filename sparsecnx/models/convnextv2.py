@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sparsecnx.geometry.masks import format_shape
 from sparsecnx.nn import Conv2d, ConvNeXtV2Block, LayerNorm2d
 from sparsecnx.nn.layers import refuse_backward_hooks
 from sparsecnx.tensor import SparseTensor
@@ -150,10 +151,10 @@ class ConvNeXtV2Encoder(nn.Module):
         else:
             check_images(images, self.in_chans)
             x = images if mask is None else SparseTensor.from_dense(images, mask, visible)
-        if isinstance(x, SparseTensor) and x.layout.tile % STRIDE:
+        if isinstance(x, SparseTensor) and any(side % STRIDE for side in x.layout.tile):
             given = f"images is {images.shape}" if mask is None else f"mask is {tuple(mask.shape)}"
             raise ValueError(
-                f"{given}: its patches of {x.layout.tile} pixels must be a multiple of {STRIDE}, the "
+                f"{given}: its patches of {format_shape(x.layout.tile)} pixels must be a multiple of {STRIDE}, the "
                 "stride of the network"
             )
         refuse_backward_hooks(self, x)

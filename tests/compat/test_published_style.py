@@ -125,7 +125,7 @@ def test_masks_of_patches_take_the_operators_on_tiles(style: ModuleType, monkeyp
     model(images, mask).backward()
     x = model.encoder.features(images, mask)
     assert x._map.layout is not None
-    assert x._map.layout.tile == 1
+    assert x._map.layout.side == 1
 
 
 def test_any_other_mask_gives_the_same_as_the_tiles(style: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,8 +97,8 @@ def test_tiles_are_recognised(shape: tuple[int, ...], tile: int, shuffled: bool)
     coordinates = sites(fine, shuffled=shuffled, stride=3)
     known = CoordinateMap.from_coordinates(coordinates, [3] * len(shape))
     assert known.layout is not None
-    assert known.layout.tile == tile
-    assert known.layout.stride == 3
+    assert known.layout.side == tile
+    assert known.layout.stride == (3,) * known.ndim
     rows = known.layout.coordinates()
     order = torch.arange(known.rows) if known.order is None else known.order
     assert torch.equal(rows, coordinates[order])
@@ -110,7 +110,7 @@ def test_the_largest_tile_is_taken() -> None:
     everything = sites(torch.zeros(1, 8, 16, dtype=torch.bool))
     layout = tiles_of(everything, [1, 1])
     assert layout is not None
-    assert layout.tile == 8
+    assert layout.side == 8
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_tiles_of_a_dense_mask(shape: tuple[int, ...], tile: int) -> None:
         fine = fine.repeat_interleave(tile, axis)
     layout = tiles_of_mask(~fine)
     assert layout is not None
-    assert layout.tile == tile
+    assert layout.side == tile
     assert torch.equal(layout.tiles.mask(), mask.flatten(1))
     fine.view(-1)[0] = ~fine.view(-1)[0]
     assert tiles_of_mask(~fine) is None
@@ -164,7 +164,7 @@ def test_coarse_and_fine_tiles() -> None:
     known = CoordinateMap((1, 1), layout=Layout.from_mask(torch.tensor([[True, False]]), (4, 8)))
     coarse = known.strided((2, 2))
     assert coarse.layout is not None
-    assert (coarse.layout.tile, coarse.stride) == (2, (2, 2))
+    assert (coarse.layout.side, coarse.stride) == (2, (2, 2))
     assert coarse.layout.tiles is known.layout.tiles  # type: ignore[union-attr]
     assert torch.equal(coarse.refined(2).coordinates, known.coordinates)
     third = known.strided((3, 3))

@@ -93,8 +93,8 @@ def test_sparse_encoder_and_its_gradients_are_the_masked_dense_ones(kind, backen
     there = copy.deepcopy(encoder).to(**place)
     with use_backend(backend):
         stages = there.forward_features(x.to(**place), mask.to(place["device"]))
-        assert [stage.layout.tile for stage in stages] == [8, 4, 2, 1]
-        assert [stage.layout.stride for stage in stages] == [4, 8, 16, 32]
+        assert [stage.layout.side for stage in stages] == [8, 4, 2, 1]
+        assert [stage.layout.stride for stage in stages] == [(4, 4), (8, 8), (16, 16), (32, 32)]
         found = [stage.dense() for stage in stages]
         incoming = [cotangent.to(**place) for cotangent in cotangents]
         found_gradients = torch.autograd.grad(found, list(there.parameters()), incoming)

@@ -255,7 +255,7 @@ def test_a_layout_serves_training_after_any_other_use(mode, case):
     x, p = arguments(case)
     with mode(**({"allow_non_fake_inputs": True} if mode is FakeTensorMode else {})):
         seeded(case)(x, **p)
-    fresh = make_layout(x.layout.tiles.mask().view(3, *x.layout.tiles.grid), x.layout.tile)
+    fresh = make_layout(x.layout.tiles.mask().view(3, *x.layout.tiles.grid), x.layout.side)
     found = outputs_and_gradients(seeded(case), x, p)
     expected = outputs_and_gradients(seeded(case), SparseTensor(x.features, fresh), p)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

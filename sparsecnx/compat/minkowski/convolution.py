@@ -15,7 +15,7 @@ from sparsecnx.compat.minkowski.errors import not_offered, require, require_type
 from sparsecnx.compat.minkowski.kernel import KernelGenerator
 from sparsecnx.compat.minkowski.tensor import SparseTensor, in_layout
 from sparsecnx.geometry.coordinates import CoordinateMap
-from sparsecnx.geometry.nested_order import tile_to_rows
+from sparsecnx.geometry.nested_order import children_are_consecutive, tile_to_rows
 
 
 class _Convolution(KernelLayer):
@@ -209,7 +209,7 @@ class MinkowskiConvolutionTranspose(MinkowskiConvolutionBase):
         if kernel.covers and ordered and _are_children(fine, coarse, kernel.kernel_stride[0]):
             # The children of a site are consecutive rows, so that one product computes them all, side by side.
             by_tap = to_torch(self.kernel, kernel.kernel_size).movedim((0, 1), (-2, -1)).flatten(-2)
-            weight = tile_to_rows(by_tap[None], kernel.dimension).view(-1, self.in_channels)
+            weight = tile_to_rows(by_tap[None]).view(-1, self.in_channels)
             bias = None if bias is None else bias.repeat(kernel.kernel_volume)
             found = nn.functional.linear(input.F, weight, bias)
             return input._with(found.view(-1, self.out_channels), key)
@@ -237,4 +237,9 @@ def _are_children(fine: CoordinateMap, coarse: CoordinateMap, factor: int) -> bo
     """Return whether `fine` and `coarse` are the same tiles, each site of `coarse` divided into `factor**ndim`."""
     if fine.layout is None or coarse.layout is None:
         return False
-    return fine.layout.tiles is coarse.layout.tiles and fine.layout.tile == coarse.layout.tile * factor
+    sides = tuple(side * factor for side in coarse.layout.tile)
+    return (
+        fine.layout.tiles is coarse.layout.tiles
+        and fine.layout.tile == sides
+        and children_are_consecutive(sides, (factor,) * len(sides))
+    )

@@ -15,6 +15,8 @@ def refusal(x: Any) -> str | None:
     """Return why the compiled kernels cannot move the values of a `Packing`; None where they can."""
     if x.layout.ndim != 2:
         return f"compiled kernel is two-dimensional, x has {x.layout.ndim} spatial dimensions"
+    if x.layout.side is None:
+        return f"compiled kernel takes square tiles, x has tiles of {x.layout.tile} sites"
     if x.device.type != "cpu":
         return f"compiled kernels run on the CPU, x is on {x.device}"
     return compiled.why_not
@@ -22,14 +24,14 @@ def refusal(x: Any) -> str | None:
 
 def gather_rows(x: Any) -> Tensor:
     """Return the rows `(layout.rows, C)` of the dense tensor `(B, C, H, W)` of a `Packing`."""
-    return torch.ops.sparsecnx.gather_tiles(x.features, x.layout.tiles.index, x.layout.tile)
+    return torch.ops.sparsecnx.gather_tiles(x.features, x.layout.tiles.index, x.layout.side)
 
 
 def scatter_rows(x: Any, fill: Tensor) -> Tensor:
     """Return the dense tensor `(B, C, H, W)` of the rows of a `Packing`, `fill (C,)` elsewhere."""
     layout = x.layout
     return torch.ops.sparsecnx.scatter_tiles(
-        x.features.contiguous(), fill.contiguous(), layout.tiles.index, layout.batch, *layout.shape, layout.tile
+        x.features.contiguous(), fill.contiguous(), layout.tiles.index, layout.batch, *layout.shape, layout.side
     )
 
 

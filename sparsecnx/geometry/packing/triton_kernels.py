@@ -168,7 +168,7 @@ def load_slot(slots, i_image, i_site, m_site, SITES, W, TILE: tl.constexpr):
 def gather_rows(x: Any) -> Tensor:
     """Return the rows `(layout.rows, C)` of the dense tensor `(B, C, H, W)` of a `Packing`."""
     tiles = x.layout.tiles
-    return torch.ops.sparsecnx_triton.gather_tiles(x.features, tiles.index, tiles.slots(), x.layout.tile)
+    return torch.ops.sparsecnx_triton.gather_tiles(x.features, tiles.index, tiles.slots(), x.layout.side)
 
 
 def scatter_rows(x: Any, fill: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def scatter_rows(x: Any, fill: Tensor) -> Tensor:
     layout, tiles = x.layout, x.layout.tiles
     rows, fill = x.features.contiguous(), fill.contiguous()
     return torch.ops.sparsecnx_triton.scatter_tiles(
-        rows, fill, tiles.index, tiles.slots(), layout.batch, *layout.shape, layout.tile
+        rows, fill, tiles.index, tiles.slots(), layout.batch, *layout.shape, layout.side
     )
 
 

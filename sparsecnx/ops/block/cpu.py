@@ -41,7 +41,7 @@ def convnextv2_block(
         row_scale,
         table,
         group_splits(x.layout, scope),
-        x.layout.tile,
+        x.layout.side,
         eps,
         grn_eps,
         keep_hidden,

@@ -216,7 +216,7 @@ def convnextv2_block(
     keep = wanted and not recomputes(x, recompute)
     row_scale = None if survival is None else survival[x.layout.row_image()]
     table = neighbour_table(x.layout, p.dwconv_weight.shape[2:])
-    places = row_scale, row_groups(x.layout, scope), table, group_splits(x.layout, scope), x.layout.tile
+    places = row_scale, row_groups(x.layout, scope), table, group_splits(x.layout, scope), x.layout.side
     p = p._replace(grn_gamma=p.grn_gamma.flatten(), grn_beta=p.grn_beta.flatten())
     features, parameters = x.features.contiguous(), [value.contiguous() for value in p]
     out, *_ = torch.ops.sparsecnx_triton.convnextv2_block(features, *parameters, *places, eps, grn_eps, depthwise, keep)

@@ -8,17 +8,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecnx.geometry.nested_order import tile_to_rows
+from sparsecnx.geometry.layout import per_axis
+from sparsecnx.geometry.nested_order import children_are_consecutive, tile_to_rows
 from sparsecnx.tensor import SparseTensor
 
 
 def applies(x: SparseTensor, kernel: tuple[int, ...], stride: int, padding: tuple[int, ...]) -> bool:
     """Return whether a convolution reads exactly the `stride**ndim` consecutive rows of each output site."""
-    if any(size != stride for size in kernel) or any(padding):
-        return False
-    # The children of a site are consecutive only along whole levels of the nested order.
-    power_of_two = stride & (stride - 1) == 0
-    return power_of_two or stride == x.layout.tile
+    steps = per_axis(stride, len(kernel))
+    return kernel == steps and not any(padding) and children_are_consecutive(x.layout.tile, steps)
 
 
 def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]) -> Tensor:
@@ -28,6 +26,6 @@ def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padd
     elif stride == 2:  # Raster order is nested order.
         nested = weight.movedim(1, -1).flatten(1)
     else:
-        nested = tile_to_rows(weight.movedim(1, -1), x.layout.ndim).reshape(weight.shape[0], -1)
+        nested = tile_to_rows(weight.movedim(1, -1)).reshape(weight.shape[0], -1)
     patches = x.features if stride == 1 else x.features.reshape(-1, nested.shape[1])
     return F.linear(patches, nested, None if bias is None else bias.to(x.dtype))

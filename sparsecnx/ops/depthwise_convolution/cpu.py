@@ -16,7 +16,7 @@ from sparsecnx.tensor import SparseTensor
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return features `(rows, C)` of the convolution of `x` with `weight (C, 1, kh, kw)`."""
     table = neighbour_table(x.layout, weight.shape[2:])
-    return torch.ops.sparsecnx.depthwise_conv(x.features.contiguous(), weight.contiguous(), bias, table, x.layout.tile)
+    return torch.ops.sparsecnx.depthwise_conv(x.features.contiguous(), weight.contiguous(), bias, table, x.layout.side)
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:

@@ -17,7 +17,7 @@ def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tens
     """Return features `(rows, C)` of the convolution of `x` with `weight (C, 1, kh, kw)`."""
     table = neighbour_table(x.layout, weight.shape[2:])
     return torch.ops.sparsecnx_cuda.depthwise_conv(
-        x.features.contiguous(), weight.contiguous(), bias, table, x.layout.tile
+        x.features.contiguous(), weight.contiguous(), bias, table, x.layout.side
     )
 
 

@@ -9,5 +9,4 @@ from sparsecnx.geometry.layout import Layout
 
 def neighbour_table(layout: Layout, kernel: tuple[int, ...]) -> Tensor:
     """Return the tiles that a kernel of this size reaches from each tile, see `TileSet.neighbours`."""
-    reach = max(size // 2 for size in kernel)
-    return layout.tiles.neighbours(-(-reach // layout.tile))
+    return layout.tiles.neighbours(max(-(-(size // 2) // side) for size, side in zip(kernel, layout.tile, strict=True)))

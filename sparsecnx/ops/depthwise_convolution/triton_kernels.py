@@ -473,7 +473,7 @@ def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tens
     check_kernel(weight, "weight")
     table = neighbour_table(x.layout, weight.shape[2:])
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.sparsecnx_triton.depthwise_conv(x.features.contiguous(), weight, bias, table, x.layout.tile)
+    return torch.ops.sparsecnx_triton.depthwise_conv(x.features.contiguous(), weight, bias, table, x.layout.side)
 
 
 def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, tile: int) -> Tensor:
