@@ -1,9 +1,7 @@
 """ConvNeXt V2 and its masked autoencoder."""
 
-from sparsecnx.models.convnextv2 import (
-    SIZES,
-    ConvNeXtV2,
-    ConvNeXtV2Encoder,
+from sparsecnx.models.convnextv2 import SIZES, ConvNeXtV2, ConvNeXtV2Encoder
+from sparsecnx.models.factories import (
     convnextv2_atto,
     convnextv2_base,
     convnextv2_femto,
@@ -13,9 +11,6 @@ from sparsecnx.models.convnextv2 import (
     convnextv2_pico,
     convnextv2_tiny,
     create_convnextv2,
-)
-from sparsecnx.models.fcmae import (
-    FCMAE,
     create_fcmae,
     fcmae_convnextv2_atto,
     fcmae_convnextv2_base,
@@ -26,6 +21,8 @@ from sparsecnx.models.fcmae import (
     fcmae_convnextv2_pico,
     fcmae_convnextv2_tiny,
 )
+from sparsecnx.models.fcmae import FCMAE
+from sparsecnx.models.timm_hook import register_with_timm
 
 __all__ = [
     "FCMAE",
@@ -51,3 +48,5 @@ __all__ = [
     "fcmae_convnextv2_pico",
     "fcmae_convnextv2_tiny",
 ]
+
+register_with_timm()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +77,10 @@ class ConvNeXtV2Encoder(nn.Module):
     State-dict names are the published ones: `downsample_layers.{0..3}.{0,1}` and
     `stages.{i}.{j}.{dwconv,norm,pwconv1,grn,pwconv2}`.
 
+    Attributes:
+        num_features: channels of the last stage.
+        feature_info: channels, stride and name of every stage, as timm's models have it.
+
     Args:
         depths, dims: blocks and channels of the stages.
         in_chans: channels of the images.
@@ -96,6 +99,10 @@ class ConvNeXtV2Encoder(nn.Module):
         super().__init__()
         self.in_chans = in_chans
         self.dims = tuple(dims)
+        self.num_features = self.dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"stages.{stage}"} for stage, dim in enumerate(dims)
+        ]
         self.downsample_layers = nn.ModuleList([Layers(Conv2d(in_chans, dims[0], 4, stride=4), LayerNorm2d(dims[0]))])
         for dim, wider in itertools.pairwise(dims):
             self.downsample_layers.append(Layers(LayerNorm2d(dim), Conv2d(dim, wider, 2, stride=2)))
@@ -142,6 +149,11 @@ class ConvNeXtV2Encoder(nn.Module):
         Raises:
             TypeError, ValueError: `images` or `mask` does not fit, see `SparseTensor.from_dense`.
         """
+        return self._outputs(images, mask, visible)
+
+    def _outputs(
+        self, images: Tensor | SparseTensor, mask: Tensor | None = None, visible: int | None = None
+    ) -> list[Any]:
         x: Any = images
         if isinstance(images, SparseTensor):
             if mask is not None:
@@ -164,27 +176,169 @@ class ConvNeXtV2Encoder(nn.Module):
             outputs.append(x)
         return outputs
 
+    def forward_intermediates(
+        self,
+        x: Tensor | SparseTensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return the outputs of chosen stages, as this method of timm's models does.
+
+        Args:
+            x: images `(B, in_chans, H, W)`, or a SparseTensor of their visible pixels.
+            indices: numbers of stages, from the end if negative; an int takes that many last stages, None all.
+            norm: without effect, as in timm's ConvNeXt: the norm is a part of the head.
+            stop_early: without effect: every stage runs; `prune_intermediate_layers` removes stages.
+            output_fmt: `"NCHW"`.
+            intermediates_only: True leaves out the first part of the result.
+
+        Returns:
+            The output of the last stage, and a list of the outputs of the chosen stages.
+
+        Raises:
+            ValueError: `indices` names a stage that is not there, or `output_fmt` is another one.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}: expected 'NCHW'")
+        taken = self._taken(indices)
+        outputs = self._outputs(x)
+        chosen = [outputs[stage] for stage in taken]
+        return chosen if intermediates_only else (outputs[-1], chosen)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages after the last of `indices`, and return these; timm's `features_only=True` calls it.
+
+        Args:
+            indices: see `forward_intermediates`.
+            prune_norm, prune_head: see `ConvNeXtV2`; an encoder has neither.
+        """
+        taken = self._taken(indices)
+        kept = max(taken) + 1
+        self.downsample_layers, self.stages = self.downsample_layers[:kept], self.stages[:kept]
+        self.num_features = self.dims[kept - 1]
+        return taken
+
+    def _taken(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Return the chosen stages, counted from 0, in the order of the network."""
+        count = len(self.stages)
+        if isinstance(indices, int):
+            indices = range(-indices, 0)
+        taken = range(count) if indices is None else [i + count if i < 0 else i for i in indices]
+        if not taken or not all(0 <= i < count for i in taken):
+            raise ValueError(f"indices is {indices}: expected some of the {count} stages, 0 to {count - 1}")
+        return sorted(set(taken))
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that no optimizer should decay: GRN's, which timm does not see as vectors."""
+        return {name for name, _ in self.named_parameters() if ".grn." in name}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the patterns by which timm puts parameters into layers, for layer-wise learning rates."""
+        blocks = [(r"^downsample_layers\.(\d+)", (0,)), (r"^stages\.(\d+)\.(\d+)", None)]
+        return {
+            "stem": r"^downsample_layers\.0",
+            "blocks": r"^(?:downsample_layers|stages)\.(\d+)" if coarse else blocks,
+        }
+
 
 class ConvNeXtV2(ConvNeXtV2Encoder):
-    """The classifier: stages, mean over space, LayerNorm, Linear.
+    """The classifier: stages, mean over space, LayerNorm, Linear. It has the methods of timm's models.
 
     Args:
-        num_classes: outputs of the head.
+        num_classes: outputs of the head; 0 leaves out its Linear.
         head_init_scale: factor on the initial head weights.
+        drop_rate: dropout before the Linear of the head.
+        global_pool: `"avg"`, or `""` for a head that runs at every site.
         **encoder: arguments of `ConvNeXtV2Encoder`.
+
+    Raises:
+        ValueError: `global_pool` is another one.
     """
 
-    def __init__(self, num_classes: int = 1000, head_init_scale: float = 1.0, **encoder: Any) -> None:
-        super().__init__(**encoder)
-        self.norm = nn.LayerNorm(self.dims[-1], eps=1e-6)
-        self.head = nn.Linear(self.dims[-1], num_classes)
-        init_weights(self.head)
-        with torch.no_grad():
-            self.head.weight.mul_(head_init_scale)
+    head: nn.Module
+    global_pool: str
 
-    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
-        """Return logits `(B, num_classes)` for images `(B, in_chans, H, W)`."""
-        return self.head(self.norm(super().forward(images).mean(dim=(2, 3))))
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        head_init_scale: float = 1.0,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
+        **encoder: Any,
+    ) -> None:
+        super().__init__(**encoder)
+        self.drop_rate = drop_rate
+        self.head_hidden_size = self.num_features
+        self.norm: nn.Module = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.reset_classifier(num_classes, global_pool)
+        with torch.no_grad():
+            for weight in self.head.parameters():  # the bias is 0
+                weight.mul_(head_init_scale)
+
+    def forward(self, images: Tensor | SparseTensor) -> Tensor:  # type: ignore[override]
+        """Return logits `(B, num_classes)` for images `(B, in_chans, H, W)` or for their visible pixels."""
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(
+        self, images: Tensor | SparseTensor, mask: Tensor | None = None, visible: int | None = None
+    ) -> Any:
+        """Return the output of the last stage alone, as timm's classifiers do; `ConvNeXtV2Encoder` has the arguments.
+
+        `forward_intermediates` returns those of all stages.
+        """
+        return self._outputs(images, mask, visible)[-1]
+
+    def forward_head(self, x: Any, pre_logits: bool = False) -> Any:
+        """Return logits for the output of the last stage; with `pre_logits` the features that the Linear takes."""
+        pooled = self.global_pool == "avg"
+        y = x.mean(dim=(2, 3)) if pooled else x.permute(0, 2, 3, 1)
+        y = nn.functional.dropout(self.norm(y), self.drop_rate, self.training)
+        if not pre_logits:
+            y = self.head(y)
+        return y if pooled else y.permute(0, 3, 1, 2)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last layer, a Linear, or an Identity if `num_classes` is 0."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the last layer by a new one.
+
+        Args:
+            num_classes: outputs; 0 leaves it out.
+            global_pool: as in the constructor; None keeps the present one.
+        """
+        if global_pool not in (None, "avg", ""):
+            raise ValueError(f"global_pool is {global_pool!r}: expected 'avg' or ''")
+        self.global_pool = self.global_pool if global_pool is None else global_pool
+        self.num_classes = num_classes
+        where = next(self.parameters())
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(self.num_features, num_classes, device=where.device, dtype=where.dtype)
+            init_weights(self.head)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages after the last of `indices`, and with `prune_norm` and `prune_head` parts of the head.
+
+        Without its last stages a network loses its norm and head in any case.
+        """
+        stages = len(self.stages)
+        taken = super().prune_intermediate_layers(indices)
+        cut = len(self.stages) < stages
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        self.head_hidden_size = self.num_features
+        return taken
 
 
 def init_weights(module: nn.Module) -> None:
@@ -206,21 +360,5 @@ def check_images(images: Tensor, channels: int) -> None:
         raise ValueError(f"images is {tuple(images.shape)}: height and width must be multiples of {STRIDE}")
 
 
-def create_convnextv2(size: str, **options: Any) -> ConvNeXtV2:
-    """Build the classifier of a named size; options are those of `ConvNeXtV2`.
-
-    Raises:
-        ValueError: there is no such size.
-    """
-    config = get_size(size)
-    return ConvNeXtV2(depths=config.depths, dims=config.dims, **options)
-
-
-convnextv2_atto = partial(create_convnextv2, "atto")
-convnextv2_femto = partial(create_convnextv2, "femto")
-convnextv2_pico = partial(create_convnextv2, "pico")
-convnextv2_nano = partial(create_convnextv2, "nano")
-convnextv2_tiny = partial(create_convnextv2, "tiny")
-convnextv2_base = partial(create_convnextv2, "base")
-convnextv2_large = partial(create_convnextv2, "large")
-convnextv2_huge = partial(create_convnextv2, "huge")
+# Tracing leaves the check as it is: it reads shapes, which are known only when the graph runs.
+torch.fx.wrap("check_images")

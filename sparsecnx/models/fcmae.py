@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +13,6 @@ from sparsecnx.models.convnextv2 import (
     ConvNeXtV2Encoder,
     Layers,
     check_images,
-    get_size,
     init_weights,
 )
 from sparsecnx.nn import Conv2d, ConvNeXtV2Block
@@ -177,26 +173,3 @@ class FCMAE(nn.Module):
                 f"{self.patch_size}"
             )
         return height // self.patch_size, width // self.patch_size
-
-
-def create_fcmae(
-    size: str, *, in_chans: int = 3, drop_path_rate: float = 0.0, grn_scope: str = "sample", **options: Any
-) -> FCMAE:
-    """Build an FCMAE with the encoder of a named size; other options are those of `FCMAE`.
-
-    Raises:
-        ValueError: there is no such size.
-    """
-    config = get_size(size)
-    encoder = ConvNeXtV2Encoder(config.depths, config.dims, in_chans, drop_path_rate, grn_scope)
-    return FCMAE(encoder, **options)
-
-
-fcmae_convnextv2_atto = partial(create_fcmae, "atto")
-fcmae_convnextv2_femto = partial(create_fcmae, "femto")
-fcmae_convnextv2_pico = partial(create_fcmae, "pico")
-fcmae_convnextv2_nano = partial(create_fcmae, "nano")
-fcmae_convnextv2_tiny = partial(create_fcmae, "tiny")
-fcmae_convnextv2_base = partial(create_fcmae, "base")
-fcmae_convnextv2_large = partial(create_fcmae, "large")
-fcmae_convnextv2_huge = partial(create_fcmae, "huge")
