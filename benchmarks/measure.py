@@ -62,13 +62,18 @@ def nothing() -> None:
     """Do nothing, before a call that needs no preparation."""
 
 
-def milliseconds(call: Call, device: torch.device, before: Call = nothing) -> float:
-    """Return the time of one call; on a GPU the mean of `QUEUED` calls, launched one after another."""
+def milliseconds(call: Call, device: torch.device, before: Call = nothing, clock: str = "wall") -> float:
+    """Return the time of one call; on a GPU the mean of `QUEUED` calls, launched one after another.
+
+    Args:
+        clock: "wall", or on the CPU "process": the CPU time of all threads, which other processes lengthen less.
+    """
     if device.type != "cuda":
+        now = time.perf_counter if clock == "wall" else time.process_time
         before()
-        begin = time.perf_counter()
+        begin = now()
         call()
-        return 1e3 * (time.perf_counter() - begin)
+        return 1e3 * (now() - begin)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
     start.record()
@@ -81,13 +86,14 @@ def milliseconds(call: Call, device: torch.device, before: Call = nothing) -> fl
 
 
 def interleaved(
-    calls: Mapping[str, Call], repeats: int, device: torch.device, before: Call = nothing
+    calls: Mapping[str, Call], repeats: int, device: torch.device, before: Call = nothing, clock: str = "wall"
 ) -> dict[str, dict[str, Any]]:
     """Time every call `repeats` times, one of each in turn, so that a slow spell hits them all.
 
     Args:
         calls: what to time, by name. Each runs `WARM_UP` times first.
         before: runs before every call; on the CPU it is not timed.
+        clock: see `milliseconds`.
 
     Returns:
         For each name the `spread` of its times in milliseconds.
@@ -95,7 +101,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(-WARM_UP, repeats):
         for name, call in calls.items():
-            elapsed = milliseconds(call, device, before)
+            elapsed = milliseconds(call, device, before, clock)
             if repeat >= 0:
                 times[name].append(elapsed)
     return {name: spread(found) for name, found in times.items()}
@@ -228,15 +234,21 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 # Correctness
 
 
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Return ||got - expected|| / ||expected||, nan where either is nan."""
+def relative_error(got: Tensor, expected: Tensor, least: float = 1e-30) -> float:
+    """Return ||got - expected|| / max(||expected||, least), nan where either is nan."""
     got, expected = got.detach(), expected.detach()
     difference = torch.linalg.vector_norm(got.to(expected.dtype) - expected)
-    return float(difference / torch.linalg.vector_norm(expected).clamp(min=1e-30))
+    return float(difference / torch.linalg.vector_norm(expected).clamp(min=least))
 
 
-def compare(who: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> dict[str, Any]:
+def compare(
+    who: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float, least: float = 0.0
+) -> dict[str, Any]:
     """Compare an output and gradients by name with the expected ones.
+
+    Args:
+        least: a gradient counts as at least this fraction of the largest one. A bias before a convolution and a
+            BatchNorm has the gradient zero, of which any rounding is a large fraction.
 
     Returns:
         `output`: its relative error; `gradient`: the largest of the gradients; `parameter`: whose gradient that is.
@@ -244,7 +256,12 @@ def compare(who: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor
     Raises:
         Mismatch: an error is above `limit`, or nan.
     """
-    errors = {name: relative_error(found[name], value) for name, value in expected.items()}
+    norms = [float(torch.linalg.vector_norm(value)) for name, value in expected.items() if name != "output"]
+    floor = max(1e-30, least * max(norms))
+    errors = {
+        name: relative_error(found[name], value, 1e-30 if name == "output" else floor)
+        for name, value in expected.items()
+    }
     worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
     if not errors[worst] <= limit:
         raise Mismatch(f"{who} differs from the expected result: {worst} by {errors[worst]:.1e}, at most {limit:g}")
@@ -310,7 +327,7 @@ def describe_run() -> dict[str, Any]:
     }
     versions = {"python": platform.python_version(), "torch": torch.__version__, "sparsecnx": sparsecnx.__version__}
     installed = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
-    packages = {package: installed.get(package) for package in ("triton", "transformers", "MinkowskiEngine")}
+    packages = {package: installed.get(package) for package in ("triton", "timm", "transformers", "MinkowskiEngine")}
     # The commit of the checkout, with `-dirty` where files differ from it; None outside a checkout.
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
@@ -433,8 +450,8 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def run_cases(
-    cases: Sequence[Case],
-    run: Callable[[Case], dict[str, Any]],
+    cases: Sequence[Any],
+    run: Callable[[Any], dict[str, Any]],
     results: Results,
     print_tables: Callable[[Sequence[dict[str, Any]]], None],
 ) -> int:
