@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,30 +22,61 @@ from sparsecnx.geometry.layout import Layout, TileSet
 from sparsecnx.geometry.masks import check_same_images
 from sparsecnx.geometry.packing import gather_rows, scatter_rows
 
+# The function of ours that answers each function and method of torch. `sparsecnx.functions` fills it.
+HANDLERS: dict[Any, Callable[..., Any]] = {}
+_LIBRARIES = tuple(str(Path(module).parent) for module in (torch.__file__, __file__))
+
+NOT_IN_TABLE = "docs/functions.md, the table of functions that have a meaning on visible sites, does not list it"
+
+
+class UnsupportedFunctionError(TypeError, AttributeError):
+    """A function of torch has no meaning on the visible sites, or none with these arguments."""
+
+
+def refuse(function: Any, why: str, remedy: str = "x.dense() is an ordinary tensor, zero at masked sites") -> NoReturn:
+    """Raise UnsupportedFunctionError, which names the function, the line that called it, why it cannot run, and what to do."""
+    name = function if isinstance(function, str) else torch.overrides.resolve_name(function) or repr(function)
+    raise UnsupportedFunctionError(f"{name} on a SparseTensor{_caller()}: {why}; {remedy}")
+
+
+def _caller() -> str:
+    """Return where the network called torch: the first line outside torch and this package."""
+    if torch.compiler.is_compiling():
+        return ""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    return "" if frame is None else f", called at {frame.f_code.co_filename}:{frame.f_lineno}"
+
 
 @dataclass(init=False, eq=False, repr=False)
 class SparseTensor:
     """Features of active sites, packed into rows, with the layout that says where the rows are.
 
-    Immutable: operators return new tensors that share the layout.
+    It answers torch's functions, methods and operators as a dense tensor of its `shape` that is masked after every
+    operator: `sparsecnx.functions` has the table. Immutable: operators return new tensors that share the layout.
 
     It is a dataclass and a pytree node, because DDP, FSDP and torch.export look for tensors inside these.
 
     Attributes:
-        features: `(rows, C)`, one row per active site in the order of `layout`.
+        features: `(rows, C)`, one row per active site in the order of `layout`. Views of channels may have more or
+            fewer dimensions of channels, `(rows, *channels)`; the operators take one.
         layout: the geometry, see `sparsecnx.geometry.layout`.
+        channels_last: whether the channels are the last dimensions of `shape`, as after `x.permute(0, 2, 3, 1)`.
+            The features are the same.
     """
 
-    __slots__ = ("features", "layout")
+    __slots__ = ("channels_last", "features", "layout")
     features: Tensor
     layout: Layout
+    channels_last: bool
 
-    def __init__(self, features: Tensor, layout: Layout) -> None:
+    def __init__(self, features: Tensor, layout: Layout, channels_last: bool = False) -> None:
         """
         Raises:
-            ValueError: `features` is not `(layout.rows, C)` or lies on another device than `layout`.
+            ValueError: `features` is not `(layout.rows, *channels)` or lies on another device than `layout`.
         """
-        if features.ndim != 2 or features.shape[0] != layout.rows:
+        if features.ndim < 1 or features.shape[0] != layout.rows:
             raise ValueError(
                 f"features is {tuple(features.shape)}: the layout needs ({layout.rows}, C), a row per active site"
             )
@@ -51,12 +84,21 @@ class SparseTensor:
             raise ValueError(f"features is on {features.device}: the layout is on {layout.device}")
         object.__setattr__(self, "features", features)
         object.__setattr__(self, "layout", layout)
+        object.__setattr__(self, "channels_last", channels_last)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = HANDLERS.get(function)
+        if handler is None:
+            refuse(function, NOT_IN_TABLE)
+        return handler(*args, **kwargs) if kwargs else handler(*args)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"SparseTensor is immutable: cannot set {name!r}; use with_features()")
 
-    def __reduce__(self) -> tuple[type[SparseTensor], tuple[Tensor, Layout]]:
-        return SparseTensor, (self.features, self.layout)  # Copying and pickling must not set attributes.
+    def __reduce__(self) -> tuple[type[SparseTensor], tuple[Tensor, Layout, bool]]:
+        # Copying and pickling must not set attributes.
+        return SparseTensor, (self.features, self.layout, self.channels_last)
 
     @classmethod
     def from_dense(
@@ -90,7 +132,7 @@ class SparseTensor:
         return cls(gather_rows(dense, layout), layout)
 
     def dense(self, fill: float | Tensor = 0.0) -> Tensor:
-        """Scatter the rows into a dense tensor `(B, C, *spatial)`.
+        """Scatter the rows into a dense tensor of `shape`, `(B, C, *spatial)`.
 
         Args:
             fill: value of the inactive sites: a number, or a tensor `(C,)` such as a mask token.
@@ -98,23 +140,27 @@ class SparseTensor:
         Raises:
             ValueError: `fill` is a tensor of another shape than `(C,)`.
         """
-        channels = self.features.shape[1]
+        features, layout = self.features, self.layout
+        rows = features if features.ndim == 2 else features.reshape(layout.rows, math.prod(features.shape[1:]))
+        channels = rows.shape[1]
         if not isinstance(fill, Tensor):
-            fill = self.features.new_full((channels,), fill)
+            fill = rows.new_full((channels,), fill)
         elif fill.shape != (channels,):
             raise ValueError(f"fill is {tuple(fill.shape)}: expected a number or ({channels},)")
         else:
             check_memory(fill=fill)
-        check_memory(features=self.features)
-        return scatter_rows(self.features, self.layout, fill.to(self.dtype))
+        check_memory(features=rows)
+        images = scatter_rows(rows, layout, fill.to(self.dtype))
+        if features.ndim != 2:
+            images = images.reshape(layout.batch, *features.shape[1:], *layout.shape)
+        if self.channels_last:
+            last = range(1 + layout.ndim, images.ndim)
+            images = images.movedim(tuple(range(1, features.ndim)), tuple(last))
+        return images
 
     def with_features(self, features: Tensor, layout: Layout | None = None) -> SparseTensor:
         """Return other features on the same sites, or on those of `layout`."""
-        return SparseTensor(features, self.layout if layout is None else layout)
-
-    def to(self, dtype: torch.dtype) -> SparseTensor:
-        """Return the same tensor with features of another dtype."""
-        return self.with_features(self.features.to(dtype))
+        return SparseTensor(features, self.layout if layout is None else layout, self.channels_last)
 
     @property
     def coordinates(self) -> Tensor:
@@ -132,9 +178,12 @@ class SparseTensor:
         return self.coordinates
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Return `(B, C, *spatial)`, the shape of `dense()`."""
-        return (self.layout.batch, self.features.shape[1], *self.layout.shape)
+    def shape(self) -> torch.Size:
+        """Return `(B, C, *spatial)`, the shape of `dense()`; `(B, *spatial, C)` where the channels are last."""
+        channels, layout = self.features.shape[1:], self.layout
+        if self.channels_last:
+            return torch.Size((layout.batch, *layout.shape, *channels))
+        return torch.Size((layout.batch, *channels, *layout.shape))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,11 +193,16 @@ class SparseTensor:
     def device(self) -> torch.device:
         return self.features.device
 
+    def __getattr__(self, name: str) -> Any:  # Methods of torch that have handlers are attributes of the class.
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"SparseTensor has no attribute {name!r}")
+        refuse(f"Tensor.{name}", NOT_IN_TABLE)
+
     def __repr__(self) -> str:
-        if not isinstance(self.features, Tensor) or self.features.ndim != 2:  # A tree_map made it.
+        if not isinstance(self.features, Tensor) or self.features.ndim < 1:  # A tree_map made it.
             return f"SparseTensor(features={self.features!r}, layout={self.layout!r})"
         return (
-            f"SparseTensor(shape={self.shape}, rows={self.layout.rows}, tile={self.layout.tile}, "
+            f"SparseTensor(shape={tuple(self.shape)}, rows={self.layout.rows}, tile={self.layout.tile}, "
             f"stride={self.layout.stride}, dtype={self.dtype}, device={self.device})"
         )
 
@@ -163,13 +217,12 @@ def _flatten(x: SparseTensor) -> tuple[list[Tensor], tuple[Any, ...]]:
     The tensors of the layout are leaves too, so that an exported program or a CUDA graph takes those of another mask.
     """
     layout, tiles = x.layout, x.layout.tiles
-    constants = tiles.batch, tiles.grid, tiles.visible, layout.tile, layout.stride
+    constants = tiles.batch, tiles.grid, tiles.visible, layout.tile, layout.stride, x.channels_last
     if not torch.compiler.is_compiling():
         refuse_reentrant_checkpoint()
         if transforms_active():
             _refuse_differentiation()
-        key = id(tiles.index), *constants
-        _layouts[key] = layout
+        _layouts[id(tiles.index), *constants[:-1]] = layout
     return [x.features, tiles.index, tiles.splits], constants
 
 
@@ -185,13 +238,14 @@ def _unflatten(leaves: Iterable[Any], constants: tuple[Any, ...]) -> SparseTenso
             f"the layout of a SparseTensor became {index.dtype}, expected int64: its tensors are leaves of the pytree "
             "too; change the features alone, x.with_features(function(x.features)), their dtype with x.to(dtype)"
         )
-    batch, grid, visible, tile, stride = constants
-    layout = None if torch.compiler.is_compiling() else _layouts.get((id(index), *constants))
+    batch, grid, visible, tile, stride, channels_last = constants
+    layout = None if torch.compiler.is_compiling() else _layouts.get((id(index), *constants[:-1]))
     if layout is None or layout.tiles.index is not index or layout.tiles.splits is not splits:
         layout = Layout(TileSet(batch, grid, index, splits, visible), tile, stride)
     x = object.__new__(SparseTensor)  # Leaves need not fit each other while torch replaces them.
     object.__setattr__(x, "features", features)
     object.__setattr__(x, "layout", layout)
+    object.__setattr__(x, "channels_last", channels_last)
     return x
 
 

@@ -1,0 +1,16 @@
+"""What torch's functions mean on a SparseTensor: each module enters its functions into one table.
+
+Every function equals the one on the dense tensor, zero at masked sites, followed by masking; statistics are over visible
+sites alone. docs/functions.md is the table, written by `python -m sparsecnx.functions`.
+"""
+
+from sparsecnx.functions import (
+    attributes,
+    convolutions,
+    elementwise,
+    normalization,
+    pooling,
+    reductions,
+    resizing,
+    shapes,
+)

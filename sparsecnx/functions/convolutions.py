@@ -1,0 +1,95 @@
+"""Convolutions, and linear maps of channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsecnx import ops
+from sparsecnx.functions.table import HANDLERS, Handler, answers, channels_first, like, refuse
+from sparsecnx.functions.windows import TAKE_PADDING, per_axis, plan, unpadded
+from sparsecnx.tensor import SparseTensor
+
+
+def _convolution(name: str) -> Handler:
+    dense = getattr(F, name)
+
+    def handler(
+        input: Any,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        x, extra = unpadded(input, name)
+        window = plan(name, x, tuple(weight.shape[2:]), stride, padding, dilation, extra)
+        if window.dense:
+            border = [side for pair in zip(window.before[::-1], window.after[::-1], strict=True) for side in pair]
+            return dense(F.pad(x.dense(), border), weight, bias, window.stride, 0, window.dilation, groups)
+        return ops.conv(x, weight, bias, window.stride, window.before, window.dilation, groups)
+
+    return handler
+
+
+for _name in ("conv1d", "conv2d", "conv3d"):
+    _handler = answers(
+        _name,
+        meaning="of the zero-filled input, masked after; any groups, dilation, stride per axis, and padding that gives "
+        "extent / stride sites",
+        limits="stride divides the tile; one site left per axis is an ordinary tensor",
+    )(_convolution(_name))
+    TAKE_PADDING[getattr(F, _name)] = _handler
+
+
+def _transposed(name: str) -> Handler:
+    def handler(
+        input: Any,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> SparseTensor:
+        x = channels_first(input, name)
+        ndim, kernel = x.layout.ndim, tuple(weight.shape[2:])
+        strides, before = per_axis(stride, ndim), per_axis(padding, ndim)
+        after, dilations = per_axis(output_padding, ndim), per_axis(dilation, ndim)
+        for k, s, p, more, d in zip(kernel, strides, before, after, dilations, strict=True):
+            if d * (k - 1) + 1 - 2 * p + more != s:
+                raise ValueError(
+                    f"{name}: kernel {kernel}, stride {strides}, padding {before}, output_padding {after} and dilation "
+                    f"{dilations} do not give extent * stride sites: dilation * (kernel - 1) + 1 - 2 * padding + "
+                    "output_padding must be the stride"
+                )
+        return ops.conv_transpose(x, weight, bias, strides, before, dilations, groups)
+
+    return handler
+
+
+for _name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
+    answers(
+        _name, meaning="of the zero-filled input, masked after", limits="the output has extent * stride sites"
+    )(_transposed(_name))
+
+
+@answers("linear", meaning="over channels that are last", limits="x is channels-last")
+def linear(input: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> SparseTensor:
+    if not isinstance(input, SparseTensor):
+        refuse("linear", "its weight is a SparseTensor", "only the input can be one")
+    if not input.channels_last:
+        refuse("linear", f"x is {tuple(input.shape)}, whose last dimension is space", "permute the channels to the end")
+    return like(input, F.linear(input.features, weight, bias))
+
+
+@answers("matmul", "__matmul__", meaning="channels that are last times a matrix", limits="x is channels-last")
+def matmul(input: Any, other: Any) -> SparseTensor:
+    if not isinstance(input, SparseTensor) or not input.channels_last or not isinstance(other, Tensor) or other.ndim > 2:
+        refuse("matmul", "sites would be multiplied with sites", "x is channels-last, and the other a matrix (C, C')")
+    return like(input, torch.matmul(input.features, other))

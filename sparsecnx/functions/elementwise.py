@@ -1,0 +1,237 @@
+"""Functions of each element: activations and arithmetic, with numbers, other SparseTensors and ordinary tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsecnx.functions.table import (
+    Handler,
+    answers,
+    axes,
+    channel_axis,
+    check_same_sites,
+    like,
+    packed,
+    put,
+    refuse,
+    replaced,
+)
+from sparsecnx.geometry.packing import gather_rows
+from sparsecnx.tensor import SparseTensor
+
+ACTIVATIONS = (
+    "relu relu6 leaky_relu elu celu selu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus softsign "
+    "softshrink hardshrink tanhshrink threshold rrelu logsigmoid"
+).split()
+UNARY = (
+    "abs absolute acos acosh asin asinh atan atanh ceil cos cosh deg2rad digamma erf erfc erfinv exp exp2 expm1 "
+    "fix floor frac lgamma log log10 log1p log2 logit nan_to_num neg negative positive rad2deg reciprocal round rsqrt "
+    "sgn sign sin sinc sinh sqrt square tan trunc isfinite isinf isnan logical_not bitwise_not"
+).split()
+NARY = (
+    "add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod pow float_power maximum minimum "
+    "fmax fmin atan2 hypot copysign eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or "
+    "bitwise_xor addcmul addcdiv lerp clamp clamp_min clamp_max clip xlogy heaviside where masked_fill"
+).split()
+
+
+def _implementation(name: str) -> Callable[..., Tensor]:
+    return getattr(torch, name, None) or getattr(F, name, None) or getattr(Tensor, name)
+
+
+def _unary(name: str) -> Handler:
+    function = getattr(F, name, None) if name in ACTIVATIONS else _implementation(name)
+    assert function is not None
+
+    def handler(x: SparseTensor, *args: Any, inplace: bool = False, **kwargs: Any) -> SparseTensor:
+        out = like(x, function(x.features, *args, **kwargs))
+        return replaced(x, out, f"{name}(inplace=True)") if inplace else out
+
+    handler.__name__ = name
+    return handler
+
+
+def combine(function: Callable[..., Tensor], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SparseTensor:
+    """Apply an elementwise function to SparseTensors of the same sites, numbers, and ordinary tensors that broadcast.
+
+    An ordinary tensor has a value for each channel, for each image and channel, or for each site: of the last, the
+    visible sites are gathered.
+    """
+    x = next(value for value in (*args, *kwargs.values()) if isinstance(value, SparseTensor))
+    forms = {}
+    for key, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, SparseTensor):
+            if value is not x:
+                check_same_sites(x, value, name)
+            forms[key] = "rows", value.features
+        elif isinstance(value, Tensor) and value.ndim:
+            forms[key] = _form(value, x, name)
+        else:
+            forms[key] = "", value
+    layout, per_image = x.layout, x.layout.rows_per_image
+    split = any(kind == "image" for kind, _ in forms.values()) and per_image is not None
+
+    def placed(kind: str, value: Any) -> Any:
+        if kind == "image":  # `(B, *channels)`
+            return value.unsqueeze(1) if split else value.index_select(0, layout.row_image())
+        if kind == "rows" and split:
+            return value.reshape(layout.batch, per_image, *value.shape[1:])
+        return value
+
+    ready = {key: placed(*form) for key, form in forms.items()}
+    out = function(*(ready[key] for key in range(len(args))), **{key: ready[key] for key in kwargs})
+    return packed(out.flatten(0, 1) if split else out, layout, x.channels_last)
+
+
+def _form(value: Tensor, x: SparseTensor, name: str) -> tuple[str, Tensor]:
+    """Return how an ordinary tensor meets the rows of `x`, and its values.
+
+    That is `"channels"` with `(*channels)`, `"image"` with `(B, *channels)`, or `"rows"` with `(rows, *channels)`.
+    """
+    shape, (channels, spatial), batch = x.shape, axes(x), x.layout.batch
+    if value.ndim > len(shape):
+        refuse(name, f"a tensor {tuple(value.shape)} has more dimensions than x, {tuple(shape)}", "reshape one of them")
+    given = (1,) * (len(shape) - value.ndim) + tuple(value.shape)
+    if any(given[d] not in (1, shape[d]) for d in (0, *spatial)):
+        refuse(name, f"a tensor {tuple(value.shape)} does not broadcast to x, {tuple(shape)}", "their shapes must fit")
+    value = value.reshape(given)
+    for d in spatial:  # An expanded tensor repeats its values over space.
+        if given[d] > 1 and value.stride(d) == 0:
+            value = value.narrow(d, 0, 1)
+    wide = [value.shape[d] for d in channels]
+    if all(value.shape[d] == 1 for d in spatial):
+        return ("channels", value.reshape(wide)) if value.shape[0] == 1 else ("image", value.reshape(batch, *wide))
+    if x.channels_last:
+        value = value.movedim(tuple(channels), tuple(range(1, 1 + len(channels))))
+    images = value.expand(batch, *wide, *x.layout.shape).reshape(batch, math.prod(wide), *x.layout.shape)
+    return "rows", gather_rows(images, x.layout).reshape(x.layout.rows, *wide)
+
+
+def _nary(name: str) -> Handler:
+    function = _implementation(name)
+
+    def handler(*args: Any, **kwargs: Any) -> SparseTensor:
+        if len(args) == 2 and not kwargs:
+            x, y = args
+            kind = type(y)
+            if type(x) is SparseTensor:
+                if kind is float or kind is int:
+                    return like(x, function(x.features, y))
+                if kind is SparseTensor and x.layout is y.layout and x.channels_last is y.channels_last:
+                    a, b = x.features, y.features
+                    if a.ndim == b.ndim:
+                        return like(x, function(a, b))
+        if kwargs.get("out") is not None:
+            refuse(name, "out= would write into a tensor", "use the value that it returns")
+        kwargs.pop("out", None)
+        return combine(function, name, args, kwargs)
+
+    handler.__name__ = name
+    return handler
+
+
+_BY_NAME: dict[str, Handler] = {}
+for _name in ACTIVATIONS:
+    _BY_NAME[_name] = answers(_name, meaning="at every visible site", inplace=True)(_unary(_name))
+for _name in UNARY:
+    _BY_NAME[_name] = answers(_name, meaning="at every visible site", inplace=True)(_unary(_name))
+for _name in NARY:
+    _BY_NAME[_name] = answers(
+        _name,
+        meaning="at every visible site, with numbers, SparseTensors of the same sites, and tensors that broadcast: a "
+        "value for each channel, for each image, or for each site, of which the visible ones are gathered",
+        inplace=True,
+    )(_nary(_name))
+
+
+def _reversed(handler: Handler) -> Handler:
+    return lambda x, y: handler(y, x)
+
+
+for _operator, _name in {
+    "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "pow": "pow", "floordiv": "floor_divide", "mod": "remainder",
+    "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
+}.items():  # fmt: skip
+    put(f"__{_operator}__", _BY_NAME[_name])
+    put(f"__r{_operator}__", _reversed(_BY_NAME[_name]))
+
+    def _in_place(x: Any, y: Any, handler: Handler = _BY_NAME[_name], name: str = f"__i{_operator}__") -> Any:
+        if not isinstance(x, SparseTensor):
+            refuse(name, "it would write visible sites into an ordinary tensor", "use the function that returns a new one")
+        return replaced(x, handler(x, y), name)
+
+    put(f"__i{_operator}__", _in_place)
+for _operator in ("lt", "le", "gt", "ge", "ne"):
+    put(f"__{_operator}__", _BY_NAME[_operator])
+put("__neg__", _BY_NAME["neg"])
+put("__abs__", _BY_NAME["abs"])
+put("__invert__", _BY_NAME["bitwise_not"])
+put("__pos__", _BY_NAME["positive"])
+
+
+@answers("prelu", meaning="at every visible site, with one slope or one for each channel")
+def prelu(x: SparseTensor, weight: Tensor) -> SparseTensor:
+    if weight.numel() != 1 and (x.channels_last or x.features.ndim != 2):
+        refuse("prelu", f"x is {tuple(x.shape)}: its slopes belong to dimension 1", "bring x to (B, C, *spatial) first")
+    return like(x, F.prelu(x.features, weight))
+
+
+def _softmax(name: str) -> Handler:
+    function = getattr(F, name)
+
+    def handler(
+        x: SparseTensor, dim: int | None = None, dtype: torch.dtype | None = None, _stacklevel: int = 3
+    ) -> SparseTensor:
+        if dim is None:
+            refuse(name, "dim is None", "name the dimension of channels")
+        return like(x, function(x.features, dim=channel_axis(x, dim, name), dtype=dtype))
+
+    return handler
+
+
+for _name in ("softmax", "log_softmax", "softmin"):
+    answers(_name, meaning="over channels", limits="dim is one of channels")(_softmax(_name))
+
+
+@answers("glu", meaning="halves of the channels", limits="dim is one of channels")
+def glu(x: SparseTensor, dim: int = -1) -> SparseTensor:
+    return like(x, F.glu(x.features, channel_axis(x, dim, "glu")))
+
+
+@answers("normalize", meaning="over channels", limits="dim is one of channels")
+def normalize(x: SparseTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> SparseTensor:
+    return like(x, F.normalize(x.features, p, channel_axis(x, dim, "normalize"), eps))
+
+
+def _dropout(name: str) -> Handler:
+    function = getattr(F, name)
+
+    def handler(x: SparseTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> SparseTensor:
+        if not training or p == 0.0:
+            return x
+        out = like(x, function(x.features, p, True))
+        return replaced(x, out, f"{name}(inplace=True)") if inplace else out
+
+    return handler
+
+
+for _name in ("dropout", "alpha_dropout"):
+    answers(_name, meaning="drops elements of visible sites at random")(_dropout(_name))
+
+
+@answers("dropout1d", "dropout2d", "dropout3d", "feature_dropout", meaning="drops channels of an image at random")
+def dropout_channels(x: SparseTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> SparseTensor:
+    if not training or p == 0.0:
+        return x
+    if x.channels_last:
+        refuse("dropout2d", f"x is {tuple(x.shape)}, whose channels are last", "bring it to (B, C, *spatial) first")
+    shape = x.layout.batch, *x.features.shape[1:], *([1] * x.layout.ndim)
+    noise = x.features.new_empty(shape).bernoulli_(1 - p)
+    out = x * (noise.div_(1 - p) if p < 1 else noise)
+    return replaced(x, out, "dropout2d(inplace=True)") if inplace else out

@@ -1,0 +1,91 @@
+"""Normalisation with statistics over visible sites alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsecnx import ops
+from sparsecnx.functions.table import answers, channels_first, like, refuse
+from sparsecnx.tensor import SparseTensor
+
+
+@answers("batch_norm", meaning="statistics over the visible sites of the batch: biased to normalise, unbiased for "
+         "running_var")  # fmt: skip
+def batch_norm(
+    input: SparseTensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> SparseTensor:
+    x = channels_first(input, "batch_norm")
+    if not hasattr(ops, "batch_norm"):
+        return like(x, F.batch_norm(x.features, running_mean, running_var, weight, bias, training, momentum, eps))
+    return ops.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+@answers("instance_norm", meaning="statistics over the visible sites of each image")
+def instance_norm(
+    input: SparseTensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> SparseTensor:
+    x = channels_first(input, "instance_norm")
+    return ops.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+@answers("group_norm", meaning="statistics over the visible sites of each image and the channels of a group")
+def group_norm(
+    input: SparseTensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> SparseTensor:
+    return ops.group_norm(channels_first(input, "group_norm"), num_groups, weight, bias, eps)
+
+
+@answers("layer_norm", meaning="over channels that are last", limits="normalized_shape (C,); x is channels-last")
+def layer_norm(
+    input: SparseTensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> SparseTensor:
+    _check_normalized(input, normalized_shape, "layer_norm")
+    if weight is None or bias is None:
+        return like(input, F.layer_norm(input.features, tuple(normalized_shape), weight, bias, eps))
+    return ops.layer_norm(input, weight, bias, eps)
+
+
+@answers("rms_norm", meaning="over channels that are last", limits="normalized_shape (C,); x is channels-last")
+def rms_norm(
+    input: SparseTensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> SparseTensor:
+    _check_normalized(input, normalized_shape, "rms_norm")
+    return like(input, F.rms_norm(input.features, tuple(normalized_shape), weight, eps))
+
+
+def _check_normalized(x: Any, shape: Sequence[int], name: str) -> None:
+    if not isinstance(x, SparseTensor):
+        refuse(name, "its weight is a SparseTensor", "only the input can be one")
+    if not x.channels_last or tuple(shape) != tuple(x.features.shape[1:]):
+        refuse(name, f"normalized_shape is {tuple(shape)} of {tuple(x.shape)}, which is not its channels alone",
+               "permute the channels to the end, or use group_norm with one group")  # fmt: skip
+
+
+@answers("local_response_norm", meaning="over channels")
+def local_response_norm(
+    input: SparseTensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> SparseTensor:
+    x = channels_first(input, "local_response_norm")
+    return like(x, F.local_response_norm(x.features[..., None], size, alpha, beta, k)[..., 0])

@@ -1,0 +1,130 @@
+"""Pooling over windows, and over all of space."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sparsecnx import ops
+from sparsecnx.functions.reductions import EXTREMA, mean
+from sparsecnx.functions.table import Handler, answers, axes, channels_first, like, refuse
+from sparsecnx.functions.windows import TAKE_PADDING, per_axis, plan, unpadded
+from sparsecnx.tensor import SparseTensor
+
+
+def every_site(x: SparseTensor, stride: tuple[int, ...]) -> SparseTensor:
+    """Return every `stride`-th site of each axis, from the first."""
+    if x.channels_last or x.features.ndim != 2:
+        refuse("__getitem__", f"x is {tuple(x.shape)}", "bring it to (B, C, *spatial) first")
+    plan("__getitem__", x, (1,) * len(stride), stride, 0)
+    return ops.max_pool(x, (1,) * len(stride), stride, (0,) * len(stride))
+
+
+def _max_pool(name: str) -> Handler:
+    dense = getattr(F, name)
+
+    def handler(
+        input: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Any:
+        if return_indices:
+            refuse(name, "return_indices is True: its indices would be places in space", "pool without indices")
+        x, extra = unpadded(input, name, -math.inf)
+        kernel = per_axis(kernel_size, x.layout.ndim)
+        window = plan(name, x, kernel, stride or kernel, padding, dilation, extra, ceil_mode)
+        if window.dense:
+            return dense(x.dense(-math.inf), kernel, window.stride, window.before, window.dilation, ceil_mode)
+        return ops.max_pool(x, kernel, window.stride, window.before, window.dilation)
+
+    return handler
+
+
+for _name in ("max_pool1d", "max_pool2d", "max_pool3d"):
+    _handler = answers(
+        _name,
+        meaning="masked sites do not compete",
+        limits="no indices; extents and tiles as conv2d",
+    )(_max_pool(_name))
+    TAKE_PADDING[getattr(F, _name)] = _handler
+
+
+def _avg_pool(name: str) -> Handler:
+    dense = getattr(F, name)
+
+    def handler(
+        input: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Any:
+        x, extra = unpadded(input, name)
+        kernel = per_axis(kernel_size, x.layout.ndim)
+        window = plan(name, x, kernel, stride or kernel, padding, 1, extra, ceil_mode)
+        if window.dense:
+            return dense(x.dense(), kernel, window.stride, window.before, ceil_mode, count_include_pad, *(
+                () if divisor_override is None else (divisor_override,)))  # fmt: skip
+        return ops.avg_pool(x, kernel, window.stride, window.before, count_include_pad, divisor_override)
+
+    return handler
+
+
+for _name in ("avg_pool1d", "avg_pool2d", "avg_pool3d"):
+    _handler = answers(
+        _name,
+        meaning="masked sites count as zeros, as padding does; divides by what the arguments say",
+        limits="extents and tiles as conv2d",
+    )(_avg_pool(_name))
+    TAKE_PADDING[getattr(F, _name)] = _handler
+
+
+def _adaptive(name: str, kind: str) -> Handler:
+    def handler(input: SparseTensor, output_size: Any, return_indices: bool = False) -> Any:
+        x = channels_first(input, name)
+        if return_indices:
+            refuse(name, "return_indices is True: its indices would be places in space", "pool without indices")
+        given = per_axis(output_size, x.layout.ndim) if isinstance(output_size, int) else tuple(output_size)
+        sizes = tuple(s if g is None else g for g, s in zip(given, x.layout.shape, strict=True))
+        if all(size == 1 for size in sizes):
+            return (mean if kind == "avg" else EXTREMA["amax"])(x, tuple(axes(x)[1]), True)
+        if sizes == x.layout.shape:
+            return x
+        if any(s % size for size, s in zip(sizes, x.layout.shape, strict=True)):
+            raise ValueError(f"{name}: output_size is {output_size}: expected 1, or a divisor of {x.layout.shape}")
+        step = tuple(s // size for size, s in zip(sizes, x.layout.shape, strict=True))
+        plan(name, x, step, step, 0)
+        return ops.avg_pool(x, step, step, (0,) * len(step)) if kind == "avg" else ops.max_pool(x, step, step, (0,) * len(step))
+
+    return handler
+
+
+for _kind in ("avg", "max"):
+    for _axes in ("1d", "2d", "3d"):
+        _name = f"adaptive_{_kind}_pool{_axes}"
+        answers(
+            _name,
+            meaning="to 1: over the visible sites of each image, an ordinary tensor; to the present extent: no change; to a divisor",
+            limits="other sizes, and indices",
+        )(_adaptive(_name, _kind))
+
+
+def _lp_pool(name: str) -> Handler:
+    def handler(input: SparseTensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Any:
+        x = channels_first(input, name)
+        kernel = per_axis(kernel_size, x.layout.ndim)
+        window = plan(name, x, kernel, stride or kernel, 0, 1, None, ceil_mode)
+        powers = like(x, x.features.pow(norm_type))
+        total = ops.avg_pool(powers, kernel, window.stride, window.before, True, 1).features
+        return like(powers, total)
+
+    return handler

@@ -1,0 +1,242 @@
+"""Means, sums, norms and extrema: over space of the visible sites alone, and over channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsecnx.functions.elementwise import _BY_NAME
+from sparsecnx.functions.table import Handler, answers, axes, like, packed, put, refuse
+from sparsecnx.tensor import SparseTensor
+
+SPACE = "reduce all dimensions of space together, or call this on x.dense()"
+
+
+def per_image(x: Tensor, layout: Any, kind: str) -> Tensor:
+    """Return the sum, amax or amin `(B, *channels)` over the rows of each image; 0 for an image without any."""
+    count = layout.rows_per_image
+    if count == 0:
+        return x.new_zeros(layout.batch, *x.shape[1:]) + 0 * x.sum()
+    if count is not None:
+        return getattr(x.reshape(layout.batch, count, *x.shape[1:]), kind)(1)
+    image, blank = layout.row_image(), x.new_zeros(layout.batch, *x.shape[1:])
+    if kind == "sum":
+        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        return blank.to(wide).index_add(0, image, x.to(wide)).to(x.dtype)
+    place = image.long().view(-1, *([1] * (x.ndim - 1))).expand_as(x)
+    return blank.scatter_reduce(0, place, x, kind, include_self=False)
+
+
+def rows_of_images(layout: Any, like: Tensor) -> Any:
+    """Return how many rows each image has, at least 1: a number, or a tensor `(B, 1, ...)`."""
+    if layout.rows_per_image is not None:
+        return max(layout.rows_per_image, 1)
+    counts = layout.row_splits.diff().clamp_min(1)
+    return counts.to(like.dtype).view(-1, *([1] * (like.ndim - 1)))
+
+
+def _dims(x: SparseTensor, dim: Any, name: str) -> tuple[list[int], list[int], bool, bool]:
+    """Return the dimensions of a reduction, those of features among them, and whether space and batch are reduced."""
+    given = range(x.ndim) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim) or range(x.ndim)
+    dims = sorted(d % x.ndim for d in given)
+    channels, spatial = axes(x)
+    space = [d in dims for d in spatial]
+    if any(space) and not all(space):
+        refuse(name, f"dim is {dim} of {tuple(x.shape)}, a part of space, of which only visible sites exist", SPACE)
+    batch = 0 in dims
+    if batch and not all(space):
+        refuse(name, f"dim is {dim}, over images without space, whose visible sites are at other places", SPACE)
+    return dims, [d - channels[0] + 1 for d in dims if d in channels], all(space), batch
+
+
+def _shaped(x: SparseTensor, out: Tensor, dims: list[int], keepdim: bool) -> Tensor:
+    """Give an ordinary result the dimensions that keepdim asks for."""
+    if not keepdim:
+        return out
+    return out.reshape([1 if d in dims else size for d, size in enumerate(x.shape)])
+
+
+def reduce(name: str, x: SparseTensor, dim: Any, keepdim: bool, whole: Callable[..., Tensor],
+           images: Callable[[Tensor, Any, list[int]], Tensor]) -> Any:  # fmt: skip
+    """Reduce `x`: over channels to a SparseTensor, over space (and more) to an ordinary tensor.
+
+    Args:
+        whole: reduces dimensions of the features, `(features, dims, keepdim)`.
+        images: reduces the rows of each image and dimensions of channels, `(features, layout, dims)`.
+    """
+    dims, of_features, space, batch = _dims(x, dim, name)
+    if not space:
+        return like(x, whole(x.features, of_features, keepdim))
+    if batch:
+        return _shaped(x, whole(x.features, [0, *of_features], False), dims, keepdim)
+    return _shaped(x, images(x.features, x.layout, of_features), dims, keepdim)
+
+
+def _mean_of_images(x: Tensor, layout: Any, dims: list[int]) -> Tensor:
+    if layout.rows_per_image:
+        return x.reshape(layout.batch, layout.rows_per_image, *x.shape[1:]).mean([1, *(d + 1 for d in dims)])
+    x = x.mean(dims) if dims else x
+    total = per_image(x, layout, "sum")
+    return total / rows_of_images(layout, total)
+
+
+def _sum_of_images(x: Tensor, layout: Any, dims: list[int]) -> Tensor:
+    return per_image(x.sum(dims) if dims else x, layout, "sum")
+
+
+def _dtype_first(x: SparseTensor, dtype: torch.dtype | None) -> SparseTensor:
+    return x if dtype is None or dtype == x.dtype else like(x, x.features.to(dtype))
+
+
+@answers("mean", meaning="over space: of the visible sites of each image, an ordinary tensor; over channels",
+         limits="space is reduced as a whole")  # fmt: skip
+def mean(x: SparseTensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Any = None,
+         out: None = None) -> Any:  # fmt: skip
+    x = _dtype_first(x, dtype)
+    return reduce("mean", x, dim if axis is None else axis, keepdim, lambda v, d, k: v.mean(d, k), _mean_of_images)
+
+
+@answers("sum", meaning="as mean", limits="as mean")
+def sum(x: SparseTensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Any = None,
+        out: None = None) -> Any:  # fmt: skip
+    x = _dtype_first(x, dtype)
+    return reduce("sum", x, dim if axis is None else axis, keepdim, lambda v, d, k: v.sum(d, k), _sum_of_images)
+
+
+def _extremum(name: str) -> Handler:
+    def images(x: Tensor, layout: Any, dims: list[int]) -> Tensor:
+        return per_image(getattr(x, name)(dims) if dims else x, layout, name)
+
+    def handler(x: SparseTensor, dim: Any = (), keepdim: bool = False, *, axis: Any = None, out: None = None) -> Any:
+        chosen = dim if axis is None else axis
+        return reduce(name, x, None if chosen == () else chosen, keepdim, lambda v, d, k: getattr(v, name)(d, k), images)
+
+    return handler
+
+
+EXTREMA = {
+    name: answers(name, meaning="as mean; masked sites do not compete", limits="as mean")(_extremum(name))
+    for name in ("amax", "amin")
+}
+
+
+def _max_or_min(name: str) -> Handler:
+    extremum, elementwise = EXTREMA[f"a{name}"], _BY_NAME[f"{name}imum"]
+    result = getattr(torch.return_types, name)
+
+    def handler(x: Any, dim: Any = None, keepdim: bool = False, *, out: None = None, **kwargs: Any) -> Any:
+        other = kwargs.get("other", dim)
+        if isinstance(other, (Tensor, SparseTensor)):
+            return elementwise(x, other)
+        if dim is None:
+            return extremum(x)
+        _, of_features, space, batch = _dims(x, dim, name)
+        if space or batch:
+            refuse(name, "the indices of its answer would be places in space", f"a{name}(dim) returns values alone")
+        values, indices = getattr(x.features, name)(of_features[0], keepdim)
+        return result((like(x, values), like(x, indices)))
+
+    return handler
+
+
+for _name in ("max", "min"):
+    answers(_name, meaning="of all visible sites; over channels; of two tensors", limits="not over space: amax and amin are")(
+        _max_or_min(_name)
+    )
+
+
+def _variance(x: Tensor, layout: Any, dims: list[int], correction: float) -> Tensor:
+    center = _mean_of_images(x, layout, dims)
+    full = center
+    for d in dims:
+        full = full.unsqueeze(d)
+    rows = full.index_select(0, layout.row_image())
+    squares = _mean_of_images((x - rows).square(), layout, dims)
+    count = rows_of_images(layout, center) * math.prod(x.shape[d] for d in dims)
+    return squares * (count / (count - correction))
+
+
+def _spread(name: str) -> Handler:
+    def handler(
+        x: SparseTensor,
+        dim: Any = None,
+        unbiased: bool = True,
+        keepdim: bool = False,
+        *,
+        correction: float | None = None,
+        axis: Any = None,
+    ) -> Any:
+        if isinstance(dim, bool):
+            dim, unbiased = None, dim
+        by = (1.0 if unbiased else 0.0) if correction is None else float(correction)
+
+        def whole(v: Tensor, d: list[int], k: bool) -> Tensor:
+            return getattr(v, name)(d, correction=by, keepdim=k)
+
+        def images(v: Tensor, layout: Any, d: list[int]) -> Tensor:
+            found = _variance(v, layout, d, by)
+            return found.sqrt() if name == "std" else found
+
+        return reduce(name, x, dim if axis is None else axis, keepdim, whole, images)
+
+    return handler
+
+
+for _name in ("var", "std"):
+    answers(_name, meaning="as mean", limits="as mean")(_spread(_name))
+
+
+def _norm_of_images(x: Tensor, layout: Any, dims: list[int], p: float) -> Tensor:
+    if layout.rows_per_image is not None:
+        split = x.reshape(layout.batch, layout.rows_per_image, *x.shape[1:])
+        return torch.linalg.vector_norm(split, p, [1, *(d + 1 for d in dims)])
+    if math.isinf(p):
+        x = x.abs()
+        kind = "amax" if p > 0 else "amin"
+        return per_image(getattr(x, kind)(dims) if dims else x, layout, kind)
+    total = _sum_of_images(x.abs().pow(p), layout, dims)
+    some = total > 0  # The gradient of a norm of zeros is zero.
+    return torch.where(some, torch.where(some, total, 1).pow(1 / p), 0)
+
+
+@answers("norm", "linalg.vector_norm", meaning="as mean", limits="as mean")
+def norm(x: SparseTensor, p: Any = 2, dim: Any = None, keepdim: bool = False, out: None = None,
+         dtype: torch.dtype | None = None) -> Any:  # fmt: skip
+    if p in (None, "fro"):
+        p = 2.0
+    if not isinstance(p, (int, float)):
+        refuse("norm", f"p is {p!r}", "it takes a number")
+    x = _dtype_first(x, dtype)
+    return reduce("norm", x, dim, keepdim, lambda v, d, k: torch.linalg.vector_norm(v, p, d, k),
+                  lambda v, layout, d: _norm_of_images(v, layout, d, float(p)))  # fmt: skip
+
+
+def vector_norm(x: SparseTensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *,
+                dtype: torch.dtype | None = None, out: None = None) -> Any:  # fmt: skip
+    return norm(x, ord, dim, keepdim, dtype=dtype)
+
+
+put("linalg.vector_norm", vector_norm)
+
+
+def _of_channels(name: str) -> Handler:
+    function = getattr(torch, name)
+
+    def handler(x: SparseTensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> SparseTensor:
+        if dim is None:
+            refuse(name, "dim is None", "name the dimension of channels")
+        _, of_features, space, batch = _dims(x, dim, name)
+        if space or batch:
+            refuse(name, f"dim is {dim}, not a dimension of channels", SPACE)
+        found = function(x.features, of_features if name == "logsumexp" else of_features[0], keepdim=keepdim)
+        return like(x, found)
+
+    return handler
+
+
+for _name in ("argmax", "argmin", "logsumexp", "prod", "all", "any"):
+    answers(_name, meaning="over channels", limits="dim is one of channels")(_of_channels(_name))

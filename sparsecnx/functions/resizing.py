@@ -1,0 +1,119 @@
+"""Interpolation, and pixels to channels and back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsecnx.functions.table import answers, channels_first, packed, refuse
+from sparsecnx.functions.windows import per_axis
+from sparsecnx.geometry.layout import Layout
+from sparsecnx.geometry.packing import gather_rows
+from sparsecnx.tensor import SparseTensor
+
+
+def children(fine: Layout, factor: tuple[int, ...]) -> Tensor:
+    """Return the rows of `fine` under each row of the layout that is coarser by `factor`, int64, raster order."""
+    return _kernel_map(fine, factor).long()
+
+
+def _kernel_map(fine: Layout, factor: tuple[int, ...]) -> Tensor:
+    zeros, ones = (0,) * len(factor), (1,) * len(factor)
+    try:
+        return fine.kernel_map(factor, factor, zeros, ones)
+    except TypeError:
+        return fine.kernel_map(factor, factor[0], zeros)
+
+
+def _refined(layout: Layout, factor: tuple[int, ...]) -> Layout:
+    if hasattr(layout, "refine"):
+        return layout.refine(factor)
+    return Layout(layout.tiles, layout.tile * factor[0], layout.stride // factor[0])
+
+
+@answers("pixel_shuffle", meaning="channels to the sites under each visible site")
+def pixel_shuffle(x: SparseTensor, upscale_factor: int) -> SparseTensor:
+    x = channels_first(x, "pixel_shuffle")
+    factor = (upscale_factor,) * x.layout.ndim
+    each = upscale_factor**x.layout.ndim
+    fine = _refined(x.layout, factor)
+    rows, channels = x.features.shape
+    if channels % each:
+        raise ValueError(f"pixel_shuffle: x is {tuple(x.shape)}: its channels must be a multiple of {each}")
+    values = x.features.reshape(rows, channels // each, each).transpose(1, 2).reshape(rows * each, channels // each)
+    blank = values.new_zeros(values.shape)
+    return packed(blank.index_copy(0, children(fine, factor).flatten(), values), fine)
+
+
+@answers("pixel_unshuffle", meaning="the sites under each coarser site to channels", limits="the factor divides the tile")
+def pixel_unshuffle(x: SparseTensor, downscale_factor: int) -> SparseTensor:
+    x = channels_first(x, "pixel_unshuffle")
+    factor = (downscale_factor,) * x.layout.ndim
+    coarse = x.layout.coarsen(downscale_factor)
+    under = children(x.layout, factor)
+    values = x.features.index_select(0, under.flatten()).reshape(*under.shape, x.features.shape[1])
+    return packed(values.transpose(1, 2).flatten(1), coarse)
+
+
+@answers("interpolate", "upsample", meaning="of the zero-filled input, masked after; nearest by whole factors repeats rows, other modes "
+         "compute the whole image", limits="sizes at which a tile has whole sites")  # fmt: skip
+def interpolate(
+    input: SparseTensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Any:
+    x = channels_first(input, "interpolate")
+    layout, ndim = x.layout, x.layout.ndim
+    if (size is None) == (scale_factor is None):
+        raise ValueError(f"interpolate: size is {size} and scale_factor {scale_factor}: expected one of them")
+    if size is not None:
+        sizes = per_axis(size, ndim)
+    else:
+        scales = (scale_factor,) * ndim if isinstance(scale_factor, (int, float)) else tuple(scale_factor)
+        sizes = tuple(math.floor(extent * scale) for extent, scale in zip(layout.shape, scales, strict=True))
+    if sizes == layout.shape:
+        return x
+    upward = all(out % extent == 0 for out, extent in zip(sizes, layout.shape, strict=True))
+    if not upward:
+        return _by_the_image(x, sizes, mode, align_corners, antialias)
+    factor = tuple(out // extent for out, extent in zip(sizes, layout.shape, strict=True))
+    fine = _refined(layout, factor)
+    if mode not in ("nearest", "nearest-exact"):
+        return _by_the_image(x, sizes, mode, align_corners, antialias)
+    each = math.prod(factor)
+    parents = torch.empty(fine.rows, dtype=torch.int64, device=x.device)
+    rows = torch.arange(layout.rows, device=x.device)[:, None].expand(-1, each)
+    parents = parents.index_copy(0, children(fine, factor).flatten(), rows.flatten())
+    return packed(x.features.index_select(0, parents), fine)
+
+
+def _by_the_image(x: SparseTensor, sizes: tuple[int, ...], mode: str, align_corners: bool | None, antialias: bool) -> Any:
+    """Interpolate the zero-filled image, and keep the sites of visible tiles."""
+    layout = x.layout
+    tiles = [out / cells for out, cells in zip(sizes, layout.tiles.grid, strict=True)]
+    whole = all(tile == int(tile) and tile >= 1 for tile in tiles)
+    dense = F.interpolate(x.dense(), sizes, mode=mode, align_corners=align_corners, antialias=antialias)
+    if not whole:
+        if getattr(layout.tiles, "below_tile", "raise") == "dense":
+            return dense
+        raise ValueError(
+            f"interpolate: {layout.shape} sites would become {sizes}, with {tiles} sites to a tile: expected whole ones"
+        )
+    target = resized(layout, tuple(int(tile) for tile in tiles))
+    return packed(gather_rows(dense, target), target)
+
+
+def resized(layout: Layout, tile: tuple[int, ...]) -> Layout:
+    """Return the layout of the same tiles with other sites per tile."""
+    side = tile if isinstance(layout.tile, tuple) else tile[0]
+    whole = per_axis(layout.tile, layout.ndim)
+    stride = tuple(s * old // new for s, old, new in zip(per_axis(layout.stride, layout.ndim), whole, tile, strict=True))
+    return Layout(layout.tiles, side, stride if isinstance(layout.stride, tuple) else stride[0])

@@ -1,0 +1,162 @@
+"""The table of torch's functions that a SparseTensor answers, and what the functions of this package share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsecnx.geometry.layout import Layout
+from sparsecnx.tensor import HANDLERS, SparseTensor, refuse
+
+Handler = Callable[..., Any]
+HOMES = {"torch": torch, "torch.nn.functional": F, "torch.Tensor": Tensor}
+_new, _set = object.__new__, object.__setattr__
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table: names of torch's functions, what they mean on visible sites, and what they do not take."""
+
+    names: tuple[str, ...]
+    meaning: str
+    limits: str
+
+
+ENTRIES: list[Entry] = []
+
+
+def answers(*names: str, meaning: str, limits: str = "", inplace: bool = False) -> Callable[[Handler], Handler]:
+    """Enter a function into the table under the names that torch has for it.
+
+    A name such as `relu` stands for `torch.relu`, `F.relu` and the method. The method becomes one of SparseTensor.
+
+    Args:
+        names: torch's names.
+        meaning, limits: columns of the table in docs/functions.md.
+        inplace: whether torch's in-place functions (`relu_`) are entered too.
+    """
+
+    def enter(handler: Handler) -> Handler:
+        ENTRIES.append(Entry(names, meaning, limits))
+        for name in names:
+            put(name, handler)
+            if inplace:
+                put(name + "_", replacing(handler, name + "_"))
+        return handler
+
+    return enter
+
+
+def put(name: str, handler: Handler) -> None:
+    """Enter a handler for every function of torch with this name, and as a method where tensors have one."""
+    if name.startswith("linalg."):
+        HANDLERS[getattr(torch.linalg, name.removeprefix("linalg."))] = handler
+        return
+    found = [getattr(home, name) for home in HOMES.values() if hasattr(home, name)]
+    if not found:  # A later torch has it.
+        return
+    for function in found:
+        if isinstance(function, property) or not callable(function):
+            continue
+        HANDLERS[function] = handler
+    if callable(getattr(Tensor, name, None)):
+        setattr(SparseTensor, name, handler)
+
+
+def replacing(handler: Handler, name: str) -> Handler:
+    """Return the in-place function of a handler: it returns the new value, and lets `x` be used no more."""
+
+    def in_place(x: SparseTensor, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(x, SparseTensor):
+            refuse(name, f"it would write visible sites into {_kind(x)}", "use the function that returns a new tensor")
+        return replaced(x, handler(x, *args, **kwargs), name)
+
+    return in_place
+
+
+def replaced(x: SparseTensor, value: Any, name: str) -> Any:
+    """Return the value that an in-place function gives to `x`, in the dtype of `x`; later uses of `x` are errors."""
+    features = value.features
+    if features.shape != x.features.shape:
+        refuse(name, f"x is {tuple(x.shape)} and would become {tuple(value.shape)}", "an in-place result keeps the shape")
+    if features.dtype != x.features.dtype:
+        value = like(x, features.to(x.features.dtype))
+    return value
+
+
+def like(x: SparseTensor, features: Tensor) -> SparseTensor:
+    """Return other features on the sites of `x`, without checks."""
+    out = _new(SparseTensor)
+    _set(out, "features", features)
+    _set(out, "layout", x.layout)
+    _set(out, "channels_last", x.channels_last)
+    return out
+
+
+def packed(features: Tensor, layout: Layout, channels_last: bool = False) -> SparseTensor:
+    """Return a SparseTensor, without checks."""
+    out = _new(SparseTensor)
+    _set(out, "features", features)
+    _set(out, "layout", layout)
+    _set(out, "channels_last", channels_last)
+    return out
+
+
+def channels_first(x: Any, name: str) -> SparseTensor:
+    """Return `x` where it is a SparseTensor `(B, C, *spatial)`; raise where it is not."""
+    if type(x) is not SparseTensor and not isinstance(x, SparseTensor):
+        refuse(name, f"its input is {_kind(x)}", "only the input can be a SparseTensor")
+    if x.channels_last or x.features.ndim != 2:
+        refuse(name, f"x is {tuple(x.shape)}, channels {'last' if x.channels_last else x.features.shape[1:]}",
+               "bring it to (B, C, *spatial) first, with permute or flatten")  # fmt: skip
+    return x
+
+
+def check_same_sites(x: SparseTensor, other: SparseTensor, name: str) -> None:
+    """Raise unless both have the same sites, and their channels at the same place."""
+    if x.layout is not other.layout:
+        difference = layout_difference(x.layout, other.layout)
+        if difference is not None:
+            refuse(name, f"its SparseTensors have other layouts: {difference}", "combine tensors of one mask and stride")
+    if x.channels_last != other.channels_last or x.features.ndim != other.features.ndim:
+        refuse(name, f"its SparseTensors are {tuple(x.shape)} and {tuple(other.shape)}, whose channels are at other places",
+               "permute one of them")  # fmt: skip
+
+
+def layout_difference(layout: Layout, other: Layout) -> str | None:
+    if layout.tiles is other.tiles and layout.tile == other.tile and layout.stride == other.stride:
+        return None
+    if hasattr(layout, "difference"):
+        return layout.difference(other)
+    return "other masks" if layout.tiles is not other.tiles else f"tiles {layout.tile} and {other.tile}"
+
+
+def _kind(x: object) -> str:
+    return f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+
+
+def axes(x: SparseTensor) -> tuple[range, range]:
+    """Return the dimensions of `x` that are channels, and those that are space."""
+    channels, spatial = x.features.ndim - 1, x.layout.ndim
+    if x.channels_last:
+        return range(1 + spatial, 1 + spatial + channels), range(1, 1 + spatial)
+    return range(1, 1 + channels), range(1 + channels, 1 + channels + spatial)
+
+
+def channel_axis(x: SparseTensor, dim: int, name: str) -> int:
+    """Return the dimension of the features that the dimension `dim` of `x` is; raise unless it is one of channels."""
+    channels, _ = axes(x)
+    place = dim + x.features.ndim + x.layout.ndim if dim < 0 else dim
+    if place not in channels:
+        what = "out of range" if not 0 <= place < x.features.ndim + x.layout.ndim else "the batch" if place == 0 else "space"
+        refuse(name, f"dim is {dim}, which is {what} in {tuple(x.shape)}", "it takes a dimension of channels")
+    return place - channels[0] + 1
+
+
+def operands(args: tuple[Any, ...]) -> Iterator[SparseTensor]:
+    return (value for value in args if isinstance(value, SparseTensor))

@@ -1,0 +1,192 @@
+"""The arguments of sliding windows: of convolutions and poolings, and of the padding before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from sparsecnx.functions.table import answers, channels_first, like, refuse
+from sparsecnx.tensor import SparseTensor
+
+
+class Window(NamedTuple):
+    """A window on the layout of its input.
+
+    Attributes:
+        kernel, stride, dilation: sites along each axis.
+        before, after: padding before the first and after the last site of each axis.
+        dense: why an ordinary tensor comes out: the stride is below the tile, or one site is left per axis.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    dilation: tuple[int, ...]
+    dense: bool
+
+
+class Padded:
+    """A SparseTensor with a border of padding, which the convolution or pooling that follows takes as its own.
+
+    Masked and padded sites are both absent from the rows, so that a border cannot be kept any other way.
+    """
+
+    __slots__ = ("after", "before", "value", "x")
+
+    def __init__(self, x: SparseTensor, before: tuple[int, ...], after: tuple[int, ...], value: float) -> None:
+        self.x, self.before, self.after, self.value = x, before, after, value
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = TAKE_PADDING.get(function)
+        if handler is None:
+            refuse(function, "its input comes from F.pad, whose border only a convolution or pooling takes",
+                   "call those next, or x.dense() before the padding")  # fmt: skip
+        return handler(*args, **(kwargs or {}))
+
+    @property
+    def shape(self) -> torch.Size:
+        x, added = self.x, [a + b for a, b in zip(self.before, self.after, strict=True)]
+        space = (size + more for size, more in zip(x.layout.shape, added, strict=True))
+        return torch.Size((*x.shape[:2], *space))
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.x.ndim
+
+    ndim = property(dim)
+    dtype = property(lambda self: self.x.dtype)
+    device = property(lambda self: self.x.device)
+    requires_grad = property(lambda self: self.x.requires_grad)
+
+    def contiguous(self, *args: Any, **kwargs: Any) -> Padded:
+        return self
+
+
+TAKE_PADDING: dict[Any, Any] = {}
+
+
+@answers("pad", meaning="zeros (and -inf before max pooling) for the convolution or pooling that follows; zeros beside the "
+         "channels", limits="mode constant; the border is not a value that other functions read")  # fmt: skip
+def pad(
+    x: SparseTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
+) -> SparseTensor | Padded:
+    if mode != "constant":
+        refuse("pad", f"mode is {mode!r}, which copies sites across the border of a mask", "pad with zeros")
+    x = channels_first(x, "pad")
+    space = list(pad[: 2 * x.layout.ndim]) + [0] * (2 * x.layout.ndim - len(pad))
+    before, after = tuple(space[-2::-2]), tuple(space[::-2])
+    beside = tuple(pad[2 * x.layout.ndim :])
+    if any(beside[2:]) or min(space) < 0:
+        refuse("pad", f"pad is {tuple(pad)}", "it adds sites around space or channels, and does not remove any")
+    if any(beside):
+        x = like(x, F.pad(x.features, beside, value=value))
+    return x if not any(space) else Padded(x, before, after, value or 0.0)
+
+
+_plans: dict[Any, Window] = {}
+
+
+def plan(
+    name: str,
+    x: SparseTensor,
+    kernel: tuple[int, ...],
+    stride: Any,
+    padding: Any,
+    dilation: Any = 1,
+    extra: Padded | None = None,
+    ceil: bool = False,
+) -> Window:
+    """Return a window in tuples. Its output must have extent / stride sites per axis.
+
+    Raises:
+        ValueError: another extent would come out, or the stride does not divide the tile.
+    """
+    layout = x.layout
+    more = None if extra is None else (extra.before, extra.after)
+    key = name, kernel, _hashable(stride), _hashable(padding), _hashable(dilation), layout.shape, layout.tile, more, ceil
+    if torch.compiler.is_compiling():
+        return _plan(name, x, kernel, stride, padding, dilation, more, ceil)
+    found = _plans.get(key)
+    if found is None:
+        found = _plans[key] = _plan(name, x, kernel, stride, padding, dilation, more, ceil)
+    return found
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def per_axis(value: Any, ndim: int) -> tuple[int, ...]:
+    """Return an argument such as a stride for every axis."""
+    if isinstance(value, int):
+        return (value,) * ndim
+    given = tuple(value)
+    return given * ndim if len(given) == 1 else given
+
+
+def _plan(
+    name: str,
+    x: SparseTensor,
+    kernel: tuple[int, ...],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    more: tuple[tuple[int, ...], tuple[int, ...]] | None,
+    ceil: bool,
+) -> Window:
+    layout = x.layout
+    ndim, shape = layout.ndim, layout.shape
+    tile = per_axis(layout.tile, ndim)
+    strides, dilations = per_axis(stride, ndim), per_axis(dilation, ndim)
+    spans = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True))
+    if padding == "same":
+        before = tuple((span - 1) // 2 for span in spans)
+        after = tuple(span - 1 - b for span, b in zip(spans, before, strict=True))
+    else:
+        before = after = (0,) * ndim if padding == "valid" else per_axis(padding, ndim)
+    if more is not None:
+        before = tuple(a + b for a, b in zip(before, more[0], strict=True))
+        after = tuple(a + b for a, b in zip(after, more[1], strict=True))
+    out = []
+    for size, span, s, b, a in zip(shape, spans, strides, before, after, strict=True):
+        steps = size + b + a - span
+        count = (-(-steps // s) if ceil else steps // s) + 1
+        if ceil and (count - 1) * s >= size + b:  # torch lets no window begin in the padding after the last site.
+            count -= 1
+        out.append(count)
+    divides = all(side % s == 0 for side, s in zip(tile, strides, strict=True))
+    expected = [size // s for size, s in zip(shape, strides, strict=True)]
+    if all(count == 1 for count in out) and not (divides and out == expected):
+        return Window(kernel, strides, before, after, dilations, True)
+    if not divides:
+        # TileSet keeps what a mask was given for strides below its tiles.
+        if getattr(layout.tiles, "below_tile", "raise") == "dense":
+            return Window(kernel, strides, before, after, dilations, True)
+        raise ValueError(
+            f"{name}: stride is {stride}, which must divide the tile side, {layout.tile} sites; take larger patches, or "
+            'below_tile="dense" of SparseTensor.from_dense, which goes on with an ordinary tensor from here'
+        )
+    if out != expected:
+        fits = [f"{max(span - s, 0)} to {span - 1}" for span, s in zip(spans, strides, strict=True)]
+        raise ValueError(
+            f"{name}: {tuple(shape)} sites become {tuple(out)} with kernel {kernel}, stride {strides}, padding {padding} and "
+            f"dilation {dilations}: expected extent / stride, {tuple(expected)}; the padding before and after each axis "
+            f"must be {' and '.join(fits)} in all"
+        )
+    return Window(kernel, strides, before, after, dilations, False)
+
+
+def unpadded(x: Any, name: str, value: float = 0.0) -> tuple[SparseTensor, Padded | None]:
+    """Return the SparseTensor of an input, and the padding that F.pad put around it, which must have that value."""
+    if isinstance(x, Padded):
+        if x.value != value:
+            refuse(name, f"F.pad has put {x.value} around its input", f"its padding is {value}")
+        return x.x, x
+    return channels_first(x, name), None
