@@ -34,7 +34,7 @@ class UnsupportedFunctionError(TypeError, AttributeError):
 
 
 def refuse(function: Any, why: str, remedy: str = "x.dense() is an ordinary tensor, zero at masked sites") -> NoReturn:
-    """Raise UnsupportedFunctionError, which names the function, the line that called it, why it cannot run, and what to do."""
+    """Raise UnsupportedFunctionError: which function, the line that called it, why it cannot run, and what to do."""
     name = function if isinstance(function, str) else torch.overrides.resolve_name(function) or repr(function)
     raise UnsupportedFunctionError(f"{name} on a SparseTensor{_caller()}: {why}; {remedy}")
 
@@ -74,9 +74,9 @@ class SparseTensor:
     def __init__(self, features: Tensor, layout: Layout, channels_last: bool = False) -> None:
         """
         Raises:
-            ValueError: `features` is not `(layout.rows, *channels)` or lies on another device than `layout`.
+            ValueError: `features` is not `(layout.rows, C)` or lies on another device than `layout`.
         """
-        if features.ndim < 1 or features.shape[0] != layout.rows:
+        if features.ndim != 2 or features.shape[0] != layout.rows:
             raise ValueError(
                 f"features is {tuple(features.shape)}: the layout needs ({layout.rows}, C), a row per active site"
             )
@@ -96,9 +96,9 @@ class SparseTensor:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"SparseTensor is immutable: cannot set {name!r}; use with_features()")
 
-    def __reduce__(self) -> tuple[type[SparseTensor], tuple[Tensor, Layout, bool]]:
+    def __reduce__(self) -> tuple[Callable[..., SparseTensor], tuple[Tensor, Layout, bool]]:
         # Copying and pickling must not set attributes.
-        return SparseTensor, (self.features, self.layout, self.channels_last)
+        return packed, (self.features, self.layout, self.channels_last)
 
     @classmethod
     def from_dense(
@@ -207,6 +207,15 @@ class SparseTensor:
         )
 
 
+def packed(features: Any, layout: Layout, channels_last: bool = False) -> SparseTensor:
+    """Return a SparseTensor of any dimensions of channels, without checks."""
+    x = object.__new__(SparseTensor)
+    object.__setattr__(x, "features", features)
+    object.__setattr__(x, "layout", layout)
+    object.__setattr__(x, "channels_last", channels_last)
+    return x
+
+
 # The layouts of flattened SparseTensors: the same tensors are unflattened to the same layout, whose tables are built.
 _layouts: weakref.WeakValueDictionary[tuple[Any, ...], Layout] = weakref.WeakValueDictionary()
 
@@ -222,7 +231,7 @@ def _flatten(x: SparseTensor) -> tuple[list[Tensor], tuple[Any, ...]]:
         refuse_reentrant_checkpoint()
         if transforms_active():
             _refuse_differentiation()
-        _layouts[id(tiles.index), *constants[:-1]] = layout
+        _layouts[(id(tiles.index), *constants[:-1])] = layout
     return [x.features, tiles.index, tiles.splits], constants
 
 
@@ -242,11 +251,7 @@ def _unflatten(leaves: Iterable[Any], constants: tuple[Any, ...]) -> SparseTenso
     layout = None if torch.compiler.is_compiling() else _layouts.get((id(index), *constants[:-1]))
     if layout is None or layout.tiles.index is not index or layout.tiles.splits is not splits:
         layout = Layout(TileSet(batch, grid, index, splits, visible), tile, stride)
-    x = object.__new__(SparseTensor)  # Leaves need not fit each other while torch replaces them.
-    object.__setattr__(x, "features", features)
-    object.__setattr__(x, "layout", layout)
-    object.__setattr__(x, "channels_last", channels_last)
-    return x
+    return packed(features, layout, channels_last)  # Leaves need not fit each other while torch replaces them.
 
 
 def refuse_reentrant_checkpoint() -> None:
@@ -289,4 +294,4 @@ pytree.register_pytree_node(
 )
 
 # Files with SparseTensors, such as programs of torch.export with their example inputs, load with weights_only=True.
-torch.serialization.add_safe_globals([SparseTensor, Layout, TileSet])
+torch.serialization.add_safe_globals([SparseTensor, packed, Layout, TileSet])

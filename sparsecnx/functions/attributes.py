@@ -12,7 +12,9 @@ from sparsecnx.functions.table import answers, like, packed, refuse
 from sparsecnx.geometry.layout import Layout, TileSet
 from sparsecnx.tensor import HANDLERS, SparseTensor
 
-PROPERTIES = "requires_grad is_leaf is_cuda is_cpu is_meta is_mps is_xpu itemsize grad_fn is_quantized is_nested names".split()
+PROPERTIES = (
+    ["requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "itemsize", "grad_fn", "is_quantized", "is_nested", "names"]
+)
 
 
 def _property(name: str) -> None:
@@ -36,7 +38,7 @@ def _asked_of_features(name: str) -> None:
     answers(name, meaning="as that of the features")(handler)
 
 
-for _name in "is_floating_point is_complex is_inference element_size get_device is_signed".split():
+for _name in ["is_floating_point", "is_complex", "is_inference", "element_size", "get_device", "is_signed"]:
     _asked_of_features(_name)
 
 
@@ -49,7 +51,7 @@ def _converts(name: str) -> None:
     answers(name, meaning="of the features")(handler)
 
 
-for _name in "float half bfloat16 double int long bool type_as detach clone".split():
+for _name in ["float", "half", "bfloat16", "double", "int", "long", "bool", "type_as", "detach", "clone"]:
     _converts(_name)
 
 
@@ -112,7 +114,7 @@ def _new(name: str) -> None:
     answers(name, meaning="an ordinary tensor of the dtype and device of the features")(handler)
 
 
-for _name in "new_empty new_zeros new_ones new_full new_tensor".split():
+for _name in ["new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"]:
     _new(_name)
 
 
@@ -126,7 +128,7 @@ def _like(name: str) -> None:
     answers(name, meaning="on the same sites")(handler)
 
 
-for _name in "zeros_like ones_like empty_like full_like rand_like randn_like".split():
+for _name in ["zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"]:
     _like(_name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -9,9 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx import ops
-from sparsecnx.functions.table import HANDLERS, Handler, answers, channels_first, like, refuse
-from sparsecnx.functions.windows import TAKE_PADDING, per_axis, plan, unpadded
+from sparsecnx.functions.table import Handler, answers, channels_first, like, refuse
+from sparsecnx.functions.windows import TAKE_PADDING, Window, per_axis, plan, unpadded
 from sparsecnx.tensor import SparseTensor
+
+
+def _run(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> SparseTensor:
+    if "groups" in inspect.signature(ops.conv).parameters:
+        return ops.conv(x, weight, bias, window.stride, window.before, window.dilation, groups)
+    if groups == 1 and set(window.dilation) == {1}:
+        return ops.conv(x, weight, bias, window.stride[0], window.before)
+    return ops.depthwise_conv(x, weight, bias)
 
 
 def _convolution(name: str) -> Handler:
@@ -31,7 +40,7 @@ def _convolution(name: str) -> Handler:
         if window.dense:
             border = [side for pair in zip(window.before[::-1], window.after[::-1], strict=True) for side in pair]
             return dense(F.pad(x.dense(), border), weight, bias, window.stride, 0, window.dilation, groups)
-        return ops.conv(x, weight, bias, window.stride, window.before, window.dilation, groups)
+        return _run(x, weight, bias, window, groups)
 
     return handler
 
@@ -74,9 +83,9 @@ def _transposed(name: str) -> Handler:
 
 
 for _name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
-    answers(
-        _name, meaning="of the zero-filled input, masked after", limits="the output has extent * stride sites"
-    )(_transposed(_name))
+    answers(_name, meaning="of the zero-filled input, masked after", limits="the output has extent * stride sites")(
+        _transposed(_name)
+    )
 
 
 @answers("linear", meaning="over channels that are last", limits="x is channels-last")
@@ -90,6 +99,11 @@ def linear(input: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> S
 
 @answers("matmul", "__matmul__", meaning="channels that are last times a matrix", limits="x is channels-last")
 def matmul(input: Any, other: Any) -> SparseTensor:
-    if not isinstance(input, SparseTensor) or not input.channels_last or not isinstance(other, Tensor) or other.ndim > 2:
+    if (
+        not isinstance(input, SparseTensor)
+        or not input.channels_last
+        or not isinstance(other, Tensor)
+        or other.ndim > 2
+    ):
         refuse("matmul", "sites would be multiplied with sites", "x is channels-last, and the other a matrix (C, C')")
     return like(input, torch.matmul(input.features, other))

@@ -25,20 +25,9 @@ from sparsecnx.functions.table import (
 from sparsecnx.geometry.packing import gather_rows
 from sparsecnx.tensor import SparseTensor
 
-ACTIVATIONS = (
-    "relu relu6 leaky_relu elu celu selu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus softsign "
-    "softshrink hardshrink tanhshrink threshold rrelu logsigmoid"
-).split()
-UNARY = (
-    "abs absolute acos acosh asin asinh atan atanh ceil cos cosh deg2rad digamma erf erfc erfinv exp exp2 expm1 "
-    "fix floor frac lgamma log log10 log1p log2 logit nan_to_num neg negative positive rad2deg reciprocal round rsqrt "
-    "sgn sign sin sinc sinh sqrt square tan trunc isfinite isinf isnan logical_not bitwise_not"
-).split()
-NARY = (
-    "add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod pow float_power maximum minimum "
-    "fmax fmin atan2 hypot copysign eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or "
-    "bitwise_xor addcmul addcdiv lerp clamp clamp_min clamp_max clip xlogy heaviside where masked_fill"
-).split()
+ACTIVATIONS = ["relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "sigmoid", "tanh", "softplus", "softsign", "softshrink", "hardshrink", "tanhshrink", "threshold", "rrelu", "logsigmoid"]
+UNARY = ["abs", "absolute", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "deg2rad", "digamma", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "fix", "floor", "frac", "lgamma", "log", "log10", "log1p", "log2", "logit", "nan_to_num", "neg", "negative", "positive", "rad2deg", "reciprocal", "round", "rsqrt", "sgn", "sign", "sin", "sinc", "sinh", "sqrt", "square", "tan", "trunc", "isfinite", "isinf", "isnan", "logical_not", "bitwise_not"]
+NARY = ["add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide", "floor_divide", "remainder", "fmod", "pow", "float_power", "maximum", "minimum", "fmax", "fmin", "atan2", "hypot", "copysign", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor", "addcmul", "addcdiv", "lerp", "clamp", "clamp_min", "clamp_max", "clip", "xlogy", "heaviside", "where", "masked_fill"]
 
 
 def _implementation(name: str) -> Callable[..., Tensor]:
@@ -163,7 +152,9 @@ for _operator, _name in {
 
     def _in_place(x: Any, y: Any, handler: Handler = _BY_NAME[_name], name: str = f"__i{_operator}__") -> Any:
         if not isinstance(x, SparseTensor):
-            refuse(name, "it would write visible sites into an ordinary tensor", "use the function that returns a new one")
+            refuse(
+                name, "it would write visible sites into an ordinary tensor", "use the function that returns a new one"
+            )
         return replaced(x, handler(x, y), name)
 
     put(f"__i{_operator}__", _in_place)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
 from sparsecnx import ops
@@ -103,7 +102,11 @@ def _adaptive(name: str, kind: str) -> Handler:
             raise ValueError(f"{name}: output_size is {output_size}: expected 1, or a divisor of {x.layout.shape}")
         step = tuple(s // size for size, s in zip(sizes, x.layout.shape, strict=True))
         plan(name, x, step, step, 0)
-        return ops.avg_pool(x, step, step, (0,) * len(step)) if kind == "avg" else ops.max_pool(x, step, step, (0,) * len(step))
+        return (
+            ops.avg_pool(x, step, step, (0,) * len(step))
+            if kind == "avg"
+            else ops.max_pool(x, step, step, (0,) * len(step))
+        )
 
     return handler
 
@@ -119,7 +122,9 @@ for _kind in ("avg", "max"):
 
 
 def _lp_pool(name: str) -> Handler:
-    def handler(input: SparseTensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Any:
+    def handler(
+        input: SparseTensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False
+    ) -> Any:
         x = channels_first(input, name)
         kernel = per_axis(kernel_size, x.layout.ndim)
         window = plan(name, x, kernel, stride or kernel, 0, 1, None, ceil_mode)

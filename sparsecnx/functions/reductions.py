@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsecnx.functions.elementwise import _BY_NAME
-from sparsecnx.functions.table import Handler, answers, axes, like, packed, put, refuse
+from sparsecnx.functions.table import Handler, answers, axes, like, put, refuse
 from sparsecnx.tensor import SparseTensor
 
 SPACE = "reduce all dimensions of space together, or call this on x.dense()"
@@ -113,7 +113,9 @@ def _extremum(name: str) -> Handler:
 
     def handler(x: SparseTensor, dim: Any = (), keepdim: bool = False, *, axis: Any = None, out: None = None) -> Any:
         chosen = dim if axis is None else axis
-        return reduce(name, x, None if chosen == () else chosen, keepdim, lambda v, d, k: getattr(v, name)(d, k), images)
+        return reduce(
+            name, x, None if chosen == () else chosen, keepdim, lambda v, d, k: getattr(v, name)(d, k), images
+        )
 
     return handler
 
@@ -144,9 +146,9 @@ def _max_or_min(name: str) -> Handler:
 
 
 for _name in ("max", "min"):
-    answers(_name, meaning="of all visible sites; over channels; of two tensors", limits="not over space: amax and amin are")(
-        _max_or_min(_name)
-    )
+    answers(
+        _name, meaning="of all visible sites; over channels; of two tensors", limits="not over space: amax and amin are"
+    )(_max_or_min(_name))
 
 
 def _variance(x: Tensor, layout: Any, dims: list[int], correction: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecnx.functions.table import answers, channels_first, packed, refuse
+from sparsecnx.functions.table import answers, channels_first, packed
 from sparsecnx.functions.windows import per_axis
 from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.packing import gather_rows
@@ -49,7 +49,9 @@ def pixel_shuffle(x: SparseTensor, upscale_factor: int) -> SparseTensor:
     return packed(blank.index_copy(0, children(fine, factor).flatten(), values), fine)
 
 
-@answers("pixel_unshuffle", meaning="the sites under each coarser site to channels", limits="the factor divides the tile")
+@answers(
+    "pixel_unshuffle", meaning="the sites under each coarser site to channels", limits="the factor divides the tile"
+)
 def pixel_unshuffle(x: SparseTensor, downscale_factor: int) -> SparseTensor:
     x = channels_first(x, "pixel_unshuffle")
     factor = (downscale_factor,) * x.layout.ndim
@@ -95,7 +97,9 @@ def interpolate(
     return packed(x.features.index_select(0, parents), fine)
 
 
-def _by_the_image(x: SparseTensor, sizes: tuple[int, ...], mode: str, align_corners: bool | None, antialias: bool) -> Any:
+def _by_the_image(
+    x: SparseTensor, sizes: tuple[int, ...], mode: str, align_corners: bool | None, antialias: bool
+) -> Any:
     """Interpolate the zero-filled image, and keep the sites of visible tiles."""
     layout = x.layout
     tiles = [out / cells for out, cells in zip(sizes, layout.tiles.grid, strict=True)]
@@ -115,5 +119,7 @@ def resized(layout: Layout, tile: tuple[int, ...]) -> Layout:
     """Return the layout of the same tiles with other sites per tile."""
     side = tile if isinstance(layout.tile, tuple) else tile[0]
     whole = per_axis(layout.tile, layout.ndim)
-    stride = tuple(s * old // new for s, old, new in zip(per_axis(layout.stride, layout.ndim), whole, tile, strict=True))
+    stride = tuple(
+        s * old // new for s, old, new in zip(per_axis(layout.stride, layout.ndim), whole, tile, strict=True)
+    )
     return Layout(layout.tiles, side, stride if isinstance(layout.stride, tuple) else stride[0])

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx.functions.elementwise import _form
@@ -73,7 +72,9 @@ def movedim(x: SparseTensor, source: int | Sequence[int], destination: int | Seq
     return permute(x, order, name="movedim")
 
 
-@answers("reshape", "view", meaning="views of the channels", limits="batch and space stay; flatten of space is an error")
+@answers(
+    "reshape", "view", meaning="views of the channels", limits="batch and space stay; flatten of space is an error"
+)
 def reshape(x: SparseTensor, *shape: Any, name: str = "reshape") -> SparseTensor:
     if len(shape) == 1 and isinstance(shape[0], torch.dtype):
         refuse("view", "it would read the bits of one dtype as another", "x.to(dtype) converts")
@@ -117,7 +118,9 @@ def unsqueeze(x: SparseTensor, dim: int) -> SparseTensor:
 @answers("squeeze", meaning="removes a dimension of channels of size 1", limits="dim is one of channels")
 def squeeze(x: SparseTensor, dim: int | None = None) -> SparseTensor:
     if dim is None:
-        refuse("squeeze", "without dim it depends on the sizes of the batch and of space", "name the dimension of channels")
+        refuse(
+            "squeeze", "without dim it depends on the sizes of the batch and of space", "name the dimension of channels"
+        )
     return like(x, x.features.squeeze(channel_axis(x, dim, "squeeze")))
 
 
@@ -125,7 +128,9 @@ def squeeze(x: SparseTensor, dim: int | None = None) -> SparseTensor:
 def expand(x: SparseTensor, *sizes: Any) -> SparseTensor:
     wanted = list(_sequence(sizes[0], sizes[1:]))
     channels, _ = axes(x)
-    fits = len(wanted) == x.ndim and all(w in (-1, s) for d, (w, s) in enumerate(zip(wanted, x.shape)) if d not in channels)
+    fits = len(wanted) == x.ndim and all(
+        w in (-1, s) for d, (w, s) in enumerate(zip(wanted, x.shape)) if d not in channels
+    )
     if not fits:
         refuse("expand", f"{tuple(x.shape)} would become {tuple(wanted)}", "only channels can be repeated")
     return like(x, x.features.expand(-1, *(wanted[d] for d in channels)))
@@ -255,7 +260,9 @@ def flip(x: SparseTensor, *dims: Any) -> SparseTensor:
 def channel_shuffle(x: SparseTensor, groups: int) -> SparseTensor:
     channels = x.features.shape[1]
     if x.channels_last or x.features.ndim != 2 or channels % groups:
-        refuse("channel_shuffle", f"x is {tuple(x.shape)} and groups {groups}", "it needs (B, C, *spatial), C a multiple")
+        refuse(
+            "channel_shuffle", f"x is {tuple(x.shape)} and groups {groups}", "it needs (B, C, *spatial), C a multiple"
+        )
     return like(x, x.features.unflatten(1, (groups, channels // groups)).transpose(1, 2).flatten(1))
 
 
@@ -294,4 +301,6 @@ put("__getitem__", getitem)
 
 @answers("__setitem__", meaning="an error: SparseTensors are immutable")
 def setitem(x: Any, index: Any, value: Any) -> None:
-    refuse("__setitem__", "SparseTensors are immutable", "x.with_features(features) has other features on the same sites")
+    refuse(
+        "__setitem__", "SparseTensors are immutable", "x.with_features(features) has other features on the same sites"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx.geometry.layout import Layout
-from sparsecnx.tensor import HANDLERS, SparseTensor, refuse
+from sparsecnx.tensor import HANDLERS, SparseTensor, packed, refuse
 
 Handler = Callable[..., Any]
 HOMES = {"torch": torch, "torch.nn.functional": F, "torch.Tensor": Tensor}
-_new, _set = object.__new__, object.__setattr__
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,9 @@ def replaced(x: SparseTensor, value: Any, name: str) -> Any:
     """Return the value that an in-place function gives to `x`, in the dtype of `x`; later uses of `x` are errors."""
     features = value.features
     if features.shape != x.features.shape:
-        refuse(name, f"x is {tuple(x.shape)} and would become {tuple(value.shape)}", "an in-place result keeps the shape")
+        refuse(
+            name, f"x is {tuple(x.shape)} and would become {tuple(value.shape)}", "an in-place result keeps the shape"
+        )
     if features.dtype != x.features.dtype:
         value = like(x, features.to(x.features.dtype))
     return value
@@ -91,20 +92,7 @@ def replaced(x: SparseTensor, value: Any, name: str) -> Any:
 
 def like(x: SparseTensor, features: Tensor) -> SparseTensor:
     """Return other features on the sites of `x`, without checks."""
-    out = _new(SparseTensor)
-    _set(out, "features", features)
-    _set(out, "layout", x.layout)
-    _set(out, "channels_last", x.channels_last)
-    return out
-
-
-def packed(features: Tensor, layout: Layout, channels_last: bool = False) -> SparseTensor:
-    """Return a SparseTensor, without checks."""
-    out = _new(SparseTensor)
-    _set(out, "features", features)
-    _set(out, "layout", layout)
-    _set(out, "channels_last", channels_last)
-    return out
+    return packed(features, x.layout, x.channels_last)
 
 
 def channels_first(x: Any, name: str) -> SparseTensor:
@@ -120,15 +108,17 @@ def channels_first(x: Any, name: str) -> SparseTensor:
 def check_same_sites(x: SparseTensor, other: SparseTensor, name: str) -> None:
     """Raise unless both have the same sites, and their channels at the same place."""
     if x.layout is not other.layout:
-        difference = layout_difference(x.layout, other.layout)
+        difference = _difference(x.layout, other.layout)
         if difference is not None:
-            refuse(name, f"its SparseTensors have other layouts: {difference}", "combine tensors of one mask and stride")
+            refuse(
+                name, f"its SparseTensors have other layouts: {difference}", "combine tensors of one mask and stride"
+            )
     if x.channels_last != other.channels_last or x.features.ndim != other.features.ndim:
         refuse(name, f"its SparseTensors are {tuple(x.shape)} and {tuple(other.shape)}, whose channels are at other places",
                "permute one of them")  # fmt: skip
 
 
-def layout_difference(layout: Layout, other: Layout) -> str | None:
+def _difference(layout: Layout, other: Layout) -> str | None:
     if layout.tiles is other.tiles and layout.tile == other.tile and layout.stride == other.stride:
         return None
     if hasattr(layout, "difference"):
@@ -153,10 +143,12 @@ def channel_axis(x: SparseTensor, dim: int, name: str) -> int:
     channels, _ = axes(x)
     place = dim + x.features.ndim + x.layout.ndim if dim < 0 else dim
     if place not in channels:
-        what = "out of range" if not 0 <= place < x.features.ndim + x.layout.ndim else "the batch" if place == 0 else "space"
+        what = (
+            "out of range"
+            if not 0 <= place < x.features.ndim + x.layout.ndim
+            else "the batch"
+            if place == 0
+            else "space"
+        )
         refuse(name, f"dim is {dim}, which is {what} in {tuple(x.shape)}", "it takes a dimension of channels")
     return place - channels[0] + 1
-
-
-def operands(args: tuple[Any, ...]) -> Iterator[SparseTensor]:
-    return (value for value in args if isinstance(value, SparseTensor))

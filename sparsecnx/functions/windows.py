@@ -110,7 +110,17 @@ def plan(
     """
     layout = x.layout
     more = None if extra is None else (extra.before, extra.after)
-    key = name, kernel, _hashable(stride), _hashable(padding), _hashable(dilation), layout.shape, layout.tile, more, ceil
+    key = (
+        name,
+        kernel,
+        _hashable(stride),
+        _hashable(padding),
+        _hashable(dilation),
+        layout.shape,
+        layout.tile,
+        more,
+        ceil,
+    )
     if torch.compiler.is_compiling():
         return _plan(name, x, kernel, stride, padding, dilation, more, ceil)
     found = _plans.get(key)
