@@ -6,6 +6,7 @@ sites alone. docs/functions.md is the table, written by `python -m sparsecnx.fun
 
 from sparsecnx.functions import (
     attributes,
+    checkpointing,
     convolutions,
     elementwise,
     normalization,
