@@ -11,6 +11,7 @@ formulas, over visible sites alone. A function that is in no list below raises `
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -100,10 +101,10 @@ class Masked(TorchFunctionMode):
     def marked(self, x: Tensor, sites: Sites) -> Tensor:
         """Return x with masked sites zero, and remember its sites."""
         masked = self.masked_sites(x, sites)
-        if bool((x.detach() != 0).logical_and(masked).any()):
-            if hasattr(x, "sites"):
-                raise Unknown("a function in place that gives masked sites a value, which others may see")
-            x = x.masked_fill(masked, 0.0)
+        if not hasattr(x, "sites"):
+            x = x.masked_fill(masked, 0.0)  # where these are 0 already, their gradient may not be
+        elif bool((x.detach() != 0).logical_and(masked).any()):
+            raise Unknown("a function in place that gives masked sites a value, which others may see")
         x.sites = sites
         return x
 
@@ -376,3 +377,36 @@ def run_masked(network: Callable[[Tensor], Any], images: Tensor, mask: Tensor, b
     mode = Masked(mask, images.shape[2:], below_tile)
     with mode:
         return network(mode.place(images))
+
+
+def differences(
+    network: torch.nn.Module, images: Tensor, mask: Tensor, run: Callable[[torch.nn.Module, Tensor], Any]
+) -> dict[str, float]:
+    """Compare a network as `run` runs it with the same network masked after every function.
+
+    Args:
+        run: gets a copy of the network and the images, and returns dense outputs, which may be nested.
+
+    Returns:
+        Relative errors by name: of each output, of the gradient of the images and of each parameter, and of each
+        buffer. A gradient or buffer counts as at least 1e-6 of the largest one, since some are sums that cancel.
+    """
+    found = []
+    for function in (run, lambda network, images: run_masked(network, images, mask)):
+        copied, x = copy.deepcopy(network), images.clone().requires_grad_()
+        outputs = {f"output {path}": y for path, y in enumerate(pytree.tree_leaves(function(copied, x)))}
+        generator = torch.Generator().manual_seed(0)
+        loss = sum((y * torch.randn(y.shape, dtype=y.dtype, generator=generator)).sum() for y in outputs.values())
+        loss.backward()
+        gradients = {"images": x.grad, **{name: p.grad for name, p in copied.named_parameters() if p.grad is not None}}
+        buffers = {name: buffer for name, buffer in copied.named_buffers() if buffer.is_floating_point()}
+        found.append((outputs, gradients, buffers))
+    errors = {}
+    for got, expected in zip(*found, strict=True):
+        if got.keys() != expected.keys():
+            return {f"the names {sorted(got.keys() ^ expected.keys())}": math.inf}
+        largest = max((float(value.detach().norm()) for value in expected.values()), default=0.0)
+        least = 1e-30 if "output 0" in expected else 1e-6 * largest
+        for name, value in expected.items():
+            errors[name] = float((got[name] - value).detach().norm() / value.detach().norm().clamp(min=least))
+    return errors

@@ -2,9 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
-from masked_network import run_masked
+from masked_network import differences, run_masked
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sparsecnx import SparseTensor
+
+# Networks of timm at 64x96 pixels. The deepest families get fewer layers, so that each takes half a second.
+SHALLOW = {"layers": (1, 1, 1, 1)}
+NARROW = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "resnet18": SHALLOW,
+    "resnet50d": SHALLOW,
+    "seresnet50": SHALLOW,
+    "ecaresnet50d": SHALLOW,
+    "res2net50_26w_4s": SHALLOW,
+    "resnetv2_50": SHALLOW,
+    "resnet50_gn": SHALLOW,
+    "convnext_atto": NARROW,
+    "convnext_atto_ols": NARROW,
+    "convnextv2_atto": NARROW,
+    "densenet121": {"block_config": (2, 2, 2, 2), "growth_rate": 16},
+    "vgg11_bn": {"features_only": True},
+    "repvgg_a0": {},
+    "nf_resnet26": {},
+    "hrnet_w18_small": {},
+    "dla46_c": {},
+    "cs3darknet_s": {},
+    "inception_next_atto": {},
+    "fasternet_t0": {},
+    "starnet_s1": {},
+}
+# Unequal counts in one batch, on a grid that is not square.
+MASK = torch.tensor([[[0, 1, 0], [0, 1, 0]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.bool)
+OUTPUT_LIMIT, LIMIT = 1e-10, 1e-8
+
+
+def on_sparse_tensors(network: Callable[[Any], Any], images: Tensor) -> Any:
+    """Return what the network answers for a SparseTensor, dense."""
+    out = network(SparseTensor.from_dense(images, MASK))
+    return pytree.tree_map(dense, out, is_leaf=lambda y: isinstance(y, SparseTensor))
+
+
+def dense(y: Any) -> Any:
+    return y.dense() if isinstance(y, SparseTensor) else y
+
+
+def assert_equals_masked(network: torch.nn.Module, shape: tuple[int, ...] = (2, 3, 64, 96)) -> None:
+    """Compare outputs, gradients and running statistics, in training and in evaluation."""
+    torch.manual_seed(0)
+    with torch.no_grad():  # layer scales and GRN start near zero, where a wrong branch goes unnoticed
+        for parameter in network.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    images = torch.randn(shape, dtype=torch.float64)
+    for training in (True, False):
+        errors = differences(network.double().train(training), images, MASK, on_sparse_tensors)
+        worst = {name: error for name, error in errors.items() if not error <= LIMIT}
+        assert not worst, f"training is {training}"
+        assert max(error for name, error in errors.items() if name.startswith("output")) <= OUTPUT_LIMIT
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_of_timm(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    assert_equals_masked(timm.create_model(name, **NETWORKS[name]))
 
 
 def test_the_masked_dense_computation_is_its_formulas() -> None:
