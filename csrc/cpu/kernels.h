@@ -104,6 +104,20 @@ struct MappedDepthwiseWeightGrad {
   const S* grad;
 };
 
+// The activations after a normalization, in the order of ACTIVATIONS in sparsecnx/ops/site_normalization.
+enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHardswish, kGelu };
+
+// Batch, group or instance normalization of the rows of one segment, and its gradient. Everything is (channels).
+template <class S>
+struct SiteNorm {
+  int64_t channels;
+  Activation activation;
+  Compute<S> slope;                                       // of the leaky ReLU below 0
+  const Compute<S>*scale, *shift;                         // z = x scale + shift
+  const Compute<S>* mean = nullptr;                       // for gradients
+  const Compute<S>*along = nullptr, *constant = nullptr;  // for the gradient of x
+};
+
 template <class S>
 struct Kernels {
   using A = Compute<S>;
@@ -128,6 +142,15 @@ struct Kernels {
   // Gradient of `normalise(moments(x))` into out (may be grad); weight_grad and bias_grad accumulate.
   void (*layer_norm_backward)(const S* grad, const S* x, const A* moments, const A* weight, int64_t rows,
                               int64_t channels, S* out, A* weight_grad, A* bias_grad);
+
+  // mean (channels) of the rows, and square (channels) = sum of (x - mean)^2.
+  void (*column_moments)(const S* x, int64_t rows, int64_t channels, double* mean, double* square);
+  // out = activation(z)
+  void (*site_norm)(const SiteNorm<S>&, const S* x, int64_t rows, S* out);
+  // With g = grad activation'(z): dot (channels) += g (x - mean), total (channels) += g
+  void (*site_norm_sums)(const SiteNorm<S>&, const S* grad, const S* x, int64_t rows, A* dot, A* total);
+  // out = g scale + (x - mean) along + constant
+  void (*site_norm_grad)(const SiteNorm<S>&, const S* grad, const S* x, int64_t rows, S* out);
 
   // energy (channels) += x^2
   void (*energy)(const S* x, int64_t rows, int64_t channels, A* energy);

@@ -35,6 +35,8 @@ OPERATORS = [
     "grn_backward",
     "layer_norm",
     "layer_norm_backward",
+    "site_norm",
+    "site_norm_backward",
     "scale_rows",
     "convnextv2_block",
     "convnextv2_block_backward",

@@ -12,17 +12,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends.dispatch import Implementation, Operator
-from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.ops.checks import check_sparse, checked_vector
 from sparsecnx.ops.global_response_norm.groups import group_splits
-from sparsecnx.ops.site_normalization import reference
+from sparsecnx.ops.site_normalization import cpu, reference
 from sparsecnx.ops.site_normalization.activations import check_activation
 from sparsecnx.tensor import SparseTensor
 
 
 def _operator(name: str) -> Operator:
-    return Operator(name, reference=Implementation(reference.site_norm))
+    return Operator(
+        name,
+        cpu=Implementation(cpu.site_norm, cpu_backend.refusal),
+        reference=Implementation(reference.site_norm),
+    )
 
 
 batch_norm_operator = _operator("batch_norm")
@@ -73,13 +77,10 @@ def batch_norm(
         )
     parameters = _vectors(x, weight=weight, bias=bias)
     running = _vectors(x, running_mean=running_mean, running_var=running_var)
-    if not training and None in running:
+    if not training and (running[0] is None or running[1] is None):
         raise ValueError("running_mean or running_var is None: expected both in evaluation (training=False)")
     moments = [None, None] if training else running
-    dtype = statistics_dtype(x.dtype)
-    out, mean, variance = batch_norm_operator(
-        x, *parameters, *moments, "batch", channels, eps, activation, slope, dtype
-    )
+    out, mean, variance = batch_norm_operator(x, *parameters, *moments, "batch", channels, eps, activation, slope)
     if training and x.layout.rows:
         _move(running_mean, mean[0], momentum)
         _move(running_var, variance[0] * (x.layout.rows / (x.layout.rows - 1)), momentum)
@@ -115,8 +116,7 @@ def group_norm(
     if groups < 1 or channels % groups:
         raise ValueError(f"groups is {groups}: expected a divisor of the channels, {channels}")
     parameters = _vectors(x, weight=weight, bias=bias)
-    dtype = statistics_dtype(x.dtype)
-    out, _, _ = group_norm_operator(x, *parameters, None, None, "sample", groups, eps, activation, slope, dtype)
+    out, _, _ = group_norm_operator(x, *parameters, None, None, "sample", groups, eps, activation, slope)
     return x.with_features(out)
 
 
@@ -159,10 +159,9 @@ def instance_norm(
         )
     parameters = _vectors(x, weight=weight, bias=bias)
     running = _vectors(x, running_mean=running_mean, running_var=running_var)
-    dtype = statistics_dtype(x.dtype)
-    options = channels, eps, activation, slope, dtype
+    options = channels, eps, activation, slope
     if not use_input_stats:
-        if None in running:
+        if running[0] is None or running[1] is None:
             raise ValueError("running_mean or running_var is None: expected both where use_input_stats is False")
         out, _, _ = instance_norm_operator(x, *parameters, *running, "batch", *options)
         return x.with_features(out)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.ops.global_response_norm.groups import group_splits, row_groups
 from sparsecnx.ops.site_normalization.activations import ACTIVATIONS
 from sparsecnx.tensor import SparseTensor
@@ -21,13 +21,12 @@ def site_norm(
     eps: float,
     activation: str,
     slope: float,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return features `(rows, C)`, and the mean and the biased variance `(segments, groups)`.
 
     A segment is an image, or with scope "batch" the batch. Given moments `(C,)` normalise instead, where `groups` is C.
     """
-    values = x.features.to(dtype)
+    values = x.features.to(statistics_dtype(x.dtype))
     channels = values.shape[1]
     segment = row_groups(x.layout, scope)
     if mean is None or variance is None:

@@ -1,0 +1,66 @@
+"""Batch, group and instance normalization by the compiled CPU kernel (`csrc/cpu/site_norm.cpp`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsecnx.backends import compiled
+from sparsecnx.backends.registration import Saved, register
+from sparsecnx.common.dtypes import statistics_dtype
+from sparsecnx.ops.global_response_norm.groups import group_splits
+from sparsecnx.ops.site_normalization.activations import NUMBERS
+from sparsecnx.tensor import SparseTensor
+
+
+def site_norm(
+    x: SparseTensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    scope: str,
+    groups: int,
+    eps: float,
+    activation: str,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features `(rows, C)`, and the moments that are not given, `(segments, groups)`."""
+    splits, number = group_splits(x.layout, scope), NUMBERS[activation]
+    features = x.features.contiguous()
+    return torch.ops.sparsecnx.site_norm(features, weight, bias, mean, variance, splits, groups, eps, number, slope)
+
+
+def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    frozen = saved.mean is not None
+    moments = (saved.mean, saved.variance) if frozen else saved.outputs
+    grads = torch.ops.sparsecnx.site_norm_backward(
+        grad, saved.x, saved.weight, saved.bias, *moments, saved.splits, saved.groups, saved.eps, saved.activation,
+        saved.slope, frozen, "x" in saved.needs,
+    )  # fmt: skip
+    return dict(zip(("x", "weight", "bias"), grads, strict=True))
+
+
+def _fake(x: Tensor, weight, bias, mean, variance, splits, groups, eps, activation, slope):  # type: ignore[no-untyped-def]
+    segments = splits.shape[0] - 1 if mean is None else 0
+    moments = x.new_empty(segments, groups, dtype=statistics_dtype(x.dtype))
+    return torch.empty_like(x), moments, torch.empty_like(moments)
+
+
+def _fake_backward(  # type: ignore[no-untyped-def]
+    grad, x, weight, bias, mean, variance, splits, groups, eps, activation, slope, frozen, needs_x
+):
+    vector = x.new_empty(x.shape[1], dtype=statistics_dtype(x.dtype))
+    return x.new_empty(x.shape[0] if needs_x else 0, x.shape[1]), vector, torch.empty_like(vector)
+
+
+if compiled.loaded:
+    register(
+        "sparsecnx::site_norm",
+        sizes={"x": "rows C", "weight": "C", "bias": "C"},
+        public="batch_norm",
+        fake=_fake,
+        saves=("x", "weight", "bias", "mean", "variance", "splits", "groups", "eps", "activation", "slope"),
+        backward=_backward,
+    )
+    register("sparsecnx::site_norm_backward", public="batch_norm", fake=_fake_backward)
