@@ -53,7 +53,7 @@ class Windows:
 
     def coarsened(self, layout: Layout) -> Layout:
         """Return the layout of the output sites."""
-        return layout.coarsen(self.stride[0])
+        return layout.coarsen(self.stride)
 
     def are_children(self, layout: Layout) -> bool:
         """Return whether every window is the consecutive rows of one output site, in the order of the window."""

@@ -82,8 +82,8 @@ def batch_norm(
     moments = [None, None] if training else running
     out, mean, variance = batch_norm_operator(x, *parameters, *moments, "batch", channels, eps, activation, slope)
     if training and x.layout.rows:
-        _move(running_mean, mean[0], momentum)
-        _move(running_var, variance[0] * (x.layout.rows / (x.layout.rows - 1)), momentum)
+        _move(running_mean, mean, momentum)
+        _move(running_var, variance * (x.layout.rows / (x.layout.rows - 1)), momentum)
     return x.with_features(out)
 
 
@@ -185,7 +185,5 @@ def _vectors(x: SparseTensor, **values: Tensor | None) -> list[Tensor | None]:
 
 def _move(running: Tensor | None, value: Tensor, momentum: float | Tensor) -> None:
     """Move a running statistic towards that of the batch, in place."""
-    if running is None:
-        return
-    with torch.no_grad():
+    if running is not None:
         running.lerp_(value.to(running.dtype).view_as(running), momentum)
