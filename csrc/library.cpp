@@ -7,10 +7,14 @@
 
 STABLE_TORCH_LIBRARY(sparsecnx, m) {
   m.def("cpu_isa() -> str");
-  m.def("gather_tiles(Tensor dense, Tensor index, int tile) -> Tensor");
+  m.def("gather_tiles(Tensor dense, Tensor index, int[] tile) -> Tensor");
+  m.def("scatter_tiles(Tensor rows, Tensor fill, Tensor index, SymInt batch, SymInt[] shape, int[] tile) -> Tensor");
   m.def(
-      "scatter_tiles(Tensor rows, Tensor fill, Tensor index, SymInt batch, SymInt height, SymInt width, int tile) -> "
-      "Tensor");
+      "kernel_map(Tensor index, SymInt batch, SymInt[] grid, int[] tile, int[] kernel, int[] stride, int[] padding, "
+      "int[] dilation) -> Tensor");
+  m.def(
+      "inverse_map(Tensor index, SymInt batch, SymInt[] grid, int[] tile, int[] kernel, int[] stride, int[] padding, "
+      "int[] dilation) -> Tensor");
   m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor table, int tile) -> Tensor");
   m.def(
       "depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor table, int tile, int kernel_h, int kernel_w) -> "

@@ -17,8 +17,9 @@ from sparsecnx import functions, models, nn, ops
 from sparsecnx.backends.dispatch import BackendError
 from sparsecnx.backends.selection import use_backend
 from sparsecnx.compat.checkpoints import load_encoder
-from sparsecnx.geometry.layout import Layout, TileSet
+from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.masks import random_mask
+from sparsecnx.geometry.tiles import TileSet
 from sparsecnx.tensor import SparseTensor
 
 __version__ = "0.1.0"

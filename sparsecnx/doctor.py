@@ -16,7 +16,8 @@ import torch
 
 import sparsecnx
 from sparsecnx.backends import compiled, cuda, minkowski, triton_launch
-from sparsecnx.geometry.layout import Layout, TileSet
+from sparsecnx.geometry.layout import Layout
+from sparsecnx.geometry.tiles import TileSet
 from sparsecnx.models import SIZES
 from sparsecnx.ops import (
     block,

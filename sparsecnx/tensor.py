@@ -18,9 +18,10 @@ from torch.utils import checkpoint
 
 from sparsecnx.backends.transforms import transforms_active
 from sparsecnx.common.memory import check_memory
-from sparsecnx.geometry.layout import Layout, TileSet
+from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.masks import check_same_images
 from sparsecnx.geometry.packing import gather_rows, scatter_rows
+from sparsecnx.geometry.tiles import TileSet
 
 # The function of ours that answers each function and method of torch. `sparsecnx.functions` fills it.
 HANDLERS: dict[Any, Callable[..., Any]] = {}

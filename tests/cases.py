@@ -17,7 +17,7 @@ from sparsecnx import Layout, SparseTensor, use_backend
 from sparsecnx.backends import compiled, minkowski, triton_launch
 from sparsecnx.backends.dispatch import Operator as Dispatcher
 from sparsecnx.geometry import packing
-from sparsecnx.geometry.layout import TileSet
+from sparsecnx.geometry.tiles import TileSet
 from sparsecnx.ops import (
     block,
     convolution,

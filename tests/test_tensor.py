@@ -36,10 +36,11 @@ def test_visible(known: dict[str, int]) -> None:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
 def test_copies_and_pickles(duplicate: Callable[[SparseTensor], SparseTensor]) -> None:
     x = random_sparse(example_layout(), 3)
-    x.layout.kernel_map((3, 3), 1, (1, 1))  # A layout that holds tables.
+    window = (3, 3), (1, 1), (1, 1), (1, 1)
+    x.layout.kernel_map(*window)  # A layout that holds tables.
     again = duplicate(x)
     assert again.layout is not x.layout and torch.equal(again.dense(), x.dense())
-    assert torch.equal(again.layout.kernel_map((3, 3), 1, (1, 1)), x.layout.kernel_map((3, 3), 1, (1, 1)))
+    assert torch.equal(again.layout.kernel_map(*window), x.layout.kernel_map(*window))
 
 
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99))
@@ -68,7 +69,8 @@ def test_names_of_what_it_holds() -> None:
     assert (x.dtype, x.device) == (torch.float32, torch.device("cpu"))
     coarse = SparseTensor(x.features[::4], layout.coarsen(2))
     assert repr(coarse) == (
-        f"SparseTensor(shape=(2, 5, 6, 4), rows={layout.rows // 4}, tile=(2, 2), stride=(2, 2), dtype=torch.float32, device=cpu)"
+        f"SparseTensor(shape=(2, 5, 6, 4), rows={layout.rows // 4}, tile=(2, 2), stride=(2, 2), "
+        "dtype=torch.float32, device=cpu)"
     )
 
 

@@ -84,7 +84,7 @@ void check_size(int64_t value, const char* what, int64_t low, int64_t high) {
   STD_TORCH_CHECK(low <= value && value <= high, "sparsecnx: ", what, " is ", value, ", expected ", low, " to ", high);
 }
 
-void check_product(std::initializer_list<int64_t> sizes, const char* name) {
+void check_product(const std::vector<int64_t>& sizes, const char* name) {
   int64_t total = 1;
   bool fits = true;
   for (const int64_t size : sizes) fits = !__builtin_mul_overflow(total, std::max<int64_t>(size, 1), &total) && fits;

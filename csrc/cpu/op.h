@@ -60,7 +60,7 @@ constexpr int64_t kMostChannels = 1 << 20, kMostTaps = 1 << 20, kMostTile = 1 <<
 void check_size(int64_t value, const char* what, int64_t low, int64_t high);
 
 // Raises unless int64 holds the product of sizes that are not negative, with 0 counted as 1, as strides count it.
-void check_product(std::initializer_list<int64_t> sizes, const char* name);
+void check_product(const std::vector<int64_t>& sizes, const char* name);
 
 // Raises unless x is a contiguous CPU tensor of that many elements and that dtype, with memory for them.
 void check_dense(const Tensor& x, const char* name, int64_t numel, ScalarType dtype);

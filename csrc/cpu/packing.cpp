@@ -1,53 +1,59 @@
-// sparsecnx::gather_tiles and scatter_tiles move values between dense images (B, C, H, W) and the rows of visible
+// sparsecnx::gather_tiles and scatter_tiles move values between dense images (B, C, *spatial) and the rows of visible
 // tiles. Each is the other's adjoint. Values are only moved, so the kernels know nothing but their size.
-#include "op.h"
+#include "tiles.h"
 
 namespace sparsecnx {
 namespace {
 
-struct Shape {
-  int64_t batch, channels, height, width, tile, tiles;
-  const int64_t* index;           // (tiles): image * cells + raster position, ascending
-  std::array<int64_t, 4> stride;  // of the images
-  std::vector<int64_t> offset;    // of each site of a tile from its corner, in nested order
+struct Images {
+  int64_t batch, channels;
+  Sizes shape, tile, grid;  // sites of an image, sites of a tile, tiles of an image
+  int64_t cells, sites;     // tiles of an image, sites of a tile
+  int64_t tiles = 0;
+  const int64_t* index = nullptr;  // (tiles): image * cells + raster position, ascending
+  Sizes stride;                    // of the images along the spatial axes
+  Sizes offset;                    // of each site of a tile from its corner, in nested order
 
-  int64_t cells() const { return height / tile * (width / tile); }
-  int64_t sites() const { return tile * tile; }
   // Returns the offset of the corner of tile t in its image.
   int64_t corner(int64_t t) const {
-    const int64_t cell = index[t] % cells(), across = width / tile;
-    return tile * (cell / across * stride[2] + cell % across * stride[3]);
+    int64_t cell = index[t] % cells, offset = 0;
+    for (size_t axis = grid.size(); axis-- > 0; cell /= grid[axis])
+      offset += cell % grid[axis] * tile[axis] * stride[axis];
+    return offset;
   }
 };
 
 // Checks the sizes of the images, of the tiles and the index, before anything of their sizes is made.
-Shape check(std::array<int64_t, 4> images, const Tensor& index, int64_t tile) {
-  const auto [batch, channels, height, width] = images;
-  const int64_t smallest = std::min({batch, channels, height, width});
-  STD_TORCH_CHECK(smallest >= 0, "sparsecnx: the images are (", batch, ", ", channels, ", ", height, ", ", width,
-                  "), expected no negative size");
-  check_size(tile, "tile", 1, kMostTile);
-  STD_TORCH_CHECK(height % tile == 0 && width % tile == 0, "sparsecnx: tile is ", tile, ", expected a divisor of ",
-                  height, " and ", width);
-  STD_TORCH_CHECK(index.dim() == 1, "sparsecnx: index must be (tiles,), it has ", index.dim(), " dimensions");
-  check_dense(index, "index", index.numel(), ScalarType::Long);
-  Shape shape{batch, channels, height, width, tile, index.numel(), data<int64_t>(index), {}, {}};
-  check_product({batch, channels, height, width}, "the images");
-  const int64_t tiles = batch * shape.cells();
-  const int64_t* end = shape.index + shape.tiles;
-  STD_TORCH_CHECK(std::is_sorted(shape.index, end) && (shape.tiles == 0 || (*shape.index >= 0 && end[-1] < tiles)),
-                  "sparsecnx: index must ascend within ", batch, " images of ", shape.cells(), " tiles");
-  return shape;
+Images check(int64_t batch, int64_t channels, const Sizes& shape, const Tensor& index, const Sizes& tile) {
+  Sizes all = shape;
+  all.insert(all.begin(), {batch, channels});
+  for (const int64_t size : all)
+    STD_TORCH_CHECK(size >= 0, "sparsecnx: the images have a size of ", size, ", expected no negative one");
+  check_sizes(tile, "tile", shape.size(), 1, kMostTile);
+  Images images{batch, channels, shape, tile, {}, 1, 1};
+  check_product(all, "the images");
+  check_product(tile, "a tile");
+  for (size_t axis = 0; axis < shape.size(); ++axis) {
+    STD_TORCH_CHECK(shape[axis] % tile[axis] == 0, "sparsecnx: tile is ", tile[axis], ", expected a divisor of ",
+                    shape[axis]);
+    images.grid.push_back(shape[axis] / tile[axis]);
+  }
+  images.cells = product(images.grid);
+  images.sites = product(tile);
+  images.tiles = index.numel();
+  images.index = check_index(index, batch, images.cells);
+  return images;
 }
 
 // Takes the strides of the images. Call it when there are tiles and channels: otherwise nothing bounds the tile.
-void set_strides(Shape& shape, const Tensor& dense) {
-  shape.stride = {dense.stride(0), dense.stride(1), dense.stride(2), dense.stride(3)};
-  shape.offset.resize(shape.sites());
-  for (int64_t y = 0; y < shape.tile; ++y) {
-    for (int64_t x = 0; x < shape.tile; ++x)
-      shape.offset[nested_site(shape.tile, y, x)] = y * shape.stride[2] + x * shape.stride[3];
-  }
+void set_strides(Images& images, const Tensor& dense) {
+  for (int64_t axis = 2; axis < dense.dim(); ++axis) images.stride.push_back(dense.stride(axis));
+  images.offset.resize(images.sites);
+  for_sites(images.tile, [&](int64_t nested, const Sizes& at) {
+    int64_t offset = 0;
+    for (size_t axis = 0; axis < at.size(); ++axis) offset += at[axis] * images.stride[axis];
+    images.offset[nested] = offset;
+  });
 }
 
 // Calls f with an unsigned integer of the size of the tensor's elements.
@@ -67,21 +73,24 @@ void for_size(const Tensor& x, const F& f) {
   }
 }
 
-Tensor gather_tiles(const Tensor& dense, const Tensor& index, int64_t tile) {
-  STD_TORCH_CHECK(dense.is_cpu() && dense.dim() == 4, "sparsecnx: dense must be a CPU tensor (B, C, H, W), it has ",
+Tensor gather_tiles(const Tensor& dense, const Tensor& index, Sizes tile) {
+  STD_TORCH_CHECK(dense.is_cpu() && dense.dim() >= 3, "sparsecnx: dense must be a CPU tensor (B, C, *spatial), it has ",
                   dense.dim(), " dimensions");
   check_storage(dense, "dense");
-  Shape shape = check({dense.size(0), dense.size(1), dense.size(2), dense.size(3)}, index, tile);
-  Tensor rows = empty({shape.tiles * shape.sites(), shape.channels}, dense.scalar_type());
+  Sizes shape;
+  for (int64_t axis = 2; axis < dense.dim(); ++axis) shape.push_back(dense.size(axis));
+  Images images = check(dense.size(0), dense.size(1), shape, index, tile);
+  Tensor rows = empty({images.tiles * images.sites, images.channels}, dense.scalar_type());
   if (rows.numel() == 0) return rows;
-  set_strides(shape, dense);
+  set_strides(images, dense);
+  const int64_t channels = images.channels, image_stride = dense.stride(0), channel_stride = dense.stride(1);
   for_size(dense, [&]<class T>(T) {
-    parallel_for(0, shape.tiles, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, images.tiles, 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        const T* corner = data<T>(dense) + shape.index[t] / shape.cells() * shape.stride[0] + shape.corner(t);
-        T* out = data<T>(rows) + t * shape.sites() * shape.channels;
-        for (const int64_t site : shape.offset) {
-          for (int64_t c = 0; c < shape.channels; ++c) *out++ = corner[site + c * shape.stride[1]];
+        const T* corner = data<T>(dense) + images.index[t] / images.cells * image_stride + images.corner(t);
+        T* out = data<T>(rows) + t * images.sites * channels;
+        for (const int64_t site : images.offset) {
+          for (int64_t c = 0; c < channels; ++c) *out++ = corner[site + c * channel_stride];
         }
       }
     });
@@ -89,30 +98,34 @@ Tensor gather_tiles(const Tensor& dense, const Tensor& index, int64_t tile) {
   return rows;
 }
 
-Tensor scatter_tiles(const Tensor& rows, const Tensor& fill, const Tensor& index, int64_t batch, int64_t height,
-                     int64_t width, int64_t tile) {
+Tensor scatter_tiles(const Tensor& rows, const Tensor& fill, const Tensor& index, int64_t batch, Sizes shape,
+                     Sizes tile) {
   const auto [count, channels] = feature_shape(rows, "rows");
-  Shape shape = check({batch, channels, height, width}, index, tile);
-  STD_TORCH_CHECK(count == shape.tiles * shape.sites(), "sparsecnx: rows has ", count, " rows, expected ",
-                  shape.tiles * shape.sites());
+  Images images = check(batch, channels, shape, index, tile);
+  STD_TORCH_CHECK(count == images.tiles * images.sites, "sparsecnx: rows has ", count, " rows, expected ",
+                  images.tiles * images.sites);
   check_dense(fill, "fill", channels, rows.scalar_type());
-  check_product({batch, channels, height, width, static_cast<int64_t>(rows.element_size())}, "the images");
-  Tensor dense = empty({batch, channels, height, width}, rows.scalar_type());
+  Sizes all = shape;
+  all.insert(all.begin(), {batch, channels});
+  Sizes bytes = all;
+  bytes.push_back(static_cast<int64_t>(rows.element_size()));
+  check_product(bytes, "the images");
+  Tensor dense = empty(all, rows.scalar_type());
   if (dense.numel() == 0) return dense;
-  if (count > 0) set_strides(shape, dense);
+  if (count > 0) set_strides(images, dense);
+  const int64_t plane = product(shape);
   for_size(rows, [&]<class T>(T) {
     parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        T* image = data<T>(dense) + n * shape.channels * height * width;
-        for (int64_t c = 0; c < shape.channels; ++c)
-          std::fill_n(image + c * height * width, height * width, data<T>(fill)[c]);
-        const int64_t* first = std::lower_bound(shape.index, shape.index + shape.tiles, n * shape.cells());
-        const int64_t* last = std::lower_bound(first, shape.index + shape.tiles, (n + 1) * shape.cells());
-        for (int64_t t = first - shape.index; t < last - shape.index; ++t) {
-          T* corner = image + shape.corner(t);
-          const T* from = data<T>(rows) + t * shape.sites() * shape.channels;
-          for (const int64_t site : shape.offset) {
-            for (int64_t c = 0; c < shape.channels; ++c) corner[site + c * height * width] = *from++;
+        T* image = data<T>(dense) + n * images.channels * plane;
+        for (int64_t c = 0; c < images.channels; ++c) std::fill_n(image + c * plane, plane, data<T>(fill)[c]);
+        const int64_t* first = std::lower_bound(images.index, images.index + images.tiles, n * images.cells);
+        const int64_t* last = std::lower_bound(first, images.index + images.tiles, (n + 1) * images.cells);
+        for (int64_t t = first - images.index; t < last - images.index; ++t) {
+          T* corner = image + images.corner(t);
+          const T* from = data<T>(rows) + t * images.sites * images.channels;
+          for (const int64_t site : images.offset) {
+            for (int64_t c = 0; c < images.channels; ++c) corner[site + c * plane] = *from++;
           }
         }
       }

@@ -25,6 +25,8 @@ OPERATORS = [
     "cpu_isa",
     "gather_tiles",
     "scatter_tiles",
+    "kernel_map",
+    "inverse_map",
     "depthwise_conv",
     "depthwise_conv_weight_grad",
     "conv",

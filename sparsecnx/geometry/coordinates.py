@@ -16,8 +16,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sparsecnx.geometry.layout import Layout, TileSet
+from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.tables import ordinary_tensors
+from sparsecnx.geometry.tiles import TileSet
 
 LARGEST_TILE = 32  # sites per side: a patch of a masked autoencoder at full resolution
 CELLS_PER_SITE = 32  # up to which a bounding box has a table of all its cells; a sparser one is searched by bisection

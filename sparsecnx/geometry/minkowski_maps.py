@@ -7,7 +7,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from sparsecnx.backends import minkowski
-from sparsecnx.geometry.layout import Layout, TileSet
+from sparsecnx.geometry.layout import Layout
+from sparsecnx.geometry.tiles import TileSet
 
 
 class Maps:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparsecnx.geometry.layout import Layout, TileSet
+from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.masks import check_same_images, random_mask, visible_count
 from sparsecnx.geometry.packing import gather_rows
+from sparsecnx.geometry.tiles import TileSet
 from sparsecnx.models.convnextv2 import (
     STRIDE,
     ConvNeXtV2Encoder,

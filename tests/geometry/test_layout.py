@@ -30,10 +30,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import Layout, SparseTensor, TileSet, use_backend
-from sparsecnx.geometry import layout
+from sparsecnx.geometry import tiles as visible_tiles
 from sparsecnx.geometry.nested_order import rows_to_tile, tile_sites, tile_to_rows
 
 NDIMS = pytest.mark.parametrize("ndim", [1, 2, 3], ids=["1d", "2d", "3d"])
+ONES = (1, 1)
 READS_DATA = {"aten::nonzero", "aten::_local_scalar_dense"}
 
 
@@ -152,7 +153,7 @@ def test_the_geometry_of_nothing_masked_is_kept() -> None:
         batches = [batch % 11 + 1 for batch in range(400)]
         found = pool.map(lambda batch: TileSet.all_visible(batch, (1, 2), DEVICE), batches)
         assert [tiles.index.shape[0] for tiles in found] == [2 * batch for batch in batches]
-    assert len(layout._all_visible) <= layout.MOST_KEPT + 4
+    assert len(visible_tiles._all_visible) <= visible_tiles.MOST_KEPT + 4
     assert TileSet.all_visible(3, (2, 4), DEVICE) is not tiles
 
 
@@ -192,44 +193,12 @@ def test_neighbours(data: st.DataObject, ndim: int, radius: int) -> None:
     assert tiles.neighbours(radius) is table
 
 
-@given(st.data(), any_layouts())
-def test_kernel_map(data: st.DataObject, layout: Layout) -> None:
-    sizes = st.integers(1, 5 if layout.ndim < 3 else 3)
-    kernel = tuple(data.draw(sizes) for _ in range(layout.ndim))
-    padding = tuple(data.draw(st.integers(0, size)) for size in kernel)
-    stride = data.draw(st.sampled_from([s for s in range(1, layout.side + 1) if layout.side % s == 0]))
-    rows, taps = site_rows(layout), list(itertools.product(*map(range, kernel)))
-    expected = []
-    for image, *site in site_rows(layout.coarsen(stride)):
-        reads = ((o * stride - p + k for o, p, k in zip(site, padding, tap, strict=True)) for tap in taps)
-        expected.append([rows.get((image, *read), -1) for read in reads])
-    table = layout.kernel_map(kernel, stride, padding)
-    assert table.dtype == torch.int32
-    assert table.shape == (layout.coarsen(stride).rows, math.prod(kernel))
-    assert table.tolist() == expected
-    assert layout.kernel_map(kernel, stride, padding) is table
-
-
-@pytest.mark.parametrize("tile", [1, 2, 3, 4])
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
-def test_kernel_map_reaches_beyond_the_next_tile(size: int, tile: int) -> None:
-    layout = example_layout(batch=2, grid=(5, 4), tile=tile)
-    rows = site_rows(layout)
-    padding = size // 2
-    table = layout.kernel_map((size, size), 1, (padding, padding)).tolist()
-    for (image, y, x), found in zip(rows, table, strict=True):
-        taps = itertools.product(range(-padding, size - padding), repeat=2)
-        assert found == [rows.get((image, y + dy, x + dx), -1) for dy, dx in taps]
-
-
 @pytest.mark.parametrize("factor", [-2, 0, 4, 5, 12])
 def test_coarsen_refuses_what_does_not_divide_the_tile(factor: int) -> None:
     layout = example_layout(tile=6)
     message = f"stride is {factor}: it must divide the tile side, 6 sites"
     with pytest.raises(ValueError, match=message):
         layout.coarsen(factor)
-    with pytest.raises(ValueError, match=message):
-        layout.kernel_map((3, 3), factor, (1, 1))
 
 
 def test_coarsen() -> None:
@@ -299,7 +268,7 @@ def test_errors_name_the_argument_and_what_was_expected(
 def geometry(mask: Tensor, **known: int) -> tuple[Tensor, ...]:
     """Return all that a network asks of a layout."""
     layout = Layout.from_mask(mask, (12, 8), **known)
-    maps = [layout.kernel_map((3, 3), 1, (1, 1)), layout.kernel_map((2, 2), 2, (0, 0))]
+    maps = [layout.kernel_map((3, 3), ONES, ONES, ONES), layout.inverse_map((2, 2), (2, 2), (0, 0), ONES)]
     return (layout.tiles.index, layout.row_splits, layout.coordinates(), layout.tiles.mask(), *maps)
 
 

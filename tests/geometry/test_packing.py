@@ -228,11 +228,7 @@ FIRST = "cpu" if compiled.loaded else "reference"
         pytest.param("triton", torch.float16, (2, 2), "triton", marks=needs_triton),
         ("triton", torch.float64, (2, 2), FIRST),
         ("triton", torch.int64, (2, 2), FIRST),
-        *[
-            (backend, torch.float32, grid, "reference")
-            for backend in ("auto", "cpu", "triton")
-            for grid in [(3,), (2, 2, 2)]
-        ],
+        *[(backend, torch.float32, grid, FIRST) for backend in ("auto", "cpu", "triton") for grid in [(3,), (2, 2, 2)]],
     ],
     ids=name,
 )

@@ -13,7 +13,8 @@ from sparsecnx.tensor import SparseTensor
 
 def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]) -> Tensor:
     """Return features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`."""
-    kernel_map = x.layout.kernel_map(tuple(weight.shape[2:]), stride, padding)
+    steps = (stride,) * x.layout.ndim
+    kernel_map = x.layout.kernel_map(tuple(weight.shape[2:]), steps, padding, (1,) * x.layout.ndim)
     taps = weight.flatten(2).movedim(1, 2).reshape(weight.shape[0], -1)  # (C_out, K * C_in)
     out = torch.ops.sparsecnx.conv(x.features.contiguous(), taps.contiguous(), kernel_map)
     return out if bias is None else out + bias.to(out.dtype)
