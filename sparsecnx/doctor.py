@@ -45,6 +45,8 @@ EXPLAINED_OPERATORS = (
     layer_normalization.operator,
     convolution.operator,
     convolution.patchify_operator,
+    convolution.transposed_operator,
+    convolution.unpatchify_operator,
     depthwise_convolution.operator,
     global_response_norm.operator,
     drop_path.operator,

@@ -149,6 +149,8 @@ OPERATORS = {
     for operator in (
         convolution.operator,
         convolution.patchify_operator,
+        convolution.transposed_operator,
+        convolution.unpatchify_operator,
         block.operator,
         depthwise_convolution.operator,
         drop_path.operator,

@@ -4,7 +4,7 @@ No folder has the name of a function, so that `ops.grn` is the function.
 """
 
 from sparsecnx.ops.block import BlockParameters, convnextv2_block
-from sparsecnx.ops.convolution import conv
+from sparsecnx.ops.convolution import conv, conv_transpose
 from sparsecnx.ops.depthwise_convolution import depthwise_conv
 from sparsecnx.ops.drop_path import draw_survival, stochastic_depth
 from sparsecnx.ops.global_response_norm import grn
@@ -18,6 +18,7 @@ __all__ = [
     "avg_pool",
     "batch_norm",
     "conv",
+    "conv_transpose",
     "convnextv2_block",
     "depthwise_conv",
     "draw_survival",

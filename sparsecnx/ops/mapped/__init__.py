@@ -12,15 +12,15 @@ from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.ops.checks import autocast, check_device, check_mapped, check_same_dtype, check_vector, checked_vector
-from sparsecnx.ops.mapped import cpu, reference
+from sparsecnx.ops.mapped import cpu, cpu_conv, reference
 from sparsecnx.ops.mapped.maximum import maximum
 
 POOL_MODES = ("sum", "avg", "max")
 
 conv_operator = Operator(
     "mapped_conv",
-    cpu=Implementation(cpu.mapped_conv, cpu_backend.refusal),
-    triton=triton_launch.implementation("sparsecnx.ops.mapped.triton_kernels", "mapped_conv"),
+    cpu=Implementation(cpu_conv.mapped_conv, cpu_backend.refusal),
+    triton=triton_launch.implementation("sparsecnx.ops.mapped.triton_conv", "mapped_conv"),
     reference=Implementation(reference.mapped_conv),
 )
 depthwise_operator = Operator(

@@ -1,4 +1,4 @@
-"""Convolutions on an explicit kernel map by the compiled CPU kernels (`csrc/cpu/mapped.cpp`, `kernels_mapped.h`)."""
+"""Depthwise convolution on an explicit kernel map by compiled kernels (`csrc/cpu/mapped.cpp`, `kernels_mapped.h`)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ from sparsecnx.backends.registration import Saved, register
 from sparsecnx.common.memory import check_memory
 from sparsecnx.geometry.kernel_map import MappedRows, check_inverse_map, invert_kernel_map
 from sparsecnx.ops import flops
-from sparsecnx.ops.convolution import cpu as _convolution  # noqa: F401 - registers torch.ops.sparsecnx.conv
-
-
-def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return features `(rows_out, C_out)`; `weight (K, C_in, C_out)`, `bias (C_out,)`.
-
-    The inverse map is not used: the compiled gradient adds rows in the order of the map, in parallel over channels.
-    """
-    taps = weight.permute(2, 0, 1).reshape(weight.shape[2], -1)  # (C_out, K * C_in)
-    out = torch.ops.sparsecnx.conv(x.features.contiguous(), taps.contiguous(), x.kernel_map.contiguous())
-    return out if bias is None else out + bias.to(out.dtype)
 
 
 def mapped_depthwise_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -21,7 +21,6 @@ from sparsecnx.backends.triton_functions import aligned, load, row_block, store,
 from sparsecnx.backends.triton_launch import blocks, launch, processors, row_sizes
 from sparsecnx.geometry.kernel_map import MappedRows, check_inverse_map, invert_kernel_map
 from sparsecnx.ops import flops
-from sparsecnx.ops.convolution import triton_kernels as _convolution  # noqa: F401 - registers sparsecnx_triton::conv
 
 WARPS = 4
 CHANNEL_BLOCKS = (128, 64, 32)
@@ -180,13 +179,6 @@ def _blocks(x: Tensor) -> tuple[int, int]:
 def _taps(kernel_map: Tensor) -> int:
     """Return how many taps are taken at once."""
     return max((size for size in range(1, MOST_TAPS + 1) if kernel_map.shape[1] % size == 0), default=1)
-
-
-def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return features `(rows_out, C_out)`; `weight (K, C_in, C_out)`, `bias (C_out,)`."""
-    taps = weight.permute(2, 0, 1).reshape(weight.shape[2], -1)  # (C_out, K * C_in)
-    out = torch.ops.sparsecnx_triton.conv(x.features.contiguous(), taps.contiguous(), *_maps(x))
-    return out if bias is None else out + bias.to(out.dtype)
 
 
 def mapped_depthwise_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""General submanifold convolution on a GPU: rows gathered by a Triton kernel, products by the library.
+"""Convolution on an explicit kernel map on a GPU: rows gathered by a Triton kernel, products by the library.
 
     columns[o, k, :] = x[kernel_map[o, k], :]  (0 where that is -1)          out = columns @ weight.T
 
@@ -16,9 +16,8 @@ from torch import Tensor
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_functions import aligned, load, row_block, store
 from sparsecnx.backends.triton_launch import blocks, launch, row_sizes
-from sparsecnx.geometry.kernel_map import check_inverse_map, invert_kernel_map
+from sparsecnx.geometry.kernel_map import MappedRows, check_inverse_map, invert_kernel_map
 from sparsecnx.ops import flops
-from sparsecnx.tensor import SparseTensor
 
 COLUMN_VALUES = 2**28  # of a chunk of gathered rows
 
@@ -90,13 +89,36 @@ def _chunk(kernel_map: Tensor, x: Tensor) -> int:
     return max(1, COLUMN_VALUES // max(1, kernel_map.shape[1] * x.shape[1]))
 
 
+<<<<<<< HEAD:sparsecnx/ops/convolution/triton_kernels.py
 def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]) -> Tensor:
     """Return features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`."""
     steps = (stride,) * x.layout.ndim
     kernel_map = x.layout.kernel_map(tuple(weight.shape[2:]), steps, padding, (1,) * x.layout.ndim)
     taps = weight.flatten(2).movedim(1, 2).reshape(weight.shape[0], -1)  # (C_out, taps * C_in)
     out = torch.ops.sparsecnx_triton.conv(x.features.contiguous(), taps.contiguous(), kernel_map, None)
+=======
+def convolve_groups(
+    features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor, inverse_map: Tensor | None
+) -> Tensor:
+    """Return features `(rows_out, C_out)`; `weight (groups, K, C_in / groups, C_out / groups)`."""
+    inverse_map = None if inverse_map is None else inverse_map.contiguous()
+    parts = [
+        torch.ops.sparsecnx_triton.conv(
+            part.contiguous(),
+            taps.permute(2, 0, 1).reshape(taps.shape[2], -1).contiguous(),
+            kernel_map.contiguous(),
+            inverse_map,
+        )
+        for part, taps in zip(features.chunk(weight.shape[0], 1), weight, strict=True)
+    ]
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+>>>>>>> 53dc9c2 (ops.conv takes strides, dilation and padding per axis and groups; ops.conv_transpose):sparsecnx/ops/mapped/triton_conv.py
     return out if bias is None else out + bias.to(out.dtype)
+
+
+def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return features `(rows_out, C_out)`; `weight (K, C_in, C_out)`, `bias (C_out,)`."""
+    return convolve_groups(x.features, weight[None], bias, x.kernel_map, x.inverse_map)
 
 
 def _conv(x: Tensor, weight: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> Tensor:
