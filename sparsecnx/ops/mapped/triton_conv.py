@@ -89,14 +89,6 @@ def _chunk(kernel_map: Tensor, x: Tensor) -> int:
     return max(1, COLUMN_VALUES // max(1, kernel_map.shape[1] * x.shape[1]))
 
 
-<<<<<<< HEAD:sparsecnx/ops/convolution/triton_kernels.py
-def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, stride: int, padding: tuple[int, ...]) -> Tensor:
-    """Return features `(rows / stride**ndim, C_out)` of the convolution with `weight (C_out, C_in, *kernel)`."""
-    steps = (stride,) * x.layout.ndim
-    kernel_map = x.layout.kernel_map(tuple(weight.shape[2:]), steps, padding, (1,) * x.layout.ndim)
-    taps = weight.flatten(2).movedim(1, 2).reshape(weight.shape[0], -1)  # (C_out, taps * C_in)
-    out = torch.ops.sparsecnx_triton.conv(x.features.contiguous(), taps.contiguous(), kernel_map, None)
-=======
 def convolve_groups(
     features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor, inverse_map: Tensor | None
 ) -> Tensor:
@@ -112,7 +104,6 @@ def convolve_groups(
         for part, taps in zip(features.chunk(weight.shape[0], 1), weight, strict=True)
     ]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
->>>>>>> 53dc9c2 (ops.conv takes strides, dilation and padding per axis and groups; ops.conv_transpose):sparsecnx/ops/mapped/triton_conv.py
     return out if bias is None else out + bias.to(out.dtype)
 
 
