@@ -27,7 +27,7 @@ from sparsecnx.geometry.tiles import TileSet
 HANDLERS: dict[Any, Callable[..., Any]] = {}
 _LIBRARIES = tuple(str(Path(module).parent) for module in (torch.__file__, __file__))
 
-NOT_IN_TABLE = "docs/functions.md, the table of functions that have a meaning on visible sites, does not list it"
+NOT_IN_TABLE = "it is not in docs/functions.md, the table of functions that have a meaning on visible sites"
 
 
 class UnsupportedFunctionError(TypeError, AttributeError):

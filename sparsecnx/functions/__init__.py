@@ -9,6 +9,7 @@ from sparsecnx.functions import (
     checkpointing,
     convolutions,
     elementwise,
+    hooks,
     normalization,
     pooling,
     reductions,

@@ -158,8 +158,19 @@ for _operator, _name in {
         return replaced(x, handler(x, y), name)
 
     put(f"__i{_operator}__", _in_place)
-for _operator in ("lt", "le", "gt", "ge", "ne"):
+for _operator in ("lt", "le", "gt", "ge"):
     put(f"__{_operator}__", _BY_NAME[_operator])
+
+
+def _equality(handler: Handler) -> Handler:
+    def compare(x: Any, y: Any) -> Any:
+        return handler(x, y) if isinstance(y, (SparseTensor, Tensor, int, float)) else NotImplemented
+
+    return compare
+
+
+for _operator in ("eq", "ne"):
+    put(f"__{_operator}__", _equality(_BY_NAME[_operator]))
 put("__neg__", _BY_NAME["neg"])
 put("__abs__", _BY_NAME["abs"])
 put("__invert__", _BY_NAME["bitwise_not"])

@@ -73,6 +73,10 @@ def _avg_pool(name: str) -> Handler:
         if window.dense:
             return dense(x.dense(), kernel, window.stride, window.before, ceil_mode, count_include_pad, *(
                 () if divisor_override is None else (divisor_override,)))  # fmt: skip
+        if extra is not None and divisor_override is None:  # What F.pad adds are values like any other.
+            if ceil_mode or (any(per_axis(padding, x.layout.ndim)) and not count_include_pad):
+                refuse(name, "F.pad is followed by padding that counts otherwise", "give all of it to one of them")
+            divisor_override = math.prod(kernel)
         return ops.avg_pool(x, kernel, window.stride, window.before, count_include_pad, divisor_override)
 
     return handler
@@ -129,7 +133,11 @@ def _lp_pool(name: str) -> Handler:
         kernel = per_axis(kernel_size, x.layout.ndim)
         window = plan(name, x, kernel, stride or kernel, 0, 1, None, ceil_mode)
         powers = like(x, x.features.pow(norm_type))
-        total = ops.avg_pool(powers, kernel, window.stride, window.before, True, 1).features
-        return like(powers, total)
+        pooled = ops.avg_pool(powers, kernel, window.stride, window.before, True, 1)
+        return pooled.with_features(pooled.features.sign() * F.relu(pooled.features.abs()).pow(1 / norm_type))
 
     return handler
+
+
+for _name in ("lp_pool1d", "lp_pool2d", "lp_pool3d"):
+    answers(_name, meaning="masked sites count as zeros", limits="extents and tiles as conv2d")(_lp_pool(_name))

@@ -256,7 +256,7 @@ def flip(x: SparseTensor, *dims: Any) -> SparseTensor:
     return like(x, x.features.flip([channel_axis(x, d, "flip") for d in _sequence(dims[0], dims[1:])]))
 
 
-@answers("channel_shuffle", "native_channel_shuffle", meaning="of channels")
+@answers("channel_shuffle", meaning="of channels")
 def channel_shuffle(x: SparseTensor, groups: int) -> SparseTensor:
     channels = x.features.shape[1]
     if x.channels_last or x.features.ndim != 2 or channels % groups:

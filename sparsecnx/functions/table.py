@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ class Entry:
 
 
 ENTRIES: list[Entry] = []
+METHODS: set[str] = set()  # of SparseTensor, that come from this table
 
 
 def answers(*names: str, meaning: str, limits: str = "", inplace: bool = False) -> Callable[[Handler], Handler]:
@@ -65,10 +69,11 @@ def put(name: str, handler: Handler) -> None:
         HANDLERS[function] = handler
     if callable(getattr(Tensor, name, None)):
         setattr(SparseTensor, name, handler)
+        METHODS.add(name)
 
 
 def replacing(handler: Handler, name: str) -> Handler:
-    """Return the in-place function of a handler: it returns the new value, and lets `x` be used no more."""
+    """Return the in-place function of a handler, see `replaced`."""
 
     def in_place(x: SparseTensor, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(x, SparseTensor):
@@ -78,21 +83,59 @@ def replacing(handler: Handler, name: str) -> Handler:
     return in_place
 
 
-def replaced(x: SparseTensor, value: Any, name: str) -> Any:
-    """Return the value that an in-place function gives to `x`, in the dtype of `x`; later uses of `x` are errors."""
+def replaced(x: SparseTensor, value: SparseTensor, name: str) -> SparseTensor:
+    """Return what an in-place function returns: a new tensor of the dtype of `x`.
+
+    `x` keeps its features, where torch's would have changed. So that no network computes something else without a word,
+    every later function of `x` is an error. torch.compile does not see that.
+    """
     features = value.features
     if features.shape != x.features.shape:
-        refuse(
-            name, f"x is {tuple(x.shape)} and would become {tuple(value.shape)}", "an in-place result keeps the shape"
-        )
+        refuse(name, f"x is {tuple(x.shape)} and would become {tuple(value.shape)}", "an in-place result keeps the shape")
     if features.dtype != x.features.dtype:
         value = like(x, features.to(x.features.dtype))
+    if not torch.compiler.is_compiling() and type(x) is SparseTensor and value is not x:
+        object.__setattr__(x, "__class__", _superseded(name))
     return value
+
+
+@cache
+def _superseded(name: str) -> type[SparseTensor]:
+    """Return the class of SparseTensors that the in-place function `name` has replaced: they answer no function."""
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        refuse(
+            f"a function after {name}",
+            "SparseTensors are immutable, so this one still has the values from before",
+            f"go on with the tensor that {name} returned, or use the function that is not in-place (inplace=False)",
+        )
+
+    def torch_function(cls: Any, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer()
+
+    body: dict[str, Any] = dict.fromkeys(METHODS, answer)
+    body |= {"__slots__": (), "__torch_function__": classmethod(torch_function)}
+    return type("SparseTensor", (SparseTensor,), body)
 
 
 def like(x: SparseTensor, features: Tensor) -> SparseTensor:
     """Return other features on the sites of `x`, without checks."""
+    if x.features.requires_grad and not features.requires_grad:
+        refuse_custom_function(x)
     return packed(features, x.layout, x.channels_last)
+
+
+def refuse_custom_function(x: SparseTensor) -> None:
+    """Raise where `x` is an argument of an autograd.Function: torch gives gradients to tensors that are, and to no other."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:  # forward(ctx, x, ...)
+        names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+        if names and isinstance(frame.f_locals.get(names[0]), torch.autograd.function.FunctionCtx):
+            refuse("autograd.Function", "it would lose its gradient", "apply the Function to x.features, and "
+                   "x.with_features(...) makes a SparseTensor of the result")  # fmt: skip
+        frame = frame.f_back
 
 
 def channels_first(x: Any, name: str) -> SparseTensor:

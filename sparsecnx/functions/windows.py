@@ -153,7 +153,6 @@ def _plan(
 ) -> Window:
     layout = x.layout
     ndim, shape = layout.ndim, layout.shape
-    tile = per_axis(layout.tile, ndim)
     strides, dilations = per_axis(stride, ndim), per_axis(dilation, ndim)
     spans = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True))
     if padding == "same":
@@ -171,26 +170,34 @@ def _plan(
         if ceil and (count - 1) * s >= size + b:  # torch lets no window begin in the padding after the last site.
             count -= 1
         out.append(count)
-    divides = all(side % s == 0 for side, s in zip(tile, strides, strict=True))
     expected = [size // s for size, s in zip(shape, strides, strict=True)]
-    if all(count == 1 for count in out) and not (divides and out == expected):
+    whole = set(strides) == {1} and not any(before) and not any(after) and spans == shape
+    if whole and out != expected:  # A window as wide as the image, as in the head of VGG, leaves one site.
         return Window(kernel, strides, before, after, dilations, True)
-    if not divides:
+    if any(side % s for side, s in zip(layout.tile, strides, strict=True)):
         # TileSet keeps what a mask was given for strides below its tiles.
         if getattr(layout.tiles, "below_tile", "raise") == "dense":
             return Window(kernel, strides, before, after, dilations, True)
         raise ValueError(
-            f"{name}: stride is {stride}, which must divide the tile side, {layout.tile} sites; take larger patches, or "
-            'below_tile="dense" of SparseTensor.from_dense, which goes on with an ordinary tensor from here'
+            f"{name}: stride is {stride}: it must divide the tile, {'x'.join(map(str, layout.tile))} sites; take larger "
+            'patches, or below_tile="dense" of SparseTensor.from_dense, which goes on with an ordinary tensor from here'
         )
     if out != expected:
-        fits = [f"{max(span - s, 0)} to {span - 1}" for span, s in zip(spans, strides, strict=True)]
         raise ValueError(
-            f"{name}: {tuple(shape)} sites become {tuple(out)} with kernel {kernel}, stride {strides}, padding {padding} and "
-            f"dilation {dilations}: expected extent / stride, {tuple(expected)}; the padding before and after each axis "
-            f"must be {' and '.join(fits)} in all"
+            f"{name}: kernel {kernel}, stride {strides}, padding {padding} and dilation {dilations} make {tuple(out)} sites "
+            f"of {tuple(shape)}: expected extent / stride, {tuple(expected)}; {_fitting(spans, strides)}"
         )
     return Window(kernel, strides, before, after, dilations, False)
+
+
+def _fitting(spans: tuple[int, ...], strides: tuple[int, ...]) -> str:
+    """Return which padding gives extent / stride sites."""
+    least = [max(span - step, 0) for span, step in zip(spans, strides, strict=True)]
+    both = [-(-few // 2) for few in least]
+    if all(2 * side <= max(span - 1, 0) for side, span in zip(both, spans, strict=True)):
+        return f"padding={both[0] if len(set(both)) == 1 else tuple(both)} does"
+    total = least[0] if len(set(least)) == 1 else tuple(least)
+    return f"{total} sites of padding per axis do, before and after together: padding='same', or F.pad"
 
 
 def unpadded(x: Any, name: str, value: float = 0.0) -> tuple[SparseTensor, Padded | None]:

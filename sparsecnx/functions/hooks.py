@@ -1,0 +1,40 @@
+"""Two places where torch looks for tensors among arguments without asking what they are.
+
+Both would compute without a word that gradients are lost, so each asks for SparseTensors first.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.nn.modules import batchnorm
+from torch.utils.hooks import BackwardHook
+
+from sparsecnx.functions.table import like
+from sparsecnx.tensor import SparseTensor
+
+_apply = BackwardHook._apply_on_tensors
+_sync_batch_norm = batchnorm.sync_batch_norm
+
+
+def _apply_on_tensors(self: BackwardHook, fn: Any, args: tuple[Any, ...]) -> Any:
+    """Refuse a backward hook of a module on a SparseTensor, which torch would never call."""
+    if torch.is_grad_enabled() and any(isinstance(arg, SparseTensor) for arg in args):
+        raise RuntimeError(
+            f"{type(self.module).__name__} has a backward hook, which torch ignores on a SparseTensor: register a forward "
+            "hook that calls register_hook() on the SparseTensor"
+        )
+    return _apply(self, fn, args)
+
+
+def _synchronised(input: Any, *args: Any) -> Any:
+    """Normalise the rows of all ranks: torch's function takes `(rows, C)`, and ranks with other numbers of rows."""
+    if isinstance(input, SparseTensor):
+        return like(input, _sync_batch_norm.apply(input.features, *args))
+    return _sync_batch_norm.apply(input, *args)
+
+
+BackwardHook._apply_on_tensors = _apply_on_tensors
+batchnorm.sync_batch_norm = SimpleNamespace(apply=_synchronised)
