@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -11,16 +10,8 @@ from torch import Tensor
 
 from sparsecnx import ops
 from sparsecnx.functions.table import Handler, answers, channels_first, like, refuse
-from sparsecnx.functions.windows import TAKE_PADDING, Window, per_axis, plan, unpadded
+from sparsecnx.functions.windows import TAKE_PADDING, per_axis, plan, unpadded
 from sparsecnx.tensor import SparseTensor
-
-
-def _run(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> SparseTensor:
-    if "groups" in inspect.signature(ops.conv).parameters:
-        return ops.conv(x, weight, bias, window.stride, window.before, window.dilation, groups)
-    if groups == 1 and set(window.dilation) == {1}:
-        return ops.conv(x, weight, bias, window.stride[0], window.before)
-    return ops.depthwise_conv(x, weight, bias)
 
 
 def _convolution(name: str) -> Handler:
@@ -40,7 +31,7 @@ def _convolution(name: str) -> Handler:
         if window.dense:
             border = [side for pair in zip(window.before[::-1], window.after[::-1], strict=True) for side in pair]
             return dense(F.pad(x.dense(), border), weight, bias, window.stride, 0, window.dilation, groups)
-        return _run(x, weight, bias, window, groups)
+        return ops.conv(x, weight, bias, window.stride, window.before, window.dilation, groups)
 
     return handler
 

@@ -26,8 +26,6 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> SparseTensor:
     x = channels_first(input, "batch_norm")
-    if not hasattr(ops, "batch_norm"):
-        return like(x, F.batch_norm(x.features, running_mean, running_var, weight, bias, training, momentum, eps))
     return ops.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
 

@@ -18,21 +18,7 @@ from sparsecnx.tensor import SparseTensor
 
 def children(fine: Layout, factor: tuple[int, ...]) -> Tensor:
     """Return the rows of `fine` under each row of the layout that is coarser by `factor`, int64, raster order."""
-    return _kernel_map(fine, factor).long()
-
-
-def _kernel_map(fine: Layout, factor: tuple[int, ...]) -> Tensor:
-    zeros, ones = (0,) * len(factor), (1,) * len(factor)
-    try:
-        return fine.kernel_map(factor, factor, zeros, ones)
-    except TypeError:
-        return fine.kernel_map(factor, factor[0], zeros)
-
-
-def _refined(layout: Layout, factor: tuple[int, ...]) -> Layout:
-    if hasattr(layout, "refine"):
-        return layout.refine(factor)
-    return Layout(layout.tiles, layout.tile * factor[0], layout.stride // factor[0])
+    return fine.kernel_map(factor, factor, (0,) * len(factor), (1,) * len(factor)).long()
 
 
 @answers("pixel_shuffle", meaning="channels to the sites under each visible site")
@@ -40,7 +26,7 @@ def pixel_shuffle(x: SparseTensor, upscale_factor: int) -> SparseTensor:
     x = channels_first(x, "pixel_shuffle")
     factor = (upscale_factor,) * x.layout.ndim
     each = upscale_factor**x.layout.ndim
-    fine = _refined(x.layout, factor)
+    fine = x.layout.refine(factor)
     rows, channels = x.features.shape
     if channels % each:
         raise ValueError(f"pixel_shuffle: x is {tuple(x.shape)}: its channels must be a multiple of {each}")
@@ -87,7 +73,7 @@ def interpolate(
     if not upward:
         return _by_the_image(x, sizes, mode, align_corners, antialias)
     factor = tuple(out // extent for out, extent in zip(sizes, layout.shape, strict=True))
-    fine = _refined(layout, factor)
+    fine = layout.refine(factor)
     if mode not in ("nearest", "nearest-exact"):
         return _by_the_image(x, sizes, mode, align_corners, antialias)
     each = math.prod(factor)
@@ -111,15 +97,11 @@ def _by_the_image(
         raise ValueError(
             f"interpolate: {layout.shape} sites would become {sizes}, with {tiles} sites to a tile: expected whole ones"
         )
-    target = resized(layout, tuple(int(tile) for tile in tiles))
+    target = Layout(layout.tiles, tuple(int(tile) for tile in tiles), _stride(layout, tiles))
     return packed(gather_rows(dense, target), target)
 
 
-def resized(layout: Layout, tile: tuple[int, ...]) -> Layout:
-    """Return the layout of the same tiles with other sites per tile."""
-    side = tile if isinstance(layout.tile, tuple) else tile[0]
-    whole = per_axis(layout.tile, layout.ndim)
-    stride = tuple(
-        s * old // new for s, old, new in zip(per_axis(layout.stride, layout.ndim), whole, tile, strict=True)
-    )
-    return Layout(layout.tiles, side, stride if isinstance(layout.stride, tuple) else stride[0])
+def _stride(layout: Layout, tiles: list[float]) -> tuple[int, ...]:
+    """Return the pixels of the input to a site, at least 1, where a tile has other sites."""
+    sides = zip(layout.stride, layout.tile, tiles, strict=True)
+    return tuple(max(int(step * side / tile), 1) for step, side, tile in sides)
