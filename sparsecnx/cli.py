@@ -28,7 +28,7 @@ from sparsecnx.common.errors import CheckpointError, InputError, MissingExtra, T
 from sparsecnx.common.files import escape, printable
 from sparsecnx.compat import checkpoints
 from sparsecnx.models import SIZES
-from sparsecnx.train.recipe import MAX_PIXELS, TRAINING_DTYPES, Recipe
+from sparsecnx.train.recipe import MAX_PIXELS, METHODS, TRAINING_DTYPES, Recipe
 
 # These are the choices of `doctor --explain`. The first is the default.
 EXPLAINED = {
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = _Parser(prog="sparsecnx", description="Masked-autoencoder pretraining at the cost of the visible pixels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_pretrain(commands.add_parser("pretrain", help="pretrain ConvNeXt V2 as a masked autoencoder"))
+    _add_pretrain(commands.add_parser("pretrain", help="pretrain a ConvNet as a masked autoencoder"))
     _add_reconstruct(commands.add_parser("reconstruct", help="draw how a checkpoint reconstructs masked images"))
     _add_convert(commands.add_parser("convert", help="convert a checkpoint to the format of another library"))
     _add_doctor(commands.add_parser("doctor", help="print what is available, and why the rest is missing"))
@@ -81,8 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Pretrain on any folder of images, in sub-folders or not, with the published FCMAE recipe. Ctrl-C and SIGTERM "
-        "save a checkpoint and exit with 130 and 143; --resume goes on from it with the same losses."
+        "Pretrain on any folder of images, in sub-folders or not, with the published recipe of FCMAE or SparK. Ctrl-C "
+        "and SIGTERM save a checkpoint and exit with 130 and 143; --resume goes on from it with the same losses."
     )
     parser.set_defaults(run=_pretrain)
     add = parser.add_argument_group("data and output").add_argument
@@ -96,22 +96,26 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 
     recipe = parser.add_argument_group("recipe (defaults as published)")
     add = recipe.add_argument
-    add("--model", metavar="SIZE", help=f"{', '.join(SIZES)} (default: {Recipe.model})")
+    add("--method", metavar="NAME", help=f"{' or '.join(METHODS)} (default: {Recipe.method})")
+    names = f"{', '.join(SIZES)} of ConvNeXt V2, or a ConvNet of timm, such as timm:resnet50"
+    add("--model", metavar="NAME", help=f"{names} (default: {Recipe.model})")
     size = "side of the training crop, or HEIGHTxWIDTH (default: 224)"
     add("--image-size", type=_size, metavar="PIXELS", help=size)
     add("--mask-ratio", type=float, metavar="R", help="fraction of patches removed (default: 0.6)")
     normalised = "predict pixels normalised per patch (default: yes)"
     add("--norm-pix-loss", action=argparse.BooleanOptionalAction, help=normalised)
-    add("--epochs", type=int, metavar="N", help="passes over the data (default: 800)")
+    add("--epochs", type=int, metavar="N", help="passes over the data (default: 800, spark 1600)")
     add("--batch-size", type=int, metavar="N", help="images per forward pass (default: 64)")
     add("--grad-accum-steps", type=int, metavar="N", help="forward passes per optimizer step (default: 1)")
     add("--base-lr", type=float, metavar="LR", help="per 256 images of a step (default: 1.5e-4)")
-    add("--weight-decay", type=float, metavar="WD", help="not on biases and vectors (default: 0.05)")
+    add("--weight-decay", type=float, metavar="WD", help="not on biases and vectors (default: 0.05, spark 0.04)")
     add("--warmup-epochs", type=float, metavar="N", help="of warm-up (default: 40, at most a tenth of --epochs)")
-    add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm (default: no clipping)")
+    add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm (default: no clipping, spark 5)")
     add("--dtype", metavar="DTYPE", help=f"{' or '.join(TRAINING_DTYPES)} autocast (default: float32)")
     add("--seed", type=int, metavar="N", help="of weights, order, crops and masks (default: 0)")
     add("--epoch-repeats", type=int, metavar="N", help="times an epoch shows an image (default: 1, without --data 20)")
+    area = "smallest part of an image's area that a crop shows (default: 0.2, spark 0.67)"
+    add("--crop-area", type=float, metavar="R", help=area)
     add("--max-pixels", type=int, metavar="N", help=f"largest image, width x height (default: {MAX_PIXELS})")
     scope = "GRN over the sites of one image (sample, the paper) or of all (batch, the published sparse code)"
     add("--grn-scope", metavar="SCOPE", help=f"{scope} (default: sample)")
@@ -125,6 +129,7 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--workers", type=int, metavar="N", help="reading processes (default: one per 2 cores, at most 8)")
     add("--compile", action="store_true", help="use torch.compile")
+    add("--grad-checkpointing", action="store_true", help="keep less for backward, which computes it again")
 
 
 def _pretrain(arguments: argparse.Namespace) -> int:

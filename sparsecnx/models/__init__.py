@@ -22,6 +22,7 @@ from sparsecnx.models.factories import (
     fcmae_convnextv2_tiny,
 )
 from sparsecnx.models.fcmae import FCMAE
+from sparsecnx.models.spark import SparK
 from sparsecnx.models.timm_hook import register_with_timm
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "SIZES",
     "ConvNeXtV2",
     "ConvNeXtV2Encoder",
+    "SparK",
     "convnextv2_atto",
     "convnextv2_base",
     "convnextv2_femto",

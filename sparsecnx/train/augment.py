@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-SCALE = (0.2, 1.0)  # part of the image's area
+SMALLEST_AREA = 0.2  # part of the image's area
 RATIO = (3 / 4, 4 / 3)  # width / height
 ATTEMPTS = 10
 
@@ -22,20 +22,21 @@ def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(pixels[None], size, mode="bicubic", antialias=True, align_corners=False)[0]
 
 
-def random_resized_crop(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def random_resized_crop(pixels: Tensor, size: tuple[int, int], smallest: float = SMALLEST_AREA) -> Tensor:
     """Cut a random box out of uint8 `(C, H, W)` and resize it to `(C, *size)`, as `RandomResizedCrop` of torchvision.
 
-    The box has 0.2 to 1 of the area, and sides of a ratio of 3/4 to 4/3. It is drawn from torch's default generator.
+    The box has `smallest` to 1 of the area, and sides of a ratio of 3/4 to 4/3, drawn from torch's default generator.
     """
-    top, left, height, width = _draw_box(*pixels.shape[1:])
+    height, width = pixels.shape[1:]
+    top, left, height, width = _draw_box(height, width, smallest)
     return resize(pixels[:, top : top + height, left : left + width], size)
 
 
-def _draw_box(height: int, width: int) -> tuple[int, int, int, int]:
+def _draw_box(height: int, width: int, smallest: float) -> tuple[int, int, int, int]:
     """Return top, left, height and width; where no drawn box fits, the largest central one of an allowed ratio."""
     low, high = math.log(RATIO[0]), math.log(RATIO[1])
     for _ in range(ATTEMPTS):
-        area = height * width * torch.empty(1).uniform_(*SCALE).item()
+        area = height * width * torch.empty(1).uniform_(smallest, 1.0).item()
         ratio = torch.exp(torch.empty(1).uniform_(low, high)).item()
         box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.train import checkpoint
-from sparsecnx.train.recipe import BETAS, Recipe, build_model, param_groups, shown
+from sparsecnx.train.networks import build_model
+from sparsecnx.train.recipe import BETAS, Recipe, param_groups, shown
 
 # Checkpoints that were written before these existed do not have them.
-LATER_RECIPE_FIELDS = {"max_pixels", "grn_scope", "first_epoch"}
+LATER_RECIPE_FIELDS = {"max_pixels", "grn_scope", "first_epoch", "method", "crop_area"}
 # AdamW counts its steps in float32, which holds whole numbers up to this one.
 LARGEST_OPTIMIZER_STEP = 2**24
 
@@ -48,7 +49,7 @@ class Contents(NamedTuple):
     """A checkpoint in which every field is what it should be.
 
     Attributes:
-        model: state dict of the model that `recipe` builds, float32 and finite.
+        model: state dict of the model that `recipe` builds, finite.
         optimizer: AdamW's state of every parameter, by its number.
         step: optimizer steps done, 1 or more.
         recipe: the recipe of the run.
@@ -90,12 +91,15 @@ def check(state: Mapping[str, Any]) -> Contents:
     expected = step / steps_per_epoch
     _expect("epoch", epoch, isinstance(epoch, float) and math.isclose(epoch, expected), f"{expected!r} at step {step}")
 
-    with torch.device("meta"):
-        model = build_model(recipe)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    _names("model", state["model"], shapes)
-    for name, shape in shapes.items():
-        _tensor(f"model.{name}", state["model"][name], shape, f" in {recipe.model}")
+    try:
+        with torch.device("meta"):
+            model = build_model(recipe)
+    except InputError as error:
+        raise CheckpointError(f"recipe.{error}") from error
+    entries = model.state_dict()
+    _names("model", state["model"], entries)
+    for name, entry in entries.items():
+        _tensor(f"model.{name}", state["model"][name], tuple(entry.shape), f" in {recipe.model}", entry.dtype)
     optimizer = _optimizer(state["optimizer"], param_groups(model, recipe.weight_decay), step)
     return Contents(state["model"], optimizer, step, recipe, data)
 
@@ -165,13 +169,19 @@ def _names(field: str, value: Any, expected: Collection[Any], optional: Collecti
         raise CheckpointError(f"{field} lacks {missing!r}: expected it beside {len(expected) - 1} others")
 
 
-def _tensor(field: str, value: Any, shape: tuple[int, ...], where: str = "") -> None:
-    """Expect a finite float32 tensor of a shape on the CPU."""
+def _tensor(
+    field: str, value: Any, shape: tuple[int, ...], where: str = "", dtype: torch.dtype = torch.float32
+) -> None:
+    """Expect a finite tensor of a shape and dtype on the CPU."""
     fits = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-    _expect(field, value, fits and value.dtype == torch.float32 and value.shape == shape, f"float32 {shape}{where}")
+    _expect(field, value, fits and value.dtype == dtype and value.shape == shape, f"{_short(dtype)} {shape}{where}")
     finite = value.isfinite()
     if not finite.all():
         raise CheckpointError(f"{field} holds {value[~finite][0].item()}: expected finite numbers")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _expect(field: str, value: Any, holds: bool, expected: str) -> None:

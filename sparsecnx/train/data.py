@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.train.augment import random_flip, random_resized_crop
+from sparsecnx.train.augment import SMALLEST_AREA, random_flip, random_resized_crop
 from sparsecnx.train.images import ImageSet, read_image
 from sparsecnx.train.recipe import MAX_PIXELS, Recipe
 
@@ -66,10 +66,17 @@ class Crops(Dataset[Any]):
     The next readable file takes the place of an unreadable one, so that batches stay full.
     """
 
-    def __init__(self, images: ImageSet, size: tuple[int, int], max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        size: tuple[int, int],
+        max_pixels: int = MAX_PIXELS,
+        smallest: float = SMALLEST_AREA,
+    ) -> None:
         self.images = images
         self.size = size
         self.max_pixels = max_pixels
+        self.smallest = smallest
         self.decoded: dict[int, Tensor] = {}
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, dict[str, str]] | InputError:
@@ -79,7 +86,7 @@ class Crops(Dataset[Any]):
             return error
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(draw.seed)
-            return random_flip(random_resized_crop(pixels, self.size)), unreadable
+            return random_flip(random_resized_crop(pixels, self.size, self.smallest)), unreadable
 
     def read(self, index: int) -> tuple[Tensor, dict[str, str]]:
         """Return image `index`, or the first readable one after it, and the files that were skipped with the reasons.

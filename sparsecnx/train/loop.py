@@ -21,6 +21,7 @@ from sparsecnx.common.dtypes import DTYPES
 from sparsecnx.common.errors import CheckpointError, InputError, TrainingStopped
 from sparsecnx.common.torch_files import has_checksums
 from sparsecnx.geometry.masks import random_mask
+from sparsecnx.models import SIZES
 from sparsecnx.train import contents
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.contents import Contents, Data
@@ -29,7 +30,17 @@ from sparsecnx.train.images import PHOTOGRAPH_REPEATS, Fingerprint, ImageSet, fi
 from sparsecnx.train.loader import WorkersError, load_batches
 from sparsecnx.train.lock import locked
 from sparsecnx.train.log import LOG, LogError, RunLog, StepRecord
-from sparsecnx.train.recipe import BETAS, MANY, Recipe, build_model, learning_rate, param_groups, small_data
+from sparsecnx.train.networks import build_model
+from sparsecnx.train.recipe import (
+    BETAS,
+    DEFAULTS,
+    MANY,
+    METHODS,
+    Recipe,
+    learning_rate,
+    param_groups,
+    small_data,
+)
 
 # Steps times the peak learning rate of a run that learns little. `make demo` has 0.7, the published runs have 600.
 LEAST_TRAINING = 0.2
@@ -48,6 +59,7 @@ class Options:
         device: auto, cpu, cuda or one GPU such as cuda:1.
         workers: processes that read images; None for one per two cores, at most 8.
         compile: run the model through `torch.compile`.
+        grad_checkpointing: keep less for backward, which computes it again.
         save_every: epochs between checkpoints.
         keep: checkpoints kept.
 
@@ -63,6 +75,7 @@ class Options:
     device: str = "auto"
     workers: int | None = None
     compile: bool = False
+    grad_checkpointing: bool = False
     save_every: int = 1
     keep: int = 3
 
@@ -113,9 +126,11 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
                     "extend", options.extend, f"there is no run in {folder.folder}; expected a finished one"
                 )
             images = wheel_photographs() if options.data is None else find_images(options.data)
-            defaults = {"epoch_repeats": PHOTOGRAPH_REPEATS} if options.data is None else {}
+            defaults = dict(DEFAULTS.get(given.get("method", Recipe.method), {}))
+            if options.data is None:
+                defaults["epoch_repeats"] = PHOTOGRAPH_REPEATS
             if options.small_data:
-                defaults = small_data(len(images.names))
+                defaults |= small_data(len(images.names))
             recipe = Recipe(**{**defaults, **given})
             return Trainer(recipe, images, images.fingerprint(), folder, options, notes).run()
 
@@ -207,7 +222,7 @@ class Trainer:
         images: the data set.
         fingerprint: its hashes.
         folder: folder of the checkpoints and logs.
-        options: only device, workers, compile and save_every are read.
+        options: only device, workers, compile, grad_checkpointing and save_every are read.
         notes: lines to print when the run begins.
 
     Raises:
@@ -227,7 +242,7 @@ class Trainer:
         self.recipe, self.images, self.fingerprint = recipe, images, fingerprint
         self.folder, self.options, self.notes = folder, options, notes
         images.refuse_unsupported(recipe.max_pixels)
-        self.crops = Crops(images, recipe.size, recipe.max_pixels)
+        self.crops = Crops(images, recipe.size, recipe.max_pixels, recipe.crop_area)
         self.crops.read(0)  # raises unless there is a readable image
         self.steps_per_epoch = recipe.steps_per_epoch(len(images.names))
         self.total_steps = self.steps_per_epoch * recipe.epochs
@@ -237,6 +252,11 @@ class Trainer:
 
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe).to(self.device)
+        if options.grad_checkpointing:
+            try:
+                self.model.set_grad_checkpointing()
+            except (TypeError, AssertionError) as error:  # timm's networks that have none assert
+                raise InputError("grad_checkpointing", True, f"{recipe.model} has none ({error})") from error
         self.forward = torch.compile(self.model) if options.compile else self.model
         groups = param_groups(self.model, recipe.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=BETAS, fused=True)
@@ -390,12 +410,14 @@ class Trainer:
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         repeats = f" x {r.epoch_repeats}" if r.epoch_repeats > 1 else ""
         accumulated = f" x {r.grad_accum_steps}" if r.grad_accum_steps > 1 else ""
+        grn = f", GRN per {r.grn_scope}" if r.model in SIZES else ""
         start = f", going on from step {self.step}" if self.step else ""
         return [
-            f"FCMAE {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.device}, mask ratio {r.mask_ratio:g}",
+            f"{METHODS[r.method]} {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.device}, "
+            f"mask ratio {r.mask_ratio:g}",
             f"{len(self.images.names)} images{repeats} of {r.pixels} px from {self.images.root}",
             f"batch {r.batch_size}{accumulated}, steps per epoch {self.steps_per_epoch}, epochs {r.epochs}",
-            f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}, GRN per {r.grn_scope}",
+            f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}{grn}",
             f"writes to {self.folder.folder}{start}",
             *self._hints(),
         ]

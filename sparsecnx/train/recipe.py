@@ -1,4 +1,6 @@
-"""The published FCMAE recipe (arXiv 2301.00808, appendix A.1) as data, and its arithmetic as pure functions.
+"""The published recipes as data, and their arithmetic as pure functions.
+
+That of FCMAE is in arXiv 2301.00808, appendix A.1; that of SparK in arXiv 2301.03580 and its published code.
 
 A `Recipe` holds everything that decides the losses of a run, and nothing else: two runs with the same recipe on the
 same images have the same losses. The output folder and the device are options of the loop.
@@ -17,11 +19,19 @@ from torch import Tensor, nn
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.geometry.masks import visible_count
-from sparsecnx.models import FCMAE, SIZES, create_fcmae
+from sparsecnx.models import SIZES
 from sparsecnx.ops.global_response_norm.groups import SCOPES
+from sparsecnx.train.augment import SMALLEST_AREA
+from sparsecnx.train.networks import PATCH_SIZE, unknown_network
 
-PATCH_SIZE = 32
 BETAS = (0.9, 0.95)
+# The names of the methods, and the defaults in which they differ from FCMAE. The published SparK has a learning rate of
+# 2e-4, for LAMB, and a weight decay that grows from 0.04 to 0.2.
+METHODS = {"fcmae": "FCMAE", "spark": "SparK"}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "fcmae": {},
+    "spark": {"epochs": 1600, "weight_decay": 0.04, "clip_grad": 5.0, "crop_area": 0.67},
+}
 WARMUP_EPOCHS = 40
 TRAINING_DTYPES = ("float32", "bfloat16")
 # Reading and cropping an image takes up to 12 bytes per pixel for a moment: 0.8 GB at this size.
@@ -43,7 +53,8 @@ class Recipe:
     """Everything that decides the losses of a pretraining run. The constructor checks it.
 
     Attributes:
-        model: size, a name in `sparsecnx.models.SIZES`.
+        model: size, a name in `sparsecnx.models.SIZES`, or `timm:` and the name of a network of timm.
+        method: `"fcmae"` or `"spark"`.
         image_size: side of the square training crop, or its height and width, pixels; multiples of the 32-pixel patch.
         mask_ratio: fraction of patches removed, in [0, 1); at least one patch stays and at least one goes.
         norm_pix_loss: predict pixels normalised per patch.
@@ -57,9 +68,10 @@ class Recipe:
         dtype: float32, or bfloat16 for autocast (parameters and loss stay float32).
         seed: seed of the initial weights, the order of images, crops, flips and masks.
         epoch_repeats: times an epoch shows each image; for small data sets.
+        crop_area: smallest part of an image's area that a crop shows.
         max_pixels: size of the largest image that is read, width x height.
         grn_scope: groups of GRN in the encoder, `"sample"` as in the paper and the published JAX code, or `"batch"` as
-            in the published sparse PyTorch code.
+            in the published sparse PyTorch code; of our own networks alone.
         first_epoch: epoch in which the learning rate begins its schedule: 0, or the end of the run that was extended.
 
     Raises:
@@ -67,6 +79,7 @@ class Recipe:
     """
 
     model: str = "atto"
+    method: str = "fcmae"
     image_size: int | tuple[int, int] = 224
     mask_ratio: float = 0.6
     norm_pix_loss: bool = True
@@ -80,18 +93,24 @@ class Recipe:
     dtype: str = "float32"
     seed: int = 0
     epoch_repeats: int = 1
+    crop_area: float = SMALLEST_AREA
     max_pixels: int = MAX_PIXELS
     grn_scope: str = "sample"
     first_epoch: int = 0
 
     def __post_init__(self) -> None:
         self._expect_types()
-        self._expect("model", self.model in SIZES, f"one of {', '.join(SIZES)}")
+        self._expect("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
+        if (problem := unknown_network(self.model)) is not None:
+            raise InputError("model", _typed(self.model), problem)
         self._expect("grn_scope", self.grn_scope in SCOPES, f"one of {', '.join(SCOPES)}")
+        own = self.grn_scope == "sample" or self.model in SIZES
+        self._expect("grn_scope", own, f"sample, since {self.model} is no network of sparsecnx")
         self._expect("dtype", self.dtype in TRAINING_DTYPES, f"one of {', '.join(TRAINING_DTYPES)}")
         for field in ("epochs", "batch_size", "grad_accum_steps", "epoch_repeats", "max_pixels"):
             self._expect(field, 1 <= getattr(self, field) <= MANY, f"1 or more, at most {MANY}")
         self._expect("seed", 0 <= self.seed < 2**63, "0 or more, less than 2**63")
+        self._expect("crop_area", 0 < self.crop_area <= 1, "more than 0, at most 1")
         self._expect("base_lr", 0 < self.base_lr <= MANY, f"more than 0, at most {MANY}")
         self._expect("weight_decay", 0 <= self.weight_decay <= MANY, f"0 or more, at most {MANY}")
         if self.clip_grad is not None:
@@ -197,13 +216,6 @@ def small_data(images: int) -> dict[str, Any]:
     """
     repeats = max(1, math.ceil(SMALL_EPOCH / images))
     return {"batch_size": 8, "base_lr": 0.03, "epochs": 100, "epoch_repeats": repeats}
-
-
-def build_model(recipe: Recipe) -> FCMAE:
-    """Build the model that a recipe trains, with weights drawn from torch's global generator."""
-    return create_fcmae(
-        recipe.model, patch_size=PATCH_SIZE, norm_pix_loss=recipe.norm_pix_loss, grn_scope=recipe.grn_scope
-    )
 
 
 def _typed(value: Any) -> str:

@@ -16,12 +16,13 @@ from torch import Tensor
 from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.common.files import not_regular, open_atomically
 from sparsecnx.geometry.masks import random_mask
-from sparsecnx.models import FCMAE
+from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
 from sparsecnx.train import contents
 from sparsecnx.train.augment import central_crop
 from sparsecnx.train.data import IMAGENET_MEAN, IMAGENET_STD, normalize
 from sparsecnx.train.images import UnsupportedImage, read_image, wheel_photographs
-from sparsecnx.train.recipe import MAX_PIXELS, build_model
+from sparsecnx.train.networks import build_model
+from sparsecnx.train.recipe import MAX_PIXELS, METHODS
 
 SHOWN_PHOTOGRAPHS = 6
 PANEL_INCHES = 2.6
@@ -95,7 +96,9 @@ def reconstruct(
 
     if not math.isfinite(result.loss):
         raise InputError("checkpoint", path, f"its loss on these images is {result.loss}")
-    figure = draw(result, f"FCMAE {recipe.model}, step {saved.step}, mask ratio {recipe.mask_ratio:g}")
+    figure = draw(
+        result, f"{METHODS[recipe.method]} {recipe.model}, step {saved.step}, mask ratio {recipe.mask_ratio:g}"
+    )
     try:
         with open_atomically(Path(out)) as (file,):
             figure.savefig(file, format=Path(out).suffix[1:] or "png")
@@ -105,7 +108,7 @@ def reconstruct(
 
 
 @torch.no_grad()
-def fill_in(model: FCMAE, images: Tensor, mask: Tensor) -> Reconstruction:
+def fill_in(model: MaskedAutoencoder, images: Tensor, mask: Tensor) -> Reconstruction:
     """Predict the masked patches of images and put them into the visible ones.
 
     A model trained with `norm_pix_loss` predicts patches of mean 0 and variance 1. The picture gives each of them mean
@@ -113,7 +116,7 @@ def fill_in(model: FCMAE, images: Tensor, mask: Tensor) -> Reconstruction:
     predicted.
 
     Args:
-        model: trained FCMAE.
+        model: a trained masked autoencoder.
         images: `(B, 3, H, W)`, normalised as for training.
         mask: bool `(B, L)`, True = masked.
     """

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sparsecnx.models import SIZES, create_fcmae
+from sparsecnx.models import FCMAE, SIZES, SparK
 from sparsecnx.models.convnextv2 import Size
-from sparsecnx.train import recipe
+from sparsecnx.train import networks
 from sparsecnx.train.loop import Options, pretrain
 
 SMALL: dict[str, Any] = {"image_size": 64, "epochs": 2, "batch_size": 2, "base_lr": 0.05}
@@ -22,7 +22,8 @@ def use_tiny_models(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
     monkeypatch = monkeypatch or pytest.MonkeyPatch()
     monkeypatch.setitem(SIZES, "atto", Size((1, 1, 1, 1), (8, 8, 16, 16)))
     monkeypatch.setitem(SIZES, "femto", Size((1, 1, 1, 1), (8, 8, 16, 24)))
-    monkeypatch.setattr(recipe, "create_fcmae", partial(create_fcmae, decoder_dim=16))
+    monkeypatch.setattr(networks, "FCMAE", partial(FCMAE, decoder_dim=16))
+    monkeypatch.setattr(networks, "SparK", partial(SparK, decoder_dim=32))
 
 
 def train(data: Path | None, output: Path, resume: str | None = None, workers: int = 0, **given: Any) -> int:

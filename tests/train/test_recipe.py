@@ -3,7 +3,8 @@ import math
 import pytest
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.train.recipe import Recipe, build_model, learning_rate, param_groups
+from sparsecnx.train.networks import build_model
+from sparsecnx.train.recipe import Recipe, learning_rate, param_groups
 
 
 def test_defaults_are_the_published_recipe():

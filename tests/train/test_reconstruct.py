@@ -7,7 +7,8 @@ from small_runs import train
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.models import FCMAE
-from sparsecnx.train.recipe import Recipe, build_model
+from sparsecnx.train.networks import build_model
+from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.reconstruct import draw, fill_in, reconstruct
 
 
