@@ -158,6 +158,7 @@ OPERATORS = {
         layer_normalization.operator,
         mapped.conv_operator,
         mapped.depthwise_operator,
+        mapped.max_operator,
         pooling.max_operator,
         pooling.sum_operator,
         site_normalization.batch_norm_operator,

@@ -104,6 +104,29 @@ struct MappedDepthwiseWeightGrad {
   const S* grad;
 };
 
+constexpr int64_t kMostShortTaps = 255;  // whose winners are uint8
+
+// The maximum of the rows under a kernel map.
+template <class S>
+struct MaxPool {
+  const int32_t* map;  // (rows out, taps): row of x, -1 for none
+  int64_t taps, channels, rows_in;
+  const S* x;
+  S* out;        // 0 without any input
+  void* winner;  // (rows out, channels): the first tap that has the maximum; uint8, beyond kMostShortTaps int32
+};
+
+// Its gradient: every row of x gathers from the output rows that took it.
+template <class S>
+struct MaxPoolGrad {
+  const int32_t* map;      // (rows of x, taps): row of out that reads it, -1 for none
+  const int32_t* inverse;  // (rows out, taps)
+  int64_t taps, channels, rows_out;
+  const S* grad;
+  const void* winner;
+  S* out;
+};
+
 // The activations after a normalization, in the order of ACTIVATIONS in sparsecnx/ops/site_normalization.
 enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHardswish, kGelu };
 
@@ -133,6 +156,11 @@ struct Kernels {
   bool (*mapped_depthwise)(const MappedDepthwise<S>&, int64_t begin, int64_t end);
   // weight_grad (taps, channels) += contribution of output rows [begin, end). Returns false if an entry is no row.
   bool (*mapped_depthwise_weight_grad)(const MappedDepthwiseWeightGrad<S>&, int64_t begin, int64_t end, A* weight_grad);
+
+  // Compute output rows, or rows of x, [begin, end). Return false if an entry of the map is neither a row nor -1, or is
+  // not in the inverse map.
+  bool (*max_pool)(const MaxPool<S>&, int64_t begin, int64_t end);
+  bool (*max_pool_grad)(const MaxPoolGrad<S>&, int64_t begin, int64_t end);
 
   // moments (rows, 2): mean and 1 / sqrt(var + eps) of each row.
   void (*moments)(const S* x, int64_t rows, int64_t channels, A eps, A* moments);

@@ -71,6 +71,17 @@ inline bool all_inverse(const int32_t* map, const int32_t* inverse, const Entrie
   return wrong == 0;
 }
 
+// Returns whether the entries of rows [first, last) of a map, at most kBlock, are -1 or rows below `rows` and, where there
+// is an inverse map of any rows, all in it.
+inline bool readable(const int32_t* map, const int32_t* inverse, const Entries& entries, int64_t first, int64_t last,
+                     int64_t taps, int64_t rows) {
+  const int64_t count = (last - first) * taps;
+  if (!all_rows(map + first * taps, count, rows)) return false;
+  if (inverse == nullptr || rows == 0) return true;
+  const auto all = rows * taps <= INT32_MAX ? all_inverse<int32_t> : all_inverse<int64_t>;
+  return all(map + first * taps, inverse, entries, first, count, taps);
+}
+
 // Lists which rows of x some sums read, and with which factors.
 class Reads {
  public:
@@ -237,19 +248,12 @@ bool mapped_depthwise(const MappedDepthwise<S>& job, int64_t begin, int64_t end)
     }
   });
   Reads reads(std::min(kBlock, end - begin), taps);
-  const bool compare = job.inverse != nullptr && job.rows_in > 0;
-  const Entries entries(compare ? std::min(kBlock, end - begin) : 0, taps);
+  const Entries entries(job.inverse != nullptr ? std::min(kBlock, end - begin) : 0, taps);
   for (int64_t row = begin; row < end; row += kBlock) {
     const int64_t rows = std::min(kBlock, end - row);
-    const int32_t* map = job.map + row * taps;
-    if (!all_rows(map, rows * taps, job.rows_in)) return false;
-    if (compare) {
-      const bool narrow = job.rows_in * taps <= INT32_MAX;
-      const auto all = narrow ? all_inverse<int32_t> : all_inverse<int64_t>;
-      if (!all(map, job.inverse, entries, row, rows * taps, taps)) return false;
-    }
+    if (!readable(job.map, job.inverse, entries, row, row + rows, taps, job.rows_in)) return false;
     reads.clear();
-    reads.add(map, row, rows, taps, taps, 1);
+    reads.add(job.map + row * taps, row, rows, taps, taps, 1);
     for_channel_blocks<S>(channels, [&](auto block) {
       const auto start = [&](int j) { return job.bias != nullptr ? block.get(job.bias, j) : Vec<A>{}; };
       const auto finish = [&](int64_t o, int j, Vec<A> sum) { block.put(job.out + o * channels, j, sum); };

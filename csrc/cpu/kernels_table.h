@@ -3,6 +3,7 @@
 
 #include "kernels_depthwise.h"
 #include "kernels_mapped.h"
+#include "kernels_pooling.h"
 #include "kernels_rows.h"
 #include "kernels_site_norm.h"
 
@@ -12,8 +13,8 @@ namespace sparsecnx::SPARSECNX_ISA {
 template <class S>
 Kernels<S> make_kernels() {
   return Kernels<S>(depthwise<S>, depthwise_weight_grad<S>, mapped_depthwise<S>, mapped_depthwise_weight_grad<S>,
-                    moments<S>, normalise<S>, layer_norm_backward<S>, column_moments<S>, site_norm<S>,
-                    site_norm_sums<S>, site_norm_grad<S>, energy<S>, affine<S>, add_shift<S>, combine<S>,
+                    max_pool<S>, max_pool_grad<S>, moments<S>, normalise<S>, layer_norm_backward<S>, column_moments<S>,
+                    site_norm<S>, site_norm_sums<S>, site_norm_grad<S>, energy<S>, affine<S>, add_shift<S>, combine<S>,
                     dot_and_sum<S>, column_sum<S>, scale_rows<S>, gelu_energy<S>, gelu_grn_sums<S>,
                     gelu_grn_backward<S>, gather<S>, scatter_add<S>, convert<S>, convert<S>);
 }

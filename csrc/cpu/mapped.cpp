@@ -3,19 +3,12 @@
 // A general convolution goes chunk by chunk: it gathers the rows under the kernel, then makes one GEMM. The input
 // gradient of the depthwise convolution is the same operator on the inverse map, which holds for every input row the
 // output row that reads it through each tap.
+#include "mapped.h"
+
 #include <algorithm>
 #include <atomic>
 
-#include "op.h"
-
 namespace sparsecnx {
-namespace {
-
-// The sizes of an operator on an explicit kernel map.
-struct Mapped {
-  int64_t rows_in, channels, rows_out, taps;
-  const int32_t* map;  // (rows_out, taps): row of x, -1 for none
-};
 
 Mapped check_map(const Tensor& x, const Tensor& kernel_map) {
   const auto [rows, channels] = feature_shape(x, "x");
@@ -26,6 +19,28 @@ Mapped check_map(const Tensor& x, const Tensor& kernel_map) {
   check_dense(kernel_map, "kernel_map", kernel_map.numel(), ScalarType::Int);
   return {rows, channels, kernel_map.size(0), kernel_map.size(1), data<int32_t>(kernel_map)};
 }
+
+int64_t count_reads(const int32_t* map, int64_t count) {
+  std::atomic<int64_t> total = 0;
+  parallel_for(0, count, 1 << 16,
+               [&](int64_t begin, int64_t end) { total += (end - begin) - std::count(map + begin, map + end, -1); });
+  return total;
+}
+
+void contradict(const Mapped& shape, const int32_t* inverse) {
+  const int64_t reads = count_reads(shape.map, shape.rows_out * shape.taps);
+  int64_t missing = 0;
+  for (int64_t i = 0; i < shape.rows_out * shape.taps; ++i) {
+    const int64_t row = shape.map[i];
+    missing += row >= 0 && inverse[row * shape.taps + i % shape.taps] != i / shape.taps;
+  }
+  const int64_t others = count_reads(inverse, shape.rows_in * shape.taps) - (reads - missing);
+  STD_TORCH_CHECK(false, "sparsecnx: inverse_map contradicts kernel_map: ", missing, " of ", reads,
+                  " reads are not in it and it has ", others,
+                  " others; leave it out, or pass the inverse of this kernel_map");
+}
+
+namespace {
 
 // Returns how many output rows are gathered at a time: 2^20 values, which stay in a shared cache.
 int64_t chunk_rows(int64_t width) { return std::max<int64_t>(64, (int64_t{1} << 20) / std::max<int64_t>(width, 1)); }
@@ -101,28 +116,6 @@ std::tuple<Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, co
 }
 
 constexpr int64_t kRows = 64;  // A thread takes at least this many.
-
-// Returns how many entries of a map are not -1.
-int64_t count_reads(const int32_t* map, int64_t count) {
-  std::atomic<int64_t> total = 0;
-  parallel_for(0, count, 1 << 16,
-               [&](int64_t begin, int64_t end) { total += (end - begin) - std::count(map + begin, map + end, -1); });
-  return total;
-}
-
-// Raises and says how the maps differ.
-void contradict(const Mapped& shape, const int32_t* inverse) {
-  const int64_t reads = count_reads(shape.map, shape.rows_out * shape.taps);
-  int64_t missing = 0;
-  for (int64_t i = 0; i < shape.rows_out * shape.taps; ++i) {
-    const int64_t row = shape.map[i];
-    missing += row >= 0 && inverse[row * shape.taps + i % shape.taps] != i / shape.taps;
-  }
-  const int64_t others = count_reads(inverse, shape.rows_in * shape.taps) - (reads - missing);
-  STD_TORCH_CHECK(false, "sparsecnx: inverse_map contradicts kernel_map: ", missing, " of ", reads,
-                  " reads are not in it and it has ", others,
-                  " others; leave it out, or pass the inverse of this kernel_map");
-}
 
 Tensor mapped_depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                              const Tensor& kernel_map, const std::optional<Tensor>& inverse_map) {

@@ -70,7 +70,7 @@ void moments(const Sizes& sizes, const std::vector<RowBlock>& blocks, const S* x
     double* q = squares.data() + first * channels;
     double count = blocks[first].rows();
     for (int64_t i = first + 1; i < last; ++i) {
-      const double more = blocks[i].rows(), share = more / (count + more);
+      const double more = blocks.data()[i].rows(), share = more / (count + more);
       const double *other = means.data() + i * channels, *other_q = squares.data() + i * channels;
       for (int64_t c = 0; c < channels; ++c) {
         const double step = other[c] - m[c];

@@ -33,6 +33,8 @@ OPERATORS = [
     "conv_backward",
     "mapped_depthwise_conv",
     "mapped_depthwise_conv_weight_grad",
+    "max_pool",
+    "max_pool_backward",
     "grn",
     "grn_backward",
     "layer_norm",

@@ -11,7 +11,7 @@ from mapped import inverse, random_map, site_map, with_gradients
 from sparsecnx import ops, use_backend
 
 MODES = pytest.mark.parametrize("mode", ["sum", "avg", "max"])
-BACKENDS = pytest.mark.parametrize("backend", backends("mapped_depthwise_conv"))
+BACKENDS = pytest.mark.parametrize("backend", backends("mapped_depthwise_conv", "mapped_max_pool"))
 
 
 def pooled(features, kernel_map, mode):
@@ -110,14 +110,18 @@ def test_compiled_whole_in_any_size(mode):
         assert_same(found, with_gradients(ops.mapped_pool, values, **arguments), 1e-6)
 
 
-def test_opcheck():
-    kernel_map = random_map(20, 15, 4, 0.6)
-    features = torch.randn(20, 8, requires_grad=True)
-    operators = torch.ops.sparsecnx_mapped
-    for inverse_map in (None, inverse(kernel_map, 20)):
-        torch.library.opcheck(operators.max_pool.default, (features, kernel_map, inverse_map))
-        arguments = (torch.randn(15, 8), operators.max_pool(features, kernel_map, None)[1], kernel_map, inverse_map, 20)
-        torch.library.opcheck(operators.max_pool_backward.default, arguments)
+@needs_cpu
+@pytest.mark.parametrize("taps", [4, 300])
+def test_opcheck(taps):
+    kernel_map = random_map(20, 15, taps, 0.6)
+    x = torch.randn(20, 8, requires_grad=True)
+    operators = torch.ops.sparsecnx
+    inverse_map = inverse(kernel_map, 20)
+    for given in (None, inverse_map):
+        torch.library.opcheck(operators.max_pool.default, (x, kernel_map, given))
+    _, winner = operators.max_pool(x, kernel_map, None)
+    arguments = (torch.randn(15, 8), winner, kernel_map, inverse_map)
+    torch.library.opcheck(operators.max_pool_backward.default, arguments)
 
 
 @MODES
@@ -138,14 +142,13 @@ def test_maps_of_other_rows_are_refused(mode):
     kernel_map[2, 1] = -1
     wrong = inverse(kernel_map, 6).flip(0)
     torch._dynamo.reset()
-    operators, compiled = torch.ops.sparsecnx_mapped, torch.compile(ops.mapped_pool, backend="aot_eager")
+    compiled = torch.compile(ops.mapped_pool, backend="aot_eager")
     for pool in (ops.mapped_pool, compiled):
         with pytest.raises(RuntimeError, match="inverse_map contradicts kernel_map"):
             pool(features, kernel_map, mode, wrong).sum().backward()
-    out, winner = operators.max_pool(features.detach(), kernel_map, None)
     wrong[0, 0] = 5
     with pytest.raises(RuntimeError, match=r"inverse_map has entries from -1 to 5, expected -1 to 4"):
-        operators.max_pool_backward(out, winner, kernel_map, wrong, 6)
+        ops.mapped_pool(features, kernel_map, mode, wrong).sum().backward()
 
 
 @MODES
@@ -164,18 +167,14 @@ def test_a_changed_inverse_map_is_compared_again(mode):
 @pytest.mark.parametrize("left", [0, 4, 16])
 def test_a_tensor_without_its_memory_is_named(backend, left):
     """Plain torch would read the memory of others, or end the process."""
-    operators = torch.ops.sparsecnx_mapped
     kernel_map = torch.arange(8, dtype=torch.int32).flip(0)[:, None].contiguous()
     given = {"features": torch.randn(8, 4), "kernel_map": kernel_map, "inverse_map": kernel_map.clone()}
-    kept = {"grad": torch.randn(8, 4), "winner": torch.zeros(8, 4).int(), **given, "rows_in": 8}
-    del kept["features"]
-    cases = [(ops.mapped_pool, {**given, "mode": mode}) for mode in ("sum", "avg", "max")]
-    for function, arguments in [*cases, (operators.max_pool_backward, kept)]:
-        for name in [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]:
-            x = arguments[name].clone()
+    for mode in ("sum", "avg", "max"):
+        for name in given:
+            x = given[name].clone()
             x.untyped_storage().resize_(left)
             with use_backend(backend), pytest.raises(RuntimeError, match=rf"^{name} has .* its storage holds {left} b"):
-                function(**{**arguments, name: x})
+                ops.mapped_pool(**{**given, name: x}, mode=mode)
 
 
 def test_what_does_not_fit_is_refused():

@@ -12,8 +12,7 @@ from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.ops.checks import autocast, check_device, check_mapped, check_same_dtype, check_vector, checked_vector
-from sparsecnx.ops.mapped import cpu, cpu_conv, reference
-from sparsecnx.ops.mapped.maximum import maximum
+from sparsecnx.ops.mapped import cpu, cpu_conv, maximum, reference
 
 POOL_MODES = ("sum", "avg", "max")
 
@@ -28,6 +27,11 @@ depthwise_operator = Operator(
     cpu=Implementation(cpu.mapped_depthwise_conv, cpu_backend.refusal),
     triton=triton_launch.implementation("sparsecnx.ops.mapped.triton_kernels", "mapped_depthwise_conv"),
     reference=Implementation(reference.mapped_depthwise_conv),
+)
+max_operator = Operator(
+    "mapped_max_pool",
+    cpu=Implementation(maximum.mapped_max_pool, cpu_backend.refusal),
+    reference=Implementation(reference.mapped_max_pool),
 )
 
 
@@ -117,7 +121,7 @@ def mapped_pool(features: Tensor, kernel_map: Tensor, mode: str, inverse_map: Te
     """Pool the input rows under each output row, channel by channel: their sum, mean or maximum.
 
     Only the taps that have an input count, also in the mean, as in MinkowskiEngine 0.5.4. An output row without any
-    is zero. Sum and mean run on the backend of `mapped_depthwise_conv`, the maximum in plain torch.
+    is zero. Sum and mean run on the backend of `mapped_depthwise_conv`.
 
     Args:
         features: `(rows_in, C)`.
@@ -137,7 +141,8 @@ def mapped_pool(features: Tensor, kernel_map: Tensor, mode: str, inverse_map: Te
         raise ValueError(f"mode is {mode!r}: expected 'sum', 'avg' or 'max'")
     x = check_mapped(features, kernel_map, inverse_map)
     if mode == "max":
-        return maximum(features, kernel_map, inverse_map)
+        best: Tensor = max_operator(x)
+        return best
     if mode == "avg":
         x = x.to(statistics_dtype(features.dtype))  # A sum may be too large for the dtype of its mean.
     total: Tensor = depthwise_operator(x, x.features.new_ones(kernel_map.shape[1], features.shape[1]), None)

@@ -1,4 +1,4 @@
-"""Convolutions on an explicit kernel map in plain torch, tap by tap."""
+"""Convolutions and the maximum on an explicit kernel map in plain torch, tap by tap."""
 
 from __future__ import annotations
 
@@ -33,3 +33,19 @@ def _sum_over_taps(
     for tap, factor in zip(read.unbind(1), weight.to(wide), strict=True):
         out = out + product(padded.index_select(0, tap), factor)
     return (out if bias is None else out + bias.to(wide)).to(x.dtype)
+
+
+def mapped_max_pool(x: MappedRows) -> Tensor:
+    """Return the maximum of the rows under each output row, `(rows_out, C)`, 0 without any input."""
+    rows_in, channels = x.features.shape
+    check_kernel_map(x.kernel_map, rows_in)
+    padded = F.pad(x.features, (0, 0, 0, 1))
+    best = padded[:0].sum() + padded.new_zeros(x.kernel_map.shape[0], channels)  # with a gradient however few taps
+    empty = torch.ones_like(x.kernel_map[:, :1], dtype=torch.bool)
+    for rows in x.kernel_map.unbind(1):
+        present = (rows >= 0)[:, None]
+        value = padded.index_select(0, torch.where(rows == -1, rows_in, rows))
+        # A NaN wins, as in torch's own pooling.
+        best = torch.where(present & (empty | (value > best) | value.isnan()), value, best)
+        empty = empty & ~present
+    return best

@@ -1,19 +1,56 @@
-"""Pooling of the visible sites over windows: their maximum, or their mean."""
+"""Pooling of the visible sites over window: their maximum, or their mean."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from torch import Tensor
 
+from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends.dispatch import Implementation, Operator
+from sparsecnx.common.dtypes import statistics_dtype
+from sparsecnx.geometry.kernel_map import MappedRows
+from sparsecnx.geometry.layout import Layout
 from sparsecnx.ops.checks import check_sparse
+from sparsecnx.ops.convolution.maps import maps
+from sparsecnx.ops.convolution.window import Window
+from sparsecnx.ops.mapped import cpu, maximum
 from sparsecnx.ops.pooling import reference
-from sparsecnx.ops.pooling.windows import Windows, divisors
+from sparsecnx.ops.pooling.windows import Axes, divisors, pooling_window
 from sparsecnx.tensor import SparseTensor
 
-max_operator = Operator("max_pool", reference=Implementation(reference.max_pool))
-sum_operator = Operator("avg_pool", reference=Implementation(reference.sum_pool))
 
-Axes = int | tuple[int, ...]
+def _rows(x: SparseTensor, window: Window) -> MappedRows:
+    """Return the rows of `x` under a window."""
+    return MappedRows(x.features, *maps(x.layout, window, x.features))
+
+
+def _max(function: Callable[..., Tensor]) -> Callable[[SparseTensor, Window, Layout], Tensor]:
+    """Return `max_pool` by a function of rows under a kernel map."""
+    return lambda x, window, _: function(_rows(x, window))
+
+
+def _sum(function: Callable[..., Tensor]) -> Callable[[SparseTensor, Window, Layout], Tensor]:
+    """Return `sum_pool` by the depthwise convolution of rows under a kernel map, whose weight is 1."""
+
+    def run(x: SparseTensor, window: Window, _: Layout) -> Tensor:
+        rows = _rows(x.to(statistics_dtype(x.dtype)), window)
+        return function(rows, rows.features.new_ones(math.prod(window.kernel), x.features.shape[1]), None)
+
+    return run
+
+
+max_operator = Operator(
+    "max_pool",
+    cpu=Implementation(_max(maximum.mapped_max_pool), cpu_backend.refusal),
+    reference=Implementation(reference.max_pool),
+)
+sum_operator = Operator(
+    "avg_pool",
+    cpu=Implementation(_sum(cpu.mapped_depthwise_conv), cpu_backend.refusal),
+    reference=Implementation(reference.sum_pool),
+)
 
 
 def max_pool(
@@ -29,7 +66,7 @@ def max_pool(
     Args:
         x: features `(rows, C)`, tile side T.
         kernel: sites of a window, one number or one for each axis, as all of these.
-        stride: sites between windows, by default `kernel`; divides T.
+        stride: sites between window, by default `kernel`; divides T.
         padding: sites of the first window before the border, at most half of the kernel.
         dilation: sites between the sites of a window.
 
@@ -41,9 +78,9 @@ def max_pool(
         ValueError: `kernel`, `stride`, `padding` or `dilation` does not fit.
     """
     check_sparse(x)
-    windows = Windows.of(x.layout.ndim, kernel, kernel if stride is None else stride, padding, dilation)
-    out = windows.coarsened(x.layout)
-    return x.with_features(max_operator(x, windows, out), out)
+    window = pooling_window(x.layout.ndim, kernel, stride, padding, dilation)
+    out = x.layout.coarsen(window.stride)
+    return x.with_features(max_operator(x, window, out), out)
 
 
 def avg_pool(
@@ -72,13 +109,13 @@ def avg_pool(
         ValueError: `kernel`, `stride` or `padding` does not fit, or `divisor_override` is 0.
     """
     check_sparse(x)
-    windows = Windows.of(x.layout.ndim, kernel, kernel if stride is None else stride, padding)
+    window = pooling_window(x.layout.ndim, kernel, stride, padding)
     if divisor_override == 0:
         raise ValueError("divisor_override is 0: expected another number, or None")
-    out = windows.coarsened(x.layout)
+    out = x.layout.coarsen(window.stride)
     divisor: float | Tensor
     if divisor_override is None:
-        divisor = divisors(x.layout, windows, out, count_include_pad)
+        divisor = divisors(x.layout, window, out, count_include_pad)
     else:
         divisor = float(divisor_override)
-    return x.with_features((sum_operator(x, windows, out) / divisor).to(x.dtype), out)
+    return x.with_features((sum_operator(x, window, out) / divisor).to(x.dtype), out)

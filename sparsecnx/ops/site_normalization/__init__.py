@@ -9,7 +9,6 @@ channels, and each channel a weight and a bias:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sparsecnx.backends import cpu as cpu_backend

@@ -1,0 +1,141 @@
+// The maximum of the rows under a kernel map, and its gradient.
+//
+// A row lists its taps that read something, without a branch: a random mask would be mispredicted. Then a few registers of
+// channels go through that list at a time.
+#pragma once
+
+#include "kernels_mapped.h"
+
+namespace sparsecnx::SPARSECNX_ISA {
+
+// Lanes of integers beside lanes of A, as comparisons give them.
+template <class A>
+using Tags = std::conditional_t<sizeof(A) == 8, Vec<int64_t>, Vec<int32_t>>;
+
+// As many winners as a register has lanes of A.
+template <class W, class A>
+struct WinnerLanes {
+  typedef W type __attribute__((vector_size(sizeof(W) * kLanes<A>)));
+};
+
+// Stores or loads the first n of them.
+template <class A, class W>
+inline void store_winners(W* at, Tags<A> tags, int64_t n) {
+  const auto narrow = __builtin_convertvector(tags, typename WinnerLanes<W, A>::type);
+  n >= kLanes<A> ? std::memcpy(at, &narrow, sizeof(narrow)) : std::memcpy(at, &narrow, n * sizeof(W));
+}
+
+template <class A, class W>
+inline Tags<A> load_winners(const W* at, int64_t n) {
+  typename WinnerLanes<W, A>::type narrow{};
+  n >= kLanes<A> ? std::memcpy(&narrow, at, sizeof(narrow)) : std::memcpy(&narrow, at, n * sizeof(W));
+  return __builtin_convertvector(narrow, Tags<A>);
+}
+
+// The taps of one row that read something.
+class Present {
+ public:
+  explicit Present(int64_t taps) : tap_(taps), row_(taps) {}
+
+  void visit(const int32_t* map, int64_t taps) {
+    count_ = 0;
+    for (int64_t k = 0; k < taps; ++k) {
+      tap_[count_] = static_cast<int32_t>(k);
+      row_[count_] = map[k];
+      count_ += map[k] >= 0;
+    }
+  }
+  int64_t count() const { return count_; }
+  int32_t tap(int64_t i) const { return tap_[i]; }
+  int64_t row(int64_t i) const { return row_[i]; }
+
+ private:
+  std::vector<int32_t> tap_, row_;
+  int64_t count_ = 0;
+};
+
+template <class S, class W>
+void max_rows(const MaxPool<S>& job, W* winner, int64_t begin, int64_t end) {
+  using A = Compute<S>;
+  const int64_t channels = job.channels;
+  Present present(job.taps + 1);
+  for (int64_t o = begin; o < end; ++o) {
+    present.visit(job.map + o * job.taps, job.taps);
+    for_channel_blocks<S>(channels, [&](auto block) {
+      constexpr int R = block.kRegisters;
+      Vec<A> best[R];
+      Tags<A> taken[R];
+      const bool any = present.count() > 0;
+      for (int j = 0; j < R; ++j) {
+        best[j] = any ? block.get(job.x + present.row(0) * channels, j) : Vec<A>{};
+        taken[j] = splat<Tags<A>>(any ? present.tap(0) : -1);
+      }
+      for (int64_t i = 1; i < present.count(); ++i) {
+        const S* at = job.x + present.row(i) * channels;
+        const Tags<A> tap = splat<Tags<A>>(present.tap(i));
+        for (int j = 0; j < R; ++j) {
+          const Vec<A> value = block.get(at, j);
+          const Tags<A> better = (value > best[j]) | (value != value);  // A NaN wins, as in torch's own pooling.
+          best[j] = better ? value : best[j];
+          taken[j] = better ? tap : taken[j];
+        }
+      }
+      for (int j = 0; j < R; ++j) {
+        block.put(job.out + o * channels, j, best[j]);
+        store_winners<A>(winner + o * channels + block.at + j * kLanes<A>, taken[j], block.n);
+      }
+    });
+  }
+}
+
+template <class S, class W>
+void max_gradient(const MaxPoolGrad<S>& job, const W* winner, int64_t begin, int64_t end) {
+  using A = Compute<S>;
+  const int64_t channels = job.channels;
+  Present present(job.taps + 1);
+  for (int64_t row = begin; row < end; ++row) {
+    present.visit(job.map + row * job.taps, job.taps);
+    for_channel_blocks<S>(channels, [&](auto block) {
+      constexpr int R = block.kRegisters;
+      Vec<A> sum[R];
+      for (int j = 0; j < R; ++j) sum[j] = Vec<A>{};
+      for (int64_t i = 0; i < present.count(); ++i) {
+        const int64_t at = present.row(i) * channels;
+        const Tags<A> tap = splat<Tags<A>>(present.tap(i));
+        for (int j = 0; j < R; ++j) {
+          const Tags<A> mine = load_winners<A>(winner + at + block.at + j * kLanes<A>, block.n) == tap;
+          sum[j] += mine ? block.get(job.grad + at, j) : Vec<A>{};
+        }
+      }
+      for (int j = 0; j < R; ++j) block.put(job.out + row * channels, j, sum[j]);
+    });
+  }
+}
+
+template <class S>
+bool max_pool(const MaxPool<S>& job, int64_t begin, int64_t end) {
+  if (!all_rows(job.map + begin * job.taps, (end - begin) * job.taps, job.rows_in)) return false;
+  if (job.taps <= kMostShortTaps) {
+    max_rows<S>(job, static_cast<uint8_t*>(job.winner), begin, end);
+  } else {
+    max_rows<S>(job, static_cast<int32_t*>(job.winner), begin, end);
+  }
+  return true;
+}
+
+template <class S>
+bool max_pool_grad(const MaxPoolGrad<S>& job, int64_t begin, int64_t end) {
+  const Entries entries(job.rows_out > 0 ? std::min(kBlock, end - begin) : 0, job.taps);
+  for (int64_t row = begin; row < end; row += kBlock) {
+    const int64_t last = std::min(row + kBlock, end);
+    if (!readable(job.map, job.inverse, entries, row, last, job.taps, job.rows_out)) return false;
+    if (job.taps <= kMostShortTaps) {
+      max_gradient<S>(job, static_cast<const uint8_t*>(job.winner), row, last);
+    } else {
+      max_gradient<S>(job, static_cast<const int32_t*>(job.winner), row, last);
+    }
+  }
+  return true;
+}
+
+}  // namespace sparsecnx::SPARSECNX_ISA
