@@ -227,7 +227,7 @@ def _flatten(x: SparseTensor) -> tuple[list[Tensor], tuple[Any, ...]]:
     The tensors of the layout are leaves too, so that an exported program or a CUDA graph takes those of another mask.
     """
     layout, tiles = x.layout, x.layout.tiles
-    constants = tiles.batch, tiles.grid, tiles.visible, layout.tile, layout.stride, x.channels_last
+    constants = tiles.batch, tiles.grid, tiles.visible, tiles.below_tile, layout.tile, layout.stride, x.channels_last
     if not torch.compiler.is_compiling():
         refuse_reentrant_checkpoint()
         if transforms_active():
@@ -248,10 +248,10 @@ def _unflatten(leaves: Iterable[Any], constants: tuple[Any, ...]) -> SparseTenso
             f"the layout of a SparseTensor became {index.dtype}, expected int64: its tensors are leaves of the pytree "
             "too; change the features alone, x.with_features(function(x.features)), their dtype with x.to(dtype)"
         )
-    batch, grid, visible, tile, stride, channels_last = constants
+    batch, grid, visible, below_tile, tile, stride, channels_last = constants
     layout = None if torch.compiler.is_compiling() else _layouts.get((id(index), *constants[:-1]))
     if layout is None or layout.tiles.index is not index or layout.tiles.splits is not splits:
-        layout = Layout(TileSet(batch, grid, index, splits, visible), tile, stride)
+        layout = Layout(TileSet(batch, grid, index, splits, visible, below_tile), tile, stride)
     return packed(features, layout, channels_last)  # Leaves need not fit each other while torch replaces them.
 
 

@@ -17,7 +17,6 @@ from sparsecnx import Layout, SparseTensor, use_backend
 from sparsecnx.backends import compiled, minkowski, triton_launch
 from sparsecnx.backends.dispatch import Operator as Dispatcher
 from sparsecnx.geometry import packing
-from sparsecnx.geometry.tiles import TileSet
 from sparsecnx.ops import (
     block,
     convolution,
@@ -216,9 +215,7 @@ def move(x: SparseTensor, device: torch.device) -> SparseTensor:
     """Return the same tensor and geometry on another device; itself where it is there already."""
     if x.device == device:
         return x
-    tiles = x.layout.tiles
-    there = TileSet(tiles.batch, tiles.grid, tiles.index.to(device), tiles.splits.to(device), tiles.visible)
-    return SparseTensor(x.features.to(device), Layout(there, x.layout.tile, x.layout.stride))
+    return SparseTensor(x.features.to(device), Layout(x.layout.tiles.to(device), x.layout.tile, x.layout.stride))
 
 
 def suit(

@@ -9,12 +9,23 @@ import torch
 from torch import Tensor
 
 from sparsecnx.functions.table import answers, like, packed, refuse
-from sparsecnx.geometry.layout import Layout, TileSet
+from sparsecnx.geometry.layout import Layout
 from sparsecnx.tensor import HANDLERS, SparseTensor
 
-PROPERTIES = (
-    ["requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_meta", "is_mps", "is_xpu", "itemsize", "grad_fn", "is_quantized", "is_nested", "names"]
-)
+PROPERTIES = [
+    "requires_grad",
+    "is_leaf",
+    "is_cuda",
+    "is_cpu",
+    "is_meta",
+    "is_mps",
+    "is_xpu",
+    "itemsize",
+    "grad_fn",
+    "is_quantized",
+    "is_nested",
+    "names",
+]
 
 
 def _property(name: str) -> None:
@@ -70,9 +81,7 @@ def to(x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
 
 
 def _moved(layout: Layout, device: torch.device) -> Layout:
-    tiles = layout.tiles
-    moved = TileSet(tiles.batch, tiles.grid, tiles.index.to(device), tiles.splits.to(device), tiles.visible)
-    return Layout(moved, layout.tile, layout.stride)
+    return Layout(layout.tiles.to(device), layout.tile, layout.stride)
 
 
 def _moves(kind: str) -> Callable[..., SparseTensor]:

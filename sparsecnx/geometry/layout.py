@@ -100,6 +100,18 @@ class Layout:
         """Return the first row of every image and the number of rows, int64 `(batch + 1,)`."""
         return cached_table(self.tiles, ("row_splits", self.tile), lambda: self.tiles.splits * self.sites_per_tile)
 
+    def difference(self, other: Layout) -> str | None:
+        """Return how the rows of two layouts differ, in words; None where both describe the same sites in one order.
+
+        See `TileSet.difference`.
+        """
+        if other is self:
+            return None
+        different = self.tiles.difference(other.tiles)
+        if different is None and other.tile != self.tile:
+            return f"one has {format_shape(self.tile)} sites per tile, the other {format_shape(other.tile)}"
+        return different
+
     def coarsen(self, stride: int | tuple[int, ...]) -> Layout:
         """Return the layout after a convolution with that stride, along each axis.
 
@@ -109,7 +121,10 @@ class Layout:
         steps = per_axis(stride, self.ndim)
         if len(steps) != self.ndim or any(step < 1 or side % step for side, step in zip(self.tile, steps, strict=True)):
             side = f"side, {self.side}" if self.side is not None else f"of {format_shape(self.tile)}"
-            raise ValueError(f"stride is {stride}: it must divide the tile {side} sites")
+            raise ValueError(
+                f"stride is {stride}: it must divide the tile {side} sites; take larger patches, or in a network "
+                'SparseTensor.from_dense(..., below_tile="dense"), which goes on without a mask from there'
+            )
         if max(steps) == 1:
             return self
         return Layout(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from sparsecnx.backends.registration import register
 from sparsecnx.backends.transforms import transforms_active
-from sparsecnx.geometry.masks import check_mask
+from sparsecnx.geometry.masks import check_mask, format_shape
 from sparsecnx.geometry.tables import cached_table, capturing, current_stream, ordinary_tensors
 
 T = TypeVar("T", bound=type)
+
+BELOW_TILE = ("raise", "dense")
 
 
 def opaque(cls: T) -> T:
@@ -42,6 +45,11 @@ class TileSet:
         index: int64 `(tiles,)`, ascending: `image * prod(grid) + raster position` of each visible tile.
         splits: int64 `(batch + 1,)`; the visible tiles of image `n` are `index[splits[n]:splits[n + 1]]`.
         visible: number of visible tiles in every image, or None where images differ or may differ.
+        below_tile: what a network does whose stride leaves less than a site of a tile: "raise" an error, or go on
+            "dense" from there, see `SparseTensor.from_dense`.
+
+    Raises:
+        ValueError: `below_tile` is neither.
     """
 
     batch: int
@@ -49,12 +57,22 @@ class TileSet:
     index: Tensor
     splits: Tensor
     visible: int | None
+    below_tile: str = "raise"
     tables: dict[Any, Tensor] = field(default_factory=dict, repr=False)
     captured: bool = field(default_factory=capturing, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.below_tile not in BELOW_TILE:
+            raise ValueError(f"below_tile is {self.below_tile!r}: expected one of {BELOW_TILE}")
+
     @classmethod
     def from_mask(
-        cls, mask: Tensor, grid: tuple[int, ...], visible: int | None = None, count: int | None = None
+        cls,
+        mask: Tensor,
+        grid: tuple[int, ...],
+        visible: int | None = None,
+        count: int | None = None,
+        below_tile: str = "raise",
     ) -> TileSet:
         """List the visible tiles of a mask as in MAE: bool `(B, prod(grid))` or `(B, *grid)`, True = masked (removed).
 
@@ -87,9 +105,9 @@ class TileSet:
         known = visible is not None or count is not None
         if known and transforms_active():
             index, splits = torch.ops.sparsecnx_geometry.list_tiles(flat, visible, count)
-            return cls(batch, grid, index, splits, visible)
+            return cls(batch, grid, index, splits, visible, below_tile)
         if known and (mask.device.type != "cpu" or torch.compiler.is_compiling()):
-            return cls._without_reading(flat, grid, visible, count)
+            return cls._without_reading(flat, grid, visible, count, below_tile)
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break(
                 msg="the mask must be counted: pass visible= (tiles that each image keeps) or count="
@@ -99,12 +117,14 @@ class TileSet:
         if not known and len(set(counts)) < 2:
             visible = counts[0] if counts else 0
         if mask.device.type != "cpu":  # One synchronisation was enough.
-            return cls._without_reading(flat, grid, visible, sum(counts))
+            return cls._without_reading(flat, grid, visible, sum(counts), below_tile)
         index = (~flat).flatten().nonzero().flatten()
-        return cls(batch, grid, index, torch.tensor([0, *itertools.accumulate(counts)]), visible)
+        return cls(batch, grid, index, torch.tensor([0, *itertools.accumulate(counts)]), visible, below_tile)
 
     @classmethod
-    def _without_reading(cls, flat: Tensor, grid: tuple[int, ...], visible: int | None, count: int | None) -> TileSet:
+    def _without_reading(
+        cls, flat: Tensor, grid: tuple[int, ...], visible: int | None, count: int | None, below_tile: str = "raise"
+    ) -> TileSet:
         """List the visible tiles of a mask `(B, cells)` without reading it back to the host.
 
         A stable sort of the mask lists the visible tiles (False) first, in raster order.
@@ -115,12 +135,13 @@ class TileSet:
             assert count is not None  # One of the two is known.
             torch._assert_async(counts.sum() == count, "mask does not keep count tiles in all")
             index = flat.flatten().to(torch.uint8).sort(stable=True).indices[:count]
-            return cls(batch, grid, index, torch.nn.functional.pad(counts.cumsum(0), (1, 0)), None)
+            return cls(batch, grid, index, torch.nn.functional.pad(counts.cumsum(0), (1, 0)), None, below_tile)
         torch._assert_async((counts == visible).all(), "mask does not keep visible tiles in every image")
         kept = flat.to(torch.uint8).sort(dim=1, stable=True).indices[:, :visible]
         image = torch.arange(batch, device=flat.device)
         index = (image[:, None] * cells + kept).flatten()
-        return cls(batch, grid, index, torch.arange(batch + 1, device=flat.device) * visible, visible)
+        splits = torch.arange(batch + 1, device=flat.device) * visible
+        return cls(batch, grid, index, splits, visible, below_tile)
 
     @classmethod
     def all_visible(cls, batch: int, grid: tuple[int, ...], device: torch.device) -> TileSet:
@@ -156,6 +177,39 @@ class TileSet:
     @property
     def device(self) -> torch.device:
         return self.index.device
+
+    def to(self, device: torch.device) -> TileSet:
+        """Return the same tiles on another device; its tables are built anew."""
+        index, splits = self.index.to(device), self.splits.to(device)
+        return TileSet(self.batch, self.grid, index, splits, self.visible, self.below_tile)
+
+    def difference(self, other: TileSet) -> str | None:
+        """Return how two sets of tiles differ, in words; None where they are the same.
+
+        Values are compared once for each pair of objects. Where torch.compile compiles and in a CUDA graph nothing can
+        be read: an assertion on the device fails instead.
+        """
+        if other is self or (other.index is self.index and other.grid == self.grid and other.batch == self.batch):
+            return None
+        if other.device != self.device:
+            return f"one is on {self.device}, the other on {other.device}"
+        if other.batch != self.batch:
+            return f"one has {self.batch} images, the other {other.batch}"
+        if other.grid != self.grid:
+            return f"one mask has {format_shape(self.grid)} tiles, the other {format_shape(other.grid)}"
+        if other.count != self.count:
+            return f"one mask keeps {self.count} tiles, the other {other.count}"
+        if torch.compiler.is_compiling() or capturing():
+            torch._assert_async((self.index == other.index).all(), "the masks of two SparseTensors differ")
+            return None
+        equal = _equal.setdefault(self, weakref.WeakSet())
+        if other in equal:
+            return None
+        apart = (self.mask() != other.mask()).nonzero()
+        if apart.shape[0]:
+            return f"their masks differ in {apart.shape[0]} tiles, the first in image {int(apart[0, 0])}"
+        equal.add(other)
+        return None
 
     def positions(self) -> tuple[Tensor, ...]:
         """Return image and grid coordinates of each visible tile: `ndim + 1` int64 tensors `(tiles,)`."""
@@ -245,6 +299,8 @@ def _fake_list_tiles(mask: Tensor, visible: int | None, count: int | None) -> tu
 
 
 register("sparsecnx_geometry::list_tiles", function=_list_tiles, fake=_fake_list_tiles)
+
+_equal: weakref.WeakKeyDictionary[TileSet, weakref.WeakSet[TileSet]] = weakref.WeakKeyDictionary()
 
 MOST_KEPT = 8  # geometries of which nothing is masked
 _all_visible: dict[Any, TileSet] = {}

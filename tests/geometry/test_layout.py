@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import pickle
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import Layout, SparseTensor, TileSet, use_backend
@@ -207,6 +209,54 @@ def test_coarsen() -> None:
     coarse = layout.coarsen(3).coarsen(2)
     assert (coarse.tile, coarse.stride, coarse.shape, coarse.sites_per_tile) == ((2, 2), (6, 6), (6, 4), 4)
     assert set(coarse.coordinates()[:, 1:].unique().tolist()) <= set(range(0, 36, 6))
+
+
+def test_sides_and_strides_of_their_own_for_each_axis() -> None:
+    tiles = TileSet.from_mask(draw_mask("random counts", 2, (3, 2), seed=1), (3, 2))
+    layout = Layout(tiles, (4, 6), (1, 2))
+    assert (layout.shape, layout.sites_per_tile, layout.side) == ((12, 12), 24, None)
+    coarse = layout.coarsen((2, 3))
+    assert (coarse.tile, coarse.stride, coarse.side, coarse.tiles) == ((2, 2), (2, 6), 2, tiles)
+    fine = coarse.refine((2, 3))
+    assert (fine.tile, fine.stride) == (layout.tile, layout.stride) and fine.difference(layout) is None
+    assert coarse.refine(4).stride == (1, 1)  # Sites are then smaller than pixels.
+    message = (
+        r"stride is \(2, 4\): it must divide the tile of 4x6 sites; take larger patches, or .*below_tile=\"dense\""
+    )
+    with pytest.raises(ValueError, match=message):
+        layout.coarsen((2, 4))
+    for factor in (0, (2, 0), (2, 2, 2)):
+        with pytest.raises(ValueError, match=r"factor is .*: expected a positive number, or one for each of 2 axes"):
+            layout.refine(factor)
+
+
+def test_difference_of_layouts_in_words() -> None:
+    mask = draw_mask("equal counts", 2, (3, 2), seed=2)
+    layout, moved = make_layout(mask, 4), mask.clone()
+    moved[1] = moved[1].roll(1, 0)
+    assert layout.difference(layout) is None and layout.difference(make_layout(mask, 4)) is None
+    for other, words in [
+        (layout.coarsen(2), "one has 4x4 sites per tile, the other 2x2"),
+        (make_layout(mask[:1], 4), "one has 2 images, the other 1"),
+        (make_layout(mask[:, :, :1], 4), "one mask has 3x2 tiles, the other 3x1"),
+        (make_layout(torch.zeros_like(mask), 4), "one mask keeps 6 tiles, the other 12"),
+        (make_layout(moved, 4), r"their masks differ in [24] tiles, the first in image 1"),
+        (Layout(layout.tiles.to(torch.device("meta")), 4), "one is on cpu, the other on meta"),
+    ]:
+        assert re.fullmatch(words, layout.difference(other) or "")
+
+
+def test_what_to_do_below_the_tile_is_kept() -> None:
+    mask = draw_mask("equal counts", 2, (3, 2), seed=2)
+    for known in ({}, {"visible": 3}, {"count": 6}):
+        assert TileSet.from_mask(mask, (3, 2), **known, below_tile="dense").below_tile == "dense"
+    assert TileSet.from_mask(mask, (3, 2)).below_tile == "raise"
+    with pytest.raises(ValueError, match=r"below_tile is 'silent': expected one of \('raise', 'dense'\)"):
+        TileSet.from_mask(mask, (3, 2), below_tile="silent")
+    x = SparseTensor(torch.zeros(96, 1), Layout(TileSet.from_mask(mask, (3, 2), below_tile="dense"), 4))
+    assert x.layout.coarsen(2).tiles.to(torch.device("meta")).below_tile == "dense"
+    again = pytree.tree_unflatten([value.clone() for value in pytree.tree_leaves(x)], pytree.tree_structure(x))
+    assert pickle.loads(pickle.dumps(x)).layout.tiles.below_tile == again.layout.tiles.below_tile == "dense"
 
 
 def test_grid_is_inferred_from_the_shapes() -> None:
