@@ -13,7 +13,8 @@ except ModuleNotFoundError as error:
         "sparsecnx needs torch 2.11 or later, which is not installed: pip install torch", name="sparsecnx"
     ) from None
 
-from sparsecnx import functions, models, nn, ops
+from sparsecnx import functions as functions  # fills the table that SparseTensor answers torch from
+from sparsecnx import models, nn, ops
 from sparsecnx.backends.dispatch import BackendError
 from sparsecnx.backends.selection import use_backend
 from sparsecnx.compat.checkpoints import load_encoder

@@ -1,10 +1,11 @@
 """What torch's functions mean on a SparseTensor: each module enters its functions into one table.
 
-Every function equals the one on the dense tensor, zero at masked sites, followed by masking; statistics are over visible
-sites alone. docs/functions.md is the table, written by `python -m sparsecnx.functions`.
+Every function equals the one on the dense tensor, zero at masked sites, followed by masking; statistics are over
+visible sites alone. docs/functions.md is the table, written by `python -m sparsecnx.functions`.
 """
 
 from sparsecnx.functions import (
+    as_tensor,
     attributes,
     checkpointing,
     convolutions,
@@ -15,4 +16,22 @@ from sparsecnx.functions import (
     reductions,
     resizing,
     shapes,
+    windows,
 )
+
+windows.refuse_methods_of_padding()
+
+__all__ = [
+    "as_tensor",
+    "attributes",
+    "checkpointing",
+    "convolutions",
+    "elementwise",
+    "hooks",
+    "normalization",
+    "pooling",
+    "reductions",
+    "resizing",
+    "shapes",
+    "windows",
+]

@@ -150,4 +150,8 @@ def _single(name: str, remedy: str) -> None:
 
 for _name in ("__bool__", "__float__", "__int__", "item", "tolist", "numpy", "__array__", "__iter__"):
     _single(_name, "reduce it first, for example x.sum(); x.features holds the rows")
-SparseTensor.__len__ = lambda x: x.layout.batch  # type: ignore[attr-defined]
+
+
+@answers("__len__", meaning="the size of the batch")
+def length(x: SparseTensor) -> int:
+    return x.layout.batch

@@ -25,9 +25,128 @@ from sparsecnx.functions.table import (
 from sparsecnx.geometry.packing import gather_rows
 from sparsecnx.tensor import SparseTensor
 
-ACTIVATIONS = ["relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "sigmoid", "tanh", "softplus", "softsign", "softshrink", "hardshrink", "tanhshrink", "threshold", "rrelu", "logsigmoid"]
-UNARY = ["abs", "absolute", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "deg2rad", "digamma", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "fix", "floor", "frac", "lgamma", "log", "log10", "log1p", "log2", "logit", "nan_to_num", "neg", "negative", "positive", "rad2deg", "reciprocal", "round", "rsqrt", "sgn", "sign", "sin", "sinc", "sinh", "sqrt", "square", "tan", "trunc", "isfinite", "isinf", "isnan", "logical_not", "bitwise_not"]
-NARY = ["add", "sub", "subtract", "rsub", "mul", "multiply", "div", "divide", "true_divide", "floor_divide", "remainder", "fmod", "pow", "float_power", "maximum", "minimum", "fmax", "fmin", "atan2", "hypot", "copysign", "eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor", "addcmul", "addcdiv", "lerp", "clamp", "clamp_min", "clamp_max", "clip", "xlogy", "heaviside", "where", "masked_fill"]
+ACTIVATIONS = [
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "elu",
+    "celu",
+    "selu",
+    "gelu",
+    "silu",
+    "mish",
+    "hardswish",
+    "hardsigmoid",
+    "hardtanh",
+    "sigmoid",
+    "tanh",
+    "softplus",
+    "softsign",
+    "softshrink",
+    "hardshrink",
+    "tanhshrink",
+    "threshold",
+    "rrelu",
+    "logsigmoid",
+]
+UNARY = [
+    "abs",
+    "absolute",
+    "acos",
+    "acosh",
+    "asin",
+    "asinh",
+    "atan",
+    "atanh",
+    "ceil",
+    "cos",
+    "cosh",
+    "deg2rad",
+    "digamma",
+    "erf",
+    "erfc",
+    "erfinv",
+    "exp",
+    "exp2",
+    "expm1",
+    "fix",
+    "floor",
+    "frac",
+    "lgamma",
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "logit",
+    "nan_to_num",
+    "neg",
+    "negative",
+    "positive",
+    "rad2deg",
+    "reciprocal",
+    "round",
+    "rsqrt",
+    "sgn",
+    "sign",
+    "sin",
+    "sinc",
+    "sinh",
+    "sqrt",
+    "square",
+    "tan",
+    "trunc",
+    "isfinite",
+    "isinf",
+    "isnan",
+    "logical_not",
+    "bitwise_not",
+]
+NARY = [
+    "add",
+    "sub",
+    "subtract",
+    "rsub",
+    "mul",
+    "multiply",
+    "div",
+    "divide",
+    "true_divide",
+    "floor_divide",
+    "remainder",
+    "fmod",
+    "pow",
+    "float_power",
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "atan2",
+    "hypot",
+    "copysign",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+    "addcmul",
+    "addcdiv",
+    "lerp",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "clip",
+    "xlogy",
+    "heaviside",
+    "where",
+    "masked_fill",
+]
 
 
 def _implementation(name: str) -> Callable[..., Tensor]:
@@ -125,13 +244,13 @@ def _nary(name: str) -> Handler:
     return handler
 
 
-_BY_NAME: dict[str, Handler] = {}
+HANDLER_OF: dict[str, Handler] = {}
 for _name in ACTIVATIONS:
-    _BY_NAME[_name] = answers(_name, meaning="at every visible site", inplace=True)(_unary(_name))
+    HANDLER_OF[_name] = answers(_name, meaning="at every visible site", inplace=True)(_unary(_name))
 for _name in UNARY:
-    _BY_NAME[_name] = answers(_name, meaning="at every visible site", inplace=True)(_unary(_name))
+    HANDLER_OF[_name] = answers(_name, meaning="at every visible site", inplace=True)(_unary(_name))
 for _name in NARY:
-    _BY_NAME[_name] = answers(
+    HANDLER_OF[_name] = answers(
         _name,
         meaning="at every visible site, with numbers, SparseTensors of the same sites, and tensors that broadcast: a "
         "value for each channel, for each image, or for each site, of which the visible ones are gathered",
@@ -144,13 +263,13 @@ def _reversed(handler: Handler) -> Handler:
 
 
 for _operator, _name in {
-    "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "pow": "pow", "floordiv": "floor_divide", "mod": "remainder",
-    "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
+    "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "floordiv": "floor_divide", "mod": "remainder",
+    "pow": "pow", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
 }.items():  # fmt: skip
-    put(f"__{_operator}__", _BY_NAME[_name])
-    put(f"__r{_operator}__", _reversed(_BY_NAME[_name]))
+    put(f"__{_operator}__", HANDLER_OF[_name])
+    put(f"__r{_operator}__", _reversed(HANDLER_OF[_name]))
 
-    def _in_place(x: Any, y: Any, handler: Handler = _BY_NAME[_name], name: str = f"__i{_operator}__") -> Any:
+    def _in_place(x: Any, y: Any, handler: Handler = HANDLER_OF[_name], name: str = f"__i{_operator}__") -> Any:
         if not isinstance(x, SparseTensor):
             refuse(
                 name, "it would write visible sites into an ordinary tensor", "use the function that returns a new one"
@@ -159,7 +278,7 @@ for _operator, _name in {
 
     put(f"__i{_operator}__", _in_place)
 for _operator in ("lt", "le", "gt", "ge"):
-    put(f"__{_operator}__", _BY_NAME[_operator])
+    put(f"__{_operator}__", HANDLER_OF[_operator])
 
 
 def _equality(handler: Handler) -> Handler:
@@ -170,11 +289,11 @@ def _equality(handler: Handler) -> Handler:
 
 
 for _operator in ("eq", "ne"):
-    put(f"__{_operator}__", _equality(_BY_NAME[_operator]))
-put("__neg__", _BY_NAME["neg"])
-put("__abs__", _BY_NAME["abs"])
-put("__invert__", _BY_NAME["bitwise_not"])
-put("__pos__", _BY_NAME["positive"])
+    put(f"__{_operator}__", _equality(HANDLER_OF[_operator]))
+put("__neg__", HANDLER_OF["neg"])
+put("__abs__", HANDLER_OF["abs"])
+put("__invert__", HANDLER_OF["bitwise_not"])
+put("__pos__", HANDLER_OF["positive"])
 
 
 @answers("prelu", meaning="at every visible site, with one slope or one for each channel")
@@ -235,5 +354,5 @@ def dropout_channels(x: SparseTensor, p: float = 0.5, training: bool = True, inp
         refuse("dropout2d", f"x is {tuple(x.shape)}, whose channels are last", "bring it to (B, C, *spatial) first")
     shape = x.layout.batch, *x.features.shape[1:], *([1] * x.layout.ndim)
     noise = x.features.new_empty(shape).bernoulli_(1 - p)
-    out = x * (noise.div_(1 - p) if p < 1 else noise)
+    out = HANDLER_OF["mul"](x, noise.div_(1 - p) if p < 1 else noise)
     return replaced(x, out, "dropout2d(inplace=True)") if inplace else out

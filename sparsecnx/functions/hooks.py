@@ -12,6 +12,7 @@ import torch
 from torch.nn.modules import batchnorm
 from torch.utils.hooks import BackwardHook
 
+from sparsecnx.functions.as_tensor import SparseImage
 from sparsecnx.functions.table import like
 from sparsecnx.tensor import SparseTensor
 
@@ -21,10 +22,10 @@ _sync_batch_norm = batchnorm.sync_batch_norm
 
 def _apply_on_tensors(self: BackwardHook, fn: Any, args: tuple[Any, ...]) -> Any:
     """Refuse a backward hook of a module on a SparseTensor, which torch would never call."""
-    if torch.is_grad_enabled() and any(isinstance(arg, SparseTensor) for arg in args):
+    if torch.is_grad_enabled() and any(isinstance(arg, (SparseTensor, SparseImage)) for arg in args):
         raise RuntimeError(
-            f"{type(self.module).__name__} has a backward hook, which torch ignores on a SparseTensor: register a forward "
-            "hook that calls register_hook() on the SparseTensor"
+            f"{type(self.module).__name__} has a backward hook, which torch ignores on a SparseTensor: register a "
+            "forward hook that calls register_hook() on the SparseTensor"
         )
     return _apply(self, fn, args)
 
@@ -36,5 +37,5 @@ def _synchronised(input: Any, *args: Any) -> Any:
     return _sync_batch_norm.apply(input, *args)
 
 
-BackwardHook._apply_on_tensors = _apply_on_tensors
-batchnorm.sync_batch_norm = SimpleNamespace(apply=_synchronised)
+BackwardHook._apply_on_tensors = _apply_on_tensors  # type: ignore[method-assign]
+batchnorm.sync_batch_norm = SimpleNamespace(apply=_synchronised)  # type: ignore[assignment, misc]

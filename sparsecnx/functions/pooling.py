@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sparsecnx import ops
+from sparsecnx.functions.elementwise import HANDLER_OF
 from sparsecnx.functions.reductions import EXTREMA, mean
 from sparsecnx.functions.table import Handler, answers, axes, channels_first, like, refuse
-from sparsecnx.functions.windows import TAKE_PADDING, per_axis, plan, unpadded
+from sparsecnx.functions.windows import TAKE_PADDING, Window, per_axis, plan, unpadded
 from sparsecnx.tensor import SparseTensor
 
 
@@ -34,25 +37,52 @@ def _max_pool(name: str) -> Handler:
         ceil_mode: bool = False,
         return_indices: bool = False,
     ) -> Any:
-        if return_indices:
-            refuse(name, "return_indices is True: its indices would be places in space", "pool without indices")
-        x, extra = unpadded(input, name, -math.inf)
+        x, extra = unpadded(input, name, None)
         kernel = per_axis(kernel_size, x.layout.ndim)
         window = plan(name, x, kernel, stride or kernel, padding, dilation, extra, ceil_mode)
         if window.dense:
             return dense(x.dense(-math.inf), kernel, window.stride, window.before, window.dilation, ceil_mode)
-        return ops.max_pool(x, kernel, window.stride, window.before, window.dilation)
+        out = ops.max_pool(x, kernel, window.stride, window.before, window.dilation)
+        if extra is None or extra.value == -math.inf:
+            return out
+        return HANDLER_OF["maximum"](out, _reaching(window, extra.value, x))
 
     return handler
+
+
+def _reaching(window: Window, value: float, x: SparseTensor) -> Tensor:
+    """Return `value` where a window reaches beyond the image, -inf elsewhere: `(1, 1, *spatial)` of the output."""
+    inside = torch.ones((), dtype=torch.bool, device=x.device)
+    for size, k, step, before, d in zip(
+        x.layout.shape, window.kernel, window.stride, window.before, window.dilation, strict=True
+    ):
+        first = torch.arange(size // step, device=x.device) * step - before
+        inside = inside[..., None] & (first >= 0) & (first + d * (k - 1) < size)
+    return torch.where(inside, -math.inf, value).to(x.dtype)[None, None]
 
 
 for _name in ("max_pool1d", "max_pool2d", "max_pool3d"):
     _handler = answers(
         _name,
-        meaning="masked sites do not compete",
+        meaning="masked sites do not compete; what F.pad has put around does",
         limits="no indices; extents and tiles as conv2d",
     )(_max_pool(_name))
     TAKE_PADDING[getattr(F, _name)] = _handler
+
+
+def _with_indices(name: str) -> Handler:
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        refuse(name, "its indices would be places in space", "pool without indices")
+
+    return handler
+
+
+for _name in ("max_pool", "adaptive_max_pool", "fractional_max_pool"):
+    for _axes in ("1d", "2d", "3d"):
+        if hasattr(F, f"{_name}{_axes}_with_indices"):
+            answers(f"{_name}{_axes}_with_indices", meaning="an error", limits="pool without indices")(
+                _with_indices(f"{_name}{_axes}")
+            )
 
 
 def _avg_pool(name: str) -> Handler:
@@ -94,8 +124,6 @@ for _name in ("avg_pool1d", "avg_pool2d", "avg_pool3d"):
 def _adaptive(name: str, kind: str) -> Handler:
     def handler(input: SparseTensor, output_size: Any, return_indices: bool = False) -> Any:
         x = channels_first(input, name)
-        if return_indices:
-            refuse(name, "return_indices is True: its indices would be places in space", "pool without indices")
         given = per_axis(output_size, x.layout.ndim) if isinstance(output_size, int) else tuple(output_size)
         sizes = tuple(s if g is None else g for g, s in zip(given, x.layout.shape, strict=True))
         if all(size == 1 for size in sizes):
@@ -120,7 +148,8 @@ for _kind in ("avg", "max"):
         _name = f"adaptive_{_kind}_pool{_axes}"
         answers(
             _name,
-            meaning="to 1: over the visible sites of each image, an ordinary tensor; to the present extent: no change; to a divisor",
+            meaning="to 1: over the visible sites of each image, an ordinary tensor; to the present extent: no change; "
+            "to a divisor",
             limits="other sizes, and indices",
         )(_adaptive(_name, _kind))
 

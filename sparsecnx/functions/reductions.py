@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsecnx.functions.elementwise import _BY_NAME
+from sparsecnx.functions.elementwise import HANDLER_OF
 from sparsecnx.functions.table import Handler, answers, axes, like, put, refuse
 from sparsecnx.tensor import SparseTensor
 
@@ -127,7 +127,7 @@ EXTREMA = {
 
 
 def _max_or_min(name: str) -> Handler:
-    extremum, elementwise = EXTREMA[f"a{name}"], _BY_NAME[f"{name}imum"]
+    extremum, elementwise = EXTREMA[f"a{name}"], HANDLER_OF[f"{name}imum"]
     result = getattr(torch.return_types, name)
 
     def handler(x: Any, dim: Any = None, keepdim: bool = False, *, out: None = None, **kwargs: Any) -> Any:

@@ -47,8 +47,13 @@ def pixel_unshuffle(x: SparseTensor, downscale_factor: int) -> SparseTensor:
     return packed(values.transpose(1, 2).flatten(1), coarse)
 
 
-@answers("interpolate", "upsample", meaning="of the zero-filled input, masked after; nearest by whole factors repeats rows, other modes "
-         "compute the whole image", limits="sizes at which a tile has whole sites")  # fmt: skip
+@answers(
+    "interpolate",
+    "upsample",
+    meaning="of the zero-filled input, masked after; nearest by whole factors repeats rows, other modes compute the "
+    "whole image",
+    limits="sizes at which a tile has whole sites",
+)
 def interpolate(
     input: SparseTensor,
     size: Any = None,

@@ -129,7 +129,7 @@ def expand(x: SparseTensor, *sizes: Any) -> SparseTensor:
     wanted = list(_sequence(sizes[0], sizes[1:]))
     channels, _ = axes(x)
     fits = len(wanted) == x.ndim and all(
-        w in (-1, s) for d, (w, s) in enumerate(zip(wanted, x.shape)) if d not in channels
+        w in (-1, s) for d, (w, s) in enumerate(zip(wanted, x.shape, strict=False)) if d not in channels
     )
     if not fits:
         refuse("expand", f"{tuple(x.shape)} would become {tuple(wanted)}", "only channels can be repeated")
@@ -288,7 +288,8 @@ def getitem(x: SparseTensor, index: Any) -> Any:
             what = "the batch" if d == 0 else "space, of which only visible sites exist"
             refuse("__getitem__", f"dimension {d} is {what}, and its index {item!r}", SPACE)
         steps.append(step)
-    features = x.features[(slice(None), *(given[d] for d in channels))]
+    chosen = slice(None), *(given[d] for d in channels)
+    features = x.features[chosen]
     if any(step != 1 for step in steps):
         from sparsecnx.functions.pooling import every_site
 

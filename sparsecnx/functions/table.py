@@ -91,7 +91,9 @@ def replaced(x: SparseTensor, value: SparseTensor, name: str) -> SparseTensor:
     """
     features = value.features
     if features.shape != x.features.shape:
-        refuse(name, f"x is {tuple(x.shape)} and would become {tuple(value.shape)}", "an in-place result keeps the shape")
+        refuse(
+            name, f"x is {tuple(x.shape)} and would become {tuple(value.shape)}", "an in-place result keeps the shape"
+        )
     if features.dtype != x.features.dtype:
         value = like(x, features.to(x.features.dtype))
     if not torch.compiler.is_compiling() and type(x) is SparseTensor and value is not x:
@@ -126,7 +128,7 @@ def like(x: SparseTensor, features: Tensor) -> SparseTensor:
 
 
 def refuse_custom_function(x: SparseTensor) -> None:
-    """Raise where `x` is an argument of an autograd.Function: torch gives gradients to tensors that are, and to no other."""
+    """Raise where `x` is an argument of an autograd.Function, which gives gradients to tensors alone."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
     frame: FrameType | None = sys._getframe(1)
@@ -157,8 +159,8 @@ def check_same_sites(x: SparseTensor, other: SparseTensor, name: str) -> None:
                 name, f"its SparseTensors have other layouts: {difference}", "combine tensors of one mask and stride"
             )
     if x.channels_last != other.channels_last or x.features.ndim != other.features.ndim:
-        refuse(name, f"its SparseTensors are {tuple(x.shape)} and {tuple(other.shape)}, whose channels are at other places",
-               "permute one of them")  # fmt: skip
+        shapes = f"{tuple(x.shape)} and {tuple(other.shape)}"
+        refuse(name, f"its SparseTensors are {shapes}, whose channels are at other places", "permute one of them")
 
 
 def _difference(layout: Layout, other: Layout) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from sparsecnx.functions.table import answers, channels_first, like, refuse
+from sparsecnx.functions.table import METHODS, answers, channels_first, like, refuse
 from sparsecnx.tensor import SparseTensor
 
 
@@ -32,7 +32,7 @@ class Window(NamedTuple):
 class Padded:
     """A SparseTensor with a border of padding, which the convolution or pooling that follows takes as its own.
 
-    Masked and padded sites are both absent from the rows, so that a border cannot be kept any other way.
+    A border has no rows of its own, so that it cannot be kept any other way.
     """
 
     __slots__ = ("after", "before", "value", "x")
@@ -69,11 +69,24 @@ class Padded:
         return self
 
 
-TAKE_PADDING: dict[Any, Any] = {}
+TAKE_PADDING: dict[Any, Any] = {}  # handlers of the functions that do
 
 
-@answers("pad", meaning="zeros (and -inf before max pooling) for the convolution or pooling that follows; zeros beside the "
-         "channels", limits="mode constant; the border is not a value that other functions read")  # fmt: skip
+def refuse_methods_of_padding() -> None:
+    """Give Padded the methods of SparseTensor as errors, once the table is whole."""
+
+    def method(name: str) -> Any:
+        return lambda self, *args, **kwargs: Padded.__torch_function__(f"Tensor.{name}", ())
+
+    for name in METHODS - set(vars(Padded)):
+        setattr(Padded, name, method(name))
+
+
+@answers(
+    "pad",
+    meaning="a border for the convolution or pooling that follows; beside the channels values as everywhere",
+    limits="mode constant; no other function takes the border",
+)
 def pad(
     x: SparseTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> SparseTensor | Padded:
@@ -84,7 +97,7 @@ def pad(
     before, after = tuple(space[-2::-2]), tuple(space[::-2])
     beside = tuple(pad[2 * x.layout.ndim :])
     if any(beside[2:]) or min(space) < 0:
-        refuse("pad", f"pad is {tuple(pad)}", "it adds sites around space or channels, and does not remove any")
+        refuse("pad", f"pad is {tuple(pad)}", "it adds sites or channels, and does not remove any")
     if any(beside):
         x = like(x, F.pad(x.features, beside, value=value))
     return x if not any(space) else Padded(x, before, after, value or 0.0)
@@ -179,13 +192,13 @@ def _plan(
         if getattr(layout.tiles, "below_tile", "raise") == "dense":
             return Window(kernel, strides, before, after, dilations, True)
         raise ValueError(
-            f"{name}: stride is {stride}: it must divide the tile, {'x'.join(map(str, layout.tile))} sites; take larger "
-            'patches, or below_tile="dense" of SparseTensor.from_dense, which goes on with an ordinary tensor from here'
+            f"{name}: stride is {stride}: it must divide the tile, {'x'.join(map(str, layout.tile))} sites; take "
+            'larger patches, or below_tile="dense" of SparseTensor.from_dense, which goes on with an ordinary tensor'
         )
     if out != expected:
         raise ValueError(
-            f"{name}: kernel {kernel}, stride {strides}, padding {padding} and dilation {dilations} make {tuple(out)} sites "
-            f"of {tuple(shape)}: expected extent / stride, {tuple(expected)}; {_fitting(spans, strides)}"
+            f"{name}: kernel {kernel}, stride {strides}, padding {padding} and dilation {dilations} make {tuple(out)} "
+            f"sites of {tuple(shape)}: expected extent / stride, {tuple(expected)}; {_fitting(spans, strides)}"
         )
     return Window(kernel, strides, before, after, dilations, False)
 
@@ -200,10 +213,10 @@ def _fitting(spans: tuple[int, ...], strides: tuple[int, ...]) -> str:
     return f"{total} sites of padding per axis do, before and after together: padding='same', or F.pad"
 
 
-def unpadded(x: Any, name: str, value: float = 0.0) -> tuple[SparseTensor, Padded | None]:
-    """Return the SparseTensor of an input, and the padding that F.pad put around it, which must have that value."""
+def unpadded(x: Any, name: str, values: tuple[float, ...] | None = (0.0,)) -> tuple[SparseTensor, Padded | None]:
+    """Return the SparseTensor of an input, and the padding of F.pad around it, which must have one of the values."""
     if isinstance(x, Padded):
-        if x.value != value:
-            refuse(name, f"F.pad has put {x.value} around its input", f"its padding is {value}")
+        if values is not None and x.value not in values:
+            refuse(name, f"F.pad has put {x.value} around its input", f"its padding is {values[0]}")
         return x.x, x
     return channels_first(x, name), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from sparsecnx import SparseTensor
 from sparsecnx.functions.elementwise import ACTIVATIONS, UNARY
-from sparsecnx.functions.table import ENTRIES
 from sparsecnx.geometry.packing import gather_rows
 
 BATCH, CHANNELS, GRID, TILE = 3, 4, (2, 3), 4
@@ -64,12 +64,32 @@ def positive(x: Any) -> Any:
     return torch.sigmoid(x)
 
 
+def on(home: Any, name: str, x: Any) -> Any:
+    return getattr(home, name)(x)
+
+
+def of_positive(home: Any, name: str, x: Any) -> Any:
+    return getattr(home, name)(positive(x))
+
+
+def truth(home: Any, name: str, x: Any) -> Any:
+    return getattr(home, name)(x).double()
+
+
+def compared(home: Any, name: str, x: Any) -> Any:
+    return getattr(home, name)(x, 0.2) * x
+
+
+def joined(home: Any, name: str, x: Any) -> Any:
+    return getattr(home, name)(x > 0, x < 1) * x
+
+
 # Functions of sites and of the sites around them: dense on the zero-filled tensor, then masked.
 AT_SITES: dict[str, Callable[[Any], Any]] = {
-    **{name: lambda x, f=getattr(F, name): f(x) for name in ACTIVATIONS if name not in ("threshold", "rrelu")},
-    **{name: lambda x, f=getattr(torch, name): f(positive(x)) for name in UNARY
+    **{name: partial(on, F, name) for name in ACTIVATIONS if name not in ("threshold", "rrelu")},
+    **{name: partial(of_positive, torch, name) for name in UNARY
        if not name.startswith(("is", "logical", "bitwise"))},
-    **{name: lambda x, f=getattr(torch, name): f(x).double() for name in ("isfinite", "isinf", "isnan", "logical_not")},
+    **{name: partial(truth, torch, name) for name in ("isfinite", "isinf", "isnan", "logical_not")},
     "bitwise_not": lambda x: torch.bitwise_not(x > 0).double(),
     "threshold": lambda x: F.threshold(x, 0.1, 20.0),
     "rrelu": lambda x: F.rrelu(x, 0.1, 0.3, training=False),
@@ -104,9 +124,9 @@ AT_SITES: dict[str, Callable[[Any], Any]] = {
     "atan2": lambda x: torch.atan2(x, OTHER.beside(x)),
     "hypot": lambda x: torch.hypot(x, OTHER.beside(x)),
     "copysign": lambda x: torch.copysign(x, OTHER.beside(x)),
-    **{name: lambda x, f=getattr(torch, name): f(x, 0.2) * x for name in ("eq", "ne", "lt", "le", "gt", "ge")},
-    **{f"logical_{name}": lambda x, f=getattr(torch, f"logical_{name}"): f(x > 0, x < 1) * x for name in ("and", "or", "xor")},
-    **{f"bitwise_{name}": lambda x, f=getattr(torch, f"bitwise_{name}"): f(x > 0, x < 1) * x for name in ("and", "or", "xor")},
+    **{name: partial(compared, torch, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    **{f"logical_{name}": partial(joined, torch, f"logical_{name}") for name in ("and", "or", "xor")},
+    **{f"bitwise_{name}": partial(joined, torch, f"bitwise_{name}") for name in ("and", "or", "xor")},
     "xlogy": lambda x: torch.xlogy(x, OTHER.beside(x).abs() + 1),
     "heaviside": lambda x: torch.heaviside(x.detach(), PER_CHANNEL) * x,
     "addcmul": lambda x: torch.addcmul(PER_CHANNEL, PER_IMAGE, x, value=2),
@@ -146,7 +166,8 @@ AT_SITES: dict[str, Callable[[Any], Any]] = {
     "lp_pool2d": lambda x: F.lp_pool2d(x, 2.0, 2),
     "pad channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)),
     "linear": last(lambda x: F.linear(x, MATRIX, BIAS)),
-    "matmul": last(lambda x: x @ MATRIX.T),
+    "matmul": last(lambda x: torch.matmul(x, MATRIX.T)),
+    "__matmul__": last(lambda x: x @ MATRIX.T),
     "layer_norm": last(lambda x: F.layer_norm(x, (CHANNELS,), VECTOR, VECTOR)),
     "layer_norm without parameters": last(lambda x: F.layer_norm(x, (CHANNELS,))),
     "rms_norm": last(lambda x: F.rms_norm(x, (CHANNELS,), VECTOR)),
@@ -154,7 +175,8 @@ AT_SITES: dict[str, Callable[[Any], Any]] = {
     "mean channels": lambda x: x.mean(1, keepdim=True),
     "mean unsqueezed": lambda x: x.mean(dim=1).unsqueeze(1),
     "sum channels": lambda x: torch.sum(x, dim=1, keepdim=True),
-    "amax channels": lambda x: torch.cat([x.amax(1, keepdim=True), x.max(1, keepdim=True)[0], x.max(dim=1).values.unsqueeze(1)], 1),
+    "amax channels": lambda x: torch.cat([x.amax(1, keepdim=True), x.max(1, keepdim=True)[0]], 1),
+    "max channels": lambda x: x.max(dim=1).values.unsqueeze(1),
     "amin channels": lambda x: torch.cat([x.amin(1, keepdim=True), x.min(1, keepdim=True).values], 1),
     "var channels": lambda x: x.var(1, keepdim=True),
     "std channels": lambda x: x.std(1, unbiased=False, keepdim=True),
@@ -277,6 +299,7 @@ MAXIMA: dict[str, Callable[[Any], Any]] = {
     "max_pool2d rounded up": lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True),
     "max_pool2d dilated": lambda x: F.max_pool2d(F.pad(x, (2, 2, 2, 2), value=-math.inf), 3, 1, 0, 2),
     "max_pool2d after pad": lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), 3, 2),
+    "max_pool2d after pad of zeros": lambda x: F.max_pool2d(F.pad(x - 3, (1, 1, 1, 1)), 3, 2),
     "adaptive_max_pool2d divisor": lambda x: F.adaptive_max_pool2d(x, (SPACE[0] // 2, SPACE[1] // 4)),
 }
 

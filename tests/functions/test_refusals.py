@@ -1,0 +1,203 @@
+"""What has no meaning on visible sites is an error that names the function, the line that called it, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import draw_mask, example_layout, make_layout, random_sparse, site_mask
+from torch import Tensor, nn
+
+from sparsecnx import SparseTensor
+from sparsecnx.tensor import UnsupportedFunctionError
+
+CHANNELS = 4
+
+
+def example() -> SparseTensor:
+    """Return two images of 12 x 8 sites in tiles of 4."""
+    return random_sparse(example_layout(), CHANNELS)
+
+
+def other_mask() -> SparseTensor:
+    return random_sparse(make_layout(draw_mask("equal counts", 2, (3, 2), seed=2), 4), CHANNELS)
+
+
+def set_a_channel(x: Any) -> None:
+    x[:, 0] = 1.0
+
+
+def halved(x: Any) -> Any:
+    return F.max_pool2d(x, 2)
+
+
+W = torch.randn(CHANNELS, CHANNELS, 3, 3, dtype=torch.float64)
+UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a function that is not in the table": (lambda x: torch.cumsum(x, 1), "torch.cumsum .*: it is not in docs"),
+    "a method that is not in the table": (lambda x: x.cumsum(1), "Tensor.cumsum .*: it is not in docs/functions.md"),
+    "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), "scaled_dot_product_attention"),
+    "flatten of space": (lambda x: x.flatten(1), "flatten .* pool over space first"),
+    "view of space": (lambda x: x.view(2, CHANNELS, -1), "reshape .*would become"),
+    "a pixel": (lambda x: x[:, :, 0, 0], "__getitem__ .*dimension 2 is space"),
+    "a crop": (lambda x: x[:, :, 2:], "__getitem__ .*dimension 2 is space"),
+    "an image": (lambda x: x[0], "__getitem__ .*dimension 0 is the batch"),
+    "None as an index": (lambda x: x[:, None], "unsqueeze adds"),
+    "setting values": (set_a_channel, "__setitem__ .*immutable"),
+    "out=": (lambda x: torch.add(x, 1, out=torch.empty(1)), "add .*out= would write"),
+    "images of a batch one after another": (lambda x: torch.cat([x, x], 0), "cat .*dim is 0, which is the batch"),
+    "cat along space": (lambda x: torch.cat([x, x], 2), "cat .*dim is 2, which is space"),
+    "softmax over space": (lambda x: torch.softmax(x, -1), "softmax .*which is space"),
+    "mean over a part of space": (lambda x: x.mean(3), "mean .*a part of space"),
+    "mean over images": (lambda x: x.mean(0), "mean .*over images without space"),
+    "places of maxima": (lambda x: x.flatten(2).max(2), "pool over space first"),
+    "indices of pooling": (lambda x: F.max_pool2d(x, 2, return_indices=True), "max_pool2d.*pool without indices"),
+    "layer norm over space": (lambda x: F.layer_norm(x, (CHANNELS, 12, 8)), "layer_norm .*not its channels alone"),
+    "layer norm over the last axis of space": (lambda x: F.layer_norm(x, (8,)), "layer_norm .*not its channels"),
+    "linear over space": (lambda x: F.linear(x, torch.ones(3, 8)), "linear .*last dimension is space"),
+    "transposed space": (lambda x: x.transpose(2, 3), "transpose"),
+    "permute that splits space": (lambda x: x.permute(0, 2, 1, 3), "permute .*mix space"),
+    "reflected border": (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), "pad .*'reflect'.*pad with zeros"),
+    "cropping": (lambda x: F.pad(x, (-1, 1)), "pad .*does not remove"),
+    "arithmetic on a border": (lambda x: F.pad(x, (1, 1, 1, 1)) * 2, "F.pad, whose border only a convolution"),
+    "a function on a border": (lambda x: torch.relu(F.pad(x, (1, 1))), "F.pad, whose border only a convolution"),
+    "a border of ones before a convolution": (lambda x: F.conv2d(F.pad(x, (1,) * 4, value=1.0), W), "put 1.0 around"),
+    "other masks": (lambda x: x + other_mask(), "add .*other layouts: "),
+    "other strides": (lambda x: torch.cat([x, halved(x)], 1), "cat .*other layouts: "),
+    "channels at other places": (lambda x: x + x.permute(0, 2, 3, 1), "channels are at other places"),
+    "convolution of channels last": (lambda x: F.conv2d(x.permute(0, 2, 3, 1), W), "conv2d .*channels last.*permute"),
+    "a tensor of another size": (lambda x: x * torch.ones(1, 1, 5, 5), "does not broadcast"),
+    "a weight that is sparse": (lambda x: F.conv2d(torch.ones(1, 1, 4, 4), x), "conv2d .*input is a tensor"),
+    "writing into an ordinary tensor": (lambda x: torch.zeros(2, CHANNELS, 12, 8).add_(x), "add_ .*would write"),
+    "truth": (bool, "__bool__ .*reduce it first"),
+    "numpy": (lambda x: x.numpy(), "numpy .*reduce it first"),
+    "iteration": (list, "__iter__ .*reduce it first"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_has_no_meaning_names_the_function_the_line_and_the_remedy(name: str) -> None:
+    function, message = UNSUPPORTED[name]
+    with pytest.raises(UnsupportedFunctionError, match=f"(?s){message}") as caught:
+        function(example())
+    assert f", called at {__file__}:" in str(caught.value) and "; " in str(caught.value)
+
+
+def test_a_missing_method_is_no_attribute() -> None:
+    x = example()
+    assert hasattr(x, "relu") and not hasattr(x, "cumsum") and not hasattr(x, "nonsense")
+    with pytest.raises(AttributeError, match="SparseTensor has no attribute 'nonsense'"):
+        _ = x.nonsense
+
+
+EXTENTS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "no padding": (lambda x: F.conv2d(x, W), r"conv2d: .* make \(10, 6\) sites of \(12, 8\).*; padding=1 does"),
+    "too much padding": (lambda x: F.conv2d(x, W, padding=2), r"make \(14, 10\) sites.*padding=1 does"),
+    "even kernel": (lambda x: F.conv2d(x, W[..., :2, :2]), "1 sites of padding per axis do.*padding='same', or F.pad"),
+    "dilation": (lambda x: F.conv2d(x, W, padding=1, dilation=2), "padding=2 does"),
+    "pooling": (lambda x: F.max_pool2d(x, 3, 2), r"max_pool2d: .* make \(5, 3\).*padding=1 does"),
+    "transposed": (lambda x: F.conv_transpose2d(x, W, stride=2), "extent . stride sites.*must be the stride"),
+    "stride below the tile": (
+        lambda x: F.conv2d(x, W, stride=8, padding=1),
+        r'conv2d: stride is 8: it must divide the tile, 4x4 sites; take larger patches, or below_tile="dense"',
+    ),
+    "stride that does not divide": (lambda x: F.avg_pool2d(x, 3), "avg_pool2d: stride is .*must divide the tile"),
+    "adaptive size": (
+        lambda x: F.adaptive_avg_pool2d(x, 5),
+        r"output_size is 5: expected 1, or a divisor of \(12, 8\)",
+    ),
+    "interpolated size": (lambda x: F.interpolate(x, size=(13, 9)), "sites would become .*expected whole ones"),
+}
+
+
+@pytest.mark.parametrize("name", EXTENTS)
+def test_extents_that_do_not_fit_say_what_does(name: str) -> None:
+    function, message = EXTENTS[name]
+    with pytest.raises(ValueError, match=message):
+        function(example())
+
+
+def test_a_window_as_wide_as_the_image_leaves_an_ordinary_tensor() -> None:
+    x = example()
+    weight = torch.randn(5, CHANNELS, 12, 8, dtype=torch.float64)
+    torch.testing.assert_close(F.conv2d(x, weight), F.conv2d(x.dense(), weight))
+
+
+IN_PLACE: dict[str, Callable[[Any], Any]] = {
+    "method": lambda x: x.relu_(),
+    "function": lambda x: torch.relu_(x),
+    "module": nn.ReLU(inplace=True),
+    "hardswish": nn.Hardswish(inplace=True),
+    "dropout": lambda x: F.dropout(x, 1.0, inplace=True),
+    "operator": lambda x: x.__iadd__(1),
+    "addition": lambda x: x.add_(torch.ones(2, CHANNELS, 1, 1), alpha=2),
+    "clamp": lambda x: x.clamp_(0, 1),
+    "keeps the dtype": lambda x: x.to(torch.float32).mul_(torch.ones(CHANNELS, 1, 1, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_functions_return_the_new_value(name: str) -> None:
+    function, x = IN_PLACE[name], example()
+    before = x.features.clone()
+    dense = x.dense()
+    found = function(x)
+    assert torch.equal(x.features, before)
+    expected = function(dense)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found.dense(), expected * site_mask(x.layout, found.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda x, y: x + 1, lambda x, y: 1 + x, lambda x, y: y + x, lambda x, y: torch.sigmoid(x), lambda x, y: x.mean(),
+     lambda x, y: torch.cat([y, x], 1), lambda x, y: F.conv2d(x, W, padding=1), lambda x, y: x.clone()],
+)  # fmt: skip
+def test_using_a_tensor_after_an_in_place_function_is_an_error(use: Callable[[Any, Any], Any]) -> None:
+    """A network that ignores the returned value, or keeps another name of x, would compute something else."""
+    x = example()
+    y = F.relu(x, inplace=True)
+    with pytest.raises(
+        UnsupportedFunctionError, match=r"after relu\(inplace=True\) .*immutable.*go on with the tensor"
+    ):
+        use(x, y)
+
+
+def test_using_a_tensor_that_stands_for_it_is_one_too() -> None:
+    image = example().as_tensor()
+    image.relu_()
+    with pytest.raises(UnsupportedFunctionError, match=r"after relu_ .*immutable"):
+        torch.sigmoid(image)
+
+
+def test_gradients_are_not_lost_in_an_autograd_function() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * 2
+
+    x = example()
+    assert torch.equal(Doubled.apply(x).features, 2 * x.features)
+    x.requires_grad_()
+    with pytest.raises(UnsupportedFunctionError, match=r"autograd\.Function .*would lose its gradient"):
+        Doubled.apply(x)
+    with torch.no_grad():
+        assert not (x * 2).requires_grad
+
+
+def test_backward_hooks_of_torch_modules_are_refused() -> None:
+    for module in (nn.ReLU(), nn.Sequential(nn.BatchNorm2d(CHANNELS).double())):
+        handle = module.register_full_backward_hook(lambda *_: None)
+        with pytest.raises(RuntimeError, match=rf"{type(module).__name__} has a backward hook, which torch ignores"):
+            module(example())
+        with torch.no_grad():
+            module(example())
+        assert module(torch.randn(2, CHANNELS, 3, 3, dtype=torch.float64, requires_grad=True)).requires_grad
+        handle.remove()
+        module(example())
