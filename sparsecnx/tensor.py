@@ -232,7 +232,8 @@ def _flatten(x: SparseTensor) -> tuple[list[Tensor], tuple[Any, ...]]:
         refuse_reentrant_checkpoint()
         if transforms_active():
             _refuse_differentiation()
-        _layouts[(id(tiles.index), *constants[:-1])] = layout
+        key = id(tiles.index), *constants[:-1]
+        _layouts[key] = layout
     return [x.features, tiles.index, tiles.splits], constants
 
 

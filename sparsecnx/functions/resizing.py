@@ -97,7 +97,7 @@ def _by_the_image(
     whole = all(tile == int(tile) and tile >= 1 for tile in tiles)
     dense = F.interpolate(x.dense(), sizes, mode=mode, align_corners=align_corners, antialias=antialias)
     if not whole:
-        if getattr(layout.tiles, "below_tile", "raise") == "dense":
+        if layout.tiles.below_tile == "dense":
             return dense
         raise ValueError(
             f"interpolate: {layout.shape} sites would become {sizes}, with {tiles} sites to a tile: expected whole ones"

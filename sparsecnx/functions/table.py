@@ -153,7 +153,7 @@ def channels_first(x: Any, name: str) -> SparseTensor:
 def check_same_sites(x: SparseTensor, other: SparseTensor, name: str) -> None:
     """Raise unless both have the same sites, and their channels at the same place."""
     if x.layout is not other.layout:
-        difference = _difference(x.layout, other.layout)
+        difference = x.layout.difference(other.layout)
         if difference is not None:
             refuse(
                 name, f"its SparseTensors have other layouts: {difference}", "combine tensors of one mask and stride"
@@ -161,14 +161,6 @@ def check_same_sites(x: SparseTensor, other: SparseTensor, name: str) -> None:
     if x.channels_last != other.channels_last or x.features.ndim != other.features.ndim:
         shapes = f"{tuple(x.shape)} and {tuple(other.shape)}"
         refuse(name, f"its SparseTensors are {shapes}, whose channels are at other places", "permute one of them")
-
-
-def _difference(layout: Layout, other: Layout) -> str | None:
-    if layout.tiles is other.tiles and layout.tile == other.tile and layout.stride == other.stride:
-        return None
-    if hasattr(layout, "difference"):
-        return layout.difference(other)
-    return "other masks" if layout.tiles is not other.tiles else f"tiles {layout.tile} and {other.tile}"
 
 
 def _kind(x: object) -> str:

@@ -188,8 +188,7 @@ def _plan(
     if whole and out != expected:  # A window as wide as the image, as in the head of VGG, leaves one site.
         return Window(kernel, strides, before, after, dilations, True)
     if any(side % s for side, s in zip(layout.tile, strides, strict=True)):
-        # TileSet keeps what a mask was given for strides below its tiles.
-        if getattr(layout.tiles, "below_tile", "raise") == "dense":
+        if layout.tiles.below_tile == "dense":
             return Window(kernel, strides, before, after, dilations, True)
         raise ValueError(
             f"{name}: stride is {stride}: it must divide the tile, {'x'.join(map(str, layout.tile))} sites; take "
