@@ -205,7 +205,14 @@ def _convert(arguments: argparse.Namespace) -> int:
         loaded = checkpoints.load(source, arguments.key, arguments.max_bytes)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            conversion = checkpoints.convert(loaded.state_dict, to, arguments.origin, arguments.conv_mlp)
+            encoder, decoder, foreign = checkpoints.encoder_of(loaded.state_dict)
+            if foreign:
+                if to != "timm":
+                    raise InputError("to", to, "expected timm, since IN holds no ConvNeXt V2 of sparsecnx")
+                conversion = checkpoints.as_it_is(encoder)
+            else:
+                conversion = checkpoints.convert(encoder, to, arguments.origin, arguments.conv_mlp)
+            conversion = conversion._replace(left_out=[*conversion.left_out, *decoder])
     except checkpoints.PartError as error:
         others = ", ".join(error.candidates[:3]) + (", ..." if error.candidates[3:] else "")
         raise InputError("source", source, f"{error}" + (f"; --key can be {others}" if others else "")) from error
@@ -220,7 +227,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     part = f", part {loaded.key}" if loaded.key is not None else ""
     part += f" (beside {others})" if others else ""
     part += f", without {loaded.prefix} before every name" if loaded.prefix else ""
-    lines = [f"{source}{part}: {conversion.source.name}, {conversion.architecture}, {len(loaded.state_dict)} entries"]
+    network = conversion.architecture or "the encoder of a masked autoencoder"
+    lines = [f"{source}{part}: {conversion.source.name}, {network}, {len(loaded.state_dict)} entries"]
     lines.append(f"{target}: {to}, {len(conversion.state_dict)} entries")
     if conversion.left_out:
         lines.append(f"left out, because {to} has no place for them: {len(conversion.left_out)} entries")

@@ -15,7 +15,7 @@ from sparsecnx.compat.checkpoints.conversion import Conversion, convert, detect_
 from sparsecnx.compat.checkpoints.files import Loaded, PartError, load, overwrites, path_problem, save
 from sparsecnx.compat.checkpoints.formats import NAMES as FORMATS
 from sparsecnx.compat.checkpoints.formats import Format
-from sparsecnx.compat.checkpoints.loading import load_encoder
+from sparsecnx.compat.checkpoints.loading import as_it_is, encoder_of, load_encoder
 
 __all__ = [
     "FORMATS",
@@ -27,8 +27,10 @@ __all__ = [
     "Format",
     "Loaded",
     "PartError",
+    "as_it_is",
     "convert",
     "detect_format",
+    "encoder_of",
     "load",
     "load_encoder",
     "overwrites",

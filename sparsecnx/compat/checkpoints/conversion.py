@@ -28,7 +28,7 @@ class Conversion(NamedTuple):
             change share memory with the input.
         format: the new format.
         source: the format of the input.
-        architecture: the network.
+        architecture: the network; None if it is no ConvNeXt V2.
         left_out: entries of the input, by its names, that the new format has no place for: the decoder in a
             classifier, final norm and head in a masked autoencoder. Entries of the encoder are never left out.
     """
@@ -36,7 +36,7 @@ class Conversion(NamedTuple):
     state_dict: dict[str, Tensor]
     format: Format
     source: Format
-    architecture: Architecture
+    architecture: Architecture | None
     left_out: list[str]
 
 
@@ -82,7 +82,7 @@ def convert(
         if place is None:
             left_out.append(their_name)
             continue
-        converted[place[0]] = _own(place[1].theirs(tensor), storages)
+        converted[place[0]] = own(place[1].theirs(tensor), storages)
     warn_of_not_finite({name: tensor for name, tensor in ours.values() if name not in left_out})
     return Conversion(converted, target, origin, architecture, left_out)
 
@@ -172,7 +172,7 @@ def _target(to: str, architecture: Architecture, conv_mlp: bool | None) -> Forma
     return next(format for format in formats.ALL if format.name == to)
 
 
-def _own(tensor: Tensor, storages: set[int]) -> Tensor:
+def own(tensor: Tensor, storages: set[int]) -> Tensor:
     """Return a contiguous tensor with its own storage. Files hold storages, and safetensors refuses shared ones."""
     tensor = tensor.detach().contiguous()
     storage = tensor.untyped_storage()

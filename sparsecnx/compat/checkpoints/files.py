@@ -234,7 +234,7 @@ def save(path: str | Path, conversion: Conversion) -> None:
         return save_torch(path, {"model": state} if conversion.format.nested else state)
     library = _import_safetensors()
     with contextlib.ExitStack() as stack:
-        if folder:
+        if folder and conversion.architecture is not None:
             stack.enter_context(_made(path))
             weights, description = stack.enter_context(open_atomically(path / FOLDER_WEIGHTS, path / "config.json"))
             description.write(f"{json.dumps(transformers_config(conversion.architecture), indent=2)}\n".encode())

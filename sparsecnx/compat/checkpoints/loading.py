@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsecnx.common.errors import CheckpointError
-from sparsecnx.compat.checkpoints import conversion, files
+from sparsecnx.compat.checkpoints import conversion, files, formats
 from sparsecnx.compat.checkpoints.formats import Format
 
 ENCODER = ("downsample_layers.", "stages.")
@@ -24,12 +24,16 @@ def load_encoder(
 ) -> list[str]:
     """Load the encoder of a pretraining run into a model, all of it or nothing.
 
+    A run of a network of timm, or an autoencoder around any other network, loads into that network by its own names.
+    A ConvNeXt V2 loads into one of any of these libraries.
+
     Numbers that are not finite are loaded too, with a UserWarning that names the entries.
 
     Args:
         model: a ConvNeXt V2 with any parts beside its encoder: `ConvNeXtV2`, `ConvNeXtV2Encoder` or `FCMAE` of this
             package; `convnextv2_*` of timm, also with `features_only=True`; a `ConvNextV2Model`,
-            `ConvNextV2ForImageClassification` or `ConvNextV2Backbone` of transformers. Its dtypes and devices stay.
+            `ConvNextV2ForImageClassification` or `ConvNextV2Backbone` of transformers; or the network that the run
+            trained, with any classifier, or with `features_only=True`. Its dtypes and devices stay.
         checkpoint: a checkpoint of a run, such as `runs/mine/last.pt`, a file or folder in any format that
             `sparsecnx convert` reads, or its contents: a state dict, or a dict that holds one.
         key: part of the checkpoint that holds the weights, see `load`.
@@ -51,12 +55,13 @@ def load_encoder(
             state_dict = files.find_state_dict(dict(checkpoint), key).state_dict
         else:
             state_dict = files.load(checkpoint, key, max_bytes).state_dict
+        state_dict, _, foreign = encoder_of(state_dict)
+        if foreign:
+            return _load_by_name(model, state_dict)
         given, architecture = conversion.to_ours(state_dict, conversion.detect_format(state_dict))
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from error
-    entries = model.state_dict(keep_vars=True)
-    if any(value.is_meta for value in entries.values()):
-        raise CheckpointError("model is on the device meta: model.to_empty(device=...) gives it memory")
+    entries = _entries(model)
     target = _format(model, entries)
     ours = {}
     for entry in entries:
@@ -83,6 +88,74 @@ def load_encoder(
     return [entry for entry in entries if entry not in loaded]
 
 
+def encoder_of(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], bool]:
+    """Return the encoder in the state dict of `SparK`, or of `FCMAE` around another network than ConvNeXt V2.
+
+    Returns:
+        The entries of the encoder by its own names, the names of the others, and True if it is no ConvNeXt V2 of ours.
+        Any other state dict is returned as it is.
+    """
+    prefix = "encoder."
+    encoder = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    foreign = not any(name.startswith("downsample_layers.") for name in encoder)
+    autoencoder = "mask_tokens.0" in state_dict or ("mask_token" in state_dict and foreign)
+    if not encoder or not autoencoder:
+        return state_dict, [], False
+    return encoder, [name for name in state_dict if not name.startswith(prefix)], foreign
+
+
+def as_it_is(encoder: Mapping[str, Tensor]) -> conversion.Conversion:
+    """Return the entries of a network that is no ConvNeXt V2 as a conversion to timm, which changes nothing."""
+    storages: set[int] = set()
+    entries = {name: conversion.own(tensor, storages) for name, tensor in encoder.items()}
+    return conversion.Conversion(entries, formats.TIMM_LINEAR, formats.TIMM_LINEAR, None, [])
+
+
+def _load_by_name(model: nn.Module, encoder: Mapping[str, Tensor]) -> list[str]:
+    """Load the entries of an encoder into the same network, and return those of the model that keep their values."""
+    entries = _entries(model)
+    # `features_only=True` of timm joins the first two parts of a name with `_`.
+    own = {_unwrapped(entry): entry for entry in entries}
+    places = {name: own.get(name) or own.get(name.replace(".", "_", 1)) for name in encoder}
+    kept = [entry for entry in entries if entry not in set(places.values())]
+    tops = {_unwrapped(entry).partition(".")[0] for entry in entries}
+    features = hasattr(getattr(model, "feature_info", None), "channels")  # timm's networks without a head
+
+    def is_head(name: str) -> bool:
+        """Return whether an entry of the encoder belongs to a part that no feature extractor has."""
+        return features and not {name.partition(".")[0], "_".join(name.split(".")[:2])} & tops
+
+    kind = type(model).__name__
+    for name, tensor in encoder.items():
+        entry = places[name]
+        if entry is None:
+            if not is_head(name):
+                raise CheckpointError(f"holds {name}, which the model, a {kind}, has not: expected the same network")
+        elif entries[entry].shape != tensor.shape:
+            shapes = f"{tuple(entries[entry].shape)}, expected {tuple(tensor.shape)}"
+            raise CheckpointError(f"{entry} of the model, a {kind}, is {shapes}")
+    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    classifiers = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
+    trained = {name.partition(".")[0] for name in encoder}
+    for entry in kept:
+        name = _unwrapped(entry)
+        if name.partition(".")[0] in trained and not (classifiers and name.startswith(classifiers)):
+            raise CheckpointError(f"lacks {name}, which the model, a {kind}, has: expected the same network")
+    conversion.warn_of_not_finite({name: tensor for name, tensor in encoder.items() if tensor.is_floating_point()})
+    with torch.no_grad():
+        for name, entry in places.items():
+            if entry is not None:
+                entries[entry].copy_(encoder[name])
+    return kept
+
+
+def _entries(model: nn.Module) -> dict[str, Tensor]:
+    entries: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    if any(value.is_meta for value in entries.values()):
+        raise CheckpointError("model is on the device meta: model.to_empty(device=...) gives it memory")
+    return entries
+
+
 def _format(model: nn.Module, entries: Mapping[str, Tensor]) -> Format:
     """Return the format of a model's own names."""
     floating = {_plain(name): value for name, value in entries.items() if value.is_floating_point()}
@@ -97,8 +170,12 @@ def _format(model: nn.Module, entries: Mapping[str, Tensor]) -> Format:
 
 def _plain(name: str) -> str:
     """Return the name of an entry without wrappers. `features_only=True` of timm joins the first two parts with `_`."""
-    name = re.sub(r"^((module|_orig_mod)\.)+", "", name)
-    return re.sub(r"^(stem|stages)_(\d+)\.", r"\1.\2.", name)
+    return re.sub(r"^(stem|stages)_(\d+)\.", r"\1.\2.", _unwrapped(name))
+
+
+def _unwrapped(name: str) -> str:
+    """Return the name of an entry without those of DDP, torch.compile and timm's wrapper of features."""
+    return re.sub(r"^((module|_orig_mod|model)\.)+", "", name)
 
 
 def _stage(name: str) -> int:
