@@ -40,6 +40,11 @@ def refused(arguments, capsys):
     ("arguments", "message"),
     [
         (["--model", "giant"], "--model is giant: expected one of atto, femto, pico"),
+        (
+            ["--model", "timm:resnet5O"],
+            "--model is timm:resnet5O: timm has no such network; did you mean timm:resnet50",
+        ),
+        (["--method", "mae"], "--method is mae: expected one of fcmae, spark"),
         (["--image-size", 100], "--image-size is 100: expected a multiple of the patch size, 32, such as 96"),
         (["--mask-ratio", 1], "--mask-ratio is 1.0: expected 0 <= ratio < 1"),
         (["--dtype", "float8"], "--dtype is float8: expected one of float32, bfloat16"),

@@ -33,7 +33,7 @@ class SparK(MaskedAutoencoder):
         encoder: any ConvNet of timm, of this package, or a module that returns feature maps for a SparseTensor of the
             visible pixels, see `stages_of`.
         patch_size: pixels per patch side; None is the stride of the encoder, as published.
-        levels: number of maps that the decoder takes, from the coarsest.
+        levels: number of maps that the decoder takes, from the coarsest; all of them if the encoder has fewer.
         decoder_dim: channels of the decoder at the coarsest map; they halve with every stride.
         densify_norm: `"batch"`, `"layer"` or `"none"`, applied to the maps. None takes batch norm for an encoder that
             has some and layer norm for others, as published for ResNets and ConvNeXts.
@@ -63,13 +63,13 @@ class SparK(MaskedAutoencoder):
         stride, name = stages.strides[-1], type(encoder).__name__
         super().__init__(encoder, stages, stride if patch_size is None else patch_size, norm_pix_loss, below_tile)
         halvings = stride.bit_length() - 1
-        taken = stages.strides[-levels:] if levels > 0 else ()
+        if levels < 1:
+            raise ValueError(f"levels is {levels}: expected 1 or more")
+        taken = stages.strides[-levels:]
         if stride != 1 << halvings or halvings == 0 or any(b != 2 * a for a, b in itertools.pairwise(taken)):
             raise ValueError(
                 f"encoder is a {name} with feature maps of strides {stages.strides}: expected powers of 2 that double"
             )
-        if not 1 <= levels <= min(len(stages.strides), halvings):
-            raise ValueError(f"levels is {levels}: expected 1 to {min(len(stages.strides), halvings)}, as {name} has")
         if decoder_dim < 1 or decoder_dim % (1 << halvings):
             raise ValueError(
                 f"decoder_dim is {decoder_dim}: expected a multiple of {1 << halvings}, to be halved so often"
@@ -78,7 +78,7 @@ class SparK(MaskedAutoencoder):
             raise ValueError(f"densify_norm is {densify_norm!r}: expected one of {', '.join(NORMS)}")
         if densify_norm is None:
             densify_norm = "batch" if any(isinstance(m, _BatchNorm) for m in encoder.modules()) else "layer"
-        self.levels = levels
+        self.levels = levels = min(len(taken), halvings)
         self.mask_tokens = nn.ParameterList()
         self.densify_norms, self.densify_projs = nn.ModuleList(), nn.ModuleList()
         for level, channels in enumerate(stages.channels[: -levels - 1 : -1]):  # the coarsest first

@@ -170,10 +170,15 @@ class Homemade(torch.nn.Module):
         return self.answer(maps)
 
 
-@pytest.mark.parametrize("answer", [tuple, lambda maps: dict(zip("abcd", maps, strict=True))], ids=["tuple", "dict"])
-def test_homemade_encoders_answer_a_list_of_maps(answer):
+@pytest.mark.parametrize(
+    ("answer", "levels"),
+    [(tuple, 4), (lambda maps: dict(zip("abcd", maps, strict=True)), 4), (lambda maps: maps[-1], 1)],
+    ids=["tuple", "dict", "one map"],
+)
+def test_homemade_encoders_answer_maps(answer, levels):
     torch.manual_seed(0)
     model = models.SparK(Homemade(answer, channels=5), decoder_dim=64)
+    assert len(model.mask_tokens) == levels
     assert model.in_chans == 5 and model.stride == 32
     loss, pred, _ = model(torch.randn(2, 5, 64, 96))
     loss.backward()
@@ -277,7 +282,7 @@ class Logits(torch.nn.Module):
         ),
         (lambda: models.SparK(small_resnet(), 0), ValueError, "patch_size is 0: expected a multiple of 32"),
         (lambda: models.FCMAE(small_resnet(), 48), ValueError, "patch_size is 48: expected a multiple of 32"),
-        (lambda: models.SparK(small_resnet(), levels=6), ValueError, "levels is 6: expected 1 to 5, as ResNet has"),
+        (lambda: models.SparK(small_resnet(), levels=0), ValueError, "levels is 0: expected 1 or more"),
         (
             lambda: models.SparK(small_resnet(), decoder_dim=100),
             ValueError,

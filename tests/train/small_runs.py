@@ -26,11 +26,18 @@ def use_tiny_models(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
     monkeypatch.setattr(networks, "SparK", partial(SparK, decoder_dim=32))
 
 
-def train(data: Path | None, output: Path, resume: str | None = None, workers: int = 0, **given: Any) -> int:
+def train(
+    data: Path | None,
+    output: Path,
+    resume: str | None = None,
+    workers: int = 0,
+    options: dict[str, Any] | None = None,
+    **given: Any,
+) -> int:
     """Train with the recipe SMALL and the given fields, or go on with the recipe of the resumed run."""
     where = None if data is None else str(data)
-    options = Options(data=where, output=str(output), resume=resume, device="cpu", workers=workers)
-    return pretrain(options, given if resume else {**SMALL, **given})
+    chosen = Options(data=where, output=str(output), resume=resume, device="cpu", workers=workers, **(options or {}))
+    return pretrain(chosen, given if resume else {**SMALL, **given})
 
 
 def logged(output: Path) -> list[dict[str, float]]:
