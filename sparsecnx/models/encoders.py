@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from sparsecnx.geometry.layout import Layout
+from sparsecnx.geometry.packing import gather_rows
+from sparsecnx.geometry.tiles import TileSet
 from sparsecnx.tensor import SparseTensor
 
 PROBE = 64  # pixels per side at least: a network of stride 32 leaves 2 of them
@@ -93,7 +96,8 @@ def _probe(encoder: nn.Module, in_chans: int, ndim: int, tile: int, below_tile: 
     parameter = next(encoder.parameters())
     images = parameter.new_zeros(1, in_chans, *(cells * tile for cells in grid))
     mask = torch.zeros(1, *grid, dtype=torch.bool, device=images.device)
-    x = SparseTensor.from_dense(images, mask)
+    layout = Layout(TileSet.from_mask(mask, grid, below_tile=below_tile), tile)
+    x = SparseTensor(gather_rows(images, layout), layout)
     try:
         maps = _listed(copy.deepcopy(encoder).eval()(x))
     except (TypeError, ValueError, RuntimeError) as error:

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.masks import check_mask, check_same_images, random_mask, visible_count
+from sparsecnx.geometry.packing import gather_rows
+from sparsecnx.geometry.tiles import TileSet
 from sparsecnx.models.encoders import Stages
 from sparsecnx.tensor import SparseTensor
 
@@ -108,8 +111,8 @@ class MaskedAutoencoder(nn.Module):
             mask = mask.to(images.device)
         check_same_images(mask, images, "images")
         mask = check_mask(mask, grid)
-        x = SparseTensor.from_dense(images, mask.reshape(-1, *grid), visible)
-        pred = self.predict(x)
+        layout = Layout(TileSet.from_mask(mask, grid, visible, below_tile=self.below_tile), self._patch)
+        pred = self.predict(SparseTensor(gather_rows(images, layout), layout))
         return self._loss(images, pred, mask, grid), pred, mask
 
     def predict(self, x: SparseTensor) -> Tensor:

@@ -92,9 +92,10 @@ def expected_loss(model, x, mask):
         (small_resnet, {}, (2, 3)),
         (small_convnext, {}, (2, 3)),
         (small_resnet, {"densify_norm": "none"}, (2, 3)),
+        (small_resnet, {"patch_size": 16, "below_tile": "dense"}, (4, 6)),
         (small_resnet, {"patch_size": 64}, (1, 2)),
     ],
-    ids=["resnet", "convnext", "without norms", "patches above the stride"],
+    ids=["resnet", "convnext", "without norms", "patches below the stride", "patches above the stride"],
 )
 def test_loss_and_gradients_are_those_of_the_definition(build, options, grid):
     model = small_spark(build(), **options)
