@@ -51,7 +51,7 @@ NAMES = """
     zeros_like ones_like empty_like rand_like randn_like
 """
 DENSE = frozenset(NAMES.split())
-ACROSS_CHANNELS = {"mean", "sum", "amax", "amin", "max", "softmax", "log_softmax", "var", "std", "norm"}
+ACROSS_CHANNELS = {"mean", "sum", "amax", "amin", "max", "softmax", "log_softmax", "var", "std", "norm", "vector_norm"}
 
 
 def expanded(mask: Tensor, extents: Sequence[int]) -> Tensor:
@@ -116,7 +116,7 @@ class Masked(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         with_sites = [x for x in tensors if hasattr(x, "sites")]
-        name = function.__name__
+        name = function.__name__.removeprefix("linalg_")
         if not with_sites or name in ("__get__", "__set__", "size", "dim", "numel", "is_floating_point", "stride"):
             return function(*args, **kwargs)
         x = with_sites[0]
@@ -394,6 +394,7 @@ def differences(
     found = []
     for function in (run, lambda network, images: run_masked(network, images, mask)):
         copied, x = copy.deepcopy(network), images.clone().requires_grad_()
+        torch.manual_seed(0)  # of dropout
         outputs = {f"output {path}": y for path, y in enumerate(pytree.tree_leaves(function(copied, x)))}
         generator = torch.Generator().manual_seed(0)
         loss = sum((y * torch.randn(y.shape, dtype=y.dtype, generator=generator)).sum() for y in outputs.values())

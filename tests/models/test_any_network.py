@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sparsecnx import SparseTensor
+from sparsecnx.tensor import UnsupportedFunctionError
 
-# Networks of timm at 64x96 pixels. The deepest families get fewer layers, so that each takes half a second.
+# Networks of timm at 64x96 pixels, some with fewer layers. `benchmarks/networks.py --check` goes through all of timm.
 SHALLOW = {"layers": (1, 1, 1, 1)}
 NARROW = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)}
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -21,22 +22,30 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "resnet50d": SHALLOW,
     "seresnet50": SHALLOW,
     "ecaresnet50d": SHALLOW,
+    "resnext50_32x4d": SHALLOW,
+    "skresnet18": SHALLOW,
     "res2net50_26w_4s": SHALLOW,
     "resnetv2_50": SHALLOW,
     "resnet50_gn": SHALLOW,
     "convnext_atto": NARROW,
     "convnext_atto_ols": NARROW,
     "convnextv2_atto": NARROW,
+    "efficientnet_b0": {},
+    "efficientnet_lite0": {},
+    "mobilenetv2_050": {},
+    "mobilenetv3_small_050": {},
+    "mobilenetv4_conv_small_050": {},
+    "mixnet_s": {},
+    "regnetx_002": {},
+    "regnety_002": {},
+    "regnetz_005": {},
     "densenet121": {"block_config": (2, 2, 2, 2), "growth_rate": 16},
     "vgg11_bn": {"features_only": True},
     "repvgg_a0": {},
-    "nf_resnet26": {},
-    "hrnet_w18_small": {},
     "dla46_c": {},
     "cs3darknet_s": {},
+    "ghostnet_050": {},
     "inception_next_atto": {},
-    "fasternet_t0": {},
-    "starnet_s1": {},
 }
 # Unequal counts in one batch, on a grid that is not square.
 MASK = torch.tensor([[[0, 1, 0], [0, 1, 0]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.bool)
@@ -72,6 +81,61 @@ def assert_equals_masked(network: torch.nn.Module, shape: tuple[int, ...] = (2, 
 def test_network_of_timm(name: str) -> None:
     timm = pytest.importorskip("timm")
     assert_equals_masked(timm.create_model(name, **NETWORKS[name]))
+
+
+def test_networks_of_torchvision() -> None:
+    """Channel shuffle and chunk (ShuffleNet); scales that are joined by interpolation (LR-ASPP)."""
+    models = pytest.importorskip("torchvision").models
+    assert_equals_masked(models.shufflenet_v2_x0_5())
+    assert_equals_masked(models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None))
+
+
+class UNet(torch.nn.Module):
+    """A U-Net with what the networks above have not: transposed convolution, skips, instance norm, pixel shuffle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn = torch.nn
+        self.down = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.InstanceNorm2d(b, affine=True), nn.LeakyReLU(inplace=True))
+            for a, b, stride in ((3, 8, 1), (8, 12, 2), (12, 16, 2))
+        )
+        self.dilated = nn.Conv2d(16, 16, 3, padding="same", dilation=2, groups=4)
+        self.up = nn.ConvTranspose2d(16, 12, 2, 2)
+        self.wide = nn.ConvTranspose2d(24, 8, 4, 2, 1)
+        self.shuffle = nn.Sequential(nn.Conv2d(16, 32, (3, 1), padding=(1, 0)), nn.PixelShuffle(2), nn.PReLU(8))
+        self.gate = nn.Conv2d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        full = self.down[0](x)
+        half = self.down[1](full)
+        quarter = self.down[2](half)
+        quarter = quarter + torch.sigmoid(self.dilated(quarter)) * quarter.amax((2, 3), keepdim=True)
+        half = torch.cat([self.up(quarter), half], 1)
+        full = torch.cat([self.wide(half), full], dim=1)
+        fine = self.shuffle(full)
+        coarse = torch.nn.functional.interpolate(quarter, scale_factor=8, mode="bilinear")
+        return fine * self.gate(fine).sigmoid() + coarse[:, ::2], quarter.mean((2, 3))
+
+
+def test_a_homemade_network() -> None:
+    assert_equals_masked(UNet())
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("mobilevit_xxs", "reshape"),  # attends across patches of its own
+        ("inception_v3", "conv2d"),  # convolves without padding
+        ("resnetblur18", "pad"),  # mirrors sites at the border
+        ("selecsls42b", "conv2d"),  # ends at stride 64
+    ],
+)
+def test_a_network_without_a_masked_meaning_raises(name: str, function: str) -> None:
+    timm = pytest.importorskip("timm")
+    x = SparseTensor.from_dense(torch.randn(2, 3, 64, 96), MASK)
+    with pytest.raises((UnsupportedFunctionError, ValueError), match=function):
+        timm.create_model(name, num_classes=10)(x)
 
 
 def test_the_masked_dense_computation_is_its_formulas() -> None:
