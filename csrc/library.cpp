@@ -19,8 +19,10 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
   m.def(
       "depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor table, int tile, int kernel_h, int kernel_w) -> "
       "Tensor");
-  m.def("conv(Tensor x, Tensor weight, Tensor kernel_map) -> Tensor");
-  m.def("conv_backward(Tensor grad, Tensor x, Tensor weight, Tensor kernel_map, bool needs_x) -> (Tensor, Tensor)");
+  m.def("conv(Tensor x, Tensor weight, Tensor? bias, Tensor kernel_map, Tensor? inverse_map) -> Tensor");
+  m.def(
+      "conv_input_grad(Tensor grad, Tensor weight, Tensor kernel_map, Tensor? inverse_map, SymInt rows_in) -> Tensor");
+  m.def("conv_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor kernel_map) -> Tensor");
   m.def(
       "mapped_depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor kernel_map, Tensor? inverse_map) -> "
       "Tensor");

@@ -100,8 +100,12 @@ def scatter_tiles(rows: Tensor, fill: Tensor, index: Tensor, batch: int, height:
     return dense
 
 
-def conv(x: Tensor, weight: Tensor, kernel_map: Tensor) -> Tensor:
-    return read(x, kernel_map).flatten(1) @ weight.t()
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor, inverse_map: Tensor | None = None
+) -> Tensor:
+    rows = read(x, kernel_map).unflatten(2, (weight.shape[0], weight.shape[2]))
+    out = torch.einsum("okgi,gkij->ogj", rows, weight).flatten(1)
+    return out if bias is None else out + bias.reshape(-1)
 
 
 def mapped_depthwise_conv(
@@ -186,9 +190,15 @@ def gradients(forward: Callable[..., Any], arguments: Arguments, names: list[str
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves.values(), found, strict=True)]
 
 
-def conv_backward(**a: Any) -> list[Tensor]:
-    grad_x, grad_weight = gradients(conv, a, ["x", "weight"])
-    return [grad_x if a["needs_x"] else grad_x[:0], grad_weight]
+def conv_input_grad(**a: Any) -> Tensor:
+    groups, _, width, _ = a["weight"].shape
+    (found,) = gradients(conv, {**a, "x": a["grad"].new_zeros(a["rows_in"], groups * width)}, ["x"])
+    return found
+
+
+def conv_weight_grad(**a: Any) -> Tensor:
+    (found,) = gradients(conv, a, ["weight"])
+    return found.permute(0, 3, 2, 1)
 
 
 def max_pool(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -221,7 +231,8 @@ REFERENCES: dict[str, Callable[..., Any]] = {
         depthwise_conv,
         depthwise_conv_weight_grad,
         conv,
-        conv_backward,
+        conv_input_grad,
+        conv_weight_grad,
         mapped_depthwise_conv,
         mapped_depthwise_conv_weight_grad,
         grn,
@@ -293,8 +304,19 @@ def valid(operator: str, rng: random.Random) -> Arguments:
             return {"x": x, "weight": normal(taps, channels), "bias": bias, **maps}
         if operator == "mapped_depthwise_conv_weight_grad":
             return {"grad": normal(rows_out, channels), "x": x, "kernel_map": kernel_map}
-        product: Arguments = {"x": x, "weight": normal(outputs, taps * channels), "kernel_map": kernel_map}
-        return product if operator == "conv" else {"grad": normal(rows_out, outputs), **product, "needs_x": optional}
+        groups = rng.choice([size for size in (1, 2, 3, 4, 8) if channels % size == 0])
+        width, outputs = channels // groups, rng.choice((channels // groups, outputs))
+        # The order of the axes in memory is torch's, MinkowskiEngine's, or that of channels last.
+        order = rng.choice(((0, 3, 2, 1), (0, 1, 2, 3), (0, 3, 1, 2)))
+        shape = [(groups, taps, width, outputs)[axis] for axis in order]
+        weight = normal(*shape).permute([order.index(axis) for axis in range(4)])
+        grad = normal(rows_out, groups * outputs)
+        if operator == "conv_weight_grad":
+            return {"grad": grad, "x": x, "weight": weight, "kernel_map": kernel_map}
+        maps = {"kernel_map": kernel_map, "inverse_map": invert_kernel_map(kernel_map, rows) if optional else None}
+        if operator == "conv_input_grad":
+            return {"grad": grad, "weight": weight, **maps, "rows_in": rows}
+        return {"x": x, "weight": weight, "bias": rng.choice((None, vector(groups * outputs))), **maps}
     if operator == "grn":
         return {"x": x, "gamma": vector(), "beta": vector(), "splits": splits, "eps": EPS}
     if operator == "grn_backward":

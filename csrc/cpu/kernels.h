@@ -141,6 +141,30 @@ struct SiteNorm {
   const Compute<S>*along = nullptr, *constant = nullptr;  // for the gradient of x
 };
 
+// Pairs of rows whose products a convolution adds up, and the channels of the output that are computed together: a panel
+// of at most kernels().panel of them. In the gradient of the weight `out` is the gradient of the output, and is read.
+template <class A>
+struct ConvPairs {
+  const int32_t *from, *to;  // rows of x and of out
+  int64_t count;
+  const A* x;  // first of the input channels
+  int64_t x_step;
+  A* out;  // first channel of the panel
+  int64_t out_step;
+  int64_t channels;  // of the panel
+};
+
+// A grouped convolution with as many outputs as inputs, `width` to a group.
+template <class S>
+struct NarrowConv {
+  const int32_t* map;  // (rows out, taps): row of x, -1 for none
+  int64_t taps, width, channels;
+  const S* x;
+  const Compute<S>* weight;  // (taps, width, channels)
+  const Compute<S>* bias;    // (channels) or null
+  S* out;                    // In the gradient of the weight it is that of the output, and is read.
+};
+
 template <class S>
 struct Kernels {
   using A = Compute<S>;
@@ -207,10 +231,27 @@ struct Kernels {
   void (*gelu_grn_backward)(const S* h, const S* slope, S* t, const A* s, const A* p, const A* row_scale, int64_t rows,
                             int64_t channels, A* bias_grad);
 
-  // Rows of columns (rows, taps * channels) = x[map[r, k]] (0 where -1), and its adjoint for channels [from, to).
-  void (*gather)(const S* x, const int32_t* map, int64_t rows, int64_t taps, int64_t channels, S* columns);
-  void (*scatter_add)(const S* columns, const int32_t* map, int64_t rows, int64_t taps, int64_t channels, int64_t from,
-                      int64_t to, A* x);
+  // columns (count, channels) = x[map], 0 where -1. There is room for a register behind the columns.
+  void (*gather_columns)(const A* x, const int32_t* map, int64_t count, int64_t channels, A* columns);
+
+  // The most output channels of a panel: whole registers.
+  int64_t panel;
+  int64_t lanes;  // channels of a register
+  // out[to] += x[from] weight over all pairs; weight (width, whole registers of the panel).
+  void (*conv_pairs)(const ConvPairs<A>&, const A* weight, int64_t width);
+  // sums (width, whole registers of the panel) += x[from] grad[to] over all pairs, for input channels [begin, end).
+  void (*conv_pairs_weight_grad)(const ConvPairs<A>&, int64_t begin, int64_t end, A* sums);
+  // Computes output rows [begin, end).
+  void (*conv_narrow)(const NarrowConv<S>&, int64_t begin, int64_t end);
+  // sums (width, channels) += products of the pairs, for channels [begin, end).
+  void (*conv_narrow_weight_grad)(const NarrowConv<S>&, const int32_t* from, const int32_t* to, int64_t count,
+                                  int64_t begin, int64_t end, A* sums);
+  // Whether conv_narrow has a kernel for that width.
+  bool (*is_narrow)(int64_t width);
+  // to[c, r] = from[r, c] for at most `lanes` rows; the other lanes of to are zeros.
+  void (*columns_to_lanes)(const S* from, int64_t row_step, int64_t rows, int64_t columns, A* to, int64_t to_step);
+  // The same way back.
+  void (*lanes_to_columns)(const A* from, int64_t from_step, int64_t rows, int64_t columns, S* to, int64_t row_step);
   // Between storage and computing type.
   void (*widen)(const S* x, int64_t count, A* out);
   void (*narrow)(const A* x, int64_t count, S* out);

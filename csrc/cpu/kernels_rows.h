@@ -1,4 +1,4 @@
-// Kernels that read every row once: normalisations, activations, sums over rows, gathers.
+// Kernels that read every row once: normalisations, activations, sums over rows.
 #pragma once
 
 #include "kernels.h"
@@ -159,24 +159,6 @@ void gelu_grn_backward(const S* h, const S* slope, S* t, const A* s, const A* p,
     store(t + at, g, n);
     accumulate(bias_grad + c, g, n);
   });
-}
-
-template <class S>
-void gather(const S* x, const int32_t* map, int64_t rows, int64_t taps, int64_t channels, S* columns) {
-  for (int64_t i = 0; i < rows * taps; ++i, columns += channels) {
-    const size_t bytes = channels * sizeof(S);
-    map[i] < 0 ? std::memset(columns, 0, bytes) : std::memcpy(columns, x + map[i] * channels, bytes);
-  }
-}
-
-template <class S>
-void scatter_add(const S* columns, const int32_t* map, int64_t rows, int64_t taps, int64_t channels, int64_t from,
-                 int64_t to, Compute<S>* x) {
-  for (int64_t i = 0; i < rows * taps; ++i, columns += channels) {
-    if (map[i] < 0) continue;
-    Compute<S>* at = x + map[i] * channels + from;
-    for_columns<S>(to - from, [&](int64_t c, int64_t n) { accumulate(at + c, load(columns + from + c, n), n); });
-  }
 }
 
 // Converts to the computing type and back.

@@ -1,8 +1,7 @@
-// Convolutions on an explicit kernel map, (rows_out, taps): sparsecnx::conv and sparsecnx::mapped_depthwise_conv.
+// sparsecnx::mapped_depthwise_conv on an explicit kernel map, (rows_out, taps), and its weight gradient.
 //
-// A general convolution goes chunk by chunk: it gathers the rows under the kernel, then makes one GEMM. The input
-// gradient of the depthwise convolution is the same operator on the inverse map, which holds for every input row the
-// output row that reads it through each tap.
+// The input gradient is the same operator on the inverse map, which holds for every input row the output row that reads
+// it through each tap.
 #include "mapped.h"
 
 #include <algorithm>
@@ -41,79 +40,6 @@ void contradict(const Mapped& shape, const int32_t* inverse) {
 }
 
 namespace {
-
-// Returns how many output rows are gathered at a time: 2^20 values, which stay in a shared cache.
-int64_t chunk_rows(int64_t width) { return std::max<int64_t>(64, (int64_t{1} << 20) / std::max<int64_t>(width, 1)); }
-
-// Raises unless weight is (C_out, taps * C_in) and the map is in range. Returns C_out.
-int64_t check_conv(const Tensor& x, const Tensor& weight, const Tensor& kernel_map, const Mapped& shape) {
-  const int64_t width = shape.taps * shape.channels;
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == width && weight.size(0) >= 1,
-                  "sparsecnx: weight must be (C_out, ", width, ") with at least one row");
-  check_dense(weight, "weight", weight.numel(), x.scalar_type());
-  check_range(kernel_map, "kernel_map", shape.rows_in);
-  return weight.size(0);
-}
-
-template <class S>
-void gather(const Mapped& shape, const Tensor& x, int64_t first, int64_t rows, S* columns) {
-  parallel_for(0, rows, 32, [&](int64_t begin, int64_t end) {
-    kernels<S>().gather(data<S>(x), shape.map + (first + begin) * shape.taps, end - begin, shape.taps, shape.channels,
-                        columns + begin * shape.taps * shape.channels);
-  });
-}
-
-Tensor conv(const Tensor& x, const Tensor& weight, const Tensor& kernel_map) {
-  const Mapped shape = check_map(x, kernel_map);
-  const int64_t width = shape.taps * shape.channels, outputs = check_conv(x, weight, kernel_map, shape);
-  Tensor out = empty({shape.rows_out, outputs}, x.scalar_type());
-  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
-    const int64_t step = std::min(chunk_rows(width), shape.rows_out);
-    std::vector<S> columns(step * width);
-    const Matrix<S> w{data<S>(weight), outputs, width};
-    for (int64_t first = 0; first < shape.rows_out; first += step) {
-      const int64_t rows = std::min(step, shape.rows_out - first);
-      gather(shape, x, first, rows, columns.data());
-      gemm<S>(data<S>(out) + first * outputs, {columns.data(), rows, width}, w.t());
-    }
-  });
-  return out;
-}
-
-std::tuple<Tensor, Tensor> conv_backward(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                         const Tensor& kernel_map, bool needs_x) {
-  const Mapped shape = check_map(x, kernel_map);
-  const int64_t width = shape.taps * shape.channels, outputs = check_conv(x, weight, kernel_map, shape);
-  check_dense(grad, "grad", shape.rows_out * outputs, x.scalar_type());
-  Tensor x_grad = empty({needs_x ? shape.rows_in : 0, shape.channels}, x.scalar_type());
-  Tensor weight_grad = torch::stable::empty_like(weight);
-  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
-    const int64_t step = std::min(chunk_rows(width), shape.rows_out);
-    std::vector<S> columns(step * width);
-    std::vector<A> sum(x_grad.numel(), A(0));
-    const Matrix<S> w{data<S>(weight), outputs, width};
-    const Scratch<A> weight_sum(outputs * width);
-    GemmSum<S> dw(weight_sum.data(), outputs, width);
-    for (int64_t first = 0; first < shape.rows_out; first += step) {
-      const int64_t rows = std::min(step, shape.rows_out - first);
-      const Matrix<S> g{data<S>(grad) + first * outputs, rows, outputs};
-      gather(shape, x, first, rows, columns.data());
-      dw.add(g.t(), {columns.data(), rows, width});
-      if (!needs_x) continue;
-      gemm<S>(columns.data(), g, w);
-      // Rows overlap under the kernel, so each thread adds a range of channels, in the order of the rows.
-      constexpr int64_t kSlice = 16;
-      parallel_for(0, (shape.channels + kSlice - 1) / kSlice, 1, [&](int64_t begin, int64_t end) {
-        kernels<S>().scatter_add(columns.data(), shape.map + first * shape.taps, rows, shape.taps, shape.channels,
-                                 begin * kSlice, std::min(end * kSlice, shape.channels), sum.data());
-      });
-    }
-    kernels<S>().narrow(sum.data(), sum.size(), data<S>(x_grad));
-    dw.finish();
-    kernels<S>().narrow(weight_sum.data(), outputs * width, data<S>(weight_grad));
-  });
-  return {x_grad, weight_grad};
-}
 
 constexpr int64_t kRows = 64;  // A thread takes at least this many.
 
@@ -173,8 +99,6 @@ Tensor mapped_depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, co
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CPU, m) {
-  m.impl("conv", TORCH_BOX(&conv));
-  m.impl("conv_backward", TORCH_BOX(&conv_backward));
   m.impl("mapped_depthwise_conv", TORCH_BOX(&mapped_depthwise_conv));
   m.impl("mapped_depthwise_conv_weight_grad", TORCH_BOX(&mapped_depthwise_conv_weight_grad));
 }

@@ -17,13 +17,18 @@ Shape = Sequence[int]
 
 
 def conv(x: Shape, weight: Shape, *_: Any, out_shape: Shape) -> int:
-    """Return the count of `(rows out, K * C_in) @ (K * C_in, C_out)`."""
+    """Return the count of output rows under a weight of any shape that has each tap, channel in and channel out."""
     return 2 * out_shape[0] * math.prod(weight)
 
 
-def conv_backward(grad: Shape, x: Shape, weight: Shape, *rest: Any, out_shape: Any) -> int:
-    """Return the count of the gradient of the weight, and of that of x where the last argument asks for it."""
-    return 2 * grad[0] * math.prod(weight) * (2 if rest[-1] else 1)
+def conv_input_grad(grad: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
+    """Return the count of the gradient of x: that of the convolution."""
+    return 2 * grad[0] * math.prod(weight)
+
+
+def conv_weight_grad(grad: Shape, x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
+    """Return the count of the gradient of the weight: that of the convolution."""
+    return 2 * grad[0] * math.prod(weight)
 
 
 def depthwise_conv(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:

@@ -7,6 +7,7 @@ the library that the install has compiled; tests/test_emulator.py checks the sha
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -82,6 +83,9 @@ def programs(channels: int, tile: int, ratio: float, dtype: torch.dtype) -> Iter
             *bias,
         )
     yield program(ops.conv, rows(), leaf(channels, channels, 3, 3), vector())
+    for width in (4, 8):
+        grouped = functools.partial(ops.conv, groups=channels // width)
+        yield program(grouped, rows(), leaf(channels, width, 3, 3), vector())
     yield program(ops.layer_norm, rows(), vector(), vector())
     for scope in ("sample", "batch"):
         yield program(lambda *x, scope=scope: ops.grn(*x, scope), rows(hidden), vector(hidden), vector(hidden))

@@ -262,13 +262,11 @@ def test_opcheck(backend, operator, given):
         weight_grad = namespace.mapped_depthwise_conv_weight_grad.default
         torch.library.opcheck(weight_grad, (grad, x.detach(), kernel_map))
         return
-    matrix = weight.detach().permute(2, 0, 1).reshape(weight.shape[2], -1).contiguous().requires_grad_()
-    maps = (kernel_map,) if backend == "cpu" else (kernel_map, inverse_map)
-    torch.library.opcheck(namespace.conv.default, (x, matrix, *maps))
-    grad = torch.randn(15, matrix.shape[0], device=x.device)
-    for needs_x in (False, True):
-        arguments = (grad, x.detach(), matrix.detach(), *maps, needs_x)
-        torch.library.opcheck(namespace.conv_backward.default, arguments)
+    weight = weight.detach().unsqueeze(0).requires_grad_()
+    grad = torch.randn(15, weight.shape[3], device=x.device)
+    torch.library.opcheck(namespace.conv.default, (x, weight, bias, kernel_map, inverse_map))
+    torch.library.opcheck(namespace.conv_input_grad.default, (grad, weight.detach(), kernel_map, inverse_map, 20))
+    torch.library.opcheck(namespace.conv_weight_grad.default, (grad, x.detach(), weight.detach(), kernel_map))
 
 
 @on_backends(("cpu", "triton"))
@@ -327,6 +325,7 @@ def test_invert_kernel_map(rows_in):
     ("backend", "operator"),
     [
         pytest.param("cpu", "mapped_depthwise_conv", marks=needs_cpu),
+        pytest.param("cpu", "mapped_conv", marks=needs_cpu),
         pytest.param("triton", "mapped_depthwise_conv", marks=needs_triton),
         pytest.param("triton", "mapped_conv", marks=needs_triton),
     ],
@@ -356,7 +355,7 @@ def test_a_gradient_refuses_an_entry_that_is_no_row():
     with pytest.raises(RuntimeError, match=r"kernel_map has entries from .*, expected -1 to 5"):
         torch.ops.sparsecnx.mapped_depthwise_conv_weight_grad(grad[:, :3].contiguous(), x, kernel_map)
     with pytest.raises(RuntimeError, match=r"kernel_map has entries from .*, expected -1 to 5"):
-        torch.ops.sparsecnx.conv_backward(grad, x, torch.randn(5, 12), kernel_map, True)
+        torch.ops.sparsecnx.conv_weight_grad(grad, x, torch.randn(1, 4, 3, 5), kernel_map)
 
 
 @on_backends(("triton",))

@@ -1,4 +1,4 @@
-"""Convolution on an explicit kernel map by the compiled CPU kernel (`csrc/cpu/mapped.cpp`): gathered rows, GEMMs."""
+"""Convolution on an explicit kernel map by the compiled CPU kernel (`csrc/cpu/conv.cpp`, `kernels_conv.h`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
+from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.geometry.kernel_map import MappedRows
 from sparsecnx.ops import flops
 
@@ -14,47 +15,63 @@ from sparsecnx.ops import flops
 def convolve(
     features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor, inverse_map: Tensor | None
 ) -> Tensor:
-    """Return features `(rows_out, C_out)`; `weight (groups, K, C_in / groups, C_out / groups)`."""
-    parts = [
-        torch.ops.sparsecnx.conv(
-            part.contiguous(), taps.permute(2, 0, 1).reshape(taps.shape[2], -1).contiguous(), kernel_map.contiguous()
-        )
-        for part, taps in zip(features.chunk(weight.shape[0], 1), weight, strict=True)
-    ]
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    return out if bias is None else out + bias.to(out.dtype)
+    """Return features `(rows_out, C_out)`; `weight (groups, K, C_in / groups, C_out / groups)`, `bias (C_out,)`.
+
+    The gradient of the features compares the inverse map with the kernel map, and inverts the kernel map where it is
+    not given.
+    """
+    if bias is not None:
+        bias = bias.to(statistics_dtype(features.dtype)).contiguous()
+    inverse_map = None if inverse_map is None else inverse_map.contiguous()
+    return torch.ops.sparsecnx.conv(features.contiguous(), weight, bias, kernel_map.contiguous(), inverse_map)
 
 
 def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return features `(rows_out, C_out)`; `weight (K, C_in, C_out)`, `bias (C_out,)`.
 
-    The inverse map is not used: the compiled gradient adds rows in the order of the map, in parallel over channels.
+    The inverse map is not used: comparing it costs as much as inverting the kernel map.
     """
     return convolve(x.features, weight[None], bias, x.kernel_map, None)
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
-    grad_x, grad_weight = torch.ops.sparsecnx.conv_backward(
-        grad, saved.x, saved.weight, saved.kernel_map, "x" in saved.needs
-    )
-    return {"x": grad_x, "weight": grad_weight}
+    grads: dict[str, Tensor | None] = {}
+    if "x" in saved.needs:
+        grads["x"] = torch.ops.sparsecnx.conv_input_grad(
+            grad, saved.weight, saved.kernel_map, saved.inverse_map, saved.shapes["x"][0]
+        )
+    if "weight" in saved.needs:
+        found = torch.ops.sparsecnx.conv_weight_grad(grad, saved.x, saved.weight, saved.kernel_map)
+        grads["weight"] = found.permute(0, 3, 2, 1)
+    if "bias" in saved.needs:
+        grads["bias"] = grad.sum(0, dtype=saved.bias.dtype)
+    return grads
 
 
 if compiled.loaded:
     register(
         "sparsecnx::conv",
-        sizes={"x": "rows C", "kernel_map": "rows_out K", "weight": "C_out K*C"},
-        fake=lambda x, weight, kernel_map: x.new_empty(kernel_map.shape[0], weight.shape[0]),
-        saves=("x", "weight", "kernel_map"),
+        sizes={"x": "rows C", "kernel_map": "rows_out K", "weight": "groups K width out", "bias": "groups*out"},
+        fake=lambda x, weight, bias, kernel_map, inverse_map: x.new_empty(
+            kernel_map.shape[0], weight.shape[0] * weight.shape[3]
+        ),
+        saves=("x", "weight", "bias", "kernel_map", "inverse_map"),
         backward=_backward,
         flops=flops.conv,
     )
     register(
-        "sparsecnx::conv_backward",
+        "sparsecnx::conv_input_grad",
         public="conv",
-        flops=flops.conv_backward,
-        fake=lambda grad, x, weight, kernel_map, needs_x: (
-            x.new_empty(x.shape[0] if needs_x else 0, x.shape[1]),
-            torch.empty_like(weight),
+        sizes={"grad": "rows_out C", "kernel_map": "rows_out K", "weight": "groups K width out"},
+        fake=lambda grad, weight, kernel_map, inverse_map, rows_in: grad.new_empty(
+            rows_in, weight.shape[0] * weight.shape[2]
         ),
+        flops=flops.conv_input_grad,
+    )
+    register(
+        "sparsecnx::conv_weight_grad",
+        public="conv",
+        sizes={"grad": "rows_out C_out", "x": "rows C", "kernel_map": "rows_out K", "weight": "groups K width out"},
+        fake=lambda grad, x, weight, kernel_map: weight.new_empty([weight.shape[axis] for axis in (0, 3, 2, 1)]),
+        flops=flops.conv_weight_grad,
     )

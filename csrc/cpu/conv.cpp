@@ -1,0 +1,524 @@
+// sparsecnx::conv on an explicit kernel map (rows_out, taps), and its gradients. The inner loops are in kernels_conv.h,
+// those of groups of a few channels in kernels_conv_narrow.h.
+//
+// A chunk of output rows stays in cache while the taps are applied to it one after another. Where a row has few input
+// channels, as in the stem of a network, their products would be too short: the rows under all taps are gathered into
+// columns, and these are one tap of many channels.
+//
+// Weights are (groups, taps, channels in, channels out) of any strides, so that the gradient of x is the same operator
+// on the inverse map, with the last two axes exchanged.
+#include <atomic>
+
+#include "mapped.h"
+
+namespace sparsecnx {
+namespace {
+
+constexpr int64_t kChunkValues = 1 << 17;   // of the input and output rows of a chunk: they share L2 with the weight
+constexpr int64_t kMostChunk = 1024;        // rows
+constexpr int64_t kWeightGradRows = 128;    // of a chunk of the gradient of the weight: a panel of them stays in L1
+constexpr int64_t kThin = 8;                // input channels up to which columns are gathered
+constexpr int64_t kColumnValues = 1 << 15;  // of a chunk of columns
+
+struct Shape {
+  int64_t rows_in, rows_out, taps, groups, in, out;  // in and out: channels of a group
+  const int32_t* map;                                // (rows_out, taps): row of x, -1 for none
+};
+
+Shape check_shape(const Tensor& x, const char* name, const Tensor& kernel_map, std::array<int64_t, 4> weight) {
+  const auto [rows, channels] = feature_shape(x, name);
+  const auto [groups, taps, in, out] = weight;
+  STD_TORCH_CHECK(groups >= 1 && in >= 1 && out >= 1 && groups <= kMostChannels && in * groups == channels &&
+                      out <= kMostChannels && out * groups <= kMostChannels,
+                  "sparsecnx: weight is (", groups, ", ", taps, ", ", in, ", ", out,
+                  "), expected (groups, K, C_in / groups, C_out / groups) with C_in = ", channels);
+  STD_TORCH_CHECK(1 <= taps && taps <= kMostTaps, "sparsecnx: weight has ", taps, " taps, expected 1 to ", kMostTaps);
+  STD_TORCH_CHECK(kernel_map.dim() == 2 && kernel_map.size(1) == taps, "sparsecnx: kernel_map must be (rows_out, ",
+                  taps, ")");
+  check_dense(kernel_map, "kernel_map", kernel_map.numel(), ScalarType::Int);
+  check_product({groups, taps, in + 64, out + 64}, "weight");
+  return {rows, kernel_map.size(0), taps, groups, in, out, data<int32_t>(kernel_map)};
+}
+
+// The strides of a weight (groups, taps, channels in, channels out).
+struct Strides {
+  int64_t group, tap, in, out;
+};
+
+// Raises unless weight has 4 dimensions and as much memory as elements, in any order.
+Strides check_weight(const Tensor& weight, const Tensor& x) {
+  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 4,
+                  "sparsecnx: weight must be a CPU tensor (groups, K, C_in / groups, C_out / groups)");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "sparsecnx: weight is ",
+                  torch::headeronly::toString(weight.scalar_type()), ", expected ",
+                  torch::headeronly::toString(x.scalar_type()));
+  __int128 extent = 1;
+  for (int64_t axis = 0; axis < 4; ++axis) extent += static_cast<__int128>(weight.size(axis) - 1) * weight.stride(axis);
+  STD_TORCH_CHECK(weight.numel() > 0 && extent >= weight.numel(), "sparsecnx: weight has ", weight.numel(),
+                  " elements, expected at least one, and memory of its own for each");
+  check_storage(weight, "weight");
+  return {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)};
+}
+
+std::array<int64_t, 4> sizes(const Tensor& weight) {
+  return {weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
+}
+
+// The output channels of a group, divided into panels of nearly the same size, each of whole registers but the last.
+struct Panels {
+  int64_t lanes, registers, count;
+
+  template <class S>
+  static Panels of(int64_t channels) {
+    const int64_t lanes = kernels<S>().lanes, most = kernels<S>().panel / lanes;
+    const int64_t registers = (channels + lanes - 1) / lanes;
+    return {lanes, registers, (registers + most - 1) / most};
+  }
+  int64_t begin(int64_t panel) const { return registers * panel / count * lanes; }
+  int64_t width(int64_t panel) const { return begin(panel + 1) - begin(panel); }
+  int64_t padded() const { return registers * lanes; }  // channels
+};
+
+// Packs the weight of all groups: for each panel (taps, channels in, channels of the panel), with zeros at the end.
+template <class S>
+void pack(const Shape& shape, const Panels& panels, const S* weight, const Strides& strides, Compute<S>* packed) {
+  using A = Compute<S>;
+  const int64_t taps = shape.taps, in = shape.in, lanes = panels.lanes;
+  parallel_for(0, shape.groups * panels.registers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / panels.registers, first = task % panels.registers * lanes;
+      int64_t panel = 0;
+      while (panels.begin(panel + 1) <= first) ++panel;
+      const int64_t step = panels.width(panel), rows = std::min(lanes, shape.out - first);
+      const S* from = weight + group * strides.group + first * strides.out;
+      A* to = packed + (group * panels.padded() + panels.begin(panel)) * taps * in + first - panels.begin(panel);
+      if (strides.out == 1 && rows == lanes) {
+        for (int64_t k = 0; k < taps; ++k) {
+          for (int64_t i = 0; i < in; ++i)
+            kernels<S>().widen(from + k * strides.tap + i * strides.in, lanes, to + (k * in + i) * step);
+        }
+      } else if (strides.tap == 1) {
+        for (int64_t i = 0; i < in; ++i)
+          kernels<S>().columns_to_lanes(from + i * strides.in, strides.out, rows, taps, to + i * step, in * step);
+      } else if (strides.in == 1) {
+        for (int64_t k = 0; k < taps; ++k)
+          kernels<S>().columns_to_lanes(from + k * strides.tap, strides.out, rows, in, to + k * in * step, step);
+      } else {
+        for (int64_t k = 0; k < taps; ++k) {
+          for (int64_t i = 0; i < in; ++i) {
+            A* lane = to + (k * in + i) * step;
+            for (int64_t r = 0; r < rows; ++r)
+              kernels<S>().widen(from + k * strides.tap + i * strides.in + r * strides.out, 1, lane + r);
+            std::fill(lane + rows, lane + lanes, A(0));
+          }
+        }
+      }
+    }
+  });
+}
+
+// The pairs of rows under each tap, for chunks of output rows. Rows of out ascend.
+class Rulebook {
+ public:
+  // Raises if an entry of the map is neither -1 nor a row of x.
+  Rulebook(const Shape& shape, const Tensor& kernel_map, int64_t rows)
+      : shape_(shape),
+        rows_(rows),
+        chunks_(shape.rows_out == 0 ? 0 : (shape.rows_out + rows - 1) / rows),
+        from_(shape.rows_out * shape.taps),
+        to_(shape.rows_out * shape.taps),
+        count_(chunks_ * shape.taps) {
+    const int32_t limit = static_cast<int32_t>(std::min<int64_t>(shape.rows_in, INT32_MAX));
+    std::atomic<bool> good = true;
+    parallel_for(0, chunks_, 1, [&](int64_t begin, int64_t end) {
+      bool in_range = true;
+      for (int64_t chunk = begin; chunk < end; ++chunk) in_range = list(chunk, limit) && in_range;
+      if (!in_range) good = false;
+    });
+    if (!good) check_range(kernel_map, "kernel_map", shape.rows_in);
+  }
+
+  int64_t chunks() const { return chunks_; }
+  int64_t first(int64_t chunk) const { return shape_.rows_out * chunk / chunks_; }
+  int64_t count(int64_t chunk, int64_t tap) const { return count_[chunk * shape_.taps + tap]; }
+  const int32_t* from(int64_t chunk, int64_t tap) const { return from_.data() + at(chunk, tap); }
+  const int32_t* to(int64_t chunk, int64_t tap) const { return to_.data() + at(chunk, tap); }
+
+ private:
+  int64_t at(int64_t chunk, int64_t tap) const {
+    return first(chunk) * shape_.taps + tap * (first(chunk + 1) - first(chunk));
+  }
+
+  // Lists the pairs of a chunk, without a branch on the map. Returns whether its entries are in range.
+  bool list(int64_t chunk, int32_t limit) {
+    bool good = true;
+    for (int64_t tap = 0; tap < shape_.taps; ++tap) {
+      int32_t *from = from_.data() + at(chunk, tap), *to = to_.data() + at(chunk, tap);
+      int64_t count = 0;
+      for (int64_t row = first(chunk); row < first(chunk + 1); ++row) {
+        const int32_t read = shape_.map[row * shape_.taps + tap];
+        from[count] = read;
+        to[count] = static_cast<int32_t>(row);
+        count += read >= 0;
+        good &= read >= -1 && read < limit;
+      }
+      count_[chunk * shape_.taps + tap] = count;
+    }
+    return good;
+  }
+
+  Shape shape_;
+  int64_t rows_, chunks_;
+  std::vector<int32_t> from_, to_;
+  std::vector<int64_t> count_;
+};
+
+// The features in the computing type: those of 16 bits are widened once.
+template <class S>
+class Wide {
+  using A = Compute<S>;
+
+ public:
+  explicit Wide(const Tensor& x) : copy_(std::is_same_v<S, A> ? 0 : x.numel()) {
+    if constexpr (std::is_same_v<S, A>) {
+      at_ = data<A>(x);
+    } else {
+      at_ = copy_.data();
+      parallel_for(0, x.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+        kernels<S>().widen(data<S>(x) + begin, end - begin, copy_.data() + begin);
+      });
+    }
+  }
+  const A* data_at() const { return at_; }
+
+ private:
+  Scratch<A> copy_;
+  const A* at_;
+};
+
+int64_t chunk_rows(int64_t channels) { return std::clamp<int64_t>(kChunkValues / channels, 64, kMostChunk); }
+
+bool is_narrow_conv(const Shape& shape, bool (*is_narrow)(int64_t)) {
+  return shape.groups > 1 && shape.in == shape.out && is_narrow(shape.in);
+}
+
+// (taps, channels in, channels) of a narrow convolution.
+template <class S>
+std::vector<Compute<S>> narrow_weight(const Shape& shape, const S* weight, const Strides& strides) {
+  std::vector<Compute<S>> out(shape.taps * shape.in * shape.groups * shape.out);
+  auto* at = out.data();
+  for (int64_t k = 0; k < shape.taps; ++k) {
+    for (int64_t i = 0; i < shape.in; ++i) {
+      for (int64_t g = 0; g < shape.groups; ++g) {
+        for (int64_t o = 0; o < shape.out; ++o)
+          kernels<S>().widen(weight + g * strides.group + k * strides.tap + i * strides.in + o * strides.out, 1, at++);
+      }
+    }
+  }
+  return out;
+}
+
+template <class S>
+void run_narrow(const Shape& shape, const Tensor& x, const S* weight, const Strides& strides, const Compute<S>* bias,
+                const Tensor& kernel_map, S* out) {
+  check_range(kernel_map, "kernel_map", shape.rows_in);
+  const std::vector<Compute<S>> taps = narrow_weight(shape, weight, strides);
+  const NarrowConv<S> job{shape.map, shape.taps, shape.in, shape.groups * shape.in, data<S>(x), taps.data(), bias, out};
+  parallel_for(0, shape.rows_out, 64, [&](int64_t begin, int64_t end) { kernels<S>().conv_narrow(job, begin, end); });
+}
+
+// Starts output rows with the bias, or with zeros.
+template <class A>
+void start_rows(A* out, int64_t step, int64_t rows, int64_t channels, const A* bias) {
+  for (int64_t r = 0; r < rows; ++r, out += step) {
+    bias != nullptr ? std::copy_n(bias, channels, out) : std::fill_n(out, channels, A(0));
+  }
+}
+
+template <class A>
+void run_pairs(const Shape& shape, const A* x, const Panels& panels, const A* packed, const A* bias,
+               const Tensor& kernel_map, A* out) {
+  const int64_t in_step = shape.groups * shape.in, out_step = shape.groups * shape.out;
+  const Rulebook rules(shape, kernel_map, chunk_rows(in_step + out_step));
+  const int64_t per_chunk = shape.groups * panels.count;
+  parallel_for(0, rules.chunks() * per_chunk, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t chunk = task / per_chunk, group = task % per_chunk / panels.count, panel = task % panels.count;
+      const int64_t first = panels.begin(panel), width = panels.width(panel);
+      const int64_t channels = std::min(width, shape.out - first), channel = group * shape.out + first;
+      const A* weight = packed + (group * panels.padded() + first) * shape.taps * shape.in;
+      start_rows(out + rules.first(chunk) * out_step + channel, out_step, rules.first(chunk + 1) - rules.first(chunk),
+                 channels, bias == nullptr ? nullptr : bias + channel);
+      for (int64_t tap = 0; tap < shape.taps; ++tap) {
+        kernels<A>().conv_pairs({rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap),
+                                 x + group * shape.in, in_step, out + channel, out_step, channels},
+                                weight + tap * shape.in * width, shape.in);
+      }
+    }
+  });
+}
+
+// Gathers the rows under all taps, and calls f(first row, rows, columns), chunk by chunk for rows [begin, end).
+template <class A, class F>
+void for_columns(const Shape& shape, const A* x, int64_t begin, int64_t end, const F& f) {
+  const int64_t width = shape.taps * shape.in, step = std::clamp<int64_t>(kColumnValues / width, 16, 512);
+  std::vector<A> columns(std::min(step, end - begin) * width + kernels<A>().lanes);
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t rows = std::min(step, end - first);
+    kernels<A>().gather_columns(x, shape.map + first * shape.taps, rows * shape.taps, shape.in, columns.data());
+    f(first, rows, columns.data());
+  }
+}
+
+std::vector<int32_t> ascending(int64_t count) {
+  std::vector<int32_t> out(count);
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(i);
+  return out;
+}
+
+template <class A>
+void run_columns(const Shape& shape, const A* x, const Panels& panels, const A* packed, const A* bias,
+                 const Tensor& kernel_map, A* out) {
+  check_range(kernel_map, "kernel_map", shape.rows_in);
+  const int64_t depth = shape.taps * shape.in;
+  const std::vector<int32_t> rows_of = ascending(512);
+  parallel_for(0, shape.rows_out, 64, [&](int64_t begin, int64_t end) {
+    for_columns(shape, x, begin, end, [&](int64_t first, int64_t rows, A* columns) {
+      for (int64_t panel = 0; panel < panels.count; ++panel) {
+        const int64_t channel = panels.begin(panel);
+        const int64_t channels = std::min(panels.width(panel), shape.out - channel);
+        A* at = out + first * shape.out + channel;
+        start_rows(at, shape.out, rows, channels, bias == nullptr ? nullptr : bias + channel);
+        kernels<A>().conv_pairs({rows_of.data(), rows_of.data(), rows, columns, depth, at, shape.out, channels},
+                                packed + channel * depth, depth);
+      }
+    });
+  });
+}
+
+Tensor run(const Shape& shape, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+           const Tensor& kernel_map, Strides strides) {
+  const int64_t channels = shape.groups * shape.out;
+  Tensor out = empty({shape.rows_out, channels}, x.scalar_type());
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
+    const A* offset = bias ? parameter<A>(*bias, "bias", channels, x) : nullptr;
+    if (is_narrow_conv(shape, kernels<S>().is_narrow))
+      return run_narrow<S>(shape, x, data<S>(weight), strides, offset, kernel_map, data<S>(out));
+    const Panels panels = Panels::of<A>(shape.out);
+    const Scratch<A> packed(shape.groups * shape.taps * shape.in * panels.padded());
+    pack<S>(shape, panels, data<S>(weight), strides, packed.data());
+    const Wide<S> wide(x);
+    const auto compute = [&](A* to) {
+      const auto how = shape.groups == 1 && shape.in <= kThin ? run_columns<A> : run_pairs<A>;
+      how(shape, wide.data_at(), panels, packed.data(), offset, kernel_map, to);
+    };
+    if constexpr (std::is_same_v<S, A>) {
+      compute(data<A>(out));
+    } else {
+      const Scratch<A> sums(out.numel());
+      compute(sums.data());
+      parallel_for(0, out.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+        kernels<S>().narrow(sums.data() + begin, end - begin, data<S>(out) + begin);
+      });
+    }
+  });
+  return out;
+}
+
+Tensor conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& kernel_map,
+            const std::optional<Tensor>& inverse_map) {
+  const Strides strides = check_weight(weight, x);
+  return run(check_shape(x, "x", kernel_map, sizes(weight)), x, weight, bias, kernel_map, strides);
+}
+
+// Returns for every input row and tap the output row that reads it, -1 where none does.
+Tensor invert(const Tensor& kernel_map, int64_t rows_in) {
+  check_range(kernel_map, "kernel_map", rows_in);
+  const int64_t rows = kernel_map.size(0), taps = kernel_map.size(1);
+  Tensor out = empty({rows_in, taps}, ScalarType::Int);
+  const int32_t* map = data<int32_t>(kernel_map);
+  int32_t* inverse = data<int32_t>(out);
+  std::fill_n(inverse, rows_in * taps, -1);
+  bool twice = false;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t k = 0; k < taps; ++k) {
+      const int64_t read = map[row * taps + k];
+      if (read < 0) continue;
+      twice |= inverse[read * taps + k] != -1;
+      inverse[read * taps + k] = static_cast<int32_t>(row);
+    }
+  }
+  STD_TORCH_CHECK(!twice, "sparsecnx: two rows of kernel_map read the same input row through the same tap");
+  return out;
+}
+
+// Raises unless the maps are each other's inverse.
+void check_inverse(const Tensor& grad, const Tensor& kernel_map, const Tensor& inverse_map, int64_t rows_in) {
+  const int64_t rows = kernel_map.size(0), taps = kernel_map.size(1);
+  check_matrix(inverse_map, "inverse_map", rows_in, taps, ScalarType::Int);
+  check_range(kernel_map, "kernel_map", rows_in);
+  check_range(inverse_map, "inverse_map", rows);
+  const int32_t *map = data<int32_t>(kernel_map), *inverse = data<int32_t>(inverse_map);
+  std::atomic<bool> good = count_reads(map, rows * taps) == count_reads(inverse, rows_in * taps);
+  if (rows_in > 0) {  // Otherwise nothing is read.
+    parallel_for(0, rows, 1 << 12, [&](int64_t begin, int64_t end) {
+      bool wrong = false;
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t k = 0; k < taps; ++k) {
+          const int32_t read = map[row * taps + k];
+          wrong |= (read >= 0) & (inverse[(read >= 0 ? read : 0) * taps + k] != row);
+        }
+      }
+      if (wrong) good = false;
+    });
+  }
+  if (!good) contradict({rows_in, grad.size(1), rows, taps, map}, inverse);
+}
+
+// Returns the gradient of x.
+Tensor conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& kernel_map,
+                       const std::optional<Tensor>& inverse_map, int64_t rows_in) {
+  const Strides strides = check_weight(weight, grad);
+  check_size(rows_in, "rows_in", 0, INT32_MAX);
+  const auto [groups, taps, in, out] = sizes(weight);
+  STD_TORCH_CHECK(kernel_map.dim() == 2 && kernel_map.size(1) == taps && kernel_map.size(0) == grad.size(0),
+                  "sparsecnx: kernel_map must be (rows of grad, ", taps, ")");
+  check_dense(kernel_map, "kernel_map", kernel_map.numel(), ScalarType::Int);
+  check_product({rows_in, taps}, "inverse_map");
+  if (inverse_map) check_inverse(grad, kernel_map, *inverse_map, rows_in);
+  const Tensor inverse = inverse_map ? *inverse_map : invert(kernel_map, rows_in);
+  const Shape shape = check_shape(grad, "grad", inverse, {groups, taps, out, in});
+  return run(shape, grad, weight, std::nullopt, inverse, {strides.group, strides.tap, strides.out, strides.in});
+}
+
+// Stores sums, packed as the weight, in torch's layout (channels out, channels in, taps).
+template <class S>
+void unpack(const Shape& shape, const Panels& panels, const Compute<S>* packed, S* weight) {
+  const int64_t taps = shape.taps, in = shape.in, lanes = panels.lanes;
+  parallel_for(0, shape.groups * panels.registers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / panels.registers, first = task % panels.registers * lanes;
+      int64_t panel = 0;
+      while (panels.begin(panel + 1) <= first) ++panel;
+      const int64_t step = panels.width(panel), rows = std::min(lanes, shape.out - first);
+      const auto* from =
+          packed + (group * panels.padded() + panels.begin(panel)) * taps * in + first - panels.begin(panel);
+      S* to = weight + (group * shape.out + first) * in * taps;
+      for (int64_t i = 0; i < in; ++i)
+        kernels<S>().lanes_to_columns(from + i * step, in * step, rows, taps, to + i * taps, in * taps);
+    }
+  });
+}
+
+// Divides the input channels of every panel into tasks. A thread goes over all chunks for its own tasks, and no sum is
+// shared.
+template <class A>
+void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& panels, const Tensor& kernel_map, A* sums) {
+  constexpr int64_t kSlice = 24;  // input channels of a task
+  const int64_t in_step = shape.groups * shape.in, out_step = shape.groups * shape.out;
+  const Rulebook rules(shape, kernel_map, kWeightGradRows);
+  const int64_t slices = (shape.in + kSlice - 1) / kSlice;
+  parallel_for(0, shape.groups * panels.count * slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = 0; chunk < rules.chunks(); ++chunk) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t group = task / slices / panels.count, panel = task / slices % panels.count;
+        const int64_t from = task % slices * kSlice, to = std::min(from + kSlice, shape.in);
+        const int64_t first = panels.begin(panel), width = panels.width(panel);
+        const int64_t channels = std::min(width, shape.out - first);
+        A* at = sums + (group * panels.padded() + first) * shape.taps * shape.in;
+        for (int64_t tap = 0; tap < shape.taps; ++tap) {
+          kernels<A>().conv_pairs_weight_grad(
+              {rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap), x + group * shape.in, in_step,
+               const_cast<A*>(grad) + group * shape.out + first, out_step, channels},
+              from, to, at + tap * shape.in * width);
+        }
+      }
+    }
+  });
+}
+
+// One thread sums each slab of rows, and slabs are added up in order.
+template <class A>
+void sum_columns(const Shape& shape, const A* x, const A* grad, const Panels& panels, const Tensor& kernel_map,
+                 A* sums) {
+  check_range(kernel_map, "kernel_map", shape.rows_in);
+  const int64_t depth = shape.taps * shape.in;
+  const int64_t slabs = std::clamp<int64_t>(shape.rows_out / 256, 1, torch::stable::get_num_threads());
+  const std::vector<int32_t> rows_of = ascending(512);
+  BlockSums<A> partial(slabs, panels.padded() * depth);
+  parallel_for(0, slabs, 1, [&](int64_t first_slab, int64_t last_slab) {
+    for (int64_t slab = first_slab; slab < last_slab; ++slab) {
+      const int64_t begin = shape.rows_out * slab / slabs, end = shape.rows_out * (slab + 1) / slabs;
+      for_columns(shape, x, begin, end, [&](int64_t first, int64_t rows, A* columns) {
+        for (int64_t panel = 0; panel < panels.count; ++panel) {
+          const int64_t channel = panels.begin(panel);
+          kernels<A>().conv_pairs_weight_grad(
+              {rows_of.data(), rows_of.data(), rows, columns, depth, const_cast<A*>(grad) + first * shape.out + channel,
+               shape.out, std::min(panels.width(panel), shape.out - channel)},
+              0, depth, partial.at(slab) + channel * depth);
+        }
+      });
+    }
+  });
+  partial.store(sums);
+}
+
+template <class S>
+void sum_narrow(const Shape& shape, const Tensor& x, const Tensor& grad, const Tensor& kernel_map, S* out) {
+  using A = Compute<S>;
+  const int64_t channels = shape.groups * shape.in, width = shape.in, lanes = kernels<S>().lanes;
+  const Rulebook rules(shape, kernel_map, kMostChunk);
+  const NarrowConv<S> job{shape.map, shape.taps, width, channels, data<S>(x), nullptr, nullptr, data<S>(grad)};
+  std::vector<A> sums(shape.taps * width * channels);
+  // One thread sums each tap and slice of channels.
+  const int64_t slice = 2 * lanes, slices = (channels + slice - 1) / slice;
+  parallel_for(0, shape.taps * slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = 0; chunk < rules.chunks(); ++chunk) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t tap = task % shape.taps, from = task / shape.taps * slice;
+        kernels<S>().conv_narrow_weight_grad(job, rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap),
+                                             from, std::min(from + slice, channels),
+                                             sums.data() + tap * width * channels);
+      }
+    }
+  });
+  std::vector<A> ordered(sums.size());  // (channels, width, taps)
+  auto* at = ordered.data();
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t j = 0; j < width; ++j) {
+      for (int64_t k = 0; k < shape.taps; ++k) *at++ = sums[(k * width + j) * channels + c];
+    }
+  }
+  kernels<S>().narrow(ordered.data(), ordered.size(), out);
+}
+
+// Returns the gradient of the weight in torch's layout, (groups, channels out, channels in, taps).
+Tensor conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& kernel_map) {
+  check_weight(weight, x);
+  const Shape shape = check_shape(x, "x", kernel_map, sizes(weight));
+  check_matrix(grad, "grad", shape.rows_out, shape.groups * shape.out, x.scalar_type());
+  const int64_t groups = shape.groups;
+  Tensor out = empty({groups, shape.out, shape.in, shape.taps}, x.scalar_type());
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
+    if (is_narrow_conv(shape, kernels<S>().is_narrow)) return sum_narrow<S>(shape, x, grad, kernel_map, data<S>(out));
+    const Panels panels = Panels::of<A>(shape.out);
+    const int64_t count = groups * shape.taps * shape.in * panels.padded();
+    const Scratch<A> sums(count);
+    parallel_for(0, count, 1 << 16,
+                 [&](int64_t begin, int64_t end) { std::fill(sums.data() + begin, sums.data() + end, A(0)); });
+    const Wide<S> wide(x), wide_grad(grad);
+    const auto how = groups == 1 && shape.in <= kThin ? sum_columns<A> : sum_pairs<A>;
+    how(shape, wide.data_at(), wide_grad.data_at(), panels, kernel_map, sums.data());
+    unpack<S>(shape, panels, sums.data(), data<S>(out));
+  });
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CPU, m) {
+  m.impl("conv", TORCH_BOX(&conv));
+  m.impl("conv_input_grad", TORCH_BOX(&conv_input_grad));
+  m.impl("conv_weight_grad", TORCH_BOX(&conv_weight_grad));
+}
+
+}  // namespace
+}  // namespace sparsecnx
