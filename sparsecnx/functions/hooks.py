@@ -1,14 +1,17 @@
-"""Two places where torch looks for tensors among arguments without asking what they are.
+"""Three places where torch looks for tensors among arguments without asking what they are.
 
-Both would compute without a word that gradients are lost, so each asks for SparseTensors first.
+Two would lose gradients without a word, the third does not compile. Each asks for SparseTensors first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._dynamo.variables import torch_function as dynamo
+from torch._dynamo.variables.lists import TupleVariable
 from torch.nn.modules import batchnorm
 from torch.utils.hooks import BackwardHook
 
@@ -18,6 +21,7 @@ from sparsecnx.tensor import SparseTensor
 
 _apply = BackwardHook._apply_on_tensors
 _sync_batch_norm = batchnorm.sync_batch_norm
+_flatten = dynamo._flatten_vts
 
 
 def _apply_on_tensors(self: BackwardHook, fn: Any, args: tuple[Any, ...]) -> Any:
@@ -37,5 +41,14 @@ def _synchronised(input: Any, *args: Any) -> Any:
     return _sync_batch_norm.apply(input, *args)
 
 
+def _flatten_with_tuples(variables: Iterable[Any]) -> list[Any]:
+    """Look into tuples as into lists: torch.compile asks the tensors of `torch.cat([x, y])`, not of `torch.cat((x, y))`."""
+    found = []
+    for variable in _flatten(variables):
+        found.extend(_flatten_with_tuples(variable.items) if type(variable) is TupleVariable else [variable])
+    return found
+
+
 BackwardHook._apply_on_tensors = _apply_on_tensors  # type: ignore[method-assign]
 batchnorm.sync_batch_norm = SimpleNamespace(apply=_synchronised)  # type: ignore[assignment, misc]
+dynamo._flatten_vts = _flatten_with_tuples
