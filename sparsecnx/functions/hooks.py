@@ -42,8 +42,8 @@ def _synchronised(input: Any, *args: Any) -> Any:
 
 
 def _flatten_with_tuples(variables: Iterable[Any]) -> list[Any]:
-    """Look into tuples as into lists: torch.compile asks the tensors of `torch.cat([x, y])`, not of `torch.cat((x, y))`."""
-    found = []
+    """Look into tuples too: torch.compile asks the tensors of `torch.cat([x, y])`, not of `torch.cat((x, y))`."""
+    found: list[Any] = []
     for variable in _flatten(variables):
         found.extend(_flatten_with_tuples(variable.items) if type(variable) is TupleVariable else [variable])
     return found
@@ -51,4 +51,4 @@ def _flatten_with_tuples(variables: Iterable[Any]) -> list[Any]:
 
 BackwardHook._apply_on_tensors = _apply_on_tensors  # type: ignore[method-assign]
 batchnorm.sync_batch_norm = SimpleNamespace(apply=_synchronised)  # type: ignore[assignment, misc]
-dynamo._flatten_vts = _flatten_with_tuples
+dynamo._flatten_vts = _flatten_with_tuples  # type: ignore[assignment]

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecnx.geometry.layout import Layout
 from sparsecnx.tensor import HANDLERS, SparseTensor, packed, refuse
 
 Handler = Callable[..., Any]
