@@ -23,6 +23,8 @@ from sparsecnx.geometry.masks import random_mask
 from sparsecnx.geometry.tiles import TileSet
 from sparsecnx.tensor import SparseTensor
 
+sparse = SparseTensor.from_dense
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -35,5 +37,6 @@ __all__ = [
     "nn",
     "ops",
     "random_mask",
+    "sparse",
     "use_backend",
 ]

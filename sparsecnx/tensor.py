@@ -19,7 +19,7 @@ from torch.utils import checkpoint
 from sparsecnx.backends.transforms import transforms_active
 from sparsecnx.common.memory import check_memory
 from sparsecnx.geometry.layout import Layout
-from sparsecnx.geometry.masks import check_same_images
+from sparsecnx.geometry.mask_reading import check_same_device
 from sparsecnx.geometry.packing import gather_rows, scatter_rows
 from sparsecnx.geometry.tiles import TileSet
 
@@ -103,22 +103,38 @@ class SparseTensor:
 
     @classmethod
     def from_dense(
-        cls, dense: Tensor, mask: Tensor, visible: int | None = None, count: int | None = None
+        cls,
+        dense: Tensor,
+        mask: Tensor,
+        visible: int | None = None,
+        count: int | None = None,
+        *,
+        ones: str = "masked",
+        below_tile: str = "raise",
     ) -> SparseTensor:
-        """Pack the visible sites of a dense tensor. Masked sites are never read.
+        """Pack the visible sites of a dense tensor. Masked sites are never read. `sparsecnx.sparse` is the same.
 
         Args:
             dense: `(B, C, *spatial)`, for example images `(B, 3, H, W)`.
-            mask: bool `(B, L)` with L in raster order or `(B, *grid)`, True = masked, on any grid of square
-                tiles that divides the spatial shape; `(B, H, W)` is an arbitrary mask of single sites.
+            mask: which tiles are masked, on the device of `dense`: bool, or integers or floats of zeros and ones. It is
+                `(B, L)`, L tiles in raster order, `(B, *grid)` or `(B, 1, *grid)`, on any grid that divides the
+                spatial shape. With 1 for B, or without B, it is for all images. L tiles are taken as squares where
+                these fit. A mask on the grid of single sites, such as pixels `(B, H, W)`, is cut into the largest tiles
+                that it consists of, square ones if there are any. With `visible` or `count`, and where torch.compile
+                compiles, no values are read and it stays one of single sites, which no stride divides: pass every p-th
+                pixel, `mask[:, ::p, ::p]`.
             visible: visible tiles per image, where known and equal: then nothing is read back from the
                 device and no shape depends on data.
             count: visible tiles of the whole batch, where known: the same for images that differ.
+            ones: what ones in `mask` are, "masked" as in MAE or "visible" as in SparK.
+            below_tile: what a network does whose stride leaves less than a site of a tile. "raise": an error. "dense":
+                it goes on from there with an ordinary tensor, zero at masked sites.
 
         Raises:
-            TypeError: `dense` is not a tensor, `mask` not a bool tensor.
-            ValueError: shapes or devices do not fit, the batch is empty, or the mask does not keep `visible` or
-                `count` tiles.
+            TypeError: `dense` is not a tensor, or `mask` not one of bool, integers or floats.
+            ValueError: shapes or devices do not fit, or the shape of `mask` has two meanings; the batch is empty;
+                `mask` has other values than zeros and ones (on a GPU an assertion on the device fails), or does not
+                keep `visible` or `count` tiles.
         """
         if not isinstance(dense, Tensor):
             raise TypeError(f"dense is a {type(dense).__name__}: expected a tensor (B, C, *spatial)")
@@ -128,8 +144,9 @@ class SparseTensor:
             raise ValueError(f"dense is {tuple(dense.shape)}: expected at least one image in the batch")
         check_memory(dense=dense)
         shape = tuple(dense.shape[2:])
-        check_same_images(mask, dense, "dense")
-        layout = Layout.from_mask(mask, shape, visible, count)
+        check_same_device(mask, dense, "dense")
+        batch = dense.shape[0]
+        layout = Layout.from_mask(mask, shape, visible, count, batch=batch, ones=ones, below_tile=below_tile)
         return cls(gather_rows(dense, layout), layout)
 
     def dense(self, fill: float | Tensor = 0.0) -> Tensor:

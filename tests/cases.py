@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsecnx import Layout, SparseTensor, use_backend
+from sparsecnx import Layout, SparseTensor, TileSet, use_backend
 from sparsecnx.backends import compiled, minkowski, triton_launch
 from sparsecnx.backends.dispatch import Operator as Dispatcher
 from sparsecnx.geometry import packing
@@ -106,8 +106,7 @@ def masks(draw: Any, ndim: int = 2, sites: int = 16, tiles: tuple[int, ...] = TI
 
 @st.composite
 def layouts(draw: Any, ndim: int = 2, sites: int = 16, tiles: tuple[int, ...] = TILES) -> Layout:
-    mask, tile = draw(masks(ndim, sites, tiles))
-    return Layout.from_mask(mask, tuple(size * tile for size in mask.shape[1:]))
+    return make_layout(*draw(masks(ndim, sites, tiles)))
 
 
 def draw_convolution(data: Any, ndim: int) -> tuple[Layout, int, tuple[int, ...], tuple[int, ...]]:
@@ -119,8 +118,9 @@ def draw_convolution(data: Any, ndim: int) -> tuple[Layout, int, tuple[int, ...]
     return layout, stride, kernel, padding
 
 
-def make_layout(mask: Tensor, tile: int) -> Layout:
-    return Layout.from_mask(mask, tuple(size * tile for size in mask.shape[1:]))
+def make_layout(mask: Tensor, tile: int | tuple[int, ...]) -> Layout:
+    """Return the layout of a mask `(B, *grid)` with tiles of that size; `Layout.from_mask` would merge single sites."""
+    return Layout(TileSet.from_mask(mask, tuple(mask.shape[1:])), tile)
 
 
 def example_layout(batch: int = 2, grid: tuple[int, ...] = (3, 2), tile: int = 4) -> Layout:

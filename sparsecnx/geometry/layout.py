@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sparsecnx.backends.transforms import transforms_active
 from sparsecnx.geometry import tile_maps
-from sparsecnx.geometry.masks import format_shape, infer_grid
+from sparsecnx.geometry.mask_reading import read_mask, tile_of_sites
+from sparsecnx.geometry.masks import format_shape
 from sparsecnx.geometry.nested_order import tile_sites
 from sparsecnx.geometry.tables import cached_table
 from sparsecnx.geometry.tile_maps import Window
@@ -61,17 +63,38 @@ class Layout:
 
     @classmethod
     def from_mask(
-        cls, mask: Tensor, shape: tuple[int, ...], visible: int | None = None, count: int | None = None
+        cls,
+        mask: Tensor,
+        shape: tuple[int, ...],
+        visible: int | None = None,
+        count: int | None = None,
+        *,
+        batch: int | None = None,
+        ones: str = "masked",
+        below_tile: str = "raise",
+        name: str = "dense",
     ) -> Layout:
-        """Lay out a dense tensor with spatial `shape` under `mask`, bool `(B, L)` or `(B, *grid)`.
+        """Lay out `batch` dense tensors with spatial `shape` under a mask, see `SparseTensor.from_dense`.
 
-        The tile side follows from the shapes: `shape / grid`, equal along all axes.
+        The tile follows from the shapes: `shape / grid`. A mask of single sites is read, and cut into larger tiles
+        where it consists of them, unless `visible` or `count` say that nothing is to be read.
+
+        Args:
+            batch: number of images; None for as many as the mask is for.
+            name: what errors call the images.
 
         Raises:
-            TypeError, ValueError: as `TileSet.from_mask`, or no square tile fits.
+            TypeError, ValueError: as `SparseTensor.from_dense`.
         """
-        grid, tile = infer_grid(mask, shape)
-        return cls(TileSet.from_mask(mask, grid, visible, count), tile)
+        masked = read_mask(mask, shape, batch, ones, name)
+        unread = torch.compiler.is_compiling() or transforms_active() or type(masked) is not Tensor
+        if tuple(masked.shape[1:]) == shape and visible is None and count is None and not unread:
+            tile = tile_of_sites(masked)
+            corners = (slice(None), *(slice(None, None, side) for side in tile))
+            masked = masked[corners]
+        grid = tuple(masked.shape[1:])
+        tile = tuple(size // cells for size, cells in zip(shape, grid, strict=True))
+        return cls(TileSet.from_mask(masked, grid, visible, count, below_tile), tile)
 
     @property
     def batch(self) -> int:

@@ -75,7 +75,7 @@ def check_mask(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
         ValueError: the shape does not fit `grid`.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"{_describe(mask)}: expected a bool tensor (B, {math.prod(grid)}), True = masked")
+        raise TypeError(f"{describe(mask)}: expected a bool tensor (B, {math.prod(grid)}), True = masked")
     check_memory(mask=mask)
     shape = tuple(mask.shape)
     if mask.ndim == 0 or shape[1:] not in ((math.prod(grid),), tuple(grid)):
@@ -84,52 +84,8 @@ def check_mask(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
     return mask.flatten(1) if mask.ndim > 2 else mask.reshape(shape[0], math.prod(grid))
 
 
-def check_same_images(mask: Tensor, images: Tensor, name: str) -> None:
-    """Raise ValueError unless `mask` has as many images as the tensor `images`, on its device.
-
-    What is no tensor is left to `check_mask`.
-
-    Args:
-        name: what errors call `images`.
-    """
-    if isinstance(mask, Tensor) and mask.device != images.device:
-        raise ValueError(f"mask is on {mask.device}: {name} is on {images.device}")
-    if isinstance(mask, Tensor) and mask.ndim and mask.shape[0] != images.shape[0]:
-        raise ValueError(f"mask is {tuple(mask.shape)}: {name} holds {images.shape[0]} images")
-
-
-def infer_grid(mask: Tensor, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """Return grid and tile side for a mask `(B, L)` or `(B, *grid)` over a dense tensor of spatial `shape`.
-
-    Raises:
-        TypeError: `mask` is not a bool tensor.
-        ValueError: no tile with equal sides fits.
-    """
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"{_describe(mask)}: expected a bool tensor (B, L) or (B, *grid), True = masked")
-    if mask.ndim == 1 + len(shape) and len(shape) > 1:
-        grid = tuple(mask.shape[1:])
-        tile = shape[0] // grid[0] if grid[0] else 0
-    elif mask.ndim == 2:
-        cells = mask.shape[1]
-        tile = round((math.prod(shape) / cells) ** (1 / len(shape))) if cells else 0
-        grid = tuple(size // tile for size in shape) if tile else ()
-        if math.prod(grid) != cells:
-            tile = 0
-    else:
-        raise ValueError(
-            f"mask is {tuple(mask.shape)}: expected (B, L) or (B, {', '.join('g' * len(shape))}) "
-            f"for a tensor of {format_shape(shape)} sites"
-        )
-    if tile == 0 or any(size != cells * tile for size, cells in zip(shape, grid, strict=True)):
-        raise ValueError(
-            f"mask is {tuple(mask.shape)}: no grid of square tiles with that many cells divides "
-            f"{format_shape(shape)} sites evenly"
-        )
-    return grid, tile
-
-
-def _describe(mask: object) -> str:
+def describe(mask: object) -> str:
+    """Return what a mask is, for an error."""
     if isinstance(mask, Tensor):
         return f"mask is {mask.dtype} {tuple(mask.shape)}"
     return f"mask is a {type(mask).__name__}"

@@ -139,8 +139,8 @@ class ConvNeXtV2Encoder(nn.Module):
         Args:
             images: `(B, in_chans, H, W)`, H and W multiples of 32; or a SparseTensor of their visible pixels, without
                 `mask`.
-            mask: bool `(B, L)` or `(B, gh, gw)`, True = masked, on a grid of square patches whose side is a multiple of
-                32 pixels. None computes all sites, dense.
+            mask: `(B, L)` or `(B, gh, gw)`, True or 1 = masked, on a grid of patches whose sides are multiples of 32
+                pixels, see `SparseTensor.from_dense`. None computes all sites, dense.
             visible: number of visible patches, if it is known and equal in all images, see `SparseTensor.from_dense`.
 
         Returns:
@@ -159,15 +159,15 @@ class ConvNeXtV2Encoder(nn.Module):
             if mask is not None:
                 raise ValueError("mask is given: expected None, since images is a SparseTensor of the visible pixels")
             if images.features.shape[1] != self.in_chans:
-                raise ValueError(f"images is {images.shape}: expected (B, {self.in_chans}, H, W)")
+                raise ValueError(f"images is {tuple(images.shape)}: expected (B, {self.in_chans}, H, W)")
         else:
             check_images(images, self.in_chans)
             x = images if mask is None else SparseTensor.from_dense(images, mask, visible)
         if isinstance(x, SparseTensor) and any(side % STRIDE for side in x.layout.tile):
-            given = f"images is {images.shape}" if mask is None else f"mask is {tuple(mask.shape)}"
+            given = f"images is {tuple(images.shape)}" if mask is None else f"mask is {tuple(mask.shape)}"
+            patch = x.layout.side or format_shape(x.layout.tile)
             raise ValueError(
-                f"{given}: its patches of {format_shape(x.layout.tile)} pixels must be a multiple of {STRIDE}, the "
-                "stride of the network"
+                f"{given}: its patches of {patch} pixels must be a multiple of {STRIDE}, the stride of the network"
             )
         refuse_backward_hooks(self, x)
         outputs = []

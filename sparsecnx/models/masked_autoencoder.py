@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsecnx.geometry.layout import Layout
-from sparsecnx.geometry.masks import check_mask, check_same_images, random_mask, visible_count
-from sparsecnx.geometry.packing import gather_rows
-from sparsecnx.geometry.tiles import TileSet
+from sparsecnx.geometry.mask_reading import check_same_device, read_mask
+from sparsecnx.geometry.masks import random_mask, visible_count
 from sparsecnx.models.encoders import Stages
 from sparsecnx.tensor import SparseTensor
 
@@ -85,7 +83,8 @@ class MaskedAutoencoder(nn.Module):
             images: `(B, C, H, W)`, H and W multiples of the patch size.
             mask_ratio: fraction of patches removed by a random mask, if `mask` is None; `int(L * (1 - mask_ratio))` of
                 L patches stay visible.
-            mask: bool `(B, L)` or `(B, gh, gw)`, True = masked.
+            mask: `(B, L)`, `(B, gh, gw)` or `(B, 1, gh, gw)`, or a mask of pixels, True or 1 = masked; the same without
+                B for all images. See `SparseTensor.from_dense`.
             visible: number of visible patches of `mask`, if it is known and equal in all images, see
                 `SparseTensor.from_dense`.
             generator: source of the random mask, on the device of `images` or on the CPU.
@@ -109,10 +108,10 @@ class MaskedAutoencoder(nn.Module):
             device = images.device if generator is None else generator.device
             mask = random_mask(images.shape[0], grid, mask_ratio, generator=generator, device=device)
             mask = mask.to(images.device)
-        check_same_images(mask, images, "images")
-        mask = check_mask(mask, grid)
-        layout = Layout(TileSet.from_mask(mask, grid, visible, below_tile=self.below_tile), self._patch)
-        pred = self.predict(SparseTensor(gather_rows(images, layout), layout))
+        check_same_device(mask, images, "images")
+        mask = read_mask(mask, tuple(images.shape[2:]), images.shape[0], name="images", grid=grid)
+        pred = self.predict(SparseTensor.from_dense(images, mask, visible, below_tile=self.below_tile))
+        mask = mask.flatten(1)
         return self._loss(images, pred, mask, grid), pred, mask
 
     def predict(self, x: SparseTensor) -> Tensor:

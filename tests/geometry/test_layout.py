@@ -260,7 +260,7 @@ def test_what_to_do_below_the_tile_is_kept() -> None:
 
 
 def test_grid_is_inferred_from_the_shapes() -> None:
-    def found(mask_shape: tuple[int, ...], shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    def found(mask_shape: tuple[int, ...], shape: tuple[int, ...]) -> tuple[tuple[int, ...], int | None]:
         layout = Layout.from_mask(torch.zeros(mask_shape, dtype=torch.bool), shape)
         assert layout.shape == shape
         return layout.tiles.grid, layout.side
@@ -269,7 +269,7 @@ def test_grid_is_inferred_from_the_shapes() -> None:
     assert found((2, 6), (24, 16)) == found((2, 3, 2), (24, 16)) == ((3, 2), 8)
     assert found((1, 5), (35,)) == ((5,), 7)
     assert found((1, 12), (6, 4, 4)) == found((1, 3, 2, 2), (6, 4, 4)) == ((3, 2, 2), 2)
-    assert found((1, 5, 7), (5, 7)) == ((5, 7), 1)
+    assert found((1, 3, 2), (12, 10)) == ((3, 2), None)  # 4x5 sites
 
 
 FLAT = torch.zeros(2, 6, dtype=torch.bool)
@@ -287,20 +287,15 @@ FLAT = torch.zeros(2, 6, dtype=torch.bool)
         (lambda: TileSet.from_mask(FLAT, (2, 2)), ValueError, r"mask is \(2, 6\): a 2x2 grid needs \(2, 4\)"),
         (lambda: TileSet.from_mask(FLAT.view(2, 3, 2), (2, 3)), ValueError, r"mask is \(2, 3, 2\): a 2x3 grid needs"),
         (lambda: TileSet.from_mask(FLAT[0, 0], (2, 3)), ValueError, r"mask is \(\): a 2x3 grid needs \('B', 6\)"),
-        (lambda: Layout.from_mask(None, (4, 6)), TypeError, "mask is a NoneType: expected a bool tensor"),
-        (
-            lambda: Layout.from_mask(FLAT.int(), (4, 6)),
-            TypeError,
-            r"mask is torch\.int32 \(.*\): expected a bool tensor \(B, ",
-        ),
-        (lambda: Layout.from_mask(FLAT[0], (4, 6)), ValueError, r"mask is \(6,\): expected \(B, L\) or \(B, g, g\)"),
-        (lambda: Layout.from_mask(FLAT[None, None], (4, 6)), ValueError, "for a tensor of 4x6 sites"),
-        (lambda: Layout.from_mask(FLAT, (4, 4)), ValueError, r"mask is \(2, 6\): no grid of square tiles .* 4x4 sites"),
-        (lambda: Layout.from_mask(FLAT, (5, 7)), ValueError, "no grid of square tiles .* 5x7 sites"),
-        (lambda: Layout.from_mask(FLAT.view(2, 2, 3), (4, 9)), ValueError, "no grid of square tiles .* 4x9 sites"),
+        (lambda: Layout.from_mask(None, (4, 6)), TypeError, "mask is a NoneType: expected a tensor"),
+        (lambda: Layout.from_mask(FLAT[0], (5, 7)), ValueError, r"mask is \(6,\): expected \(B, L\), \(B, g, g\) or"),
+        (lambda: Layout.from_mask(FLAT[None, None, None], (4, 6)), ValueError, "for a tensor of 4x6 sites"),
+        (lambda: Layout.from_mask(FLAT, (4, 4)), ValueError, r"mask is \(2, 6\): no grid of tiles .* 4x4 sites"),
+        (lambda: Layout.from_mask(FLAT, (5, 7)), ValueError, "no grid of tiles .* 5x7 sites"),
+        (lambda: Layout.from_mask(FLAT.view(2, 2, 3), (4, 8)), ValueError, "no grid of tiles .* 4x8 sites"),
         (lambda: Layout.from_mask(FLAT[:, :0], (4, 4)), ValueError, r"mask is \(2, 0\): no grid"),
-        (lambda: Layout.from_mask(FLAT, (0, 0)), ValueError, "no grid of square tiles .* 0x0 sites"),
-        (lambda: Layout.from_mask(FLAT, (7,)), ValueError, "no grid of square tiles .* 7 sites"),
+        (lambda: Layout.from_mask(FLAT, (0, 0)), ValueError, "no grid of tiles .* 0x0 sites"),
+        (lambda: Layout.from_mask(FLAT, (7,)), ValueError, "no grid of tiles .* 7 sites"),
         (lambda: Layout.from_mask(FLAT, (4, 6), -1), ValueError, "visible is -1: a grid of 6 tiles keeps 0 to 6"),
         (lambda: Layout.from_mask(FLAT, (4, 6), 7), ValueError, "visible is 7: a grid of 6 tiles keeps 0 to 6"),
         (lambda: Layout.from_mask(FLAT, (4, 6), count=-1), ValueError, "count is -1: 2 images of 6 tiles keep 0 to 12"),

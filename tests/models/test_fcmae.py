@@ -200,7 +200,7 @@ def test_images_that_do_not_fit(x, error, message):
 @pytest.mark.parametrize(
     "mask, error, message",
     [
-        (torch.zeros(2, 6), TypeError, r"mask is torch\.float32 \(.*\): expected a bool tensor \(B, "),
+        (torch.full((2, 6), 0.5), ValueError, r"mask has the values 0\.5: expected 0 and 1"),
         (torch.zeros(2, 5, dtype=torch.bool), ValueError, r"mask is \(2, 5\): a 2x3 grid needs \(2, 6\)"),
         (torch.zeros(2, 3, 2, dtype=torch.bool), ValueError, r"mask is \(2, 3, 2\): a 2x3 grid needs"),
         (torch.zeros(3, 6, dtype=torch.bool), ValueError, r"mask is \(3, .*2 images"),
