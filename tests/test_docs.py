@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PAGES: dict[str, tuple[str, ...]] = {
     "README.md": (),
     "docs/training-loop.md": (),
-    "docs/networks.md": (),
+    "docs/networks.md": ("timm", "torchvision"),
     "docs/backends.md": (),
     "docs/wrapping.md": (),
     "docs/after-pretraining.md": ("timm", "transformers", "safetensors"),
