@@ -1,0 +1,227 @@
+"""Hold unmodified networks on SparseTensors to the same networks dense and masked after every function.
+
+    python benchmarks/check_networks.py --page docs/networks-checked.md
+    python benchmarks/check_networks.py --names resnet50 'regnet*'
+
+Without names, these are the smallest networks of every module of timm, the classifiers of torchvision and 2-D networks
+of MONAI, as far as these are installed. Each runs at 64x96 pixels on a 2x3 grid with unequal counts, in float64, in
+training and in evaluation; outputs have to agree to 1e-10, gradients and running statistics to 1e-8. The computation
+they are held to is `tests/masked_network.py`. The exit code is 1 if any network runs and differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from measure import ROOT, say
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import sparsecnx
+from sparsecnx import SparseTensor
+
+sys.path.insert(0, str(ROOT / "tests"))
+from masked_network import Unknown, differences
+
+SHAPE = (2, 3, 64, 96)
+MASK = torch.tensor([[[0, 1, 0], [0, 1, 0]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.bool)
+OUTPUT_LIMIT, LIMIT = 1e-10, 1e-8
+LARGEST = 60e6  # parameters
+Build = Callable[[], torch.nn.Module]
+
+
+class Headless(torch.nn.Module):
+    """A network without its head, for those whose head wants the image size of its training."""
+
+    def __init__(self, network: torch.nn.Module, features: str) -> None:
+        super().__init__()
+        self.network, self.features = network, features
+
+    def forward(self, x: Any) -> Any:
+        return getattr(self.network, self.features)(x)
+
+
+def timm_networks(names: Sequence[str], per_module: int) -> Iterator[tuple[str, Build]]:
+    """Yield networks of timm by name; the smallest of every module where there are no names."""
+    chosen = [name for pattern in names for name in timm.list_models(pattern)]
+    for module in [] if names else timm.list_modules():
+        sizes = {}
+        for name in timm.list_models(module=module):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+        chosen += [name for name in sorted(sizes, key=lambda name: sizes[name])[:per_module] if sizes[name] < LARGEST]
+    for name in chosen:
+        yield name, lambda name=name: whole(timm.create_model(name))
+
+
+def whole(network: torch.nn.Module) -> torch.nn.Module:
+    """Return a network, of VGG without its head, a 7x7 convolution."""
+    return Headless(network, "forward_features") if type(network).__name__ == "VGG" else network
+
+
+def torchvision_networks() -> Iterator[tuple[str, Build]]:
+    from torchvision import models
+
+    for name in models.list_models(module=models):
+        if not name.startswith(("vit", "swin", "maxvit")):
+            network = models.get_model_builder(name)
+            if name.startswith(("vgg", "alexnet")):  # their heads flatten a 7x7 map
+                yield f"torchvision {name}", lambda network=network: network(weights=None).features
+            elif name.startswith(("inception", "googlenet")):
+                yield f"torchvision {name}", lambda network=network: network(weights=None, init_weights=False)
+            else:
+                yield f"torchvision {name}", lambda network=network: network(weights=None)
+    yield (
+        "torchvision lraspp_mobilenet_v3_large",
+        lambda: models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None),
+    )
+    for name in ("fcn_resnet50", "deeplabv3_resnet50"):
+        network = getattr(models.segmentation, name)
+        yield f"torchvision {name}", lambda network=network: network(weights=None, weights_backbone=None)
+
+
+def monai_networks() -> Iterator[tuple[str, Build]]:
+    from monai.networks import nets
+
+    plane, maps = {"spatial_dims": 2, "in_channels": 3}, {"out_channels": 4}
+    kernels, strides = [3, 3, 3, 3], [1, 2, 2, 2]
+    dynamic = {**plane, **maps, "kernel_size": kernels, "strides": strides, "upsample_kernel_size": strides[1:]}
+    blocks = {"block": "bottleneck", "layers": [1, 1, 1, 1], "block_inplanes": [16, 32, 64, 128]}
+    yield "MONAI ResNet", lambda: nets.ResNet(**blocks, spatial_dims=2, n_input_channels=3, num_classes=4)
+    yield "MONAI DenseNet121", lambda: nets.DenseNet121(**plane, **maps)
+    yield "MONAI SEResNet50", lambda: nets.SEResNet50(**plane, num_classes=4)
+    yield "MONAI EfficientNetBN", lambda: nets.EfficientNetBN("efficientnet-b0", pretrained=False)
+    yield "MONAI UNet", lambda: nets.UNet(**plane, **maps, channels=(8, 16, 32), strides=(2, 2), num_res_units=1)
+    yield "MONAI BasicUNet", lambda: nets.BasicUNet(**plane, **maps, features=(8, 8, 16, 32, 32, 8))
+    yield "MONAI SegResNet", lambda: nets.SegResNet(**plane, **maps, init_filters=8)
+    yield "MONAI DynUNet", lambda: nets.DynUNet(**dynamic)
+    yield "MONAI HighResNet", lambda: nets.HighResNet(**plane, **maps)
+
+
+def on_sparse_tensors(network: torch.nn.Module, images: Tensor) -> Any:
+    """Return what the network answers for a SparseTensor, dense."""
+    out = network(SparseTensor.from_dense(images, MASK))
+    return pytree.tree_map(
+        lambda y: y.dense() if isinstance(y, SparseTensor) else y, out, is_leaf=lambda y: isinstance(y, SparseTensor)
+    )
+
+
+def compare(network: torch.nn.Module) -> tuple[str, str]:
+    """Return what came of a network, "equal", "differs", "raises" or "no reference", and the error in words."""
+    torch.manual_seed(0)
+    with torch.no_grad():  # layer scales and GRN start near zero, where a wrong branch goes unnoticed
+        for parameter in network.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    images, worst, outputs = torch.randn(SHAPE, dtype=torch.float64), 0.0, 0.0
+    network.double()
+    try:
+        with torch.no_grad():
+            network.eval()(images)
+    except Exception as error:
+        return "no reference", f"not at this size: {error}"
+    for training in (True, False):
+        try:
+            errors = differences(network.train(training), images, MASK, on_sparse_tensors)
+        except Unknown as error:
+            return "no reference", str(error)
+        except Exception as error:
+            return "raises", str(error).partition("\n")[0]
+        if not max(errors.values()) <= LIMIT:
+            name = max(errors, key=lambda name: errors[name])
+            return "differs", f"{name} by {errors[name]:.1e}, training is {training}"
+        worst = max(worst, *errors.values())
+        outputs = max(outputs, *(error for name, error in errors.items() if name.startswith("output")))
+    if not outputs <= OUTPUT_LIMIT:
+        return "differs", f"the output by {outputs:.1e}"
+    return "equal", f"{outputs:.0e}, {worst:.0e}"
+
+
+def run_all(networks: Iterable[tuple[str, Build]]) -> dict[str, tuple[str, str]]:
+    found = {}
+    for name, build in networks:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found[name] = compare(build())
+        say(f"{name}: {': '.join(found[name])}")
+    return found
+
+
+def write_page(path: Path, found: dict[str, tuple[str, str]]) -> None:
+    """Write the table of networks, equal ones first."""
+    equal = [name for name, (status, _) in found.items() if status == "equal"]
+    others = {name: reason for name, (status, reason) in found.items() if status == "raises"}
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("torch", "timm", "torchvision", "monai")
+        if importlib.util.find_spec(name)
+    )
+    command = " ".join(["python benchmarks/check_networks.py", *sys.argv[1:]])
+    lines = [
+        "# Networks that were held to",
+        "",
+        f"Written by `{command}` on {datetime.now(timezone.utc):%Y-%m-%d}, with sparsecnx {sparsecnx.__version__}, "
+        f"{versions}, Python {platform.python_version()}.",
+        "Each network ran as it is made, at 64x96 pixels on a 2x3 grid with unequal counts, in float64, in training",
+        f"and in evaluation. Outputs agree to {OUTPUT_LIMIT:g} with the same network dense and masked after every",
+        f"function, gradients and running statistics to {LIMIT:g}.",
+        "",
+        f"## {len(equal)} are equal",
+        "",
+        ", ".join(f"`{name}`" for name in equal) + ".",
+        "",
+        f"## {len(others)} raise",
+        "",
+        "Most attend over space. [any-network.md](any-network.md) says what has no masked meaning.",
+        "",
+        "| network | error |",
+        "|---|---|",
+    ]
+    lines += [f"| `{name}` | {shortened(reason)} |" for name, reason in others.items()]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def shortened(reason: str) -> str:
+    """Return the first part of an error without the path of the caller."""
+    function, called, rest = reason.partition(", called at ")
+    reason = f"{function}: {rest.partition(': ')[2]}" if called else reason
+    reason = reason.partition(";")[0].replace("|", "/")
+    return reason if len(reason) < 130 else f"{reason[:127]}..."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--names", nargs="+", default=[], help="names of timm, with wildcards")
+    parser.add_argument(
+        "--per-module", type=int, default=4, help="so many of the smallest networks of a module of timm"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--page", type=Path, help="write the result as a page of the documentation")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    found = run_all(timm_networks(options.names, options.per_module))
+    for library, networks in (("torchvision", torchvision_networks), ("monai", monai_networks)):
+        if not options.names and importlib.util.find_spec(library):
+            found |= run_all(networks())
+    differ = [name for name, (status, _) in found.items() if status == "differs"]
+    if options.page:
+        write_page(options.page, found)
+    counts = {kind: sum(status == kind for status, _ in found.values()) for kind in ("equal", "raises", "no reference")}
+    print(f"{counts}, differ: {', '.join(differ) or 'none'}")
+    return 1 if differ else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
