@@ -3,10 +3,9 @@
     python benchmarks/check_networks.py --page docs/networks-checked.md
     python benchmarks/check_networks.py --names resnet50 'regnet*'
 
-Without names, these are the smallest networks of every module of timm, the classifiers of torchvision and 2-D networks
-of MONAI, as far as these are installed. Each runs at 64x96 pixels on a 2x3 grid with unequal counts, in float64, in
-training and in evaluation; outputs have to agree to 1e-10, gradients and running statistics to 1e-8. The computation
-they are held to is `tests/masked_network.py`. The exit code is 1 if any network runs and differs.
+Without names, these are `NETWORKS` of timm, the classifiers of torchvision and 2-D networks of MONAI, as far as these
+are installed. Each runs at 64x96 pixels on a 2x3 grid with unequal counts, in float64, in training and in evaluation;
+outputs have to agree to 1e-10, gradients and running statistics to 1e-8. The computation they are held to is `tests/masked_network.py`. The exit code is 1 if any network runs and differs.
 """
 
 from __future__ import annotations
@@ -37,7 +36,32 @@ from masked_network import Unknown, differences
 SHAPE = (2, 3, 64, 96)
 MASK = torch.tensor([[[0, 1, 0], [0, 1, 0]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.bool)
 OUTPUT_LIMIT, LIMIT = 1e-10, 1e-8
-LARGEST = 60e6  # parameters
+# The convolutional families of timm, several networks each, and some that attend over space.
+NETWORKS = """
+    resnet18 resnet34 resnet50 resnet18d resnet26t resnet50d resnet14t resnet50_gn resnetaa50 resnetblur18 resnetrs50
+    seresnet50 legacy_seresnet18 seresnext26d_32x4d ecaresnet26t ecaresnet50d ecaresnetlight resnext50_32x4d
+    wide_resnet50_2 res2net50_26w_4s res2next50 resnest14d resnest26d skresnet18 skresnet50 skresnext50_32x4d
+    resnetv2_18 resnetv2_50 resnetv2_50d_gn resnetv2_50d_evos resnetv2_50d_frn resnetv2_50x1_bit
+    resnet32ts resnet50_mlp gcresnet33ts bat_resnext26ts lambda_resnet26t botnet26t_256
+    convnext_zepto_rms convnext_atto convnext_atto_ols convnext_pico convnext_tiny convnext_tiny_hnf
+    convnextv2_atto convnextv2_femto convnextv2_tiny
+    efficientnet_b0 efficientnet_b1 efficientnet_b0_gn efficientnet_lite0 efficientnet_es efficientnet_blur_b0
+    efficientnet_cc_b0_4e efficientnetv2_rw_t tf_efficientnet_b0 tf_efficientnet_lite0 tf_efficientnetv2_b0
+    mnasnet_small mnasnet_100 semnasnet_100 mixnet_s fbnetc_100 spnasnet_100 tinynet_a tinynet_e hardcorenas_a
+    mobilenetv1_100 mobilenetv2_050 mobilenetv2_100 mobilenetv3_small_050 mobilenetv3_large_100 mobilenetv3_rw
+    mobilenetv4_conv_small mobilenetv4_conv_medium mobilenetv4_conv_aa_medium mobilenetv4_hybrid_medium lcnet_050
+    lcnetv2_small fbnetv3_b ghostnet_050 ghostnet_100 ghostnetv2_100 ghostnetv3_050 rexnet_100 rexnetr_100
+    regnetx_002 regnetx_008 regnety_002 regnety_004 regnety_008 regnetv_040 regnetz_005 regnetz_b16 regnetz_c16_evos
+    densenet121 densenet169 densenetblur121d rdnet_tiny vgg11 vgg11_bn vgg13_bn repvgg_a0 repvgg_b0 repvgg_d2se
+    gernet_s mobileone_s0 repghostnet_050 repvit_m0_9 fastvit_t8 fastvit_sa12 starnet_s1 fasternet_t0
+    nfnet_l0 eca_nfnet_l0 dm_nfnet_f0 nf_resnet26 nf_regnet_b0 hrnet_w18_small hrnet_w18_small_v2 dla34 dla46_c
+    dla60_res2net cs3darknet_s cs3darknet_focus_s cs3sedarknet_l cspresnet50 cspdarknet53 cspnext_tiny darknet17 darknet53
+    sedarknet21 dpn48b dpn68 inception_next_atto inception_next_tiny inception_v3 xception41 legacy_xception
+    vovnet39a ese_vovnet19b_dw ese_vovnet39b_evos hgnet_tiny hgnetv2_b0 selecsls42b tresnet_m convmixer_768_32
+    mambaout_femto mambaout_kobe poolformer_s12 poolformerv2_s12 convformer_s18 caformer_s18 focalnet_tiny_srf
+    edgenext_xx_small mobilevit_xxs mobilevitv2_050 efficientvit_b0 efficientformer_l1 csatv2 shvit_s1 swiftformer_xs
+    pvt_v2_b0 hiera_tiny_224
+"""
 Build = Callable[[], torch.nn.Module]
 
 
@@ -52,18 +76,11 @@ class Headless(torch.nn.Module):
         return getattr(self.network, self.features)(x)
 
 
-def timm_networks(names: Sequence[str], per_module: int) -> Iterator[tuple[str, Build]]:
-    """Yield networks of timm by name; the smallest of every module where there are no names."""
-    chosen = [name for pattern in names for name in timm.list_models(pattern)]
-    for module in [] if names else timm.list_modules():
-        sizes = {}
-        for name in timm.list_models(module=module):
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                sizes[name] = sum(p.numel() for p in timm.create_model(name).parameters())
-        chosen += [name for name in sorted(sizes, key=lambda name: sizes[name])[:per_module] if sizes[name] < LARGEST]
-    for name in chosen:
-        yield name, lambda name=name: whole(timm.create_model(name))
+def timm_networks(patterns: Sequence[str]) -> Iterator[tuple[str, Build]]:
+    """Yield networks of timm by name, for each pattern."""
+    for pattern in patterns:
+        for name in timm.list_models(pattern):
+            yield name, lambda name=name: whole(timm.create_model(name))
 
 
 def whole(network: torch.nn.Module) -> torch.nn.Module:
@@ -211,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, help="write the result as a page of the documentation")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    found = run_all(timm_networks(options.names, options.per_module))
+    found = run_all(timm_networks(options.names or NETWORKS.split()))
     for library, networks in (("torchvision", torchvision_networks), ("monai", monai_networks)):
         if not options.names and importlib.util.find_spec(library):
             found |= run_all(networks())
