@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx import ops
+from sparsecnx.backends.dispatch import Operator
+from sparsecnx.backends.selection import selected
+from sparsecnx.common.memory import check_memory
 from sparsecnx.functions.table import Handler, answers, channels_first, like, refuse
-from sparsecnx.functions.windows import TAKE_PADDING, per_axis, plan, unpadded
-from sparsecnx.tensor import SparseTensor
+from sparsecnx.functions.windows import TAKE_PADDING, coarsened, per_axis, plan, unpadded
+from sparsecnx.ops import convolution
+from sparsecnx.ops.convolution import products
+from sparsecnx.ops.convolution.window import Window
+from sparsecnx.tensor import SparseTensor, packed
+
+_is_compiling = torch.compiler.is_compiling
+
+
+class Prepared(NamedTuple):
+    """What does not change between the calls of one layer, checked at its first call.
+
+    Attributes:
+        runs: the operator that `ops.conv` chose.
+        window: its argument.
+        strided: whether the layout changes.
+        pointwise: whether the convolution is a matrix product of the rows.
+    """
+
+    runs: Operator
+    window: Window
+    strided: bool
+    pointwise: bool
+
+
+_prepared: dict[Any, Prepared] = {}
 
 
 def _convolution(name: str) -> Handler:
@@ -27,13 +54,44 @@ def _convolution(name: str) -> Handler:
         groups: int = 1,
     ) -> Any:
         x, extra = unpadded(input, name)
+        features, layout = x.features, x.layout
+        key = None
+        # Checks at every call took 13 of 31 us (benchmarks/overhead.py, 2026-11-28).
+        if extra is None and type(stride) is type(padding) is type(dilation) is tuple and not _is_compiling():
+            shapes = weight.shape, None if bias is None else bias.shape, features.shape[1], layout.tile, layout.shape
+            key = shapes, stride, padding, dilation, groups
+            prepared = _prepared.get(key)
+            if prepared is not None and _plain(features, weight, bias):
+                if prepared.pointwise and selected() == "auto":
+                    return packed(F.linear(features, weight.flatten(1), bias), layout)
+                out = prepared.runs(x, weight, bias, prepared.window, groups)
+                return packed(out, coarsened(layout, stride) if prepared.strided else layout)
         window = plan(name, x, tuple(weight.shape[2:]), stride, padding, dilation, extra)
         if window.dense:
             border = [side for pair in zip(window.before[::-1], window.after[::-1], strict=True) for side in pair]
             return dense(F.pad(x.dense(), border), weight, bias, window.stride, 0, window.dilation, groups)
-        return ops.conv(x, weight, bias, window.stride, window.before, window.dilation, groups)
+        result = ops.conv(x, weight, bias, window.stride, window.before, window.dilation, groups)
+        if key is not None and not 1 < groups == features.shape[1]:  # Depthwise ones check little.
+            inner = Window(window.kernel, window.stride, window.before, window.dilation)
+            is_product = products.applies(layout, inner)
+            strided = max(window.stride) > 1
+            runs = convolution.patchify_operator if is_product else convolution.operator
+            _prepared[key] = Prepared(runs, inner, strided, is_product and not strided and groups == 1)
+        return result
 
     return handler
+
+
+def _plain(features: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether nothing is to cast, and devices agree; raise RuntimeError where memory was freed."""
+    device = features.device
+    if weight.dtype is not features.dtype or weight.device != device or torch.is_autocast_enabled(device.type):
+        return False
+    if bias is None:
+        check_memory(x=features, weight=weight)
+        return True
+    check_memory(x=features, weight=weight, bias=bias)
+    return bias.dtype is features.dtype and bias.device == device
 
 
 for _name in ("conv1d", "conv2d", "conv3d"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 
 from sparsecnx.functions.table import METHODS, answers, channels_first, like, refuse
+from sparsecnx.geometry.layout import Layout
 from sparsecnx.tensor import SparseTensor
 
 
@@ -140,6 +142,18 @@ def plan(
     if found is None:
         found = _plans[key] = _plan(name, x, kernel, stride, padding, dilation, more, ceil)
     return found
+
+
+_coarser: WeakKeyDictionary[Layout, dict[tuple[int, ...], Layout]] = WeakKeyDictionary()
+
+
+def coarsened(layout: Layout, stride: tuple[int, ...]) -> Layout:
+    """Return `layout.coarsen(stride)`, the same object at every call."""
+    found = _coarser.setdefault(layout, {})
+    coarse = found.get(stride)
+    if coarse is None:
+        coarse = found[stride] = layout.coarsen(stride)
+    return coarse
 
 
 def _hashable(value: Any) -> Any:
