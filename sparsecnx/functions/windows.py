@@ -204,10 +204,10 @@ def _plan(
     if any(side % s for side, s in zip(layout.tile, strides, strict=True)):
         if layout.tiles.below_tile == "dense":
             return Window(kernel, strides, before, after, dilations, True)
-        raise ValueError(
-            f"{name}: stride is {stride}: it must divide the tile, {'x'.join(map(str, layout.tile))} sites; take "
-            'larger patches, or below_tile="dense" of SparseTensor.from_dense, which goes on with an ordinary tensor'
-        )
+        try:
+            layout.coarsen(strides[0] if len(set(strides)) == 1 else strides)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     if out != expected:
         raise ValueError(
             f"{name}: kernel {kernel}, stride {strides}, padding {padding} and dilation {dilations} make {tuple(out)} "

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsecnx.geometry.masks import format_shape
 from sparsecnx.nn import Conv2d, ConvNeXtV2Block, LayerNorm2d
-from sparsecnx.nn.layers import refuse_backward_hooks
 from sparsecnx.tensor import SparseTensor
 
 STRIDE = 32  # pixels per site after the last stage
@@ -62,7 +61,6 @@ class Layers(nn.Sequential):
 
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:
         """Return what the last layer returns."""
-        refuse_backward_hooks(self, input)
         for layer in self:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 input = checkpoint(layer, input, use_reentrant=False)
@@ -169,7 +167,6 @@ class ConvNeXtV2Encoder(nn.Module):
             raise ValueError(
                 f"{given}: its patches of {patch} pixels must be a multiple of {STRIDE}, the stride of the network"
             )
-        refuse_backward_hooks(self, x)
         outputs = []
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = stage(downsample(x))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from sparsecnx import ops
-from sparsecnx.nn.layers import GELU, GRN, Conv2d, LayerNorm, Linear, StochasticDepth, refuse_backward_hooks
+from sparsecnx.nn.layers import GELU, GRN, Conv2d, LayerNorm, Linear, StochasticDepth
 from sparsecnx.ops import block
 from sparsecnx.ops.global_response_norm.groups import SCOPES
 from sparsecnx.tensor import SparseTensor
@@ -79,7 +79,6 @@ class ConvNeXtV2Block(nn.Module):
         """Take dense `(B, C, H, W)` or a SparseTensor; return the same shape."""
         if not isinstance(x, SparseTensor):
             return self._dense(x)
-        refuse_backward_hooks(self, x)
         reason = self.unfused()
         if reason is None:
             return self._fused(x)

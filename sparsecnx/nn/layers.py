@@ -2,94 +2,30 @@
 
 from __future__ import annotations
 
-from typing import overload
-
 import torch
 from torch import Tensor
-from torch.nn.modules import module as torch_module
 
 from sparsecnx import ops
 from sparsecnx.ops.global_response_norm.groups import check_scope
 from sparsecnx.tensor import SparseTensor
 
 
-def refuse_backward_hooks(module: torch.nn.Module, x: SparseTensor | Tensor) -> None:
-    """Raise RuntimeError where torch would ignore a backward hook of `module`, because `x` is a SparseTensor.
-
-    torch attaches these hooks to the tensors in the place of an argument, and does not look inside one.
-    """
-    if not isinstance(x, SparseTensor) or not torch.is_grad_enabled():
-        return
-    own = module._backward_hooks or module._backward_pre_hooks
-    if own or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
-        raise RuntimeError(
-            f"{type(module).__name__} has a backward hook, which torch ignores on a SparseTensor: register a forward "
-            "hook that calls register_hook() on the features of the SparseTensor"
-        )
-
-
 class Conv2d(torch.nn.Conv2d):
-    """Convolve as `torch.nn.Conv2d`; on a SparseTensor as the submanifold convolution.
-
-    On a SparseTensor `groups` is 1, or equal to the channels with stride 1 and padding `k // 2` (depthwise);
-    dilation is 1 and padding zeros.
-    """
-
-    @overload
-    def forward(self, input: SparseTensor) -> SparseTensor: ...
-    @overload
-    def forward(self, input: Tensor) -> Tensor: ...
-    def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:
-        """Map dense `(B, C_in, H, W)` to `(B, C_out, H', W')`, or a SparseTensor to one.
-
-        Raises:
-            ValueError: the layer has no submanifold counterpart.
-        """
-        if not isinstance(input, SparseTensor):
-            return super().forward(input)
-        refuse_backward_hooks(self, input)
-        if set(self.dilation) != {1} or self.padding_mode != "zeros" or len(set(self.stride)) > 1:
-            raise ValueError(f"{self} on a SparseTensor: expected dilation 1, zero padding, one stride")
-        padding = self._leading_padding()
-        if self.padding != "same" and any(
-            not size - self.stride[0] <= 2 * before <= size - 1
-            for size, before in zip(self.kernel_size, padding, strict=True)
-        ):
-            raise ValueError(f"{self} on a SparseTensor: expected a padding that gives H / stride outputs per axis")
-        if self.groups == 1:
-            return ops.conv(input, self.weight, self.bias, self.stride[0], padding)
-        centred = padding == tuple(size // 2 for size in self.kernel_size)
-        if self.groups == self.in_channels == self.out_channels and self.stride[0] == 1 and centred:
-            return ops.depthwise_conv(input, self.weight, self.bias)
-        raise ValueError(f"{self} on a SparseTensor: expected groups=1, or a centred depthwise kernel")
-
-    def _leading_padding(self) -> tuple[int, ...]:
-        if isinstance(self.padding, str):
-            same = self.padding == "same"
-            return tuple((size - 1) // 2 if same else 0 for size in self.kernel_size)
-        return self.padding
+    """Be `torch.nn.Conv2d`, which answers a SparseTensor with the submanifold convolution."""
 
 
 class Linear(torch.nn.Linear):
-    """Apply `torch.nn.Linear`; on a SparseTensor at every active site."""
+    """Apply `torch.nn.Linear`; on a SparseTensor to the channels of every visible site, wherever its channels are."""
 
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
         """Map `(..., C_in)` to `(..., C_out)`, or a SparseTensor to one."""
         if isinstance(input, SparseTensor):
-            refuse_backward_hooks(self, input)
             return input.with_features(super().forward(input.features))
         return super().forward(input)
 
 
 class GELU(torch.nn.GELU):
-    """Apply `torch.nn.GELU`; on a SparseTensor to its features."""
-
-    def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
-        """Return the same shape."""
-        if isinstance(input, SparseTensor):
-            refuse_backward_hooks(self, input)
-            return input.with_features(super().forward(input.features))
-        return super().forward(input)
+    """Be `torch.nn.GELU`, which answers a SparseTensor at its visible sites."""
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -101,7 +37,6 @@ class LayerNorm(torch.nn.LayerNorm):
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
         """Take dense `(..., C)` or a SparseTensor; return the same shape."""
         if isinstance(input, SparseTensor):
-            refuse_backward_hooks(self, input)
             return ops.layer_norm(input, self.weight, self.bias, self.eps)
         return super().forward(input)
 
@@ -136,7 +71,6 @@ class GRN(torch.nn.Module):
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:
         """Take dense channels-last `(B, H, W, C)`, normalised per image, or a SparseTensor; return the same shape."""
         if isinstance(input, SparseTensor):
-            refuse_backward_hooks(self, input)
             return ops.grn(input, self.gamma, self.beta, self.scope, self.eps)
         norm = torch.linalg.vector_norm(input, dim=(1, 2), keepdim=True)
         response = norm / (norm.mean(dim=-1, keepdim=True) + self.eps)
@@ -158,7 +92,6 @@ class StochasticDepth(torch.nn.Module):
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:
         """Take dense `(B, ...)` or a SparseTensor; return the same shape, in evaluation the input."""
         if isinstance(input, SparseTensor):
-            refuse_backward_hooks(self, input)
             return ops.stochastic_depth(input, self.p, self.training)
         if self.p == 0.0 or not self.training:
             return input
