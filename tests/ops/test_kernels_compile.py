@@ -97,6 +97,9 @@ def programs(channels: int, tile: int, ratio: float, dtype: torch.dtype) -> Iter
             yield block(recompute, survival)
     if tile == 8:
         yield program(lambda x: SparseTensor.from_dense(x, mask, visible), leaf(16, 3, 224, 224))  # images
+        cells = random_mask(2, (2, 3, 3), ratio).view(2, 2, 3, 3)
+        volumes = leaf(2, channels, 8, 24, 24)  # tiles of 4x8x8
+        yield program(lambda x, fill: SparseTensor.from_dense(x, cells).dense(fill), volumes, leaf(channels))
 
 
 def main(selections: list[Any]) -> None:

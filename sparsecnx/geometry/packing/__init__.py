@@ -28,14 +28,18 @@ class Packing(NamedTuple):
         return self.features.device
 
 
+def _triton_refusal(x: Packing) -> str | None:
+    if x.layout.ndim > 3:
+        return f"Triton kernel goes along up to three axes, x has {x.layout.ndim} spatial dimensions"
+    return triton_launch.refusal(x)
+
+
 def _operator(name: str, function: str) -> Operator:
     return Operator(
         name,
         strict=False,  # Moving values rounds nothing.
         cpu=Implementation(getattr(cpu, function), cpu.refusal),
-        triton=triton_launch.implementation(
-            "sparsecnx.geometry.packing.triton_kernels", function, triton_launch.refusal_2d
-        ),
+        triton=triton_launch.implementation("sparsecnx.geometry.packing.triton_kernels", function, _triton_refusal),
         reference=Implementation(getattr(reference, function)),
     )
 

@@ -6,6 +6,8 @@ to the order of the other. So planes are read and written along their sites, and
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,78 +16,106 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecnx.backends.registration import Saved, register
-from sparsecnx.backends.triton_functions import (
-    aligned,
-    channel_block,
-    levels,
-    load,
-    nested_column,
-    nested_line,
-    row_block,
-)
+from sparsecnx.backends.triton_functions import aligned, channel_block, levels, load, row_block
 from sparsecnx.backends.triton_launch import alignment, blocks, launch, row_sizes
 
 VALUES = 2048  # of a block: 16 for each thread of 4 warps
 BLOCK_CHANNELS = 64  # 128 bytes of a row in 16 bits
 
 
+# The kernels go along three axes: fewer have one site along the first ones. A tile has TILE_Z x TILE_Y x TILE_X sites.
+
+
+@triton.constexpr_function
+def side(axis, tile_z, tile_y, tile_x):
+    """Return the side of a tile along an axis."""
+    return (tile_z, tile_y, tile_x)[axis]
+
+
+@triton.constexpr_function
+def bit_place(level, axis, tile_z, tile_y, tile_x):
+    """Return where bit `level` of a position along an axis is in the nested index: finer levels and later axes first.
+
+    Bit `level` of axis 3 would be the first of the next level.
+    """
+    found = 0
+    for other, size in enumerate((tile_z, tile_y, tile_x)):
+        halvings = (size & -size).bit_length() - 1
+        found += min(halvings, level) + (other > axis and halvings > level)
+    return found
+
+
+@triton.constexpr_function
+def odd_weight(axis, tile_z, tile_y, tile_x):
+    """Return the weight of an axis in the raster order of the odd sides above all levels."""
+    found = 1
+    for size in (tile_z, tile_y, tile_x)[axis + 1 :]:
+        found *= size // (size & -size)
+    return found
+
+
 @triton.jit
-def collect_bits(value, LEVELS: tl.constexpr):
-    """Return a number with its bit 2b moved to bit b, for b below LEVELS; its odd bits are dropped."""
-    out = value & 0
-    for bit in tl.static_range(LEVELS):
-        out += ((value >> (2 * bit)) & 1) << bit
+def place_of_site(site, AXIS: tl.constexpr, TILE_Z: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+    """Return the position along an axis of the site of a tile with that nested index; undoes `nested_part`."""
+    LEVELS: tl.constexpr = levels(side(AXIS, TILE_Z, TILE_Y, TILE_X))
+    odd: tl.constexpr = side(AXIS, TILE_Z, TILE_Y, TILE_X) >> LEVELS
+    above = site >> bit_place(31, 3, TILE_Z, TILE_Y, TILE_X)
+    out = (above // odd_weight(AXIS, TILE_Z, TILE_Y, TILE_X)) % odd << LEVELS
+    for level in tl.static_range(LEVELS):
+        out += ((site >> bit_place(level, AXIS, TILE_Z, TILE_Y, TILE_X)) & 1) << level
     return out
 
 
 @triton.jit
-def site_line(site, TILE: tl.constexpr):
-    """Return the row inside a tile of the site with that nested index; undoes `nested_line`."""
-    LEVELS: tl.constexpr = levels(TILE)
-    odd: tl.constexpr = TILE >> LEVELS
-    return ((site >> (2 * LEVELS)) // odd << LEVELS) + collect_bits(site >> 1, LEVELS)
-
-
-@triton.jit
-def site_column(site, TILE: tl.constexpr):
-    """Return the column inside a tile of the site with that nested index; undoes `nested_column`."""
-    LEVELS: tl.constexpr = levels(TILE)
-    odd: tl.constexpr = TILE >> LEVELS
-    return ((site >> (2 * LEVELS)) % odd << LEVELS) + collect_bits(site, LEVELS)
+def nested_part(place, AXIS: tl.constexpr, TILE_Z: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+    """Return what the position along an axis adds to the nested index of a site (`geometry.nested_order`)."""
+    LEVELS: tl.constexpr = levels(side(AXIS, TILE_Z, TILE_Y, TILE_X))
+    above = (place >> LEVELS) * odd_weight(AXIS, TILE_Z, TILE_Y, TILE_X)
+    out = above << bit_place(31, 3, TILE_Z, TILE_Y, TILE_X)
+    for level in tl.static_range(LEVELS):
+        out += ((place >> level) & 1) << bit_place(level, AXIS, TILE_Z, TILE_Y, TILE_X)
+    return out
 
 
 @triton.jit
 def gather_kernel(
-    dense,  # (B, C, H, W) of any strides
+    dense,  # (B, C, D, H, W) of any strides
     index,  # (tiles,) int64: image * CELLS + cell of each visible tile
     rows,  # (ROWS, C)
     ROWS,
     C,
     CELLS,  # tiles of an image, visible or not
-    CELLS_X,  # of them side by side
+    CELLS_Y,  # of them on top of each other
+    CELLS_X,  # and side by side
     stride_n,
     stride_c,
+    stride_z,
     stride_y,
     stride_x,
-    TILE: tl.constexpr,
+    TILE_Z: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
     SITE_ALIGN: tl.constexpr,  # a divisor of the strides but that of channels
 ):
-    """rows[r, c] = dense[image, c, y, x], with (image, y, x) the site of row r."""
+    """rows[r, c] = dense[image, c, z, y, x], with (image, z, y, x) the site of row r."""
     C = aligned(C, ALIGN)
     i_block, o_c = channel_block(C, BLOCK_C)
     i_row, o_r, m_r, o_x, m_x = row_block(i_block, o_c, ROWS, C, BLOCK_R)
 
     i_r = i_block * BLOCK_R + o_r
-    i_site = i_r % (TILE * TILE)
-    b_index = tl.load(index + i_r // (TILE * TILE), mask=m_r, other=0).to(tl.int32)
+    i_site = i_r % (TILE_Z * TILE_Y * TILE_X)
+    b_index = tl.load(index + i_r // (TILE_Z * TILE_Y * TILE_X), mask=m_r, other=0).to(tl.int32)
     i_cell = b_index % CELLS
-    i_y = i_cell // CELLS_X * TILE + site_line(i_site, TILE)
-    i_x = i_cell % CELLS_X * TILE + site_column(i_site, TILE)
+    i_line = i_cell // CELLS_X
+    i_z = i_line // CELLS_Y * TILE_Z + place_of_site(i_site, 0, TILE_Z, TILE_Y, TILE_X)
+    i_y = i_line % CELLS_Y * TILE_Y + place_of_site(i_site, 1, TILE_Z, TILE_Y, TILE_X)
+    i_x = i_cell % CELLS_X * TILE_X + place_of_site(i_site, 2, TILE_Z, TILE_Y, TILE_X)
     o_site = (
         (b_index // CELLS).to(tl.int64) * (stride_n // SITE_ALIGN)
+        + i_z.to(tl.int64) * (stride_z // SITE_ALIGN)
         + i_y.to(tl.int64) * (stride_y // SITE_ALIGN)
         + i_x.to(tl.int64) * (stride_x // SITE_ALIGN)
     ) * SITE_ALIGN
@@ -99,17 +129,20 @@ def scatter_kernel(
     rows,  # (ROWS, C)
     fill,  # (C,)
     slots,  # (B * cells,) int32: position of each tile among the visible ones, -1 where masked
-    dense,  # (B, C, H, W), contiguous
+    dense,  # (B, C, D, H, W), contiguous
     C,
-    SITES,  # H * W
+    SITES,  # D * H * W
+    H,
     W,
-    TILE: tl.constexpr,
+    TILE_Z: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
-    SITE_ALIGN: tl.constexpr,  # a divisor of H * W
+    SITE_ALIGN: tl.constexpr,  # a divisor of SITES
 ):
-    """dense[image, c, y, x] = rows[r, c] where row r is that site, fill[c] where it is masked."""
+    """dense[image, c, z, y, x] = rows[r, c] where row r is that site, fill[c] where it is masked."""
     C = aligned(C, ALIGN)
     SITES = aligned(SITES, SITE_ALIGN)
     i_block, o_c = channel_block(C, BLOCK_C)
@@ -117,9 +150,14 @@ def scatter_kernel(
     i_site = i_block % tl.cdiv(SITES, BLOCK_S) * BLOCK_S + tl.arange(0, BLOCK_S)
     m_site = i_site < SITES
 
-    b_slot = load_slot(slots, i_image, i_site, m_site, SITES, W, TILE)
-    i_nested = nested_line(i_site // W % TILE, TILE) + nested_column(i_site % W % TILE, TILE)
-    i_row = b_slot.to(tl.int64) * (TILE * TILE) + i_nested
+    b_slot = load_slot(slots, i_image, i_site, m_site, SITES, H, W, TILE_Z, TILE_Y, TILE_X)
+    i_line = i_site // W
+    i_nested = (
+        nested_part(i_line // H % TILE_Z, 0, TILE_Z, TILE_Y, TILE_X)
+        + nested_part(i_line % H % TILE_Y, 1, TILE_Z, TILE_Y, TILE_X)
+        + nested_part(i_site % W % TILE_X, 2, TILE_Z, TILE_Y, TILE_X)
+    )
+    i_row = b_slot.to(tl.int64) * (TILE_Z * TILE_Y * TILE_X) + i_nested
     m_row = (b_slot >= 0)[:, None]
     b_x = tl.load(rows + (i_row[:, None] * C + o_c[None, :]), mask=m_row & (o_c < C)[None, :], other=0.0)
     b_fill = tl.load(fill + o_c, mask=o_c < C, other=0.0)
@@ -130,17 +168,21 @@ def scatter_kernel(
 
 @triton.jit
 def fill_grad_kernel(
-    dense,  # (B, C, H, W) of any strides
+    dense,  # (B, C, D, H, W) of any strides
     slots,  # (B * cells,) int32: position of each tile among the visible ones, -1 where masked
     sums,  # (B, C) float32
     C,
-    SITES,  # H * W
+    SITES,  # D * H * W
+    H,
     W,
     stride_n,
     stride_c,
+    stride_z,
     stride_y,
     stride_x,
-    TILE: tl.constexpr,
+    TILE_Z: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -151,40 +193,45 @@ def fill_grad_kernel(
     for i_first in range(0, SITES, BLOCK_S):
         i_site = i_first + tl.arange(0, BLOCK_S)
         m_site = i_site < SITES
-        b_slot = load_slot(slots, i_image, i_site, m_site, SITES, W, TILE)
-        i_y, i_x = (i_site // W).to(tl.int64), (i_site % W).to(tl.int64)
-        o_dense = o_c.to(tl.int64)[:, None] * stride_c + (i_image * stride_n + i_y * stride_y + i_x * stride_x)[None, :]
+        b_slot = load_slot(slots, i_image, i_site, m_site, SITES, H, W, TILE_Z, TILE_Y, TILE_X)
+        i_line = i_site // W
+        i_z, i_y, i_x = (i_line // H).to(tl.int64), (i_line % H).to(tl.int64), (i_site % W).to(tl.int64)
+        o_site = i_image * stride_n + i_z * stride_z + i_y * stride_y + i_x * stride_x
+        o_dense = o_c.to(tl.int64)[:, None] * stride_c + o_site[None, :]
         b_sum += load(dense + o_dense, (o_c < C)[:, None] & (m_site & (b_slot < 0))[None, :])
     tl.store(sums + i_image * C + o_c, tl.sum(b_sum, axis=1), mask=o_c < C)
 
 
 @triton.jit
-def load_slot(slots, i_image, i_site, m_site, SITES, W, TILE: tl.constexpr):
+def load_slot(
+    slots, i_image, i_site, m_site, SITES, H, W, TILE_Z: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr
+):
     """Return the position of the tiles of sites of an image among the visible ones, -1 where masked."""
-    i_cell = i_site // W // TILE * (W // TILE) + i_site % W // TILE
-    return tl.load(slots + i_image * (SITES // (TILE * TILE)) + i_cell, mask=m_site, other=-1)
+    i_line = i_site // W
+    i_cell = (i_line // H // TILE_Z * (H // TILE_Y) + i_line % H // TILE_Y) * (W // TILE_X) + i_site % W // TILE_X
+    return tl.load(slots + i_image * (SITES // (TILE_Z * TILE_Y * TILE_X)) + i_cell, mask=m_site, other=-1)
 
 
 def gather_rows(x: Any) -> Tensor:
-    """Return the rows `(layout.rows, C)` of the dense tensor `(B, C, H, W)` of a `Packing`."""
+    """Return the rows `(layout.rows, C)` of the dense tensor `(B, C, *spatial)` of a `Packing`."""
     tiles = x.layout.tiles
-    return torch.ops.sparsecnx_triton.gather_tiles(x.features, tiles.index, tiles.slots(), x.layout.side)
+    return torch.ops.sparsecnx_triton.gather_tiles(x.features, tiles.index, tiles.slots(), x.layout.tile)
 
 
 def scatter_rows(x: Any, fill: Tensor) -> Tensor:
-    """Return the dense tensor `(B, C, H, W)` of the rows of a `Packing`, `fill (C,)` elsewhere."""
+    """Return the dense tensor `(B, C, *spatial)` of the rows of a `Packing`, `fill (C,)` elsewhere."""
     layout, tiles = x.layout, x.layout.tiles
     rows, fill = x.features.contiguous(), fill.contiguous()
-    return torch.ops.sparsecnx_triton.scatter_tiles(
-        rows, fill, tiles.index, tiles.slots(), layout.batch, *layout.shape, layout.side
-    )
+    places = tiles.index, tiles.slots(), layout.batch, layout.shape, layout.tile
+    return torch.ops.sparsecnx_triton.scatter_tiles(rows, fill, *places)
 
 
-def _gather_tiles(dense: Tensor, index: Tensor, slots: Tensor, tile: int) -> Tensor:
-    """Return the rows `(tiles * tile**2, C)` of the visible tiles of dense `(B, C, H, W)`."""
-    _, channels, height, width = dense.shape
-    strides = _strides(dense)
-    count = index.shape[0] * tile**2
+def _gather_tiles(dense: Tensor, index: Tensor, slots: Tensor, tile: Sequence[int]) -> Tensor:
+    """Return the rows `(tiles * prod(tile), C)` of the visible tiles of dense `(B, C, *spatial)`."""
+    channels, strides = dense.shape[1], _strides(dense)
+    grid = [size // side for size, side in zip(dense.shape[2:], tile, strict=True)]
+    _, cells_y, cells_x = _three(grid)
+    count = index.shape[0] * math.prod(tile)
     rows = dense.new_empty(count, channels)
     block_c, block_r = _block(channels)
     launch(
@@ -193,10 +240,11 @@ def _gather_tiles(dense: Tensor, index: Tensor, slots: Tensor, tile: int) -> Ten
         dense=dense,
         index=index,
         rows=rows,
-        CELLS=height // tile * (width // tile),
-        CELLS_X=width // tile,
+        CELLS=math.prod(grid),
+        CELLS_Y=cells_y,
+        CELLS_X=cells_x,
         **strides,
-        TILE=tile,
+        **_sides(tile),
         SITE_ALIGN=alignment(*(stride for name, stride in strides.items() if name != "stride_c")),
         **row_sizes(count, channels, block_r, block_c),
     )
@@ -204,11 +252,11 @@ def _gather_tiles(dense: Tensor, index: Tensor, slots: Tensor, tile: int) -> Ten
 
 
 def _scatter_tiles(
-    rows: Tensor, fill: Tensor, index: Tensor, slots: Tensor, batch: int, height: int, width: int, tile: int
+    rows: Tensor, fill: Tensor, index: Tensor, slots: Tensor, batch: int, shape: Sequence[int], tile: Sequence[int]
 ) -> Tensor:
-    """Return dense `(B, C, H, W)` of the rows of the visible tiles, `fill (C,)` elsewhere."""
-    channels, sites = rows.shape[1], height * width
-    dense = rows.new_empty(batch, channels, height, width)
+    """Return dense `(B, C, *shape)` of the rows of the visible tiles, `fill (C,)` elsewhere."""
+    channels, sites = rows.shape[1], math.prod(shape)
+    dense = rows.new_empty(batch, channels, *shape)
     block_c, block_s = _block(channels)
     block_s = min(block_s, triton.next_power_of_2(sites))
     launch(
@@ -220,8 +268,9 @@ def _scatter_tiles(
         dense=dense,
         C=channels,
         SITES=sites,
-        W=width,
-        TILE=tile,
+        H=_three(shape)[1],
+        W=shape[-1],
+        **_sides(tile),
         BLOCK_S=block_s,
         BLOCK_C=block_c,
         ALIGN=alignment(channels),
@@ -230,9 +279,9 @@ def _scatter_tiles(
     return dense
 
 
-def _fill_grad(dense: Tensor, slots: Tensor, tile: int) -> Tensor:
-    """Return the sum of dense `(B, C, H, W)` over the masked sites, `(C,)`."""
-    batch, channels, height, width = dense.shape
+def _fill_grad(dense: Tensor, slots: Tensor, tile: Sequence[int]) -> Tensor:
+    """Return the sum of dense `(B, C, *spatial)` over the masked sites, `(C,)`."""
+    batch, channels, *shape = dense.shape
     sums = torch.empty(batch, channels, dtype=torch.float32, device=dense.device)
     block_c = min(32, triton.next_power_of_2(channels))
     launch(
@@ -242,18 +291,30 @@ def _fill_grad(dense: Tensor, slots: Tensor, tile: int) -> Tensor:
         slots=slots,
         sums=sums,
         C=channels,
-        SITES=height * width,
-        W=width,
+        SITES=math.prod(shape),
+        H=_three(shape)[1],
+        W=shape[-1],
         **_strides(dense),
-        TILE=tile,
-        BLOCK_S=min(32, triton.next_power_of_2(height * width)),
+        **_sides(tile),
+        BLOCK_S=min(32, triton.next_power_of_2(math.prod(shape))),
         BLOCK_C=block_c,
     )
     return sums.sum(0).to(dense.dtype)
 
 
+def _three(sizes: Sequence[int], missing: int = 1) -> list[int]:
+    """Return sizes along three axes: `missing` along the first ones of fewer."""
+    return [missing] * (3 - len(sizes)) + list(sizes)
+
+
+def _sides(tile: Sequence[int]) -> dict[str, int]:
+    return dict(zip(("TILE_Z", "TILE_Y", "TILE_X"), _three(tile), strict=True))
+
+
 def _strides(dense: Tensor) -> dict[str, int]:
-    return dict(zip(("stride_n", "stride_c", "stride_y", "stride_x"), dense.stride(), strict=True))
+    image, channel, *space = dense.stride()
+    names = ("stride_n", "stride_c", "stride_z", "stride_y", "stride_x")
+    return dict(zip(names, (image, channel, *_three(space, missing=0)), strict=True))
 
 
 def _block(channels: int) -> tuple[int, int]:
@@ -263,8 +324,8 @@ def _block(channels: int) -> tuple[int, int]:
 
 
 def _gather_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
-    batch, channels, height, width = saved.shapes["dense"]
-    places = saved.index, saved.slots, batch, height, width, saved.tile
+    batch, channels, *shape = saved.shapes["dense"]
+    places = saved.index, saved.slots, batch, shape, saved.tile
     return {"dense": torch.ops.sparsecnx_triton.scatter_tiles(grad, grad.new_zeros(channels), *places)}
 
 
@@ -281,7 +342,7 @@ register(
     "sparsecnx_triton::gather_tiles",
     public="SparseTensor.from_dense",
     function=_gather_tiles,
-    fake=lambda dense, index, slots, tile: dense.new_empty(index.shape[0] * tile**2, dense.shape[1]),
+    fake=lambda dense, index, slots, tile: dense.new_empty(index.shape[0] * math.prod(tile), dense.shape[1]),
     saves=("index", "slots", "tile"),
     backward=_gather_backward,
 )
@@ -290,7 +351,7 @@ register(
     sizes={"rows": "rows C", "fill": "C"},
     public="SparseTensor.dense",
     function=_scatter_tiles,
-    fake=lambda rows, fill, index, slots, batch, *size: rows.new_empty(batch, rows.shape[1], *size[:2]),
+    fake=lambda rows, fill, index, slots, batch, shape, tile: rows.new_empty(batch, rows.shape[1], *shape),
     saves=("index", "slots", "tile"),
     backward=_scatter_backward,
     strided=True,
