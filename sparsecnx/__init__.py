@@ -21,7 +21,7 @@ from sparsecnx.compat.checkpoints import load_encoder
 from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.masks import random_mask
 from sparsecnx.geometry.tiles import TileSet
-from sparsecnx.tensor import SparseTensor
+from sparsecnx.tensor import SparseTensor, UnsupportedFunctionError
 
 sparse = SparseTensor.from_dense
 
@@ -32,6 +32,7 @@ __all__ = [
     "Layout",
     "SparseTensor",
     "TileSet",
+    "UnsupportedFunctionError",
     "load_encoder",
     "models",
     "nn",

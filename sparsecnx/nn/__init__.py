@@ -1,4 +1,6 @@
-"""Modules that take a SparseTensor where torch's take a dense one, with torch's parameter names and shapes.
+"""Modules whose meaning on a SparseTensor torch's own do not have, with torch's parameter names and shapes.
+
+Layers of torch answer a SparseTensor too, see `sparsecnx.functions`.
 
 Each also takes a dense tensor, as the torch module it derives from, so that one set of weights (one module)
 serves both. State dicts are interchangeable.

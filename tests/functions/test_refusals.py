@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from cases import draw_mask, example_layout, make_layout, random_sparse, site_mask
 from torch import Tensor, nn
 
-from sparsecnx import SparseTensor
-from sparsecnx.tensor import UnsupportedFunctionError
+from sparsecnx import SparseTensor, UnsupportedFunctionError
 
 CHANNELS = 4
 
