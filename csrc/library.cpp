@@ -29,6 +29,7 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
   m.def("mapped_depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor kernel_map) -> Tensor");
   m.def("max_pool(Tensor x, Tensor kernel_map, Tensor? inverse_map) -> (Tensor, Tensor)");
   m.def("max_pool_backward(Tensor grad, Tensor winner, Tensor kernel_map, Tensor inverse_map) -> Tensor");
+  m.def("sum_pool(Tensor x, Tensor kernel_map, Tensor? inverse_map, float factor) -> Tensor");
   m.def("grn(Tensor x, Tensor gamma, Tensor beta, Tensor splits, float eps) -> (Tensor, Tensor)");
   m.def(
       "grn_backward(Tensor grad, Tensor x, Tensor gamma, Tensor splits, Tensor energy, float eps) -> "

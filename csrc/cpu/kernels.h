@@ -127,6 +127,16 @@ struct MaxPoolGrad {
   S* out;
 };
 
+// The sum of the rows under a kernel map, times a factor.
+template <class S>
+struct SumPool {
+  const int32_t* map;
+  int64_t taps, channels, rows_in;
+  const S* x;
+  Compute<S> factor;
+  S* out;
+};
+
 // The activations after a normalization, in the order of ACTIVATIONS in sparsecnx/ops/site_normalization.
 enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHardswish, kGelu };
 
@@ -136,8 +146,7 @@ struct SiteNorm {
   int64_t channels;
   Activation activation;
   Compute<S> slope;                                       // of the leaky ReLU below 0
-  const Compute<S>*scale, *shift;                         // z = x scale + shift
-  const Compute<S>* mean = nullptr;                       // for gradients
+  const Compute<S>*mean, *scale, *bias;                   // z = (x - mean) scale + bias
   const Compute<S>*along = nullptr, *constant = nullptr;  // for the gradient of x
 };
 
@@ -185,6 +194,7 @@ struct Kernels {
   // not in the inverse map.
   bool (*max_pool)(const MaxPool<S>&, int64_t begin, int64_t end);
   bool (*max_pool_grad)(const MaxPoolGrad<S>&, int64_t begin, int64_t end);
+  bool (*sum_pool)(const SumPool<S>&, int64_t begin, int64_t end);
 
   // moments (rows, 2): mean and 1 / sqrt(var + eps) of each row.
   void (*moments)(const S* x, int64_t rows, int64_t channels, A eps, A* moments);

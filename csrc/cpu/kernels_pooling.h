@@ -1,4 +1,4 @@
-// The maximum of the rows under a kernel map, and its gradient.
+// The maximum of the rows under a kernel map, its gradient, and their sum.
 //
 // A row lists its taps that read something, without a branch: a random mask would be mispredicted. Then a few registers of
 // channels go through that list at a time.
@@ -12,24 +12,39 @@ namespace sparsecnx::SPARSECNX_ISA {
 template <class A>
 using Tags = std::conditional_t<sizeof(A) == 8, Vec<int64_t>, Vec<int32_t>>;
 
-// As many winners as a register has lanes of A.
-template <class W, class A>
-struct WinnerLanes {
-  typedef W type __attribute__((vector_size(sizeof(W) * kLanes<A>)));
+template <class W, int64_t N>
+struct Winners {
+  typedef W type __attribute__((vector_size(sizeof(W) * N)));
 };
 
-// Stores or loads the first n of them.
+// Stores or loads the first n numbers of taps. Their width changes by a factor of two at a time: compilers make scalar code
+// of a conversion by four.
 template <class A, class W>
 inline void store_winners(W* at, Tags<A> tags, int64_t n) {
-  const auto narrow = __builtin_convertvector(tags, typename WinnerLanes<W, A>::type);
-  n >= kLanes<A> ? std::memcpy(at, &narrow, sizeof(narrow)) : std::memcpy(at, &narrow, n * sizeof(W));
+  constexpr int64_t N = kLanes<A>;
+  typename Winners<W, N>::type narrow;
+  if constexpr (sizeof(W) == 1) {
+    const auto words = __builtin_convertvector(tags, typename Winners<uint32_t, N>::type);
+    const auto halves = __builtin_convertvector(words, typename Winners<uint16_t, N>::type);
+    narrow = __builtin_convertvector(halves, typename Winners<W, N>::type);
+  } else {
+    narrow = __builtin_convertvector(tags, typename Winners<W, N>::type);
+  }
+  n >= N ? std::memcpy(at, &narrow, sizeof(narrow)) : std::memcpy(at, &narrow, n * sizeof(W));
 }
 
 template <class A, class W>
 inline Tags<A> load_winners(const W* at, int64_t n) {
-  typename WinnerLanes<W, A>::type narrow{};
-  n >= kLanes<A> ? std::memcpy(&narrow, at, sizeof(narrow)) : std::memcpy(&narrow, at, n * sizeof(W));
-  return __builtin_convertvector(narrow, Tags<A>);
+  constexpr int64_t N = kLanes<A>;
+  typename Winners<W, N>::type narrow{};
+  n >= N ? std::memcpy(&narrow, at, sizeof(narrow)) : std::memcpy(&narrow, at, n * sizeof(W));
+  if constexpr (sizeof(W) == 1) {
+    const auto halves = __builtin_convertvector(narrow, typename Winners<uint16_t, N>::type);
+    const auto words = __builtin_convertvector(halves, typename Winners<uint32_t, N>::type);
+    return __builtin_convertvector(words, Tags<A>);
+  } else {
+    return __builtin_convertvector(narrow, Tags<A>);
+  }
 }
 
 // The taps of one row that read something.
@@ -110,6 +125,29 @@ void max_gradient(const MaxPoolGrad<S>& job, const W* winner, int64_t begin, int
       for (int j = 0; j < R; ++j) block.put(job.out + row * channels, j, sum[j]);
     });
   }
+}
+
+// The sum is its own gradient, on the inverse map.
+template <class S>
+bool sum_pool(const SumPool<S>& job, int64_t begin, int64_t end) {
+  using A = Compute<S>;
+  const int64_t channels = job.channels;
+  if (!all_rows(job.map + begin * job.taps, (end - begin) * job.taps, job.rows_in)) return false;
+  Present present(job.taps + 1);
+  for (int64_t o = begin; o < end; ++o) {
+    present.visit(job.map + o * job.taps, job.taps);
+    for_channel_blocks<S>(channels, [&](auto block) {
+      constexpr int R = block.kRegisters;
+      Vec<A> sum[R];
+      for (int j = 0; j < R; ++j) sum[j] = Vec<A>{};
+      for (int64_t i = 0; i < present.count(); ++i) {
+        const S* at = job.x + present.row(i) * channels;
+        for (int j = 0; j < R; ++j) sum[j] += block.get(at, j);
+      }
+      for (int j = 0; j < R; ++j) block.put(job.out + o * channels, j, sum[j] * job.factor);
+    });
+  }
+  return true;
 }
 
 template <class S>

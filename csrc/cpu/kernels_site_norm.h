@@ -119,10 +119,10 @@ void site_norm(const SiteNorm<S>& norm, const S* x, int64_t rows, S* out) {
   using A = Compute<S>;
   for_activation(norm.activation, [&](auto activation) {
     for_four_rows<S>(rows, norm.channels, [&](auto count, int64_t at, int64_t c, auto n) {
-      const Vec<A> scale = load(norm.scale + c, n), shift = load(norm.shift + c, n);
+      const Vec<A> mean = load(norm.mean + c, n), scale = load(norm.scale + c, n), bias = load(norm.bias + c, n);
       for (int r = 0; r < count(); ++r) {
         const int64_t i = at + r * norm.channels;
-        store(out + i, activated<activation(), A>(load(x + i, n) * scale + shift, norm.slope).value, n);
+        store(out + i, activated<activation(), A>((load(x + i, n) - mean) * scale + bias, norm.slope).value, n);
       }
     });
   });
@@ -134,13 +134,13 @@ void site_norm_sums(const SiteNorm<S>& norm, const S* grad, const S* x, int64_t 
   using A = Compute<S>;
   for_activation(norm.activation, [&](auto activation) {
     for_four_rows<S>(rows, norm.channels, [&](auto count, int64_t at, int64_t c, auto n) {
-      const Vec<A> scale = load(norm.scale + c, n), shift = load(norm.shift + c, n), mean = load(norm.mean + c, n);
+      const Vec<A> mean = load(norm.mean + c, n), scale = load(norm.scale + c, n), bias = load(norm.bias + c, n);
       Vec<A> along = load(dot + c, n), sum = load(total + c, n);
       for (int r = 0; r < count(); ++r) {
         const int64_t i = at + r * norm.channels;
-        const Vec<A> value = load(x + i, n);
-        const Vec<A> g = load(grad + i, n) * activated<activation(), A>(value * scale + shift, norm.slope).slope;
-        along += g * (value - mean);
+        const Vec<A> centred = load(x + i, n) - mean;
+        const Vec<A> g = load(grad + i, n) * activated<activation(), A>(centred * scale + bias, norm.slope).slope;
+        along += g * centred;
         sum += g;
       }
       store(dot + c, along, n);
@@ -154,13 +154,13 @@ void site_norm_grad(const SiteNorm<S>& norm, const S* grad, const S* x, int64_t 
   using A = Compute<S>;
   for_activation(norm.activation, [&](auto activation) {
     for_four_rows<S>(rows, norm.channels, [&](auto count, int64_t at, int64_t c, auto n) {
-      const Vec<A> scale = load(norm.scale + c, n), shift = load(norm.shift + c, n), mean = load(norm.mean + c, n);
+      const Vec<A> mean = load(norm.mean + c, n), scale = load(norm.scale + c, n), bias = load(norm.bias + c, n);
       const Vec<A> along = load(norm.along + c, n), constant = load(norm.constant + c, n);
       for (int r = 0; r < count(); ++r) {
         const int64_t i = at + r * norm.channels;
-        const Vec<A> value = load(x + i, n);
-        const Vec<A> g = load(grad + i, n) * activated<activation(), A>(value * scale + shift, norm.slope).slope;
-        store(out + i, g * scale + ((value - mean) * along + constant), n);
+        const Vec<A> centred = load(x + i, n) - mean;
+        const Vec<A> g = load(grad + i, n) * activated<activation(), A>(centred * scale + bias, norm.slope).slope;
+        store(out + i, g * scale + (centred * along + constant), n);
       }
     });
   });

@@ -1,4 +1,4 @@
-// sparsecnx::max_pool, the maximum of the rows under a kernel map, and its gradient.
+// sparsecnx::max_pool, the maximum of the rows under a kernel map, its gradient, and sparsecnx::sum_pool, their sum.
 #include <atomic>
 
 #include "mapped.h"
@@ -57,9 +57,27 @@ Tensor max_pool_backward(const Tensor& grad, const Tensor& winner, const Tensor&
   return out;
 }
 
+// The inverse map is for the gradient alone: this operator with the maps exchanged.
+Tensor sum_pool(const Tensor& x, const Tensor& kernel_map, const std::optional<Tensor>& inverse_map, double factor) {
+  const Mapped shape = check_map(x, kernel_map);
+  if (inverse_map) check_matrix(*inverse_map, "inverse_map", shape.rows_in, shape.taps, ScalarType::Int);
+  Tensor out = empty({shape.rows_out, shape.channels}, x.scalar_type());
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
+    const SumPool<S> job{shape.map,   shape.taps, shape.channels, shape.rows_in, data<S>(x), static_cast<A>(factor),
+                         data<S>(out)};
+    std::atomic<bool> good = true;
+    parallel_for(0, shape.rows_out, kRows, [&](int64_t begin, int64_t end) {
+      if (!kernels<S>().sum_pool(job, begin, end)) good = false;
+    });
+    if (!good) check_range(kernel_map, "kernel_map", shape.rows_in);
+  });
+  return out;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CPU, m) {
   m.impl("max_pool", TORCH_BOX(&max_pool));
   m.impl("max_pool_backward", TORCH_BOX(&max_pool_backward));
+  m.impl("sum_pool", TORCH_BOX(&sum_pool));
 }
 
 }  // namespace

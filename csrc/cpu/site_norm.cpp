@@ -1,7 +1,7 @@
 // sparsecnx::site_norm: batch, group and instance normalization with the activation that follows, and its gradient.
 //
 // The rows are in segments and the channels in groups; each segment and group has a mean and a biased variance. With
-// z = x scale + shift, where scale = weight rstd, and out = activation(z), the gradient of x is
+// z = (x - mean) scale + bias, where scale = weight rstd, and out = activation(z), the gradient of x is
 //
 //   g = grad activation'(z),  rstd (weight g - mean(weight g) - xhat mean(weight g xhat)),  xhat = (x - mean) rstd,
 //
@@ -27,23 +27,20 @@ Sizes check_sizes(const Tensor& x, const Tensor& splits, int64_t groups, int64_t
   return {rows, channels, splits.numel() - 1, groups, channels / groups, bounds, static_cast<Activation>(activation)};
 }
 
-// What the kernels need of every segment and channel, (segments, channels) each.
+// What the kernels need: mean, scale and rstd of every segment and channel, (segments, channels) each, and the bias.
 template <class A>
 struct Affine {
-  std::vector<A> scale, shift, mean, rstd;
+  std::vector<A> mean, scale, rstd, bias;
 
-  Affine(const Sizes& sizes, const A* means, const A* variances, const A* weight, const A* bias, double eps)
-      : scale(sizes.segments * sizes.channels), shift(scale.size()), mean(scale.size()), rstd(scale.size()) {
+  Affine(const Sizes& sizes, const A* means, const A* variances, const A* weight, const A* biases, double eps)
+      : mean(sizes.segments * sizes.channels), scale(mean.size()), rstd(mean.size()), bias(sizes.channels, A(0)) {
+    if (biases != nullptr) std::copy_n(biases, sizes.channels, bias.data());
     for (int64_t i = 0; i < sizes.segments * sizes.groups; ++i) {
       const double r = 1 / std::sqrt(static_cast<double>(variances[i]) + eps);
       for (int64_t at = i * sizes.width; at < (i + 1) * sizes.width; ++at) {
-        const int64_t c = at % sizes.channels;
-        rstd[at] = static_cast<A>(r);
         mean[at] = means[i];
-        scale[at] = weight != nullptr ? static_cast<A>(weight[c] * r) : static_cast<A>(r);
-        // From the rounded scale, so that x = mean gives the bias.
-        const double centred = static_cast<double>(means[i]) * scale[at];
-        shift[at] = static_cast<A>(bias != nullptr ? bias[c] - centred : -centred);
+        rstd[at] = static_cast<A>(r);
+        scale[at] = weight != nullptr ? static_cast<A>(weight[at % sizes.channels] * r) : rstd[at];
       }
     }
   }
@@ -69,9 +66,9 @@ void moments(const Sizes& sizes, const std::vector<RowBlock>& blocks, const S* x
     double* m = means.data() + first * channels;
     double* q = squares.data() + first * channels;
     double count = blocks[first].rows();
-    for (int64_t i = first + 1; i < last; ++i) {
-      const double more = blocks.data()[i].rows(), share = more / (count + more);
-      const double *other = means.data() + i * channels, *other_q = squares.data() + i * channels;
+    for (int64_t i = 1; i < last - first; ++i) {
+      const double more = blocks[first + i].rows(), share = more / (count + more);
+      const double *other = m + i * channels, *other_q = q + i * channels;
       for (int64_t c = 0; c < channels; ++c) {
         const double step = other[c] - m[c];
         m[c] += step * share;
@@ -111,8 +108,8 @@ std::tuple<Tensor, Tensor, Tensor> site_norm(const Tensor& x, const std::optiona
                            optional_parameter<A>(bias, "bias", sizes.channels, x), eps);
     for_blocks(blocks, [&](int64_t, RowBlock block) {
       const int64_t at = block.group * sizes.channels, begin = block.begin * sizes.channels;
-      const SiteNorm<S> norm{sizes.channels, sizes.activation, static_cast<A>(slope), affine.scale.data() + at,
-                             affine.shift.data() + at};
+      const SiteNorm<S> norm{sizes.channels,          sizes.activation,         static_cast<A>(slope),
+                             affine.mean.data() + at, affine.scale.data() + at, affine.bias.data()};
       kernels<S>().site_norm(norm, data<S>(x) + begin, block.rows(), data<S>(out) + begin);
     });
   });
@@ -140,9 +137,9 @@ std::tuple<Tensor, Tensor, Tensor> site_norm_backward(const Tensor& grad, const 
       return SiteNorm<S>{channels,
                          sizes.activation,
                          static_cast<A>(slope),
-                         affine.scale.data() + at,
-                         affine.shift.data() + at,
                          affine.mean.data() + at,
+                         affine.scale.data() + at,
+                         affine.bias.data(),
                          along.data() + at,
                          constant.data() + at};
     };

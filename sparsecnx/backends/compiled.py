@@ -36,6 +36,7 @@ OPERATORS = [
     "mapped_depthwise_conv_weight_grad",
     "max_pool",
     "max_pool_backward",
+    "sum_pool",
     "grn",
     "grn_backward",
     "layer_norm",

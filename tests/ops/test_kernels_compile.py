@@ -89,6 +89,12 @@ def programs(channels: int, tile: int, ratio: float, dtype: torch.dtype) -> Iter
     yield program(ops.layer_norm, rows(), vector(), vector())
     for scope in ("sample", "batch"):
         yield program(lambda *x, scope=scope: ops.grn(*x, scope), rows(hidden), vector(hidden), vector(hidden))
+    for activation in ("relu", "gelu"):
+        norm = {"training": True, "activation": activation}
+        yield program(lambda x, *p, norm=norm: ops.batch_norm(x, None, None, *p, **norm), rows(), vector(), vector())
+    yield program(lambda x: ops.instance_norm(x), rows())
+    yield program(lambda x: ops.max_pool(x, 3, 1, 1), rows())
+    yield program(lambda x: ops.avg_pool(x, 3, 1, 1), rows())
     yield program(lambda x: ops.stochastic_depth(x, 0.1), rows())
     yield program(lambda x: SparseTensor.from_dense(x, mask, visible), leaf(16, channels, 7 * tile, 7 * tile))
     yield program(lambda x, fill: x.dense(fill), rows(), leaf(channels))

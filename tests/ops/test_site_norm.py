@@ -6,12 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
+    BOUNDS,
+    DTYPES,
+    assert_matches_reference,
     assert_same,
+    backends,
+    bound,
+    draw_mask,
+    example_layout,
     layouts,
+    make_layout,
+    needs_cpu,
     outputs_and_gradients,
     random_sparse,
+    suit,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import channel_parameters
 
@@ -19,6 +29,9 @@ from sparsecnx import SparseTensor, ops, use_backend
 from sparsecnx.ops.site_normalization.activations import ACTIVATIONS
 
 OPERATORS = ["batch_norm", "group_norm", "instance_norm"]
+EVERY = pytest.mark.parametrize("name", OPERATORS)
+EVERY_BACKEND = pytest.mark.parametrize("backend", backends(*OPERATORS))
+STATISTICS = ("weight", "bias")
 
 
 def by_torch(name: str, groups: int, activation: str):
@@ -53,14 +66,164 @@ def ours(name: str, groups: int, activation: str):
     return run
 
 
+@EVERY_BACKEND
+@EVERY
 @pytest.mark.parametrize("ndim", [1, 2, 3])
-@pytest.mark.parametrize("name", OPERATORS)
+@settings(max_examples=8)
 @given(data=st.data())
-def test_reference_is_torch_on_the_visible_sites(ndim, name, data):
-    layout = data.draw(layouts(ndim, sites=(24, 8, 4)[ndim - 1], tiles=(2, 4, 6)))
-    activation = data.draw(st.sampled_from(list(ACTIVATIONS)))
+def test_is_torch_on_the_visible_sites(backend, name, ndim, data):
+    layout = data.draw(layouts(ndim, sites=(24, 8, 4)[ndim - 1], tiles=(4, 6)))
     groups = data.draw(st.sampled_from([1, 2, 3, 6]))
-    x, p = random_sparse(layout, 6), channel_parameters(6, "weight", "bias")
-    with use_backend("reference"):
-        found = outputs_and_gradients(ours(name, groups, activation), x, p)
-    assert_same(found, outputs_and_gradients(by_torch(name, groups, activation), x, p), 1e-10)
+    x, p = suit(backend, random_sparse(layout, 6), channel_parameters(6, "weight", "bias"))
+    expected = outputs_and_gradients(
+        by_torch(name, groups, "relu"),
+        x.with_features(x.features.double().cpu(), layout),
+        {key: value.double().cpu() for key, value in p.items()},
+    )
+    with use_backend(backend):
+        assert_same(outputs_and_gradients(ours(name, groups, "relu"), x, p), expected, bound(backend))
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_those_of_torch(backend, activation):
+    x, p = random_sparse(example_layout(), 20), channel_parameters(20, "weight", "bias")
+    p["weight"] = 4 * p["weight"]  # beyond every bend
+    expected = outputs_and_gradients(by_torch("batch_norm", 1, activation), x, p)
+    x, p = suit(backend, x, p)
+    with use_backend(backend):
+        assert_same(outputs_and_gradients(ours("batch_norm", 1, activation), x, p), expected, bound(backend))
+
+
+@needs_cpu
+@EVERY
+@DTYPES
+@settings(max_examples=8)
+@given(layout=layouts(tiles=(1, 2, 4, 8)), channels=st.sampled_from([4, 16, 36, 160]))
+def test_cpu_equals_reference(name, dtype, layout, channels):
+    """Rows of 16 bits keep parameters and statistics in float32."""
+    if layout.rows == 1:
+        return
+    x, p = random_sparse(layout, channels), channel_parameters(channels, "weight", "bias")
+    if name != "group_norm" and layout.rows_per_image == 1:
+        return
+    assert_matches_reference(ours(name, 4, "silu"), x, p, dtype, statistics=STATISTICS)
+
+
+@pytest.mark.parametrize("backend", [one for one in backends(*OPERATORS) if one.values != ("reference",)])
+@EVERY
+def test_far_from_zero(backend, name):
+    """Moments are those of differences from a value nearby: float32 keeps what is small beside the mean."""
+    layout = make_layout(draw_mask("equal counts", 2, (4, 4), seed=9), 8)
+    x, p = random_sparse(layout, 8), channel_parameters(8, "weight", "bias")
+    x = x.with_features((x.features + 30).float().double())
+    expected = outputs_and_gradients(by_torch(name, 2, "none"), x, p, mean=0.0)
+    x, p = suit(backend, x, p, torch.float32)
+    with use_backend(backend):
+        found = outputs_and_gradients(ours(name, 2, "none"), x, p, mean=0.0)
+    assert_same(found, expected, BOUNDS[torch.float32])
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0])
+def test_running_statistics_of_the_batch_move_as_torch_moves_them(backend, momentum):
+    x, _ = suit(backend, random_sparse(example_layout(), 5, torch.float32), {})
+    running = [torch.randn(5, device=x.device), torch.rand(5, device=x.device)]
+    expected = [value.clone() for value in running]
+    F.batch_norm(x.features, *expected, training=True, momentum=momentum)
+    before = [value.clone() for value in running]
+    with use_backend(backend):
+        ops.batch_norm(x, *running, training=False)
+        assert all(map(torch.equal, running, before))
+        ops.batch_norm(x, *running, training=True, momentum=momentum)
+    torch.testing.assert_close(running, expected)
+
+
+@EVERY_BACKEND
+def test_running_statistics_of_instances_leave_out_images_without_a_variance(backend):
+    mask = torch.tensor([[[False, False]], [[True, True]], [[True, False]], [[False, False]]])
+    x, _ = suit(backend, random_sparse(make_layout(mask, 1), 5, torch.float32), {})
+    running = [torch.randn(5, device=x.device), torch.rand(5, device=x.device)]
+    expected = [value.clone() for value in running]
+    pairs = x.features[[0, 1, 3, 4]].view(2, 2, 5).mT  # of the two images with two sites
+    F.instance_norm(pairs, *expected)
+    with use_backend(backend):
+        out = ops.instance_norm(x, *running)
+        torch.testing.assert_close(running, expected)
+        frozen = ops.instance_norm(x, *running, use_input_stats=False)
+    assert out.features.isfinite().all() and (out.features[2] == 0).all()
+    torch.testing.assert_close(frozen.features, F.batch_norm(x.features, *running))
+
+
+def test_running_statistics_without_a_visible_site_stay():
+    x = random_sparse(make_layout(torch.ones(2, 1, 2, dtype=torch.bool), 2), 5, torch.float32)
+    running = [torch.randn(5), torch.rand(5)]
+    before = [value.clone() for value in running]
+    ops.batch_norm(x, *running, training=True)
+    ops.instance_norm(x, *running)
+    assert all(map(torch.equal, running, before))
+
+
+@needs_cpu
+def test_running_statistics_move_under_torch_compile():
+    torch._dynamo.reset()
+    module = torch.nn.BatchNorm1d(5)
+    x = random_sparse(example_layout(), 5, torch.float32)
+
+    def step(features):
+        found = module.running_mean, module.running_var
+        return ops.batch_norm(x.with_features(features), *found, module.weight, module.bias, training=True).features
+
+    torch.compile(step, fullgraph=True, backend="aot_eager")(x.features)
+    torch.testing.assert_close(module.running_mean, 0.1 * x.features.mean(0))
+    torch.testing.assert_close(module.running_var, 0.9 + 0.1 * x.features.var(0))
+
+
+@needs_cpu
+@pytest.mark.parametrize("frozen", [False, True])
+def test_backward_keeps_the_rows_and_nothing_else_of_their_size(frozen):
+    x, p = random_sparse(example_layout(), 20, torch.float32), channel_parameters(20, "weight", "bias")
+    running = (torch.zeros(20), torch.ones(20))
+    features = x.features.requires_grad_()
+    kept = []
+    p = {key: value.float().requires_grad_() for key, value in p.items()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        ops.batch_norm(x, *running, **p, training=not frozen, activation="gelu")
+    assert [value.data_ptr() for value in kept if value.numel() >= features.numel()] == [features.data_ptr()]
+
+
+@needs_cpu
+def test_opcheck():
+    x, splits = torch.randn(9, 6, requires_grad=True), torch.tensor([0, 4, 4, 9])
+    p = [torch.randn(6, requires_grad=True) for _ in range(2)]
+    for weights in (p, (None, None)):
+        options = (splits, 3, 1e-5, 4, 0.01)
+        torch.library.opcheck(torch.ops.sparsecnx.site_norm.default, (x, *weights, None, None, *options))
+        frozen = (torch.randn(6), torch.rand(6), torch.tensor([0, 9]), 6, 1e-5, 4, 0.01)
+        torch.library.opcheck(torch.ops.sparsecnx.site_norm.default, (x, *weights, *frozen))
+
+
+WRONG = [
+    ("batch_norm", {"training": False}, r"running_mean or running_var is None: expected both in evaluation"),
+    ("batch_norm", {"training": True, "activation": "tanh"}, r"activation is 'tanh': expected one of 'none', 'relu'"),
+    ("group_norm", {"groups": 4}, r"groups is 4: expected a divisor of the channels, 6"),
+    ("group_norm", {"groups": 0}, r"groups is 0: expected a divisor of the channels, 6"),
+    ("instance_norm", {"use_input_stats": False}, r"running_mean or running_var is None: expected both where"),
+    ("instance_norm", {"running_mean": torch.zeros(5)}, r"running_mean is \(5,\): expected \(6,\)"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), WRONG, ids=[message for _, _, message in WRONG])
+def test_what_does_not_fit_is_refused(name, change, message):
+    x = random_sparse(example_layout(), 6)
+    missing = {"running_mean": None, "running_var": None} if name == "batch_norm" else {}
+    with pytest.raises(ValueError, match=message):
+        getattr(ops, name)(x, **{**missing, **change})
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "instance_norm"])
+def test_a_single_value_has_no_variance(name):
+    one = random_sparse(make_layout(torch.tensor([[[False, True]]]), 1), 3)
+    arguments = {"running_mean": None, "running_var": None, "training": True} if name == "batch_norm" else {}
+    with pytest.raises(ValueError, match=r"Expected more than 1 .* when training, got .* one visible site"):
+        getattr(ops, name)(one, **arguments)

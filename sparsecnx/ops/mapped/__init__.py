@@ -12,7 +12,7 @@ from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.ops.checks import autocast, check_device, check_mapped, check_same_dtype, check_vector, checked_vector
-from sparsecnx.ops.mapped import cpu, cpu_conv, maximum, reference
+from sparsecnx.ops.mapped import cpu, cpu_conv, cpu_pooling, reference
 
 POOL_MODES = ("sum", "avg", "max")
 
@@ -30,7 +30,8 @@ depthwise_operator = Operator(
 )
 max_operator = Operator(
     "mapped_max_pool",
-    cpu=Implementation(maximum.mapped_max_pool, cpu_backend.refusal),
+    cpu=Implementation(cpu_pooling.mapped_max_pool, cpu_backend.refusal),
+    triton=triton_launch.implementation("sparsecnx.ops.mapped.triton_pooling", "mapped_max_pool"),
     reference=Implementation(reference.mapped_max_pool),
 )
 

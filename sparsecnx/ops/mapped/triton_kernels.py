@@ -120,7 +120,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor)
     """
     (rows, taps), channels = kernel_map.shape, x.shape[1]
     out = x.new_empty(rows, channels)
-    block_r, block_c = _blocks(x)
+    block_r, block_c = map_blocks(x)
     block_r *= ROWS
     launch(
         mapped_depthwise_conv_kernel,
@@ -142,7 +142,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor)
 def weight_grad(grad: Tensor, x: Tensor, kernel_map: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of the weight, `(K, C)` in the dtype of `x`, and of the bias, float32 `(C,)`."""
     (rows, taps), channels = kernel_map.shape, x.shape[1]
-    block_r, block_c = _blocks(x)
+    block_r, block_c = map_blocks(x)
     wide = blocks(channels, block_c)
     # Ranges short enough for L1 and for enough programs, long enough for the partial sums to be few beside the rows.
     ranges = max(blocks(rows, ROWS_IN_L1), blocks(4 * processors(x.device), wide))
@@ -169,7 +169,7 @@ def weight_grad(grad: Tensor, x: Tensor, kernel_map: Tensor) -> tuple[Tensor, Te
     return sums[:-1].to(x.dtype), sums[-1].clone()
 
 
-def _blocks(x: Tensor) -> tuple[int, int]:
+def map_blocks(x: Tensor) -> tuple[int, int]:
     """Return the rows and channels of a program: of a row, a thread takes 16 bytes."""
     # The widest block that pads the channels least.
     block = min(CHANNEL_BLOCKS, key=lambda size: (blocks(x.shape[1], size) * size, -size))

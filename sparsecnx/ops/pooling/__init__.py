@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from torch import Tensor
 
 from sparsecnx.backends import cpu as cpu_backend
+from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.geometry.kernel_map import MappedRows
 from sparsecnx.geometry.layout import Layout
+from sparsecnx.geometry.nested_order import children_are_consecutive
 from sparsecnx.ops.checks import check_sparse
 from sparsecnx.ops.convolution.maps import maps
 from sparsecnx.ops.convolution.window import Window
-from sparsecnx.ops.mapped import cpu, maximum
+from sparsecnx.ops.mapped import cpu_pooling
 from sparsecnx.ops.pooling import reference
 from sparsecnx.ops.pooling.windows import Axes, divisors, pooling_window
 from sparsecnx.tensor import SparseTensor
@@ -26,29 +27,26 @@ def _rows(x: SparseTensor, window: Window) -> MappedRows:
     return MappedRows(x.features, *maps(x.layout, window, x.features))
 
 
-def _max(function: Callable[..., Tensor]) -> Callable[[SparseTensor, Window, Layout], Tensor]:
-    """Return `max_pool` by a function of rows under a kernel map."""
-    return lambda x, window, _: function(_rows(x, window))
+def _by_map(implementation: Implementation) -> Implementation:
+    """Return the implementation of a function of rows under a kernel map for a SparseTensor, a window and a layout."""
 
+    def run(x: SparseTensor, window: Window, _: Layout, *rest: float) -> Tensor:
+        features: Tensor = implementation.function(_rows(x, window), *rest)
+        return features
 
-def _sum(function: Callable[..., Tensor]) -> Callable[[SparseTensor, Window, Layout], Tensor]:
-    """Return `sum_pool` by the depthwise convolution of rows under a kernel map, whose weight is 1."""
-
-    def run(x: SparseTensor, window: Window, _: Layout) -> Tensor:
-        rows = _rows(x.to(statistics_dtype(x.dtype)), window)
-        return function(rows, rows.features.new_ones(math.prod(window.kernel), x.features.shape[1]), None)
-
-    return run
+    return Implementation(run, implementation.refusal)
 
 
 max_operator = Operator(
     "max_pool",
-    cpu=Implementation(_max(maximum.mapped_max_pool), cpu_backend.refusal),
+    cpu=_by_map(Implementation(cpu_pooling.mapped_max_pool, cpu_backend.refusal)),
+    triton=_by_map(triton_launch.implementation("sparsecnx.ops.mapped.triton_pooling", "mapped_max_pool")),
     reference=Implementation(reference.max_pool),
 )
 sum_operator = Operator(
     "avg_pool",
-    cpu=Implementation(_sum(cpu.mapped_depthwise_conv), cpu_backend.refusal),
+    cpu=_by_map(Implementation(cpu_pooling.mapped_sum_pool, cpu_backend.refusal)),
+    triton=_by_map(triton_launch.implementation("sparsecnx.ops.mapped.triton_pooling", "mapped_sum_pool")),
     reference=Implementation(reference.sum_pool),
 )
 
@@ -113,9 +111,14 @@ def avg_pool(
     if divisor_override == 0:
         raise ValueError("divisor_override is 0: expected another number, or None")
     out = x.layout.coarsen(window.stride)
-    divisor: float | Tensor
-    if divisor_override is None:
-        divisor = divisors(x.layout, window, out, count_include_pad)
-    else:
-        divisor = float(divisor_override)
-    return x.with_features((sum_operator(x, window, out) / divisor).to(x.dtype), out)
+    counted = (
+        divisors(x.layout, window, out, count_include_pad) if divisor_override is None else float(divisor_override)
+    )
+    if isinstance(counted, Tensor):
+        total = sum_operator(x.to(statistics_dtype(x.dtype)), window, out, 1.0)
+        return x.with_features((total / counted).to(x.dtype), out)
+    if window.partitions and children_are_consecutive(x.layout.tile, window.stride):
+        taps = math.prod(window.kernel)
+        mean = x.features.unflatten(0, (-1, taps)).mean(1)
+        return x.with_features(mean if counted == taps else mean * (taps / counted), out)
+    return x.with_features(sum_operator(x, window, out, 1.0 / counted), out)

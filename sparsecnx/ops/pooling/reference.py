@@ -31,11 +31,11 @@ def max_pool(x: SparseTensor, window: Window, out: Layout) -> Tensor:
     return torch.where(visible == 0, found, 0)
 
 
-def sum_pool(x: SparseTensor, window: Window, out: Layout) -> Tensor:
-    """Return the sums over the visible sites of each window `(rows_out, C)`, in the dtype of statistics."""
+def sum_pool(x: SparseTensor, window: Window, out: Layout, factor: float) -> Tensor:
+    """Return the sums over the visible sites of each window times a number, `(rows_out, C)`."""
     padded = _padded(x.to(statistics_dtype(x.dtype)).dense(), window, out, 0.0)
     mean = AVG_POOL[x.layout.ndim](padded, window.kernel, window.stride)
-    return gather_rows(mean * math.prod(window.kernel), out)
+    return gather_rows(mean * (math.prod(window.kernel) * factor), out).to(x.dtype)
 
 
 def _padded(dense: Tensor, window: Window, out: Layout, value: float) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparsecnx.backends import cpu as cpu_backend
+from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.ops.checks import check_sparse, checked_vector
 from sparsecnx.ops.global_response_norm.groups import group_splits
@@ -24,6 +25,7 @@ def _operator(name: str) -> Operator:
     return Operator(
         name,
         cpu=Implementation(cpu.site_norm, cpu_backend.refusal),
+        triton=triton_launch.implementation("sparsecnx.ops.site_normalization.triton_kernels", "site_norm"),
         reference=Implementation(reference.site_norm),
     )
 

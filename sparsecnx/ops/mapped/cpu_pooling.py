@@ -1,6 +1,6 @@
-"""The maximum of the rows under a kernel map by the compiled CPU kernel (`csrc/cpu/pooling.cpp`, `kernels_pooling.h`).
+"""The maximum and the sum of the rows under a kernel map by the compiled CPU kernels (`csrc/cpu/pooling.cpp`).
 
-Gradients keep one number for each output value: that of the tap that won.
+The gradient of a maximum keeps one number for each output value: that of the tap that won.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ def mapped_max_pool(x: MappedRows) -> Tensor:
     return out
 
 
+def mapped_sum_pool(x: MappedRows, factor: float) -> Tensor:
+    """Return the sum of the rows under each output row times a number, `(rows_out, C)`."""
+    inverse_map = None if x.inverse_map is None else x.inverse_map.contiguous()
+    return torch.ops.sparsecnx.sum_pool(x.features.contiguous(), x.kernel_map.contiguous(), inverse_map, factor)
+
+
 def winner_dtype(taps: int) -> torch.dtype:
     """Return the dtype of the numbers of taps that gradients of a maximum keep."""
     return torch.uint8 if taps <= MOST_SHORT_TAPS else torch.int32
@@ -34,7 +40,22 @@ def _max_pool_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     return {"x": torch.ops.sparsecnx.max_pool_backward(grad, winner, kernel_map, inverse_map)}
 
 
+def _sum_pool_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
+    kernel_map, inverse_map = saved.kernel_map, saved.inverse_map
+    if inverse_map is None:
+        inverse_map = invert_kernel_map(kernel_map, saved.shapes["x"][0])
+    return {"x": torch.ops.sparsecnx.sum_pool(grad, inverse_map, kernel_map, saved.factor)}
+
+
 if compiled.loaded:
+    register(
+        "sparsecnx::sum_pool",
+        public="avg_pool",
+        sizes={"x": "rows C", "kernel_map": "rows_out K", "inverse_map": "rows K"},
+        fake=lambda x, kernel_map, inverse_map, factor: x.new_empty(kernel_map.shape[0], x.shape[1]),
+        saves=("kernel_map", "inverse_map", "factor"),
+        backward=_sum_pool_backward,
+    )
     register(
         "sparsecnx::max_pool",
         sizes={"x": "rows C", "kernel_map": "rows_out K", "inverse_map": "rows K"},
