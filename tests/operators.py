@@ -139,7 +139,7 @@ CASES = {
         ("weight", "bias"),
         follows_autocast=False,
     ),
-    "batch_norm-relu-batch": normalization("batch_norm", None, None, training=True, activation="relu"),
+    "batch_norm-batch": normalization("batch_norm", None, None, training=True, activation="silu"),
     "batch_norm-frozen": Case(
         "batch_norm",
         frozen_batch_norm,
@@ -147,7 +147,7 @@ CASES = {
         ("weight", "bias"),
         follows_autocast=False,
     ),
-    "instance_norm": normalization("instance_norm", None, None, activation="silu"),
+    "instance_norm": normalization("instance_norm", None, None, activation="leaky_relu"),
     "group_norm": normalization("group_norm", 1),
     "max_pool-3x3-stride2": Case("max_pool", lambda x: ops.max_pool(x, 3, 2, 1), lambda c: {}, follows_autocast=False),
     "avg_pool-3x3": Case(

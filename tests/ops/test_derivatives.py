@@ -28,12 +28,14 @@ from sparsecnx import SparseTensor, ops, use_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented")
 
-PRODUCTS = ("conv-1x1", "conv-2x2-stride2")  # These are torch's own matrix product.
-LINEAR = ("stochastic_depth", "from_dense", "dense", "mapped_pool-sum")
+PRODUCTS = ("conv-1x1", "conv-2x2-stride2", "avg_pool-2x2-stride2")  # These are torch's own matrix product or mean.
+LINEAR = ("stochastic_depth", "from_dense", "dense", "mapped_pool-sum", "avg_pool-3x3")
 MAPPED = ("mapped_conv", "mapped_depthwise_conv", "mapped_pool-sum", "mapped_pool-max")
 OPERATORS = (*(name for name in CASES if not name.endswith("drawn")), "from_dense", "dense", *MAPPED)
+NORMS = ("batch_norm", "group_norm", "instance_norm")
 PUBLIC = {"from_dense": "SparseTensor.from_dense", "dense": "SparseTensor.dense", "mapped_conv": "conv"}
-PUBLIC |= {"mapped_pool-sum": "mapped_depthwise_conv"}
+PUBLIC |= {"mapped_pool-sum": "mapped_depthwise_conv", "mapped_pool-max": "max_pool"}
+PUBLIC |= {name: "batch, group or instance normalization" for name in CASES if name.partition("-")[0] in NORMS}
 
 
 def public_name(operator):

@@ -1,4 +1,4 @@
-"""The activations that a normalization can apply to its result."""
+"""The activations that a normalization can apply to its result, and what errors call it."""
 
 from __future__ import annotations
 
@@ -24,3 +24,6 @@ def check_activation(activation: str) -> None:
     """Raise ValueError unless `activation` is one of ACTIVATIONS."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}: expected one of {', '.join(map(repr, ACTIVATIONS))}")
+
+
+PUBLIC = "batch, group or instance normalization"  # as errors call the operator of all three

@@ -9,7 +9,7 @@ from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.ops.global_response_norm.groups import group_splits
-from sparsecnx.ops.site_normalization.activations import NUMBERS
+from sparsecnx.ops.site_normalization.activations import NUMBERS, PUBLIC
 from sparsecnx.tensor import SparseTensor
 
 
@@ -58,9 +58,9 @@ if compiled.loaded:
     register(
         "sparsecnx::site_norm",
         sizes={"x": "rows C", "weight": "C", "bias": "C"},
-        public="batch_norm",
+        public=PUBLIC,
         fake=_fake,
         saves=("x", "weight", "bias", "mean", "variance", "splits", "groups", "eps", "activation", "slope"),
         backward=_backward,
     )
-    register("sparsecnx::site_norm_backward", public="batch_norm", fake=_fake_backward)
+    register("sparsecnx::site_norm_backward", public=PUBLIC, fake=_fake_backward)

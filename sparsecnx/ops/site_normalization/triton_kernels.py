@@ -24,7 +24,7 @@ from sparsecnx.backends.triton_functions import (
 from sparsecnx.backends.triton_launch import alignment, blocks, launch, row_sizes
 from sparsecnx.ops.global_response_norm.groups import group_splits, row_groups
 from sparsecnx.ops.global_response_norm.triton_kernels import partial_sums, store_group_sums, sum_partials
-from sparsecnx.ops.site_normalization.activations import NUMBERS
+from sparsecnx.ops.site_normalization.activations import NUMBERS, PUBLIC
 from sparsecnx.tensor import SparseTensor
 
 BLOCK_ROWS = 128  # two float32 partial rows for 128 rows of x: 1/32 of the bytes of x in 16 bits
@@ -428,10 +428,10 @@ def _fake_backward(
 register(
     "sparsecnx_triton::site_norm",
     sizes={"x": "rows C", "weight": "C", "bias": "C"},
-    public="batch_norm",
+    public=PUBLIC,
     function=_site_norm,
     fake=_fake,
     saves=("x", "weight", "bias", "mean", "variance", "row_group", "splits", "groups", "eps", "activation", "slope"),
     backward=_backward,
 )
-register("sparsecnx_triton::site_norm_backward", public="batch_norm", function=_site_norm_backward, fake=_fake_backward)
+register("sparsecnx_triton::site_norm_backward", public=PUBLIC, function=_site_norm_backward, fake=_fake_backward)
