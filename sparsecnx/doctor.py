@@ -74,7 +74,7 @@ def checks() -> list[Check]:
     """Check everything that sparsecnx can make use of, in the order of the report."""
     python = Check("Python", True, f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
     found = [python, _torch(), _gpu(), _triton_kernels(), _cpu_operators(), _cuda_operators(), _minkowski_engine()]
-    return [*found, *_train()]
+    return [*found, *_train(), _timm()]
 
 
 def report() -> str:
@@ -219,6 +219,13 @@ def _version(distribution: str, module: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return str(getattr(importlib.import_module(module), "__version__", "version unknown"))
+
+
+def _timm() -> Check:
+    problem = _import_problem("sparsecnx.models.timm_models")
+    if problem is None:
+        return Check("timm", True, f"{_version('timm', 'timm')}, networks for `pretrain --model timm:NAME`")
+    return Check("timm", False, _import_problem("timm") or problem, "pip install --upgrade timm")
 
 
 def _import_problem(module: str) -> str | None:
