@@ -160,6 +160,10 @@ class ConvNeXtV2Encoder(nn.Module):
                 raise ValueError(f"images is {tuple(images.shape)}: expected (B, {self.in_chans}, H, W)")
         else:
             check_images(images, self.in_chans)
+            if isinstance(mask, torch.fx.Proxy):
+                raise TypeError(
+                    "mask is traced: expected concrete_args={'mask': None, 'visible': None} of symbolic_trace"
+                )
             x = images if mask is None else SparseTensor.from_dense(images, mask, visible)
         if isinstance(x, SparseTensor) and any(side % STRIDE for side in x.layout.tile):
             given = f"images is {tuple(images.shape)}" if mask is None else f"mask is {tuple(mask.shape)}"

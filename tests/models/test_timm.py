@@ -162,6 +162,14 @@ def test_symbolic_tracing(train):
         traced(torch.zeros(2, 3, 60, 96))
 
 
+def test_an_encoder_is_traced_without_a_mask():
+    encoder, x = models.ConvNeXtV2Encoder((1, 1, 1, 1), (8, 8, 16, 16)).eval(), images()
+    with pytest.raises(TypeError, match="mask is traced: expected concrete_args="):
+        torch.fx.symbolic_trace(encoder)
+    traced = torch.fx.symbolic_trace(encoder, concrete_args={"mask": None, "visible": None})
+    assert torch.equal(traced(x), encoder(x))
+
+
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing")
 def test_feature_extractor_of_torchvision():
     extraction = pytest.importorskip("torchvision.models.feature_extraction")

@@ -48,6 +48,31 @@ def test_a_run_loads_strictly_into_the_unmodified_network(run):
     assert torch.equal(features(x)[-1], network.eval().forward_features(x))
 
 
+@pytest.mark.parametrize("trained_as", [{"num_classes": 0}, {"features_only": True}], ids=["plain", "features_only"])
+@pytest.mark.parametrize(
+    ("name", "new"),
+    [
+        ("resnet18", "fc"),
+        ("convnext_atto", "head.fc"),
+        ("efficientnet_b0", "classifier"),
+        ("mobilenetv3_small_100", "classifier"),
+        ("regnety_002", "head.fc"),
+        ("densenet121", "classifier"),
+    ],
+)
+def test_weights_load_into_every_form_of_a_network(name, new, trained_as):
+    encoder = timm.create_model(name, **trained_as)
+    autoencoder = {f"encoder.{entry}": value for entry, value in encoder.state_dict().items()}
+    autoencoder["mask_tokens.0"] = torch.zeros(1)
+    network = timm.create_model(name, num_classes=3)
+    kept = load_encoder(network, autoencoder)
+    assert kept[-2:] == [f"{new}.weight", f"{new}.bias"]
+    if "features_only" not in trained_as:
+        assert len(kept) == 2
+    for options in ({}, {"out_indices": (1, 2)}):
+        assert load_encoder(timm.create_model(name, features_only=True, **options), autoencoder) == []
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

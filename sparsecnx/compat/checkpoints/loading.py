@@ -116,7 +116,8 @@ def _load_by_name(model: nn.Module, encoder: Mapping[str, Tensor]) -> list[str]:
     entries = _entries(model)
     # `features_only=True` of timm joins the first two parts of a name with `_`.
     own = {_unwrapped(entry): entry for entry in entries}
-    places = {name: own.get(name) or own.get(name.replace(".", "_", 1)) for name in encoder}
+    forms = {name: (name, name.replace(".", "_", 1), name.replace("_", ".", 1)) for name in encoder}
+    places = {name: next((own[form] for form in forms[name] if form in own), None) for name in encoder}
     kept = [entry for entry in entries if entry not in set(places.values())]
     tops = {_unwrapped(entry).partition(".")[0] for entry in entries}
     features = hasattr(getattr(model, "feature_info", None), "channels")  # timm's networks without a head
@@ -136,7 +137,7 @@ def _load_by_name(model: nn.Module, encoder: Mapping[str, Tensor]) -> list[str]:
             raise CheckpointError(f"{entry} of the model, a {kind}, is {shapes}")
     classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     classifiers = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
-    trained = {name.partition(".")[0] for name in encoder}
+    trained = {_unwrapped(entry).partition(".")[0] for entry in places.values() if entry is not None}
     for entry in kept:
         name = _unwrapped(entry)
         if name.partition(".")[0] in trained and not (classifiers and name.startswith(classifiers)):
