@@ -13,7 +13,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from sparsecnx.models.encoders import stages_of
 from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
-from sparsecnx.nn import LayerNorm2d
 from sparsecnx.tensor import SparseTensor
 
 NORMS = ("batch", "layer", "none")
@@ -153,6 +152,14 @@ class UNetBlock(nn.Module):
         return self.conv(self.up_sample(x))
 
 
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of every site, of maps of any number of dimensions."""
+
+    def forward(self, input: Any) -> Any:
+        """Take `(B, C, *spatial)` or a SparseTensor; return the same shape."""
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
 def _filled(features: SparseTensor | Tensor, token: Tensor) -> Tensor:
     """Return a dense map whose masked sites hold the token."""
     return features.dense(fill=token.flatten()) if isinstance(features, SparseTensor) else features
@@ -165,7 +172,7 @@ def _layer(name: str, ndim: int) -> Any:
 def _norm(kind: str, channels: int, ndim: int) -> nn.Module:
     if kind == "batch":
         return _layer("BatchNorm", ndim)(channels)
-    return LayerNorm2d(channels) if kind == "layer" else nn.Identity()
+    return ChannelNorm(channels, eps=1e-6) if kind == "layer" else nn.Identity()
 
 
 def _init_weights(module: nn.Module) -> None:

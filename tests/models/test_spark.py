@@ -171,6 +171,17 @@ class Homemade(torch.nn.Module):
         return self.answer(maps)
 
 
+class Stack(torch.nn.ModuleList):
+    """Convolutions whose outputs are the maps."""
+
+    def forward(self, x):
+        maps = []
+        for conv in self:
+            x = conv(x).relu()
+            maps.append(x)
+        return maps
+
+
 @pytest.mark.parametrize(
     ("answer", "levels"),
     [(tuple, 4), (lambda maps: dict(zip("abcd", maps, strict=True)), 4), (lambda maps: maps[-1], 1)],
@@ -185,6 +196,40 @@ def test_homemade_encoders_answer_maps(answer, levels):
     loss.backward()
     assert pred.shape == (2, 5 * 32 * 32, 2, 3)
     assert all(p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("ndim", "patch", "below_tile"),
+    [(1, 8, "raise"), (3, 8, "raise"), (2, (8, 16), "raise"), (3, 4, "dense")],
+    ids=["1-D", "3-D", "oblong patches", "3-D below the patch"],
+)
+def test_any_dimensions_and_patches(ndim, patch, below_tile):
+    torch.manual_seed(0)
+    kind, extents = getattr(torch.nn, f"Conv{ndim}d"), (16, 32, 16)[:ndim]
+    stages = [kind(2 if i == 0 else 8, 8, 3, stride=2, padding=1) for i in range(3)]
+    model = models.SparK(Stack(stages), patch, decoder_dim=32, densify_norm="none", below_tile=below_tile).double()
+    x = torch.randn(2, 2, *extents, dtype=torch.float64)
+    grid = model.grid(x)
+    mask = draw_mask("random counts", 2, grid, seed=2)
+    reference = copy.deepcopy(model)
+    loss, pred, _ = model(x, mask=mask)
+    filled = []
+    for token, features in zip(
+        reference.mask_tokens, run_masked(reference.encoder, x, mask, below_tile)[::-1], strict=True
+    ):
+        hidden = mask if token.requires_grad else torch.zeros_like(mask[(0, *(slice(1),) * ndim)])[None]
+        for axis in range(ndim):
+            hidden = hidden.repeat_interleave(features.shape[2 + axis] // hidden.shape[1 + axis], 1 + axis)
+        filled.append(torch.where(hidden[:, None], token, features))
+    image = reference.decoder([proj(map_) for proj, map_ in zip(reference.densify_projs, filled, strict=True)])
+    assert_close(model.unpatchify(pred), image, 1e-10)
+    expected = reference.reconstruction_loss(x, reference.patchify(image).mT.unflatten(2, grid), mask.flatten(1))
+    assert_close(loss, expected, 1e-10)
+    gradients = [
+        torch.autograd.grad(value, list(m.encoder.parameters())) for value, m in ((loss, model), (expected, reference))
+    ]
+    for found, gradient in zip(*gradients, strict=True):
+        assert_close(found, gradient, 1e-8)
 
 
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing")
