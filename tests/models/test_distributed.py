@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparsecnx import SparseTensor, models
 from sparsecnx.compat import minkowski
-from sparsecnx.nn import ConvNeXtV2Block
+from sparsecnx.nn import ConvNeXtV2Block, SyncBatchNorm
 
 WHOLE = StateDictOptions(full_state_dict=True)
 
@@ -129,6 +129,46 @@ def low_precision() -> dict[str, Any]:
     return {"losses": losses / dist.get_world_size(), "dtype": encoder(images, mask).dtype}
 
 
+class Normalised(nn.Module):
+    """A convolution and batch normalization, over the visible sites of both images or of one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 8, 8, dtype=torch.float64)
+        self.norm = nn.BatchNorm2d(5, dtype=torch.float64)
+        self.act = nn.SiLU()
+
+    def forward(self, x: SparseTensor) -> torch.Tensor:
+        return self.act(self.norm(self.conv(x))).features
+
+
+def normalised(images: torch.Tensor, mask: torch.Tensor, synchronised: bool) -> dict[str, Any]:
+    """Return the outputs, the gradients and the running statistics of a normalised network."""
+    torch.manual_seed(0)
+    model: nn.Module = Normalised()
+    nn.init.normal_(model.norm.weight)
+    if synchronised:
+        model = SyncBatchNorm.convert_sync_batchnorm(model)
+    images = images.clone().requires_grad_()
+    out = model(SparseTensor.from_dense(images, mask))
+    weights = torch.linspace(-1, 2, 5, dtype=torch.float64)
+    (out.square() * weights).sum().backward()
+    grads = {f"gradient of {name}": value.grad for name, value in model.named_parameters()}
+    return {"rows": out.detach(), "images": images.grad, **grads, **model.state_dict()}
+
+
+def sync_batch_norm() -> dict[str, Any]:
+    """Normalise one image in each process: they have other numbers of visible sites."""
+    images, mask = (tensor[dist.get_rank(), None] for tensor in data())
+    found = normalised(images, mask, synchronised=True)
+    for name, value in found.items():
+        if name.startswith("gradient of"):
+            dist.all_reduce(value)
+    parts: list[Any] = [None, None]
+    dist.all_gather_object(parts, (found["rows"], found["images"]))
+    return {**found, "rows": torch.cat([part[0] for part in parts]), "images": torch.cat([part[1] for part in parts])}
+
+
 def weights_come_back() -> dict[str, Any]:
     """Return the weights of a sharded model that was given those of another."""
     expected = build("fcmae").state_dict()
@@ -145,6 +185,7 @@ def work(rank: int, folder: Path) -> None:
     init_device_mesh("cpu", (2,))
     cases = {name: (case, *name) for name in WRAPPERS}
     cases |= {("low precision",): (low_precision,), ("weights come back",): (weights_come_back,)}
+    cases |= {("sync batch norm",): (sync_batch_norm,)}
     for name, (function, *arguments) in cases.items():
         try:
             found: Any = function(*arguments)
@@ -193,3 +234,10 @@ def test_low_precision_parameters(found):
 def test_weights_of_a_whole_model_are_sharded_and_come_back(found):
     state = found("weights come back")["state"]
     assert all(torch.equal(state[name], weight) for name, weight in build("fcmae").state_dict().items())
+
+
+def test_sync_batch_norm_normalises_over_all_processes(found):
+    result, alone = found("sync batch norm"), normalised(*data(), synchronised=False)
+    assert result.keys() == alone.keys()
+    for name, expected in alone.items():
+        torch.testing.assert_close(result[name], expected, rtol=1e-9, atol=1e-12, msg=name)

@@ -171,7 +171,7 @@ def instance_norm(
         sizes = group_splits(x.layout, "sample").diff()[:, None]
         counted = sizes > 1
         images = counted.sum()
-        weight_of_these = momentum * (images > 0)
+        weight_of_these = momentum * (images > 0).to(mean.dtype)
         unbiased = variance * (sizes / (sizes - 1).clamp(min=1))
         _move(running_mean, (mean * counted).sum(0) / images.clamp(min=1), weight_of_these)
         _move(running_var, (unbiased * counted).sum(0) / images.clamp(min=1), weight_of_these)
@@ -187,4 +187,5 @@ def _vectors(x: SparseTensor, **values: Tensor | None) -> list[Tensor | None]:
 def _move(running: Tensor | None, value: Tensor, momentum: float | Tensor) -> None:
     """Move a running statistic towards that of the batch, in place."""
     if running is not None:
+        momentum = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
         running.lerp_(value.to(running.dtype).view_as(running), momentum)
