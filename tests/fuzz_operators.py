@@ -16,6 +16,7 @@ import argparse
 import datetime
 import inspect
 import json
+import math
 import os
 import platform
 import random
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sparsecnx
-from sparsecnx import Layout
+from sparsecnx import Layout, TileSet
 from sparsecnx.backends import compiled
 from sparsecnx.common.dtypes import FLOATING, statistics_dtype
 from sparsecnx.geometry.kernel_map import invert_kernel_map
@@ -80,24 +81,73 @@ def groups(splits: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(splits) - 1), splits.diff())
 
 
-def positions(tile: int, index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return image, y and x of the rows of the tiles of `index`."""
-    across, cells = max(1, width // tile), max(1, height // tile * (width // tile))
-    sites, cell = tile_sites((tile, tile)), (index % cells)[:, None]
-    y, x = cell // across * tile + sites[:, 0], cell % across * tile + sites[:, 1]
-    return (index // cells)[:, None].expand_as(y).flatten(), y.flatten(), x.flatten()
+def positions(index: Tensor, shape: Sequence[int], tile: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return the image and the place along each axis of the rows of the tiles of `index`."""
+    grid = [max(1, size // side) for size, side in zip(shape, tile, strict=True)]
+    sites, cell = tile_sites(tuple(tile)), index[:, None]
+    places = []
+    for axis in reversed(range(len(grid))):
+        places.insert(0, (cell % grid[axis] * tile[axis] + sites[:, axis]).flatten())
+        cell = cell // grid[axis]
+    return cell.expand(-1, sites.shape[0]).flatten(), *places
 
 
-def gather_tiles(dense: Tensor, index: Tensor, tile: int) -> Tensor:
-    image, y, x = positions(tile, index, *dense.shape[2:])
-    return dense[image, :, y, x]
+def gather_tiles(dense: Tensor, index: Tensor, tile: Sequence[int]) -> Tensor:
+    return dense.movedim(1, -1)[positions(index, dense.shape[2:], tile)]
 
 
-def scatter_tiles(rows: Tensor, fill: Tensor, index: Tensor, batch: int, height: int, width: int, tile: int) -> Tensor:
-    dense = fill.reshape(-1, 1, 1).repeat(batch, 1, height, width)
-    image, y, x = positions(tile, index, height, width)
-    dense[image, :, y, x] = rows
+def scatter_tiles(
+    rows: Tensor, fill: Tensor, index: Tensor, batch: int, shape: Sequence[int], tile: Sequence[int]
+) -> Tensor:
+    dense = fill.reshape(-1, *[1] * len(shape)).repeat(batch, 1, *shape)
+    dense.movedim(1, -1)[positions(index, shape, tile)] = rows
     return dense
+
+
+def rows_at(
+    index: Tensor, grid: Sequence[int], tile: Sequence[int], places: Sequence[Tensor], there: Tensor, image: Tensor
+) -> Tensor:
+    """Return the rows of tiles of `tile` sites at places `(tiles, sites, taps)` along each axis, -1 where none are."""
+    sites, cell, raster, order = tile_sites(tuple(tile)), image[:, None, None], 0, 0
+    for place, size, side, of_sites in zip(places, grid, tile, sites.unbind(1), strict=True):
+        there = there & (place >= 0) & (place < size * side)
+        cell, raster, order = cell * size + place // side, raster * side + place % side, order * side + of_sites
+    slot = torch.searchsorted(index, cell.contiguous(), right=True) - 1
+    there = there & (slot >= 0) & (index[slot.clamp(min=0)] == cell)
+    return torch.where(there, slot * len(sites) + order.argsort()[raster], -1).flatten(0, 1).int()
+
+
+def map_of(inverse: bool) -> Callable[..., Tensor]:
+    """Return the kernel map of a convolution, or its inverse, site by site."""
+
+    def build(
+        index: Tensor,
+        batch: int,
+        grid: list[int],
+        tile: list[int],
+        kernel: list[int],
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+    ) -> Tensor:
+        coarse = [side // step for side, step in zip(tile, stride, strict=True)]
+        sides, reached = (tile, coarse) if inverse else (coarse, tile)
+        if index.numel() == 0:
+            return torch.empty(0, math.prod(kernel), dtype=torch.int32)
+        sites, image = tile_sites(tuple(sides)), index
+        taps = torch.cartesian_prod(*map(torch.arange, kernel)).view(-1, len(kernel))
+        places, there = [], torch.ones(1, dtype=torch.bool)
+        for axis in reversed(range(len(grid))):
+            site = (image % grid[axis] * sides[axis])[:, None, None] + sites[:, axis, None]
+            tap, image = taps[:, axis] * dilation[axis], image // grid[axis]
+            if inverse:
+                there = there & ((site + padding[axis] - tap) % stride[axis] == 0)
+                places.insert(0, (site + padding[axis] - tap) // stride[axis])
+            else:
+                places.insert(0, site * stride[axis] - padding[axis] + tap)
+        return rows_at(index, grid, reached, places, there, image)
+
+    return build
 
 
 def conv(
@@ -248,6 +298,8 @@ REFERENCES: dict[str, Callable[..., Any]] = {
         layer_norm, {**a, "bias": torch.zeros_like(a["weight"]), "eps": EPS}, ["x", "weight", "bias"]
     ),
     "depthwise_conv_kept": mapped_depthwise_conv,
+    "kernel_map": map_of(inverse=False),
+    "inverse_map": map_of(inverse=True),
     "convnextv2_block_backward": lambda **a: gradients(convnextv2_block, {**a, "keep_hidden": False}, PARAMETERS),
 }
 EPS = 1e-6
@@ -274,11 +326,25 @@ def valid(operator: str, rng: random.Random) -> Arguments:
     table = layout.tiles.neighbours(-(-(max(kernel) // 2) // tile)).clone()
     x, grad = normal(rows, channels), normal(rows, channels)
     optional = rng.random() < 0.5
-    if operator == "gather_tiles":
-        return {"dense": normal(batch, channels, *layout.shape), "index": index, "tile": tile}
-    if operator == "scatter_tiles":
-        sizes = dict(zip(("batch", "height", "width"), (batch, *layout.shape), strict=True))
-        return {"rows": x, "fill": normal(channels), "index": index, **sizes, "tile": tile}
+    if operator in ("gather_tiles", "scatter_tiles", "kernel_map", "inverse_map"):
+        ndim = rng.randint(1, 3)
+        grid, sides = ([rng.choice(sizes) for _ in range(ndim)] for sizes in ((1, 2, 3), (1, 2, 3, 4, 6)))
+        layout = Layout(
+            TileSet.from_mask(torch.rand(batch, *grid) < rng.choice((0.0, 0.4, 0.9)), tuple(grid)), tuple(sides)
+        )
+        index = layout.tiles.index.clone()
+        if operator == "gather_tiles":
+            return {"dense": normal(batch, channels, *layout.shape), "index": index, "tile": sides}
+        if operator == "scatter_tiles":
+            sizes = {"batch": batch, "shape": list(layout.shape), "tile": sides}
+            return {"rows": normal(layout.rows, channels), "fill": normal(channels), "index": index, **sizes}
+        window = {
+            "kernel": [rng.randint(1, 4) for _ in range(ndim)],
+            "stride": [rng.choice([step for step in range(1, side + 1) if side % step == 0]) for side in sides],
+            "padding": [rng.randint(-2, 4) for _ in range(ndim)],
+            "dilation": [rng.choice((1, 1, 2, 5)) for _ in range(ndim)],
+        }
+        return {"index": index, "batch": batch, "grid": grid, "tile": sides, **window}
     if operator == "depthwise_conv":
         bias = vector() if optional else None
         return {"x": x, "weight": normal(channels, 1, *kernel), "bias": bias, "table": table, "tile": tile}
@@ -470,9 +536,11 @@ def sweep() -> list[tuple[str, str, int]]:
     """Return the calls that come first: each tensor of each operator with each change that must raise."""
     found = []
     for name, operator in operators().items():
+        tensors = [argument for argument in operator._schema.arguments if "Tensor" in str(argument.type)]
         for argument in operator._schema.arguments:
-            if "Tensor" in str(argument.type):
-                found += [(name, argument.name, change) for change in range(len(MUST_RAISE))]
+            if argument in tensors:
+                changes = [i for i, change in enumerate(MUST_RAISE) if change is not to_meta or len(tensors) > 1]
+                found += [(name, argument.name, change) for change in changes]
                 if not name.endswith(("_backward", "_weight_grad")):
                     found.append((name, argument.name, len(MUST_RAISE)))
     return found
@@ -506,7 +574,12 @@ def draw(seed: int, number: int) -> tuple[str, Arguments, dict[str, str]]:
             except (RuntimeError, NotImplementedError, TypeError):
                 continue  # torch itself has no such tensor
             changes[changed] = change.__name__
-        elif value is not None:
+        elif isinstance(value, list) and value:
+            value = list(value)
+            value[rng.randrange(len(value))] = rng.choice(INTEGERS)
+            arguments[changed] = rng.choice((value, value, value[1:], [*value, 1]))
+            changes[changed] = repr(arguments[changed])
+        elif value is not None and value != []:
             arguments[changed] = (
                 rng.choice((not value, None, 7))
                 if isinstance(value, bool)
@@ -585,7 +658,7 @@ def differentiate(name: str, arguments: Arguments, freed: str | None) -> None:
 
 def compare(name: str, found: Sequence[Tensor], arguments: Arguments, changes: dict[str, str]) -> str:
     """Compare with the reference in float64."""
-    moved = name in ("gather_tiles", "scatter_tiles")  # values of any dtype, bit for bit
+    moved = name.endswith(("_tiles", "_map"))  # values of any dtype, bit for bit
     first = next(value.dtype for value in arguments.values() if isinstance(value, Tensor))
 
     def reference(dtype: torch.dtype) -> Any:

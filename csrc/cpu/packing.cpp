@@ -1,5 +1,7 @@
 // sparsecnx::gather_tiles and scatter_tiles move values between dense images (B, C, *spatial) and the rows of visible
 // tiles. Each is the other's adjoint. Values are only moved, so the kernels know nothing but their size.
+#include <string>
+
 #include "tiles.h"
 
 namespace sparsecnx {
@@ -27,8 +29,10 @@ struct Images {
 Images check(int64_t batch, int64_t channels, const Sizes& shape, const Tensor& index, const Sizes& tile) {
   Sizes all = shape;
   all.insert(all.begin(), {batch, channels});
-  for (const int64_t size : all)
-    STD_TORCH_CHECK(size >= 0, "sparsecnx: the images have a size of ", size, ", expected no negative one");
+  std::string listed;
+  for (const int64_t size : all) listed += (listed.empty() ? "(" : ", ") + std::to_string(size);
+  STD_TORCH_CHECK(*std::min_element(all.begin(), all.end()) >= 0, "sparsecnx: the images are ", listed,
+                  "), expected no negative size");
   check_sizes(tile, "tile", shape.size(), 1, kMostTile);
   Images images{batch, channels, shape, tile, {}, 1, 1};
   check_product(all, "the images");

@@ -137,14 +137,27 @@ Tensor site_map(const Tensor& index, int64_t batch, const Sizes& grid, const Win
       centre[t] += (rest % grid[axis] + low[axis]) * weight;
     centre[t] += rest * weight;
   }
-  std::vector<int32_t> first(batch * product(padded), kNone);
-  for (int64_t t = 0; t < count; ++t) first[centre[t]] = static_cast<int32_t>(t * sites);
+  padded.push_back(batch);
+  check_product(padded, "the grid with its margins");
+  // A grid of few tiles has a table of all its cells; a larger one is searched.
+  const int64_t cells_with_margins = product(padded);
+  std::vector<int32_t> first;
+  if (cells_with_margins <= std::max<int64_t>(1 << 20, 64 * count)) {
+    first.assign(cells_with_margins, kNone);
+    for (int64_t t = 0; t < count; ++t) first[centre[t]] = static_cast<int32_t>(t * sites);
+  }
+  const auto first_row = [&](int64_t cell) {
+    if (!first.empty()) return first[cell];
+    const auto after = std::upper_bound(centre.begin(), centre.end(), cell);
+    if (after == centre.begin() || after[-1] != cell) return kNone;
+    return static_cast<int32_t>((after - centre.begin() - 1) * sites);
+  };
 
   const int64_t size = static_cast<int64_t>(table.step.size());
   parallel_for(0, count, std::max<int64_t>(1, (1 << 14) / size), [&](int64_t begin, int64_t end) {
     std::vector<int32_t> near(table.neighbours + 1, kNone);  // first row of each neighbour
     for (int64_t t = begin; t < end; ++t) {
-      for (int64_t i = 0; i < table.neighbours; ++i) near[i] = first[centre[t] + shift[i]];
+      for (int64_t i = 0; i < table.neighbours; ++i) near[i] = first_row(centre[t] + shift[i]);
       int32_t* out = data<int32_t>(map) + t * size;
       for (int64_t i = 0; i < size; ++i) out[i] = std::max(near[table.step[i]] + table.offset[i], -1);
     }

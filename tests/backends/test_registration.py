@@ -134,7 +134,7 @@ def test_shapes_on_meta(x: tuple[int, ...], bias: tuple[int, ...], message: str)
         ("depthwise_conv", [(8, 4), (5, 1, 3, 3), (4,), (8, 9)], (1,)),
         ("conv", [(8, 4), (6, 13), (8, 3)], ()),
         ("mapped_depthwise_conv", [(8, 4), (3, 5), (4,), (8, 3), (8, 3)], ()),
-        ("scatter_tiles", [(8, 4), (5,), (2,)], (1, 4, 4, 2)),
+        ("scatter_tiles", [(8, 4), (5,), (2,)], (1, (4, 4), (2, 2))),
     ],
 )
 def test_operators_refuse_shapes_on_meta(operator: str, shapes: list[tuple[int, ...]], others: tuple[float]) -> None:

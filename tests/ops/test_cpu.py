@@ -241,16 +241,28 @@ def test_compiled_operators_check_what_they_read(name, change, message, calls):
 E = torch.empty
 BOUNDLESS = {
     "gather_tiles, a tile whose square overflows": (
-        lambda o: o.gather_tiles(E(1, 1, 0, 0), E(0, dtype=torch.long), 2**32),
+        lambda o: o.gather_tiles(E(1, 1, 0, 0), E(0, dtype=torch.long), (2**32, 2**32)),
         "tile is 4294967296, expected 1 to 32768",
     ),
     "scatter_tiles, images without an end": (
-        lambda o: o.scatter_tiles(E(0, 1), E(1), E(0, dtype=torch.long), 2**31, 2**31, 2**31, 1),
+        lambda o: o.scatter_tiles(E(0, 1), E(1), E(0, dtype=torch.long), 2**31, (2**31, 2**31), (1, 1)),
         r"the sizes of the images multiply to 2\^63 or more",
     ),
     "scatter_tiles, a negative size": (
-        lambda o: o.scatter_tiles(E(0, 1), E(1), E(0, dtype=torch.long), 1, -4, 4, 1),
+        lambda o: o.scatter_tiles(E(0, 1), E(1), E(0, dtype=torch.long), 1, (-4, 4), (1, 1)),
         r"the images are \(1, 1, -4, 4\), expected no negative size",
+    ),
+    "kernel_map, a grid without an end": (
+        lambda o: o.kernel_map(E(0, dtype=torch.long), 2**31, (2**31, 2**31), (1, 1), (3, 3), (1, 1), (1, 1), (1, 1)),
+        r"the sizes of the grid multiply to 2\^63 or more",
+    ),
+    "inverse_map, a stride that does not divide the tile": (
+        lambda o: o.inverse_map(E(0, dtype=torch.long), 1, (2,), (6,), (3,), (4,), (1,), (1,)),
+        "stride is 4, expected a divisor of the tile's 6 sites",
+    ),
+    "kernel_map, an axis that is missing": (
+        lambda o: o.kernel_map(E(0, dtype=torch.long), 1, (2, 2), (6, 6), (3,), (2, 2), (1, 1), (1, 1)),
+        "kernel has 1 entries, expected one for each of 2 axes",
     ),
     "conv, channels without memory": (
         lambda o: o.conv(E(0, 2**60), E(0, 2**60), E(0, 1).int()),
@@ -286,8 +298,8 @@ def test_sizes_of_nothing_take_no_memory():
     o, none = torch.ops.sparsecnx, E(0).int()
     assert o.depthwise_conv(E(0, 4), E(4, 1, 7, 7), None, none, 2**15).shape == (0, 4)
     assert not o.depthwise_conv_weight_grad(E(0, 4), E(0, 4), none, 2**15, 7, 7).any()
-    assert o.gather_tiles(E(1, 0, 2**15, 2**15), torch.tensor([0]), 2**15).shape == (2**30, 0)
-    assert o.scatter_tiles(E(0, 1), E(1), none.long(), 2**40, 0, 0, 1).shape == (2**40, 1, 0, 0)
+    assert o.gather_tiles(E(1, 0, 2**15, 2**15), torch.tensor([0]), (2**15, 2**15)).shape == (2**30, 0)
+    assert o.scatter_tiles(E(0, 1), E(1), none.long(), 2**40, (0, 0), (1, 1)).shape == (2**40, 1, 0, 0)
 
 
 def test_tensors_of_two_devices_give_an_error_not_a_meta_tensor():
