@@ -29,13 +29,13 @@ class Prepared(NamedTuple):
         runs: the operator that `ops.conv` chose.
         window: its argument.
         strided: whether the layout changes.
-        pointwise: whether the convolution is a matrix product of the rows.
+        children: consecutive rows in raster order that the convolution multiplies with a matrix, 0 for others.
     """
 
     runs: Operator
     window: Window
     strided: bool
-    pointwise: bool
+    children: int
 
 
 _prepared: dict[Any, Prepared] = {}
@@ -62,10 +62,12 @@ def _convolution(name: str) -> Handler:
             key = shapes, stride, padding, dilation, groups
             prepared = _prepared.get(key)
             if prepared is not None and _plain(features, weight, bias):
-                if prepared.pointwise and selected() == "auto":
-                    return packed(F.linear(features, weight.flatten(1), bias), layout)
-                out = prepared.runs(x, weight, bias, prepared.window, groups)
-                return packed(out, coarsened(layout, stride) if prepared.strided else layout)
+                coarse = coarsened(layout, stride) if prepared.strided else layout
+                if prepared.children and selected() == "auto":
+                    if prepared.children > 1:
+                        features, weight = features.reshape(coarse.rows, -1), weight.movedim(1, -1)
+                    return packed(F.linear(features, weight.flatten(1), bias), coarse)
+                return packed(prepared.runs(x, weight, bias, prepared.window, groups), coarse)
         window = plan(name, x, tuple(weight.shape[2:]), stride, padding, dilation, extra)
         if window.dense:
             border = [side for pair in zip(window.before[::-1], window.after[::-1], strict=True) for side in pair]
@@ -74,9 +76,9 @@ def _convolution(name: str) -> Handler:
         if key is not None and not 1 < groups == features.shape[1]:  # Depthwise ones check little.
             inner = Window(window.kernel, window.stride, window.before, window.dilation)
             is_product = products.applies(layout, inner)
-            strided = max(window.stride) > 1
             runs = convolution.patchify_operator if is_product else convolution.operator
-            _prepared[key] = Prepared(runs, inner, strided, is_product and not strided and groups == 1)
+            raster = groups == 1 and max(window.stride) <= 2  # Nested order of 2x2 sites is raster order.
+            _prepared[key] = Prepared(runs, inner, max(window.stride) > 1, window.children if raster else 0)
         return result
 
     return handler

@@ -13,8 +13,8 @@ from sparsecnx import ops
 from sparsecnx.functions.elementwise import HANDLER_OF
 from sparsecnx.functions.reductions import EXTREMA, mean
 from sparsecnx.functions.table import Handler, answers, axes, channels_first, like, refuse
-from sparsecnx.functions.windows import TAKE_PADDING, Window, per_axis, plan, unpadded
-from sparsecnx.tensor import SparseTensor
+from sparsecnx.functions.windows import TAKE_PADDING, Window, coarsened, per_axis, plan, unpadded
+from sparsecnx.tensor import SparseTensor, packed
 
 
 def every_site(x: SparseTensor, stride: tuple[int, ...]) -> SparseTensor:
@@ -103,6 +103,11 @@ def _avg_pool(name: str) -> Handler:
         if window.dense:
             return dense(x.dense(), kernel, window.stride, window.before, ceil_mode, count_include_pad, *(
                 () if divisor_override is None else (divisor_override,)))  # fmt: skip
+        if window.children:
+            coarse = coarsened(x.layout, window.stride)
+            parts = x.features.reshape(coarse.rows, window.children, x.features.shape[1])
+            total = parts.mean(1) if divisor_override is None else parts.sum(1) / divisor_override
+            return packed(total, coarse)
         if extra is not None and divisor_override is None:  # What F.pad adds are values like any other.
             if ceil_mode or (any(per_axis(padding, x.layout.ndim)) and not count_include_pad):
                 refuse(name, "F.pad is followed by padding that counts otherwise", "give all of it to one of them")

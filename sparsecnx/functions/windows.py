@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 from sparsecnx.functions.table import METHODS, answers, channels_first, like, refuse
 from sparsecnx.geometry.layout import Layout
+from sparsecnx.geometry.nested_order import children_are_consecutive
 from sparsecnx.tensor import SparseTensor
 
 
@@ -20,7 +22,8 @@ class Window(NamedTuple):
     Attributes:
         kernel, stride, dilation: sites along each axis.
         before, after: padding before the first and after the last site of each axis.
-        dense: why an ordinary tensor comes out: the stride is below the tile, or one site is left per axis.
+        dense: whether an ordinary tensor comes out: the stride is below the tile, or one site is left per axis.
+        children: where the windows part the sites, and those of each are consecutive rows, how many they are; else 0.
     """
 
     kernel: tuple[int, ...]
@@ -29,6 +32,7 @@ class Window(NamedTuple):
     after: tuple[int, ...]
     dilation: tuple[int, ...]
     dense: bool
+    children: int = 0
 
 
 class Padded:
@@ -213,7 +217,8 @@ def _plan(
             f"{name}: kernel {kernel}, stride {strides}, padding {padding} and dilation {dilations} make {tuple(out)} "
             f"sites of {tuple(shape)}: expected extent / stride, {tuple(expected)}; {_fitting(spans, strides)}"
         )
-    return Window(kernel, strides, before, after, dilations, False)
+    parts = spans == kernel == strides and not any(before) and children_are_consecutive(layout.tile, strides)
+    return Window(kernel, strides, before, after, dilations, False, math.prod(kernel) if parts else 0)
 
 
 def _fitting(spans: tuple[int, ...], strides: tuple[int, ...]) -> str:
