@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # The pages, and the libraries that they need. minkowski.md is not among them: half of its Python needs MinkowskiEngine,
 # and the other half hides it.
 PAGES: dict[str, tuple[str, ...]] = {
-    "README.md": (),
+    "README.md": ("timm",),
     "docs/training-loop.md": (),
     "docs/networks.md": ("timm", "torchvision"),
     "docs/backends.md": (),
