@@ -16,6 +16,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
@@ -199,11 +200,11 @@ def write_page(path: Path, found: dict[str, tuple[str, str]]) -> None:
         "",
         f"## {len(equal)} are equal",
         "",
-        ", ".join(f"`{name}`" for name in equal) + ".",
+        textwrap.fill(", ".join(f"`{name}`" for name in equal) + ".", 120, break_on_hyphens=False),
         "",
         f"## {len(others)} raise",
         "",
-        "Most attend over space. [any-network.md](any-network.md) says what has no masked meaning.",
+        "Most attend over space. [functions.md](functions.md) says what has no meaning on visible sites.",
         "",
         "| network | error |",
         "|---|---|",
