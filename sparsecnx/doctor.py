@@ -50,6 +50,8 @@ EXPLAINED_OPERATORS = (
     depthwise_convolution.operator,
     global_response_norm.operator,
     drop_path.operator,
+    pooling.max_operator,
+    site_normalization.batch_norm_operator,
 )
 
 

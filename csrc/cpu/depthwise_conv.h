@@ -38,7 +38,7 @@ class WeightGradSum {
 
   // Adds the contribution of tiles [begin, end). One thread sums each slab of tiles and slice of channels.
   void add(const DepthwiseWeightGrad<S>& job, int64_t begin, int64_t end, int64_t slabs) {
-    constexpr int64_t kSlice = 64;  // channels of a task
+    constexpr int64_t kSlice = 512;  // channels of a task, which may list what is read for all of them at once
     const int64_t slices = (channels_ + kSlice - 1) / kSlice, count = end - begin;
     if (count == 0) return;
     std::vector<A> partial((slabs - 1) * taps_ * channels_, A(0));  // of all slabs but the first

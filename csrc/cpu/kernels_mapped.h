@@ -234,19 +234,54 @@ inline void all_sums(const Reads& reads, const Vec<Compute<S>>* factors, const S
   }
 }
 
+// A weight (taps, channels) by blocks of channels, so that each block reads it from one place.
+template <class S>
+class BlockedWeight {
+ public:
+  BlockedWeight(const Compute<S>* weight, int64_t taps, int64_t channels)
+      : taps_(taps), blocked_(taps * ((channels + kLanes<S> - 1) / kLanes<S>)) {
+    for_channel_blocks<S>(channels, [&](auto block) {
+      Vec<Compute<S>>* at = blocked_.data() + block.at / kLanes<S> * taps;
+      for (int64_t k = 0; k < taps; ++k) {
+        for (int j = 0; j < block.kRegisters; ++j) *at++ = block.get(weight + k * channels, j);
+      }
+    });
+  }
+
+  template <class C>
+  const Vec<Compute<S>>* of(const C& block) const {
+    return blocked_.data() + block.at / kLanes<S> * taps_;
+  }
+
+ private:
+  int64_t taps_;
+  Registers<Compute<S>> blocked_;
+};
+
+// weight_grad (taps, channels) += sums over `rows` rows of grad of the products in `reads`, for a block of channels.
+// `loaded` has room for that block of grad.
+template <class S, class C>
+inline void add_weight_grad(const Reads& reads, const S* grad, int64_t rows, const S* x, int64_t channels,
+                            const S* zeros, const C& block, Vec<Compute<S>>* loaded, Compute<S>* weight_grad) {
+  using A = Compute<S>;
+  Vec<A>* at = loaded;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int j = 0; j < block.kRegisters; ++j) *at++ = block.get(grad + r * channels, j);
+  }
+  const auto start = [&](int) { return Vec<A>{}; };
+  const auto finish = [&](int64_t k, int j, Vec<A> sum) {
+    A* total = weight_grad + k * channels;
+    block.put(total, j, block.get(total, j) + sum);
+  };
+  all_sums<S>(reads, loaded, x, channels, zeros, block, start, finish);
+}
+
 template <class S>
 bool mapped_depthwise(const MappedDepthwise<S>& job, int64_t begin, int64_t end) {
   using A = Compute<S>;
   const int64_t channels = job.channels, taps = job.taps;
   const std::vector<S> zeros(channels);
-  // The weight is stored by blocks of channels, so that each block reads it from one place.
-  Registers<A> weight(taps * ((channels + kLanes<S> - 1) / kLanes<S>));
-  for_channel_blocks<S>(channels, [&](auto block) {
-    Vec<A>* at = weight.data() + block.at / kLanes<S> * taps;
-    for (int64_t k = 0; k < taps; ++k) {
-      for (int j = 0; j < block.kRegisters; ++j) *at++ = block.get(job.weight + k * channels, j);
-    }
-  });
+  const BlockedWeight<S> weight(job.weight, taps, channels);
   Reads reads(std::min(kBlock, end - begin), taps);
   const Entries entries(job.inverse != nullptr ? std::min(kBlock, end - begin) : 0, taps);
   for (int64_t row = begin; row < end; row += kBlock) {
@@ -257,8 +292,7 @@ bool mapped_depthwise(const MappedDepthwise<S>& job, int64_t begin, int64_t end)
     for_channel_blocks<S>(channels, [&](auto block) {
       const auto start = [&](int j) { return job.bias != nullptr ? block.get(job.bias, j) : Vec<A>{}; };
       const auto finish = [&](int64_t o, int j, Vec<A> sum) { block.put(job.out + o * channels, j, sum); };
-      all_sums<S>(reads, weight.data() + block.at / kLanes<S> * taps, job.x, channels, zeros.data(), block, start,
-                  finish);
+      all_sums<S>(reads, weight.of(block), job.x, channels, zeros.data(), block, start, finish);
     });
   }
   return true;
@@ -279,16 +313,8 @@ bool mapped_depthwise_weight_grad(const MappedDepthwiseWeightGrad<S>& job, int64
     reads.clear();
     reads.add(map, 0, taps, 1, rows, taps);
     for_channel_blocks<S>(channels, [&](auto block) {
-      Vec<A>* at = grad.data();
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int j = 0; j < block.kRegisters; ++j) *at++ = block.get(job.grad + (row + r) * channels, j);
-      }
-      const auto start = [&](int) { return Vec<A>{}; };
-      const auto finish = [&](int64_t k, int j, Vec<A> sum) {
-        A* total = weight_grad + k * channels;
-        block.put(total, j, block.get(total, j) + sum);
-      };
-      all_sums<S>(reads, grad.data(), job.x, channels, zeros.data(), block, start, finish);
+      add_weight_grad<S>(reads, job.grad + row * channels, rows, job.x, channels, zeros.data(), block, grad.data(),
+                         weight_grad);
     });
   }
   return true;

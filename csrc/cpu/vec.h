@@ -40,6 +40,7 @@ class Registers {
   Registers(const Registers&) = delete;
   Registers& operator=(const Registers&) = delete;
   Vec<A>* data() { return static_cast<Vec<A>*>(at_); }
+  const Vec<A>* data() const { return static_cast<const Vec<A>*>(at_); }
   Vec<A>& operator[](int64_t i) { return data()[i]; }
 
  private:
