@@ -26,6 +26,8 @@ from sparsecnx.ops import (
     drop_path,
     global_response_norm,
     layer_normalization,
+    pooling,
+    site_normalization,
 )
 from sparsecnx.tensor import SparseTensor
 

@@ -77,10 +77,10 @@ def test_opcheck(name, calls):
                 return value
             return value.detach().clone().requires_grad_(with_autograd and value.is_floating_point())
 
-        # The scale of an image is a constant, and so is what else the tables hold.
+        # The scale of an image is a constant, and so are given moments and what else the tables hold.
         arguments = [fresh(value) for value in args]
         for position, argument in enumerate(operator._schema.arguments):
-            if argument.name in ("scale", "row_scale") and arguments[position] is not None:
+            if argument.name in ("scale", "row_scale", "mean", "variance") and arguments[position] is not None:
                 arguments[position].requires_grad_(False)
         torch.library.opcheck(operator, tuple(arguments))
 
