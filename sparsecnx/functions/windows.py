@@ -153,6 +153,8 @@ _coarser: WeakKeyDictionary[Layout, dict[tuple[int, ...], Layout]] = WeakKeyDict
 
 def coarsened(layout: Layout, stride: tuple[int, ...]) -> Layout:
     """Return `layout.coarsen(stride)`, the same object at every call."""
+    if torch.compiler.is_compiling():
+        return layout.coarsen(stride)
     found = _coarser.setdefault(layout, {})
     coarse = found.get(stride)
     if coarse is None:
