@@ -39,6 +39,9 @@ for _name in PROPERTIES:
     _property(_name)
 SparseTensor.ndim = property(lambda x: x.features.ndim + x.layout.ndim)  # type: ignore[attr-defined]
 SparseTensor.is_sparse = property(lambda x: False)  # type: ignore[attr-defined]
+SparseTensor.grad = property(  # type: ignore[attr-defined]
+    lambda x: None if x.features.grad is None else like(x, x.features.grad)
+)
 SparseTensor.data = property(lambda x: x.detach())  # type: ignore[attr-defined]
 
 

@@ -238,6 +238,8 @@ def _nary(name: str) -> Handler:
         if kwargs.get("out") is not None:
             refuse(name, "out= would write into a tensor", "use the value that it returns")
         kwargs.pop("out", None)
+        if name == "where" and len(args) + len(kwargs) == 1:
+            refuse(name, "its answer would be places of single elements", "give it the values of both cases")
         return combine(function, name, args, kwargs)
 
     handler.__name__ = name

@@ -70,6 +70,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a tensor of another size": (lambda x: x * torch.ones(1, 1, 5, 5), "does not broadcast"),
     "a weight that is sparse": (lambda x: F.conv2d(torch.ones(1, 1, 4, 4), x), "conv2d .*input is a tensor"),
     "writing into an ordinary tensor": (lambda x: torch.zeros(2, CHANNELS, 12, 8).add_(x), "add_ .*would write"),
+    "places of elements": (lambda x: torch.where(x > 0), "where .*places of single elements"),
     "truth": (bool, "__bool__ .*reduce it first"),
     "numpy": (lambda x: x.numpy(), "numpy .*reduce it first"),
     "iteration": (list, "__iter__ .*reduce it first"),
