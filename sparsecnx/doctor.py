@@ -52,8 +52,11 @@ EXPLAINED_OPERATORS = (
     depthwise_convolution.operator,
     global_response_norm.operator,
     drop_path.operator,
-    pooling.max_operator,
     site_normalization.batch_norm_operator,
+    site_normalization.group_norm_operator,
+    site_normalization.instance_norm_operator,
+    pooling.max_operator,
+    pooling.sum_operator,
 )
 
 
