@@ -3,7 +3,7 @@
     python benchmarks/check_networks.py --page docs/networks-checked.md
     python benchmarks/check_networks.py --names resnet50 'regnet*'
 
-Without names, these are `NETWORKS` of timm, the classifiers of torchvision and 2-D networks of MONAI, as far as these
+Without names, these are `NETWORKS` of timm, `TORCHVISION` and 2-D networks of MONAI, as far as these
 are installed. Each runs at 64x96 pixels on a 2x3 grid with unequal counts, in float64, in training and in evaluation;
 outputs have to agree to 1e-10, gradients and running statistics to 1e-8. `tests/masked_network.py` computes what they
 are held to. The exit code is 1 if any network runs and differs.
@@ -35,6 +35,11 @@ from sparsecnx import SparseTensor
 sys.path.insert(0, str(ROOT / "tests"))
 from masked_network import Unknown, differences
 
+TORCHVISION = """
+    resnet18 resnet50 resnext50_32x4d wide_resnet50_2 convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s mnasnet0_5
+    mobilenet_v2 mobilenet_v3_small mobilenet_v3_large regnet_x_400mf regnet_y_400mf shufflenet_v2_x0_5 shufflenet_v2_x1_0
+    vgg11_bn vgg16 squeezenet1_0 googlenet inception_v3
+"""
 SHAPE = (2, 3, 64, 96)
 MASK = torch.tensor([[[0, 1, 0], [0, 1, 0]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.bool)
 OUTPUT_LIMIT, LIMIT = 1e-10, 1e-8
@@ -94,20 +99,14 @@ def whole(network: torch.nn.Module) -> torch.nn.Module:
 def torchvision_networks() -> Iterator[tuple[str, Build]]:
     from torchvision import models
 
-    for name in models.list_models(module=models):
-        if not name.startswith(("vit", "swin", "maxvit")):
-            network = models.get_model_builder(name)
-            if name.startswith(("vgg", "alexnet")):  # their heads flatten a 7x7 map
-                yield f"torchvision {name}", lambda network=network: network(weights=None).features
-            elif name.startswith(("inception", "googlenet")):
-                yield f"torchvision {name}", lambda network=network: network(weights=None, init_weights=False)
-            else:
-                yield f"torchvision {name}", lambda network=network: network(weights=None)
-    yield (
-        "torchvision lraspp_mobilenet_v3_large",
-        lambda: models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None),
-    )
-    for name in ("fcn_resnet50", "deeplabv3_resnet50"):
+    for name in TORCHVISION.split():
+        network = models.get_model_builder(name)
+        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        if name.startswith("vgg"):  # the head flattens a 7x7 map
+            yield f"torchvision {name}", lambda network=network: network(weights=None).features
+        else:
+            yield f"torchvision {name}", lambda network=network, options=options: network(weights=None, **options)
+    for name in ("lraspp_mobilenet_v3_large", "fcn_resnet50", "deeplabv3_resnet50"):
         network = getattr(models.segmentation, name)
         yield f"torchvision {name}", lambda network=network: network(weights=None, weights_backbone=None)
 

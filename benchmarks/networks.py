@@ -107,6 +107,8 @@ class Dense:
         self.share = visible.to(dtype).mean((1, 2, 3), keepdim=True)
         self.batch_norm = self.gathered_batch_norm if gather else self.summed_batch_norm
         for module in network.modules():
+            if isinstance(module, timm.layers.Mlp) and isinstance(module.fc1, torch.nn.Conv2d):
+                continue  # its convolutions are masked already
             if isinstance(module, self.LAYERS):
                 module.register_forward_hook(self.times_mask)
             elif isinstance(module, timm.layers.SqueezeExcite | timm.models._efficientnet_blocks.SqueezeExcite):

@@ -79,6 +79,8 @@ def test_encoder_writes_what_it_measured(tmp_path: Path) -> None:
         "overhead --repeats 2",
         f"training_step {' '.join(SMALL)} --variants sparse",
         f"minkowski_encoder {' '.join(SMALL)}",
+        "networks --models convnext_atto --image 64 --ratio 0.5 --batch 2 --threads 1 --repeats 2 "
+        "--variants sparse dense",
         pytest.param(
             f"kernels {' '.join(SMALL)} --device cpu --dtype float32 --stage 4 --backend triton "
             "--programs dense_depthwise_conv depthwise_conv block gather",
@@ -89,10 +91,32 @@ def test_encoder_writes_what_it_measured(tmp_path: Path) -> None:
 )
 def test_others_run(command: str, load: Callable[[str], Any], tmp_path: Path) -> None:
     name, *options = command.split()
+    if name == "networks":
+        pytest.importorskip("timm")
     code = load(name).main([*options, "--out", str(tmp_path / "out.json")])
     cases = json.loads((tmp_path / "out.json").read_text())["cases"]
     assert cases
     assert code == 0 or name == "overhead"  # which misses its goal on a busy machine
+
+
+def test_the_check_of_networks_writes_what_it_found(load: Callable[[str], Any], tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    check = load("check_networks")
+
+    class Wrong(torch.nn.Conv2d):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) * (1.0 if isinstance(x, torch.Tensor) else 1.0 + 1e-9)
+
+    networks = {
+        "right": lambda: torch.nn.Conv2d(3, 4, 3, padding=1),
+        "wrong": lambda: Wrong(3, 4, 3, padding=1),
+        "flat": torch.nn.Flatten,
+    }
+    found = check.run_all(networks.items())
+    assert [status for status, _ in found.values()] == ["equal", "differs", "raises"]
+    check.write_page(tmp_path / "page.md", found)
+    page = (tmp_path / "page.md").read_text()
+    assert "## 1 are equal\n\n`right`." in page and "| `flat` | flatten on a SparseTensor: " in page
 
 
 def test_gpu_suite_sums_up_its_parts(
