@@ -3,10 +3,10 @@
     python benchmarks/check_networks.py --page docs/networks-checked.md
     python benchmarks/check_networks.py --names resnet50 'regnet*'
 
-Without names, these are `NETWORKS` of timm, `TORCHVISION` and 2-D networks of MONAI, as far as these
-are installed. Each runs at 64x96 pixels on a 2x3 grid with unequal counts, in float64, in training and in evaluation;
-outputs have to agree to 1e-10, gradients and running statistics to 1e-8. `tests/masked_network.py` computes what they
-are held to. The exit code is 1 if any network runs and differs.
+Without names, these are `NETWORKS` of timm, `TORCHVISION`, and 2-D networks of MONAI, as far as these are installed. Each
+runs at 64x96 pixels on a 2x3 grid with unequal counts, in float64, in training and in evaluation. Outputs have to agree
+to 1e-10 and gradients and running statistics to 1e-8 with what `tests/masked_network.py` computes. The exit code is 1
+if any network runs and differs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 from masked_network import Unknown, differences
 
 TORCHVISION = """
-    resnet18 resnet50 resnext50_32x4d wide_resnet50_2 convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s mnasnet0_5
-    mobilenet_v2 mobilenet_v3_small mobilenet_v3_large regnet_x_400mf regnet_y_400mf shufflenet_v2_x0_5 shufflenet_v2_x1_0
-    vgg11_bn vgg16 squeezenet1_0 googlenet inception_v3
+    resnet18 resnet50 resnext50_32x4d wide_resnet50_2 convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s
+    mnasnet0_5 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large regnet_x_400mf regnet_y_400mf shufflenet_v2_x0_5
+    shufflenet_v2_x1_0 vgg11_bn vgg16 squeezenet1_0 googlenet inception_v3
 """
 SHAPE = (2, 3, 64, 96)
 MASK = torch.tensor([[[0, 1, 0], [0, 1, 0]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.bool)
