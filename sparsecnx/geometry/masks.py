@@ -61,7 +61,10 @@ def random_mask(
     kept = visible_count(cells, ratio)
     if device is None and generator is not None:
         device = generator.device
-    noise = torch.rand(batch, cells, generator=generator, device=device)
+    if generator is None:  # torch.compile takes no such argument, not even None, where sizes vary.
+        noise = torch.rand(batch, cells, device=device)
+    else:
+        noise = torch.rand(batch, cells, generator=generator, device=device)
     order = noise.argsort(dim=1)
     mask = torch.ones(batch, cells, dtype=torch.bool, device=device)
     return mask.scatter(1, order[:, :kept], False)

@@ -262,6 +262,15 @@ def test_compiled_model_is_the_eager_one():
     assert_same(run(torch.compile(model, fullgraph=True, backend="aot_eager")), run(model), 1e-5)
 
 
+def test_compiled_model_draws_masks_for_images_of_another_size():
+    torch.compiler.reset()
+    compiled = torch.compile(small_model(), fullgraph=True, backend="eager")
+    for batch, height, width in ((2, 64, 96), (3, 96, 128)):
+        loss, _, mask = compiled(images(batch, height, width, torch.float32), mask_ratio=0.6)
+        cells = height * width // 32**2
+        assert loss.isfinite() and mask.sum(1).tolist() == [cells - int(cells * 0.4)] * batch
+
+
 def test_bfloat16_autocast_is_close_and_keeps_float32_gradients():
     model, x, mask = small_model(), images(dtype=torch.float32), some_mask()
     exact = model(x, mask=mask)[0]
