@@ -170,7 +170,11 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(CHANNELS, 8, 3, 1, 1, groups=2), nn.AvgPool2d(2), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(3, 1, 1)
+            nn.Conv2d(CHANNELS, 8, 3, 1, 1, groups=2),
+            nn.AvgPool2d(2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 1, 1),
         )
         self.mix = nn.Linear(8, 8)
         self.norm = nn.LayerNorm(8)
