@@ -65,7 +65,8 @@ def _convolution(name: str) -> Handler:
                 coarse = coarsened(layout, stride) if prepared.strided else layout
                 if prepared.children and selected() == "auto":
                     if prepared.children > 1:
-                        features, weight = features.reshape(coarse.rows, -1), weight.movedim(1, -1)
+                        features = features.reshape(coarse.rows, prepared.children * features.shape[1])
+                        weight = weight.movedim(1, -1)
                     return packed(F.linear(features, weight.flatten(1), bias), coarse)
                 return packed(prepared.runs(x, weight, bias, prepared.window, groups), coarse)
         window = plan(name, x, tuple(weight.shape[2:]), stride, padding, dilation, extra)
