@@ -10,8 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch._dynamo.variables import torch_function as dynamo
-from torch._dynamo.variables.lists import TupleVariable
 from torch.nn.modules import batchnorm
 from torch.utils.hooks import BackwardHook
 
@@ -21,7 +19,6 @@ from sparsecnx.tensor import SparseTensor
 
 _apply = BackwardHook._apply_on_tensors
 _sync_batch_norm = batchnorm.sync_batch_norm
-_flatten = dynamo._flatten_vts
 
 
 def _apply_on_tensors(self: BackwardHook, fn: Any, args: tuple[Any, ...]) -> Any:
@@ -41,14 +38,28 @@ def _synchronised(input: Any, *args: Any) -> Any:
     return _sync_batch_norm.apply(input, *args)
 
 
-def _flatten_with_tuples(variables: Iterable[Any]) -> list[Any]:
-    """Look into tuples too: torch.compile asks the tensors of `torch.cat([x, y])`, not of `torch.cat((x, y))`."""
-    found: list[Any] = []
-    for variable in _flatten(variables):
-        found.extend(_flatten_with_tuples(variable.items) if type(variable) is TupleVariable else [variable])
-    return found
+def _let_tuples_compile() -> None:
+    """Look into tuples too: torch.compile asks the tensors of `torch.cat([x, y])`, not of `torch.cat((x, y))`.
+
+    Where another torch has other names for this, `fullgraph=True` raises an error at such a tuple.
+    """
+    try:
+        from torch._dynamo.variables import torch_function as dynamo
+        from torch._dynamo.variables.lists import TupleVariable
+
+        flatten = dynamo._flatten_vts
+    except (ImportError, AttributeError):
+        return
+
+    def flatten_with_tuples(variables: Iterable[Any]) -> list[Any]:
+        found: list[Any] = []
+        for variable in flatten(variables):
+            found.extend(flatten_with_tuples(variable.items) if type(variable) is TupleVariable else [variable])
+        return found
+
+    dynamo._flatten_vts = flatten_with_tuples  # type: ignore[assignment]
 
 
 BackwardHook._apply_on_tensors = _apply_on_tensors  # type: ignore[method-assign]
 batchnorm.sync_batch_norm = SimpleNamespace(apply=_synchronised)  # type: ignore[assignment, misc]
-dynamo._flatten_vts = _flatten_with_tuples  # type: ignore[assignment]
+_let_tuples_compile()
