@@ -8,6 +8,7 @@
 // Weights are (groups, taps, channels in, channels out) of any strides, so that the gradient of x is the same operator
 // on the inverse map, with the last two axes exchanged.
 #include <atomic>
+#include <cstring>
 
 #include "mapped.h"
 
@@ -17,8 +18,10 @@ namespace {
 constexpr int64_t kChunkValues = 1 << 17;   // of the input and output rows of a chunk: they share L2 with the weight
 constexpr int64_t kMostChunk = 1024;        // rows
 constexpr int64_t kWeightGradRows = 128;    // of a chunk of the gradient of the weight: a panel of them stays in L1
+constexpr int64_t kNarrowRows = 256;        // of a chunk where groups are narrow
 constexpr int64_t kThin = 8;                // input channels up to which columns are gathered
 constexpr int64_t kColumnValues = 1 << 15;  // of a chunk of columns
+constexpr int64_t kMostColumns = 512;       // rows of it
 
 struct Shape {
   int64_t rows_in, rows_out, taps, groups, in, out;  // in and out: channels of a group
@@ -38,6 +41,15 @@ Shape check_shape(const Tensor& x, const char* name, const Tensor& kernel_map, s
   check_dense(kernel_map, "kernel_map", kernel_map.numel(), ScalarType::Int);
   check_product({groups, taps, in + 64, out + 64}, "weight");
   return {rows, kernel_map.size(0), taps, groups, in, out, data<int32_t>(kernel_map)};
+}
+
+// Raises unless all entries of the map are -1 or rows of x.
+void check_rows(const Shape& shape, const Tensor& kernel_map) {
+  std::atomic<bool> good = true;
+  parallel_for(0, shape.rows_out * shape.taps, 1 << 16, [&](int64_t begin, int64_t end) {
+    if (!kernels<float>().all_rows(shape.map + begin, end - begin, shape.rows_in)) good = false;
+  });
+  if (!good) check_range(kernel_map, "kernel_map", shape.rows_in);
 }
 
 // The strides of a weight (groups, taps, channels in, channels out).
@@ -77,42 +89,69 @@ struct Panels {
   int64_t begin(int64_t panel) const { return registers * panel / count * lanes; }
   int64_t width(int64_t panel) const { return begin(panel + 1) - begin(panel); }
   int64_t padded() const { return registers * lanes; }  // channels
+  int64_t of_register(int64_t number) const {
+    int64_t panel = number * count / registers;  // or a neighbour
+    while (begin(panel) > number * lanes) --panel;
+    while (begin(panel + 1) <= number * lanes) ++panel;
+    return panel;
+  }
 };
 
+inline float wide(float x) { return x; }
+inline double wide(double x) { return x; }
+inline float wide(half x) { return half_to_float(x.bits); }
+inline float wide(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+// Packs a register of output channels for input channels [begin, end). `to` is where the panel has the register.
+template <class S>
+void pack_register(const Shape& shape, const Panels& panels, const S* from, const Strides& strides, int64_t rows,
+                   int64_t begin, int64_t end, int64_t step, Compute<S>* to) {
+  const int64_t taps = shape.taps, in = shape.in, lanes = panels.lanes;
+  if (strides.tap == 1 && taps > 1) {
+    for (int64_t i = begin; i < end; ++i)
+      kernels<S>().columns_to_lanes(from + i * strides.in, strides.out, rows, taps, to + i * step, in * step);
+    return;
+  }
+  for (int64_t k = 0; k < taps; ++k) {
+    const S* tap = from + k * strides.tap;
+    auto* at = to + k * in * step;
+    if (strides.in == 1) {
+      kernels<S>().columns_to_lanes(tap + begin, strides.out, rows, end - begin, at + begin * step, step);
+      continue;
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const S* row = tap + i * strides.in;
+      if (strides.out == 1 && rows == lanes) {
+        kernels<S>().widen(row, lanes, at + i * step);
+      } else {
+        for (int64_t r = 0; r < lanes; ++r) at[i * step + r] = r < rows ? wide(row[r * strides.out]) : Compute<S>(0);
+      }
+    }
+  }
+}
+
 // Packs the weight of all groups: for each panel (taps, channels in, channels of the panel), with zeros at the end.
+// It is read in the order of memory, or nearly.
 template <class S>
 void pack(const Shape& shape, const Panels& panels, const S* weight, const Strides& strides, Compute<S>* packed) {
-  using A = Compute<S>;
-  const int64_t taps = shape.taps, in = shape.in, lanes = panels.lanes;
-  parallel_for(0, shape.groups * panels.registers, 1, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kSlice = 16;  // input channels
+  const int64_t slices = (shape.in + kSlice - 1) / kSlice, per_group = slices * panels.registers;
+  const bool registers_inside = strides.in > strides.out;
+  parallel_for(0, shape.groups * per_group, 8, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / panels.registers, first = task % panels.registers * lanes;
-      int64_t panel = 0;
-      while (panels.begin(panel + 1) <= first) ++panel;
-      const int64_t step = panels.width(panel), rows = std::min(lanes, shape.out - first);
-      const S* from = weight + group * strides.group + first * strides.out;
-      A* to = packed + (group * panels.padded() + panels.begin(panel)) * taps * in + first - panels.begin(panel);
-      if (strides.out == 1 && rows == lanes) {
-        for (int64_t k = 0; k < taps; ++k) {
-          for (int64_t i = 0; i < in; ++i)
-            kernels<S>().widen(from + k * strides.tap + i * strides.in, lanes, to + (k * in + i) * step);
-        }
-      } else if (strides.tap == 1) {
-        for (int64_t i = 0; i < in; ++i)
-          kernels<S>().columns_to_lanes(from + i * strides.in, strides.out, rows, taps, to + i * step, in * step);
-      } else if (strides.in == 1) {
-        for (int64_t k = 0; k < taps; ++k)
-          kernels<S>().columns_to_lanes(from + k * strides.tap, strides.out, rows, in, to + k * in * step, step);
-      } else {
-        for (int64_t k = 0; k < taps; ++k) {
-          for (int64_t i = 0; i < in; ++i) {
-            A* lane = to + (k * in + i) * step;
-            for (int64_t r = 0; r < rows; ++r)
-              kernels<S>().widen(from + k * strides.tap + i * strides.in + r * strides.out, 1, lane + r);
-            std::fill(lane + rows, lane + lanes, A(0));
-          }
-        }
-      }
+      const int64_t group = task / per_group, rest = task % per_group;
+      const int64_t slice = registers_inside ? rest / panels.registers : rest % slices;
+      const int64_t place = registers_inside ? rest % panels.registers : rest / slices;
+      const int64_t first = place * panels.lanes, panel = panels.of_register(place), start = panels.begin(panel);
+      pack_register(shape, panels, weight + group * strides.group + first * strides.out, strides,
+                    std::min(panels.lanes, shape.out - first), slice * kSlice, std::min((slice + 1) * kSlice, shape.in),
+                    panels.width(panel),
+                    packed + (group * panels.padded() + start) * shape.taps * shape.in + first - start);
     }
   });
 }
@@ -196,6 +235,18 @@ class Wide {
   const A* at_;
 };
 
+// Asks for the rows of a chunk before they are needed: they are read in an order that no hardware foresees, and L3 is
+// far. The rows under the middle tap are nearly all of them.
+template <class S>
+void prefetch(const S* rows, int64_t channels, const int32_t* which, int64_t step, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = which == nullptr ? i : which[i * step];
+    if (row < 0) continue;
+    for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(rows + row * channels + c, 0, 2);
+  }
+}
+
 int64_t chunk_rows(int64_t channels) { return std::clamp<int64_t>(kChunkValues / channels, 64, kMostChunk); }
 
 bool is_narrow_conv(const Shape& shape, bool (*is_narrow)(int64_t)) {
@@ -211,7 +262,7 @@ std::vector<Compute<S>> narrow_weight(const Shape& shape, const S* weight, const
     for (int64_t i = 0; i < shape.in; ++i) {
       for (int64_t g = 0; g < shape.groups; ++g) {
         for (int64_t o = 0; o < shape.out; ++o)
-          kernels<S>().widen(weight + g * strides.group + k * strides.tap + i * strides.in + o * strides.out, 1, at++);
+          *at++ = wide(weight[g * strides.group + k * strides.tap + i * strides.in + o * strides.out]);
       }
     }
   }
@@ -221,10 +272,16 @@ std::vector<Compute<S>> narrow_weight(const Shape& shape, const S* weight, const
 template <class S>
 void run_narrow(const Shape& shape, const Tensor& x, const S* weight, const Strides& strides, const Compute<S>* bias,
                 const Tensor& kernel_map, S* out) {
-  check_range(kernel_map, "kernel_map", shape.rows_in);
+  check_rows(shape, kernel_map);
   const std::vector<Compute<S>> taps = narrow_weight(shape, weight, strides);
   const NarrowConv<S> job{shape.map, shape.taps, shape.in, shape.groups * shape.in, data<S>(x), taps.data(), bias, out};
-  parallel_for(0, shape.rows_out, 64, [&](int64_t begin, int64_t end) { kernels<S>().conv_narrow(job, begin, end); });
+  parallel_for(0, shape.rows_out, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kNarrowRows) {
+      const int64_t last = std::min(first + kNarrowRows, end);
+      prefetch(job.x, job.channels, shape.map + first * shape.taps + shape.taps / 2, shape.taps, last - first);
+      kernels<S>().conv_narrow(job, first, last);
+    }
+  });
 }
 
 // Starts output rows with the bias, or with zeros.
@@ -246,6 +303,8 @@ void run_pairs(const Shape& shape, const A* x, const Panels& panels, const A* pa
       const int64_t chunk = task / per_chunk, group = task % per_chunk / panels.count, panel = task % panels.count;
       const int64_t first = panels.begin(panel), width = panels.width(panel);
       const int64_t channels = std::min(width, shape.out - first), channel = group * shape.out + first;
+      if (task == begin || task % per_chunk == 0)
+        prefetch(x, in_step, rules.from(chunk, shape.taps / 2), 1, rules.count(chunk, shape.taps / 2));
       const A* weight = packed + (group * panels.padded() + first) * shape.taps * shape.in;
       start_rows(out + rules.first(chunk) * out_step + channel, out_step, rules.first(chunk + 1) - rules.first(chunk),
                  channels, bias == nullptr ? nullptr : bias + channel);
@@ -258,16 +317,20 @@ void run_pairs(const Shape& shape, const A* x, const Panels& panels, const A* pa
   });
 }
 
-// Gathers the rows under all taps, and calls f(first row, rows, columns), chunk by chunk for rows [begin, end).
+// Gathers the rows under all taps, and calls f(first row, rows, columns), chunk by chunk for rows [begin, end). Returns
+// false if an entry of the map is neither -1 nor a row of x.
 template <class A, class F>
-void for_columns(const Shape& shape, const A* x, int64_t begin, int64_t end, const F& f) {
-  const int64_t width = shape.taps * shape.in, step = std::clamp<int64_t>(kColumnValues / width, 16, 512);
-  std::vector<A> columns(std::min(step, end - begin) * width + kernels<A>().lanes);
+bool for_columns(const Shape& shape, const A* x, int64_t begin, int64_t end, const F& f) {
+  const int64_t width = shape.taps * shape.in, step = std::clamp<int64_t>(kColumnValues / width, 16, kMostColumns);
+  std::vector<A> columns(std::min(step, end - begin) * width);
+  bool good = true;
   for (int64_t first = begin; first < end; first += step) {
     const int64_t rows = std::min(step, end - first);
-    kernels<A>().gather_columns(x, shape.map + first * shape.taps, rows * shape.taps, shape.in, columns.data());
+    good &= kernels<A>().gather_columns(x, shape.map + first * shape.taps, rows * shape.taps, shape.in, shape.rows_in,
+                                        columns.data());
     f(first, rows, columns.data());
   }
+  return good;
 }
 
 std::vector<int32_t> ascending(int64_t count) {
@@ -279,11 +342,11 @@ std::vector<int32_t> ascending(int64_t count) {
 template <class A>
 void run_columns(const Shape& shape, const A* x, const Panels& panels, const A* packed, const A* bias,
                  const Tensor& kernel_map, A* out) {
-  check_range(kernel_map, "kernel_map", shape.rows_in);
   const int64_t depth = shape.taps * shape.in;
-  const std::vector<int32_t> rows_of = ascending(512);
+  const std::vector<int32_t> rows_of = ascending(kMostColumns);
+  std::atomic<bool> good = true;
   parallel_for(0, shape.rows_out, 64, [&](int64_t begin, int64_t end) {
-    for_columns(shape, x, begin, end, [&](int64_t first, int64_t rows, A* columns) {
+    const bool all = for_columns(shape, x, begin, end, [&](int64_t first, int64_t rows, A* columns) {
       for (int64_t panel = 0; panel < panels.count; ++panel) {
         const int64_t channel = panels.begin(panel);
         const int64_t channels = std::min(panels.width(panel), shape.out - channel);
@@ -293,7 +356,9 @@ void run_columns(const Shape& shape, const A* x, const Panels& panels, const A* 
                                 packed + channel * depth, depth);
       }
     });
+    if (!all) good = false;
   });
+  if (!good) check_range(kernel_map, "kernel_map", shape.rows_in);
 }
 
 Tensor run(const Shape& shape, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -356,9 +421,10 @@ Tensor invert(const Tensor& kernel_map, int64_t rows_in) {
 void check_inverse(const Tensor& grad, const Tensor& kernel_map, const Tensor& inverse_map, int64_t rows_in) {
   const int64_t rows = kernel_map.size(0), taps = kernel_map.size(1);
   check_matrix(inverse_map, "inverse_map", rows_in, taps, ScalarType::Int);
-  check_range(kernel_map, "kernel_map", rows_in);
-  check_range(inverse_map, "inverse_map", rows);
   const int32_t *map = data<int32_t>(kernel_map), *inverse = data<int32_t>(inverse_map);
+  const auto all_rows = kernels<float>().all_rows;
+  if (!all_rows(map, rows * taps, rows_in)) check_range(kernel_map, "kernel_map", rows_in);
+  if (!all_rows(inverse, rows_in * taps, rows)) check_range(inverse_map, "inverse_map", rows);
   std::atomic<bool> good = count_reads(map, rows * taps) == count_reads(inverse, rows_in * taps);
   if (rows_in > 0) {  // Otherwise nothing is read.
     parallel_for(0, rows, 1 << 12, [&](int64_t begin, int64_t end) {
@@ -398,8 +464,7 @@ void unpack(const Shape& shape, const Panels& panels, const Compute<S>* packed, 
   parallel_for(0, shape.groups * panels.registers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / panels.registers, first = task % panels.registers * lanes;
-      int64_t panel = 0;
-      while (panels.begin(panel + 1) <= first) ++panel;
+      const int64_t panel = panels.of_register(task % panels.registers);
       const int64_t step = panels.width(panel), rows = std::min(lanes, shape.out - first);
       const auto* from =
           packed + (group * panels.padded() + panels.begin(panel)) * taps * in + first - panels.begin(panel);
@@ -420,6 +485,9 @@ void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& pane
   const int64_t slices = (shape.in + kSlice - 1) / kSlice;
   parallel_for(0, shape.groups * panels.count * slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = 0; chunk < rules.chunks(); ++chunk) {
+      prefetch(x, in_step, rules.from(chunk, shape.taps / 2), 1, rules.count(chunk, shape.taps / 2));
+      prefetch<A>(grad + rules.first(chunk) * out_step, out_step, nullptr, 0,
+                  rules.first(chunk + 1) - rules.first(chunk));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t group = task / slices / panels.count, panel = task / slices % panels.count;
         const int64_t from = task % slices * kSlice, to = std::min(from + kSlice, shape.in);
@@ -430,7 +498,7 @@ void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& pane
           kernels<A>().conv_pairs_weight_grad(
               {rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap), x + group * shape.in, in_step,
                const_cast<A*>(grad) + group * shape.out + first, out_step, channels},
-              from, to, at + tap * shape.in * width);
+              from, to, chunk == 0, at + tap * shape.in * width);
         }
       }
     }
@@ -441,25 +509,27 @@ void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& pane
 template <class A>
 void sum_columns(const Shape& shape, const A* x, const A* grad, const Panels& panels, const Tensor& kernel_map,
                  A* sums) {
-  check_range(kernel_map, "kernel_map", shape.rows_in);
   const int64_t depth = shape.taps * shape.in;
   const int64_t slabs = std::clamp<int64_t>(shape.rows_out / 256, 1, torch::stable::get_num_threads());
-  const std::vector<int32_t> rows_of = ascending(512);
+  const std::vector<int32_t> rows_of = ascending(kMostColumns);
   BlockSums<A> partial(slabs, panels.padded() * depth);
+  std::atomic<bool> good = true;
   parallel_for(0, slabs, 1, [&](int64_t first_slab, int64_t last_slab) {
     for (int64_t slab = first_slab; slab < last_slab; ++slab) {
       const int64_t begin = shape.rows_out * slab / slabs, end = shape.rows_out * (slab + 1) / slabs;
-      for_columns(shape, x, begin, end, [&](int64_t first, int64_t rows, A* columns) {
+      const bool all = for_columns(shape, x, begin, end, [&](int64_t first, int64_t rows, A* columns) {
         for (int64_t panel = 0; panel < panels.count; ++panel) {
           const int64_t channel = panels.begin(panel);
           kernels<A>().conv_pairs_weight_grad(
               {rows_of.data(), rows_of.data(), rows, columns, depth, const_cast<A*>(grad) + first * shape.out + channel,
                shape.out, std::min(panels.width(panel), shape.out - channel)},
-              0, depth, partial.at(slab) + channel * depth);
+              0, depth, false, partial.at(slab) + channel * depth);
         }
       });
+      if (!all) good = false;
     }
   });
+  if (!good) check_range(kernel_map, "kernel_map", shape.rows_in);
   partial.store(sums);
 }
 
@@ -467,13 +537,16 @@ template <class S>
 void sum_narrow(const Shape& shape, const Tensor& x, const Tensor& grad, const Tensor& kernel_map, S* out) {
   using A = Compute<S>;
   const int64_t channels = shape.groups * shape.in, width = shape.in, lanes = kernels<S>().lanes;
-  const Rulebook rules(shape, kernel_map, kMostChunk);
+  const Rulebook rules(shape, kernel_map, kNarrowRows);
   const NarrowConv<S> job{shape.map, shape.taps, width, channels, data<S>(x), nullptr, nullptr, data<S>(grad)};
   std::vector<A> sums(shape.taps * width * channels);
   // One thread sums each tap and slice of channels.
   const int64_t slice = 2 * lanes, slices = (channels + slice - 1) / slice;
   parallel_for(0, shape.taps * slices, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = 0; chunk < rules.chunks(); ++chunk) {
+      prefetch(job.x, channels, rules.from(chunk, shape.taps / 2), 1, rules.count(chunk, shape.taps / 2));
+      prefetch<S>(job.out + rules.first(chunk) * channels, channels, nullptr, 0,
+                  rules.first(chunk + 1) - rules.first(chunk));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t tap = task % shape.taps, from = task / shape.taps * slice;
         kernels<S>().conv_narrow_weight_grad(job, rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap),
@@ -504,8 +577,7 @@ Tensor conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weigh
     const Panels panels = Panels::of<A>(shape.out);
     const int64_t count = groups * shape.taps * shape.in * panels.padded();
     const Scratch<A> sums(count);
-    parallel_for(0, count, 1 << 16,
-                 [&](int64_t begin, int64_t end) { std::fill(sums.data() + begin, sums.data() + end, A(0)); });
+    if (shape.rows_out == 0) std::fill_n(sums.data(), count, A(0));
     const Wide<S> wide(x), wide_grad(grad);
     const auto how = groups == 1 && shape.in <= kThin ? sum_columns<A> : sum_pairs<A>;
     how(shape, wide.data_at(), wide_grad.data_at(), panels, kernel_map, sums.data());

@@ -241,16 +241,19 @@ struct Kernels {
   void (*gelu_grn_backward)(const S* h, const S* slope, S* t, const A* s, const A* p, const A* row_scale, int64_t rows,
                             int64_t channels, A* bias_grad);
 
-  // columns (count, channels) = x[map], 0 where -1. There is room for a register behind the columns.
-  void (*gather_columns)(const A* x, const int32_t* map, int64_t count, int64_t channels, A* columns);
+  // columns (count, channels) = x[map], 0 where -1. Returns false if an entry is neither -1 nor below `rows`.
+  bool (*gather_columns)(const A* x, const int32_t* map, int64_t count, int64_t channels, int64_t rows, A* columns);
+  // Returns whether all entries of a map are -1 or rows below `rows`.
+  bool (*all_rows)(const int32_t* map, int64_t count, int64_t rows);
 
   // The most output channels of a panel: whole registers.
   int64_t panel;
   int64_t lanes;  // channels of a register
   // out[to] += x[from] weight over all pairs; weight (width, whole registers of the panel).
   void (*conv_pairs)(const ConvPairs<A>&, const A* weight, int64_t width);
-  // sums (width, whole registers of the panel) += x[from] grad[to] over all pairs, for input channels [begin, end).
-  void (*conv_pairs_weight_grad)(const ConvPairs<A>&, int64_t begin, int64_t end, A* sums);
+  // sums (width, whole registers of the panel) += x[from] grad[to] over all pairs, for input channels [begin, end). The
+  // sums start at zero if `fresh`.
+  void (*conv_pairs_weight_grad)(const ConvPairs<A>&, int64_t begin, int64_t end, bool fresh, A* sums);
   // Computes output rows [begin, end).
   void (*conv_narrow)(const NarrowConv<S>&, int64_t begin, int64_t end);
   // sums (width, channels) += products of the pairs, for channels [begin, end).

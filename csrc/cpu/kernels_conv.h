@@ -70,15 +70,15 @@ void multiply_pairs(const ConvPairs<A>& job, int64_t first, const A* x, const A*
   }
 }
 
-// sums (M, panel) += x[from[i], M channels] grad[to[i], panel], over all pairs.
+// sums (M, panel) += x[from[i], M channels] grad[to[i], panel], over all pairs; the sums start at zero if `fresh`.
 template <class A, int V, int M>
-void multiply_channels(const ConvPairs<A>& job, const A* x, A* sums) {
+void multiply_channels(const ConvPairs<A>& job, const A* x, bool fresh, A* sums) {
   const PanelRow<A, V> panel{job.channels - (V - 1) * kLanes<A>};
   Vec<A> sum[M][V];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[m][v] = load(sums + (m * V + v) * kLanes<A>);
+    for (int v = 0; v < V; ++v) sum[m][v] = fresh ? Vec<A>{} : load(sums + (m * V + v) * kLanes<A>);
   }
   for (int64_t i = 0; i < job.count; ++i) {
     const A* row = x + job.from[i] * job.x_step;
@@ -138,23 +138,38 @@ void conv_pairs(const ConvPairs<A>& job, const A* weight, int64_t width) {
 }
 
 template <class A>
-void conv_pairs_weight_grad(const ConvPairs<A>& job, int64_t begin, int64_t end, A* sums) {
+void conv_pairs_weight_grad(const ConvPairs<A>& job, int64_t begin, int64_t end, bool fresh, A* sums) {
   with_panel<A>(job.channels, [&](auto registers) {
     constexpr int V = registers;
     for_blocks_of<kMostRows<V>>(end - begin, [&](int64_t first, auto rows) {
-      multiply_channels<A, V, rows>(job, job.x + begin + first, sums + (begin + first) * V * kLanes<A>);
+      multiply_channels<A, V, rows>(job, job.x + begin + first, fresh, sums + (begin + first) * V * kLanes<A>);
     });
   });
 }
 
-template <class A>
-void gather_columns(const A* x, const int32_t* map, int64_t count, int64_t channels, A* columns) {
-  constexpr int64_t W = kLanes<A>;
+// Copies rows of C channels, a number that the compiler knows, or of any number where C = 0.
+template <class A, int C>
+bool gather_rows(const A* x, const int32_t* map, int64_t count, int64_t channels, int64_t rows, A* columns) {
   const std::vector<A> zeros(channels);
+  if constexpr (C > 0) channels = C;
+  bool good = true;
   for (int64_t i = 0; i < count; ++i, columns += channels) {
-    const A* row = map[i] < 0 ? zeros.data() : x + map[i] * channels;
-    for (int64_t c = 0; c < channels; c += W) store(columns + c, load(row + c, std::min(W, channels - c)));
+    const int64_t row = map[i];
+    const bool present = 0 <= row && row < rows;
+    good &= present || row == -1;
+    std::memcpy(columns, present ? x + row * channels : zeros.data(), channels * sizeof(A));
   }
+  return good;
+}
+
+template <class A>
+bool gather_columns(const A* x, const int32_t* map, int64_t count, int64_t channels, int64_t rows, A* columns) {
+  const auto gather = channels == 1   ? gather_rows<A, 1>
+                      : channels == 2 ? gather_rows<A, 2>
+                      : channels == 3 ? gather_rows<A, 3>
+                      : channels == 4 ? gather_rows<A, 4>
+                                      : gather_rows<A, 0>;
+  return gather(x, map, count, channels, rows, columns);
 }
 
 // The lanes of two registers in turn: their first halves, or their second.

@@ -14,69 +14,74 @@
 
 namespace sparsecnx::SPARSECNX_ISA {
 
+// Lane J of every group, spread over the group.
 template <int WIDTH, int J, class V, size_t... I>
 inline V spread_lane(V value, std::index_sequence<I...>) {
   return __builtin_shufflevector(value, value, (I / WIDTH * WIDTH + J)...);
 }
 
-// Calls f(j, value with lane j of every group spread over the group) for all j.
-template <class A, int WIDTH, class F>
-inline void for_lanes(Vec<A> value, const F& f) {
-  constexpr auto lanes = std::make_index_sequence<kLanes<A>>();
-  [&]<int... J>(std::integer_sequence<int, J...>) {
-    (f(J, spread_lane<WIDTH, J>(value, lanes)), ...);
-  }(std::make_integer_sequence<int, WIDTH>());
+// sum += products of a register of inputs, lane by lane, with WIDTH registers that are STEP apart.
+template <class A, int WIDTH, int STEP, int J = 0>
+inline void add_lanes(Vec<A> value, const Vec<A>* weight, Vec<A>& sum) {
+  sum += spread_lane<WIDTH, J>(value, std::make_index_sequence<kLanes<A>>()) * weight[J * STEP];
+  if constexpr (J + 1 < WIDTH) add_lanes<A, WIDTH, STEP, J + 1>(value, weight, sum);
 }
 
-// The sums of a run of reads for R registers of channels. weight (taps, WIDTH, R).
-template <class S, int WIDTH, int SUMS, int R>
+// sums[J] += a register of inputs, lane J spread, * grad
+template <class A, int WIDTH, int R, int J = 0>
+inline void add_outer(Vec<A> value, Vec<A> grad, int r, Vec<A> (&sums)[WIDTH][R]) {
+  sums[J][r] += spread_lane<WIDTH, J>(value, std::make_index_sequence<kLanes<A>>()) * grad;
+  if constexpr (J + 1 < WIDTH) add_outer<A, WIDTH, R, J + 1>(value, grad, r, sums);
+}
+
+// The sums of a run of reads for a block of R registers of channels. weight (taps, WIDTH, R).
+template <class S, int WIDTH, int SUMS, class C>
 void narrow_sums(const Reads::Run& run, const Vec<Compute<S>>* weight, const NarrowConv<S>& job, const S* zeros,
-                 int64_t channel, int64_t n) {
+                 const C& block) {
   using A = Compute<S>;
-  constexpr int64_t W = kLanes<S>;
-  const auto lanes = [&](int r) { return r + 1 < R ? W : n; };
+  constexpr int R = C::kRegisters;
+  const int64_t bytes = job.channels * static_cast<int64_t>(sizeof(S));
+  const uintptr_t nothing = reinterpret_cast<uintptr_t>(zeros);
+  const uintptr_t before = reinterpret_cast<uintptr_t>(job.x) - bytes - nothing;  // from there to the row before x
   Vec<A> sums[SUMS][R];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    const Vec<A> bias = job.bias != nullptr ? load(job.bias + channel + r * W, lanes(r)) : Vec<A>{};
+  for (int i = 0; i < SUMS; ++i) {
 #pragma GCC unroll 4
-    for (int i = 0; i < SUMS; ++i) sums[i][r] = bias;
+    for (int r = 0; r < R; ++r) sums[i][r] = job.bias != nullptr ? block.get(job.bias, r) : Vec<A>{};
   }
   const int32_t* entry = run.entry;
   for (int64_t k = 0; k < run.count; ++k, entry += 1 + SUMS) {
     const Vec<A>* const w = weight + static_cast<int64_t>(entry[0]) * (WIDTH * R);
 #pragma GCC unroll 4
     for (int i = 0; i < SUMS; ++i) {
-      const int64_t row = ~static_cast<int64_t>(entry[1 + i]);
-      const S* at = (row < 0 ? zeros : job.x + row * job.channels) + channel;
+      // Arithmetic instead of a branch, as in run_sums of kernels_mapped.h.
+      const int64_t complement = entry[1 + i];
+      const uintptr_t distance = (before - static_cast<uintptr_t>(complement * bytes)) & (complement >> 63);
+      const S* at = reinterpret_cast<const S*>(nothing + distance);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        for_lanes<A, WIDTH>(load(at + r * W, lanes(r)),
-                            [&](int j, Vec<A> value) { sums[i][r] += value * w[j * R + r]; });
-      }
+      for (int r = 0; r < R; ++r) add_lanes<A, WIDTH, R>(block.get(at, r), w + r, sums[i][r]);
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < SUMS; ++i) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) store(job.out + (run.first + i) * job.channels + channel + r * W, sums[i][r], lanes(r));
+    for (int r = 0; r < R; ++r) block.put(job.out + (run.first + i) * job.channels, r, sums[i][r]);
   }
 }
 
-// Calls f(first channel, channels of the last register, number of registers as a constant) for pairs of registers, and
-// for one that is left.
+// Calls f(Channels) for pairs of registers of channels [begin, end), then for one, and for a part of one.
 template <class S, class F>
-void for_register_pairs(int64_t channels, const F& f) {
+inline void for_narrow_blocks(int64_t begin, int64_t end, const F& f) {
   constexpr int64_t W = kLanes<S>;
-  int64_t c = 0;
-  for (; c + W < channels; c += 2 * W) f(c, std::min(W, channels - c - W), std::integral_constant<int, 2>());
-  if (c < channels) f(c, channels - c, std::integral_constant<int, 1>());
+  int64_t c = begin;
+  for (; c + 2 * W <= end; c += 2 * W) f(Channels<S, 2, true>{c, W});
+  for (; c + W <= end; c += W) f(Channels<S, 1, true>{c, W});
+  if (c < end) f(Channels<S, 1, false>{c, end - c});
 }
 
 template <class S, int WIDTH>
 void narrow_rows(const NarrowConv<S>& job, int64_t begin, int64_t end) {
   using A = Compute<S>;
-  constexpr int64_t W = kLanes<S>;
   const int64_t taps = job.taps, channels = job.channels;
   const std::vector<S> zeros(channels);
   Registers<A> weight(taps * WIDTH * 2);
@@ -86,42 +91,38 @@ void narrow_rows(const NarrowConv<S>& job, int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += kRows) {
     reads.clear();
     reads.add(job.map + first * taps, first, std::min(kRows, end - first), taps, taps, 1);
-    for_register_pairs<S>(channels, [&](int64_t c, int64_t n, auto registers) {
-      constexpr int R = registers;
+    for_narrow_blocks<S>(0, channels, [&](auto block) {
+      constexpr int R = block.kRegisters;
       for (int64_t k = 0; k < taps * WIDTH; ++k) {
-        for (int r = 0; r < R; ++r) weight[k * R + r] = load(job.weight + k * channels + c + r * W, r + 1 < R ? W : n);
+        for (int r = 0; r < R; ++r) weight[k * R + r] = block.get(job.weight + k * channels, r);
       }
       for (const Reads::Run& run : reads.runs()) {
-        run.sums == kTogether ? narrow_sums<S, WIDTH, kTogether, R>(run, weight.data(), job, zeros.data(), c, n)
-                              : narrow_sums<S, WIDTH, 1, R>(run, weight.data(), job, zeros.data(), c, n);
+        run.sums == kTogether ? narrow_sums<S, WIDTH, kTogether>(run, weight.data(), job, zeros.data(), block)
+                              : narrow_sums<S, WIDTH, 1>(run, weight.data(), job, zeros.data(), block);
       }
     });
   }
 }
 
-// sums (WIDTH, channels) += spread x[from] * grad[to] over pairs, for R registers of channels.
-template <class S, int WIDTH, int R>
-void narrow_outer(const NarrowConv<S>& job, const int32_t* from, const int32_t* to, int64_t count, int64_t channel,
-                  int64_t n, Compute<S>* out) {
+// out (WIDTH, channels) += x[from], spread, * grad[to] over pairs, for a block of channels.
+template <class S, int WIDTH, class C>
+void narrow_outer(const NarrowConv<S>& job, const int32_t* from, const int32_t* to, int64_t count, const C& block,
+                  Compute<S>* out) {
   using A = Compute<S>;
-  constexpr int64_t W = kLanes<S>;
-  const auto lanes = [&](int r) { return r + 1 < R ? W : n; };
+  constexpr int R = C::kRegisters;
   Vec<A> sums[WIDTH][R] = {};
   for (int64_t i = 0; i < count; ++i) {
-    const S* row = job.x + from[i] * job.channels + channel;
-    const S* grad = job.out + to[i] * job.channels + channel;
+    const S* row = job.x + from[i] * job.channels;
+    const S* grad = job.out + to[i] * job.channels;
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec<A> g = load(grad + r * W, lanes(r));
-      for_lanes<A, WIDTH>(load(row + r * W, lanes(r)), [&](int j, Vec<A> value) { sums[j][r] += value * g; });
-    }
+    for (int r = 0; r < R; ++r) add_outer<A, WIDTH, R>(block.get(row, r), block.get(grad, r), r, sums);
   }
 #pragma GCC unroll 8
   for (int j = 0; j < WIDTH; ++j) {
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      A* at = out + j * job.channels + channel + r * W;
-      store(at, load(at, lanes(r)) + sums[j][r], lanes(r));
+      A* at = out + j * job.channels;
+      block.put(at, r, block.get(at, r) + sums[j][r]);
     }
   }
 }
@@ -155,9 +156,7 @@ template <class S>
 void conv_narrow_weight_grad(const NarrowConv<S>& job, const int32_t* from, const int32_t* to, int64_t count,
                              int64_t begin, int64_t end, Compute<S>* sums) {
   with_width<S>(job.width, [&](auto width) {
-    for_register_pairs<S>(end - begin, [&](int64_t c, int64_t n, auto registers) {
-      narrow_outer<S, width, registers>(job, from, to, count, begin + c, n, sums);
-    });
+    for_narrow_blocks<S>(begin, end, [&](auto block) { narrow_outer<S, width>(job, from, to, count, block, sums); });
   });
 }
 

@@ -115,8 +115,9 @@ std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name) {
 
 void check_range(const Tensor& table, const char* name, int64_t count) {
   const int32_t* at = data<int32_t>(table);
+  const int64_t entries = table.numel();
   int32_t low = -1, high = -1;
-  for (int64_t i = 0; i < table.numel(); ++i) {
+  for (int64_t i = 0; i < entries; ++i) {
     low = std::min(low, at[i]);
     high = std::max(high, at[i]);
   }
