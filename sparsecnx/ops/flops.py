@@ -17,18 +17,18 @@ Shape = Sequence[int]
 
 
 def conv(x: Shape, weight: Shape, *_: Any, out_shape: Shape) -> int:
-    """Return the count of output rows under a weight of any shape that has each tap, channel in and channel out."""
-    return 2 * out_shape[0] * math.prod(weight)
+    """Return the count of a weight of every tap, channel in and channel out at each row of the coarser side."""
+    return 2 * min(x[0], out_shape[0]) * math.prod(weight)
 
 
-def conv_input_grad(grad: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
+def conv_input_grad(grad: Shape, weight: Shape, *_: Any, out_shape: Shape) -> int:
     """Return the count of the gradient of x: that of the convolution."""
-    return 2 * grad[0] * math.prod(weight)
+    return 2 * min(grad[0], out_shape[0]) * math.prod(weight)
 
 
 def conv_weight_grad(grad: Shape, x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
     """Return the count of the gradient of the weight: that of the convolution."""
-    return 2 * grad[0] * math.prod(weight)
+    return 2 * min(grad[0], x[0]) * math.prod(weight)
 
 
 def depthwise_conv(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:

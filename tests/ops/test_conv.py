@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -19,13 +20,17 @@ from cases import (
     make_layout,
     name,
     needs_cpu,
+    outputs_and_gradients,
     random_sparse,
     site_mask,
+    suit,
+    threads,
     widest,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from operators import conv_parameters
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsecnx import ops, use_backend
 from sparsecnx.ops import convolution
@@ -84,6 +89,7 @@ GROUPS = [
     (1, 7, 24),
     (1, 3, 5),
     (1, 70, 40),
+    (1, 20, 100),
     (3, 12, 12),
     (5, 40, 40),
     (2, 32, 32),
@@ -202,13 +208,44 @@ def test_patchify_convolutions_need_no_gather(ndim, stride, monkeypatch):
 
 
 @needs_cpu
-def test_more_output_rows_than_one_chunk():
-    """The compiled kernel gathers at most 2**20 values at a time."""
-    layout = make_layout(torch.zeros(1, 10, 10, dtype=torch.bool), 8)
-    channels = 24  # 6400 rows of 9 * 24 values
-    p = conv_parameters(4, channels, 3, 3)
-    assert layout.rows * 9 * channels > 2**20
-    assert_matches_reference(ops.conv, random_sparse(layout, channels), p, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize(("groups", "channels"), [(1, 24), (1, 3), (6, 24)], ids=["pairs", "columns", "narrow groups"])
+def test_more_output_rows_than_one_chunk(groups, channels, dtype):
+    layout = make_layout(draw_mask("random counts", 2, (7, 7), seed=2), 8)
+    assert layout.rows > 3 * 1024  # the most rows of a chunk of csrc/cpu/conv.cpp
+    p = conv_parameters(24, channels // groups, 3, 3)
+    run = functools.partial(ops.conv, groups=groups)
+    assert_matches_reference(run, random_sparse(layout, channels), p, dtype)
+
+
+@needs_cpu
+@pytest.mark.parametrize(("groups", "channels"), [(1, 24), (1, 3), (6, 24)], ids=["pairs", "columns", "narrow groups"])
+def test_same_bits_twice(groups, channels):
+    layout = make_layout(draw_mask("random counts", 2, (5, 5), seed=2), 8)
+    x, p = random_sparse(layout, channels, torch.float32), conv_parameters(24, channels // groups, 3, 3)
+    p = {key: value.float() for key, value in p.items()}
+    with threads(2):
+        first, second = (outputs_and_gradients(functools.partial(ops.conv, groups=groups), x, p) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@FAST
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv", "conv_transpose"])
+def test_flops_with_all_sites_visible_are_those_of_the_dense_convolution(backend, groups, transposed):
+    layout = make_layout(torch.zeros(2, 2, 1, dtype=torch.bool), 4)
+    x, p = suit(backend, random_sparse(layout, 8), {"weight": conv_parameters(8, 8 // groups, 3, 3)["weight"]})
+    leaves = [value.requires_grad_() for value in (x.features, *p.values())]
+    arguments = None, 2, 1, 1, groups
+    function = ops.conv_transpose if transposed else ops.conv
+    with use_backend("reference"), FlopCounterMode(display=False) as dense:
+        function(x, *p.values(), *arguments)
+    with use_backend(backend), FlopCounterMode(display=False) as counter:
+        out = function(x, *p.values(), *arguments).features
+        assert counter.get_total_flops() == dense.get_total_flops() > 0
+        torch.autograd.grad(out.sum(), leaves)
+        # Each gradient counts as much. torch counts that of a grouped weight too high.
+        assert counter.get_total_flops() == 3 * dense.get_total_flops()
 
 
 @pytest.mark.parametrize("weight", [(5, 3, 3, 3), (5, 4, 3), (5, 4, 3, 3, 3)], ids=name)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+
+from sparsecnx.geometry import tile_maps
 
 
-class Window(NamedTuple):
+class Window(tile_maps.Window):
     """Output site `o` reads input sites `o * stride - padding + tap * dilation`: one number of each for every axis."""
 
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
+    __slots__ = ()
 
     @property
     def extent(self) -> tuple[int, ...]:
