@@ -3,10 +3,10 @@
     python benchmarks/check_networks.py --page docs/networks-checked.md
     python benchmarks/check_networks.py --names resnet50 'regnet*'
 
-Without names, these are `NETWORKS` of timm, `TORCHVISION`, and 2-D networks of MONAI, as far as these are installed. Each
-runs at 64x96 pixels on a 2x3 grid with unequal counts, in float64, in training and in evaluation. Outputs have to agree
-to 1e-10 and gradients and running statistics to 1e-8 with what `tests/masked_network.py` computes. The exit code is 1
-if any network runs and differs.
+Without names, these are `NETWORKS` of timm, `TORCHVISION`, and 2-D networks of MONAI, as far as these are installed.
+Each runs at 64x96 pixels on a 2x3 grid with unequal counts, in float64, in training and in evaluation. Outputs have to
+agree to 1e-10 and gradients and running statistics to 1e-8 with what `tests/masked_network.py` computes. The exit code
+is 1 if any network runs and differs.
 """
 
 from __future__ import annotations
