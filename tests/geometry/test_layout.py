@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import Layout, SparseTensor, TileSet, use_backend
 from sparsecnx.geometry import tiles as visible_tiles
-from sparsecnx.geometry.nested_order import rows_to_tile, tile_sites, tile_to_rows
+from sparsecnx.geometry.nested_order import children_are_consecutive, rows_to_tile, tile_sites, tile_to_rows
 
 NDIMS = pytest.mark.parametrize("ndim", [1, 2, 3], ids=["1d", "2d", "3d"])
 ONES = (1, 1)
@@ -85,6 +85,43 @@ def test_nested_order_spelled_out() -> None:
     assert square.tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     assert torch.equal(tile_sites((5, 5)), torch.tensor(list(itertools.product(range(5), repeat=2))))
     assert tile_sites((6, 6))[:12:4].tolist() == [[0, 0], [0, 2], [0, 4]]
+
+
+@given(st.integers(1, 3).flatmap(lambda ndim: st.tuples(*[st.sampled_from([1, 2, 3, 4, 6, 8, 12])] * ndim)))
+def test_nested_order_of_sides_that_differ(tile: tuple[int, ...]) -> None:
+    """The finest level halves every even side; the order of what is left is that of the coarser tile."""
+    sites = tile_sites(tile)
+    assert sorted(sites.tolist()) == [list(site) for site in itertools.product(*map(range, tile))]
+    tiles = torch.randn(2, *tile, 3)
+    assert torch.equal(tile_to_rows(tiles), tiles[(slice(None), *sites.T)].flatten(0, 1))
+    assert torch.equal(rows_to_tile(tile_to_rows(tiles), tile), tiles)
+    level = torch.tensor([2 - side % 2 for side in tile])
+    coarse = tile_sites(tuple(side // int(step) for side, step in zip(tile, level, strict=True)))
+    children = torch.tensor(list(itertools.product(*map(range, level.tolist()))))
+    if any(side % 2 == 0 for side in tile):
+        assert torch.equal(sites, (coarse[:, None] * level + children).flatten(0, 1))
+
+
+@given(st.data(), st.integers(1, 3).flatmap(lambda ndim: st.tuples(*[st.sampled_from([1, 2, 3, 4, 6, 8, 12])] * ndim)))
+def test_strides_whose_children_are_consecutive_rows(data: st.DataObject, tile: tuple[int, ...]) -> None:
+    """A product takes the rows of a patch as they lie exactly where they are those of each output site in turn."""
+    stride = tuple(data.draw(st.sampled_from([s for s in range(1, side + 1) if side % s == 0])) for side in tile)
+    coarse = tile_sites(tuple(side // step for side, step in zip(tile, stride, strict=True)))
+    in_turn = (coarse[:, None] * torch.tensor(stride) + tile_sites(stride)).flatten(0, 1)
+    assert children_are_consecutive(tile, stride) == torch.equal(in_turn, tile_sites(tile))
+
+
+def test_strides_whose_children_are_consecutive_rows_spelled_out() -> None:
+    for tile, stride, expected in [
+        ((8, 8), (4, 4), True),
+        ((12, 12), (3, 3), False),  # The odd side is above all halvings.
+        ((12,), (3,), True),  # Along one axis every order is the same.
+        ((4, 16, 16), (2, 2, 2), True),
+        ((4, 16, 16), (1, 2, 2), False),  # The finest level halves the first axis too.
+        ((1, 4, 4), (1, 2, 2), True),
+        ((5, 7), (1, 7), True),  # raster order
+    ]:
+        assert children_are_consecutive(tile, stride) is expected
 
 
 @NDIMS

@@ -11,12 +11,13 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import MASKS, draw_mask, example_layout, needs_cpu
+from cases import MASKS, draw_mask, example_layout, make_layout, needs_cpu, random_sparse
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from sparsecnx import Layout, TileSet
+from sparsecnx import Layout, SparseTensor, TileSet
 from sparsecnx.backends import compiled
 from sparsecnx.geometry.kernel_map import invert_kernel_map
 from sparsecnx.geometry.packing import gather_rows, scatter_rows
@@ -113,3 +114,20 @@ def test_torch_vmap_gives_each_sample_the_maps_of_its_mask() -> None:
     found = torch.vmap(run)(masks)
     for sample, mask in enumerate(masks):
         assert all(torch.equal(both[sample], alone) for both, alone in zip(found, run(mask), strict=True))
+
+
+def test_maps_of_counts_that_are_not_known_compile_in_one_graph() -> None:
+    window = {"kernel": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)}
+
+    def run(x: SparseTensor) -> tuple[Tensor, Tensor]:
+        return x.layout.kernel_map(**window), x.layout.inverse_map(**window)
+
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled_run = torch.compile(run, fullgraph=True, dynamic=True, backend=counter)
+    for seed in (1, 2, 3):
+        layout = make_layout(draw_mask("random counts", 3, (3, 4), seed), (4, 2))
+        assert layout.tiles.visible is None
+        found, expected = compiled_run(random_sparse(layout, 1)), run(random_sparse(layout, 1))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert counter.frame_count == 1
