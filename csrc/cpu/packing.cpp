@@ -33,6 +33,7 @@ Images check(int64_t batch, int64_t channels, const Sizes& shape, const Tensor& 
   for (const int64_t size : all) listed += (listed.empty() ? "(" : ", ") + std::to_string(size);
   STD_TORCH_CHECK(*std::min_element(all.begin(), all.end()) >= 0, "sparsecnx: the images are ", listed,
                   "), expected no negative size");
+  STD_TORCH_CHECK(!shape.empty(), "sparsecnx: the images have no spatial axis");
   check_sizes(tile, "tile", shape.size(), 1, kMostTile);
   Images images{batch, channels, shape, tile, {}, 1, 1};
   check_product(all, "the images");
@@ -117,7 +118,7 @@ Tensor scatter_tiles(const Tensor& rows, const Tensor& fill, const Tensor& index
   Tensor dense = empty(all, rows.scalar_type());
   if (dense.numel() == 0) return dense;
   if (count > 0) set_strides(images, dense);
-  const int64_t plane = product(shape);
+  const int64_t plane = product(shape), width = shape.back(), lines = plane / width;
   for_size(rows, [&]<class T>(T) {
     parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
@@ -129,7 +130,8 @@ Tensor scatter_tiles(const Tensor& rows, const Tensor& fill, const Tensor& index
           T* corner = image + images.corner(t);
           const T* from = data<T>(rows) + t * images.sites * images.channels;
           for (const int64_t site : images.offset) {
-            for (int64_t c = 0; c < images.channels; ++c) corner[site + c * plane] = *from++;
+            // A stride of one factor makes GCC vectorise this loop, which takes a quarter longer.
+            for (int64_t c = 0; c < images.channels; ++c) corner[site + c * lines * width] = *from++;
           }
         }
       }
