@@ -40,6 +40,7 @@ from sparsecnx.backends import compiled
 from sparsecnx.common.dtypes import FLOATING, statistics_dtype
 from sparsecnx.geometry.kernel_map import invert_kernel_map
 from sparsecnx.geometry.nested_order import tile_sites
+from sparsecnx.ops.site_normalization.activations import ACTIVATIONS
 
 Arguments = dict[str, Any]
 
@@ -77,7 +78,7 @@ def site_map(rows: int, table: Tensor, tile: int, kernel: tuple[int, int]) -> Te
     return torch.where(neighbour < 0, -1, neighbour * tile**2 + number[y % tile, x % tile]).flatten(0, 1)
 
 
-def groups(splits: Tensor) -> Tensor:
+def row_segments(splits: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(splits) - 1), splits.diff())
 
 
@@ -183,7 +184,7 @@ def depthwise_conv_weight_grad(
 
 
 def grn(x: Tensor, gamma: Tensor, beta: Tensor, splits: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    group = groups(splits)
+    group = row_segments(splits)
     energy = x.new_zeros(len(splits) - 1, x.shape[1]).index_add(0, group, x * x)
     norm = torch.where(energy > 0, energy, 1).sqrt() * (energy > 0) + energy * energy.isnan()  # no gradient at 0
     scale = 1 + gamma.reshape(-1) * norm / (norm.mean(1, keepdim=True) + eps)
@@ -198,7 +199,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
 
 
 def scale_rows(x: Tensor, scale: Tensor, splits: Tensor) -> Tensor:
-    return x * scale.reshape(-1)[groups(splits), None]
+    return x * scale.reshape(-1)[row_segments(splits), None]
 
 
 def convnextv2_block(
@@ -251,25 +252,67 @@ def conv_weight_grad(**a: Any) -> Tensor:
     return found.permute(0, 3, 2, 1)
 
 
-def max_pool(features: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> tuple[Tensor, Tensor]:
+def max_pool(x: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> tuple[Tensor, Tensor]:
     present, taps = (kernel_map >= 0)[..., None], kernel_map.shape[1]
     if kernel_map.numel() == 0:
-        best = features.new_zeros(kernel_map.shape[0], features.shape[1])
-        return best, torch.full_like(best, -1)
-    value = read(features, kernel_map).masked_fill(~present, -torch.inf)
+        best = x.new_zeros(kernel_map.shape[0], x.shape[1])
+        return best, torch.full_like(best, -1, dtype=torch.int32)
+    value = read(x, kernel_map).masked_fill(~present, -torch.inf)
     best = value.amax(1)
     first, last_nan = ((value == best[:, None]) & present).byte().argmax(1), value.isnan().flip(1).byte().argmax(1)
     winner = torch.where(best.isnan(), taps - 1 - last_nan, first)
-    return best.where(present.any(1), 0), winner.where(present.any(1), -1)
+    return best.where(present.any(1), 0), winner.where(present.any(1), -1).int()
 
 
-def max_pool_backward(
-    grad: Tensor, winner: Tensor, kernel_map: Tensor, inverse_map: Tensor | None, rows_in: int
-) -> Tensor:
+def max_pool_backward(grad: Tensor, winner: Tensor, kernel_map: Tensor, inverse_map: Tensor) -> Tensor:
+    rows_in = inverse_map.shape[0]
     taken = (winner[:, None] == torch.arange(kernel_map.shape[1])[:, None]) & (kernel_map >= 0)[..., None]
     spread = torch.where(taken, grad[:, None], 0).flatten(0, 1)
     rows = torch.where(kernel_map < 0, rows_in, kernel_map).flatten().long()
     return grad.new_zeros(rows_in + 1, grad.shape[1]).index_add(0, rows, spread)[:rows_in]
+
+
+def sum_pool(x: Tensor, kernel_map: Tensor, inverse_map: Tensor | None, factor: float) -> Tensor:
+    return read(x, kernel_map).sum(1) * factor
+
+
+def site_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    splits: Tensor,
+    groups: int,
+    eps: float,
+    activation: int,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    segment, width = row_segments(splits), x.shape[1] // groups
+    if mean is None or variance is None:
+        sizes = splits.diff().clamp(min=1)[:, None] * width
+
+        def average(value: Tensor) -> Tensor:
+            sums = value.new_zeros(len(splits) - 1, x.shape[1]).index_add(0, segment, value)
+            return sums.unflatten(1, (groups, width)).sum(2) / sizes
+
+        mean = average(x)
+        variance = average((x - mean.repeat_interleave(width, 1)[segment]).square())
+        found = mean, variance
+    else:
+        mean, variance = (value.reshape(len(splits) - 1, groups) for value in (mean, variance))
+        found = mean[:0], variance[:0]
+    by_row, rstd = (value.repeat_interleave(width, 1)[segment] for value in (mean, 1 / (variance + eps).sqrt()))
+    z = (x - by_row) * rstd * (1 if weight is None else weight.reshape(-1)) + (0 if bias is None else bias.reshape(-1))
+    return list(ACTIVATIONS.values())[activation](z, slope), *found
+
+
+def site_norm_backward(**a: Any) -> list[Tensor]:
+    moments = {} if a["frozen"] else {"mean": None, "variance": None}
+    zeros = {key: a["x"].new_full((a["x"].shape[1],), value) for key, value in (("weight", 1.0), ("bias", 0.0))}
+    given = {key: zeros[key] if a[key] is None else a[key] for key in zeros}
+    found = gradients(site_norm, {**a, **moments, **given}, ["x", "weight", "bias"])
+    return [found[0] if a["needs_x"] else found[0][:0], *found[1:]]
 
 
 PARAMETERS = list(inspect.signature(convnextv2_block).parameters)[:11]
@@ -291,6 +334,9 @@ REFERENCES: dict[str, Callable[..., Any]] = {
         convnextv2_block,
         max_pool,
         max_pool_backward,
+        sum_pool,
+        site_norm,
+        site_norm_backward,
     )
 } | {
     "grn_backward": lambda **a: gradients(grn, {**a, "beta": torch.zeros_like(a["gamma"])}, ["x", "gamma", "beta"]),
@@ -321,7 +367,7 @@ def valid(operator: str, rng: random.Random) -> Arguments:
 
     batch, grid = rng.randint(1, 3), (rng.randint(1, 3), rng.randint(1, 3))
     mask = torch.rand(batch, *grid) < rng.choice((0.0, 0.4, 0.9))
-    layout = Layout.from_mask(mask, (grid[0] * tile, grid[1] * tile))
+    layout = Layout(TileSet.from_mask(mask, grid), (tile, tile))
     index, splits, rows = layout.tiles.index.clone(), layout.row_splits.clone(), layout.rows
     table = layout.tiles.neighbours(-(-(max(kernel) // 2) // tile)).clone()
     x, grad = normal(rows, channels), normal(rows, channels)
@@ -356,11 +402,14 @@ def valid(operator: str, rng: random.Random) -> Arguments:
         kernel_map = torch.stack([torch.randperm(rows + 9)[:rows_out] for _ in range(taps)], 1).int()
         kernel_map[kernel_map >= rows] = -1
         if "pool" in operator:
-            pool = {"kernel_map": kernel_map, "inverse_map": invert_kernel_map(kernel_map, rows) if optional else None}
+            inverse_map = invert_kernel_map(kernel_map, rows) if optional or "backward" in operator else None
+            pool = {"kernel_map": kernel_map, "inverse_map": inverse_map}
+            if operator == "sum_pool":
+                return {"x": x, **pool, "factor": 0.25}
             if operator == "max_pool":
-                return {"features": x, **pool}
-            winner = torch.randint(-1, taps, (rows_out, channels), dtype=torch.int32)
-            return {"grad": normal(rows_out, channels), "winner": winner, **pool, "rows_in": rows}
+                return {"x": x, **pool}
+            winner = torch.randint(-1, taps, (rows_out, channels)).to(torch.uint8)
+            return {"grad": normal(rows_out, channels), "winner": winner, **pool}
         if operator in ("mapped_depthwise_conv", "depthwise_conv_kept"):
             inverse_map = invert_kernel_map(kernel_map, rows) if optional or "kept" in operator else None
             bias, maps = (
@@ -393,6 +442,19 @@ def valid(operator: str, rng: random.Random) -> Arguments:
     if operator == "layer_norm_backward":
         moments = layer_norm(x.double(), torch.ones(channels), torch.zeros(channels), EPS)[1].to(wide)
         return {"grad": grad, "x": x, "weight": vector(), "moments": moments}
+    if "site_norm" in operator:
+        groups = rng.choice([size for size in range(1, channels + 1) if channels % size == 0])
+        given = {"weight": vector() if optional else None, "bias": vector() if rng.random() < 0.5 else None}
+        rest = {"splits": splits, "groups": groups, "eps": EPS, "activation": rng.randint(0, 6), "slope": 0.1}
+        frozen = rng.random() < 0.3
+        if frozen:
+            moments = vector(batch * groups).view(batch, groups), vector(batch * groups).square().view(batch, groups)
+        else:
+            moments = site_norm(x.double(), None, None, None, None, splits, groups, EPS, 0, 0.0)[1:]
+        kept = dict(zip(("mean", "variance"), (value.to(wide) for value in moments), strict=True))
+        if operator == "site_norm_backward":
+            return {"grad": grad, "x": x, **given, **kept, **rest, "frozen": frozen, "needs_x": rng.random() < 0.8}
+        return {"x": x, **given, **(kept if frozen else {"mean": None, "variance": None}), **rest}
     if operator == "scale_rows":
         return {"x": x, "scale": vector(batch), "splits": splits}
     hidden = rng.choice((1, 4, 32))
@@ -527,9 +589,7 @@ GRADIENT = "freed before the gradient"
 def operators() -> dict[str, Any]:
     found = {name: getattr(torch.ops.sparsecnx, name).default for name in compiled.OPERATORS if name != "cpu_isa"}
     mapped = torch.ops.sparsecnx_mapped
-    return found | {
-        name: getattr(mapped, name).default for name in ("depthwise_conv_kept", "max_pool", "max_pool_backward")
-    }
+    return found | {"depthwise_conv_kept": mapped.depthwise_conv_kept.default}
 
 
 def sweep() -> list[tuple[str, str, int]]:
@@ -541,7 +601,7 @@ def sweep() -> list[tuple[str, str, int]]:
             if argument in tensors:
                 changes = [i for i, change in enumerate(MUST_RAISE) if change is not to_meta or len(tensors) > 1]
                 found += [(name, argument.name, change) for change in changes]
-                if not name.endswith(("_backward", "_weight_grad")):
+                if not name.endswith(("_backward", "_weight_grad", "_input_grad")):
                     found.append((name, argument.name, len(MUST_RAISE)))
     return found
 
@@ -593,7 +653,11 @@ def run(seed: int, number: int) -> str:
     """Make a call and return what came of it: "raised", "equal", "not compared", or "wrong: ..."."""
     name, arguments, changes = draw(seed, number)
     rng = random.Random(f"{number}")
-    gradient = number >= len(sweep()) and rng.random() < 0.15 and not name.endswith(("_backward", "_weight_grad"))
+    gradient = (
+        number >= len(sweep())
+        and rng.random() < 0.15
+        and not name.endswith(("_backward", "_weight_grad", "_input_grad"))
+    )
     (swept,) = changes if number < len(sweep()) else (None,)
     try:
         if swept is not None and changes[swept] == GRADIENT:
@@ -619,11 +683,14 @@ def run(seed: int, number: int) -> str:
     # other than 0; the variance of few channels and GRN of one, which may be nothing but rounding.
     backward = name.endswith("_backward")
     other = {key for key, change in changes.items() if key.endswith("eps") and (backward or change != "0.0")}
-    other |= changes.keys() & {*KEPT} | (changes.keys() & {"table"} if "block" in name and backward else set())
+    other |= changes.keys() & {*KEPT, *(("mean", "variance", "frozen") if backward else ())} | (
+        changes.keys() & {"table"} if "block" in name and backward else set()
+    )
     # Results of gigabytes take longer to compare than a call may.
     if any(x.numel() > 2**24 for x in found):
         return "not compared"
     few = ("layer_norm" in name or "block" in name) and arguments["x"].shape[1] < 5
+    few |= "site_norm" in name and bool((arguments["splits"].diff() * arguments["x"].shape[1] < 9).any())
     few |= "block" in name and arguments["pwconv1_weight"].shape[0] == 1
     if other or few:
         return "not compared"

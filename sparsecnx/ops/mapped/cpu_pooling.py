@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
+from sparsecnx.common.memory import check_memory
 from sparsecnx.geometry.kernel_map import MappedRows, invert_kernel_map
 
 MOST_SHORT_TAPS = 255  # whose numbers are kept in 8 bits, as in csrc/cpu/kernels.h
@@ -44,6 +45,7 @@ def _sum_pool_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     kernel_map, inverse_map = saved.kernel_map, saved.inverse_map
     if inverse_map is None:
         inverse_map = invert_kernel_map(kernel_map, saved.shapes["x"][0])
+    check_memory(kernel_map=kernel_map, inverse_map=inverse_map)  # by these names: the operator exchanges them
     return {"x": torch.ops.sparsecnx.sum_pool(grad, inverse_map, kernel_map, saved.factor)}
 
 
