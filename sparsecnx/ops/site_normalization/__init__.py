@@ -69,7 +69,7 @@ def batch_norm(
         ValueError: a shape does not fit, devices differ, `activation` is unknown, only one site is visible in training,
             or running statistics are missing in evaluation.
     """
-    plain = _are_plain(x, weight, bias, running_mean, running_var)
+    plain = _are_plain(batch_norm_operator, x, weight, bias, running_mean, running_var)
     if not plain:
         check_sparse(x)
     check_activation(activation)
@@ -116,12 +116,14 @@ def group_norm(
         TypeError: `x` is not a SparseTensor.
         ValueError: `groups` does not divide C, a shape does not fit, devices differ, or `activation` is unknown.
     """
-    check_sparse(x)
+    plain = _are_plain(group_norm_operator, x, weight, bias)
+    if not plain:
+        check_sparse(x)
     check_activation(activation)
     channels = x.features.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"groups is {groups}: expected a divisor of the channels, {channels}")
-    parameters = _vectors(x, weight=weight, bias=bias)
+    parameters = [weight, bias] if plain else _vectors(x, weight=weight, bias=bias)
     out, _, _ = group_norm_operator(x, *parameters, None, None, "sample", groups, eps, activation, slope)
     return x.with_features(out)
 
@@ -183,7 +185,7 @@ def instance_norm(
     return x.with_features(out)
 
 
-def _are_plain(x: SparseTensor, *parameters: Tensor | None) -> bool:
+def _are_plain(operator: Operator, x: SparseTensor, *parameters: Tensor | None) -> bool:
     """Return whether the compiled CPU kernel, which checks memory itself, takes these arguments as they are.
 
     The checks of five arguments take 13 of 28 us that a BatchNorm costs more than torch's (benchmarks/overhead.py).
@@ -200,7 +202,7 @@ def _are_plain(x: SparseTensor, *parameters: Tensor | None) -> bool:
                 return False
             if value.device != device or not value.is_contiguous():
                 return False
-    return batch_norm_operator.choose(x) == "cpu"
+    return operator.choose(x) == "cpu"
 
 
 def _vectors(x: SparseTensor, **values: Tensor | None) -> list[Tensor | None]:
