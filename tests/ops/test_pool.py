@@ -7,8 +7,22 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import assert_same, backends, bound, example_layout, layouts, outputs_and_gradients, random_sparse, suit
-from hypothesis import given
+from cases import (
+    DTYPES,
+    assert_close,
+    assert_matches_reference,
+    assert_same,
+    backends,
+    bound,
+    example_layout,
+    layouts,
+    make_layout,
+    needs_cpu,
+    outputs_and_gradients,
+    random_sparse,
+    suit,
+)
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsecnx import SparseTensor, ops, use_backend
@@ -35,6 +49,7 @@ def dense_pool(name: str, **options: object):
 @pytest.mark.parametrize("backend", backends("max_pool", "avg_pool"))
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 @pytest.mark.parametrize("name", ["max_pool", "avg_pool", "avg_pool without padding"])
+@settings(max_examples=10)
 @given(data=st.data())
 def test_is_dense_pooling_where_masked_sites_never_win_or_are_zero(backend, ndim, name, data):
     layout = data.draw(layouts(ndim, sites=(24, 8, 4)[ndim - 1], tiles=(1, 2, 4, 6, 8)))
@@ -61,3 +76,59 @@ def test_divisor_override(backend):
         out = ops.avg_pool(x, 3, 1, 1, divisor_override=5)
         expected = ops.avg_pool(x, 3, 1, 1)
     torch.testing.assert_close(out.features * 5, expected.features * 9)
+
+
+@pytest.mark.parametrize("backend", backends("max_pool", "avg_pool"))
+def test_windows_that_differ_by_axis_dilated_and_beyond_the_border(backend):
+    def dense(x: SparseTensor) -> SparseTensor:
+        padded = F.pad(x.dense(-math.inf), (0, 0, 2, 2), value=-math.inf)  # torch pads by half of an undilated kernel
+        out = x.layout.coarsen((1, 2))
+        return x.with_features(gather_rows(F.max_pool2d(padded, (3, 2), (1, 2), 0, (2, 1)), out), out)
+
+    x = random_sparse(example_layout(grid=(2, 3)), 5)
+    expected = outputs_and_gradients(dense, x, {})
+    x, _ = suit(backend, x, {})
+    with use_backend(backend):
+        found = outputs_and_gradients(lambda x: ops.max_pool(x, (3, 2), (1, 2), (2, 0), (2, 1)), x, {})
+        assert_same(found, expected, bound(backend))
+        # ceil_mode: the last window reaches one site beyond the border, which does not count.
+        ceil = ops.avg_pool(x, 3, 2)
+    pooled = F.avg_pool2d(x.dense().cpu().double(), 3, 2, ceil_mode=True)
+    assert_close(ceil.features, gather_rows(pooled, x.layout.coarsen(2)), bound(backend))
+
+
+@needs_cpu
+@DTYPES
+@pytest.mark.parametrize("name", ["max_pool", "avg_pool"])
+def test_cpu_equals_reference(name, dtype):
+    x = random_sparse(example_layout(), 37)
+    assert_matches_reference(lambda x: getattr(ops, name)(x, 3, 2, 1), x, {}, dtype)
+
+
+@pytest.mark.parametrize("backend", backends("max_pool"))
+def test_a_nan_wins_and_a_window_of_nothing_is_zero(backend):
+    x = random_sparse(make_layout(torch.tensor([[[False, True]]]), 4), 2, torch.float32)
+    x.features[5] = torch.nan
+    x, _ = suit(backend, x, {})
+    with use_backend(backend):
+        assert ops.max_pool(x, 4).features.isnan().all()
+        beyond = ops.max_pool(x, 2, 1, 0, 4)  # Sites 0 and 4 of each axis: the second is masked, or there is none.
+        assert torch.equal(beyond.features.isnan(), x.features.isnan())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3, 3), r"stride is \(3, 3\): it must divide the tile"),
+        ((3, 1, 2), "padding is 2: expected at most half of the kernel, 3"),
+        ((0,), "kernel is 0: expected 1 or more"),
+        (((3, 3, 3), 1), r"kernel is \(3, 3, 3\): expected a number, or one for each of 2 axes"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, message):
+    x = random_sparse(example_layout(), 2)
+    for pool in (ops.max_pool, ops.avg_pool):
+        with pytest.raises(ValueError, match=message):
+            pool(x, *arguments)
+    with pytest.raises(ValueError, match="divisor_override is 0"):
+        ops.avg_pool(x, 2, divisor_override=0)
