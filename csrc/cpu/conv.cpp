@@ -393,7 +393,10 @@ Tensor run(const Shape& shape, const Tensor& x, const Tensor& weight, const std:
 Tensor conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& kernel_map,
             const std::optional<Tensor>& inverse_map) {
   const Strides strides = check_weight(weight, x);
-  return run(check_shape(x, "x", kernel_map, sizes(weight)), x, weight, bias, kernel_map, strides);
+  const Shape shape = check_shape(x, "x", kernel_map, sizes(weight));
+  // The gradient reads it, and compares it with the kernel map.
+  if (inverse_map) check_matrix(*inverse_map, "inverse_map", shape.rows_in, shape.taps, ScalarType::Int);
+  return run(shape, x, weight, bias, kernel_map, strides);
 }
 
 // Returns for every input row and tap the output row that reads it, -1 where none does.
