@@ -55,7 +55,8 @@ class SparseTensor:
     """Features of active sites, packed into rows, with the layout that says where the rows are.
 
     It answers torch's functions, methods and operators as a dense tensor of its `shape` that is masked after every
-    operator: `sparsecnx.functions` has the table. Immutable: operators return new tensors that share the layout.
+    operator: `sparsecnx.functions` has the table. Operators return new tensors that share the layout; in-place
+    functions change the features. The attributes cannot be set.
 
     It is a dataclass and a pytree node, because DDP, FSDP and torch.export look for tensors inside these.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 
@@ -33,13 +34,26 @@ def test_visible(known: dict[str, int]) -> None:
         SparseTensor.from_dense(images, mask, count=3)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def saved_and_loaded(x: SparseTensor) -> SparseTensor:
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    again: SparseTensor = torch.load(file, weights_only=True)
+    return again
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved_and_loaded],
+    ids=["copy", "pickle", "save"],
+)
 def test_copies_and_pickles(duplicate: Callable[[SparseTensor], SparseTensor]) -> None:
     x = random_sparse(example_layout(), 3)
     window = (3, 3), (1, 1), (1, 1), (1, 1)
     x.layout.kernel_map(*window)  # A layout that holds tables.
     again = duplicate(x)
     assert again.layout is not x.layout and torch.equal(again.dense(), x.dense())
+    assert x.layout.tiles.tables and not again.layout.tiles.tables
     assert torch.equal(again.layout.kernel_map(*window), x.layout.kernel_map(*window))
 
 

@@ -29,13 +29,10 @@ class SparseImage(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found: list[SparseTensor] = []
-        args, kwargs = _unwrapped(args, found), _unwrapped(kwargs or {}, found)
+        args, kwargs = _unwrapped(args), _unwrapped(kwargs or {})
         if getattr(function, "__name__", "") == "__get__":  # of an attribute such as shape
             return _wrapped(getattr(args[0], function.__self__.__name__))
-        # One that an in-place function has replaced is of another class, which answers nothing.
-        answering = next((type(x) for x in found if type(x) is not SparseTensor), SparseTensor)
-        return _wrapped(answering.__torch_function__(function, types, args, kwargs))
+        return _wrapped(SparseTensor.__torch_function__(function, types, args, kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -49,14 +46,13 @@ class SparseImage(Tensor):
         return f"SparseImage({self.sparse!r})"
 
 
-def _unwrapped(value: Any, found: list[SparseTensor]) -> Any:
-    """Return a value with SparseTensors in the place of SparseImages, and list them."""
+def _unwrapped(value: Any) -> Any:
+    """Return a value with SparseTensors in the place of SparseImages."""
     if isinstance(value, SparseImage):
-        found.append(value.sparse)
         return value.sparse
     if isinstance(value, dict):
-        return {key: _unwrapped(part, found) for key, part in value.items()}
-    return type(value)(_unwrapped(part, found) for part in value) if type(value) in (tuple, list) else value
+        return {key: _unwrapped(part) for key, part in value.items()}
+    return type(value)(_unwrapped(part) for part in value) if type(value) in (tuple, list) else value
 
 
 def _wrapped(value: Any) -> Any:

@@ -16,11 +16,11 @@ from sparsecnx.functions.table import (
     axes,
     channel_axis,
     check_same_sites,
+    kind,
     like,
     packed,
     put,
     refuse,
-    replaced,
 )
 from sparsecnx.geometry.packing import gather_rows
 from sparsecnx.tensor import SparseTensor
@@ -157,9 +157,9 @@ def _unary(name: str) -> Handler:
     function = getattr(F, name, None) if name in ACTIVATIONS else _implementation(name)
     assert function is not None
 
-    def handler(x: SparseTensor, *args: Any, inplace: bool = False, **kwargs: Any) -> SparseTensor:
-        out = like(x, function(x.features, *args, **kwargs))
-        return replaced(x, out, f"{name}(inplace=True)") if inplace else out
+    def handler(x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
+        out = function(x.features, *args, **kwargs)
+        return x if out is x.features else like(x, out)  # The first is in place.
 
     handler.__name__ = name
     return handler
@@ -194,6 +194,8 @@ def combine(function: Callable[..., Tensor], name: str, args: tuple[Any, ...], k
 
     ready = {key: placed(*form) for key, form in forms.items()}
     out = function(*(ready[key] for key in range(len(args))), **{key: ready[key] for key in kwargs})
+    if name.endswith("_"):
+        return x
     return packed(out.flatten(0, 1) if split else out, layout, x.channels_last)
 
 
@@ -227,19 +229,25 @@ def _nary(name: str) -> Handler:
     def handler(*args: Any, **kwargs: Any) -> SparseTensor:
         if len(args) == 2 and not kwargs:
             x, y = args
-            kind = type(y)
+            other = type(y)
             if type(x) is SparseTensor:
-                if kind is float or kind is int:
-                    return like(x, function(x.features, y))
-                if kind is SparseTensor and x.layout is y.layout and x.channels_last is y.channels_last:
+                if other is float or other is int:
+                    out = function(x.features, y)
+                    return x if out is x.features else like(x, out)
+                if other is SparseTensor and x.layout is y.layout and x.channels_last is y.channels_last:
                     a, b = x.features, y.features
                     if a.ndim == b.ndim:
-                        return like(x, function(a, b))
+                        out = function(a, b)
+                        return x if out is a else like(x, out)
         if kwargs.get("out") is not None:
             refuse(name, "out= would write into a tensor", "use the value that it returns")
         kwargs.pop("out", None)
         if name == "where" and len(args) + len(kwargs) == 1:
             refuse(name, "its answer would be places of single elements", "give it the values of both cases")
+        if name.endswith("_") and not isinstance(args[0], SparseTensor):
+            refuse(
+                name, f"it would write visible sites into {kind(args[0])}", "use the function that returns a new tensor"
+            )
         return combine(function, name, args, kwargs)
 
     handler.__name__ = name
@@ -247,16 +255,14 @@ def _nary(name: str) -> Handler:
 
 
 HANDLER_OF: dict[str, Handler] = {}
-for _name in ACTIVATIONS:
-    HANDLER_OF[_name] = answers(_name, meaning="at every visible site", inplace=True)(_unary(_name))
-for _name in UNARY:
-    HANDLER_OF[_name] = answers(_name, meaning="at every visible site", inplace=True)(_unary(_name))
+for _name in (*ACTIVATIONS, *UNARY):
+    HANDLER_OF[_name] = answers(_name, meaning="at every visible site", inplace=_unary)(_unary(_name))
 for _name in NARY:
     HANDLER_OF[_name] = answers(
         _name,
         meaning="at every visible site, with numbers, SparseTensors of the same sites, and tensors that broadcast: a "
         "value for each channel, for each image, or for each site, of which the visible ones are gathered",
-        inplace=True,
+        inplace=_nary,
     )(_nary(_name))
 
 
@@ -270,15 +276,7 @@ for _operator, _name in {
 }.items():  # fmt: skip
     put(f"__{_operator}__", HANDLER_OF[_name])
     put(f"__r{_operator}__", _reversed(HANDLER_OF[_name]))
-
-    def _in_place(x: Any, y: Any, handler: Handler = HANDLER_OF[_name], name: str = f"__i{_operator}__") -> Any:
-        if not isinstance(x, SparseTensor):
-            refuse(
-                name, "it would write visible sites into an ordinary tensor", "use the function that returns a new one"
-            )
-        return replaced(x, handler(x, y), name)
-
-    put(f"__i{_operator}__", _in_place)
+    put(f"__i{_operator}__", _nary(f"{_name}_"))
 for _operator in ("lt", "le", "gt", "ge"):
     put(f"__{_operator}__", HANDLER_OF[_operator])
 
@@ -338,8 +336,8 @@ def _dropout(name: str) -> Handler:
     def handler(x: SparseTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> SparseTensor:
         if not training or p == 0.0:
             return x
-        out = like(x, function(x.features, p, True))
-        return replaced(x, out, f"{name}(inplace=True)") if inplace else out
+        out = function(x.features, p, True, inplace)
+        return x if inplace else like(x, out)
 
     return handler
 
@@ -356,5 +354,4 @@ def dropout_channels(x: SparseTensor, p: float = 0.5, training: bool = True, inp
         refuse("dropout2d", f"x is {tuple(x.shape)}, whose channels are last", "bring it to (B, C, *spatial) first")
     shape = x.layout.batch, *x.features.shape[1:], *([1] * x.layout.ndim)
     noise = x.features.new_empty(shape).bernoulli_(1 - p)
-    out = HANDLER_OF["mul"](x, noise.div_(1 - p) if p < 1 else noise)
-    return replaced(x, out, "dropout2d(inplace=True)") if inplace else out
+    return (x.mul_ if inplace else x.mul)(noise.div_(1 - p) if p < 1 else noise)

@@ -134,7 +134,7 @@ def _adaptive(name: str, kind: str) -> Handler:
         if all(size == 1 for size in sizes):
             return (mean if kind == "avg" else EXTREMA["amax"])(x, tuple(axes(x)[1]), True)
         if sizes == x.layout.shape:
-            return x
+            return like(x, x.features.clone())
         if any(s % size for size, s in zip(sizes, x.layout.shape, strict=True)):
             raise ValueError(f"{name}: output_size is {output_size}: expected 1, or a divisor of {x.layout.shape}")
         step = tuple(s // size for size, s in zip(sizes, x.layout.shape, strict=True))

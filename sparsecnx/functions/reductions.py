@@ -158,7 +158,7 @@ def _variance(x: Tensor, layout: Any, dims: list[int], correction: float) -> Ten
         full = full.unsqueeze(d)
     rows = full.index_select(0, layout.row_image())
     squares = _mean_of_images((x - rows).square(), layout, dims)
-    count = rows_of_images(layout, center) * math.prod(x.shape[d] for d in dims)
+    count = rows_of_images(layout, center) * math.prod([x.shape[d] for d in dims])
     return squares * (count / (count - correction))
 
 

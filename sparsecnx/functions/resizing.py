@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecnx.functions.table import answers, channels_first, packed
+from sparsecnx.functions.table import answers, channels_first, like, packed
 from sparsecnx.functions.windows import per_axis
 from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.packing import gather_rows
@@ -73,7 +73,7 @@ def interpolate(
         scales = (scale_factor,) * ndim if isinstance(scale_factor, (int, float)) else tuple(scale_factor)
         sizes = tuple(math.floor(extent * scale) for extent, scale in zip(layout.shape, scales, strict=True))
     if sizes == layout.shape:
-        return x
+        return like(x, x.features.clone())
     upward = all(out % extent == 0 for out, extent in zip(sizes, layout.shape, strict=True))
     if not upward:
         return _by_the_image(x, sizes, mode, align_corners, antialias)

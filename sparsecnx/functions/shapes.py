@@ -80,7 +80,7 @@ def reshape(x: SparseTensor, *shape: Any, name: str = "reshape") -> SparseTensor
         refuse("view", "it would read the bits of one dtype as another", "x.to(dtype) converts")
     wanted = list(_sequence(shape[0], shape[1:]))
     if -1 in wanted:
-        known = math.prod(s for s in wanted if s != -1)
+        known = math.prod([s for s in wanted if s != -1])
         wanted[wanted.index(-1)] = math.prod(x.shape) // known if known else 0
     batch, space, channels = x.layout.batch, list(x.layout.shape), x.features.shape[1:]
     n = len(wanted) - 1 - len(space)
@@ -300,8 +300,6 @@ def getitem(x: SparseTensor, index: Any) -> Any:
 put("__getitem__", getitem)
 
 
-@answers("__setitem__", meaning="an error: SparseTensors are immutable")
+@answers("__setitem__", meaning="an error")
 def setitem(x: Any, index: Any, value: Any) -> None:
-    refuse(
-        "__setitem__", "SparseTensors are immutable", "x.with_features(features) has other features on the same sites"
-    )
+    refuse("__setitem__", "it sets no values by an index", "x.features holds the rows, which x.mul_(...) can change")

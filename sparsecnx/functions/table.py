@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -32,7 +32,9 @@ ENTRIES: list[Entry] = []
 METHODS: set[str] = set()  # of SparseTensor, that come from this table
 
 
-def answers(*names: str, meaning: str, limits: str = "", inplace: bool = False) -> Callable[[Handler], Handler]:
+def answers(
+    *names: str, meaning: str, limits: str = "", inplace: Callable[[str], Handler] | None = None
+) -> Callable[[Handler], Handler]:
     """Enter a function into the table under the names that torch has for it.
 
     A name such as `relu` stands for `torch.relu`, `F.relu` and the method. The method becomes one of SparseTensor.
@@ -40,15 +42,15 @@ def answers(*names: str, meaning: str, limits: str = "", inplace: bool = False) 
     Args:
         names: torch's names.
         meaning, limits: columns of the table in docs/functions.md.
-        inplace: whether torch's in-place functions (`relu_`) are entered too.
+        inplace: makes the handler of torch's in-place functions (`relu_`), which are entered too.
     """
 
     def enter(handler: Handler) -> Handler:
         ENTRIES.append(Entry(names, meaning, limits))
         for name in names:
             put(name, handler)
-            if inplace:
-                put(name + "_", replacing(handler, name + "_"))
+            if inplace is not None and any(hasattr(home, f"{name}_") for home in HOMES.values()):
+                put(f"{name}_", inplace(f"{name}_"))
         return handler
 
     return enter
@@ -71,54 +73,6 @@ def put(name: str, handler: Handler) -> None:
         METHODS.add(name)
 
 
-def replacing(handler: Handler, name: str) -> Handler:
-    """Return the in-place function of a handler, see `replaced`."""
-
-    def in_place(x: SparseTensor, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(x, SparseTensor):
-            refuse(name, f"it would write visible sites into {_kind(x)}", "use the function that returns a new tensor")
-        return replaced(x, handler(x, *args, **kwargs), name)
-
-    return in_place
-
-
-def replaced(x: SparseTensor, value: SparseTensor, name: str) -> SparseTensor:
-    """Return what an in-place function returns: a new tensor of the dtype of `x`.
-
-    `x` keeps its features, where torch's would have changed. So that no network computes something else without a word,
-    every later function of `x` is an error. torch.compile does not see that.
-    """
-    features = value.features
-    if features.shape != x.features.shape:
-        refuse(
-            name, f"x is {tuple(x.shape)} and would become {tuple(value.shape)}", "an in-place result keeps the shape"
-        )
-    if features.dtype != x.features.dtype:
-        value = like(x, features.to(x.features.dtype))
-    if not torch.compiler.is_compiling() and type(x) is SparseTensor and value is not x:
-        object.__setattr__(x, "__class__", _superseded(name))
-    return value
-
-
-@cache
-def _superseded(name: str) -> type[SparseTensor]:
-    """Return the class of SparseTensors that the in-place function `name` has replaced: they answer no function."""
-
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        refuse(
-            f"a function after {name}",
-            "SparseTensors are immutable, so this one still has the values from before",
-            f"go on with the tensor that {name} returned, or use the function that is not in-place (inplace=False)",
-        )
-
-    def torch_function(cls: Any, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer()
-
-    body: dict[str, Any] = dict.fromkeys(METHODS, answer)
-    body |= {"__slots__": (), "__torch_function__": classmethod(torch_function)}
-    return type("SparseTensor", (SparseTensor,), body)
-
-
 def like(x: SparseTensor, features: Tensor) -> SparseTensor:
     """Return other features on the sites of `x`, without checks."""
     if x.features.requires_grad and not features.requires_grad:
@@ -132,17 +86,20 @@ def refuse_custom_function(x: SparseTensor) -> None:
         return
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:  # forward(ctx, x, ...)
-        names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
-        if names and isinstance(frame.f_locals.get(names[0]), torch.autograd.function.FunctionCtx):
-            refuse("autograd.Function", "it would lose its gradient", "apply the Function to x.features, and "
-                   "x.with_features(...) makes a SparseTensor of the result")  # fmt: skip
+        code, values = frame.f_code, frame.f_locals
+        first, *rest = code.co_varnames[: code.co_argcount + bool(code.co_flags & inspect.CO_VARARGS)] or ("",)
+        if isinstance(values.get(first), torch.autograd.function.FunctionCtx):
+            given = [arg for name in rest for arg in (values[name] if type(values[name]) is tuple else [values[name]])]
+            if any(isinstance(arg, SparseTensor) and arg.features is x.features for arg in given):
+                refuse("autograd.Function", "it would lose its gradient", "apply the Function to x.features, and "
+                       "x.with_features(...) makes a SparseTensor of the result")  # fmt: skip
         frame = frame.f_back
 
 
 def channels_first(x: Any, name: str) -> SparseTensor:
     """Return `x` where it is a SparseTensor `(B, C, *spatial)`; raise where it is not."""
     if type(x) is not SparseTensor and not isinstance(x, SparseTensor):
-        refuse(name, f"its input is {_kind(x)}", "only the input can be a SparseTensor")
+        refuse(name, f"its input is {kind(x)}", "only the input can be a SparseTensor")
     if x.channels_last or x.features.ndim != 2:
         refuse(name, f"x is {tuple(x.shape)}, channels {'last' if x.channels_last else x.features.shape[1:]}",
                "bring it to (B, C, *spatial) first, with permute or flatten")  # fmt: skip
@@ -162,7 +119,7 @@ def check_same_sites(x: SparseTensor, other: SparseTensor, name: str) -> None:
         refuse(name, f"its SparseTensors are {shapes}, whose channels are at other places", "permute one of them")
 
 
-def _kind(x: object) -> str:
+def kind(x: object) -> str:
     return f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
 
 

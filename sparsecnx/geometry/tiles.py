@@ -65,6 +65,10 @@ class TileSet:
         if self.below_tile not in BELOW_TILE:
             raise ValueError(f"below_tile is {self.below_tile!r}: expected one of {BELOW_TILE}")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the tables out of copies and files: they are built anew."""
+        return {**self.__dict__, "tables": {}, "captured": False}
+
     @classmethod
     def from_mask(
         cls,
