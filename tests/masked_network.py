@@ -37,7 +37,7 @@ class Sites:
 
 # Functions of each site by itself, or of the sites under a kernel: dense, then zero at masked sites.
 NAMES = """
-    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d avg_pool1d avg_pool2d avg_pool3d linear
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear
     relu relu6 relu_ relu6_ silu silu_ gelu elu elu_ selu celu leaky_relu leaky_relu_ prelu hardswish hardsigmoid
     hardtanh hardtanh_ mish mish_ sigmoid sigmoid_ tanh tanh_ softplus softsign logsigmoid threshold clamp clamp_min
     clamp_max clamp_ clip exp log sqrt rsqrt pow square abs neg reciprocal erf sin cos where
@@ -231,6 +231,16 @@ class Masked(TorchFunctionMode):
         masked = self.masked_sites(x, x.sites)
         pool = getattr(torch.nn.functional, f"max_pool{x.ndim - 2}d")
         out = pool(x.masked_fill(masked, -math.inf), *args, **kwargs)
+        return self.marked(out, Sites(x.sites.dims, ((0, 0),) * len(x.sites.dims)))
+
+    def _avg_pool(self, x: Tensor, kernel: Any, stride: Any = None, padding: Any = 0, *args: Any, **kw: Any) -> Tensor:
+        """Count masked sites as zeros; average the visible ones alone where one window is the whole image."""
+        extents = [x.shape[dim] for dim in x.sites.dims]
+        kernels = [kernel] * len(extents) if isinstance(kernel, int) else list(kernel)
+        if kernels == extents and padding in (0, (0,) * len(extents)) and not any(map(sum, x.sites.padding)):
+            return self.over_space("mean", x, x.sites.dims, keepdim=True)
+        pool = getattr(torch.nn.functional, f"avg_pool{x.ndim - 2}d")
+        out = pool(x, kernel, stride, padding, *args, **kw)
         return self.marked(out, Sites(x.sites.dims, ((0, 0),) * len(x.sites.dims)))
 
     def _adaptive_avg_pool(self, x: Tensor, output_size: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,17 +13,17 @@ from torch import Tensor
 from sparsecnx import ops
 from sparsecnx.functions.elementwise import HANDLER_OF
 from sparsecnx.functions.reductions import EXTREMA, mean
+from sparsecnx.functions.reductions import sum as total
 from sparsecnx.functions.table import Handler, answers, axes, channels_first, like, refuse
-from sparsecnx.functions.windows import TAKE_PADDING, Window, coarsened, per_axis, plan, unpadded
-from sparsecnx.tensor import SparseTensor, packed
+from sparsecnx.functions.windows import TAKE_PADDING, Padded, Window, coarsened, per_axis, plan, unpadded
+from sparsecnx.tensor import HANDLERS, SparseTensor, packed
 
 
 def every_site(x: SparseTensor, stride: tuple[int, ...]) -> SparseTensor:
     """Return every `stride`-th site of each axis, from the first."""
     if x.channels_last or x.features.ndim != 2:
         refuse("__getitem__", f"x is {tuple(x.shape)}", "bring it to (B, C, *spatial) first")
-    plan("__getitem__", x, (1,) * len(stride), stride, 0)
-    return ops.max_pool(x, (1,) * len(stride), stride, (0,) * len(stride))
+    return HANDLERS[getattr(F, f"max_pool{len(stride)}d")](x, 1, stride)
 
 
 def _max_pool(name: str) -> Handler:
@@ -41,24 +42,42 @@ def _max_pool(name: str) -> Handler:
         kernel = per_axis(kernel_size, x.layout.ndim)
         window = plan(name, x, kernel, stride or kernel, padding, dilation, extra, ceil_mode)
         if window.dense:
-            return dense(x.dense(-math.inf), kernel, window.stride, window.before, window.dilation, ceil_mode)
+            border = per_axis(padding, x.layout.ndim)
+            return _dense_max_pool(
+                x, extra, lambda images: dense(images, kernel, window.stride, border, window.dilation, ceil_mode)
+            )
         out = ops.max_pool(x, kernel, window.stride, window.before, window.dilation)
         if extra is None or extra.value == -math.inf:
             return out
-        return HANDLER_OF["maximum"](out, _reaching(window, extra.value, x))
+        return HANDLER_OF["maximum"](out, _reaching(window, extra))
 
     return handler
 
 
-def _reaching(window: Window, value: float, x: SparseTensor) -> Tensor:
-    """Return `value` where a window reaches beyond the image, -inf elsewhere: `(1, 1, *spatial)` of the output."""
-    inside = torch.ones((), dtype=torch.bool, device=x.device)
-    for size, k, step, before, d in zip(
-        x.layout.shape, window.kernel, window.stride, window.before, window.dilation, strict=True
-    ):
-        first = torch.arange(size // step, device=x.device) * step - before
-        inside = inside[..., None] & (first >= 0) & (first + d * (k - 1) < size)
-    return torch.where(inside, -math.inf, value).to(x.dtype)[None, None]
+def _dense_max_pool(x: SparseTensor, extra: Padded | None, pool: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return maxima over visible sites and the border of F.pad as an ordinary tensor, 0 where there are none."""
+    seen = packed(x.features.new_ones(x.layout.rows, 1), x.layout)
+    if extra is None:
+        images, some = x.dense(-math.inf), seen.dense()
+    else:
+        images = extra.dense(-math.inf, extra.value)
+        some = Padded(seen, extra.before, extra.after, 0.0).dense(0.0, float(extra.value > -math.inf))
+    return torch.where(pool(some) > 0, pool(images), 0)
+
+
+def _reaching(window: Window, extra: Padded) -> Tensor:
+    """Return the value of F.pad where a window meets its border, -inf elsewhere: `(1, 1, *spatial)` of the output."""
+    x = extra.x
+    meets = torch.zeros((), dtype=torch.bool, device=x.device)
+    for size, k, step, first, d, before, after in zip(
+        x.layout.shape, window.kernel, window.stride, window.before, window.dilation, extra.before, extra.after,
+        strict=True,
+    ):  # fmt: skip
+        starts = torch.arange(size // step, device=x.device) * step - first
+        sites = starts[:, None] + d * torch.arange(k, device=x.device)
+        border = ((sites >= -before) & (sites < 0)) | ((sites >= size) & (sites < size + after))
+        meets = meets[..., None] | border.any(1)
+    return torch.where(meets, extra.value, -math.inf).to(x.dtype)[None, None]
 
 
 for _name in ("max_pool1d", "max_pool2d", "max_pool3d"):
@@ -100,14 +119,22 @@ def _avg_pool(name: str) -> Handler:
         x, extra = unpadded(input, name)
         kernel = per_axis(kernel_size, x.layout.ndim)
         window = plan(name, x, kernel, stride or kernel, padding, 1, extra, ceil_mode)
+        if not x.features.is_floating_point():
+            refuse(name, f"x is {x.dtype}", "convert it to floats first")
         if window.dense:
-            return dense(x.dense(), kernel, window.stride, window.before, ceil_mode, count_include_pad, *(
-                () if divisor_override is None else (divisor_override,)))  # fmt: skip
+            if kernel == x.layout.shape and not any(window.before + window.after):
+                if divisor_override is None:
+                    return mean(x, tuple(axes(x)[1]), True)
+                return total(x, tuple(axes(x)[1]), True) / divisor_override
+            images = x.dense() if extra is None else extra.dense(0.0, extra.value)
+            override = () if divisor_override is None else (divisor_override,)  # avg_pool1d has none.
+            return dense(images, kernel, window.stride, per_axis(padding, x.layout.ndim), ceil_mode, count_include_pad,
+                         *override)  # fmt: skip
         if window.children:
             coarse = coarsened(x.layout, window.stride)
             parts = x.features.reshape(coarse.rows, window.children, x.features.shape[1])
-            total = parts.mean(1) if divisor_override is None else parts.sum(1) / divisor_override
-            return packed(total, coarse)
+            means = parts.mean(1) if divisor_override is None else parts.sum(1) / divisor_override
+            return packed(means, coarse)
         if extra is not None and divisor_override is None:  # What F.pad adds are values like any other.
             if ceil_mode or (any(per_axis(padding, x.layout.ndim)) and not count_include_pad):
                 refuse(name, "F.pad is followed by padding that counts otherwise", "give all of it to one of them")
@@ -120,7 +147,8 @@ def _avg_pool(name: str) -> Handler:
 for _name in ("avg_pool1d", "avg_pool2d", "avg_pool3d"):
     _handler = answers(
         _name,
-        meaning="masked sites count as zeros, as padding does; divides by what the arguments say",
+        meaning="masked sites count as zeros, as padding does; divides by what the arguments say; a window of the "
+        "whole extent is adaptive pooling to 1",
         limits="extents and tiles as conv2d",
     )(_avg_pool(_name))
     TAKE_PADDING[getattr(F, _name)] = _handler
@@ -138,12 +166,7 @@ def _adaptive(name: str, kind: str) -> Handler:
         if any(s % size for size, s in zip(sizes, x.layout.shape, strict=True)):
             raise ValueError(f"{name}: output_size is {output_size}: expected 1, or a divisor of {x.layout.shape}")
         step = tuple(s // size for size, s in zip(sizes, x.layout.shape, strict=True))
-        plan(name, x, step, step, 0)
-        return (
-            ops.avg_pool(x, step, step, (0,) * len(step))
-            if kind == "avg"
-            else ops.max_pool(x, step, step, (0,) * len(step))
-        )
+        return HANDLERS[getattr(F, name.removeprefix("adaptive_"))](x, step, step)
 
     return handler
 
@@ -160,12 +183,16 @@ for _kind in ("avg", "max"):
 
 
 def _lp_pool(name: str) -> Handler:
+    dense = getattr(F, name)
+
     def handler(
         input: SparseTensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False
     ) -> Any:
         x = channels_first(input, name)
         kernel = per_axis(kernel_size, x.layout.ndim)
         window = plan(name, x, kernel, stride or kernel, 0, 1, None, ceil_mode)
+        if window.dense:
+            return dense(x.dense(), norm_type, kernel, window.stride, ceil_mode)
         powers = like(x, x.features.pow(norm_type))
         pooled = ops.avg_pool(powers, kernel, window.stride, window.before, True, 1)
         return pooled.with_features(pooled.features.sign() * F.relu(pooled.features.abs()).pow(1 / norm_type))

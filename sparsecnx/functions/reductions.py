@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsecnx.functions.elementwise import HANDLER_OF
-from sparsecnx.functions.table import Handler, answers, axes, like, put, refuse
+from sparsecnx.functions.table import Handler, answers, axes, dimensions, like, put, refuse
 from sparsecnx.tensor import SparseTensor
 
 SPACE = "reduce all dimensions of space together, or call this on x.dense()"
@@ -25,10 +25,18 @@ def per_image(x: Tensor, layout: Any, kind: str) -> Tensor:
         return getattr(x.reshape(layout.batch, count, *x.shape[1:]), kind)(1)
     image, blank = layout.row_image(), x.new_zeros(layout.batch, *x.shape[1:])
     if kind == "sum":
-        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        return blank.to(wide).index_add(0, image, x.to(wide)).to(x.dtype)
+        return blank.index_add(0, image, x)
     place = image.long().view(-1, *([1] * (x.ndim - 1))).expand_as(x)
+    if x.dtype == torch.bool:  # torch has no scatter of these.
+        return blank.byte().scatter_reduce(0, place, x.byte(), kind, include_self=False).bool()
     return blank.scatter_reduce(0, place, x, kind, include_self=False)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return `x` in the dtype that torch sums it in."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return x.float()
+    return x if x.is_floating_point() or x.is_complex() else x.long()
 
 
 def rows_of_images(layout: Any, like: Tensor) -> Any:
@@ -42,7 +50,7 @@ def rows_of_images(layout: Any, like: Tensor) -> Any:
 def _dims(x: SparseTensor, dim: Any, name: str) -> tuple[list[int], list[int], bool, bool]:
     """Return the dimensions of a reduction, those of features among them, and whether space and batch are reduced."""
     given = range(x.ndim) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim) or range(x.ndim)
-    dims = sorted(d % x.ndim for d in given)
+    dims = sorted(dimensions(given, x.ndim, name))
     channels, spatial = axes(x)
     space = [d in dims for d in spatial]
     if any(space) and not all(space):
@@ -79,13 +87,19 @@ def reduce(name: str, x: SparseTensor, dim: Any, keepdim: bool, whole: Callable[
 def _mean_of_images(x: Tensor, layout: Any, dims: list[int]) -> Tensor:
     if layout.rows_per_image:
         return x.reshape(layout.batch, layout.rows_per_image, *x.shape[1:]).mean([1, *(d + 1 for d in dims)])
-    x = x.mean(dims) if dims else x
-    total = per_image(x, layout, "sum")
-    return total / rows_of_images(layout, total)
+    if not (x.is_floating_point() or x.is_complex()):
+        refuse("mean", f"x is {x.dtype}", "x.mean(..., dtype=torch.float32) is of floats")
+    rows = wide(x)
+    total = per_image(rows.mean(dims) if dims else rows, layout, "sum")
+    return (total / rows_of_images(layout, total)).to(x.dtype)
 
 
 def _sum_of_images(x: Tensor, layout: Any, dims: list[int]) -> Tensor:
-    return per_image(x.sum(dims) if dims else x, layout, "sum")
+    if layout.rows_per_image:
+        return x.reshape(layout.batch, layout.rows_per_image, *x.shape[1:]).sum([1, *(d + 1 for d in dims)])
+    rows = wide(x)
+    total = per_image(rows.sum(dims) if dims else rows, layout, "sum")
+    return total.to(x.dtype) if x.is_floating_point() else total
 
 
 def _dtype_first(x: SparseTensor, dtype: torch.dtype | None) -> SparseTensor:
@@ -151,7 +165,8 @@ for _name in ("max", "min"):
     )(_max_or_min(_name))
 
 
-def _variance(x: Tensor, layout: Any, dims: list[int], correction: float) -> Tensor:
+def _variance(x: Tensor, layout: Any, dims: list[int], correction: float, root: bool) -> Tensor:
+    dtype, x = x.dtype, wide(x)
     center = _mean_of_images(x, layout, dims)
     full = center
     for d in dims:
@@ -159,7 +174,8 @@ def _variance(x: Tensor, layout: Any, dims: list[int], correction: float) -> Ten
     rows = full.index_select(0, layout.row_image())
     squares = _mean_of_images((x - rows).square(), layout, dims)
     count = rows_of_images(layout, center) * math.prod([x.shape[d] for d in dims])
-    return squares * (count / (count - correction))
+    variance = squares * count / (count - correction)
+    return (variance.sqrt() if root else variance).to(dtype)
 
 
 def _spread(name: str) -> Handler:
@@ -180,8 +196,7 @@ def _spread(name: str) -> Handler:
             return getattr(v, name)(d, correction=by, keepdim=k)
 
         def images(v: Tensor, layout: Any, d: list[int]) -> Tensor:
-            found = _variance(v, layout, d, by)
-            return found.sqrt() if name == "std" else found
+            return _variance(v, layout, d, by, root=name == "std")
 
         return reduce(name, x, dim if axis is None else axis, keepdim, whole, images)
 
@@ -200,9 +215,12 @@ def _norm_of_images(x: Tensor, layout: Any, dims: list[int], p: float) -> Tensor
         x = x.abs()
         kind = "amax" if p > 0 else "amin"
         return per_image(getattr(x, kind)(dims) if dims else x, layout, kind)
-    total = _sum_of_images(x.abs().pow(p), layout, dims)
+    rows = wide(x).abs()
+    total = _sum_of_images(rows.pow(p) if p else (rows != 0).to(rows.dtype), layout, dims)
+    if not p:
+        return total.to(x.dtype)
     some = total > 0  # The gradient of a norm of zeros is zero.
-    return torch.where(some, torch.where(some, total, 1).pow(1 / p), 0)
+    return torch.where(some, torch.where(some, total, 1).pow(1 / p), 0).to(x.dtype)
 
 
 @answers("norm", "linalg.vector_norm", meaning="as mean", limits="as mean")

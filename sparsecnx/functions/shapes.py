@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from sparsecnx.functions.elementwise import _form
-from sparsecnx.functions.table import answers, axes, channel_axis, check_same_sites, like, packed, put, refuse
+from sparsecnx.functions.table import (
+    answers,
+    axes,
+    channel_axis,
+    check_same_sites,
+    dimensions,
+    like,
+    packed,
+    put,
+    refuse,
+)
 from sparsecnx.tensor import SparseTensor
 
 SPACE = "x.dense() is an ordinary tensor, zero at masked sites; pool over space first, or call this on the dense tensor"
@@ -39,9 +49,9 @@ def numel(x: SparseTensor) -> int:
 @answers("permute", meaning="brings the channels to the last dimension, or back; orders dimensions of channels",
          limits="space keeps its order")  # fmt: skip
 def permute(x: SparseTensor, *dims: Any, name: str = "permute") -> SparseTensor:
-    order = [d % x.ndim for d in _sequence(dims[0], dims[1:])]
+    order = dimensions(_sequence(dims[0], dims[1:]), x.ndim, name)
     channels, spatial = axes(x)
-    if sorted(order) != list(range(x.ndim)) or order[0] != 0:
+    if len(order) != x.ndim or order[0] != 0:
         refuse(name, f"dims is {tuple(order)} of {x.ndim} dimensions, and the batch must stay first", SPACE)
     where = [order.index(d) for d in spatial]
     if where != list(range(where[0], where[0] + len(where))) or 1 < where[0] < x.ndim - len(where):
@@ -58,14 +68,15 @@ put("permute", permute)
 @answers("transpose", "swapaxes", "swapdims", meaning="as permute", limits="as permute")
 def transpose(x: SparseTensor, dim0: int, dim1: int) -> SparseTensor:
     order = list(range(x.ndim))
-    order[dim0], order[dim1] = order[dim1], order[dim0]
+    (first,), (second,) = dimensions((dim0,), x.ndim, "transpose"), dimensions((dim1,), x.ndim, "transpose")
+    order[first], order[second] = second, first
     return permute(x, order, name="transpose")
 
 
 @answers("movedim", "moveaxis", meaning="as permute", limits="as permute")
 def movedim(x: SparseTensor, source: int | Sequence[int], destination: int | Sequence[int]) -> SparseTensor:
-    moved = [d % x.ndim for d in ([source] if isinstance(source, int) else source)]
-    places = [d % x.ndim for d in ([destination] if isinstance(destination, int) else destination)]
+    moved = dimensions([source] if isinstance(source, int) else source, x.ndim, "movedim")
+    places = dimensions([destination] if isinstance(destination, int) else destination, x.ndim, "movedim")
     order = [d for d in range(x.ndim) if d not in moved]
     for place, d in sorted(zip(places, moved, strict=True)):
         order.insert(place, d)
@@ -97,7 +108,7 @@ def reshape(x: SparseTensor, *shape: Any, name: str = "reshape") -> SparseTensor
 @answers("flatten", meaning="joins dimensions of channels", limits="flatten of space is an error")
 def flatten(x: SparseTensor, start_dim: int = 0, end_dim: int = -1) -> SparseTensor:
     shape = list(x.shape)
-    start, end = start_dim % x.ndim, end_dim % x.ndim
+    (start,), (end,) = dimensions((start_dim,), x.ndim, "flatten"), dimensions((end_dim,), x.ndim, "flatten")
     return reshape(x, [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]], name="flatten")
 
 
@@ -108,7 +119,7 @@ def unflatten(x: SparseTensor, dim: int, sizes: Sequence[int]) -> SparseTensor:
 
 @answers("unsqueeze", meaning="adds a dimension of channels of size 1", limits="its place is among the channels")
 def unsqueeze(x: SparseTensor, dim: int) -> SparseTensor:
-    place = dim % (x.ndim + 1)
+    (place,) = dimensions((dim,), x.ndim + 1, "unsqueeze")
     first = 1 + x.layout.ndim if x.channels_last else 1
     if not first <= place <= first + x.features.ndim - 1:
         refuse("unsqueeze", f"dim is {dim}, where {tuple(x.shape)} has no channels", SPACE)
@@ -187,7 +198,7 @@ def stack(tensors: Sequence[Any], dim: int = 0, *, out: None = None) -> SparseTe
     x = next(value for value in tensors if isinstance(value, SparseTensor))
     if any(not isinstance(value, SparseTensor) for value in tensors):
         refuse("stack", "some are ordinary tensors", "cat takes them")
-    place = dim % (x.ndim + 1)
+    (place,) = dimensions((dim,), x.ndim + 1, "stack")
     first = 1 + x.layout.ndim if x.channels_last else 1
     if not first <= place <= first + x.features.ndim - 1:
         refuse("stack", f"dim is {dim}, where {tuple(x.shape)} has no channels", SPACE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -131,17 +131,28 @@ def axes(x: SparseTensor) -> tuple[range, range]:
     return range(1, 1 + channels), range(1 + channels, 1 + channels + spatial)
 
 
+def dimensions(given: Iterable[int], ndim: int, name: str) -> list[int]:
+    """Return dimensions as numbers from 0.
+
+    Raises:
+        IndexError: one is out of range, as torch does.
+        ValueError: one is given twice.
+    """
+    found = []
+    for dim in given:
+        if not -ndim <= dim < ndim:
+            raise IndexError(f"{name}: dim is {dim}: expected {-ndim} to {ndim - 1}")
+        found.append(dim % ndim)
+    if len(set(found)) < len(found):
+        raise ValueError(f"{name}: dim is {tuple(given)}: expected each dimension once")
+    return found
+
+
 def channel_axis(x: SparseTensor, dim: int, name: str) -> int:
     """Return the dimension of the features that the dimension `dim` of `x` is; raise unless it is one of channels."""
     channels, _ = axes(x)
-    place = dim + x.features.ndim + x.layout.ndim if dim < 0 else dim
+    (place,) = dimensions((dim,), x.features.ndim + x.layout.ndim, name)
     if place not in channels:
-        what = (
-            "out of range"
-            if not 0 <= place < x.features.ndim + x.layout.ndim
-            else "the batch"
-            if place == 0
-            else "space"
-        )
+        what = "the batch" if place == 0 else "space"
         refuse(name, f"dim is {dim}, which is {what} in {tuple(x.shape)}", "it takes a dimension of channels")
     return place - channels[0] + 1

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sparsecnx.functions.table import METHODS, answers, channels_first, like, refuse
 from sparsecnx.geometry.layout import Layout
@@ -53,6 +54,11 @@ class Padded:
             refuse(function, "its input comes from F.pad, whose border only a convolution or pooling takes",
                    "call those next, or x.dense() before the padding")  # fmt: skip
         return handler(*args, **(kwargs or {}))
+
+    def dense(self, fill: float, value: float) -> Tensor:
+        """Return a dense tensor with the border: `fill` at masked sites, `value` in the border."""
+        border = [side for pair in zip(self.before[::-1], self.after[::-1], strict=True) for side in pair]
+        return F.pad(self.x.dense(fill), border, value=value)
 
     @property
     def shape(self) -> torch.Size:
@@ -137,6 +143,7 @@ def plan(
         _hashable(dilation),
         layout.shape,
         layout.tile,
+        layout.tiles.below_tile,
         more,
         ceil,
     )
@@ -197,17 +204,19 @@ def _plan(
         before = tuple(a + b for a, b in zip(before, more[0], strict=True))
         after = tuple(a + b for a, b in zip(after, more[1], strict=True))
     out = []
-    for size, span, s, b, a in zip(shape, spans, strides, before, after, strict=True):
+    borders = (0,) * ndim if more is None else more[1]
+    for size, span, s, b, a, bordered in zip(shape, spans, strides, before, after, borders, strict=True):
         steps = size + b + a - span
         count = (-(-steps // s) if ceil else steps // s) + 1
-        if ceil and (count - 1) * s >= size + b:  # torch lets no window begin in the padding after the last site.
+        if ceil and (count - 1) * s >= size + b + bordered:  # torch lets no window begin in the padding after that.
             count -= 1
         out.append(count)
     expected = [size // s for size, s in zip(shape, strides, strict=True)]
-    whole = set(strides) == {1} and not any(before) and not any(after) and spans == shape
-    if whole and out != expected:  # A window as wide as the image, as in the head of VGG, leaves one site.
+    whole = not any(before) and not any(after) and spans == shape
+    divides = not any(side % s for side, s in zip(layout.tile, strides, strict=True))
+    if whole and not (divides and out == expected):  # A window as wide as the image, as in heads, leaves one site.
         return Window(kernel, strides, before, after, dilations, True)
-    if any(side % s for side, s in zip(layout.tile, strides, strict=True)):
+    if not divides:
         if layout.tiles.below_tile == "dense":
             return Window(kernel, strides, before, after, dilations, True)
         try:

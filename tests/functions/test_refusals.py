@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from cases import draw_mask, example_layout, make_layout, random_sparse, site_mask
 from torch import Tensor, nn
 
+import sparsecnx
 from sparsecnx import SparseTensor, UnsupportedFunctionError
 
 CHANNELS = 4
@@ -70,6 +72,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a tensor of another size": (lambda x: x * torch.ones(1, 1, 5, 5), "does not broadcast"),
     "a weight that is sparse": (lambda x: F.conv2d(torch.ones(1, 1, 4, 4), x), "conv2d .*input is a tensor"),
     "writing into an ordinary tensor": (lambda x: torch.zeros(2, CHANNELS, 12, 8).add_(x), "add_ .*would write"),
+    "pooling of integers": (lambda x: F.avg_pool2d(x.int(), 2), "avg_pool2d .*x is torch.int32"),
     "places of elements": (lambda x: torch.where(x > 0), "where .*places of single elements"),
     "truth": (bool, "__bool__ .*reduce it first"),
     "numpy": (lambda x: x.numpy(), "numpy .*reduce it first"),
@@ -85,6 +88,31 @@ def test_what_has_no_meaning_names_the_function_the_line_and_the_remedy(name: st
     assert f", called at {__file__}:" in str(caught.value) and "; " in str(caught.value)
 
 
+DIMENSIONS: dict[str, Callable[[Any], Any]] = {
+    "mean": lambda x: x.mean((2, 3, 5)),
+    "permute": lambda x: x.permute(0, 2, 3, 5),
+    "transpose": lambda x: x.transpose(1, -5),
+    "unsqueeze": lambda x: x.unsqueeze(6),
+    "flatten": lambda x: x.flatten(5, 5),
+    "movedim": lambda x: x.movedim(5, -1),
+    "stack": lambda x: torch.stack([x, x], 5),
+    "softmax": lambda x: x.softmax(4),
+}
+
+
+@pytest.mark.parametrize("name", DIMENSIONS)
+def test_dimensions_out_of_range_are_an_index_error_as_in_torch(name: str) -> None:
+    for x in (example(), example().dense()):
+        with pytest.raises(IndexError):
+            DIMENSIONS[name](x)
+
+
+def test_a_dimension_given_twice_is_an_error() -> None:
+    for function in (lambda x: x.mean((2, 2, 3)), lambda x: x.permute(0, 1, 1, 2)):
+        with pytest.raises(ValueError, match="expected each dimension once"):
+            function(example())
+
+
 def test_a_missing_method_is_no_attribute() -> None:
     x = example()
     assert hasattr(x, "relu") and not hasattr(x, "cumsum") and not hasattr(x, "nonsense")
@@ -98,6 +126,7 @@ EXTENTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "even kernel": (lambda x: F.conv2d(x, W[..., :2, :2]), "1 sites of padding per axis do.*padding='same', or F.pad"),
     "dilation": (lambda x: F.conv2d(x, W, padding=1, dilation=2), "padding=2 does"),
     "pooling": (lambda x: F.max_pool2d(x, 3, 2), r"max_pool2d: .* make \(5, 3\).*padding=1 does"),
+    "rounded up into a border": (lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 2, ceil_mode=True), r"\(7, 5\) sites"),
     "transposed": (lambda x: F.conv_transpose2d(x, W, stride=2), "extent . stride sites.*must be the stride"),
     "stride below the tile": (
         lambda x: F.conv2d(x, W, stride=8, padding=1),
@@ -126,6 +155,32 @@ def test_a_window_as_wide_as_the_image_leaves_an_ordinary_tensor() -> None:
     x = example()
     weight = torch.randn(5, CHANNELS, 12, 8, dtype=torch.float64)
     torch.testing.assert_close(F.conv2d(x, weight), F.conv2d(x.dense(), weight))
+
+
+BELOW_THE_TILE: dict[str, Callable[[Any], Any]] = {
+    "max_pool2d": lambda x: F.max_pool2d(x, 4),
+    "max_pool2d after pad": lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-9.0), 5, 4),
+    "avg_pool2d": lambda x: F.avg_pool2d(x, 4),
+    "avg_pool2d after pad": lambda x: F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 5, 4),
+    "lp_pool2d": lambda x: F.lp_pool2d(x, 2, 4),
+    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, (3, 2)),
+    "conv2d": lambda x: F.conv2d(F.pad(x, (0, 1, 0, 1)), W, stride=4),
+    "every site": lambda x: x[:, :, ::4, ::4],
+}
+
+
+@pytest.mark.parametrize("name", BELOW_THE_TILE)
+def test_below_the_tile_an_ordinary_tensor_comes_out_where_it_was_asked_for(name: str) -> None:
+    function, images = BELOW_THE_TILE[name], example().dense()
+    mask = draw_mask("random counts", 2, (6, 4), seed=2)
+    x = sparsecnx.sparse(images, mask, below_tile="dense")
+    fill = -math.inf if name.startswith("max") else 0.0
+    expected = function(x.dense(fill))
+    found = function(x)
+    assert type(found) is Tensor
+    torch.testing.assert_close(found, expected.masked_fill(expected == -math.inf, 0.0))
+    with pytest.raises(ValueError, match=r"stride is .*: it must divide the tile side, 2"):  # by default
+        function(sparsecnx.sparse(images, mask))
 
 
 IN_PLACE: dict[str, Callable[[Any], Any]] = {
