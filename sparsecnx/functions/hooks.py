@@ -1,6 +1,6 @@
-"""Three places where torch looks for tensors among arguments without asking what they are.
+"""Places where torch looks for tensors among arguments without asking what they are.
 
-Two would lose gradients without a word, the third does not compile. Each asks for SparseTensors first.
+Two would lose gradients without a word, the others do not compile. Each asks for SparseTensors first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.modules import batchnorm
 from torch.utils.hooks import BackwardHook
 
@@ -60,6 +61,34 @@ def _let_tuples_compile() -> None:
     dynamo._flatten_vts = flatten_with_tuples  # type: ignore[assignment]
 
 
+def _let_operators_compile() -> None:
+    """Keep the order of operands: torch.compile turns `x - tensor` and `x @ matrix` around where x is no tensor.
+
+    And let it ask the two activations that torch does not list among its overridable functions.
+    """
+    try:
+        from torch._dynamo.variables import builtin, torch_function
+        from torch._dynamo.variables import torch as dynamo
+        from torch._dynamo.variables.builder import SourcelessBuilder
+
+        insert = builtin.BuiltinVariable._handle_insert_op_in_graph
+        dynamo.get_overridable_functions().update((F.hardswish, F.hardsigmoid))
+        tables = builtin.BUILTIN_TO_TENSOR_FN_MAP
+        populate, dispatch = builtin.populate_builtin_to_tensor_fn_map, torch_function.dispatch_torch_function
+    except (ImportError, AttributeError):
+        return
+
+    def insert_in_order(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if len(args) == 2 and not args[0].is_tensor() and torch_function.has_torch_function(args[0]):
+            populate()
+            if self.fn in tables:
+                return dispatch(tx, SourcelessBuilder.create(tx, tables[self.fn]), args, kwargs)
+        return insert(self, tx, args, kwargs)
+
+    builtin.BuiltinVariable._handle_insert_op_in_graph = insert_in_order  # type: ignore[method-assign]
+
+
 BackwardHook._apply_on_tensors = _apply_on_tensors  # type: ignore[method-assign]
 batchnorm.sync_batch_norm = SimpleNamespace(apply=_synchronised)  # type: ignore[assignment, misc]
 _let_tuples_compile()
+_let_operators_compile()
