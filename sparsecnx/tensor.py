@@ -93,7 +93,10 @@ class SparseTensor:
         handler = HANDLERS.get(function)
         if handler is None:
             refuse(function, NOT_IN_TABLE)
-        return handler(*args, **kwargs) if kwargs else handler(*args)
+        if not kwargs:
+            return handler(*args)
+        args, kwargs = by_name(function, args, kwargs)
+        return handler(*args, **kwargs)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"SparseTensor is immutable: cannot set {name!r}; use with_features()")
@@ -224,6 +227,23 @@ class SparseTensor:
             f"SparseTensor(shape={tuple(self.shape)}, rows={self.layout.rows}, tile={self.layout.tile}, "
             f"stride={self.layout.stride}, dtype={self.dtype}, device={self.device})"
         )
+
+
+# Names of torch's arguments, and those that its functions and methods have besides.
+ALIASES = {"axis": "dim", "keepdims": "keepdim", "axis0": "dim0", "axis1": "dim1", "train": "training",
+           "split_size": "split_size_or_sections", "split_sizes": "split_size_or_sections",
+           "sections": "indices_or_sections", "indices": "indices_or_sections"}  # fmt: skip
+
+
+def by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a function by the names that its handler has; refuse `out`."""
+    if kwargs.get("out") is not None:
+        refuse(function, "out= would write visible sites into a tensor", "use the value that it returns")
+    kwargs = {ALIASES.get(name, name): value for name, value in kwargs.items() if name != "out"}
+    for name in ("input", "tensor"):
+        if not args and name in kwargs and "condition" not in kwargs:
+            args = (kwargs.pop(name),)
+    return args, kwargs
 
 
 def packed(features: Any, layout: Layout, channels_last: bool = False) -> SparseTensor:

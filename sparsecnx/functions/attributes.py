@@ -38,6 +38,7 @@ def _property(name: str) -> None:
 for _name in PROPERTIES:
     _property(_name)
 SparseTensor.ndim = property(lambda x: x.features.ndim + x.layout.ndim)  # type: ignore[attr-defined]
+SparseTensor.__array_priority__ = 1000  # type: ignore[attr-defined] # numpy leaves its operators to us
 SparseTensor.is_sparse = property(lambda x: False)  # type: ignore[attr-defined]
 SparseTensor.grad = property(  # type: ignore[attr-defined]
     lambda x: None if x.features.grad is None else like(x, x.features.grad)
@@ -69,13 +70,21 @@ for _name in ["float", "half", "bfloat16", "double", "int", "long", "bool", "typ
     _converts(_name)
 
 
-@answers("to", "type", "cpu", "cuda", meaning="of the features and the layout; memory formats do not apply to rows")
+@answers("type", meaning="of the features; without argument the name of their type")
+def type_(x: SparseTensor, dtype: Any = None, non_blocking: bool = False) -> Any:
+    return x.features.type() if dtype is None else _converted(x, x.features.type(dtype, non_blocking))
+
+
+@answers("to", "cpu", "cuda", meaning="of the features and the layout; memory formats do not apply to rows")
 def to(x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
     kwargs.pop("memory_format", None)
     args = tuple(value.features if isinstance(value, SparseTensor) else value for value in args)
     if not args and not kwargs:
         return x
-    features = x.features.to(*args, **kwargs)
+    return _converted(x, x.features.to(*args, **kwargs))
+
+
+def _converted(x: SparseTensor, features: Tensor) -> SparseTensor:
     if features is x.features:
         return x
     if features.device == x.layout.device:

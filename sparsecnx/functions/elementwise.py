@@ -23,7 +23,7 @@ from sparsecnx.functions.table import (
     refuse,
 )
 from sparsecnx.geometry.packing import gather_rows
-from sparsecnx.tensor import SparseTensor
+from sparsecnx.tensor import HANDLERS, SparseTensor
 
 ACTIVATIONS = [
     "relu",
@@ -181,7 +181,7 @@ def combine(function: Callable[..., Tensor], name: str, args: tuple[Any, ...], k
         elif isinstance(value, Tensor) and value.ndim:
             forms[key] = _form(value, x, name)
         else:
-            forms[key] = "", value
+            forms[key] = "", _number(value, name)
     layout, per_image = x.layout, x.layout.rows_per_image
     split = any(kind == "image" for kind, _ in forms.values()) and per_image is not None
 
@@ -197,6 +197,15 @@ def combine(function: Callable[..., Tensor], name: str, args: tuple[Any, ...], k
     if name.endswith("_"):
         return x
     return packed(out.flatten(0, 1) if split else out, layout, x.channels_last)
+
+
+def _number(value: Any, name: str) -> Any:
+    """Return an operand that is no tensor; one of numpy as a number of Python."""
+    if isinstance(value, (int, float, str, type(None))) or not hasattr(value, "__array_interface__"):
+        return value
+    if value.ndim:
+        refuse(name, f"an operand is a numpy array {value.shape}", "torch.as_tensor makes it a tensor")
+    return value.item()
 
 
 def _form(value: Tensor, x: SparseTensor, name: str) -> tuple[str, Tensor]:
@@ -239,9 +248,6 @@ def _nary(name: str) -> Handler:
                     if a.ndim == b.ndim:
                         out = function(a, b)
                         return x if out is a else like(x, out)
-        if kwargs.get("out") is not None:
-            refuse(name, "out= would write into a tensor", "use the value that it returns")
-        kwargs.pop("out", None)
         if name == "where" and len(args) + len(kwargs) == 1:
             refuse(name, "its answer would be places of single elements", "give it the values of both cases")
         if name.endswith("_") and not isinstance(args[0], SparseTensor):
@@ -264,6 +270,14 @@ for _name in NARY:
         "value for each channel, for each image, or for each site, of which the visible ones are gathered",
         inplace=_nary,
     )(_nary(_name))
+
+
+def _where(x: Any, condition: Any, other: Any) -> SparseTensor:
+    return HANDLER_OF["where"](condition, x, other)
+
+
+HANDLERS[Tensor.where] = _where
+SparseTensor.where = _where  # type: ignore[attr-defined]
 
 
 def _reversed(handler: Handler) -> Handler:
@@ -326,7 +340,7 @@ def glu(x: SparseTensor, dim: int = -1) -> SparseTensor:
 
 
 @answers("normalize", meaning="over channels", limits="dim is one of channels")
-def normalize(x: SparseTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None) -> SparseTensor:
+def normalize(x: SparseTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> SparseTensor:
     return like(x, F.normalize(x.features, p, channel_axis(x, dim, "normalize"), eps))
 
 

@@ -108,28 +108,25 @@ def _dtype_first(x: SparseTensor, dtype: torch.dtype | None) -> SparseTensor:
 
 @answers("mean", meaning="over space: of the visible sites of each image, an ordinary tensor; over channels",
          limits="space is reduced as a whole")  # fmt: skip
-def mean(x: SparseTensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Any = None,
-         out: None = None) -> Any:  # fmt: skip
+def mean(x: SparseTensor, dim: Any = None, keepdim: bool = False, *,
+         dtype: torch.dtype | None = None) -> Any:  # fmt: skip
     x = _dtype_first(x, dtype)
-    return reduce("mean", x, dim if axis is None else axis, keepdim, lambda v, d, k: v.mean(d, k), _mean_of_images)
+    return reduce("mean", x, dim, keepdim, lambda v, d, k: v.mean(d, k), _mean_of_images)
 
 
 @answers("sum", meaning="as mean", limits="as mean")
-def sum(x: SparseTensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, axis: Any = None,
-        out: None = None) -> Any:  # fmt: skip
+def sum(x: SparseTensor, dim: Any = None, keepdim: bool = False, *,
+         dtype: torch.dtype | None = None) -> Any:  # fmt: skip
     x = _dtype_first(x, dtype)
-    return reduce("sum", x, dim if axis is None else axis, keepdim, lambda v, d, k: v.sum(d, k), _sum_of_images)
+    return reduce("sum", x, dim, keepdim, lambda v, d, k: v.sum(d, k), _sum_of_images)
 
 
 def _extremum(name: str) -> Handler:
     def images(x: Tensor, layout: Any, dims: list[int]) -> Tensor:
         return per_image(getattr(x, name)(dims) if dims else x, layout, name)
 
-    def handler(x: SparseTensor, dim: Any = (), keepdim: bool = False, *, axis: Any = None, out: None = None) -> Any:
-        chosen = dim if axis is None else axis
-        return reduce(
-            name, x, None if chosen == () else chosen, keepdim, lambda v, d, k: getattr(v, name)(d, k), images
-        )
+    def handler(x: SparseTensor, dim: Any = (), keepdim: bool = False) -> Any:
+        return reduce(name, x, None if dim == () else dim, keepdim, lambda v, d, k: getattr(v, name)(d, k), images)
 
     return handler
 
@@ -144,7 +141,7 @@ def _max_or_min(name: str) -> Handler:
     extremum, elementwise = EXTREMA[f"a{name}"], HANDLER_OF[f"{name}imum"]
     result = getattr(torch.return_types, name)
 
-    def handler(x: Any, dim: Any = None, keepdim: bool = False, *, out: None = None, **kwargs: Any) -> Any:
+    def handler(x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
         other = kwargs.get("other", dim)
         if isinstance(other, (Tensor, SparseTensor)):
             return elementwise(x, other)
@@ -186,7 +183,6 @@ def _spread(name: str) -> Handler:
         keepdim: bool = False,
         *,
         correction: float | None = None,
-        axis: Any = None,
     ) -> Any:
         if isinstance(dim, bool):
             dim, unbiased = None, dim
@@ -198,7 +194,7 @@ def _spread(name: str) -> Handler:
         def images(v: Tensor, layout: Any, d: list[int]) -> Tensor:
             return _variance(v, layout, d, by, root=name == "std")
 
-        return reduce(name, x, dim if axis is None else axis, keepdim, whole, images)
+        return reduce(name, x, dim, keepdim, whole, images)
 
     return handler
 
@@ -224,7 +220,7 @@ def _norm_of_images(x: Tensor, layout: Any, dims: list[int], p: float) -> Tensor
 
 
 @answers("norm", "linalg.vector_norm", meaning="as mean", limits="as mean")
-def norm(x: SparseTensor, p: Any = 2, dim: Any = None, keepdim: bool = False, out: None = None,
+def norm(x: SparseTensor, p: Any = 2, dim: Any = None, keepdim: bool = False,
          dtype: torch.dtype | None = None) -> Any:  # fmt: skip
     if p in (None, "fro"):
         p = 2.0
@@ -236,7 +232,7 @@ def norm(x: SparseTensor, p: Any = 2, dim: Any = None, keepdim: bool = False, ou
 
 
 def vector_norm(x: SparseTensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *,
-                dtype: torch.dtype | None = None, out: None = None) -> Any:  # fmt: skip
+                dtype: torch.dtype | None = None) -> Any:  # fmt: skip
     return norm(x, ord, dim, keepdim, dtype=dtype)
 
 

@@ -25,10 +25,14 @@ from sparsecnx.tensor import SparseTensor
 
 SPACE = "x.dense() is an ordinary tensor, zero at masked sites; pool over space first, or call this on the dense tensor"
 
+PARTS = (slice, int, list, Tensor, type(None), type(Ellipsis))  # of an index, beside arrays of numpy
 
-def _sequence(first: Any, rest: tuple[Any, ...]) -> tuple[int, ...]:
-    """Return sizes or dimensions that are given one by one or as one sequence."""
-    return (first, *rest) if rest or not isinstance(first, Sequence) else tuple(first)
+
+def _sequence(given: tuple[Any, ...], named: Any = None) -> tuple[int, ...]:
+    """Return sizes or dimensions that are given one by one, as one sequence, or by name."""
+    if named is not None:
+        given = (named,)
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], Sequence) else given
 
 
 @answers("size", meaning="the shape of the masked dense tensor")
@@ -48,8 +52,8 @@ def numel(x: SparseTensor) -> int:
 
 @answers("permute", meaning="brings the channels to the last dimension, or back; orders dimensions of channels",
          limits="space keeps its order")  # fmt: skip
-def permute(x: SparseTensor, *dims: Any, name: str = "permute") -> SparseTensor:
-    order = dimensions(_sequence(dims[0], dims[1:]), x.ndim, name)
+def permute(x: SparseTensor, *order: Any, dims: Any = None, name: str = "permute") -> SparseTensor:
+    order = tuple(dimensions(_sequence(order, dims), x.ndim, name))
     channels, spatial = axes(x)
     if len(order) != x.ndim or order[0] != 0:
         refuse(name, f"dims is {tuple(order)} of {x.ndim} dimensions, and the batch must stay first", SPACE)
@@ -86,10 +90,10 @@ def movedim(x: SparseTensor, source: int | Sequence[int], destination: int | Seq
 @answers(
     "reshape", "view", meaning="views of the channels", limits="batch and space stay; flatten of space is an error"
 )
-def reshape(x: SparseTensor, *shape: Any, name: str = "reshape") -> SparseTensor:
-    if len(shape) == 1 and isinstance(shape[0], torch.dtype):
+def reshape(x: SparseTensor, *given: Any, shape: Any = None, size: Any = None, name: str = "reshape") -> SparseTensor:
+    if len(given) == 1 and isinstance(given[0], torch.dtype):
         refuse("view", "it would read the bits of one dtype as another", "x.to(dtype) converts")
-    wanted = list(_sequence(shape[0], shape[1:]))
+    wanted = list(_sequence(given, size if shape is None else shape))
     if -1 in wanted:
         known = math.prod([s for s in wanted if s != -1])
         wanted[wanted.index(-1)] = math.prod(x.shape) // known if known else 0
@@ -136,8 +140,8 @@ def squeeze(x: SparseTensor, dim: int | None = None) -> SparseTensor:
 
 
 @answers("expand", meaning="repeats a single channel", limits="batch and space stay")
-def expand(x: SparseTensor, *sizes: Any) -> SparseTensor:
-    wanted = list(_sequence(sizes[0], sizes[1:]))
+def expand(x: SparseTensor, *sizes: Any, size: Any = None) -> SparseTensor:
+    wanted = list(_sequence(sizes, size))
     channels, _ = axes(x)
     fits = len(wanted) == x.ndim and all(
         w in (-1, s) for d, (w, s) in enumerate(zip(wanted, x.shape, strict=False)) if d not in channels
@@ -158,8 +162,8 @@ def view_as(x: Any, other: Any) -> Any:
 
 
 @answers("repeat", meaning="repeats the channels", limits="batch and space stay")
-def repeat(x: SparseTensor, *sizes: Any) -> SparseTensor:
-    times = list(_sequence(sizes[0], sizes[1:]))
+def repeat(x: SparseTensor, *sizes: Any, repeats: Any = None) -> SparseTensor:
+    times = list(_sequence(sizes, repeats))
     channels, _ = axes(x)
     if len(times) != x.ndim or any(count != 1 for d, count in enumerate(times) if d not in channels):
         refuse("repeat", f"sizes is {tuple(times)} for {tuple(x.shape)}", "only channels can be repeated")
@@ -187,14 +191,14 @@ def is_contiguous(x: SparseTensor, *args: Any, **kwargs: Any) -> bool:
 
 @answers("cat", "concat", "concatenate", meaning="of channels; of ordinary tensors the visible sites are gathered",
          limits="dim is one of channels")  # fmt: skip
-def cat(tensors: Sequence[Any], dim: int = 0, *, axis: int | None = None, out: None = None) -> SparseTensor:
+def cat(tensors: Sequence[Any], dim: int = 0) -> SparseTensor:
     x = next(value for value in tensors if isinstance(value, SparseTensor))
-    place = channel_axis(x, dim if axis is None else axis, "cat")
+    place = channel_axis(x, dim, "cat")
     return like(x, torch.cat(_rows_of_all(tensors, x, "cat"), place))
 
 
 @answers("stack", meaning="in a new dimension of channels", limits="dim is among the channels")
-def stack(tensors: Sequence[Any], dim: int = 0, *, out: None = None) -> SparseTensor:
+def stack(tensors: Sequence[Any], dim: int = 0) -> SparseTensor:
     x = next(value for value in tensors if isinstance(value, SparseTensor))
     if any(not isinstance(value, SparseTensor) for value in tensors):
         refuse("stack", "some are ordinary tensors", "cat takes them")
@@ -263,8 +267,8 @@ def index_select(x: SparseTensor, dim: int, index: Tensor) -> SparseTensor:
 
 
 @answers("flip", meaning="of channels", limits="dims are of channels")
-def flip(x: SparseTensor, *dims: Any) -> SparseTensor:
-    return like(x, x.features.flip([channel_axis(x, d, "flip") for d in _sequence(dims[0], dims[1:])]))
+def flip(x: SparseTensor, *given: Any, dims: Any = None) -> SparseTensor:
+    return like(x, x.features.flip([channel_axis(x, d, "flip") for d in _sequence(given, dims)]))
 
 
 @answers("channel_shuffle", meaning="of channels")
@@ -281,6 +285,8 @@ def channel_shuffle(x: SparseTensor, groups: int) -> SparseTensor:
          "`x[:, :, ::s, ::s]`", limits="batch and single pixels are not indexed")  # fmt: skip
 def getitem(x: SparseTensor, index: Any) -> Any:
     given = list(index) if isinstance(index, tuple) else [index]
+    given = [item if isinstance(item, PARTS) or not hasattr(item, "__array_interface__") else torch.as_tensor(item)
+             for item in given]  # fmt: skip
     if any(item is None or isinstance(item, bool) for item in given):
         refuse("__getitem__", f"the index is {index!r}", "unsqueeze adds a dimension of channels")
     if Ellipsis in [item for item in given if not isinstance(item, Tensor)]:

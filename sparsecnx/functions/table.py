@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 from types import FrameType
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecnx.tensor import HANDLERS, SparseTensor, packed, refuse
+from sparsecnx.tensor import ALIASES, HANDLERS, SparseTensor, by_name, packed, refuse
 
 Handler = Callable[..., Any]
+ALIASES_OF = frozenset(ALIASES.values())
 HOMES = {"torch": torch, "torch.nn.functional": F, "torch.Tensor": Tensor}
 
 
@@ -69,8 +71,24 @@ def put(name: str, handler: Handler) -> None:
             continue
         HANDLERS[function] = handler
     if callable(getattr(Tensor, name, None)):
-        setattr(SparseTensor, name, handler)
+        setattr(SparseTensor, name, _method(handler))
         METHODS.add(name)
+
+
+def _method(handler: Handler) -> Handler:
+    """Return a handler as a method, which takes torch's other names of arguments too where the handler has any."""
+    code = getattr(handler, "__code__", None)
+    if code is None or ALIASES_OF.isdisjoint(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]):
+        return handler
+
+    @wraps(handler)
+    def method(x: SparseTensor, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs:
+            return handler(x, *args)
+        args, kwargs = by_name(handler.__name__, (x, *args), kwargs)
+        return handler(*args, **kwargs)
+
+    return method
 
 
 def like(x: SparseTensor, features: Tensor) -> SparseTensor:

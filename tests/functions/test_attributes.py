@@ -39,6 +39,7 @@ def test_facts_are_those_of_the_features() -> None:
         assert getattr(x, name) == getattr(x.features, name)
     for name in ("is_floating_point", "is_complex", "element_size", "get_device", "is_inference", "is_signed"):
         assert getattr(x, name)() == getattr(x.features, name)()
+    assert x.type() == x.features.type()
     assert torch.is_floating_point(x) and not torch.is_tensor(x) and not x.is_sparse
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -257,6 +258,21 @@ AT_SITES: dict[str, Callable[[Any], Any]] = {
     "empty_like": lambda x: torch.empty_like(x).fill_(2.0) * x if isinstance(x, Tensor) else 2.0 * x,
     "rand_like": lambda x: 0 * torch.rand_like(x) + x,
     "randn_like": lambda x: 0 * torch.randn_like(x) + x,
+    "type by name": lambda x: x.type("torch.FloatTensor"),
+    "where method": lambda x: (x > 0).where(x > -1, x > 1) * x + x.where(x > 0, PER_CHANNEL),
+    "where by name": lambda x: torch.where(condition=x > 0, input=x, other=2 * x),
+    "mul numpy": lambda x: numpy.float64(2) * x - numpy.int64(1) / positive(x),
+    "__getitem__ numpy": lambda x: x[:, numpy.array([0, 3])],
+    "permute by name": lambda x: torch.permute(x, dims=LAST).permute(dims=FIRST),
+    "reshape by name": lambda x: torch.reshape(x, shape=(BATCH, 2, 2, *SPACE)).view(size=(BATCH, 4, *SPACE)),
+    "flip by name": lambda x: torch.flip(x, dims=[1]).expand(size=x.shape),
+    "split by name": lambda x: x.split(split_size=2, dim=1)[1] + torch.chunk(input=x, chunks=2, dim=1)[0],
+    "split of a tensor by name": lambda x: torch.split(tensor=x, split_size_or_sections=2, dim=1)[0],
+    "cat by name": lambda x: torch.cat(tensors=[x, torch.relu(input=x)], axis=1),
+    "mean by name": lambda x: x.mean(axis=1, keepdims=True) + torch.mean(input=x, dim=1, keepdim=True),
+    "std by name": lambda x: torch.std(x, axis=1, keepdim=True),
+    "swapaxes by name": lambda x: x.unflatten(1, (2, 2)).swapaxes(axis0=1, axis1=2).flatten(1, 2),
+    "dropout by name": lambda x: torch.dropout(x, 0.3, train=False),
     "requires_grad_": lambda x: x + x.detach().requires_grad_(),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,9 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "None as an index": (lambda x: x[:, None], "unsqueeze adds"),
     "setting values": (set_a_channel, "__setitem__ .*sets no values by an index"),
     "out=": (lambda x: torch.add(x, 1, out=torch.empty(1)), "add .*out= would write"),
+    "out= of a reduction": (lambda x: torch.mean(x, (2, 3), out=torch.empty(1)), "mean .*out= would write"),
+    "out= of an activation": (lambda x: torch.exp(torch.ones(1), out=x), "exp .*out= would write"),
+    "an array of numpy": (lambda x: x * numpy.ones(3), r"mul .*numpy array \(3,\); torch.as_tensor"),
     "images of a batch one after another": (lambda x: torch.cat([x, x], 0), "cat .*dim is 0, which is the batch"),
     "cat along space": (lambda x: torch.cat([x, x], 2), "cat .*dim is 2, which is space"),
     "softmax over space": (lambda x: torch.softmax(x, -1), "softmax .*which is space"),
