@@ -129,9 +129,13 @@ def check_same_sites(x: SparseTensor, other: SparseTensor, name: str) -> None:
     if x.layout is not other.layout:
         difference = x.layout.difference(other.layout)
         if difference is not None:
-            refuse(
-                name, f"its SparseTensors have other layouts: {difference}", "combine tensors of one mask and stride"
-            )
+            remedy = "combine tensors of one mask and stride"
+            if x.layout.tiles.grid != other.layout.tiles.grid:
+                remedy += (
+                    "; the tiles of a mask of single sites follow its values: give the mask of the tiles, (B, *grid), "
+                    "or make the other with x.with_features(features)"
+                )
+            refuse(name, f"its SparseTensors have other layouts: {difference}", remedy)
     if x.channels_last != other.channels_last or x.features.ndim != other.features.ndim:
         shapes = f"{tuple(x.shape)} and {tuple(other.shape)}"
         refuse(name, f"its SparseTensors are {shapes}, whose channels are at other places", "permute one of them")

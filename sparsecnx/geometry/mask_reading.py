@@ -128,6 +128,9 @@ def _readings(
         rest = given[len(before) :]
         if len(rest) == len(shape) and (divides(rest, shape) if grid is None else rest in (grid, shape)):
             found.append(Reading(before[0] if before else 1, [rest], in_line=False))
+            if grid is None and len(before) == 1 and max(rest) == math.prod(rest):  # (B, L, 1) or (B, 1, L)
+                square = [cells for cells in grids_of(max(rest), shape) if is_square(cells, shape)]
+                found += [Reading(before[0], square, in_line=True)] * bool(square)
         elif len(rest) == 1 and len(before) < 2:
             grids = grids_of(rest[0], shape) if grid is None else [grid] * (rest[0] == math.prod(grid))
             found += [Reading(before[0] if before else 1, grids, in_line=True)] * bool(grids)
@@ -136,14 +139,15 @@ def _readings(
 
 def _only(readings: list[Reading], given: tuple[int, ...], shape: tuple[int, ...], batch: int) -> Reading:
     """Return the one thing that a mask means; raise ValueError if there are two."""
-    if len(readings) > 1:
+    if len(readings) > 1 and len(given) == 2:
         # The masks of MAE, (B, L) on square tiles, are hardly ever meant as a grid of tiles that are not square.
         square = [one for one in readings if is_square(one.grids[0], shape)]
         if len(square) == 1 and square[0].in_line:
             readings = square
     if len(readings) > 1:
         first, second = readings[:2]
-        views = " or ".join(f"mask.view{(one.images, *one.grids[0])}" for one in readings[:2])
+        shapes = [(one.images, *one.grids[0]) for one in readings[:2]]
+        views = " or ".join(f"mask.view{(view[0], 1, *view[1:]) if given in shapes else view}" for view in shapes)
         raise ValueError(
             f"mask is {given}, which can be {first.in_words(batch)}, or {second.in_words(batch)}: give it as "
             f"(B, *grid), for example {views}"

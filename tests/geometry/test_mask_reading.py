@@ -110,10 +110,20 @@ AMBIGUOUS = [
         "mask is (2, 8): its tiles can be a grid of 4x2 or 8x1, on 8x6 sites none of them square; give the mask "
         "as (B, *grid)",
     ),
+    (
+        torch.zeros(4, 3, 32, 32),
+        torch.zeros(4, 16, 1, dtype=torch.bool),
+        "mask is (4, 16, 1), which can be a grid of 16x1 tiles, one for each of 4 images, or 16 tiles in raster order, "
+        "one for each of 4 images: give it as (B, *grid), for example mask.view(4, 1, 16, 1) or mask.view(4, 1, 4, 4)",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("images", "mask", "message"), AMBIGUOUS, ids=["B or one grid", "both square", "two grids"])
+@pytest.mark.parametrize(
+    ("images", "mask", "message"),
+    AMBIGUOUS,
+    ids=["B or one grid", "both square", "two grids", "a mask of MAE with an axis more"],
+)
 def test_two_meanings_are_an_error_that_shows_both(images: Tensor, mask: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         SparseTensor.from_dense(images, mask)
