@@ -76,8 +76,8 @@ def batch_norm(
     channels = x.features.shape[1]
     if training and x.layout.rows == 1:
         raise ValueError(
-            f"Expected more than 1 value per channel when training, got x {x.shape} with one visible site: use larger "
-            "batches, or eval()"
+            f"Expected more than 1 value per channel when training, got x {tuple(x.shape)} with one visible site: "
+            "use larger batches, or eval()"
         )
     parameters = [weight, bias] if plain else _vectors(x, weight=weight, bias=bias)
     running = [running_mean, running_var]
@@ -163,7 +163,8 @@ def instance_norm(
     channels = x.features.shape[1]
     if use_input_stats and x.layout.rows_per_image == 1:
         raise ValueError(
-            f"Expected more than 1 spatial element when training, got x {x.shape} with one visible site in every image"
+            f"Expected more than 1 spatial element when training, got x {tuple(x.shape)} with one visible site in "
+            "every image"
         )
     parameters = _vectors(x, weight=weight, bias=bias)
     running = _vectors(x, running_mean=running_mean, running_var=running_var)
