@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,8 @@ class Stages:
 def stages_of(encoder: nn.Module, tile: int | None = None, below_tile: str = "raise") -> Stages:
     """Return the feature maps of an encoder.
 
-    Those of a model of timm or of ours are in its `feature_info`. Any other network runs once on an image of zeros.
+    Those of a model of timm or of ours are in its `feature_info`. Those of any other network are what it returns. In
+    both cases a copy runs once, in evaluation, on an image of zeros, to learn now whether it runs on visible pixels.
 
     Args:
         encoder: a model of timm, also with `features_only=True`, or of ours, or any module that returns a feature map,
@@ -74,10 +75,9 @@ def stages_of(encoder: nn.Module, tile: int | None = None, below_tile: str = "ra
         raise ValueError(f"encoder is a {type(encoder).__name__}: it has no convolution; expected a ConvNet")
     ndim, in_chans = first.weight.ndim - 2, getattr(encoder, "in_chans", first.in_channels)
     info: Any = getattr(encoder, "feature_info", None)
-    intermediates = hasattr(encoder, "forward_intermediates")
+    intermediates = info is not None and hasattr(encoder, "forward_intermediates")
     if info is None:
         found = _probe(encoder, in_chans, ndim, tile or PROBE, below_tile)
-        intermediates = False
     elif intermediates:
         found = [(info[i]["num_chs"], info[i]["reduction"]) for i in range(len(info))]
     else:
@@ -85,33 +85,55 @@ def stages_of(encoder: nn.Module, tile: int | None = None, below_tile: str = "ra
     last = {stride: i for i, (_, stride) in enumerate(found)}  # the last map of each stride
     indices = tuple(sorted(last.values()))
     channels, strides = (tuple(found[i][part] for i in indices) for part in (0, 1))
-    return Stages(in_chans, ndim, channels, strides, indices, intermediates)
+    stages = Stages(in_chans, ndim, channels, strides, indices, intermediates)
+    if info is not None and not first.weight.is_meta:
+        stride = strides[-1]
+        if not tile or tile < 1 or (tile % stride and (below_tile != "dense" or stride % tile)):
+            tile = stride  # the caller says that `tile` does not fit
+        _run(encoder, stages.maps, in_chans, ndim, tile, below_tile)
+    return stages
 
 
 @torch.no_grad()
-def _probe(encoder: nn.Module, in_chans: int, ndim: int, tile: int, below_tile: str) -> list[tuple[int, int]]:
-    """Return channels and stride of the maps that a copy of an encoder returns for visible pixels."""
-    name = type(encoder).__name__
-    grid = (math.ceil(PROBE / tile),) * ndim
+def _run(
+    encoder: nn.Module, maps: Callable[[nn.Module, SparseTensor], Any], in_chans: int, ndim: int, tile: int, below: str
+) -> tuple[list[Any], tuple[int, ...]]:
+    """Return the maps of a copy of an encoder for visible pixels of value 0, and the sides of that image.
+
+    Raises:
+        ValueError: it does not run on them.
+    """
+    config: Any = getattr(encoder, "pretrained_cfg", None) or {}
+    side = config["input_size"][-1] if config.get("fixed_input_size") else PROBE
+    grid = (math.ceil(side / tile),) * ndim
     parameter = next(encoder.parameters())
     images = parameter.new_zeros(1, in_chans, *(cells * tile for cells in grid))
     mask = torch.zeros(1, *grid, dtype=torch.bool, device=images.device)
-    layout = Layout(TileSet.from_mask(mask, grid, below_tile=below_tile), tile)
+    layout = Layout(TileSet.from_mask(mask, grid, below_tile=below), tile)
     x = SparseTensor(gather_rows(images, layout), layout)
+    shared = {id(parameter): parameter for parameter in encoder.parameters()}  # all else is copied
+    devices = [images.device] if images.is_cuda else []
     try:
-        maps = _listed(copy.deepcopy(encoder).eval()(x))
-    except (TypeError, ValueError, RuntimeError) as error:
+        with torch.random.fork_rng(devices):
+            return maps(copy.deepcopy(encoder, shared).eval(), x), tuple(images.shape)
+    except Exception as error:
+        name = type(encoder).__name__
         raise ValueError(f"encoder is a {name}, which does not run on visible pixels: {error}") from error
+
+
+def _probe(encoder: nn.Module, in_chans: int, ndim: int, tile: int, below_tile: str) -> list[tuple[int, int]]:
+    """Return channels and stride of the maps that an encoder returns for visible pixels."""
+    name = type(encoder).__name__
+    maps, images = _run(encoder, lambda encoder, x: _listed(encoder(x)), in_chans, ndim, tile, below_tile)
     found = []
     for features in maps:
         shape = tuple(features.shape) if isinstance(features, (Tensor, SparseTensor)) else ()
-        strides = {side // sites for side, sites in zip(images.shape[2:], shape[2:], strict=False) if sites}
+        strides = {side // sites for side, sites in zip(images[2:], shape[2:], strict=False) if sites}
         whole = len(shape) == ndim + 2 and len(strides) == 1
-        if not whole or any(side % sites for side, sites in zip(images.shape[2:], shape[2:], strict=True)):
+        if not whole or any(side % sites for side, sites in zip(images[2:], shape[2:], strict=True)):
             given = shape or f"a {type(features).__name__}"
             raise ValueError(
-                f"encoder is a {name}: it returned {given} for images {tuple(images.shape)}, expected a feature map; "
-                + REMEDY
+                f"encoder is a {name}: it returned {given} for images {images}, expected a feature map; " + REMEDY
             )
         found.append((shape[1], strides.pop()))
     return found

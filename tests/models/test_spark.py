@@ -11,6 +11,7 @@ from cases import assert_close, assert_same, draw_mask
 from masked_network import run_masked
 
 from sparsecnx import SparseTensor, models
+from sparsecnx.models.encoders import stages_of
 
 timm = pytest.importorskip("timm")
 
@@ -321,6 +322,16 @@ class Logits(torch.nn.Module):
             "encoder is a Homemade, which does not run on visible pixels: .*flatten",
         ),
         (
+            lambda: models.SparK(timm.create_model("vit_tiny_patch16_224", depth=1)),
+            ValueError,
+            "encoder is a VisionTransformer, which does not run on visible pixels: (flatten|reshape|view) on a Sparse",
+        ),
+        (
+            lambda: models.FCMAE(timm.create_model("coatnet_pico_rw_224", num_classes=0)),
+            ValueError,
+            "encoder is a MaxxVit, which does not run on visible pixels: .* on a SparseTensor, called at",
+        ),
+        (
             lambda: models.SparK(small_resnet(), 16),
             ValueError,
             "patch_size is 16: expected a multiple of 32 pixels on 2 axes, the stride of the encoder, a ResNet; "
@@ -349,6 +360,15 @@ class Logits(torch.nn.Module):
 def test_what_does_not_fit_is_named(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+def test_learning_whether_an_encoder_runs_changes_nothing():
+    encoder = small_resnet()
+    before, seed = copy.deepcopy(encoder.state_dict()), torch.get_rng_state()
+    stages_of(encoder)
+    assert encoder.training and torch.equal(seed, torch.get_rng_state())
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_images_that_do_not_fit_are_named():
