@@ -122,6 +122,11 @@ CASES = {
     "conv-2x2-stride2": Case("conv", patchify(2), lambda c: conv_parameters(5, c, 2, 2)),
     "conv-3x3": Case("conv", patchify(1), lambda c: conv_parameters(5, c, 3, 3)),
     "conv-3x3-stride2": Case("conv", patchify(2), lambda c: conv_parameters(5, c, 3, 3)),
+    "conv_transpose-4x4-stride2": Case(
+        "conv_transpose",
+        lambda x, weight, bias: ops.conv_transpose(x, weight, bias, 2, 1),
+        lambda c: {**conv_parameters(c, 5, 4, 4), **channel_parameters(5, "bias")},
+    ),
     "grn-sample": Case(
         "grn", ops.grn, lambda c: channel_parameters(c, "gamma", "beta"), ("gamma", "beta"), follows_autocast=False
     ),

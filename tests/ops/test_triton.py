@@ -208,6 +208,8 @@ def test_what_is_not_finite_spreads_as_in_the_reference(where, bad, case):
         if name == "output" or not case.startswith(("grn", "block")):
             assert torch.equal(found[name], expected[name]), name
     for name in expected:
+        if case.startswith("conv_transpose") and name == "weight":
+            continue  # Triton multiplies absent taps with zeros, which loses more taps of a lost channel.
         # The reference is dense, so it also loses what is multiplied by a masked zero.
         assert (found[name] | ~expected[name]).all(), name
     assert not all(value.all() for value in found.values())
@@ -281,7 +283,8 @@ def test_opcheck(name, calls):
             if not isinstance(value, torch.Tensor):
                 return value
             wanted = not name.endswith(("_backward", "_grad")) and value.is_floating_point()
-            wanted = wanted and "scale" not in argument.name
+            # The scale of an image is a constant, and so are given moments.
+            wanted = wanted and "scale" not in argument.name and argument.name not in ("mean", "variance")
             return value.detach().clone().requires_grad_(wanted)
 
         schema = operator._schema.arguments
@@ -314,16 +317,19 @@ def no_launch(kernel: Any, *_: Any) -> None:
     pytest.fail(f"{kernel} was launched")
 
 
-@pytest.mark.parametrize("case", [case for case in LIGHT if case not in ("conv-1x1", "conv-2x2-stride2")])
+@pytest.mark.parametrize(
+    "case", [case for case in LIGHT if case not in ("conv-1x1", "conv-2x2-stride2", "avg_pool-2x2-stride2")]
+)
 def test_wrong_arguments_raise_before_any_launch(case):
-    """All operators launch kernels, except convolutions that are one product of the library."""
+    """All operators launch kernels, except convolutions and averages that are one call of the library."""
     x, p = on_device(case)
     launched = []
     with use_backend("triton"), triton_launch.observing(lambda kernel, *_: launched.append(kernel)):
         run_seeded(case)(x, **p)
     assert launched
     for name in p:
-        short = p[name][:-1] if p[name].ndim == 1 else p[name][:, :-1]
+        first = p[name].ndim == 1 or case.startswith("conv_transpose")  # whose weight begins with the channels of x
+        short = p[name][:-1] if first else p[name][:, :-1]
         for wrong in (short, p[name].to("meta")):
             with (
                 use_backend("triton"),

@@ -229,8 +229,8 @@ def site_norm_grad_kernel(
     mean,  # (segments, C) float32
     scale,  # (segments, C) float32
     bias,  # (C,) float32, or None
-    along,  # (segments, C) float32
-    constant,  # (segments, C) float32
+    along,  # (segments, C) float32, or None where the moments are constants
+    constant,  # (segments, C) float32, or None likewise
     row_group,  # (ROWS,) int32: segment of each row
     grad_x,  # (ROWS, C)
     slope,
@@ -241,7 +241,7 @@ def site_norm_grad_kernel(
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
 ):
-    """grad_x = grad activation'(z) scale + (x - mean) along + constant."""
+    """grad_x = grad activation'(z) scale + (x - mean) along + constant, the last two where there are some."""
     C = aligned(C, ALIGN)
     i_block, o_c = channel_block(C, BLOCK_C)
     i_row, o_r, m_r, o_x, m_x = row_block(i_block, o_c, ROWS, C, BLOCK_R)
@@ -251,8 +251,9 @@ def site_norm_grad_kernel(
     b_scale = load(scale + o_group, m_x)
     _, b_slope = activated(add_bias(b_centred * b_scale, bias, o_c, C), slope, ACTIVATION)
     b_grad = load(grad + i_row * C + o_x, m_x) * b_slope * b_scale
-    b_along = b_centred * load(along + o_group, m_x)
-    store(grad_x + i_row * C + o_x, b_grad + b_along + load(constant + o_group, m_x), m_x)
+    if along is not None:
+        b_grad += b_centred * load(along + o_group, m_x) + load(constant + o_group, m_x)
+    store(grad_x + i_row * C + o_x, b_grad, m_x)
 
 
 def moments(x: Tensor, row_group: Tensor, splits: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,7 +269,7 @@ def moments(x: Tensor, row_group: Tensor, splits: Tensor) -> tuple[Tensor, Tenso
     partial_mean, partial_square = (partial_sums(rows, segments, channels, BLOCK_ROWS, x) for _ in range(2))
     partial = {"partial_mean": partial_mean, "partial_square": partial_square}
     launch(column_moments_kernel, grid, x=x, row_group=row_group, **partial, **options)
-    mean, variance = partial_mean.new_empty(2, segments, channels).unbind(0)
+    mean, variance = (partial_mean.new_empty(segments, channels) for _ in range(2))
     block_c = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
     launch(
         merge_moments_kernel,
@@ -369,7 +370,7 @@ def _site_norm_backward(
     grad_x = x.new_empty(rows if needs_x else 0, channels)
     if needs_x:
         if frozen:
-            along = constant = torch.zeros_like(scale)
+            along = constant = None
         else:
             width = channels // groups
             size = (splits.diff()[:, None] * width).clamp(min=1)
