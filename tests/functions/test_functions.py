@@ -166,6 +166,7 @@ AT_SITES: dict[str, Callable[[Any], Any]] = {
     "adaptive_avg_pool2d extent": lambda x: F.adaptive_avg_pool2d(x, (None, SPACE[1])),
     "lp_pool2d": lambda x: F.lp_pool2d(x, 2.0, 2),
     "pad channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)),
+    "pad nothing": lambda x: F.pad(x, (0, 0, 0, 0), mode="replicate"),
     "linear": last(lambda x: F.linear(x, MATRIX, BIAS)),
     "matmul": last(lambda x: torch.matmul(x, MATRIX.T)),
     "__matmul__": last(lambda x: x @ MATRIX.T),
