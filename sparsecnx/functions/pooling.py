@@ -136,7 +136,9 @@ def _avg_pool(name: str) -> Handler:
             means = parts.mean(1) if divisor_override is None else parts.sum(1) / divisor_override
             return packed(means, coarse)
         if extra is not None and divisor_override is None:  # What F.pad adds are values like any other.
-            if ceil_mode or (any(per_axis(padding, x.layout.ndim)) and not count_include_pad):
+            sizes = zip(x.layout.shape, window.before, window.after, kernel, window.stride, strict=True)
+            beyond = ceil_mode and any((size + b + a - k) % s for size, b, a, k, s in sizes)
+            if beyond or (any(per_axis(padding, x.layout.ndim)) and not count_include_pad):
                 refuse(name, "F.pad is followed by padding that counts otherwise", "give all of it to one of them")
             divisor_override = math.prod(kernel)
         return ops.avg_pool(x, kernel, window.stride, window.before, count_include_pad, divisor_override)

@@ -174,10 +174,16 @@ def _hashable(value: Any) -> Any:
 
 
 def per_axis(value: Any, ndim: int) -> tuple[int, ...]:
-    """Return an argument such as a stride for every axis."""
+    """Return an argument such as a stride for every axis.
+
+    Raises:
+        ValueError: it has several numbers, and not one for each of `ndim` axes.
+    """
     if isinstance(value, int):
         return (value,) * ndim
     given = tuple(value)
+    if len(given) not in (1, ndim):
+        raise ValueError(f"{given} has {len(given)} numbers: expected one, or one for each of {ndim} axes of space")
     return given * ndim if len(given) == 1 else given
 
 
@@ -193,6 +199,9 @@ def _plan(
 ) -> Window:
     layout = x.layout
     ndim, shape = layout.ndim, layout.shape
+    if len(kernel) != ndim:
+        refuse(name, f"its kernel {kernel} has {len(kernel)} axes, and the space of x, {shape}, has {ndim}",
+               f"use the function of {ndim} dimensions")  # fmt: skip
     strides, dilations = per_axis(stride, ndim), per_axis(dilation, ndim)
     spans = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True))
     if padding == "same":

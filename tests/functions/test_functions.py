@@ -160,6 +160,7 @@ AT_SITES: dict[str, Callable[[Any], Any]] = {
     "avg_pool2d 3x3": lambda x: F.avg_pool2d(x, 3, 2, 1),
     "avg_pool2d without pad": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
     "avg_pool2d rounded up": lambda x: F.avg_pool2d(x, 3, 2, ceil_mode=True),
+    "avg_pool2d same": lambda x: F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2, 1, ceil_mode=True, count_include_pad=False),
     "avg_pool2d after pad": lambda x: F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 3, 2),
     "avg_pool2d divisor": lambda x: F.avg_pool2d(x, 2, divisor_override=3),
     "adaptive_avg_pool2d divisor": lambda x: F.adaptive_avg_pool2d(x, (SPACE[0] // 2, SPACE[1] // 2)),
