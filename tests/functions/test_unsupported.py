@@ -74,7 +74,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "channels at other places": (lambda x: x + x.permute(0, 2, 3, 1), "channels are at other places"),
     "convolution of channels last": (lambda x: F.conv2d(x.permute(0, 2, 3, 1), W), "conv2d .*channels last.*permute"),
     "a tensor of another size": (lambda x: x * torch.ones(1, 1, 5, 5), "does not broadcast"),
-    "a convolution of other dimensions": (lambda x: F.conv1d(x, W[..., 0]), "conv1d .*1 axes.*function of 2 dimensions"),
+    "another dimension": (lambda x: F.conv1d(x, W[..., 0]), "conv1d .*1 axes.*function of 2 dimensions"),
     "a weight that is sparse": (lambda x: F.conv2d(torch.ones(1, 1, 4, 4), x), "conv2d .*input is a tensor"),
     "writing into an ordinary tensor": (lambda x: torch.zeros(2, CHANNELS, 12, 8).add_(x), "add_ .*would write"),
     "pooling of integers": (lambda x: F.avg_pool2d(x.int(), 2), "avg_pool2d .*x is torch.int32"),
