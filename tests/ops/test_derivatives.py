@@ -34,6 +34,7 @@ MAPPED = ("mapped_conv", "mapped_depthwise_conv", "mapped_pool-sum", "mapped_poo
 OPERATORS = (*(name for name in CASES if not name.endswith("drawn")), "from_dense", "dense", *MAPPED)
 NORMS = ("batch_norm", "group_norm", "instance_norm")
 PUBLIC = {"from_dense": "SparseTensor.from_dense", "dense": "SparseTensor.dense", "mapped_conv": "conv"}
+PUBLIC |= {"conv_transpose-4x4-stride2": "conv"}
 PUBLIC |= {"mapped_pool-sum": "mapped_depthwise_conv", "mapped_pool-max": "max_pool"}
 PUBLIC |= {name: "batch, group or instance normalization" for name in CASES if name.partition("-")[0] in NORMS}
 

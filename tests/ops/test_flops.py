@@ -28,8 +28,8 @@ def convolution_backward(grad, x, weight, *rest, out_shape):
 
     torch counts those of the weight of a depthwise convolution C times: it passes over the groups.
     """
-    asked = rest[-1]
-    return 2 * math.prod(grad) * math.prod(weight[1:]) * sum(asked[:2])
+    transposed, asked = rest[4], rest[-1]
+    return 2 * math.prod(x if transposed else grad) * math.prod(weight[1:]) * sum(asked[:2])
 
 
 def counts(forward, leaves):
@@ -56,7 +56,7 @@ def case_counts(backend, name):
 def test_all_visible_counts_as_dense(backend, name):
     expected = case_counts("reference", name)
     assert case_counts(backend, name) == expected
-    assert all(expected) == (CASES[name].operator in ("conv", "depthwise_conv", "convnextv2_block"))
+    assert all(expected) == (CASES[name].operator in ("conv", "conv_transpose", "depthwise_conv", "convnextv2_block"))
 
 
 @pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_cpu), pytest.param("triton", marks=needs_triton)])
