@@ -5,9 +5,7 @@
 // block of outputs of one row slides along the kernel row: OB + KW - 1 loads serve OB * KW multiply-adds.
 //
 // Small ones list what their sites read, about 64 rows at a time, and go on as the convolution on a kernel map does: what
-// is masked costs nothing. Forward and backward on one core with AVX-512 take 0.86 of the time of sliding for tiles of 4,
-// 0.29 for tiles of 2 and 0.42 for single sites under a 7x7 kernel. For tiles of 8 under a 3x3 kernel forward takes 0.41
-// of it (1.13 to 0.47 ms), both passes 0.7 (4.1 to 2.9 ms).
+// is masked costs nothing. On a core with AVX-512 that was faster for tiles below 8, and for tiles of 8 under 3x3 kernels.
 #pragma once
 
 #include "kernels_mapped.h"

@@ -1,4 +1,4 @@
-"""What torch's functions mean on a SparseTensor: each module enters its functions into one table.
+"""Answer torch's functions on a SparseTensor: each module enters its functions into one table.
 
 Every function equals the one on the dense tensor, zero at masked sites, followed by masking; statistics are over
 visible sites alone. docs/functions.md is the table, written by `python -m sparsecnx.functions`.

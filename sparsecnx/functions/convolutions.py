@@ -23,7 +23,7 @@ _is_compiling = torch.compiler.is_compiling
 
 
 class Prepared(NamedTuple):
-    """What does not change between the calls of one layer, checked at its first call.
+    """Hold what does not change between the calls of one layer, checked at its first call.
 
     Attributes:
         runs: the operator that `ops.conv` chose.

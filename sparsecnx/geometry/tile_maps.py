@@ -21,7 +21,7 @@ from sparsecnx.geometry.tiles import TileSet
 
 
 class Window(NamedTuple):
-    """What a convolution reads, one number for each axis: `o * stride - padding + k * dilation` for output site `o`."""
+    """Describe what a convolution reads, one number for each axis: `o * stride - padding + k * dilation` for output site `o`."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -30,7 +30,7 @@ class Window(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """What the sites of a tile and the taps reach along one axis.
+    """Hold what the sites of a tile and the taps reach along one axis.
 
     Attributes:
         position: int64 `(sites, taps)`, from the corner of the tile.

@@ -1,4 +1,4 @@
-"""What masked autoencoders have in common: masks, patches, and the loss on masked pixels."""
+"""Share what masked autoencoders have in common: masks, patches, and the loss on masked pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network reads of a SparseTensor, conversions, hooks, and the tools of torch around unmodified modules."""
+"""Test what a network reads of a SparseTensor, conversions, hooks, and the tools of torch around unmodified modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has no meaning on visible sites is an error that names the function, the line that called it, and what to do."""
+"""Test that errors name the function that has no meaning on visible sites, its line, and what to do."""
 
 from __future__ import annotations
 

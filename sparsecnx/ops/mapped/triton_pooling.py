@@ -76,7 +76,7 @@ def max_pool_backward_kernel(
         b_read = tl.load(p_map, mask=m_r, other=-1).to(tl.int64)
         m_read = ((b_read >= 0) & (b_read < ROWS_OUT))[:, None] & (o_c < C)[None, :]
         b_winner = tl.load(winner + b_read[:, None] * C + o_c[None, :], mask=m_read, other=0).to(tl.int32)
-        # What is not read is 0, or NaN where the entry is no row.
+        # A tap that reads nothing gives 0, or NaN where its entry is no row.
         b_grad_x += tl.where((b_winner == i_k) | (m_read == 0), b_grad, 0.0)
     store(grad_x + i_row * C + o_x, b_grad_x, m_x)
 
