@@ -21,7 +21,7 @@ from sparsecnx.geometry.tiles import TileSet
 
 
 class Window(NamedTuple):
-    """Hold what a convolution reads, a number for each axis: `o * stride - padding + k * dilation` for output site `o`."""
+    """Hold what a convolution reads, by axis: `o * stride - padding + k * dilation` for output site `o`."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
