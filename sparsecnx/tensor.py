@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -25,8 +26,9 @@ from sparsecnx.geometry.tiles import TileSet
 
 # The function of ours that answers each function and method of torch. `sparsecnx.functions` fills it.
 HANDLERS: dict[Any, Callable[..., Any]] = {}
-_LIBRARIES = tuple(str(Path(module).parent) for module in (torch.__file__, __file__))
+_LIBRARIES = tuple(f"{Path(module).parent}{os.sep}" for module in (torch.__file__, __file__))
 
+ON = " on a SparseTensor"
 NOT_IN_TABLE = "it is not in docs/functions.md, the table of functions that have a meaning on visible sites"
 
 
@@ -36,8 +38,23 @@ class UnsupportedFunctionError(TypeError, AttributeError):
 
 def refuse(function: Any, why: str, remedy: str = "x.dense() is an ordinary tensor, zero at masked sites") -> NoReturn:
     """Raise UnsupportedFunctionError: which function, the line that called it, why it cannot run, and what to do."""
+    raise UnsupportedFunctionError(f"{_called(function)}: {why}; {remedy}")
+
+
+def name_function(error: Exception, function: Any) -> None:
+    """Put the function and the line that called it before the message of an error that does not say them."""
+    if torch.compiler.is_compiling() or len(error.args) != 1 or not isinstance(error.args[0], str):
+        return
+    message = error.args[0]
+    if ON not in message:
+        name = function if isinstance(function, str) else getattr(function, "__name__", "")
+        error.args = (f"{_called(function)}: {message.removeprefix(f'{name}: ')}",)
+
+
+def _called(function: Any) -> str:
+    """Return the name of a function of torch, and the line that called it."""
     name = function if isinstance(function, str) else torch.overrides.resolve_name(function) or repr(function)
-    raise UnsupportedFunctionError(f"{name} on a SparseTensor{_caller()}: {why}; {remedy}")
+    return f"{name}{ON}{_caller()}"
 
 
 def _caller() -> str:
@@ -93,10 +110,7 @@ class SparseTensor:
         handler = HANDLERS.get(function)
         if handler is None:
             refuse(function, NOT_IN_TABLE)
-        if not kwargs:
-            return handler(*args)
-        args, kwargs = by_name(function, args, kwargs)
-        return handler(*args, **kwargs)
+        return answer(function, handler, args, kwargs)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"SparseTensor is immutable: cannot set {name!r}; use with_features()")
@@ -233,6 +247,18 @@ class SparseTensor:
 ALIASES = {"axis": "dim", "keepdims": "keepdim", "axis0": "dim0", "axis1": "dim1", "train": "training",
            "split_size": "split_size_or_sections", "split_sizes": "split_size_or_sections",
            "sections": "indices_or_sections", "indices": "indices_or_sections"}  # fmt: skip
+
+
+def answer(function: Any, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    """Call a handler. An error of whatever it calls says which function of torch it was, and the line."""
+    try:
+        if not kwargs:
+            return handler(*args)
+        args, kwargs = by_name(function, args, kwargs)
+        return handler(*args, **kwargs)
+    except Exception as error:
+        name_function(error, function)
+        raise
 
 
 def by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

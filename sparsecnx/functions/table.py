@@ -6,7 +6,6 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import wraps
 from types import FrameType
 from typing import Any
 
@@ -14,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecnx.tensor import ALIASES, HANDLERS, SparseTensor, by_name, packed, refuse
+from sparsecnx.tensor import HANDLERS, SparseTensor, answer, packed, refuse
 
 Handler = Callable[..., Any]
-ALIASES_OF = frozenset(ALIASES.values())
 HOMES = {"torch": torch, "torch.nn.functional": F, "torch.Tensor": Tensor}
 
 
@@ -71,23 +69,17 @@ def put(name: str, handler: Handler) -> None:
             continue
         HANDLERS[function] = handler
     if callable(getattr(Tensor, name, None)):
-        setattr(SparseTensor, name, _method(handler))
+        setattr(SparseTensor, name, _method(name, handler))
         METHODS.add(name)
 
 
-def _method(handler: Handler) -> Handler:
-    """Return a handler as a method, which takes torch's other names of arguments too where the handler has any."""
-    code = getattr(handler, "__code__", None)
-    if code is None or ALIASES_OF.isdisjoint(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]):
-        return handler
+def _method(name: str, handler: Handler) -> Handler:
+    """Return a handler as a method, which takes the names of torch's arguments too."""
 
-    @wraps(handler)
-    def method(x: SparseTensor, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs:
-            return handler(x, *args)
-        args, kwargs = by_name(handler.__name__, (x, *args), kwargs)
-        return handler(*args, **kwargs)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return answer(name, handler, args, kwargs)
 
+    method.__name__, method.__doc__ = name, handler.__doc__
     return method
 
 

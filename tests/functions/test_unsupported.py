@@ -126,20 +126,20 @@ def test_a_missing_method_is_no_attribute() -> None:
 
 
 EXTENTS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "no padding": (lambda x: F.conv2d(x, W), r"conv2d: .* make \(10, 6\) sites of \(12, 8\).*; padding=1 does"),
+    "no padding": (lambda x: F.conv2d(x, W), r"conv2d on .*called at .* make \(10, 6\) sites of \(12, 8\).*; padding=1 does"),
     "too much padding": (lambda x: F.conv2d(x, W, padding=2), r"make \(14, 10\) sites.*padding=1 does"),
     "even kernel": (lambda x: F.conv2d(x, W[..., :2, :2]), "1 sites of padding per axis do.*padding='same', or F.pad"),
     "dilation": (lambda x: F.conv2d(x, W, padding=1, dilation=2), "padding=2 does"),
-    "pooling": (lambda x: F.max_pool2d(x, 3, 2), r"max_pool2d: .* make \(5, 3\).*padding=1 does"),
+    "pooling": (lambda x: F.max_pool2d(x, 3, 2), r"max_pool2d on .* make \(5, 3\).*padding=1 does"),
     "rounded up into a border": (lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 2, ceil_mode=True), r"\(7, 5\) sites"),
     "transposed": (lambda x: F.conv_transpose2d(x, W, stride=2), "extent . stride sites.*must be the stride"),
     "stride below the tile": (
         lambda x: F.conv2d(x, W, stride=8, padding=1),
-        r"conv2d: stride is 8: it must divide the tile side, 4 sites; take larger patches, .*below_tile=.dense.",
+        r"conv2d on .*: stride is 8: it must divide the tile side, 4 sites; take larger patches, .*below_tile=.dense.",
     ),
     "stride that does not divide": (
         lambda x: F.avg_pool2d(x, 3),
-        "avg_pool2d: stride is 3: it must divide the tile side, 4",
+        "avg_pool2d on .*: stride is 3: it must divide the tile side, 4",
     ),
     "adaptive size": (
         lambda x: F.adaptive_avg_pool2d(x, 5),
