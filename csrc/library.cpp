@@ -37,12 +37,11 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)");
   m.def("layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor moments) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "site_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, Tensor splits, int groups, "
-      "float eps, int activation, float slope) -> (Tensor, Tensor, Tensor)");
+      "site_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor splits, int groups, float eps, int activation, "
+      "float slope) -> (Tensor, Tensor, Tensor)");
   m.def(
       "site_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, "
-      "Tensor splits, int groups, float eps, int activation, float slope, bool frozen, bool needs_x) -> "
-      "(Tensor, Tensor, Tensor)");
+      "Tensor splits, int groups, float eps, int activation, float slope, bool needs_x) -> (Tensor, Tensor, Tensor)");
   m.def("scale_rows(Tensor x, Tensor scale, Tensor splits) -> Tensor");
   m.def(
       "convnextv2_block(Tensor x, Tensor dwconv_weight, Tensor dwconv_bias, Tensor norm_weight, Tensor norm_bias, "

@@ -280,8 +280,6 @@ def site_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
     splits: Tensor,
     groups: int,
     eps: float,
@@ -289,29 +287,23 @@ def site_norm(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     segment, width = row_segments(splits), x.shape[1] // groups
-    if mean is None or variance is None:
-        sizes = splits.diff().clamp(min=1)[:, None] * width
+    sizes = splits.diff().clamp(min=1)[:, None] * width
 
-        def average(value: Tensor) -> Tensor:
-            sums = value.new_zeros(len(splits) - 1, x.shape[1]).index_add(0, segment, value)
-            return sums.unflatten(1, (groups, width)).sum(2) / sizes
+    def average(value: Tensor) -> Tensor:
+        sums = value.new_zeros(len(splits) - 1, x.shape[1]).index_add(0, segment, value)
+        return sums.unflatten(1, (groups, width)).sum(2) / sizes
 
-        mean = average(x)
-        variance = average((x - mean.repeat_interleave(width, 1)[segment]).square())
-        found = mean, variance
-    else:
-        mean, variance = (value.reshape(len(splits) - 1, groups) for value in (mean, variance))
-        found = mean[:0], variance[:0]
+    mean = average(x)
+    variance = average((x - mean.repeat_interleave(width, 1)[segment]).square())
     by_row, rstd = (value.repeat_interleave(width, 1)[segment] for value in (mean, 1 / (variance + eps).sqrt()))
     z = (x - by_row) * rstd * (1 if weight is None else weight.reshape(-1)) + (0 if bias is None else bias.reshape(-1))
-    return list(ACTIVATIONS.values())[activation](z, slope), *found
+    return list(ACTIVATIONS.values())[activation](z, slope), mean, variance
 
 
 def site_norm_backward(**a: Any) -> list[Tensor]:
-    moments = {} if a["frozen"] else {"mean": None, "variance": None}
     zeros = {key: a["x"].new_full((a["x"].shape[1],), value) for key, value in (("weight", 1.0), ("bias", 0.0))}
     given = {key: zeros[key] if a[key] is None else a[key] for key in zeros}
-    found = gradients(site_norm, {**a, **moments, **given}, ["x", "weight", "bias"])
+    found = gradients(site_norm, {**a, **given}, ["x", "weight", "bias"])
     return [found[0] if a["needs_x"] else found[0][:0], *found[1:]]
 
 
@@ -446,15 +438,11 @@ def valid(operator: str, rng: random.Random) -> Arguments:
         groups = rng.choice([size for size in range(1, channels + 1) if channels % size == 0])
         given = {"weight": vector() if optional else None, "bias": vector() if rng.random() < 0.5 else None}
         rest = {"splits": splits, "groups": groups, "eps": EPS, "activation": rng.randint(0, 6), "slope": 0.1}
-        frozen = rng.random() < 0.3
-        if frozen:
-            moments = vector(batch * groups).view(batch, groups), vector(batch * groups).square().view(batch, groups)
-        else:
-            moments = site_norm(x.double(), None, None, None, None, splits, groups, EPS, 0, 0.0)[1:]
+        if operator == "site_norm":
+            return {"x": x, **given, **rest}
+        _, *moments = site_norm(x.double(), None, None, splits, groups, EPS, 0, 0.0)
         kept = dict(zip(("mean", "variance"), (value.to(wide) for value in moments), strict=True))
-        if operator == "site_norm_backward":
-            return {"grad": grad, "x": x, **given, **kept, **rest, "frozen": frozen, "needs_x": rng.random() < 0.8}
-        return {"x": x, **given, **(kept if frozen else {"mean": None, "variance": None}), **rest}
+        return {"grad": grad, "x": x, **given, **kept, **rest, "needs_x": rng.random() < 0.8}
     if operator == "scale_rows":
         return {"x": x, "scale": vector(batch), "splits": splits}
     hidden = rng.choice((1, 4, 32))

@@ -88,23 +88,17 @@ void moments(const Sizes& sizes, const std::vector<RowBlock>& blocks, const S* x
 }
 
 std::tuple<Tensor, Tensor, Tensor> site_norm(const Tensor& x, const std::optional<Tensor>& weight,
-                                             const std::optional<Tensor>& bias, const std::optional<Tensor>& mean,
-                                             const std::optional<Tensor>& variance, const Tensor& splits,
-                                             int64_t groups, double eps, int64_t activation, double slope) {
+                                             const std::optional<Tensor>& bias, const Tensor& splits, int64_t groups,
+                                             double eps, int64_t activation, double slope) {
   const Sizes sizes = check_sizes(x, splits, groups, activation);
-  const int64_t count = sizes.segments * groups;
-  STD_TORCH_CHECK(mean.has_value() == variance.has_value(),
-                  "sparsecnx: expected both of mean and variance, or neither");
-  const bool given = mean.has_value();
   Tensor out = torch::stable::empty_like(x);
-  Tensor found = empty({given ? 0 : sizes.segments, groups}, compute_dtype(x));
-  Tensor found_variance = torch::stable::empty_like(found);
+  Tensor mean = empty({sizes.segments, groups}, compute_dtype(x));
+  Tensor variance = torch::stable::empty_like(mean);
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const std::vector<RowBlock> blocks = split_rows(sizes.bounds, 0, sizes.segments, sizes.channels);
-    if (!given) moments(sizes, blocks, data<S>(x), data<A>(found), data<A>(found_variance));
-    const A* means = given ? parameter<A>(*mean, "mean", count, x) : data<A>(found);
-    const A* variances = given ? parameter<A>(*variance, "variance", count, x) : data<A>(found_variance);
-    const Affine<A> affine(sizes, means, variances, optional_parameter<A>(weight, "weight", sizes.channels, x),
+    moments(sizes, blocks, data<S>(x), data<A>(mean), data<A>(variance));
+    const Affine<A> affine(sizes, data<A>(mean), data<A>(variance),
+                           optional_parameter<A>(weight, "weight", sizes.channels, x),
                            optional_parameter<A>(bias, "bias", sizes.channels, x), eps);
     for_blocks(blocks, [&](int64_t, RowBlock block) {
       const int64_t at = block.group * sizes.channels, begin = block.begin * sizes.channels;
@@ -113,15 +107,14 @@ std::tuple<Tensor, Tensor, Tensor> site_norm(const Tensor& x, const std::optiona
       kernels<S>().site_norm(norm, data<S>(x) + begin, block.rows(), data<S>(out) + begin);
     });
   });
-  return {out, found, found_variance};
+  return {out, mean, variance};
 }
 
 std::tuple<Tensor, Tensor, Tensor> site_norm_backward(const Tensor& grad, const Tensor& x,
                                                       const std::optional<Tensor>& weight,
                                                       const std::optional<Tensor>& bias, const Tensor& mean,
                                                       const Tensor& variance, const Tensor& splits, int64_t groups,
-                                                      double eps, int64_t activation, double slope, bool frozen,
-                                                      bool needs_x) {
+                                                      double eps, int64_t activation, double slope, bool needs_x) {
   const Sizes sizes = check_sizes(x, splits, groups, activation);
   const int64_t channels = sizes.channels, count = sizes.segments * groups;
   check_dense(grad, "grad", x.numel(), x.scalar_type());
@@ -144,17 +137,11 @@ std::tuple<Tensor, Tensor, Tensor> site_norm_backward(const Tensor& grad, const 
                          constant.data() + at};
     };
     const std::vector<RowBlock> blocks = split_rows(sizes.bounds, 0, sizes.segments, channels);
-    const auto x_gradient = [&](RowBlock block) {
-      const int64_t at = block.begin * channels;
-      kernels<S>().site_norm_grad(norm(block.group), data<S>(grad) + at, data<S>(x) + at, block.rows(),
-                                  data<S>(x_grad) + at);
-    };
     BlockSums<A> dots(blocks.size(), channels), totals(blocks.size(), channels);
     for_blocks(blocks, [&](int64_t i, RowBlock block) {
       const int64_t at = block.begin * channels;
       kernels<S>().site_norm_sums(norm(block.group), data<S>(grad) + at, data<S>(x) + at, block.rows(), dots.at(i),
                                   totals.at(i));
-      if (frozen && needs_x) x_gradient(block);  // while the block is in cache
     });
     std::vector<double> weight_sum(channels, 0.0), bias_sum(channels, 0.0);
     for_groups(blocks, [&](int64_t segment, int64_t first, int64_t last) {
@@ -173,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> site_norm_backward(const Tensor& grad, const 
         bias_sum[c] += total[c];
       }
       const double size = static_cast<double>(sizes.bounds[segment + 1] - sizes.bounds[segment]) * sizes.width;
-      for (int64_t group = 0; group < groups && !frozen; ++group) {
+      for (int64_t group = 0; group < groups; ++group) {
         double mean_dot = 0, mean_total = 0;
         for (int64_t c = group * sizes.width; c < (group + 1) * sizes.width; ++c) {
           const double factor = w != nullptr ? w[c] : 1.0;
@@ -188,7 +175,13 @@ std::tuple<Tensor, Tensor, Tensor> site_norm_backward(const Tensor& grad, const 
     });
     std::copy_n(weight_sum.data(), channels, data<A>(weight_grad));
     std::copy_n(bias_sum.data(), channels, data<A>(bias_grad));
-    if (!frozen && needs_x) for_blocks(blocks, [&](int64_t, RowBlock block) { x_gradient(block); });
+    if (needs_x) {
+      for_blocks(blocks, [&](int64_t, RowBlock block) {
+        const int64_t at = block.begin * channels;
+        kernels<S>().site_norm_grad(norm(block.group), data<S>(grad) + at, data<S>(x) + at, block.rows(),
+                                    data<S>(x_grad) + at);
+      });
+    }
   });
   return {x_grad, weight_grad, bias_grad};
 }

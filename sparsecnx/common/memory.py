@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 
-def check_memory(**tensors: Tensor) -> None:
-    """Raise RuntimeError unless the storage of every tensor holds its elements.
+def check_memory(**tensors: Tensor | None) -> None:
+    """Raise RuntimeError unless the storage of every tensor that is given holds its elements.
 
     Where one was freed or cut, as `x.untyped_storage().resize_(0)` does, torch's own functions end the process.
     """
     for name, x in tensors.items():
-        if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        if x is None or torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
             continue  # These have no memory of their own yet.
         try:
             bytes_there = x.untyped_storage().nbytes()

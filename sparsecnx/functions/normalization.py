@@ -9,39 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx import ops
-from sparsecnx.functions.table import answers, channels_first, like, refuse
+from sparsecnx.functions.table import Handler, answers, channels_first, like, refuse
 from sparsecnx.tensor import SparseTensor
 
 
-@answers("batch_norm", meaning="statistics over the visible sites of the batch: biased to normalise, unbiased for "
-         "running_var")  # fmt: skip
-def batch_norm(
-    input: SparseTensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> SparseTensor:
-    x = channels_first(input, "batch_norm")
-    return ops.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+def _over_sites(name: str) -> Handler:
+    """Return a function that takes what `torch.nn.functional` and `sparsecnx.ops` both take."""
+    operator = getattr(ops, name)
+
+    def handler(input: Any, *args: Any, **kwargs: Any) -> SparseTensor:
+        out: SparseTensor = operator(channels_first(input, name), *args, **kwargs)
+        return out
+
+    return handler
 
 
-@answers("instance_norm", meaning="statistics over the visible sites of each image")
-def instance_norm(
-    input: SparseTensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> SparseTensor:
-    x = channels_first(input, "instance_norm")
-    return ops.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+for _name, _meaning in {
+    "batch_norm": "statistics over the visible sites of the batch: biased to normalise, unbiased for running_var",
+    "instance_norm": "statistics over the visible sites of each image",
+}.items():
+    answers(_name, meaning=_meaning)(_over_sites(_name))
 
 
 @answers("group_norm", meaning="statistics over the visible sites of each image and the channels of a group")

@@ -28,7 +28,8 @@ from sparsecnx import SparseTensor, ops, use_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented")
 
-PRODUCTS = ("conv-1x1", "conv-2x2-stride2", "avg_pool-2x2-stride2")  # These are torch's own matrix product or mean.
+# These are torch's own matrix product, mean or batch normalization.
+OF_TORCH = ("conv-1x1", "conv-2x2-stride2", "avg_pool-2x2-stride2", "batch_norm-frozen")
 LINEAR = ("stochastic_depth", "from_dense", "dense", "mapped_pool-sum", "avg_pool-3x3")
 MAPPED = ("mapped_conv", "mapped_depthwise_conv", "mapped_pool-sum", "mapped_pool-max")
 OPERATORS = (*(name for name in CASES if not name.endswith("drawn")), "from_dense", "dense", *MAPPED)
@@ -176,12 +177,12 @@ RIGHT = (
     by_backward_of_a_value_inside,
 )
 REFUSED = {
-    by_jvp: PRODUCTS,
-    by_dual_tensors: PRODUCTS,
-    by_jvp_of_grad: PRODUCTS,
-    by_gradients_of_gradients: (*PRODUCTS, *LINEAR),
-    by_grad_of_grad: (*PRODUCTS, *LINEAR),
-    by_hessian: (*PRODUCTS, *LINEAR, "depthwise_conv-7x7", "mapped_depthwise_conv"),
+    by_jvp: OF_TORCH,
+    by_dual_tensors: OF_TORCH,
+    by_jvp_of_grad: OF_TORCH,
+    by_gradients_of_gradients: (*OF_TORCH, *LINEAR),
+    by_grad_of_grad: (*OF_TORCH, *LINEAR),
+    by_hessian: (*OF_TORCH, *LINEAR, "depthwise_conv-7x7", "mapped_depthwise_conv"),
 }
 KINDS = {kind.__name__.removeprefix("by_"): kind for kind in (*RIGHT, *REFUSED)}
 

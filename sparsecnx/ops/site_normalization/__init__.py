@@ -1,13 +1,16 @@
 """Batch, group and instance normalization: statistics over the visible sites, of the batch or of each image.
 
-All are one formula. The rows are in segments: one, or one for each image. The channels are in groups: single channels,
-or several that are next to each other. Each segment and group has a mean and a biased variance over its rows and
-channels, and each channel a weight and a bias:
+Batch normalization alone is torch's own function, on the rows. The others, and that with an activation, are one
+formula. The rows are in segments: one, or one for each image. The channels are in groups: single channels, or several
+that are next to each other. Each segment and group has a mean and a biased variance over its rows and channels, and
+each channel a weight and a bias:
 
     out = activation((x - mean) / sqrt(variance + eps) * weight + bias)
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -15,10 +18,12 @@ from torch import Tensor
 from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import Implementation, Operator
+from sparsecnx.common.dtypes import FLOATING, statistics_dtype
+from sparsecnx.common.memory import check_memory
 from sparsecnx.ops.checks import check_sparse, checked_vector
 from sparsecnx.ops.global_response_norm.groups import group_splits
 from sparsecnx.ops.site_normalization import cpu, reference
-from sparsecnx.ops.site_normalization.activations import check_activation
+from sparsecnx.ops.site_normalization.activations import ACTIVATIONS, check_activation
 from sparsecnx.tensor import SparseTensor
 
 
@@ -69,28 +74,29 @@ def batch_norm(
         ValueError: a shape does not fit, devices differ, `activation` is unknown, only one site is visible in training,
             or running statistics are missing in evaluation.
     """
-    plain = _are_plain(batch_norm_operator, x, weight, bias, running_mean, running_var)
-    if not plain:
-        check_sparse(x)
-    check_activation(activation)
-    channels = x.features.shape[1]
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    weight, bias, mean, variance = _checked(x, activation, vectors)
     if training and x.layout.rows == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got x {tuple(x.shape)} with one visible site: "
             "use larger batches, or eval()"
         )
-    parameters = [weight, bias] if plain else _vectors(x, weight=weight, bias=bias)
-    running = [running_mean, running_var]
-    if not plain:
-        running = _vectors(x, running_mean=running_mean, running_var=running_var)
-    if not training and (running[0] is None or running[1] is None):
+    if not training and (mean is None or variance is None):
         raise ValueError("running_mean or running_var is None: expected both in evaluation (training=False)")
-    moments = [None, None] if training else running
-    out, mean, variance = batch_norm_operator(x, *parameters, *moments, "batch", channels, eps, activation, slope)
-    if training and x.layout.rows:
-        _move(running_mean, mean, momentum)
-        _move(running_var, variance * (x.layout.rows / (x.layout.rows - 1)), momentum)
-    return x.with_features(out)
+    if training and activation != "none":
+        channels = x.features.shape[1]
+        out, mean, variance = batch_norm_operator(x, weight, bias, "batch", channels, eps, activation, slope)
+        if x.layout.rows:
+            _move(running_mean, mean, momentum)
+            _move(running_var, variance * (x.layout.rows / (x.layout.rows - 1)), momentum)
+        return x.with_features(out)
+    cudnn = torch.backends.cudnn.enabled
+    out = torch.batch_norm(x.features, weight, bias, mean, variance, training, momentum, eps, cudnn)
+    if training:
+        for running, moved in ((running_mean, mean), (running_var, variance)):
+            if running is not None and moved is not None and running is not moved:  # It is of another dtype.
+                running.copy_(moved.view_as(running))
+    return x.with_features(ACTIVATIONS[activation](out, slope))
 
 
 def group_norm(
@@ -116,15 +122,11 @@ def group_norm(
         TypeError: `x` is not a SparseTensor.
         ValueError: `groups` does not divide C, a shape does not fit, devices differ, or `activation` is unknown.
     """
-    plain = _are_plain(group_norm_operator, x, weight, bias)
-    if not plain:
-        check_sparse(x)
-    check_activation(activation)
+    weight, bias = _checked(x, activation, {"weight": weight, "bias": bias})
     channels = x.features.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"groups is {groups}: expected a divisor of the channels, {channels}")
-    parameters = [weight, bias] if plain else _vectors(x, weight=weight, bias=bias)
-    out, _, _ = group_norm_operator(x, *parameters, None, None, "sample", groups, eps, activation, slope)
+    out, _, _ = group_norm_operator(x, weight, bias, "sample", groups, eps, activation, slope)
     return x.with_features(out)
 
 
@@ -158,23 +160,19 @@ def instance_norm(
         ValueError: a shape does not fit, devices differ, `activation` is unknown, every image has a single visible site
             with `use_input_stats`, or running statistics are missing without.
     """
-    check_sparse(x)
-    check_activation(activation)
-    channels = x.features.shape[1]
-    if use_input_stats and x.layout.rows_per_image == 1:
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    weight, bias, *_ = _checked(x, activation, vectors)
+    if not use_input_stats:
+        if running_mean is None or running_var is None:
+            raise ValueError("running_mean or running_var is None: expected both where use_input_stats is False")
+        return batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps, activation, slope)
+    if x.layout.rows_per_image == 1:
         raise ValueError(
             f"Expected more than 1 spatial element when training, got x {tuple(x.shape)} with one visible site in "
             "every image"
         )
-    parameters = _vectors(x, weight=weight, bias=bias)
-    running = _vectors(x, running_mean=running_mean, running_var=running_var)
-    options = channels, eps, activation, slope
-    if not use_input_stats:
-        if running[0] is None or running[1] is None:
-            raise ValueError("running_mean or running_var is None: expected both where use_input_stats is False")
-        out, _, _ = instance_norm_operator(x, *parameters, *running, "batch", *options)
-        return x.with_features(out)
-    out, mean, variance = instance_norm_operator(x, *parameters, None, None, "sample", *options)
+    channels = x.features.shape[1]
+    out, mean, variance = instance_norm_operator(x, weight, bias, "sample", channels, eps, activation, slope)
     if running_mean is not None or running_var is not None:
         sizes = group_splits(x.layout, "sample").diff()[:, None]
         counted = sizes > 1
@@ -186,30 +184,30 @@ def instance_norm(
     return x.with_features(out)
 
 
-def _are_plain(operator: Operator, x: SparseTensor, *parameters: Tensor | None) -> bool:
-    """Return whether the compiled CPU kernel, which checks memory itself, takes these arguments as they are.
+def _checked(x: SparseTensor, activation: str, vectors: dict[str, Tensor | None]) -> Iterable[Tensor | None]:
+    """Check what all normalizations take, and return the vectors, contiguous in the dtype of the statistics of x.
 
-    The checks of five arguments take 13 of 28 us that a BatchNorm costs more than torch's (benchmarks/overhead.py).
+    The checks of one vector after another take 13 of 28 us that a BatchNorm costs more than torch's
+    (benchmarks/overhead.py): where all are as they must be, their memory alone is checked.
     """
-    if not isinstance(x, SparseTensor) or torch.compiler.is_compiling():
-        return False
-    features = x.features
-    dtype, shape, device = features.dtype, features.shape[1:], features.device
-    if dtype is not torch.float32 and dtype is not torch.float64:
-        return False
-    for value in parameters:
+    check_activation(activation)
+    if isinstance(x, SparseTensor) and x.features.dtype in FLOATING and _fit(x.features, vectors.values()):
+        check_memory(x=x.features, **vectors)
+        return vectors.values()
+    check_sparse(x)
+    channels = x.features.shape[1]
+    return [None if v is None else checked_vector(v, name, channels, x).flatten() for name, v in vectors.items()]
+
+
+def _fit(features: Tensor, vectors: Iterable[Tensor | None]) -> bool:
+    dtype, shape, device = statistics_dtype(features.dtype), features.shape[1:], features.device
+    for value in vectors:
         if value is not None:
             if not isinstance(value, Tensor) or value.dtype is not dtype or value.shape != shape:
                 return False
             if value.device != device or not value.is_contiguous():
                 return False
-    return operator.choose(x) == "cpu"
-
-
-def _vectors(x: SparseTensor, **values: Tensor | None) -> list[Tensor | None]:
-    """Check parameters of C elements that may be None, and return them in the dtype of the statistics of x."""
-    channels = x.features.shape[1]
-    return [None if value is None else checked_vector(value, name, channels, x) for name, value in values.items()]
+    return True
 
 
 def _move(running: Tensor | None, value: Tensor, momentum: float | Tensor) -> None:

@@ -229,8 +229,8 @@ def site_norm_grad_kernel(
     mean,  # (segments, C) float32
     scale,  # (segments, C) float32
     bias,  # (C,) float32, or None
-    along,  # (segments, C) float32, or None where the moments are constants
-    constant,  # (segments, C) float32, or None likewise
+    along,  # (segments, C) float32
+    constant,  # (segments, C) float32
     row_group,  # (ROWS,) int32: segment of each row
     grad_x,  # (ROWS, C)
     slope,
@@ -241,7 +241,7 @@ def site_norm_grad_kernel(
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
 ):
-    """grad_x = grad activation'(z) scale + (x - mean) along + constant, the last two where there are some."""
+    """grad_x = grad activation'(z) scale + (x - mean) along + constant."""
     C = aligned(C, ALIGN)
     i_block, o_c = channel_block(C, BLOCK_C)
     i_row, o_r, m_r, o_x, m_x = row_block(i_block, o_c, ROWS, C, BLOCK_R)
@@ -251,8 +251,7 @@ def site_norm_grad_kernel(
     b_scale = load(scale + o_group, m_x)
     _, b_slope = activated(add_bias(b_centred * b_scale, bias, o_c, C), slope, ACTIVATION)
     b_grad = load(grad + i_row * C + o_x, m_x) * b_slope * b_scale
-    if along is not None:
-        b_grad += b_centred * load(along + o_group, m_x) + load(constant + o_group, m_x)
+    b_grad += b_centred * load(along + o_group, m_x) + load(constant + o_group, m_x)
     store(grad_x + i_row * C + o_x, b_grad, m_x)
 
 
@@ -303,7 +302,7 @@ def _affine(
     rstd = (variance + eps).rsqrt()
     if width > 1:
         mean, rstd = mean.repeat_interleave(width, 1), rstd.repeat_interleave(width, 1)
-    scale = rstd if weight is None else rstd * weight.flatten()
+    scale = rstd if weight is None else rstd * weight
     return mean.contiguous(), scale.contiguous(), rstd
 
 
@@ -311,8 +310,6 @@ def _site_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
     row_group: Tensor,
     splits: Tensor,
     groups: int,
@@ -320,24 +317,19 @@ def _site_norm(
     activation: int,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features `(rows, C)`, and the moments that are not given, `(segments, groups)`."""
+    """Return features `(rows, C)`, and the mean and the biased variance `(segments, groups)`."""
     channels = x.shape[1]
-    if mean is None or variance is None:
-        found, found_variance = moments(x, row_group, splits)
-        if groups < channels:
-            by_channel = found.unflatten(1, (groups, -1)), found_variance.unflatten(1, (groups, -1))
-            found = by_channel[0].mean(2)
-            found_variance = (by_channel[1] + (by_channel[0] - found[..., None]).square()).mean(2)
-        given = found, found_variance
-    else:
-        given = mean.view(1, channels), variance.view(1, channels)
-        found, found_variance = given[0].new_empty(0, groups), given[1].new_empty(0, groups)
-    by_row, scale, _ = _affine(*given, weight, channels, eps)
+    mean, variance = moments(x, row_group, splits)
+    if groups < channels:
+        means, variances = mean.unflatten(1, (groups, -1)), variance.unflatten(1, (groups, -1))
+        mean = means.mean(2)
+        variance = (variances + (means - mean[..., None]).square()).mean(2)
+    by_row, scale, _ = _affine(mean, variance, weight, channels, eps)
     out = torch.empty_like(x)
     grid, options = _row_blocks(*x.shape)
     tensors = {"x": x, "mean": by_row, "scale": scale, "bias": bias, "row_group": row_group, "out": out}
     launch(site_norm_kernel, grid, **tensors, slope=slope, ACTIVATION=activation, **options)
-    return out, found, found_variance
+    return out, mean, variance
 
 
 def _site_norm_backward(
@@ -353,13 +345,11 @@ def _site_norm_backward(
     eps: float,
     activation: int,
     slope: float,
-    frozen: bool,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias."""
     (rows, channels), segments = x.shape, splits.shape[0] - 1
-    given = mean.view(segments, groups), variance.view(segments, groups)
-    mean, scale, rstd = _affine(*given, weight, channels, eps)
+    mean, scale, rstd = _affine(mean, variance, weight, channels, eps)
     grid, options = _row_blocks(rows, channels)
     inputs = {"grad": grad, "x": x, "mean": mean, "scale": scale, "bias": bias, "row_group": row_group}
     numbers = {"slope": slope, "ACTIVATION": activation, **options}
@@ -369,18 +359,14 @@ def _site_norm_backward(
     total = sum_partials(partial_total, splits, BLOCK_ROWS)
     grad_x = x.new_empty(rows if needs_x else 0, channels)
     if needs_x:
-        if frozen:
-            along = constant = None
-        else:
-            width = channels // groups
-            size = (splits.diff()[:, None] * width).clamp(min=1)
+        width = channels // groups
+        size = (splits.diff()[:, None] * width).clamp(min=1)
 
-            def average(value: Tensor) -> Tensor:
-                weighted = value if weight is None else value * weight.flatten()
-                return (weighted.unflatten(1, (groups, -1)).sum(2) / size).repeat_interleave(width, 1)
+        def average(value: Tensor) -> Tensor:
+            weighted = value if weight is None else value * weight
+            return (weighted.unflatten(1, (groups, -1)).sum(2) / size).repeat_interleave(width, 1)
 
-            along, constant = -rstd * rstd * average(dot), -rstd * average(total)
-        tensors = {"along": along, "constant": constant, "grad_x": grad_x}
+        tensors = {"along": -rstd * rstd * average(dot), "constant": -rstd * average(total), "grad_x": grad_x}
         launch(site_norm_grad_kernel, grid, **inputs, **tensors, **numbers)
     return grad_x, dot.sum(0), total.sum(0)
 
@@ -389,39 +375,32 @@ def site_norm(
     x: SparseTensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
     scope: str,
     groups: int,
     eps: float,
     activation: str,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features `(rows, C)`, and the moments that are not given, `(segments, groups)`."""
+    """Return features `(rows, C)`, and the mean and the biased variance `(segments, groups)`."""
     segments = row_groups(x.layout, scope), group_splits(x.layout, scope)
-    parameters = x.features.contiguous(), weight, bias, mean, variance
-    return torch.ops.sparsecnx_triton.site_norm(*parameters, *segments, groups, eps, NUMBERS[activation], slope)
+    rows = x.features.contiguous(), weight, bias, *segments
+    return torch.ops.sparsecnx_triton.site_norm(*rows, groups, eps, NUMBERS[activation], slope)
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
-    frozen = saved.mean is not None
-    moments = (saved.mean, saved.variance) if frozen else saved.outputs
     grads = torch.ops.sparsecnx_triton.site_norm_backward(
-        grad, saved.x, saved.weight, saved.bias, *moments, saved.row_group, saved.splits, saved.groups, saved.eps,
-        saved.activation, saved.slope, frozen, "x" in saved.needs,
+        grad, saved.x, saved.weight, saved.bias, *saved.outputs, saved.row_group, saved.splits, saved.groups, saved.eps,
+        saved.activation, saved.slope, "x" in saved.needs,
     )  # fmt: skip
     return dict(zip(("x", "weight", "bias"), grads, strict=True))
 
 
-def _fake(x, weight, bias, mean, variance, row_group, splits, groups, eps, activation, slope):
-    segments = splits.shape[0] - 1 if mean is None else 0
-    found = x.new_empty(segments, groups, dtype=torch.float32)
+def _fake(x, weight, bias, row_group, splits, groups, eps, activation, slope):
+    found = x.new_empty(splits.shape[0] - 1, groups, dtype=torch.float32)
     return torch.empty_like(x), found, torch.empty_like(found)
 
 
-def _fake_backward(
-    grad, x, weight, bias, mean, variance, row_group, splits, groups, eps, activation, slope, frozen, needs_x
-):
+def _fake_backward(grad, x, weight, bias, mean, variance, row_group, splits, groups, eps, activation, slope, needs_x):
     vector = x.new_empty(x.shape[1], dtype=torch.float32)
     return x.new_empty(x.shape[0] if needs_x else 0, x.shape[1]), vector, torch.empty_like(vector)
 
@@ -432,7 +411,7 @@ register(
     public=PUBLIC,
     function=_site_norm,
     fake=_fake,
-    saves=("x", "weight", "bias", "mean", "variance", "row_group", "splits", "groups", "eps", "activation", "slope"),
+    saves=("x", "weight", "bias", "row_group", "splits", "groups", "eps", "activation", "slope"),
     backward=_backward,
 )
 register("sparsecnx_triton::site_norm_backward", public=PUBLIC, function=_site_norm_backward, fake=_fake_backward)
