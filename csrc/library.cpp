@@ -15,10 +15,8 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
   m.def(
       "inverse_map(Tensor index, SymInt batch, SymInt[] grid, int[] tile, int[] kernel, int[] stride, int[] padding, "
       "int[] dilation) -> Tensor");
-  m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor table, int tile) -> Tensor");
-  m.def(
-      "depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor table, int tile, int kernel_h, int kernel_w) -> "
-      "Tensor");
+  m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor table, int[] tile) -> Tensor");
+  m.def("depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor table, int[] tile, int[] kernel) -> Tensor");
   m.def("conv(Tensor x, Tensor weight, Tensor? bias, Tensor kernel_map, Tensor? inverse_map) -> Tensor");
   m.def(
       "conv_input_grad(Tensor grad, Tensor weight, Tensor kernel_map, Tensor? inverse_map, SymInt rows_in) -> Tensor");
@@ -46,24 +44,24 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
   m.def(
       "convnextv2_block(Tensor x, Tensor dwconv_weight, Tensor dwconv_bias, Tensor norm_weight, Tensor norm_bias, "
       "Tensor pwconv1_weight, Tensor pwconv1_bias, Tensor grn_gamma, Tensor grn_beta, Tensor pwconv2_weight, "
-      "Tensor pwconv2_bias, Tensor? row_scale, Tensor table, Tensor splits, int tile, float eps, "
+      "Tensor pwconv2_bias, Tensor? row_scale, Tensor table, Tensor splits, int[] tile, float eps, "
       "float grn_eps, bool keep_hidden) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "convnextv2_block_backward(Tensor grad, Tensor x, Tensor dwconv_weight, Tensor dwconv_bias, "
       "Tensor norm_weight, Tensor norm_bias, Tensor pwconv1_weight, Tensor pwconv1_bias, Tensor grn_gamma, "
       "Tensor grn_beta, Tensor pwconv2_weight, Tensor pwconv2_bias, Tensor? row_scale, Tensor table, "
-      "Tensor splits, int tile, float eps, float grn_eps, Tensor u, Tensor moments, Tensor energy, Tensor hidden) -> "
+      "Tensor splits, int[] tile, float eps, float grn_eps, Tensor u, Tensor moments, Tensor energy, Tensor hidden) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 // The operators of the GPU. csrc/cuda implements them in a library of its own.
 STABLE_TORCH_LIBRARY(sparsecnx_cuda, m) {
-  m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor table, int tile) -> Tensor");
+  m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor table, int[] tile) -> Tensor");
   m.def(
-      "depthwise_conv_fused(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor table, int tile, "
+      "depthwise_conv_fused(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor table, int[] tile, "
       "bool flip, float? eps) -> (Tensor, Tensor)");
   m.def(
-      "depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor table, int tile, int kernel_h, int kernel_w) -> "
+      "depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor table, int[] tile, int[] kernel) -> "
       "(Tensor, Tensor)");
 }
 

@@ -40,6 +40,7 @@ from sparsecnx.backends import compiled
 from sparsecnx.common.dtypes import FLOATING, statistics_dtype
 from sparsecnx.geometry.kernel_map import invert_kernel_map
 from sparsecnx.geometry.nested_order import tile_sites
+from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.ops.site_normalization.activations import ACTIVATIONS
 
 Arguments = dict[str, Any]
@@ -63,19 +64,19 @@ def read(x: Tensor, kernel_map: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, 1))[kernel_map.long()]
 
 
-def site_map(rows: int, table: Tensor, tile: int, kernel: tuple[int, int]) -> Tensor:
-    """Return the kernel map of a depthwise convolution on tiles, `(rows, kh * kw)`."""
+def site_map(rows: int, table: Tensor, tile: Sequence[int], kernel: Sequence[int]) -> Tensor:
+    """Return the kernel map of a depthwise convolution on tiles, `(rows, taps)`."""
     if rows == 0:
-        return torch.empty(0, kernel[0] * kernel[1], dtype=torch.long)
-    sites, tiles = tile_sites((tile, tile)), rows // tile**2
-    number = torch.empty(tile, tile, dtype=torch.long)
-    number[sites[:, 0], sites[:, 1]] = torch.arange(tile**2)
-    reach = -(-(max(kernel) // 2) // tile)
-    table = table.reshape(tiles, 2 * reach + 1, 2 * reach + 1).long()
-    dy, dx = torch.meshgrid(*(torch.arange(size) - size // 2 for size in kernel), indexing="ij")
-    y, x = sites[:, :1] + dy.flatten(), sites[:, 1:] + dx.flatten()  # (tile^2, taps)
-    neighbour = table[:, y // tile + reach, x // tile + reach]
-    return torch.where(neighbour < 0, -1, neighbour * tile**2 + number[y % tile, x % tile]).flatten(0, 1)
+        return torch.empty(0, math.prod(kernel), dtype=torch.long)
+    sites, count = tile_sites(tuple(tile)), math.prod(tile)
+    number = torch.empty(*tile, dtype=torch.long)
+    number[sites.unbind(1)] = torch.arange(count)
+    reach = [-(-(size // 2) // side) for size, side in zip(kernel, tile, strict=True)]
+    table = table.reshape(rows // count, *(2 * steps + 1 for steps in reach)).long()
+    steps = torch.cartesian_prod(*(torch.arange(size) - size // 2 for size in kernel)).view(-1, len(tile))
+    places, sides = sites[:, None] + steps, torch.tensor(tile)  # (sites, taps, axes)
+    neighbour = table[(slice(None), *(places // sides + torch.tensor(reach)).unbind(-1))]
+    return torch.where(neighbour < 0, -1, neighbour * count + number[(places % sides).unbind(-1)]).flatten(0, 1)
 
 
 def row_segments(splits: Tensor) -> Tensor:
@@ -170,17 +171,17 @@ def mapped_depthwise_conv_weight_grad(grad: Tensor, x: Tensor, kernel_map: Tenso
     return (grad[:, None] * read(x, kernel_map)).sum(0)
 
 
-def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, tile: int) -> Tensor:
-    kernel_map = site_map(x.shape[0], table, tile, (weight.shape[2], weight.shape[3]))
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, tile: Sequence[int]) -> Tensor:
+    kernel_map = site_map(x.shape[0], table, tile, weight.shape[2:])
     return mapped_depthwise_conv(x, weight.flatten(1).t(), bias, kernel_map)
 
 
 def depthwise_conv_weight_grad(
-    grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel_h: int, kernel_w: int
+    grad: Tensor, x: Tensor, table: Tensor, tile: Sequence[int], kernel: Sequence[int]
 ) -> Tensor:
-    kernel_map = site_map(x.shape[0], table, tile, (kernel_h, kernel_w))
+    kernel_map = site_map(x.shape[0], table, tile, kernel)
     total = mapped_depthwise_conv_weight_grad(grad.reshape(x.shape), x, kernel_map)
-    return total.t().reshape(-1, 1, kernel_h, kernel_w)
+    return total.t().reshape(-1, 1, *kernel)
 
 
 def grn(x: Tensor, gamma: Tensor, beta: Tensor, splits: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -217,7 +218,7 @@ def convnextv2_block(
     row_scale: Tensor | None,
     table: Tensor,
     splits: Tensor,
-    tile: int,
+    tile: Sequence[int],
     eps: float,
     grn_eps: float,
     keep_hidden: bool,
@@ -348,8 +349,8 @@ EPS = 1e-6
 
 def valid(operator: str, rng: random.Random) -> Arguments:
     """Return arguments of a small valid call."""
-    dtype, channels, tile = rng.choice(FLOATING), rng.choice((1, 2, 3, 5, 8, 16, 33)), rng.choice((1, 2, 3, 4))
-    wide, kernel = statistics_dtype(dtype), (rng.choice((1, 3, 5, 7)), rng.choice((1, 3, 7)))
+    dtype, channels, side = rng.choice(FLOATING), rng.choice((1, 2, 3, 5, 8, 16, 33)), rng.choice((1, 2, 3, 4))
+    wide, kernel, tile = statistics_dtype(dtype), [rng.choice((1, 3, 5, 7)), rng.choice((1, 3, 7))], [side, side]
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, dtype=torch.float64).to(dtype)
@@ -359,9 +360,9 @@ def valid(operator: str, rng: random.Random) -> Arguments:
 
     batch, grid = rng.randint(1, 3), (rng.randint(1, 3), rng.randint(1, 3))
     mask = torch.rand(batch, *grid) < rng.choice((0.0, 0.4, 0.9))
-    layout = Layout(TileSet.from_mask(mask, grid), (tile, tile))
+    layout = Layout(TileSet.from_mask(mask, grid), tuple(tile))
     index, splits, rows = layout.tiles.index.clone(), layout.row_splits.clone(), layout.rows
-    table = layout.tiles.neighbours(-(-(max(kernel) // 2) // tile)).clone()
+    table = neighbour_table(layout, kernel).clone()
     x, grad = normal(rows, channels), normal(rows, channels)
     optional = rng.random() < 0.5
     if operator in ("gather_tiles", "scatter_tiles", "kernel_map", "inverse_map"):
@@ -387,8 +388,7 @@ def valid(operator: str, rng: random.Random) -> Arguments:
         bias = vector() if optional else None
         return {"x": x, "weight": normal(channels, 1, *kernel), "bias": bias, "table": table, "tile": tile}
     if operator == "depthwise_conv_weight_grad":
-        sizes = {"kernel_h": kernel[0], "kernel_w": kernel[1]}
-        return {"grad": grad, "x": x, "table": table, "tile": tile, **sizes}
+        return {"grad": grad, "x": x, "table": table, "tile": tile, "kernel": kernel}
     if "pool" in operator or ("conv" in operator and "block" not in operator):
         rows_out, taps, outputs = rng.randint(0, 9), rng.randint(1, 9), rng.choice((1, 5, 16))
         kernel_map = torch.stack([torch.randperm(rows + 9)[:rows_out] for _ in range(taps)], 1).int()

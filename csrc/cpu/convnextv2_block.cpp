@@ -92,13 +92,13 @@ struct Block {
   Block(const Tensor& x_, const Tensor& dwconv_weight, const Tensor& dwconv_bias_, const Tensor& norm_weight_,
         const Tensor& norm_bias_, const Tensor& pwconv1_weight, const Tensor& pwconv1_bias_, const Tensor& gamma_,
         const Tensor& beta_, const Tensor& pwconv2_weight, const Tensor& pwconv2_bias_,
-        const std::optional<Tensor>& row_scale_, const Tensor& table_, const Tensor& splits_, int64_t tile_,
+        const std::optional<Tensor>& row_scale_, const Tensor& table_, const Tensor& splits_, const Sizes& tile_,
         double eps_, double grn_eps_, int64_t worker_bytes)
       : rows(feature_shape(x_, "x")[0]),
         channels(feature_shape(x_, "x")[1]),
         hidden(feature_shape(pwconv1_weight, "pwconv1_weight")[0]),
         groups(splits_.numel() - 1),
-        tile(tile_),
+        tile(tile_[0]),
         eps(eps_),
         grn_eps(grn_eps_),
         halo(check_geometry(table_, rows, tile_,
@@ -363,7 +363,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> convnextv2_block(
     const Tensor& x, const Tensor& dwconv_weight, const Tensor& dwconv_bias, const Tensor& norm_weight,
     const Tensor& norm_bias, const Tensor& pwconv1_weight, const Tensor& pwconv1_bias, const Tensor& grn_gamma,
     const Tensor& grn_beta, const Tensor& pwconv2_weight, const Tensor& pwconv2_bias,
-    const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& splits, int64_t tile, double eps,
+    const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& splits, Sizes tile, double eps,
     double grn_eps, bool keep_hidden) {
   Tensor y, u, moments, energy, hidden;
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
@@ -385,9 +385,9 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
                           const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& pwconv1_weight,
                           const Tensor& pwconv1_bias, const Tensor& grn_gamma, const Tensor& grn_beta,
                           const Tensor& pwconv2_weight, const Tensor& pwconv2_bias,
-                          const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& splits,
-                          int64_t tile, double eps, double grn_eps, const Tensor& u, const Tensor& moments,
-                          const Tensor& energy, const Tensor& hidden) {
+                          const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& splits, Sizes tile,
+                          double eps, double grn_eps, const Tensor& u, const Tensor& moments, const Tensor& energy,
+                          const Tensor& hidden) {
   using torch::stable::empty_like;
   Tensor x_grad, dwconv_weight_grad, w1_grad, w2_grad;
   std::array<Tensor, kVectors> vectors;

@@ -3,8 +3,10 @@
 
 namespace sparsecnx {
 
-Halo check_geometry(const Tensor& table, int64_t rows, int64_t tile, std::array<int64_t, 2> kernel) {
-  const auto [kernel_h, kernel_w] = kernel;
+Halo check_geometry(const Tensor& table, int64_t rows, const Sizes& sides, const Sizes& kernel) {
+  STD_TORCH_CHECK(kernel.size() == 2 && sides.size() == 2 && sides[0] == sides[1],
+                  "sparsecnx: depthwise convolution takes square tiles of two dimensions");
+  const int64_t tile = sides[0], kernel_h = kernel[0], kernel_w = kernel[1];
   check_size(tile, "tile", 1, kMostTile);
   STD_TORCH_CHECK(kernel_h > 0 && kernel_w > 0 && kernel_h % 2 == 1 && kernel_w % 2 == 1 &&
                       std::max(kernel_h, kernel_w) <= kMostKernel,
@@ -18,7 +20,7 @@ Halo check_geometry(const Tensor& table, int64_t rows, int64_t tile, std::array<
   return halo;
 }
 
-std::array<int64_t, 2> check_kernel(const Tensor& weight, const char* name, int64_t channels, ScalarType dtype) {
+Sizes check_kernel(const Tensor& weight, const char* name, int64_t channels, ScalarType dtype) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == channels && weight.size(1) == 1, "sparsecnx: ", name,
                   " must be (", channels, ", 1, kh, kw)");
   check_dense(weight, name, weight.numel(), dtype);
@@ -28,7 +30,7 @@ std::array<int64_t, 2> check_kernel(const Tensor& weight, const char* name, int6
 namespace {
 
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& table,
-                      int64_t tile) {
+                      Sizes tile) {
   const auto [rows, channels] = feature_shape(x, "x");
   const Halo halo = check_geometry(table, rows, tile, check_kernel(weight, "weight", channels, x.scalar_type()));
   Tensor out = torch::stable::empty_like(x);
@@ -37,21 +39,20 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional
     const A* offset = bias ? parameter<A>(*bias, "bias", channels, x) : nullptr;
     const Depthwise<S> job{halo,    data<int32_t>(table), channels, data<S>(x), 0, taps.data(), offset,
                            nullptr, data<S>(out),         0};
-    parallel_for(0, rows / (tile * tile), tiles_per_call(tile),
+    parallel_for(0, rows / product(tile), tiles_per_call(tile[0]),
                  [&](int64_t begin, int64_t end) { kernels<S>().depthwise(job, begin, end); });
   });
   return out;
 }
 
-Tensor depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& table, int64_t tile,
-                                  int64_t kernel_h, int64_t kernel_w) {
+Tensor depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& table, Sizes tile, Sizes kernel) {
   const auto [rows, channels] = feature_shape(x, "x");
   check_dense(grad, "grad", x.numel(), x.scalar_type());
-  const Halo halo = check_geometry(table, rows, tile, {kernel_h, kernel_w});
-  Tensor out = empty({channels, 1, kernel_h, kernel_w}, x.scalar_type());
+  const Halo halo = check_geometry(table, rows, tile, kernel);
+  Tensor out = empty({channels, 1, kernel[0], kernel[1]}, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     WeightGradSum<S> sum(halo, channels);
-    sum.add({halo, data<int32_t>(table), channels, data<S>(x), data<S>(grad), 0}, 0, rows / (tile * tile),
+    sum.add({halo, data<int32_t>(table), channels, data<S>(x), data<S>(grad), 0}, 0, rows / product(tile),
             torch::stable::get_num_threads());
     sum.store(data<S>(out));
   });

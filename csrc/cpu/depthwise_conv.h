@@ -1,7 +1,7 @@
 // Parts of the depthwise convolution that the fused block uses too.
 #pragma once
 
-#include "op.h"
+#include "tiles.h"
 
 namespace sparsecnx {
 
@@ -9,10 +9,10 @@ namespace sparsecnx {
 inline int64_t tiles_per_call(int64_t tile) { return std::max<int64_t>(1, 64 / (tile * tile)); }
 
 // Checks the sizes of tile and kernel and the neighbour table, int32 (tiles, halo.table_width). Returns their geometry.
-Halo check_geometry(const Tensor& table, int64_t rows, int64_t tile, std::array<int64_t, 2> kernel);
+Halo check_geometry(const Tensor& table, int64_t rows, const Sizes& tile, const Sizes& kernel);
 
 // Checks a weight (channels, 1, kernel_h, kernel_w) and returns its kernel size.
-std::array<int64_t, 2> check_kernel(const Tensor& weight, const char* name, int64_t channels, ScalarType dtype);
+Sizes check_kernel(const Tensor& weight, const char* name, int64_t channels, ScalarType dtype);
 
 // Returns a weight (channels, 1, kernel_h, kernel_w) as the kernels read it, (kernel_h * kernel_w, channels); flipped,
 // it is the kernel of the adjoint.

@@ -29,24 +29,25 @@ struct Halo {
   int64_t tile, kernel_h, kernel_w;
   int64_t height, width;        // sites of the square: tile + kernel - 1
   int64_t table_width;          // neighbouring tiles listed for each tile
-  int64_t reach;                // neighbouring tiles on each side
+  int64_t reach_h, reach_w;     // neighbouring tiles on each side
   std::vector<int32_t> slot;    // (height * width): the neighbouring tile of a position
   std::vector<int32_t> site;    // (height * width): its nested index there
   std::vector<int32_t> output;  // (tile * tile): nested index of each output in raster order
 
   Halo(int64_t tile, int64_t kernel_h, int64_t kernel_w)
       : tile(tile), kernel_h(kernel_h), kernel_w(kernel_w), height(tile + kernel_h - 1), width(tile + kernel_w - 1) {
-    reach = (std::max(kernel_h, kernel_w) / 2 + tile - 1) / tile;
-    table_width = (2 * reach + 1) * (2 * reach + 1);
+    reach_h = (kernel_h / 2 + tile - 1) / tile;
+    reach_w = (kernel_w / 2 + tile - 1) / tile;
+    table_width = (2 * reach_h + 1) * (2 * reach_w + 1);
   }
 
   // Fills the lists.
   void fill() {
-    const int64_t above = kernel_h / 2, left = kernel_w / 2, side = 2 * reach + 1;
+    const int64_t above = kernel_h / 2, left = kernel_w / 2, side = 2 * reach_w + 1;
     for (int64_t row = 0; row < height; ++row) {
       for (int64_t column = 0; column < width; ++column) {
         // Shifted by whole tiles so that division rounds the same way everywhere.
-        const int64_t y = row - above + reach * tile, x = column - left + reach * tile;
+        const int64_t y = row - above + reach_h * tile, x = column - left + reach_w * tile;
         slot.push_back(static_cast<int32_t>(y / tile * side + x / tile));
         site.push_back(static_cast<int32_t>(nested_site(tile, y % tile, x % tile)));
       }

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../storage.h"
 #include "depthwise.h"
@@ -22,6 +23,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::new_empty;
+
+using Sizes = std::vector<int64_t>;  // one for each axis
 
 constexpr int64_t kMostChannels = 1 << 16;
 
@@ -61,8 +64,10 @@ void check_dense(const Tensor& x, const char* name, int64_t numel, ScalarType dt
 }
 
 // Checks the arguments that describe the sites and returns them together.
-DepthwiseGeometry check_geometry(const Tensor& x, const Tensor& table, int64_t tile, int64_t kernel_h,
-                                 int64_t kernel_w) {
+DepthwiseGeometry check_geometry(const Tensor& x, const Tensor& table, const Sizes& sides, const Sizes& kernel) {
+  STD_TORCH_CHECK(sides.size() == 2 && kernel.size() == 2 && sides[0] == sides[1],
+                  "sparsecnx: the CUDA kernels take square tiles of two dimensions");
+  const int64_t tile = sides[0], kernel_h = kernel[0], kernel_w = kernel[1];
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "sparsecnx: x must be contiguous, (rows, channels)");
   check_storage(x, "x");
   const int64_t rows = x.size(0), channels = x.size(1);
@@ -86,10 +91,10 @@ DepthwiseGeometry check_geometry(const Tensor& x, const Tensor& table, int64_t t
 
 std::tuple<Tensor, Tensor> depthwise_conv_fused(const Tensor& x, const Tensor& weight,
                                                 const std::optional<Tensor>& bias,
-                                                const std::optional<Tensor>& residual, const Tensor& table,
-                                                int64_t tile, bool flip, std::optional<double> eps) {
+                                                const std::optional<Tensor>& residual, const Tensor& table, Sizes tile,
+                                                bool flip, std::optional<double> eps) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1, "sparsecnx: weight must be (C, 1, kh, kw)");
-  const DepthwiseGeometry geometry = check_geometry(x, table, tile, weight.size(2), weight.size(3));
+  const DepthwiseGeometry geometry = check_geometry(x, table, tile, {weight.size(2), weight.size(3)});
   const int64_t rows = x.size(0), channels = x.size(1);
   check_dense(weight, "weight", channels * weight.size(2) * weight.size(3), x.scalar_type(), x);
   if (bias) check_dense(*bias, "bias", channels, ScalarType::Float, x);
@@ -104,19 +109,19 @@ std::tuple<Tensor, Tensor> depthwise_conv_fused(const Tensor& x, const Tensor& w
 }
 
 Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& table,
-                      int64_t tile) {
+                      Sizes tile) {
   return std::get<0>(depthwise_conv_fused(x, weight, bias, std::nullopt, table, tile, false, std::nullopt));
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& table,
-                                                      int64_t tile, int64_t kernel_h, int64_t kernel_w) {
-  const DepthwiseGeometry geometry = check_geometry(x, table, tile, kernel_h, kernel_w);
+                                                      Sizes tile, Sizes kernel) {
+  const DepthwiseGeometry geometry = check_geometry(x, table, tile, kernel);
   const int64_t channels = x.size(1);
   check_dense(grad, "grad", x.numel(), x.scalar_type(), x);
   const OnDevice guard(x);
   const int64_t ranges = depthwise_ranges(geometry);
-  Tensor partial = new_empty(x, {ranges, kernel_h * kernel_w + 1, channels}, ScalarType::Float);
-  Tensor grad_weight = new_empty(x, {channels, 1, kernel_h, kernel_w}, x.scalar_type());
+  Tensor partial = new_empty(x, {ranges, kernel[0] * kernel[1] + 1, channels}, ScalarType::Float);
+  Tensor grad_weight = new_empty(x, {channels, 1, kernel[0], kernel[1]}, x.scalar_type());
   Tensor grad_bias = new_empty(x, {channels}, ScalarType::Float);
   run_depthwise_weight_grad(
       {geometry, data(grad), data(x), data<float>(partial), ranges, data(grad_weight), data<float>(grad_bias)},

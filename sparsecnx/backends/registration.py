@@ -65,7 +65,8 @@ def register(
         public: what users call: the function of `sparsecnx.ops`, by default of the operator's own name.
         flops: what `torch.utils.flop_counter` counts, see `sparsecnx.ops.flops`; None for nothing.
         sizes: shapes of arguments, which the fake kernel checks: `{"x": "rows C", "weight": "out K*C", "bias": "C"}`.
-            A name stands for the same size everywhere. An argument of other dimensions may have as many values.
+            A name stands for the same size everywhere, "..." at the end for any further sizes. An argument of other
+            dimensions may have as many values.
     """
     namespace, _, short = name.partition("::")
     if namespace not in _libraries:
@@ -201,14 +202,18 @@ def _checked(operator: torch._ops.OpOverload, fake: Callable[..., Any], sizes: M
 
 def _fits(x: Tensor, shape: Sequence[str], known: dict[str, int]) -> bool:
     """Return whether x has a shape such as `("out", "K*C")`, and add the names that are new to `known`."""
-    if x.ndim == len(shape):
-        for name, size in zip(shape, x.shape, strict=True):
+    sizes = x.shape
+    if shape[-1:] == ["..."]:
+        shape = shape[:-1]
+        sizes = sizes[: len(shape)]
+    if len(sizes) == len(shape):
+        for name, size in zip(shape, sizes, strict=True):
             if name.isidentifier():
                 known.setdefault(name, size)
     elif not known.keys() >= set(shape):
         return False
     wanted = [math.prod(int(part) if part.isdigit() else known[part] for part in name.split("*")) for name in shape]
-    return wanted == list(x.shape) if x.ndim == len(shape) else math.prod(wanted) == x.numel()
+    return wanted == list(sizes) if len(sizes) == len(shape) else math.prod(wanted) == x.numel()
 
 
 def _reshaped(grad: Tensor | None, shape: torch.Size) -> Tensor | None:

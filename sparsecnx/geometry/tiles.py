@@ -232,21 +232,24 @@ class TileSet:
         """Return the position in `index` of each tile, -1 where it is masked: int32 `(batch * prod(grid),)`."""
         return cached_table(self, "slots", lambda: self._number(self.index, self.batch * math.prod(self.grid)))
 
-    def neighbours(self, radius: int) -> Tensor:
-        """Return the neighbouring tiles of each tile, int32 `(tiles, (2 * radius + 1)**ndim)`, raster order of offsets.
+    def neighbours(self, radius: tuple[int, ...]) -> Tensor:
+        """Return the neighbouring tiles of each tile, int32 `(tiles, prod(2 * radius + 1))`, raster order of offsets.
 
         Entries are positions in `index`, -1 where the neighbour is masked or outside the image. The table is built once
         per radius and shared by all stages and layers.
-        """
-        return cached_table(self, radius, lambda: self._build_neighbours(radius))
 
-    def _build_neighbours(self, radius: int) -> Tensor:
-        centre, slots = self.margin([radius] * self.ndim, [radius] * self.ndim)
+        Args:
+            radius: how many tiles to each side along each axis.
+        """
+        return cached_table(self, ("neighbours", radius), lambda: self._build_neighbours(radius))
+
+    def _build_neighbours(self, radius: tuple[int, ...]) -> Tensor:
+        centre, slots = self.margin(radius, radius)
         # The offsets are computed on the device: a list of them would be copied there.
         shift = torch.zeros(1, dtype=torch.int64, device=self.device)
-        steps = torch.arange(-radius, radius + 1, device=self.device)
-        for size in self.grid:
-            shift = (shift[:, None] * (size + 2 * radius) + steps).flatten()
+        for size, reach in zip(self.grid, radius, strict=True):
+            steps = torch.arange(-reach, reach + 1, device=self.device)
+            shift = (shift[:, None] * (size + 2 * reach) + steps).flatten()
         return slots[centre[:, None] + shift]
 
     def margin(self, before: Sequence[int], after: Sequence[int]) -> tuple[Tensor, Tensor]:

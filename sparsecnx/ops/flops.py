@@ -32,15 +32,13 @@ def conv_weight_grad(grad: Shape, x: Shape, weight: Shape, *_: Any, out_shape: A
 
 
 def depthwise_conv(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
-    """Return the count of rows `(rows, C)` under kernels `(C, 1, kh, kw)`."""
+    """Return the count of rows `(rows, C)` under kernels `(C, 1, *kernel)`."""
     return 2 * x[0] * math.prod(weight)
 
 
-def depthwise_conv_weight_grad(
-    grad: Shape, x: Shape, table: Shape, tile: int, kernel_h: int, kernel_w: int, out_shape: Any
-) -> int:
-    """Return the count of the gradient of `(C, 1, kh, kw)`: that of the convolution."""
-    return 2 * math.prod(x) * kernel_h * kernel_w
+def depthwise_conv_weight_grad(grad: Shape, x: Shape, table: Shape, tile: Shape, kernel: Shape, out_shape: Any) -> int:
+    """Return the count of the gradient of `(C, 1, *kernel)`: that of the convolution."""
+    return 2 * math.prod(x) * math.prod(kernel)
 
 
 def mapped_depthwise_conv(x: Shape, weight: Shape, bias: Any, kernel_map: Shape, *_: Any, out_shape: Any) -> int:

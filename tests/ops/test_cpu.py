@@ -277,11 +277,11 @@ BOUNDLESS = {
         "x has 0 channels, expected 1 to 1048576",
     ),
     "depthwise_conv, a tile without rows": (
-        lambda o: o.depthwise_conv(E(0, 4), E(4, 1, 7, 7), None, E(0).int(), 50_000),
+        lambda o: o.depthwise_conv(E(0, 4), E(4, 1, 7, 7), None, E(0).int(), [50_000, 50_000]),
         "tile is 50000, expected 1 to 32768",
     ),
     "depthwise_conv_weight_grad, a kernel without memory": (
-        lambda o: o.depthwise_conv_weight_grad(E(0, 4), E(0, 4), E(0).int(), 2, 2**31 - 1, 7),
+        lambda o: o.depthwise_conv_weight_grad(E(0, 4), E(0, 4), E(0).int(), [2, 2], [2**31 - 1, 7]),
         "the kernel is 2147483647x7, expected odd sizes up to 1023",
     ),
 }
@@ -296,8 +296,8 @@ def test_sizes_that_no_memory_bounds_are_refused_first(call, message):
 def test_sizes_of_nothing_take_no_memory():
     """The largest tile, without rows: lists of its sites would be 13 GB."""
     o, none = torch.ops.sparsecnx, E(0).int()
-    assert o.depthwise_conv(E(0, 4), E(4, 1, 7, 7), None, none, 2**15).shape == (0, 4)
-    assert not o.depthwise_conv_weight_grad(E(0, 4), E(0, 4), none, 2**15, 7, 7).any()
+    assert o.depthwise_conv(E(0, 4), E(4, 1, 7, 7), None, none, [2**15, 2**15]).shape == (0, 4)
+    assert not o.depthwise_conv_weight_grad(E(0, 4), E(0, 4), none, [2**15, 2**15], [7, 7]).any()
     assert o.gather_tiles(E(1, 0, 2**15, 2**15), torch.tensor([0]), (2**15, 2**15)).shape == (2**30, 0)
     assert o.scatter_tiles(E(0, 1), E(1), none.long(), 2**40, (0, 0), (1, 1)).shape == (2**40, 1, 0, 0)
 

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import Layout, SparseTensor, ops, use_backend
 from sparsecnx.ops.depthwise_convolution import cuda
-from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
+from sparsecnx.ops.depthwise_convolution.neighbours import square_neighbour_table
 
 pytestmark = needs_cuda
 
@@ -82,7 +82,7 @@ class Case:
     def __init__(
         self, tile: int, kernel: tuple[int, int], channels: int, grid: tuple[int, int], dtype: torch.dtype
     ) -> None:
-        self.tile, self.kernel, self.dtype = tile, kernel, dtype
+        self.tile, self.kernel, self.dtype = (tile, tile), kernel, dtype
         self.layout = make_layout(draw_mask("equal counts", 2, grid, seed=7), tile)
         x = random_sparse(self.layout, channels, dtype)
         grad = 1 + torch.randn(self.layout.rows, channels)
@@ -102,7 +102,7 @@ class Case:
 
     @property
     def table(self) -> Tensor:
-        return place(neighbour_table(self.layout, self.kernel), "cuda")
+        return place(square_neighbour_table(self.layout, self.kernel), "cuda")
 
     def close(self, found: Tensor, expected: Tensor, bound: float | None = None) -> None:
         error = relative_error(found, expected)
@@ -114,12 +114,12 @@ class Case:
 def test_convolution_and_gradients(tile, kernel, channels, grid, dtype):
     case = Case(tile, kernel, channels, grid, dtype)
     x, weight, grad = case.there("x"), case.there("weight"), case.there("grad")
-    out, rstd = cuda.convolve(x, weight, case.there("bias"), case.table, tile)
+    out, rstd = cuda.convolve(x, weight, case.there("bias"), case.table, case.tile)
     case.close(out, case.out)
     assert rstd.numel() == 0
-    grad_x, _ = cuda.convolve(grad, weight, None, case.table, tile, residual=case.there("residual"), flip=True)
+    grad_x, _ = cuda.convolve(grad, weight, None, case.table, case.tile, residual=case.there("residual"), flip=True)
     case.close(grad_x, case.grads[0] + case.residual.double())
-    grad_weight, grad_bias = cuda.weight_grad(grad, x, case.table, tile, kernel)
+    grad_weight, grad_bias = cuda.weight_grad(grad, x, case.table, case.tile, kernel)
     assert grad_weight.dtype == dtype and grad_bias.dtype == torch.float32
     case.close(grad_weight, case.grads[1])
     case.close(grad_bias, case.grads[2])
@@ -134,7 +134,7 @@ def test_convolution_and_gradients(tile, kernel, channels, grid, dtype):
 def test_normalised_rows(tile, kernel, channels, grid, dtype):
     case = Case(tile, kernel, channels, grid, dtype)
     found, rstd = cuda.convolve(
-        case.there("x"), case.there("weight"), case.there("bias"), case.table, tile, normalise=EPS
+        case.there("x"), case.there("weight"), case.there("bias"), case.table, case.tile, normalise=EPS
     )
     scale = (case.out.var(1, unbiased=False, keepdim=True) + EPS).rsqrt()
     case.close(found, (case.out - case.out.mean(1, keepdim=True)) * scale)
@@ -144,13 +144,13 @@ def test_normalised_rows(tile, kernel, channels, grid, dtype):
 @pytest.mark.parametrize("tile", [8, 2, 1])
 def test_same_bits_in_any_order_of_threads(tile):
     case = Case(tile, (7, 7), 72, (2, 3), torch.bfloat16)
-    arguments = case.there("grad"), case.there("x"), case.table, tile, (7, 7)
+    arguments = case.there("grad"), case.there("x"), case.table, case.tile, (7, 7)
     outputs = []
     for seed in (1, 2):
         if DEVICE.type == "cpu":
             cuda_emulator.load().seed(seed)
         normalised, _ = cuda.convolve(
-            case.there("x"), case.there("weight"), case.there("bias"), case.table, tile, normalise=EPS
+            case.there("x"), case.there("weight"), case.there("bias"), case.table, case.tile, normalise=EPS
         )
         outputs.append((normalised, *cuda.weight_grad(*arguments)))
     for first, second in zip(*outputs, strict=True):
@@ -201,10 +201,10 @@ def test_launches(tile, kernel, expected):
         return [kernel.split("<")[0].split("::")[-1] for kernel in emulator.launches()]
 
     emulator.forget_launches()
-    cuda.convolve(case.there("x"), case.there("weight"), case.there("bias"), case.table, tile, normalise=EPS)
+    cuda.convolve(case.there("x"), case.there("weight"), case.there("bias"), case.table, case.tile, normalise=EPS)
     assert names() == expected
     emulator.forget_launches()
-    cuda.weight_grad(case.there("grad"), case.there("x"), case.table, tile, kernel)
+    cuda.weight_grad(case.there("grad"), case.there("x"), case.table, case.tile, kernel)
     assert names() == [expected[0].replace("_kernel", "_grad_kernel"), "add_up_ranges_kernel"]
 
 
@@ -212,11 +212,11 @@ def test_opcheck():
     case = Case(4, (7, 7), 8, (2, 2), torch.float32)
     x, weight, bias = (case.there(which).requires_grad_() for which in ("x", "weight", "bias"))
     operators = torch.ops.sparsecnx_cuda
-    torch.library.opcheck(operators.depthwise_conv.default, (x, weight, bias, case.table, 4))
+    torch.library.opcheck(operators.depthwise_conv.default, (x, weight, bias, case.table, case.tile))
     x, weight, grad = x.detach(), weight.detach(), case.there("grad")
-    fused = (x, weight, bias.detach(), case.there("residual"), case.table, 4, False, EPS)
+    fused = (x, weight, bias.detach(), case.there("residual"), case.table, case.tile, False, EPS)
     torch.library.opcheck(operators.depthwise_conv_fused.default, fused)
-    torch.library.opcheck(operators.depthwise_conv_weight_grad.default, (grad, x, case.table, 4, 7, 7))
+    torch.library.opcheck(operators.depthwise_conv_weight_grad.default, (grad, x, case.table, case.tile, (7, 7)))
 
 
 def freed(tensor):
@@ -245,7 +245,7 @@ WRONG = {
     "residual of another size": (dict(residual=lambda r: r[1:].clone()), r"residual has \d+ elements, expected"),
     "table in int64": (dict(table=Tensor.long), "table is Long, expected Int"),
     "table of another reach": (dict(table=lambda t: t[:, :1].contiguous()), r"table has \d+ elements, expected"),
-    "tile of no sites": (dict(tile=lambda _: 0), "tile is 0, expected 1 to 32768 sites"),
+    "tile of no sites": (dict(tile=lambda _: [0, 0]), "tile is 0, expected 1 to 32768 sites"),
 }
 
 
@@ -255,7 +255,7 @@ def test_wrong_arguments_are_named(changes, message):
     arguments = {
         **{which: getattr(case, which).to(DEVICE) for which in ("x", "weight", "bias", "residual")},
         "table": case.table,
-        "tile": 4,
+        "tile": case.tile,
     }
     arguments |= {which: change(arguments[which]) for which, change in changes.items()}
     with pytest.raises(RuntimeError, match=message):
@@ -268,8 +268,8 @@ WRONG_GRADIENTS = {
     "grad of another dtype": (dict(grad=Tensor.half), "grad is Half, expected Float"),
     "grad with strides": (dict(grad=lambda g: g.t().contiguous().t()), "grad must be contiguous"),
     "table in int64": (dict(table=Tensor.long), "table is Long, expected Int"),
-    "even kernel": (dict(kernel_h=lambda _: 6), "the kernel is 6x7, expected odd sizes"),
-    "no kernel": (dict(kernel_w=lambda _: 0), "the kernel is 7x0, expected odd sizes"),
+    "even kernel": (dict(kernel=lambda _: [6, 7]), "the kernel is 6x7, expected odd sizes"),
+    "no kernel": (dict(kernel=lambda _: [7, 0]), "the kernel is 7x0, expected odd sizes"),
 }
 
 
@@ -277,7 +277,7 @@ WRONG_GRADIENTS = {
 def test_wrong_arguments_of_the_weight_gradient_are_named(changes, message):
     case = Case(4, (7, 7), 8, (2, 2), torch.float32)
     tensors = {which: getattr(case, which).to(DEVICE) for which in ("grad", "x")}
-    arguments = {**tensors, "table": case.table, "tile": 4, "kernel_h": 7, "kernel_w": 7}
+    arguments = {**tensors, "table": case.table, "tile": case.tile, "kernel": [7, 7]}
     arguments |= {which: change(arguments[which]) for which, change in changes.items()}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.sparsecnx_cuda.depthwise_conv_weight_grad(**arguments)
@@ -293,9 +293,9 @@ def test_rows_that_begin_off_a_multiple_of_16_bytes(tile):
         return whole[1:].view(value.shape)
 
     x, weight, grad = shifted(case.x), shifted(case.weight), shifted(case.grad)
-    out, _ = cuda.convolve(x, weight, case.there("bias"), case.table, tile)
+    out, _ = cuda.convolve(x, weight, case.there("bias"), case.table, case.tile)
     case.close(out, case.out)
-    grad_weight, _ = cuda.weight_grad(grad, x, case.table, tile, (7, 7))
+    grad_weight, _ = cuda.weight_grad(grad, x, case.table, case.tile, (7, 7))
     case.close(grad_weight, case.grads[1])
 
 
@@ -303,7 +303,7 @@ def test_rows_that_begin_off_a_multiple_of_16_bytes(tile):
 def test_narrow_rows_are_normalised_as_they_are_rounded(tile):
     """A separate LayerNorm also reads the rounded convolution. With 3 channels the last bit can decide."""
     case = Case(tile, (5, 5), 3, (2, 2), torch.bfloat16)
-    arguments = case.there("x"), case.there("weight"), case.there("bias"), case.table, tile
+    arguments = case.there("x"), case.there("weight"), case.there("bias"), case.table, case.tile
     rounded = cuda.convolve(*arguments)[0].cpu().double()
     found, rstd = cuda.convolve(*arguments, normalise=EPS)
     scale = (rounded.var(1, unbiased=False, keepdim=True) + EPS).rsqrt()

@@ -442,7 +442,12 @@ def packed(dense: torch.Tensor, mask: torch.Tensor, fill: torch.Tensor) -> dict[
     grad_dense, grad_fill = torch.autograd.grad(out.sin().sum(), leaves)
     tiles = x.layout.tiles
     found = {"out": out.detach(), "gradient of dense": grad_dense, "gradient of fill": grad_fill}
-    return found | {"index": tiles.index, "splits": tiles.splits, "slots": tiles.slots(), "table": tiles.neighbours(2)}
+    return found | {
+        "index": tiles.index,
+        "splits": tiles.splits,
+        "slots": tiles.slots(),
+        "table": tiles.neighbours((2, 2)),
+    }
 
 
 def work(case: str) -> Callable[[torch.device], dict[str, torch.Tensor]]:

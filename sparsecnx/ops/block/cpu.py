@@ -6,6 +6,8 @@ recomputed, the hidden layer before its bias and activation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def convnextv2_block(
         row_scale,
         table,
         group_splits(x.layout, scope),
-        x.layout.side,
+        x.layout.tile,
         eps,
         grn_eps,
         keep_hidden,
@@ -75,7 +77,7 @@ def _fake(
     row_scale: Tensor | None,
     table: Tensor,
     splits: Tensor,
-    tile: int,
+    tile: Sequence[int],
     eps: float,
     grn_eps: float,
     keep_hidden: bool,

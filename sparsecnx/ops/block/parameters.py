@@ -13,7 +13,7 @@ class BlockParameters(NamedTuple):
     A bias that is None stands for zeros, a `norm_weight` that is None for ones. Operators of backends get tensors.
 
     Attributes:
-        dwconv_weight: `(C, 1, k, k)`.
+        dwconv_weight: `(C, 1, *kernel)`.
         dwconv_bias, norm_weight, norm_bias, pwconv2_bias: `(C,)` or None.
         pwconv1_weight: `(4C, C)`.
         pwconv1_bias: `(4C,)` or None.
@@ -36,7 +36,7 @@ class BlockParameters(NamedTuple):
 # The shapes as `sparsecnx.backends.registration.register` takes them.
 SIZES = {
     "x": "rows C",
-    "dwconv_weight": "C 1 kh kw",
+    "dwconv_weight": "C 1 ...",
     **dict.fromkeys(("dwconv_bias", "norm_weight", "norm_bias", "pwconv2_bias"), "C"),
     "pwconv1_weight": "hidden C",
     **dict.fromkeys(("pwconv1_bias", "grn_gamma", "grn_beta"), "hidden"),

@@ -14,9 +14,9 @@ from sparsecnx.tensor import SparseTensor
 
 
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return features `(rows, C)` of the convolution of `x` with `weight (C, 1, kh, kw)`."""
+    """Return features `(rows, C)` of the convolution of `x` with `weight (C, 1, *kernel)`."""
     table = neighbour_table(x.layout, weight.shape[2:])
-    return torch.ops.sparsecnx.depthwise_conv(x.features.contiguous(), weight.contiguous(), bias, table, x.layout.side)
+    return torch.ops.sparsecnx.depthwise_conv(x.features.contiguous(), weight.contiguous(), bias, table, x.layout.tile)
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
@@ -25,9 +25,9 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     if "x" in saved.needs:
         # Active sites neighbour each other symmetrically: the adjoint is the flipped kernel.
         check_memory(weight=weight)
-        grads["x"] = torch.ops.sparsecnx.depthwise_conv(grad, weight.flip(2, 3), None, table, tile)
+        grads["x"] = torch.ops.sparsecnx.depthwise_conv(grad, weight.flip(*range(2, weight.ndim)), None, table, tile)
     if "weight" in saved.needs:
-        grads["weight"] = torch.ops.sparsecnx.depthwise_conv_weight_grad(grad, x, table, tile, *weight.shape[2:])
+        grads["weight"] = torch.ops.sparsecnx.depthwise_conv_weight_grad(grad, x, table, tile, weight.shape[2:])
     if "bias" in saved.needs:
         grads["bias"] = grad.sum(0, dtype=saved.bias.dtype)
     return grads
@@ -36,7 +36,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 if compiled.loaded:
     register(
         "sparsecnx::depthwise_conv",
-        sizes={"x": "rows C", "weight": "C 1 kh kw", "bias": "C"},
+        sizes={"x": "rows C", "weight": "C 1 ...", "bias": "C"},
         fake=lambda x, weight, bias, table, tile: torch.empty_like(x),
         saves=("x", "weight", "bias", "table", "tile"),
         backward=_backward,
@@ -46,5 +46,5 @@ if compiled.loaded:
         "sparsecnx::depthwise_conv_weight_grad",
         public="depthwise_conv",
         flops=flops.depthwise_conv_weight_grad,
-        fake=lambda grad, x, table, tile, kernel_h, kernel_w: x.new_empty(x.shape[1], 1, kernel_h, kernel_w),
+        fake=lambda grad, x, table, tile, kernel: x.new_empty(x.shape[1], 1, *kernel),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,15 +11,15 @@ from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.common.memory import check_memory
 from sparsecnx.ops import flops
-from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
+from sparsecnx.ops.depthwise_convolution.neighbours import square_neighbour_table
 from sparsecnx.tensor import SparseTensor
 
 
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return features `(rows, C)` of the convolution of `x` with `weight (C, 1, kh, kw)`."""
-    table = neighbour_table(x.layout, weight.shape[2:])
+    table = square_neighbour_table(x.layout, weight.shape[2:])
     return torch.ops.sparsecnx_cuda.depthwise_conv(
-        x.features.contiguous(), weight.contiguous(), bias, table, x.layout.side
+        x.features.contiguous(), weight.contiguous(), bias, table, x.layout.tile
     )
 
 
@@ -26,7 +28,7 @@ def convolve(
     weight: Tensor,
     bias: Tensor | None,
     table: Tensor,
-    tile: int,
+    tile: Sequence[int],
     *,
     residual: Tensor | None = None,
     flip: bool = False,
@@ -39,7 +41,7 @@ def convolve(
         weight: `(C, 1, kh, kw)`, of the dtype of `x`.
         bias: float32 `(C,)` or None.
         table: table of neighbouring tiles.
-        tile: sites per tile side.
+        tile: sites per tile along each axis.
         residual: `(rows, C)`, added to the output.
         flip: whether the kernel is rotated by half a turn, as the gradient needs it.
         normalise: eps of a LayerNorm without scale and shift over the output, None for none.
@@ -50,17 +52,19 @@ def convolve(
     return torch.ops.sparsecnx_cuda.depthwise_conv_fused(x, weight, bias, residual, table, tile, flip, normalise)
 
 
-def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def weight_grad(
+    grad: Tensor, x: Tensor, table: Tensor, tile: Sequence[int], kernel: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of the weight, `(C, 1, kh, kw)` in the dtype of `x`, and of the bias, float32 `(C,)`.
 
     Args:
         grad: `(rows, C)`, gradient of the output.
         x: `(rows, C)`, input.
         table: table of neighbouring tiles.
-        tile: sites per tile side.
+        tile: sites per tile along each axis.
         kernel: `(kh, kw)`.
     """
-    return torch.ops.sparsecnx_cuda.depthwise_conv_weight_grad(grad, x, table, tile, *kernel)
+    return torch.ops.sparsecnx_cuda.depthwise_conv_weight_grad(grad, x, table, tile, kernel)
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
@@ -83,7 +87,7 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 if compiled.loaded:
     register(
         "sparsecnx_cuda::depthwise_conv",
-        sizes={"x": "rows C", "weight": "C 1 kh kw", "bias": "C"},
+        sizes={"x": "rows C", "weight": "C 1 ...", "bias": "C"},
         fake=lambda x, weight, bias, table, tile: torch.empty_like(x),
         saves=("x", "weight", "bias", "table", "tile"),
         backward=_backward,
@@ -91,7 +95,7 @@ if compiled.loaded:
     )
     register(
         "sparsecnx_cuda::depthwise_conv_fused",
-        sizes={"x": "rows C", "weight": "C 1 kh kw", "bias": "C"},
+        sizes={"x": "rows C", "weight": "C 1 ...", "bias": "C"},
         public="depthwise_conv",
         flops=flops.depthwise_conv,
         fake=lambda x, weight, bias, residual, table, tile, flip, eps: (
@@ -103,8 +107,8 @@ if compiled.loaded:
         "sparsecnx_cuda::depthwise_conv_weight_grad",
         public="depthwise_conv",
         flops=flops.depthwise_conv_weight_grad,
-        fake=lambda grad, x, table, tile, kernel_h, kernel_w: (
-            x.new_empty(x.shape[1], 1, kernel_h, kernel_w),
+        fake=lambda grad, x, table, tile, kernel: (
+            x.new_empty(x.shape[1], 1, *kernel),
             x.new_empty(x.shape[1], dtype=torch.float32),
         ),
     )

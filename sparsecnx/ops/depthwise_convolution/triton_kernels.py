@@ -12,6 +12,7 @@ those are added up in a second stage, in a fixed order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +33,7 @@ from sparsecnx.backends.triton_functions import (
 from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors
 from sparsecnx.common.memory import check_memory
 from sparsecnx.ops import flops
-from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
+from sparsecnx.ops.depthwise_convolution.neighbours import square_neighbour_table
 from sparsecnx.tensor import SparseTensor
 
 LONGEST_STRIP = 8  # output rows, and with them accumulators, of a program
@@ -359,7 +360,7 @@ def convolve(
     weight: Tensor,
     bias: Tensor | None,
     table: Tensor,
-    tile: int,
+    tile: Sequence[int],
     *,
     residual: Tensor | None = None,
     flip: bool = False,
@@ -372,7 +373,7 @@ def convolve(
         weight: `(C, 1, kh, kw)`.
         bias: float32 `(C,)` or None.
         table: neighbouring tiles of each tile, int32 `(tiles, (2 reach + 1)**2)`, -1 where masked.
-        tile: sites per tile side.
+        tile: sites per tile along each axis, the same.
         residual: `(rows, C)`, added to the output.
         flip: whether to rotate the weight by half a turn, as the gradient of x needs it.
         normalise: eps of a LayerNorm without scale and shift over the output, which then needs a bias and takes no
@@ -386,7 +387,7 @@ def convolve(
     out = torch.empty_like(x)
     rstd = x.new_empty(rows if normalise is not None else 0, dtype=torch.float32)
     options = _options(x, table, tile, weight.shape[2:])
-    high, strips = blocks(rows // tile, options["BLOCK_P"]), tile // options["STRIP"]
+    high, strips = blocks(rows // tile[1], options["BLOCK_P"]), tile[0] // options["STRIP"]
     taps = _tap_rows(weight.flip(2, 3) if flip else weight)
     tensors = {"x": x, "weight": taps, "bias": bias, "table": table, "out": out}
     if normalise is None:
@@ -399,7 +400,9 @@ def convolve(
     return out, rstd
 
 
-def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: Sequence[int]) -> tuple[Tensor, Tensor]:
+def weight_grad(
+    grad: Tensor, x: Tensor, table: Tensor, tile: Sequence[int], kernel: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of the weight and of the bias from `grad` and `x`, both `(rows, C)`.
 
     Returns:
@@ -409,7 +412,7 @@ def weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel: Seque
     rows, channels = x.shape
     options = _options(x, table, tile, kernel)
     wide, block_p = blocks(channels, options["BLOCK_C"]), options["BLOCK_P"]
-    total = rows // tile  # of the positions of all tiles
+    total = rows // tile[1]  # of the positions of all tiles
     # Ranges short enough for L1 and for enough programs, long enough for the partial sums to be few beside the rows.
     ranges = max(blocks(rows, SITES_IN_L1), blocks(4 * processors(x.device), wide))
     ranges = max(1, min(ranges, total // (4 * block_p)))
@@ -442,19 +445,19 @@ def check_kernel(weight: Tensor, name: str) -> None:
         raise ValueError(f"{name} is {tuple(weight.shape)}: Triton kernels go to {LARGEST_KERNEL} sites a side")
 
 
-def _options(x: Tensor, table: Tensor, tile: int, kernel: Sequence[int]) -> dict[str, int]:
+def _options(x: Tensor, table: Tensor, tile: Sequence[int], kernel: Sequence[int]) -> dict[str, int]:
     """Return the arguments that all kernels share: sizes, sizes of blocks, and the number of warps."""
     rows, channels = x.shape
     # The widest block that pads the channels least; a thread's part of a row is 16 bytes.
     block_c = min(CHANNEL_BLOCKS, key=lambda size: (blocks(channels, size) * size, -size))
     return {
-        "TILES": rows // tile**2,
+        "TILES": rows // math.prod(tile),
         "C": channels,
-        "TILE": tile,
+        "TILE": tile[0],
         "REACH": (round(table.shape[1] ** 0.5) - 1) // 2,  # tiles to each side that the table covers
         "KERNEL_H": kernel[0],
         "KERNEL_W": kernel[1],
-        "STRIP": max(size for size in range(1, LONGEST_STRIP + 1) if tile % size == 0),
+        "STRIP": max(size for size in range(1, LONGEST_STRIP + 1) if tile[0] % size == 0),
         "TAPS": max(size for size in range(1, MOST_TAPS + 1) if kernel[0] % size == 0),
         "BLOCK_P": WARPS * 32 * 16 // x.element_size() // block_c,
         "BLOCK_C": block_c,
@@ -471,19 +474,17 @@ def _registers(strip: int, tight: bool) -> dict[str, int]:
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return features `(rows, C)` of the convolution of `x` with `weight (C, 1, kh, kw)`."""
     check_kernel(weight, "weight")
-    table = neighbour_table(x.layout, weight.shape[2:])
+    table = square_neighbour_table(x.layout, weight.shape[2:])
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.sparsecnx_triton.depthwise_conv(x.features.contiguous(), weight, bias, table, x.layout.side)
+    return torch.ops.sparsecnx_triton.depthwise_conv(x.features.contiguous(), weight, bias, table, x.layout.tile)
 
 
-def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, tile: int) -> Tensor:
+def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, tile: list[int]) -> Tensor:
     return convolve(x, weight, bias, table, tile)[0]
 
 
-def _weight_grad(
-    grad: Tensor, x: Tensor, table: Tensor, tile: int, kernel_h: int, kernel_w: int
-) -> tuple[Tensor, Tensor]:
-    return weight_grad(grad, x, table, tile, (kernel_h, kernel_w))
+def _weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: list[int], kernel: list[int]) -> tuple[Tensor, Tensor]:
+    return weight_grad(grad, x, table, tile, kernel)
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
@@ -495,14 +496,14 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
         grads["x"] = torch.ops.sparsecnx_triton.depthwise_conv(grad, weight.flip(2, 3), None, table, tile)
     if saved.needs & {"weight", "bias"}:
         grads["weight"], grads["bias"] = torch.ops.sparsecnx_triton.depthwise_conv_weight_grad(
-            grad, saved.x, table, tile, *weight.shape[2:]
+            grad, saved.x, table, tile, weight.shape[2:]
         )
     return grads
 
 
 register(
     "sparsecnx_triton::depthwise_conv",
-    sizes={"x": "rows C", "weight": "C 1 kh kw", "bias": "C"},
+    sizes={"x": "rows C", "weight": "C 1 ...", "bias": "C"},
     function=_depthwise_conv,
     fake=lambda x, weight, bias, table, tile: torch.empty_like(x),
     saves=("x", "weight", "table", "tile"),
@@ -514,8 +515,8 @@ register(
     public="depthwise_conv",
     flops=flops.depthwise_conv_weight_grad,
     function=_weight_grad,
-    fake=lambda grad, x, table, tile, kernel_h, kernel_w: (
-        x.new_empty(x.shape[1], 1, kernel_h, kernel_w),
+    fake=lambda grad, x, table, tile, kernel: (
+        x.new_empty(x.shape[1], 1, *kernel),
         x.new_empty(x.shape[1], dtype=torch.float32),
     ),
 )
