@@ -81,12 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Pretrain on any folder of images, in sub-folders or not, with the published recipe of FCMAE or SparK. Ctrl-C "
-        "and SIGTERM save a checkpoint and exit with 130 and 143; --resume goes on from it with the same losses."
+        "Pretrain on any folder of images or volumes (.nii, .nii.gz, .npy, Zarr), in sub-folders or not, with the "
+        "published recipe of FCMAE or SparK. Ctrl-C and SIGTERM save a checkpoint and exit with 130 and 143; --resume "
+        "goes on from it with the same losses."
     )
     parser.set_defaults(run=_pretrain)
     add = parser.add_argument_group("data and output").add_argument
-    add("--data", metavar="FOLDER", help="images (default: the photographs inside scikit-image and scikit-learn)")
+    add("--data", metavar="FOLDER", help="images or volumes (default: photographs in scikit-image and scikit-learn)")
     add("--output", metavar="FOLDER", help="of checkpoints and logs (default: runs/pretrain)")
     resume = "go on from a checkpoint, without a name from the newest in --output; 'auto' starts a run if there is none"
     add("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help=resume)
@@ -97,11 +98,15 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe (defaults as published)")
     add = recipe.add_argument
     add("--method", metavar="NAME", help=f"{' or '.join(METHODS)} (default: {Recipe.method})")
-    names = f"{', '.join(SIZES)} of ConvNeXt V2, or a ConvNet of timm, such as timm:resnet50"
+    names = f"{', '.join(SIZES)} of ConvNeXt V2; a ConvNet of timm, such as timm:resnet50; or module:factory"
     add("--model", metavar="NAME", help=f"{names} (default: {Recipe.model})")
-    size = "side of the training crop, or HEIGHTxWIDTH (default: 224)"
+    size = "side of the training crop, or DEPTHxHEIGHTxWIDTH (default: 224, volumes 96)"
     add("--image-size", type=_size, metavar="PIXELS", help=size)
-    add("--mask-ratio", type=float, metavar="R", help="fraction of patches removed (default: 0.6)")
+    patch = "side of a patch, or one for each axis, such as 16x32x32 (default: 32, volumes 16)"
+    add("--patch-size", type=_size, metavar="PIXELS", help=patch)
+    add("--mask-ratio", type=float, metavar="R", help="fraction of patches removed (default: 0.6, volumes 0.75)")
+    normalize = "volumes by zscore, percentiles or none (default: zscore; photographs always by imagenet)"
+    add("--normalize", metavar="NAME", help=normalize)
     normalised = "predict pixels normalised per patch (default: yes)"
     add("--norm-pix-loss", action=argparse.BooleanOptionalAction, help=normalised)
     add("--epochs", type=int, metavar="N", help="passes over the data (default: 800, spark 1600)")
@@ -116,7 +121,10 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add("--epoch-repeats", type=int, metavar="N", help="times an epoch shows an image (default: 1, without --data 20)")
     area = "smallest part of an image's area that a crop shows (default: 0.2, spark 0.67)"
     add("--crop-area", type=float, metavar="R", help=area)
-    add("--max-pixels", type=int, metavar="N", help=f"largest image, width x height (default: {MAX_PIXELS})")
+    most = f"largest image, width x height, or compressed volume (default: {MAX_PIXELS}, volumes 10^9)"
+    add("--max-pixels", type=int, metavar="N", help=most)
+    below = "of spark: raise, or dense for networks whose stride exceeds the patch (default: raise)"
+    add("--below-tile", metavar="NAME", help=below)
     scope = "GRN over the sites of one image (sample, the paper) or of all (batch, the published sparse code)"
     add("--grn-scope", metavar="SCOPE", help=f"{scope} (default: sample)")
     for action in recipe._group_actions:
@@ -143,18 +151,20 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Draw images, their visible patches, and the reconstruction side by side. If the model predicts normalised "
-        "patches, each takes mean and contrast from the true patch, as in MAE's demonstration."
+        "Draw images, their visible patches, and the reconstruction side by side; of volumes three slices through the "
+        "centre. If the model predicts normalised patches, each takes mean and contrast from the true patch, as in "
+        "MAE's demonstration."
     )
     parser.set_defaults(run=_reconstruct)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="of sparsecnx pretrain, such as last.pt")
-    add("images", nargs="*", metavar="IMAGE", help="image files (default: six photographs from the wheels)")
+    add("images", nargs="*", metavar="IMAGE", help="image or volume files (default: six of the run)")
     add("--out", default="reconstruction.png", metavar="FILE", help="(default: %(default)s)")
     add("--mask-ratio", type=float, metavar="R", help="(default: the checkpoint's)")
     add("--seed", type=int, default=0, metavar="N", help="of the masks (default: 0)")
-    largest = f"largest image, width x height (default: {MAX_PIXELS})"
-    add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help=largest)
+    largest = f"largest image, width x height, or compressed volume (default: {MAX_PIXELS}, volumes 10^9)"
+    add("--max-pixels", type=int, metavar="N", help=largest)
+    add("--model", metavar="NAME", help="module:factory of the run, where it was one: it runs Python code")
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
@@ -162,7 +172,8 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
     from sparsecnx.train.reconstruct import reconstruct
 
     a = arguments
-    loss = reconstruct(a.checkpoint, a.images, a.out, mask_ratio=a.mask_ratio, seed=a.seed, max_pixels=a.max_pixels)
+    options = {"mask_ratio": a.mask_ratio, "seed": a.seed, "max_pixels": a.max_pixels, "model": a.model}
+    loss = reconstruct(a.checkpoint, a.images, a.out, **options)
     _print(f"{a.out}: loss {loss:.4f} on the masked patches")
     return 0
 
@@ -293,13 +304,13 @@ def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
             yield from action.choices.values()
 
 
-def _size(text: str) -> int | tuple[int, int]:
-    """Read `224` or `192x320`."""
+def _size(text: str) -> int | tuple[int, ...]:
+    """Read `224`, `192x320` or `96x96x96`."""
     sides = text.split("x")
-    if not all(side.isdecimal() for side in sides) or len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a side such as 224, or 192x320 for height and width")
-    height, width = int(sides[0]), int(sides[-1])
-    return height if height == width else (height, width)
+    if not all(side.isdecimal() for side in sides) or len(sides) > 3:
+        form = "a side such as 224, 192x320 for height and width, or 96x96x96 for volumes"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {form}")
+    return int(text) if len(sides) == 1 else tuple(map(int, sides))
 
 
 def _require_train_extra() -> None:

@@ -15,14 +15,14 @@ RATIO = (3 / 4, 4 / 3)  # width / height
 ATTEMPTS = 10
 
 
-def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
     """Resize uint8 `(C, H, W)` to `(C, *size)`, bicubic and antialiased."""
     if tuple(pixels.shape[1:]) == size:
         return pixels
     return torch.nn.functional.interpolate(pixels[None], size, mode="bicubic", antialias=True, align_corners=False)[0]
 
 
-def random_resized_crop(pixels: Tensor, size: tuple[int, int], smallest: float = SMALLEST_AREA) -> Tensor:
+def random_resized_crop(pixels: Tensor, size: tuple[int, ...], smallest: float = SMALLEST_AREA) -> Tensor:
     """Cut a random box out of uint8 `(C, H, W)` and resize it to `(C, *size)`, as `RandomResizedCrop` of torchvision.
 
     The box has `smallest` to 1 of the area, and sides of a ratio of 3/4 to 4/3, drawn from torch's default generator.
@@ -48,7 +48,7 @@ def _draw_box(height: int, width: int, smallest: float) -> tuple[int, int, int, 
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def central_crop(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def central_crop(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
     """Resize uint8 `(C, H, W)` until it just covers `size`, and cut out the centre, `(C, *size)`."""
     sides = pixels.shape[1:]
     scale = max(wanted / side for wanted, side in zip(size, sides, strict=True))

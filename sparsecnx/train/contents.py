@@ -18,11 +18,17 @@ from torch import Tensor
 
 from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.train import checkpoint
-from sparsecnx.train.networks import build_model
+from sparsecnx.train.networks import build_model, is_code
 from sparsecnx.train.recipe import BETAS, Recipe, param_groups, shown
 
 # Checkpoints that were written before these existed do not have them.
-LATER_RECIPE_FIELDS = {"max_pixels", "grn_scope", "first_epoch", "method", "crop_area"}
+LATER_RECIPE_FIELDS = {"max_pixels", "grn_scope", "first_epoch", "method", "crop_area"} | {
+    "patch_size",
+    "ndim",
+    "in_chans",
+    "normalize",
+    "below_tile",
+}
 # AdamW counts its steps in float32, which holds whole numbers up to this one.
 LARGEST_OPTIMIZER_STEP = 2**24
 
@@ -63,22 +69,27 @@ class Contents(NamedTuple):
     data: Data
 
 
-def load(path: str | Path) -> Contents:
+def load(path: str | Path, model: str | None = None) -> Contents:
     """Read a checkpoint of `sparsecnx pretrain` onto the CPU and check every field.
+
+    Args:
+        path: the file.
+        model: what the user named as the network. Only then is a `module:factory` of the recipe called: a file alone
+            runs no code.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or a field is not what it should be.
     """
-    return check(checkpoint.read(path))
+    return check(checkpoint.read(path), model)
 
 
-def check(state: Mapping[str, Any]) -> Contents:
-    """Return the contents of a checkpoint, see `checkpoint.read`, or refuse the first wrong field.
+def check(state: Mapping[str, Any], model: str | None = None) -> Contents:
+    """Return the contents of a checkpoint, see `load`, or refuse the first wrong field.
 
     Raises:
         CheckpointError: names the field, its value and what was expected.
     """
-    recipe = _recipe(state["recipe"])
+    recipe = _recipe(state["recipe"], model)
     data = _data(state["data"])
     try:
         steps_per_epoch = recipe.steps_per_epoch(data.images)
@@ -93,20 +104,24 @@ def check(state: Mapping[str, Any]) -> Contents:
 
     try:
         with torch.device("meta"):
-            model = build_model(recipe)
+            network = build_model(recipe)
     except InputError as error:
         raise CheckpointError(f"recipe.{error}") from error
-    entries = model.state_dict()
+    entries = network.state_dict()
     _names("model", state["model"], entries)
     for name, entry in entries.items():
         _tensor(f"model.{name}", state["model"][name], tuple(entry.shape), f" in {recipe.model}", entry.dtype)
-    optimizer = _optimizer(state["optimizer"], param_groups(model, recipe.weight_decay), step)
+    optimizer = _optimizer(state["optimizer"], param_groups(network, recipe.weight_decay), step)
     return Contents(state["model"], optimizer, step, recipe, data)
 
 
-def _recipe(saved: Any) -> Recipe:
+def _recipe(saved: Any, model: str | None) -> Recipe:
     known = {field.name for field in fields(Recipe)}
     _names("recipe", saved, known, optional=LATER_RECIPE_FIELDS)
+    if is_code(name := saved["model"]) and name != model:
+        raise CheckpointError(
+            f"recipe.model is {shown(name)}: it names Python code, which runs only with --model {name}"
+        )
     try:
         return Recipe(**saved)
     except InputError as error:

@@ -11,8 +11,8 @@ exactly as it would have, with any number of workers:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,15 +20,23 @@ from torch.utils.data import Dataset
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.augment import SMALLEST_AREA, random_flip, random_resized_crop
-from sparsecnx.train.images import ImageSet, read_image
+from sparsecnx.train.files import FileSet
+from sparsecnx.train.images import read_image
 from sparsecnx.train.recipe import MAX_PIXELS, Recipe
+
+T = TypeVar("T")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Return uint8 images `(B, 3, H, W)` as float32, normalised by ImageNet's mean and standard deviation."""
+    """Return uint8 images `(B, 3, H, W)` as float32, normalised by ImageNet's mean and standard deviation.
+
+    Volumes, which are floating, are normalised one by one when they are read, and are returned as they are.
+    """
+    if images.is_floating_point():
+        return images
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (images.float() / 255 - mean) / std
 
@@ -50,7 +58,7 @@ class Batch(NamedTuple):
     """One batch of crops.
 
     Attributes:
-        images: uint8 `(B, 3, *size)`; empty if `problem` is set.
+        images: uint8 `(B, 3, *size)`, of volumes float32 `(B, C, *size)`; empty if `problem` is set.
         unreadable: the files that were skipped, and why.
         problem: the reason why there is no batch. A worker that raised it would send a traceback in words instead.
     """
@@ -68,8 +76,8 @@ class Crops(Dataset[Any]):
 
     def __init__(
         self,
-        images: ImageSet,
-        size: tuple[int, int],
+        images: FileSet,
+        size: tuple[int, ...],
         max_pixels: int = MAX_PIXELS,
         smallest: float = SMALLEST_AREA,
     ) -> None:
@@ -81,34 +89,46 @@ class Crops(Dataset[Any]):
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, dict[str, str]] | InputError:
         try:
-            pixels, unreadable = self.read(draw.image)
+            return self._readable(draw.image, lambda place: self.crop(place, draw.seed))
         except InputError as error:
             return error
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(draw.seed)
-            return random_flip(random_resized_crop(pixels, self.size, self.smallest)), unreadable
 
-    def read(self, index: int) -> tuple[Tensor, dict[str, str]]:
+    def crop(self, place: int, seed: int) -> Tensor:
+        """Return a crop of image `place`, drawn from a seed."""
+        pixels = self.whole(place)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return random_flip(random_resized_crop(pixels, self.size, self.smallest))
+
+    def read(self, index: int) -> tuple[Any, dict[str, str]]:
         """Return image `index`, or the first readable one after it, and the files that were skipped with the reasons.
 
         Raises:
             InputError: no file can be read.
         """
+        return self._readable(index, self.whole)
+
+    def whole(self, place: int) -> Any:
+        """Return image `place`. A small one is decoded once."""
+        if place in self.decoded:
+            return self.decoded[place]
+        pixels = read_image(self.images.path(place), self.max_pixels)
+        if self.images.small:
+            self.decoded[place] = pixels
+        return pixels
+
+    def _readable(self, index: int, make: Callable[[int], T]) -> tuple[T, dict[str, str]]:
+        """Return what `make` returns for file `index` or the first one after it for which it raises nothing."""
         unreadable: dict[str, str] = {}
         for place in range(index, index + len(self.images.names)):
             place %= len(self.images.names)
-            if place in self.decoded:
-                return self.decoded[place], unreadable
             try:
-                pixels = read_image(self.images.path(place), self.max_pixels)
+                return make(place), unreadable
             except Exception as error:  # decoders raise many kinds of errors, and none may end a long run
                 unreadable[self.images.names[place]] = f"{type(error).__name__}: {error}"
-                continue
-            if self.images.small:
-                self.decoded[place] = pixels
-            return pixels, unreadable
         name, reason = next(iter(unreadable.items()))
-        problem = f"none of its {len(unreadable)} image files can be read, first {name} ({reason})"
+        noun = self.images.noun
+        problem = f"none of its {len(unreadable)} {noun} files can be read, first {name} ({reason})"
         raise InputError("data", self.images.root, problem)
 
 

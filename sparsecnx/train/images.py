@@ -1,13 +1,11 @@
-"""Image files: which there are, what tells one set of them from another, and how one is read."""
+"""Image files: which there are, and how one is read."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import ExifTags, Image, ImageFile
@@ -16,9 +14,8 @@ from torch import Tensor
 
 from sparsecnx.common.errors import InputError, MissingExtra
 from sparsecnx.common.files import not_regular
-from sparsecnx.train.recipe import MAX_PIXELS
-
-IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+from sparsecnx.train.files import ENDINGS, FileSet, find_files
+from sparsecnx.train.recipe import MAX_PIXELS, Recipe
 
 # These are the photographs (no drawings, no masks) inside the wheels, colourful ones first.
 PHOTOGRAPHS = {
@@ -31,9 +28,6 @@ PHOTOGRAPHS = {
 }
 # An epoch shows each of the 22 photographs this often, so that it has a few hundred images.
 PHOTOGRAPH_REPEATS = 20
-# This many files, spread evenly over the list, are looked at before a run begins.
-SAMPLED_FILES = 256
-SAMPLED_BYTES = 4096
 # These turns make an image upright, by the value of its EXIF orientation.
 ORIENTATION = ExifTags.Base.Orientation
 UPRIGHT = {
@@ -51,135 +45,33 @@ class UnsupportedImage(ValueError):
     """A whole image of a kind that the command does not read; the message says why."""
 
 
-class Fingerprint(NamedTuple):
-    """Hashes that tell one data set from another, wherever its folder is.
+class ImageSet(FileSet):
+    """Image files, in a fixed order."""
 
-    Attributes:
-        names: of the names and their order.
-        sizes: of the sizes of all files, in bytes.
-        contents: of the first, middle and last 4096 bytes of up to 256 files, spread evenly over the list.
-    """
-
-    names: str
-    sizes: str
-    contents: str
-
-
-class ImageSet(NamedTuple):
-    """Image files, in a fixed order.
-
-    Attributes:
-        root: folder that `names` are relative to.
-        names: paths below `root`, with forward slashes.
-        small: True if the decoded images are kept in memory.
-    """
-
-    root: str
-    names: tuple[str, ...]
-    small: bool
-
-    def path(self, index: int) -> str:
-        return os.path.join(self.root, self.names[index])
-
-    def sample(self) -> list[int]:
-        """Return the numbers of up to `SAMPLED_FILES` images, spread evenly."""
-        count = min(len(self.names), SAMPLED_FILES)
-        return [i * len(self.names) // count for i in range(count)]
-
-    def fingerprint(self) -> Fingerprint:
-        """Return hashes of names, sizes and a sample of the contents. A million files take about 6 seconds."""
-        sizes = (str(_size(self.path(index))) for index in range(len(self.names)))
-        contents = (_some_bytes(self.path(index)) for index in self.sample())
-        return Fingerprint(
-            _hash([os.fsencode("\n".join(self.names))]), _hash([",".join(sizes).encode()]), _hash(contents)
-        )
-
-    def refuse_unsupported(self, max_pixels: int) -> None:
+    def refuse_unsupported(self, recipe: Recipe) -> None:
         """Look at the headers of a sample, and raise InputError if an image is of a kind that cannot be trained on.
 
         Files that are damaged or no images are not refused here: a run skips them and names them.
         """
         for index in self.sample():
             try:
-                open_image(self.path(index), max_pixels).close()
+                open_image(self.path(index), recipe.max_pixels).close()
             except UnsupportedImage as error:
                 raise InputError("data", self.root, f"holds {self.names[index]}, which {error}") from error
             except Exception:  # decoders raise many kinds of errors
                 continue
 
 
-def _hash(parts: Iterable[bytes]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _size(path: str) -> int:
-    """Return the size of a file in bytes, or -1 if there is none."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
-
-
-def _some_bytes(path: str) -> bytes:
-    """Return the first, middle and last bytes of a file, or nothing if it cannot be read."""
-    if not_regular(path) is not None:
-        return b""
-    try:
-        with open(path, "rb") as file:
-            size, parts = os.fstat(file.fileno()).st_size, []
-            for place in (0, (size - SAMPLED_BYTES) // 2, size - SAMPLED_BYTES):
-                file.seek(max(place, 0))
-                parts.append(file.read(SAMPLED_BYTES))
-            return b"".join(parts)
-    except OSError:
-        return b""
-
-
 def find_images(folder: str | Path) -> ImageSet:
-    """Return all image files below `folder`, in class folders or not, sorted by path.
-
-    Links are followed. A folder that can be reached in several ways, such as by a link to its parent, is listed once.
+    """Return all image files below `folder`, see `find_files`.
 
     Raises:
         InputError: `folder` does not exist, is not a folder, holds no image file, or a folder in it cannot be listed.
     """
-    root = Path(folder)
-    if not os.path.isdir(root):
-        missing = "no such folder; expected images in one"
-        raise InputError("data", folder, "not a folder" if os.path.exists(root) else missing)
-    try:
-        names = [
-            Path(parent, file).relative_to(root).as_posix()
-            for parent, files in _walk(root)
-            for file in files
-            if file.lower().endswith(IMG_EXTENSIONS)
-        ]
-    except OSError as error:
-        raise InputError("data", folder, f"cannot be listed ({error})") from error
+    names = find_files(folder)["images"]
     if not names:
-        raise InputError("data", folder, f"holds no images; expected files ending in {', '.join(IMG_EXTENSIONS)}")
-    return ImageSet(str(root), tuple(sorted(names)), small=False)
-
-
-def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield `root` and every folder below it with its files. Links are followed, and no folder comes twice."""
-    visited: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(root, onerror=_raise, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in visited:
-            folders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        # Folders come before links to them, so that the names do not depend on the order on disk.
-        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
-        yield parent, files
-
-
-def _raise(error: OSError) -> None:
-    raise error
+        raise InputError("data", folder, f"holds no images; expected files ending in {', '.join(ENDINGS['images'])}")
+    return ImageSet(str(Path(folder)), names)
 
 
 def wheel_photographs() -> ImageSet:

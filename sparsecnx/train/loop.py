@@ -26,7 +26,8 @@ from sparsecnx.train import contents
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.contents import Contents, Data
 from sparsecnx.train.data import Batch, Crops, mix, normalize
-from sparsecnx.train.images import PHOTOGRAPH_REPEATS, Fingerprint, ImageSet, find_images, wheel_photographs
+from sparsecnx.train.files import Fingerprint
+from sparsecnx.train.images import PHOTOGRAPH_REPEATS, ImageSet, wheel_photographs
 from sparsecnx.train.loader import WorkersError, load_batches
 from sparsecnx.train.lock import locked
 from sparsecnx.train.log import LOG, LogError, RunLog, StepRecord
@@ -41,6 +42,7 @@ from sparsecnx.train.recipe import (
     param_groups,
     small_data,
 )
+from sparsecnx.train.volumes import VolumeCrops, VolumeSet, find_data
 
 # Steps times the peak learning rate of a run that learns little. `make demo` has 0.7, the published runs have 600.
 LEAST_TRAINING = 0.2
@@ -51,7 +53,7 @@ class Options:
     """Data, output folder and device of a run; the recipe decides everything else.
 
     Attributes:
-        data: folder of images; None for that of the resumed run, or for the photographs inside the wheels.
+        data: folder of images or volumes; None for that of the resumed run, or for the photographs inside the wheels.
         output: folder of checkpoints and logs; None for that of the resumed checkpoint, or `runs/pretrain`.
         resume: a checkpoint; "newest" for the newest in `output`; "auto" for the same, or a new run if there is none.
         extend: epochs that a finished run is to be trained on, with a warm-up and a schedule of their own.
@@ -125,18 +127,26 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
                 raise InputError(
                     "extend", options.extend, f"there is no run in {folder.folder}; expected a finished one"
                 )
-            images = wheel_photographs() if options.data is None else find_images(options.data)
+            size = given.get("image_size")
+            ndim = len(size) if isinstance(size, tuple) else None
+            images = wheel_photographs() if options.data is None else find_data(options.data, ndim)
             defaults = dict(DEFAULTS.get(given.get("method", Recipe.method), {}))
             if options.data is None:
                 defaults["epoch_repeats"] = PHOTOGRAPH_REPEATS
+            if isinstance(images, VolumeSet):
+                defaults |= images.defaults()
+                if "crop_area" in given:
+                    what = "expected together with images; crops of volumes are not resized"
+                    raise InputError("crop_area", given["crop_area"], what)
             if options.small_data:
                 defaults |= small_data(len(images.names))
             recipe = Recipe(**{**defaults, **given})
             return Trainer(recipe, images, images.fingerprint(), folder, options, notes).run()
 
-        saved = _read_resumed(source)
+        saved = _read_resumed(source, given.get("model"))
         where = saved.data.folder if options.data is None else options.data
-        images = wheel_photographs() if where is None else find_images(where)
+        recipe = saved.recipe
+        images = wheel_photographs() if where is None else find_data(where, recipe.ndim, recipe.photographs)
         fingerprint = images.fingerprint()
         _expect_same_images(saved.data, images, fingerprint, "resume" if options.data is None else "data")
         if options.extend is not None:
@@ -190,21 +200,23 @@ def _source(folder: CheckpointFolder, resume: Path | str | None) -> Path | None:
     return newest
 
 
-def _read_resumed(path: Path) -> Contents:
+def _read_resumed(path: Path, model: str | None) -> Contents:
     try:
-        return contents.load(path)
+        return contents.load(path, model)
     except CheckpointError as error:
         others = [p.name for p in CheckpointFolder(path.parent).all() if p.resolve() != path.resolve()]
         hint = f"; there are also {', '.join(others)}" if others else ""
         raise InputError("resume", path, f"{error}{hint}") from error
 
 
-def _expect_same_images(data: Data, images: ImageSet, found: Fingerprint, argument: str) -> None:
+def _expect_same_images(data: Data, images: ImageSet | VolumeSet, found: Fingerprint, argument: str) -> None:
     """Raise InputError that blames `argument` unless the images are those of a checkpoint."""
     problem = None
     if data.fingerprint != found.names:
         count = len(images.names)
-        problem = f"{count} image files, not the {data.images} that the run was started with (or under other names)"
+        problem = (
+            f"{count} {images.noun} files, not the {data.images} that the run was started with (or under other names)"
+        )
     elif data.sizes not in (None, found.sizes):
         problem = "the same names, but files of other sizes than the run was started with"
     elif data.contents not in (None, found.contents):
@@ -227,13 +239,13 @@ class Trainer:
 
     Raises:
         InputError: an epoch is smaller than the effective batch, no image can be read, or one of a sample is of a kind
-            that is not read, see `data.open_image`.
+            that is not read, see `images.open_image` and `volumes.open_volume`.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        images: ImageSet,
+        images: ImageSet | VolumeSet,
         fingerprint: Fingerprint,
         folder: CheckpointFolder,
         options: Options,
@@ -241,8 +253,12 @@ class Trainer:
     ) -> None:
         self.recipe, self.images, self.fingerprint = recipe, images, fingerprint
         self.folder, self.options, self.notes = folder, options, notes
-        images.refuse_unsupported(recipe.max_pixels)
-        self.crops = Crops(images, recipe.size, recipe.max_pixels, recipe.crop_area)
+        images.refuse_unsupported(recipe)
+        self.crops = (
+            VolumeCrops(images, recipe)
+            if isinstance(images, VolumeSet)
+            else Crops(images, recipe.size, recipe.max_pixels, recipe.crop_area)
+        )
         self.crops.read(0)  # raises unless there is a readable image
         self.steps_per_epoch = recipe.steps_per_epoch(len(images.names))
         self.total_steps = self.steps_per_epoch * recipe.epochs
@@ -329,7 +345,8 @@ class Trainer:
                     if epoch % self.options.save_every == 0 or self.step == self.total_steps:
                         self.save()
             if self.unreadable:
-                log.say(f"skipped {len(self.unreadable)} unreadable images: {', '.join(sorted(self.unreadable))}")
+                names = ", ".join(sorted(self.unreadable))
+                log.say(f"skipped {len(self.unreadable)} unreadable {self.images.noun}s: {names}")
             log.say(f"done: {self.folder.newest()}")
         return 0
 
@@ -360,7 +377,7 @@ class Trainer:
                 raise TrainingStopped(f"step {self.step + 1}: {batch.problem}, {self._last_good()}")
             for name, reason in batch.unreadable.items():
                 if name not in self.unreadable:
-                    log.say(f"skipped unreadable image {name} ({reason})")
+                    log.say(f"skipped unreadable {self.images.noun} {name} ({reason})")
             self.unreadable |= batch.unreadable
             loss = self._loss(batch.images, self.step * recipe.grad_accum_steps + i)
             (loss / recipe.grad_accum_steps).backward()
@@ -415,12 +432,23 @@ class Trainer:
         return [
             f"{METHODS[r.method]} {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.device}, "
             f"mask ratio {r.mask_ratio:g}",
-            f"{len(self.images.names)} images{repeats} of {r.pixels} px from {self.images.root}",
+            f"{len(self.images.names)} {self.images.noun}s{repeats} {self._crops()} from {self.images.root}",
             f"batch {r.batch_size}{accumulated}, steps per epoch {self.steps_per_epoch}, epochs {r.epochs}",
             f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}{grn}",
             f"writes to {self.folder.folder}{start}",
             *self._hints(),
         ]
+
+    def _crops(self) -> str:
+        """Return what is cut out of the data, for the first lines of a run."""
+        r = self.recipe
+        if r.photographs and r.patch_size == Recipe.patch_size:
+            return f"of {r.pixels} px"
+        size, patch = ("x".join(map(str, sides)) for sides in (r.size, r.patch))
+        if r.photographs:
+            return f"of {size} px in patches of {patch}"
+        dimensions, channels = (_counted(*n) for n in ((r.ndim, "dimension"), (r.in_chans, "channel")))
+        return f"of {dimensions} and {channels}, normalised by {r.normalize}, crops of {size} in patches of {patch},"
 
     def _hints(self) -> list[str]:
         """Return what the user of a small data set should know."""
@@ -449,6 +477,10 @@ def default_workers() -> int:
     """Return one process per two cores that this process may use, at most 8; the other cores compute."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // 2))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def _epoch_line(epoch: int, epochs: int, records: list[StepRecord]) -> str:

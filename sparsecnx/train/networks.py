@@ -1,13 +1,18 @@
-"""The networks that `sparsecnx pretrain` trains: our sizes, and `timm:` with the name of a ConvNet of timm."""
+"""The networks that `sparsecnx pretrain` trains: our sizes, `timm:` and a ConvNet of timm, and `module:factory`."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
+import os
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.models import FCMAE, SIZES, ConvNeXtV2Encoder, SparK
@@ -16,16 +21,31 @@ from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
 if TYPE_CHECKING:
     from sparsecnx.train.recipe import Recipe
 
-PATCH_SIZE = 32
 TIMM = "timm:"
+# The halvings of our networks after the stem. Their last three are these, the stem has the others.
+DOWNSAMPLINGS = 3
+
+
+def is_code(name: object) -> bool:
+    """Return whether the name of a network is a Python path, `module:factory`, and no network of timm."""
+    return isinstance(name, str) and ":" in name and not name.startswith(TIMM)
 
 
 def unknown_network(name: str) -> str | None:
     """Return why there is no network of this name; None where there is."""
     if name in SIZES:
         return None
+    if is_code(name):
+        try:
+            _factory(name)
+        except Exception as error:  # a module can raise anything
+            return (
+                f"{type(error).__name__}: {error}; expected a Python module and a function in it that builds a network"
+            )
+        return None
     if not name.startswith(TIMM):
-        return f"expected one of {', '.join(SIZES)}, or {TIMM} and a network of timm, such as {TIMM}resnet50"
+        others = f"{TIMM} and a network of timm, such as {TIMM}resnet50, or module:factory"
+        return f"expected one of {', '.join(SIZES)}, or {others}"
     if importlib.util.find_spec("timm") is None:
         return "timm is not installed: pip install timm"
     import timm
@@ -37,40 +57,92 @@ def unknown_network(name: str) -> str | None:
     return "timm has no such network" + (f"; did you mean {', '.join(TIMM + other for other in near)}?" if near else "")
 
 
+def _factory(name: str) -> Callable[[], nn.Module]:
+    """Return the function `factory` of `module:factory`. The module may lie in the current folder."""
+    module, _, factory = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    found = getattr(importlib.import_module(module), factory)
+    if not callable(found):
+        raise TypeError(f"{factory} is a {type(found).__name__}")
+    return found
+
+
 def build_model(recipe: Recipe) -> MaskedAutoencoder:
     """Build the model that a recipe trains, with weights drawn from torch's global generator.
 
-    Parameters of a network of timm that pretraining does not reach, such as a norm of its head, get `requires_grad`
-    False. To find them it runs once, on the CPU, also under `torch.device("meta")`.
+    Parameters of a network of timm, or of a factory, that pretraining does not reach, such as a norm of its head, get
+    `requires_grad` False. To find them it runs once, on the CPU, also under `torch.device("meta")`.
 
     Raises:
-        InputError: the network does not run on visible patches, or its stride is not that of the patch.
+        InputError: the network does not run on visible patches, its stride is not that of the patch, or it is for other
+            channels or dimensions than the data.
     """
     if recipe.model in SIZES:
-        size = SIZES[recipe.model]
-        return _autoencoder(recipe, ConvNeXtV2Encoder(size.depths, size.dims, grn_scope=recipe.grn_scope))
-    import timm
-
+        return _autoencoder(recipe, _own_encoder(recipe))
     try:
         with torch.device("cpu"):
-            model = _autoencoder(recipe, timm.create_model(recipe.model.removeprefix(TIMM), num_classes=0))
-            _freeze_what_is_not_trained(model)
+            model = _autoencoder(recipe, _foreign_encoder(recipe))
+            _freeze_what_is_not_trained(model, recipe)
     except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
-        raise InputError(
-            "model", recipe.model, f"cannot be pretrained on patches of {PATCH_SIZE} px ({error})"
-        ) from error
+        patch = "x".join(map(str, recipe.patch)) if isinstance(recipe.patch_size, tuple) else recipe.patch_size
+        problem = f"cannot be pretrained on patches of {patch} px ({error})"
+        if recipe.method == "spark" and "below_tile" in problem:
+            problem += "; --below-tile dense lets it go on dense below the patch"
+        raise InputError("model", recipe.model, problem) from error
     return model
 
 
+def _own_encoder(recipe: Recipe) -> nn.Module:
+    """Return ConvNeXt V2 whose stride is the patch, at most 32 on an axis.
+
+    A patch of 32 has the published stem of 4 and three halvings. A smaller one has a smaller stem; below 8 the first
+    downsamplings do not halve that axis, as those of networks for volumes with few slices.
+    """
+    size = SIZES[recipe.model]
+    halvings = [min(patch, 32).bit_length() - 1 for patch in recipe.patch]
+    shape: dict[str, Any] = {}
+    if recipe.ndim != 2 or set(halvings) != {5}:
+        stem = tuple(1 << max(n - DOWNSAMPLINGS, 0) for n in halvings)
+        strides = tuple(tuple(2 if n >= DOWNSAMPLINGS - i else 1 for n in halvings) for i in range(DOWNSAMPLINGS))
+        shape = {"ndim": recipe.ndim, "stem": stem, "strides": strides}
+    return ConvNeXtV2Encoder(size.depths, size.dims, recipe.in_chans, grn_scope=recipe.grn_scope, **shape)
+
+
+def _foreign_encoder(recipe: Recipe) -> nn.Module:
+    """Return a network of timm or of a factory, for the channels and dimensions of the data."""
+    if recipe.model.startswith(TIMM):
+        import timm
+
+        network: nn.Module = timm.create_model(recipe.model.removeprefix(TIMM), num_classes=0, in_chans=recipe.in_chans)
+    else:
+        network = _factory(recipe.model)()
+    first: Any = next((module for module in network.modules() if isinstance(module, _ConvNd)), None)
+    if first is not None:
+        dimensions, channels = first.weight.ndim - 2, getattr(network, "in_chans", first.in_channels)
+        if (dimensions, channels) != (recipe.ndim, recipe.in_chans):
+            raise ValueError(
+                f"it takes {channels} channels and {dimensions} dimensions, the data have {recipe.in_chans} channels "
+                f"and {recipe.ndim} dimensions"
+            )
+    return network
+
+
 def _autoencoder(recipe: Recipe, encoder: nn.Module) -> MaskedAutoencoder:
-    kinds: dict[str, Any] = {"fcmae": FCMAE, "spark": SparK}
-    return kinds[recipe.method](encoder, PATCH_SIZE, norm_pix_loss=recipe.norm_pix_loss)
+    patch: Any = recipe.patch_size
+    if recipe.method == "spark":
+        return SparK(encoder, patch, norm_pix_loss=recipe.norm_pix_loss, below_tile=recipe.below_tile)
+    return FCMAE(encoder, patch, norm_pix_loss=recipe.norm_pix_loss)
 
 
-def _freeze_what_is_not_trained(model: MaskedAutoencoder) -> None:
+def _freeze_what_is_not_trained(model: MaskedAutoencoder, recipe: Recipe) -> None:
     """Turn off the gradients of parameters that get none, so that no optimizer holds them."""
     model.eval()  # keeps the statistics of batch norm
-    images, mask = torch.zeros(1, model.in_chans, PATCH_SIZE, 2 * PATCH_SIZE), torch.tensor([[False, True]])
+    # Two patches on every axis, or as many as two sites of the last map need. Every other one is visible.
+    strides = (model.stride,) * recipe.ndim if isinstance(model.stride, int) else model.stride
+    grid = [2 * max(stride // patch, 1) for stride, patch in zip(strides, recipe.patch, strict=True)]
+    images = torch.zeros(1, model.in_chans, *(cells * patch for cells, patch in zip(grid, recipe.patch, strict=True)))
+    mask = (torch.arange(math.prod(grid)) % 2 == 0).view(1, -1)
     model(images, mask=mask)[0].backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)

@@ -22,9 +22,10 @@ from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import SIZES
 from sparsecnx.ops.global_response_norm.groups import SCOPES
 from sparsecnx.train.augment import SMALLEST_AREA
-from sparsecnx.train.networks import PATCH_SIZE, unknown_network
+from sparsecnx.train.networks import unknown_network
 
 BETAS = (0.9, 0.95)
+LARGEST_STRIDE = 32  # of our networks; smaller patches have smaller strides
 # The names of the methods, and the defaults in which they differ from FCMAE. The published SparK has a learning rate of
 # 2e-4, for LAMB, and a weight decay that grows from 0.04 to 0.2.
 METHODS = {"fcmae": "FCMAE", "spark": "SparK"}
@@ -34,9 +35,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 WARMUP_EPOCHS = 40
 TRAINING_DTYPES = ("float32", "bfloat16")
+NORMALIZATIONS = ("imagenet", "zscore", "percentiles", "none")
+BELOW_TILE = ("raise", "dense")
 # Reading and cropping an image takes up to 12 bytes per pixel for a moment: 0.8 GB at this size.
 MAX_PIXELS = 64_000_000
 MANY = 1_000_000_000
+MOST_VALUES = 2**20  # of a patch, its channels included: FCMAE has 512 weights for each of them
 SMALL_EPOCH = 440  # images that an epoch of a small data set shows at least
 # These are the types of a recipe's fields: what is accepted, and its name in an error.
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -44,8 +48,9 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "True or False"),
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
-    "int | tuple[int, int]": ((int, tuple), "a whole number, or two"),
+    "int | tuple[int, ...]": ((int, tuple), "a whole number, or"),
 }
+NUMBERS = {1: "one", 2: "two", 3: "three"}
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,10 @@ class Recipe:
     """Everything that decides the losses of a pretraining run. The constructor checks it.
 
     Attributes:
-        model: size, a name in `sparsecnx.models.SIZES`, or `timm:` and the name of a network of timm.
+        model: size, a name in `sparsecnx.models.SIZES`; `timm:` and the name of a network of timm; or
+            `module:factory`, a Python function that returns a network.
         method: `"fcmae"` or `"spark"`.
-        image_size: side of the square training crop, or its height and width, pixels; multiples of the 32-pixel patch.
+        image_size: side of the square or cubic training crop, or its side on each axis, pixels; multiples of the patch.
         mask_ratio: fraction of patches removed, in [0, 1); at least one patch stays and at least one goes.
         norm_pix_loss: predict pixels normalised per patch.
         epochs: passes over the images, warm-up included.
@@ -69,10 +75,16 @@ class Recipe:
         seed: seed of the initial weights, the order of images, crops, flips and masks.
         epoch_repeats: times an epoch shows each image; for small data sets.
         crop_area: smallest part of an image's area that a crop shows.
-        max_pixels: size of the largest image that is read, width x height.
+        max_pixels: size of the largest image that is read, width x height; of volumes the largest compressed one.
         grn_scope: groups of GRN in the encoder, `"sample"` as in the paper and the published JAX code, or `"batch"` as
             in the published sparse PyTorch code; of our own networks alone.
         first_epoch: epoch in which the learning rate begins its schedule: 0, or the end of the run that was extended.
+        patch_size: side of a patch, or its side on each axis, pixels.
+        ndim: spatial dimensions of the data, 1 to 3.
+        in_chans: channels of the data.
+        normalize: `"imagenet"` for images. For volumes, per volume and channel: `"zscore"`, mean 0 and variance 1;
+            `"percentiles"`, the percentiles 0.5 and 99.5 become 0 and 1, and values beyond are clipped; `"none"`.
+        below_tile: `"dense"` lets the stride of the network exceed the patch, see `SparK`; of SparK alone.
 
     Raises:
         InputError: a field is out of range or of another type.
@@ -80,7 +92,7 @@ class Recipe:
 
     model: str = "atto"
     method: str = "fcmae"
-    image_size: int | tuple[int, int] = 224
+    image_size: int | tuple[int, ...] = 224
     mask_ratio: float = 0.6
     norm_pix_loss: bool = True
     epochs: int = 800
@@ -97,9 +109,21 @@ class Recipe:
     max_pixels: int = MAX_PIXELS
     grn_scope: str = "sample"
     first_epoch: int = 0
+    patch_size: int | tuple[int, ...] = 32
+    ndim: int = 2
+    in_chans: int = 3
+    normalize: str = "imagenet"
+    below_tile: str = "raise"
 
     def __post_init__(self) -> None:
         self._expect_types()
+        for field in ("image_size", "patch_size"):  # 64x64 is 64
+            object.__setattr__(self, field, _shortest(getattr(self, field)))
+        self._expect("ndim", self.ndim in NUMBERS, "1, 2 or 3")
+        self._expect("in_chans", 1 <= self.in_chans <= MANY, f"1 or more, at most {MANY}")
+        self._expect("normalize", self.normalize in NORMALIZATIONS, f"one of {', '.join(NORMALIZATIONS)}")
+        volumes = (self.ndim, self.in_chans) == (2, 3) or self.normalize != "imagenet"
+        self._expect("normalize", volumes, f"one of {', '.join(NORMALIZATIONS[1:])}, since the data are no photographs")
         self._expect("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
         if (problem := unknown_network(self.model)) is not None:
             raise InputError("model", _typed(self.model), problem)
@@ -119,14 +143,23 @@ class Recipe:
             self._expect("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"0 to epochs, {self.epochs}")
         self._expect("first_epoch", 0 <= self.first_epoch < self.epochs, f"0 to {self.epochs - 1}")
 
-        for side in self.size:
-            near = max(side // PATCH_SIZE, 1) * PATCH_SIZE
-            multiple = f"a multiple of the patch size, {PATCH_SIZE}, such as {near} or {near + PATCH_SIZE}"
-            self._expect("image_size", side > 0 and side % PATCH_SIZE == 0, multiple)
+        self._expect("below_tile", self.below_tile in BELOW_TILE, f"one of {', '.join(BELOW_TILE)}")
+        spark = self.below_tile == "raise" or self.method == "spark"
+        self._expect("below_tile", spark, f"raise, since {self.method} takes the map of the largest stride alone")
+        for patch in self.patch:
+            own = self.model not in SIZES or patch % LARGEST_STRIDE == 0 or patch in (1, 2, 4, 8, 16)
+            expected = f"1, 2, 4, 8, 16 or a multiple of {LARGEST_STRIDE} on every axis for {self.model}"
+            self._expect("patch_size", patch > 0 and own, expected)
+        values = f"at most {MOST_VALUES} values in a patch of {self.in_chans} channels"
+        self._expect("patch_size", math.prod(self.patch) * self.in_chans <= MOST_VALUES, values)
+        for side, patch in zip(self.size, self.patch, strict=True):
+            near = max(side // patch, 1) * patch
+            multiple = f"a multiple of the patch size, {_typed(self.patch_size)}, such as {near} or {near + patch}"
+            self._expect("image_size", side > 0 and side % patch == 0, multiple)
         largest = f"at most --max-pixels, {self.max_pixels}, in a crop"
         self._expect("image_size", math.prod(self.size) <= self.max_pixels, largest)
         patches = math.prod(self.grid)
-        self._expect("image_size", patches > 1, f"more than one patch of {PATCH_SIZE} x {PATCH_SIZE} pixels")
+        self._expect("image_size", patches > 1, f"more than one patch of {' x '.join(map(str, self.patch))} pixels")
         self._expect("mask_ratio", 0 <= self.mask_ratio < 1, "0 <= ratio < 1")
         some = f"a ratio that masks some of the {patches} patches of an image of {self.pixels} pixels, not all"
         self._expect("mask_ratio", 0 < int(patches * (1 - self.mask_ratio)) < patches, some)
@@ -139,9 +172,10 @@ class Recipe:
                 continue
             classes, name = KINDS[kind.removesuffix(" | None")]
             parts = value if isinstance(value, tuple) else (value,)
-            whole = tuple not in classes or (
-                all(type(part) is int for part in parts) and (parts[0] is value or len(parts) == 2)
-            )
+            whole = tuple not in classes or all(type(part) is int for part in parts)
+            if tuple in classes:
+                axes = self.ndim if isinstance(self.ndim, int) and self.ndim in NUMBERS else 2
+                name, whole = f"{name} {NUMBERS[axes]}", whole and (parts[0:1] == (value,) or len(parts) == axes)
             if not isinstance(value, classes) or (isinstance(value, bool) and kind != "bool") or not whole:
                 raise InputError(field.name, shown(value), f"expected {name}")
 
@@ -150,15 +184,24 @@ class Recipe:
             raise InputError(field, _typed(getattr(self, field)), f"expected {expected}")
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Return the patches down and across an image."""
-        height, width = self.size
-        return height // PATCH_SIZE, width // PATCH_SIZE
+    def grid(self) -> tuple[int, ...]:
+        """Return the patches of an image on each axis."""
+        return tuple(side // patch for side, patch in zip(self.size, self.patch, strict=True))
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Return height and width of the training crop."""
-        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+    def size(self) -> tuple[int, ...]:
+        """Return the side of the training crop on each axis."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * self.ndim
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        """Return the side of a patch on each axis."""
+        return self.patch_size if isinstance(self.patch_size, tuple) else (self.patch_size,) * self.ndim
+
+    @property
+    def photographs(self) -> bool:
+        """Return whether the data are images, and not arrays of any channels and dimensions."""
+        return self.normalize == "imagenet"
 
     @property
     def pixels(self) -> str:
@@ -204,7 +247,7 @@ class Recipe:
     def refuse_change(self, given: Mapping[str, Any]) -> None:
         """Raise InputError if a field that the user gives to a resumed run differs: the losses could not continue."""
         for field, value in given.items():
-            if value != (before := getattr(self, field)):
+            if _shortest(value) != (before := getattr(self, field)):
                 remedy = "leave it out to continue that run, or start a new one in another output folder"
                 raise InputError(field, _typed(value), f"the run to resume was started with {_typed(before)}; {remedy}")
 
@@ -216,6 +259,11 @@ def small_data(images: int) -> dict[str, Any]:
     """
     repeats = max(1, math.ceil(SMALL_EPOCH / images))
     return {"batch_size": 8, "base_lr": 0.03, "epochs": 100, "epoch_repeats": repeats}
+
+
+def _shortest(value: Any) -> Any:
+    """Return one number for equal sides: 64 for (64, 64)."""
+    return value[0] if isinstance(value, tuple) and len(value) > 1 and len(set(value)) == 1 else value
 
 
 def _typed(value: Any) -> str:

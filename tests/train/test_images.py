@@ -9,7 +9,7 @@ from PIL import Image
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.images import ImageSet, UnsupportedImage, find_images, read_image, wheel_photographs
-from sparsecnx.train.recipe import MAX_PIXELS
+from sparsecnx.train.recipe import Recipe
 
 
 def test_find_images_looks_everywhere_and_at_images_only(photos, tmp_path):
@@ -126,7 +126,7 @@ def test_an_image_that_would_be_cut_or_clipped_is_refused(name, photos):
     with pytest.raises(UnsupportedImage, match=reason):
         read_image(str(photos / name))
     with pytest.raises(InputError, match=rf"data is .*photos: holds {name}, which .*{reason}"):
-        find_images(photos).refuse_unsupported(MAX_PIXELS)
+        find_images(photos).refuse_unsupported(Recipe())
 
 
 def test_a_larger_limit_of_pixels_lets_an_image_in(tmp_path):

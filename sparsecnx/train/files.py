@@ -1,0 +1,189 @@
+"""The files of a data set: which there are below a folder, and what tells one set of them from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsecnx.common.errors import InputError
+from sparsecnx.common.files import not_regular
+
+ENDINGS = {
+    "images": (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    "volumes": (".npy", ".nii", ".nii.gz"),
+}
+# This many files, spread evenly over the list, are looked at before a run begins.
+SAMPLED_FILES = 256
+SAMPLED_BYTES = 4096
+
+
+class Fingerprint(NamedTuple):
+    """Hashes that tell one data set from another, wherever its folder is.
+
+    Attributes:
+        names: of the names and their order.
+        sizes: of the sizes of all files, in bytes.
+        contents: of the first, middle and last 4096 bytes of up to 256 files, spread evenly over the list. Of a Zarr
+            array, which is a folder, it takes the first, middle and last file in this way.
+    """
+
+    names: str
+    sizes: str
+    contents: str
+
+
+@dataclass(frozen=True)
+class FileSet:
+    """Files of one kind, in a fixed order.
+
+    Attributes:
+        root: folder that `names` are relative to.
+        names: paths below `root`, with forward slashes.
+        small: True if the decoded images are kept in memory.
+    """
+
+    root: str
+    names: tuple[str, ...]
+    small: bool = False
+    noun = "image"
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.names[index])
+
+    def sample(self) -> list[int]:
+        """Return the numbers of up to `SAMPLED_FILES` files, spread evenly."""
+        count = min(len(self.names), SAMPLED_FILES)
+        return [i * len(self.names) // count for i in range(count)]
+
+    def fingerprint(self) -> Fingerprint:
+        """Return hashes of names, sizes and a sample of the contents. A million files take about 6 seconds."""
+        sizes = (_sizes(self.path(index)) for index in range(len(self.names)))
+        contents = (_some_bytes(self.path(index)) for index in self.sample())
+        return Fingerprint(
+            _hash([os.fsencode("\n".join(self.names))]), _hash([",".join(sizes).encode()]), _hash(contents)
+        )
+
+
+def find_files(folder: str | Path) -> dict[str, tuple[str, ...]]:
+    """Return the names of all images and all volumes below `folder`, in sub-folders or not, sorted by path.
+
+    Links are followed. A folder that can be reached in several ways, such as by a link to its parent, is listed once. A
+    Zarr array and an OME-Zarr image are folders that count as one volume.
+
+    Raises:
+        InputError: `folder` does not exist, is not a folder, or a folder in it cannot be listed.
+    """
+    root = Path(folder)
+    if not os.path.isdir(root):
+        missing = "no such folder; expected images or volumes in one"
+        raise InputError("data", folder, "not a folder" if os.path.exists(root) else missing)
+    found: dict[str, list[str]] = {kind: [] for kind in ENDINGS}
+    try:
+        for parent, files in _walk(root):
+            if is_zarr(parent, files):
+                found["volumes"].append(Path(parent).relative_to(root).as_posix())
+                continue
+            for file in files:
+                for kind, endings in ENDINGS.items():
+                    if file.lower().endswith(endings):
+                        found[kind].append(Path(parent, file).relative_to(root).as_posix())
+    except OSError as error:
+        raise InputError("data", folder, f"cannot be listed ({error})") from error
+    return {kind: tuple(sorted(names)) for kind, names in found.items()}
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield `root` and every folder below it with its files. Links are followed, and no folder comes twice."""
+    visited: set[tuple[int, int]] = set()
+    for parent, folders, files in os.walk(root, onerror=_raise, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        if is_zarr(parent, files):
+            folders.clear()
+        # Folders come before links to them, so that the names do not depend on the order on disk.
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        yield parent, files
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def is_zarr(folder: str, files: Iterable[str]) -> bool:
+    """Return whether a folder with these files is a Zarr array or an OME-Zarr image, of format 2 or 3."""
+    if ".zarray" in files:
+        return True
+    if "zarr.json" in files:
+        metadata = read_json(os.path.join(folder, "zarr.json"))
+        return metadata.get("node_type") != "group" or multiscales(metadata.get("attributes")) is not None
+    return ".zattrs" in files and multiscales(read_json(os.path.join(folder, ".zattrs"))) is not None
+
+
+def multiscales(attributes: Any) -> str | None:
+    """Return the path of the largest array of an OME-Zarr image, by the attributes of its group; None for others."""
+    try:
+        path = attributes.get("ome", attributes)["multiscales"][0]["datasets"][0]["path"]
+    except (AttributeError, LookupError, TypeError):
+        return None
+    return path if isinstance(path, str) else None
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Return the dict in a file, empty where there is none."""
+    if not_regular(path) is not None:
+        return {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _sizes(path: str) -> str:
+    """Return the size of a file in bytes, or -1 if there is none; of a folder the names and sizes of its files."""
+    if os.path.isdir(path):
+        return _hash(f"{name}\n{_sizes(os.path.join(path, name))}\n".encode() for name in _names_in(path))
+    try:
+        return str(os.stat(path).st_size)
+    except OSError:
+        return "-1"
+
+
+def _some_bytes(path: str) -> bytes:
+    """Return the first, middle and last bytes of a file, or nothing if it cannot be read."""
+    if os.path.isdir(path):
+        names = _names_in(path)
+        taken = (names[i * (len(names) - 1) // 2] for i in range(3) if names)
+        return b"".join(_some_bytes(os.path.join(path, name)) for name in taken)
+    if not_regular(path) is not None:
+        return b""
+    try:
+        with open(path, "rb") as file:
+            size, parts = os.fstat(file.fileno()).st_size, []
+            for place in (0, (size - SAMPLED_BYTES) // 2, size - SAMPLED_BYTES):
+                file.seek(max(place, 0))
+                parts.append(file.read(SAMPLED_BYTES))
+            return b"".join(parts)
+    except OSError:
+        return b""
+
+
+def _names_in(folder: str) -> list[str]:
+    """Return all files below a folder that is a Zarr array, sorted."""
+    return sorted(os.path.relpath(os.path.join(p, name), folder) for p, _, names in os.walk(folder) for name in names)
