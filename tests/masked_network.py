@@ -390,19 +390,24 @@ def run_masked(network: Callable[[Tensor], Any], images: Tensor, mask: Tensor, b
 
 
 def differences(
-    network: torch.nn.Module, images: Tensor, mask: Tensor, run: Callable[[torch.nn.Module, Tensor], Any]
+    network: torch.nn.Module,
+    images: Tensor,
+    mask: Tensor,
+    run: Callable[[torch.nn.Module, Tensor], Any],
+    below_tile: str = "raise",
 ) -> dict[str, float]:
     """Compare a network as `run` runs it with the same network masked after every function.
 
     Args:
         run: gets a copy of the network and the images, and returns dense outputs, which may be nested.
+        below_tile: see `Masked`.
 
     Returns:
         Relative errors by name: of each output, of the gradient of the images and of each parameter, and of each
         buffer. A gradient or buffer counts as at least 1e-6 of the largest one, since some are sums that cancel.
     """
     found = []
-    for function in (run, lambda network, images: run_masked(network, images, mask)):
+    for function in (run, lambda network, images: run_masked(network, images, mask, below_tile)):
         copied, x = copy.deepcopy(network), images.clone().requires_grad_()
         torch.manual_seed(0)  # of dropout
         outputs = {f"output {path}": y for path, y in enumerate(pytree.tree_leaves(function(copied, x)))}

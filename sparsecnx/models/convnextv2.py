@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
-from sparsecnx.geometry.masks import format_shape
-from sparsecnx.nn import Conv2d, ConvNeXtV2Block, LayerNorm2d
+from sparsecnx.nn import ConvNeXtV2Block, LayerNorm2d
+from sparsecnx.nn.layers import CONVOLUTIONS, axis_sizes
 from sparsecnx.tensor import SparseTensor
 
-STRIDE = 32  # pixels per site after the last stage
+STRIDE = 32  # pixels per site after the last stage, as published
 
 
 @dataclass(frozen=True)
@@ -73,17 +75,28 @@ class ConvNeXtV2Encoder(nn.Module):
     """The four stages: dense on images, sparse on images with a mask, with the same weights.
 
     State-dict names are the published ones: `downsample_layers.{0..3}.{0,1}` and
-    `stages.{i}.{j}.{dwconv,norm,pwconv1,grn,pwconv2}`.
+    `stages.{i}.{j}.{dwconv,norm,pwconv1,grn,pwconv2}`. Volumes and signals have other shapes of kernels under the same
+    names.
 
     Attributes:
         num_features: channels of the last stage.
-        feature_info: channels, stride and name of every stage, as timm's models have it.
+        stride: pixels per site after the last stage, along each axis.
+        feature_info: channels, stride and name of every stage, as timm's models have it; a stride that differs by axis
+            is a tuple.
 
     Args:
         depths, dims: blocks and channels of the stages.
         in_chans: channels of the images.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over the blocks.
         grn_scope: groups of GRN under a mask, `"sample"` or `"batch"` (as in the published sparse code).
+        ndim: spatial dimensions: 2 for images, 3 for volumes, 1 for signals.
+        kernel_size: odd size of the depthwise kernels, one number or one for each axis, such as `(3, 7, 7)`.
+        stem: pixels per site of the first stage, likewise, such as `(2, 4, 4)`.
+        strides: of the convolution before each later stage; one number for all, or for each one number or one for each
+            axis, such as `((1, 2, 2), 2, 2)`.
+
+    Raises:
+        ValueError: sizes do not fit `ndim`, a kernel is even, or the stages have not as many strides between them.
     """
 
     def __init__(
@@ -93,21 +106,36 @@ class ConvNeXtV2Encoder(nn.Module):
         in_chans: int = 3,
         drop_path_rate: float = 0.0,
         grn_scope: str = "sample",
+        *,
+        ndim: int = 2,
+        kernel_size: int | Sequence[int] = 7,
+        stem: int | Sequence[int] = 4,
+        strides: int | Sequence[int | Sequence[int]] = 2,
     ) -> None:
         super().__init__()
-        self.in_chans = in_chans
+        self.in_chans, self.ndim = in_chans, ndim
         self.dims = tuple(dims)
         self.num_features = self.dims[-1]
+        self.kernel_size = axis_sizes("kernel_size", kernel_size, ndim)
+        between = [strides] * (len(dims) - 1) if isinstance(strides, int) else strides
+        steps = [axis_sizes("stem", stem, ndim), *(axis_sizes("strides", stride, ndim) for stride in between)]
+        if len(steps) != len(dims):
+            raise ValueError(f"strides is {strides}: expected one number, or {len(dims) - 1} for {len(dims)} stages")
+        totals = list(itertools.accumulate(steps, lambda fine, step: tuple(map(operator.mul, fine, step))))
+        self.stride = totals[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"stages.{stage}"} for stage, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": one_if_equal(total), "module": f"stages.{stage}"}
+            for stage, (dim, total) in enumerate(zip(dims, totals, strict=True))
         ]
-        self.downsample_layers = nn.ModuleList([Layers(Conv2d(in_chans, dims[0], 4, stride=4), LayerNorm2d(dims[0]))])
-        for dim, wider in itertools.pairwise(dims):
-            self.downsample_layers.append(Layers(LayerNorm2d(dim), Conv2d(dim, wider, 2, stride=2)))
+        conv = CONVOLUTIONS[ndim]
+        first = Layers(conv(in_chans, dims[0], steps[0], stride=steps[0]), LayerNorm2d(dims[0]))
+        self.downsample_layers = nn.ModuleList([first])
+        for (dim, wider), step in zip(itertools.pairwise(dims), steps[1:], strict=True):
+            self.downsample_layers.append(Layers(LayerNorm2d(dim), conv(dim, wider, step, stride=step)))
         last = max(sum(depths) - 1, 1)
         rates = (drop_path_rate * index / last for index in itertools.count())
         self.stages = nn.ModuleList(
-            Layers(*(ConvNeXtV2Block(dim, next(rates), grn_scope) for _ in range(depth)))
+            Layers(*(ConvNeXtV2Block(dim, next(rates), grn_scope, kernel_size, ndim) for _ in range(depth)))
             for depth, dim in zip(depths, dims, strict=True)
         )
         self.apply(init_weights)
@@ -126,23 +154,24 @@ class ConvNeXtV2Encoder(nn.Module):
             stage.grad_checkpointing = enable
 
     def forward(self, images: Tensor | SparseTensor, mask: Tensor | None = None, visible: int | None = None) -> Any:
-        """Return the output of the last stage, at stride 32, see `forward_features`."""
+        """Return the output of the last stage, see `forward_features`."""
         return self.forward_features(images, mask, visible)[-1]
 
     def forward_features(
         self, images: Tensor | SparseTensor, mask: Tensor | None = None, visible: int | None = None
     ) -> list[Any]:
-        """Return the outputs of the four stages, at strides 4, 8, 16 and 32.
+        """Return the outputs of the four stages, of images at strides 4, 8, 16 and 32.
 
         Args:
-            images: `(B, in_chans, H, W)`, H and W multiples of 32; or a SparseTensor of their visible pixels, without
-                `mask`.
-            mask: `(B, L)` or `(B, gh, gw)`, True or 1 = masked, on a grid of patches whose sides are multiples of 32
-                pixels, see `SparseTensor.from_dense`. None computes all sites, dense.
+            images: `(B, in_chans, *spatial)`, sides multiples of `stride` (32); or a SparseTensor of their visible
+                pixels, without `mask`.
+            mask: `(B, L)` or `(B, *grid)`, True or 1 = masked, on a grid of patches whose sides are multiples of
+                `stride`, see `SparseTensor.from_dense`. None computes all sites, dense.
             visible: number of visible patches, if it is known and equal in all images, see `SparseTensor.from_dense`.
 
         Returns:
-            SparseTensors with a mask or of a SparseTensor, otherwise dense tensors `(B, dims[i], H / s, W / s)`.
+            SparseTensors with a mask or of a SparseTensor, otherwise dense tensors, of images
+            `(B, dims[i], H / s, W / s)`.
 
         Raises:
             TypeError, ValueError: `images` or `mask` does not fit, see `SparseTensor.from_dense`.
@@ -156,20 +185,20 @@ class ConvNeXtV2Encoder(nn.Module):
         if isinstance(images, SparseTensor):
             if mask is not None:
                 raise ValueError("mask is given: expected None, since images is a SparseTensor of the visible pixels")
-            if images.features.shape[1] != self.in_chans:
-                raise ValueError(f"images is {tuple(images.shape)}: expected (B, {self.in_chans}, H, W)")
+            if images.features.shape[1] != self.in_chans or images.layout.ndim != self.ndim:
+                raise ValueError(f"images is {tuple(images.shape)}: expected {shape_of(self.in_chans, self.ndim)}")
         else:
-            check_images(images, self.in_chans)
+            check_images(images, self.in_chans, self.stride)
             if isinstance(mask, torch.fx.Proxy):
                 raise TypeError(
                     "mask is traced: expected concrete_args={'mask': None, 'visible': None} of symbolic_trace"
                 )
             x = images if mask is None else SparseTensor.from_dense(images, mask, visible)
-        if isinstance(x, SparseTensor) and any(side % STRIDE for side in x.layout.tile):
+        if isinstance(x, SparseTensor) and any(map(operator.mod, x.layout.tile, self.stride)):
             given = f"images is {tuple(images.shape)}" if mask is None else f"mask is {tuple(mask.shape)}"
-            patch = x.layout.side or format_shape(x.layout.tile)
+            patch, stride = (one_if_equal(sizes) for sizes in (x.layout.tile, self.stride))
             raise ValueError(
-                f"{given}: its patches of {patch} pixels must be a multiple of {STRIDE}, the stride of the network"
+                f"{given}: its patches of {patch} pixels must be a multiple of {stride}, the stride of the network"
             )
         outputs = []
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
@@ -189,11 +218,11 @@ class ConvNeXtV2Encoder(nn.Module):
         """Return the outputs of chosen stages, as this method of timm's models does.
 
         Args:
-            x: images `(B, in_chans, H, W)`, or a SparseTensor of their visible pixels.
+            x: images `(B, in_chans, *spatial)`, or a SparseTensor of their visible pixels.
             indices: numbers of stages, from the end if negative; an int takes that many last stages, None all.
             norm: without effect, as in timm's ConvNeXt: the norm is a part of the head.
             stop_early: without effect: every stage runs; `prune_intermediate_layers` removes stages.
-            output_fmt: `"NCHW"`.
+            output_fmt: `"NCHW"`, channels before space, in other dimensions too.
             intermediates_only: True leaves out the first part of the result.
 
         Returns:
@@ -282,7 +311,7 @@ class ConvNeXtV2(ConvNeXtV2Encoder):
                 weight.mul_(head_init_scale)
 
     def forward(self, images: Tensor | SparseTensor) -> Tensor:  # type: ignore[override]
-        """Return logits `(B, num_classes)` for images `(B, in_chans, H, W)` or for their visible pixels."""
+        """Return logits `(B, num_classes)` for images `(B, in_chans, *spatial)` or for their visible pixels."""
         return self.forward_head(self.forward_features(images))
 
     def forward_features(
@@ -297,11 +326,11 @@ class ConvNeXtV2(ConvNeXtV2Encoder):
     def forward_head(self, x: Any, pre_logits: bool = False) -> Any:
         """Return logits for the output of the last stage; with `pre_logits` the features that the Linear takes."""
         pooled = self.global_pool == "avg"
-        y = x.mean(dim=(2, 3)) if pooled else x.permute(0, 2, 3, 1)
+        y = x.mean(dim=tuple(range(2, 2 + self.ndim))) if pooled else x.movedim(1, -1)
         y = nn.functional.dropout(self.norm(y), self.drop_rate, self.training)
         if not pre_logits:
             y = self.head(y)
-        return y if pooled else y.permute(0, 3, 1, 2)
+        return y if pooled else y.movedim(-1, 1)
 
     def get_classifier(self) -> nn.Module:
         """Return the last layer, a Linear, or an Identity if `num_classes` is 0."""
@@ -344,21 +373,35 @@ class ConvNeXtV2(ConvNeXtV2Encoder):
 
 def init_weights(module: nn.Module) -> None:
     """Draw weights of convolutions and linear layers from a truncated normal with std 0.02, and set biases to 0."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
+    if isinstance(module, (_ConvNd, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-def check_images(images: Tensor, channels: int) -> None:
-    """Raise TypeError or ValueError unless `images` is floating `(B, channels, H, W)`, H and W multiples of 32."""
+def one_if_equal(sizes: tuple[int, ...]) -> int | tuple[int, ...]:
+    """Return the size that all axes have, or the sizes where they differ."""
+    return sizes[0] if len(set(sizes)) == 1 else sizes
+
+
+def shape_of(channels: int, ndim: int) -> str:
+    """Return the shape that images have, for an error: `(B, 3, H, W)`."""
+    return f"(B, {channels}, {', '.join('DHW'[3 - ndim :])})"
+
+
+def check_images(images: Tensor, channels: int, stride: tuple[int, ...]) -> None:
+    """Raise TypeError or ValueError unless `images` is floating `(B, channels, *spatial)`, multiples of `stride`."""
+    expected = shape_of(channels, len(stride))
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images is {kind}: expected a floating tensor (B, {channels}, H, W)")
-    if images.ndim != 4 or images.shape[1] != channels or images.shape[0] == 0:
-        raise ValueError(f"images is {tuple(images.shape)}: expected (B, {channels}, H, W) with B >= 1")
-    if images.shape[2] % STRIDE or images.shape[3] % STRIDE or 0 in images.shape:
-        raise ValueError(f"images is {tuple(images.shape)}: height and width must be multiples of {STRIDE}")
+        raise TypeError(f"images is {kind}: expected a floating tensor {expected}")
+    if images.ndim != 2 + len(stride) or images.shape[1] != channels or images.shape[0] == 0:
+        raise ValueError(f"images is {tuple(images.shape)}: expected {expected} with B >= 1")
+    if 0 in images.shape or any(map(operator.mod, images.shape[2:], stride)):
+        raise ValueError(
+            f"images is {tuple(images.shape)}: its sides must be multiples of {one_if_equal(stride)}, the stride of "
+            "the network"
+        )
 
 
 # Tracing leaves the check as it is: it reads shapes, which are known only when the graph runs.

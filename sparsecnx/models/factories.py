@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparsecnx.models.convnextv2 import ConvNeXtV2, ConvNeXtV2Encoder, get_size
@@ -27,110 +28,64 @@ def create_convnextv2(
     )
 
 
-def convnextv2_atto(
-    num_classes: int = 1000, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any
-) -> ConvNeXtV2:
-    """Build ConvNeXt V2 Atto, 3.7 million parameters; options are those of `create_convnextv2`."""
-    return create_convnextv2("atto", num_classes, in_chans, drop_path_rate, **options)
-
-
-def convnextv2_femto(
-    num_classes: int = 1000, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any
-) -> ConvNeXtV2:
-    """Build ConvNeXt V2 Femto, 5.2 million parameters; options are those of `create_convnextv2`."""
-    return create_convnextv2("femto", num_classes, in_chans, drop_path_rate, **options)
-
-
-def convnextv2_pico(
-    num_classes: int = 1000, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any
-) -> ConvNeXtV2:
-    """Build ConvNeXt V2 Pico, 9.1 million parameters; options are those of `create_convnextv2`."""
-    return create_convnextv2("pico", num_classes, in_chans, drop_path_rate, **options)
-
-
-def convnextv2_nano(
-    num_classes: int = 1000, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any
-) -> ConvNeXtV2:
-    """Build ConvNeXt V2 Nano, 15.6 million parameters; options are those of `create_convnextv2`."""
-    return create_convnextv2("nano", num_classes, in_chans, drop_path_rate, **options)
-
-
-def convnextv2_tiny(
-    num_classes: int = 1000, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any
-) -> ConvNeXtV2:
-    """Build ConvNeXt V2 Tiny, 28.6 million parameters; options are those of `create_convnextv2`."""
-    return create_convnextv2("tiny", num_classes, in_chans, drop_path_rate, **options)
-
-
-def convnextv2_base(
-    num_classes: int = 1000, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any
-) -> ConvNeXtV2:
-    """Build ConvNeXt V2 Base, 89 million parameters; options are those of `create_convnextv2`."""
-    return create_convnextv2("base", num_classes, in_chans, drop_path_rate, **options)
-
-
-def convnextv2_large(
-    num_classes: int = 1000, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any
-) -> ConvNeXtV2:
-    """Build ConvNeXt V2 Large, 198 million parameters; options are those of `create_convnextv2`."""
-    return create_convnextv2("large", num_classes, in_chans, drop_path_rate, **options)
-
-
-def convnextv2_huge(
-    num_classes: int = 1000, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any
-) -> ConvNeXtV2:
-    """Build ConvNeXt V2 Huge, 660 million parameters; options are those of `create_convnextv2`."""
-    return create_convnextv2("huge", num_classes, in_chans, drop_path_rate, **options)
-
-
 def create_fcmae(
-    size: str, *, in_chans: int = 3, drop_path_rate: float = 0.0, grn_scope: str = "sample", **options: Any
+    size: str,
+    *,
+    in_chans: int = 3,
+    drop_path_rate: float = 0.0,
+    grn_scope: str = "sample",
+    ndim: int = 2,
+    kernel_size: int | Sequence[int] = 7,
+    stem: int | Sequence[int] = 4,
+    strides: int | Sequence[int | Sequence[int]] = 2,
+    **options: Any,
 ) -> FCMAE:
-    """Build an FCMAE with the encoder of a named size; other options are those of `FCMAE`.
+    """Build an FCMAE with the `ConvNeXtV2Encoder` of a named size; other options are those of `FCMAE`.
 
     Raises:
-        ValueError: there is no such size.
+        ValueError: there is no such size, or an argument does not fit the encoder or FCMAE.
     """
     config = get_size(size)
-    encoder = ConvNeXtV2Encoder(config.depths, config.dims, in_chans, drop_path_rate, grn_scope)
+    geometry: dict[str, Any] = {"ndim": ndim, "kernel_size": kernel_size, "stem": stem, "strides": strides}
+    encoder = ConvNeXtV2Encoder(config.depths, config.dims, in_chans, drop_path_rate, grn_scope, **geometry)
     return FCMAE(encoder, **options)
 
 
-def fcmae_convnextv2_atto(*, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any) -> FCMAE:
-    """Build the masked autoencoder of ConvNeXt V2 Atto; options are those of `create_fcmae`."""
-    return create_fcmae("atto", in_chans=in_chans, drop_path_rate=drop_path_rate, **options)
+def _classifier(size: str, millions: str) -> Callable[..., ConvNeXtV2]:
+    def create(num_classes: int = 1000, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any) -> ConvNeXtV2:
+        return create_convnextv2(size, num_classes, in_chans, drop_path_rate, **options)
+
+    create.__name__ = create.__qualname__ = f"convnextv2_{size}"
+    create.__doc__ = (
+        f"Build ConvNeXt V2 {size.title()}, {millions} million parameters for images; options are those of "
+        "`create_convnextv2`."
+    )
+    return create
 
 
-def fcmae_convnextv2_femto(*, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any) -> FCMAE:
-    """Build the masked autoencoder of ConvNeXt V2 Femto; options are those of `create_fcmae`."""
-    return create_fcmae("femto", in_chans=in_chans, drop_path_rate=drop_path_rate, **options)
+def _autoencoder(size: str) -> Callable[..., FCMAE]:
+    def create(*, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any) -> FCMAE:
+        return create_fcmae(size, in_chans=in_chans, drop_path_rate=drop_path_rate, **options)
+
+    create.__name__ = create.__qualname__ = f"fcmae_convnextv2_{size}"
+    create.__doc__ = f"Build the masked autoencoder of ConvNeXt V2 {size.title()}; options are those of `create_fcmae`."
+    return create
 
 
-def fcmae_convnextv2_pico(*, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any) -> FCMAE:
-    """Build the masked autoencoder of ConvNeXt V2 Pico; options are those of `create_fcmae`."""
-    return create_fcmae("pico", in_chans=in_chans, drop_path_rate=drop_path_rate, **options)
+convnextv2_atto = _classifier("atto", "3.7")
+convnextv2_femto = _classifier("femto", "5.2")
+convnextv2_pico = _classifier("pico", "9.1")
+convnextv2_nano = _classifier("nano", "15.6")
+convnextv2_tiny = _classifier("tiny", "28.6")
+convnextv2_base = _classifier("base", "89")
+convnextv2_large = _classifier("large", "198")
+convnextv2_huge = _classifier("huge", "660")
 
-
-def fcmae_convnextv2_nano(*, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any) -> FCMAE:
-    """Build the masked autoencoder of ConvNeXt V2 Nano; options are those of `create_fcmae`."""
-    return create_fcmae("nano", in_chans=in_chans, drop_path_rate=drop_path_rate, **options)
-
-
-def fcmae_convnextv2_tiny(*, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any) -> FCMAE:
-    """Build the masked autoencoder of ConvNeXt V2 Tiny; options are those of `create_fcmae`."""
-    return create_fcmae("tiny", in_chans=in_chans, drop_path_rate=drop_path_rate, **options)
-
-
-def fcmae_convnextv2_base(*, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any) -> FCMAE:
-    """Build the masked autoencoder of ConvNeXt V2 Base; options are those of `create_fcmae`."""
-    return create_fcmae("base", in_chans=in_chans, drop_path_rate=drop_path_rate, **options)
-
-
-def fcmae_convnextv2_large(*, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any) -> FCMAE:
-    """Build the masked autoencoder of ConvNeXt V2 Large; options are those of `create_fcmae`."""
-    return create_fcmae("large", in_chans=in_chans, drop_path_rate=drop_path_rate, **options)
-
-
-def fcmae_convnextv2_huge(*, in_chans: int = 3, drop_path_rate: float = 0.0, **options: Any) -> FCMAE:
-    """Build the masked autoencoder of ConvNeXt V2 Huge; options are those of `create_fcmae`."""
-    return create_fcmae("huge", in_chans=in_chans, drop_path_rate=drop_path_rate, **options)
+fcmae_convnextv2_atto = _autoencoder("atto")
+fcmae_convnextv2_femto = _autoencoder("femto")
+fcmae_convnextv2_pico = _autoencoder("pico")
+fcmae_convnextv2_nano = _autoencoder("nano")
+fcmae_convnextv2_tiny = _autoencoder("tiny")
+fcmae_convnextv2_base = _autoencoder("base")
+fcmae_convnextv2_large = _autoencoder("large")
+fcmae_convnextv2_huge = _autoencoder("huge")

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.packing import gather_rows
 from sparsecnx.geometry.tiles import TileSet
-from sparsecnx.models.convnextv2 import Layers, init_weights
+from sparsecnx.models.convnextv2 import ConvNeXtV2Encoder, Layers, init_weights
 from sparsecnx.models.encoders import stages_of
 from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
-from sparsecnx.nn import Conv2d, ConvNeXtV2Block
+from sparsecnx.nn import ConvNeXtV2Block
+from sparsecnx.nn.layers import CONVOLUTIONS
 from sparsecnx.tensor import SparseTensor
 
 
 class FCMAE(MaskedAutoencoder):
     """An encoder on the visible patches, a light decoder on all, and the loss on the masked ones.
 
+    It has the dimensions of its encoder: images, volumes or signals. The decoder has the kernel of a ConvNeXt V2
+    encoder, and kernels of 7 sites for any other.
+
     Args:
         encoder: `ConvNeXtV2Encoder`, any ConvNet of timm, or a module that returns a feature map for a SparseTensor of
             the visible pixels, see `stages_of`. The decoder takes its last map.
-        patch_size: pixels per patch side, a multiple of the encoder's stride.
+        patch_size: pixels per patch side, one number or one for each axis, multiples of the encoder's stride; None is
+            that stride, 32 for `ConvNeXtV2Encoder`.
         decoder_depth: blocks of the decoder.
         decoder_dim: channels of the decoder.
         norm_pix_loss: True normalises the target pixels of every patch to zero mean and unit variance.
@@ -33,21 +41,21 @@ class FCMAE(MaskedAutoencoder):
     def __init__(
         self,
         encoder: nn.Module,
-        patch_size: int = 32,
+        patch_size: int | Sequence[int] | None = None,
         decoder_depth: int = 1,
         decoder_dim: int = 512,
         norm_pix_loss: bool = True,
     ) -> None:
         stages = stages_of(encoder, patch_size)
-        if stages.ndim != 2:
-            raise ValueError(f"encoder is a {type(encoder).__name__} of {stages.ndim} dimensions: expected 2")
         super().__init__(encoder, stages, patch_size, norm_pix_loss)
-        self.proj = Conv2d(stages.channels[-1], decoder_dim, 1)
-        self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1))
-        self.decoder = Layers(*(ConvNeXtV2Block(decoder_dim) for _ in range(decoder_depth)))
+        conv, kernel = CONVOLUTIONS[self.ndim], encoder.kernel_size if isinstance(encoder, ConvNeXtV2Encoder) else 7
+        self.proj = conv(stages.channels[-1], decoder_dim, 1)
+        self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, *(1,) * self.ndim))
+        blocks = (ConvNeXtV2Block(decoder_dim, kernel_size=kernel, ndim=self.ndim) for _ in range(decoder_depth))
+        self.decoder = Layers(*blocks)
         # The kernel is 1x1 for the published 32-pixel patch. A larger patch is predicted from all its sites.
-        sites = patch_size // self.stride
-        self.pred = Conv2d(decoder_dim, patch_size**2 * self.in_chans, sites, stride=sites)
+        sites = tuple(p // step for p, step in zip(self.patch, stages.strides[-1], strict=True))
+        self.pred = conv(decoder_dim, math.prod(self.patch) * self.in_chans, sites, stride=sites)
         for module in (self.proj, self.decoder, self.pred):
             module.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -58,11 +66,11 @@ class FCMAE(MaskedAutoencoder):
         self.decoder.grad_checkpointing = enable
 
     def predict(self, x: SparseTensor) -> Tensor:
-        """Return the pixels of all patches, `(B, patch_size**2 * C, gh, gw)`, from the visible ones."""
+        """Return the pixels of all patches, `(B, prod(patch) * C, *grid)`, from the visible ones."""
         return self.forward_decoder(self._stages.maps(self.encoder, x, last=1)[0])
 
     def forward_decoder(self, encoded: SparseTensor) -> Tensor:
-        """Return predictions `(B, patch_size**2 * C, gh, gw)` for the SparseTensor of the last stage."""
+        """Return predictions `(B, prod(patch) * C, *grid)` for the SparseTensor of the last stage."""
         x = self.proj(encoded).dense(fill=self.mask_token.flatten())
         # The decoder sees every site. Its blocks run on a SparseTensor without a mask: the fused operator is
         # faster than the dense sequence and keeps less for backward.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sparsecnx.geometry.mask_reading import check_same_device, read_mask
 from sparsecnx.geometry.masks import random_mask, visible_count
-from sparsecnx.models.encoders import Stages
+from sparsecnx.models.convnextv2 import one_if_equal, shape_of
+from sparsecnx.models.encoders import Stages, fits
 from sparsecnx.tensor import SparseTensor
 
 
@@ -21,9 +22,14 @@ class MaskedAutoencoder(nn.Module):
     Args:
         encoder: the network that is trained.
         stages: its feature maps.
-        patch_size: pixels per patch side, one number or one for each axis.
+        patch_size: pixels per patch side, one number or one for each axis; None is the stride of the encoder.
         norm_pix_loss: True normalises the target pixels of every patch to zero mean and unit variance.
         below_tile: see `SparseTensor.from_dense`.
+
+    Attributes:
+        ndim: spatial dimensions, those of the encoder.
+        patch: pixels per patch along each axis.
+        patch_size, stride: pixels per patch and per site of the last map; a tuple where axes differ.
 
     Raises:
         ValueError: `patch_size` is no multiple of the stride of the encoder; with `below_tile="dense"` it may also
@@ -36,26 +42,26 @@ class MaskedAutoencoder(nn.Module):
         self,
         encoder: nn.Module,
         stages: Stages,
-        patch_size: int | Sequence[int],
+        patch_size: int | Sequence[int] | None,
         norm_pix_loss: bool = True,
         below_tile: str = "raise",
     ) -> None:
         super().__init__()
-        patch = (patch_size,) * stages.ndim if isinstance(patch_size, int) else tuple(patch_size)
         stride = stages.strides[-1]
-        fits = [p > 0 and (p % stride == 0 or (below_tile == "dense" and stride % p == 0)) for p in patch]
-        if len(fits) != stages.ndim or not all(fits):
+        given = stride if patch_size is None else patch_size
+        patch = (given,) * stages.ndim if isinstance(given, int) else tuple(given)
+        if len(patch) != stages.ndim or not fits(patch, stride, below_tile):
             raise ValueError(
-                f"patch_size is {patch_size}: expected a multiple of {stride} pixels on {stages.ndim} axes, the stride "
-                f"of the encoder, a {type(encoder).__name__}{self._remedy}"
+                f"patch_size is {patch_size}: expected a multiple of {one_if_equal(stride)} pixels on {stages.ndim} "
+                f"axes, the stride of the encoder, a {type(encoder).__name__}{self._remedy}"
             )
         self.encoder = encoder
-        self.patch_size = patch_size
+        self.ndim, self.in_chans = stages.ndim, stages.in_chans
+        self.patch, self.patch_size = patch, one_if_equal(patch)
         self.norm_pix_loss = norm_pix_loss
         self.below_tile = below_tile
-        self.in_chans = stages.in_chans
-        self.stride = stride
-        self._stages, self._patch = stages, patch
+        self.stride = one_if_equal(stride)
+        self._stages = stages
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep little of the encoder for backward, which computes it again: less memory, more time.
@@ -80,19 +86,19 @@ class MaskedAutoencoder(nn.Module):
         """Mask, encode and reconstruct images.
 
         Args:
-            images: `(B, C, H, W)`, H and W multiples of the patch size.
+            images: `(B, C, *spatial)`, such as `(B, C, H, W)`, sides multiples of the patch size.
             mask_ratio: fraction of patches removed by a random mask, if `mask` is None; `int(L * (1 - mask_ratio))` of
                 L patches stay visible.
-            mask: `(B, L)`, `(B, gh, gw)` or `(B, 1, gh, gw)`, or a mask of pixels, True or 1 = masked; the same without
-                B for all images. See `SparseTensor.from_dense`.
+            mask: `(B, L)`, `(B, *grid)` or `(B, 1, *grid)`, or a mask of pixels, True or 1 = masked; the same without B
+                for all images. See `SparseTensor.from_dense`.
             visible: number of visible patches of `mask`, if it is known and equal in all images, see
                 `SparseTensor.from_dense`.
             generator: source of the random mask, on the device of `images` or on the CPU.
 
         Returns:
             Loss, prediction and mask. The loss is a scalar, see `reconstruction_loss`. The prediction is
-            `(B, patch_size**2 * C, gh, gw)`, the pixels of each patch in the order (row, column, colour). The mask is
-            bool `(B, L)`, True = masked.
+            `(B, prod(patch) * C, *grid)`, of images `(B, patch_size**2 * C, gh, gw)`, the pixels of each patch in the
+            order (row, column, colour). The mask is bool `(B, L)`, True = masked.
 
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
@@ -115,7 +121,7 @@ class MaskedAutoencoder(nn.Module):
         return self._loss(images, pred, mask, grid), pred, mask
 
     def predict(self, x: SparseTensor) -> Tensor:
-        """Return the pixels of all patches, `(B, patch_size**2 * C, gh, gw)`, from the visible ones."""
+        """Return the pixels of all patches, `(B, prod(patch) * C, *grid)`, from the visible ones."""
         raise NotImplementedError
 
     def reconstruction_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
@@ -134,28 +140,28 @@ class MaskedAutoencoder(nn.Module):
         return (error * mask).sum() / mask.sum().clamp(min=1)
 
     def patchify(self, images: Tensor) -> Tensor:
-        """Cut images `(B, C, H, W)` into patches `(B, L, patch_size**2 * C)`, pixels as (row, column, colour)."""
+        """Cut images `(B, C, *spatial)` into patches `(B, L, prod(patch) * C)`, pixels as (row, column, colour)."""
         return self._patches(images, self.grid(images))
 
     def _patches(self, images: Tensor, grid: tuple[int, ...]) -> Tensor:
         n = len(grid)
-        sides = [side for cells, p in zip(grid, self._patch, strict=True) for side in (cells, p)]
+        sides = [side for cells, p in zip(grid, self.patch, strict=True) for side in (cells, p)]
         patches = images.reshape(images.shape[0], self.in_chans, *sides)
         order = [*range(2, 2 + 2 * n, 2), *range(3, 3 + 2 * n, 2), 1]  # cells, pixels, colour
         return patches.permute(0, *order).reshape(images.shape[0], math.prod(grid), -1)
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
-        """Join patches to images `(B, C, H, W)`; undoes `patchify`.
+        """Join patches to images `(B, C, *spatial)`; undoes `patchify`.
 
         Args:
-            patches: `(B, patch_size**2 * C, gh, gw)` as `forward` returns them, or `(B, L, patch_size**2 * C)` as
-                `patchify` does.
-            grid: `(gh, gw)`, needed for three dimensions only.
+            patches: `(B, prod(patch) * C, *grid)` as `forward` returns them, or `(B, L, prod(patch) * C)` as `patchify`
+                does.
+            grid: patches per axis, `(gh, gw)` of images; needed for `(B, L, prod(patch) * C)` only.
 
         Raises:
             ValueError: `patches` has another shape, or L is not the number of cells of `grid`.
         """
-        n, values = len(self._patch), math.prod(self._patch) * self.in_chans
+        n, values = self.ndim, math.prod(self.patch) * self.in_chans
         if patches.ndim == 2 + n and patches.shape[1] == values and grid in (None, tuple(patches.shape[2:])):
             grid = tuple(patches.shape[2:])
             patches = patches.flatten(2).mT
@@ -164,27 +170,27 @@ class MaskedAutoencoder(nn.Module):
             axes = ", ".join(("gd", "gh", "gw")[3 - n :])
             expected = f"expected (B, {values}, {axes}), or (B, {cells}, {values}) with grid=({axes})"
             raise ValueError(f"patches is {tuple(patches.shape)} and grid is {grid}: {expected}")
-        images = patches.reshape(patches.shape[0], *grid, *self._patch, self.in_chans)
+        images = patches.reshape(patches.shape[0], *grid, *self.patch, self.in_chans)
         order = [axis for i in range(n) for axis in (1 + i, 1 + n + i)]  # cell and pixel of each axis in turn
-        sides = [cells * p for cells, p in zip(grid, self._patch, strict=True)]
+        sides = [cells * p for cells, p in zip(grid, self.patch, strict=True)]
         return images.permute(0, 1 + 2 * n, *order).reshape(-1, self.in_chans, *sides)
 
     def grid(self, images: Tensor) -> tuple[int, ...]:
-        """Return the patches per axis of images `(B, C, H, W)`.
+        """Return the patches per axis of images `(B, C, *spatial)`.
 
         Raises:
             TypeError, ValueError: `images` is not floating, or a side is not a multiple of patch size and stride.
         """
-        n = len(self._patch)
-        expected = f"(B, {self.in_chans}, {', '.join('DHW'[3 - n :])})"
+        expected = shape_of(self.in_chans, self.ndim)
         if not isinstance(images, Tensor) or not images.is_floating_point():
             kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
             raise TypeError(f"images is {kind}: expected a floating tensor {expected}")
-        if images.ndim != 2 + n or images.shape[1] != self.in_chans or images.shape[0] == 0:
+        if images.ndim != 2 + self.ndim or images.shape[1] != self.in_chans or images.shape[0] == 0:
             raise ValueError(f"images is {tuple(images.shape)}: expected {expected} with B >= 1")
-        sides = tuple(math.lcm(p, self.stride) for p in self._patch)
+        sides = tuple(map(math.lcm, self.patch, self._stages.strides[-1]))
         if 0 in images.shape or any(size % side for size, side in zip(images.shape[2:], sides, strict=True)):
-            name = "patch size" if sides == self._patch else "stride of the encoder"
-            side = sides[0] if len(set(sides)) == 1 else sides
-            raise ValueError(f"images is {tuple(images.shape)}: its sides must be multiples of the {name}, {side}")
-        return tuple(size // p for size, p in zip(images.shape[2:], self._patch, strict=True))
+            name = "patch size" if sides == self.patch else "stride of the encoder"
+            raise ValueError(
+                f"images is {tuple(images.shape)}: its sides must be multiples of the {name}, {one_if_equal(sides)}"
+            )
+        return tuple(size // p for size, p in zip(images.shape[2:], self.patch, strict=True))

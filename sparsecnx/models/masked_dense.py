@@ -16,20 +16,21 @@ from sparsecnx.nn import ConvNeXtV2Block
 
 
 def forward_features(encoder: ConvNeXtV2Encoder, images: Tensor, mask: Tensor) -> list[Tensor]:
-    """Return the outputs of the four stages `(B, dims[i], H / s, W / s)`, zero at masked sites.
+    """Return the outputs of the four stages, of images `(B, dims[i], H / s, W / s)`, zero at masked sites.
 
     Args:
         encoder: the model whose weights are used.
-        images: `(B, C, H, W)`; the channels-last memory format is faster.
-        mask: bool `(B, gh, gw)`, True = masked.
+        images: `(B, C, *spatial)`; the channels-last memory format is faster.
+        mask: bool `(B, *grid)`, True = masked.
     """
     keep = (~mask).to(images.dtype)[:, None]
     x, outputs = images, []
     stage: Any
     for downsample, stage in zip(encoder.downsample_layers, encoder.stages, strict=True):
         x = downsample(x)
-        factor = x.shape[-1] // mask.shape[-1]
-        active = keep.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        active = keep
+        for axis in range(2, x.ndim):
+            active = active.repeat_interleave(x.shape[axis] // keep.shape[axis], axis)
         x = x * active
         for block in stage:
             x = masked_block(block, x, active)
@@ -38,10 +39,10 @@ def forward_features(encoder: ConvNeXtV2Encoder, images: Tensor, mask: Tensor) -
 
 
 def masked_block(block: ConvNeXtV2Block, x: Tensor, active: Tensor) -> Tensor:
-    """Run a block on `x (B, C, H, W)`, which is zero wherever `active (B, 1, H, W)` is."""
-    branch = block.norm(block.dwconv(x).permute(0, 2, 3, 1))
-    h = block.act(block.pwconv1(branch)) * active.permute(0, 2, 3, 1)
-    norm = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True)
+    """Run a block on `x (B, C, *spatial)`, which is zero wherever `active (B, 1, *spatial)` is."""
+    branch = block.norm(block.dwconv(x).movedim(1, -1))
+    h = block.act(block.pwconv1(branch)) * active.movedim(1, -1)
+    norm = torch.linalg.vector_norm(h, dim=tuple(range(1, h.ndim - 1)), keepdim=True)
     response = norm / (norm.mean(dim=-1, keepdim=True) + block.grn.eps)
-    h = block.grn.gamma * (h * response) + block.grn.beta + h
-    return x + block.drop_path(block.pwconv2(h).permute(0, 3, 1, 2)) * active
+    h = block.grn.gamma.flatten() * (h * response) + block.grn.beta.flatten() + h
+    return x + block.drop_path(block.pwconv2(h).movedim(-1, 1)) * active

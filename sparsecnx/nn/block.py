@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from sparsecnx import ops
-from sparsecnx.nn.layers import GELU, GRN, Conv2d, LayerNorm, Linear, StochasticDepth
+from sparsecnx.nn.layers import CONVOLUTIONS, GELU, GRN, LayerNorm, Linear, StochasticDepth, axis_sizes
 from sparsecnx.ops import block
 from sparsecnx.ops.global_response_norm.groups import SCOPES
 from sparsecnx.tensor import SparseTensor
@@ -22,7 +22,7 @@ _logged: set[str] = set()
 
 # The fused operator computes what layers of exactly these types compute. torch's own serve as well as ours.
 FUSED: dict[str, tuple[type[nn.Module], ...]] = {
-    "dwconv": (Conv2d, nn.Conv2d),
+    "dwconv": (*CONVOLUTIONS.values(), nn.Conv2d),
     "norm": (LayerNorm, nn.LayerNorm),
     "pwconv1": (Linear, nn.Linear),
     "act": (nn.GELU, GELU),
@@ -43,7 +43,7 @@ def _computes_otherwise(kind: Any) -> bool:
 
 
 class ConvNeXtV2Block(nn.Module):
-    """Depthwise 7x7, LayerNorm, Linear C -> 4C, GELU, GRN, Linear 4C -> C, stochastic depth, + input.
+    """Depthwise convolution, LayerNorm, Linear C -> 4C, GELU, GRN, Linear 4C -> C, stochastic depth, + input.
 
     On a SparseTensor the whole block is one fused operator, `ops.convnextv2_block`, which reads the parameters of the
     layers without calling them. Where a layer was replaced, wrapped, pruned or given a hook, or a global hook exists,
@@ -54,19 +54,29 @@ class ConvNeXtV2Block(nn.Module):
         dim: channels C.
         drop_path: probability that stochastic depth drops the branch of an image.
         grn_scope: groups of GRN on a SparseTensor, `"sample"` or `"batch"`.
-        kernel_size: size of the depthwise kernel, odd.
+        kernel_size: odd size of the depthwise kernel, one number or one for each axis.
+        ndim: spatial dimensions, 1 to 3.
 
     Raises:
-        ValueError: `kernel_size` is even.
+        ValueError: `kernel_size` is even, or another number of sizes than `ndim`.
     """
 
     _shapes: Sequence[torch.Size] = ()  # a block that was pickled before blocks had it checks more
 
-    def __init__(self, dim: int, drop_path: float = 0.0, grn_scope: str = "sample", kernel_size: int = 7) -> None:
+    def __init__(
+        self,
+        dim: int,
+        drop_path: float = 0.0,
+        grn_scope: str = "sample",
+        kernel_size: int | Sequence[int] = 7,
+        ndim: int = 2,
+    ) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
+        kernel = axis_sizes("kernel_size", kernel_size, ndim)
+        if any(size % 2 == 0 for size in kernel):
             raise ValueError(f"kernel_size is {kernel_size}: expected an odd size, whose kernel has a centre")
-        self.dwconv = Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        padding = tuple(size // 2 for size in kernel)
+        self.dwconv = CONVOLUTIONS[ndim](dim, dim, kernel, padding=padding, groups=dim)
         self.norm = LayerNorm(dim)
         self.pwconv1 = Linear(dim, 4 * dim)
         self.act = nn.GELU()
@@ -76,7 +86,7 @@ class ConvNeXtV2Block(nn.Module):
         self._shapes = [parameter.shape for parameter in self.parameters_by_name()]
 
     def forward(self, x: SparseTensor | Tensor) -> SparseTensor | Tensor:
-        """Take dense `(B, C, H, W)` or a SparseTensor; return the same shape."""
+        """Take dense `(B, C, *spatial)` or a SparseTensor; return the same shape."""
         if not isinstance(x, SparseTensor):
             return self._dense(x)
         reason = self.unfused()
@@ -120,7 +130,8 @@ class ConvNeXtV2Block(nn.Module):
         # Arguments with the shapes that the block was built with need no other check.
         channels, device = parameters.dwconv_weight.shape[:1], parameters.dwconv_weight.device
         built = [None if value is None else value.shape for value in parameters] == self._shapes and scope in SCOPES
-        if built and x.layout.ndim == 2 and x.features.shape[1:] == channels and x.device == device:
+        ndim = parameters.dwconv_weight.ndim - 2
+        if built and x.layout.ndim == ndim and x.features.shape[1:] == channels and x.device == device:
             return block.run(x, parameters, survival, scope, eps, grn_eps, None)
         return ops.convnextv2_block(x, parameters, survival, scope, eps, grn_eps=grn_eps)
 
@@ -133,9 +144,9 @@ class ConvNeXtV2Block(nn.Module):
         return x.with_features(x.features.to(branch.dtype) + branch.features)
 
     def _dense(self, x: Tensor) -> Tensor:
-        branch = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
+        branch = self.norm(self.dwconv(x).movedim(1, -1))
         branch = self.pwconv2(self.grn(self.act(self.pwconv1(branch))))
-        return x + self.drop_path(branch.permute(0, 3, 1, 2))
+        return x + self.drop_path(branch.movedim(-1, 1))
 
     def parameters_by_name(self) -> ops.BlockParameters:
         """Return the block's parameters as `ops.convnextv2_block` takes them."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,25 @@ from sparsecnx.tensor import SparseTensor
 
 class Conv2d(torch.nn.Conv2d):
     """Be `torch.nn.Conv2d`, which answers a SparseTensor with the submanifold convolution."""
+
+
+# The convolution of images by their number of spatial dimensions.
+CONVOLUTIONS: dict[int, Any] = {1: torch.nn.Conv1d, 2: Conv2d, 3: torch.nn.Conv3d}
+
+
+def axis_sizes(name: str, value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Return a positive number for each axis; a single one stands for all of them.
+
+    Raises:
+        ValueError: `value`, an argument that errors call `name`, is none of these, or `ndim` is not 1, 2 or 3.
+    """
+    if ndim not in CONVOLUTIONS:
+        raise ValueError(f"ndim is {ndim}: expected 1, 2 or 3")
+    sizes = (value,) * ndim if isinstance(value, int) else tuple(value)
+    if len(sizes) != ndim or not all(isinstance(size, int) and size > 0 for size in sizes):
+        numbers = "a positive number" if ndim == 1 else f"a positive number, or one for each of {ndim} axes"
+        raise ValueError(f"{name} is {value}: expected {numbers}")
+    return sizes
 
 
 class Linear(torch.nn.Linear):
@@ -42,17 +64,19 @@ class LayerNorm(torch.nn.LayerNorm):
 
 
 class LayerNorm2d(LayerNorm):
-    """Apply LayerNorm over the channels of dense images `(B, C, H, W)`, or of every site of a SparseTensor."""
+    """Apply LayerNorm over the channels of dense images, or of every site of a SparseTensor, of any dimensions."""
 
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
-        """Take dense `(B, C, H, W)` or a SparseTensor; return the same shape."""
+        """Take dense `(B, C, *spatial)` or a SparseTensor; return the same shape."""
         if isinstance(input, SparseTensor):
             return super().forward(input)
-        return torch.nn.LayerNorm.forward(self, input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return torch.nn.LayerNorm.forward(self, input.movedim(1, -1)).movedim(-1, 1)
 
 
 class GRN(torch.nn.Module):
-    """Global Response Normalization (arXiv 2301.00808, section 3.2). gamma and beta `(1, 1, 1, C)` start at 0.
+    """Global Response Normalization (arXiv 2301.00808, section 3.2). gamma and beta start at 0.
+
+    They are `(1, 1, 1, C)`, as published, for images of any dimensions.
 
     Args:
         num_channels: channels C.
@@ -69,12 +93,13 @@ class GRN(torch.nn.Module):
         self.beta = torch.nn.Parameter(torch.zeros(1, 1, 1, num_channels))
 
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:
-        """Take dense channels-last `(B, H, W, C)`, normalised per image, or a SparseTensor; return the same shape."""
+        """Take dense channels-last `(B, *spatial, C)`, normalised per image, or a SparseTensor; return its shape."""
         if isinstance(input, SparseTensor):
             return ops.grn(input, self.gamma, self.beta, self.scope, self.eps)
-        norm = torch.linalg.vector_norm(input, dim=(1, 2), keepdim=True)
+        sites = input.flatten(1, -2)
+        norm = torch.linalg.vector_norm(sites, dim=1, keepdim=True)
         response = norm / (norm.mean(dim=-1, keepdim=True) + self.eps)
-        return self.gamma * (input * response) + self.beta + input
+        return (self.gamma.flatten() * (sites * response) + self.beta.flatten() + sites).view_as(input)
 
     def extra_repr(self) -> str:
         return f"{self.gamma.shape[-1]}, scope={self.scope!r}, eps={self.eps}"

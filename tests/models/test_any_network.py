@@ -52,9 +52,9 @@ MASK = torch.tensor([[[0, 1, 0], [0, 1, 0]], [[1, 1, 0], [0, 0, 1]]], dtype=torc
 OUTPUT_LIMIT, LIMIT = 1e-10, 1e-8
 
 
-def on_sparse_tensors(network: Callable[[Any], Any], images: Tensor) -> Any:
+def on_sparse_tensors(network: Callable[[Any], Any], images: Tensor, mask: Tensor, below_tile: str) -> Any:
     """Return what the network answers for a SparseTensor, dense."""
-    out = network(SparseTensor.from_dense(images, MASK))
+    out = network(SparseTensor.from_dense(images, mask, below_tile=below_tile))
     return pytree.tree_map(dense, out, is_leaf=lambda y: isinstance(y, SparseTensor))
 
 
@@ -62,7 +62,9 @@ def dense(y: Any) -> Any:
     return y.dense() if isinstance(y, SparseTensor) else y
 
 
-def assert_equals_masked(network: torch.nn.Module, shape: tuple[int, ...] = (2, 3, 64, 96)) -> None:
+def assert_equals_masked(
+    network: torch.nn.Module, shape: tuple[int, ...] = (2, 3, 64, 96), mask: Tensor = MASK, below_tile: str = "raise"
+) -> None:
     """Compare outputs, gradients and running statistics, in training and in evaluation."""
     torch.manual_seed(0)
     with torch.no_grad():  # layer scales and GRN start near zero, where a wrong branch goes unnoticed
@@ -71,7 +73,10 @@ def assert_equals_masked(network: torch.nn.Module, shape: tuple[int, ...] = (2, 
                 parameter.add_(0.3 * torch.randn_like(parameter))
     images = torch.randn(shape, dtype=torch.float64)
     for training in (True, False):
-        errors = differences(network.double().train(training), images, MASK, on_sparse_tensors)
+        network.double().train(training)
+        errors = differences(
+            network, images, mask, lambda copied, x: on_sparse_tensors(copied, x, mask, below_tile), below_tile
+        )
         worst = {name: error for name, error in errors.items() if not error <= LIMIT}
         assert not worst, f"training is {training}"
         assert max(error for name, error in errors.items() if name.startswith("output")) <= OUTPUT_LIMIT
@@ -120,6 +125,81 @@ class UNet(torch.nn.Module):
 
 def test_a_homemade_network() -> None:
     assert_equals_masked(UNet())
+
+
+class Volume(torch.nn.Module):
+    """A U-Net of volumes: strides that differ by axis, residual blocks of nnU-Net and MedNeXt, a stem of R3D, skips.
+
+    It has no downsampling along the first axis at first, as networks for thick slices have.
+    """
+
+    def __init__(self, last: int | tuple[int, ...] = 2) -> None:
+        super().__init__()
+        nn = torch.nn
+        self.stem = nn.Sequential(
+            nn.Conv3d(1, 6, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False), nn.BatchNorm3d(6), nn.ReLU(inplace=True)
+        )
+        self.pool = nn.MaxPool3d(3, (1, 2, 2), 1)
+        self.skip = nn.Sequential(nn.AvgPool3d(2, 2), nn.Conv3d(6, 8, 1, bias=False), nn.InstanceNorm3d(8, affine=True))
+        self.conv = nn.Sequential(
+            nn.Conv3d(6, 8, 3, 2, 1), nn.InstanceNorm3d(8, affine=True), nn.LeakyReLU(inplace=True),
+            nn.Conv3d(8, 8, (1, 3, 3), 1, (0, 1, 1)), nn.InstanceNorm3d(8, affine=True),
+        )  # fmt: skip
+        self.down = nn.Conv3d(8, 12, 1, last)
+        self.next = nn.Sequential(
+            nn.Conv3d(8, 8, (3, 5, 5), last, (1, 2, 2), groups=8), nn.GroupNorm(8, 8),
+            nn.Conv3d(8, 16, 1), nn.GELU(), nn.Conv3d(16, 12, 1),
+        )  # fmt: skip
+        self.up = nn.ConvTranspose3d(12, 8, last, last)
+        self.merge = nn.Conv3d(16, 6, 3, padding=1)
+        self.wide = nn.ConvTranspose3d(6, 6, (2, 4, 4), 2, (0, 1, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        first = self.pool(self.stem(x))
+        second = torch.nn.functional.leaky_relu(self.conv(first) + self.skip(first))
+        third = self.next(second) + self.down(second)
+        third = third * torch.sigmoid(third.mean((2, 3, 4), keepdim=True))
+        fine = self.wide(self.merge(torch.cat([self.up(third), second], 1))) + first
+        return fine, third, torch.nn.functional.adaptive_avg_pool3d(third, 1).flatten(1)
+
+
+class Signal(torch.nn.Module):
+    """A residual network of signals, as SparK1D has it, with grouped and dilated convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn = torch.nn
+        self.stem = nn.Sequential(nn.Conv1d(2, 8, 15, 2, 7, bias=False), nn.BatchNorm1d(8), nn.ReLU(inplace=True))
+        self.pool = nn.MaxPool1d(3, 2, 1)
+        self.block = nn.Sequential(
+            nn.Conv1d(8, 12, 3, 2, 1, groups=4, bias=False), nn.BatchNorm1d(12), nn.SiLU(inplace=True),
+            nn.Conv1d(12, 12, 7, padding=6, dilation=2, groups=12), nn.InstanceNorm1d(12, affine=True),
+        )  # fmt: skip
+        self.skip = nn.Sequential(nn.AvgPool1d(2), nn.Conv1d(8, 12, 1))
+        self.up = nn.ConvTranspose1d(12, 8, 4, 2, 1)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(12, 5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        fine = self.pool(self.stem(x))
+        coarse = self.block(fine).add_(self.skip(fine))
+        return self.head(coarse), self.up(coarse) + fine, torch.nn.functional.interpolate(coarse, scale_factor=2)
+
+
+VOLUME_MASK = torch.tensor([[[[0, 1], [0, 0]], [[1, 1], [0, 1]]], [[[1, 0], [1, 1]], [[1, 1], [1, 0]]]]).bool()
+SIGNAL_MASK = torch.tensor([[0, 1, 1, 0, 0], [1, 1, 0, 1, 0]]).bool()
+
+
+@pytest.mark.parametrize("tile", [(4, 16, 16), (8, 16, 32)], ids=["4x16x16", "8x16x32"])
+def test_a_homemade_network_of_volumes(tile: tuple[int, ...]) -> None:
+    assert_equals_masked(Volume(), (2, 1, *(2 * side for side in tile)), VOLUME_MASK)
+
+
+def test_a_network_of_volumes_that_goes_on_dense_below_the_tile() -> None:
+    assert_equals_masked(Volume(last=(2, 2, 4)), (2, 1, 8, 32, 32), VOLUME_MASK, "dense")
+
+
+def test_a_homemade_network_of_signals() -> None:
+    assert_equals_masked(Signal(), (2, 2, 5 * 16), SIGNAL_MASK)
 
 
 @pytest.mark.parametrize(

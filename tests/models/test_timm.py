@@ -158,7 +158,7 @@ def test_symbolic_tracing(train):
     expected = model(x)
     torch.manual_seed(0)
     assert_close(traced(x), expected, 1e-6)
-    with pytest.raises(ValueError, match=r"images is \(2, 3, 60, 96\): height and width must be multiples of 32"):
+    with pytest.raises(ValueError, match=r"images is \(2, 3, 60, 96\): its sides must be multiples of 32"):
         traced(torch.zeros(2, 3, 60, 96))
 
 

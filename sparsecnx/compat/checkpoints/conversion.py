@@ -67,6 +67,11 @@ def convert(
     origin = detect_format(state_dict, source)
     ours, architecture = to_ours(state_dict, origin)
     target = _target(to, architecture, conv_mlp)
+    if target not in formats.OF_ANY_KERNEL and not architecture.kernels.published:
+        raise CheckpointError(
+            f"has {architecture.kernels}: {to} holds networks with the published kernels only; convert to one of "
+            f"{', '.join(format.name for format in formats.OF_ANY_KERNEL)}"
+        )
     if target is formats.FCMAE and architecture.decoder and architecture.decoder.patch_size != STRIDE:
         raise CheckpointError(
             f"its decoder predicts patches of {architecture.decoder.patch_size} pixels: decoders of fcmae predict "

@@ -215,6 +215,9 @@ def _transformers(prefix: str) -> Format:
 TRANSFORMERS_MODEL = _transformers("")
 TRANSFORMERS_CLASSIFIER = _transformers("convnextv2.")
 
+# Those that hold kernels of any size and number of dimensions, under our names or nearly so.
+OF_ANY_KERNEL = (SPARSECNX, CONVNEXTV2, FCMAE_ENCODER)
+
 # The first of two formats with the same names is taken, unless the dimensions fit the other better.
 ALL = (
     *(FCMAE, SPARSECNX, CONVNEXTV2, FCMAE_ENCODER),
