@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecnx import ops
 from sparsecnx.functions.elementwise import HANDLER_OF
 from sparsecnx.functions.reductions import EXTREMA, mean
 from sparsecnx.functions.reductions import sum as total
 from sparsecnx.functions.table import Handler, answers, axes, channels_first, like, refuse
 from sparsecnx.functions.windows import TAKE_PADDING, Padded, Window, coarsened, per_axis, plan, unpadded
+from sparsecnx.geometry.layout import Layout
+from sparsecnx.ops import pooling
+from sparsecnx.ops.checks import check_sparse
+from sparsecnx.ops.convolution.window import Window as Taps
+from sparsecnx.ops.pooling.windows import pooling_window
 from sparsecnx.tensor import HANDLERS, SparseTensor, packed
 
 
@@ -24,6 +28,20 @@ def every_site(x: SparseTensor, stride: tuple[int, ...]) -> SparseTensor:
     if x.channels_last or x.features.ndim != 2:
         refuse("__getitem__", f"x is {tuple(x.shape)}", "bring it to (B, C, *spatial) first")
     return HANDLERS[getattr(F, f"max_pool{len(stride)}d")](x, 1, stride)
+
+
+_taps: dict[Window, Taps] = {}
+
+
+def _prepared(x: SparseTensor, window: Window) -> tuple[Taps, Layout]:
+    """Check the features, and return the window as operators take it, checked at its first use, and their layout."""
+    check_sparse(x)
+    taps = None if torch.compiler.is_compiling() else _taps.get(window)
+    if taps is None:
+        taps = pooling_window(x.layout.ndim, window.kernel, window.stride, window.before, window.dilation)
+        if not torch.compiler.is_compiling():
+            _taps[window] = taps
+    return taps, coarsened(x.layout, window.stride)
 
 
 def _max_pool(name: str) -> Handler:
@@ -46,7 +64,8 @@ def _max_pool(name: str) -> Handler:
             return _dense_max_pool(
                 x, extra, lambda images: dense(images, kernel, window.stride, border, window.dilation, ceil_mode)
             )
-        out = ops.max_pool(x, kernel, window.stride, window.before, window.dilation)
+        taps, coarse = _prepared(x, window)
+        out = packed(pooling.max_operator(x, taps, coarse), coarse)
         if extra is None or extra.value == -math.inf:
             return out
         return HANDLER_OF["maximum"](out, _reaching(window, extra))
@@ -130,18 +149,17 @@ def _avg_pool(name: str) -> Handler:
             override = () if divisor_override is None else (divisor_override,)  # avg_pool1d has none.
             return dense(images, kernel, window.stride, per_axis(padding, x.layout.ndim), ceil_mode, count_include_pad,
                          *override)  # fmt: skip
-        if window.children:
+        if window.children and divisor_override is None:
             coarse = coarsened(x.layout, window.stride)
-            parts = x.features.reshape(coarse.rows, window.children, x.features.shape[1])
-            means = parts.mean(1) if divisor_override is None else parts.sum(1) / divisor_override
-            return packed(means, coarse)
+            return packed(x.features.reshape(coarse.rows, window.children, x.features.shape[1]).mean(1), coarse)
         if extra is not None and divisor_override is None:  # What F.pad adds are values like any other.
             sizes = zip(x.layout.shape, window.before, window.after, kernel, window.stride, strict=True)
             beyond = ceil_mode and any((size + b + a - k) % s for size, b, a, k, s in sizes)
             if beyond or (any(per_axis(padding, x.layout.ndim)) and not count_include_pad):
                 refuse(name, "F.pad is followed by padding that counts otherwise", "give all of it to one of them")
             divisor_override = math.prod(kernel)
-        return ops.avg_pool(x, kernel, window.stride, window.before, count_include_pad, divisor_override)
+        taps, coarse = _prepared(x, window)
+        return packed(pooling.means(x, taps, coarse, count_include_pad, divisor_override), coarse)
 
     return handler
 
@@ -196,8 +214,9 @@ def _lp_pool(name: str) -> Handler:
         if window.dense:
             return dense(x.dense(), norm_type, kernel, window.stride, ceil_mode)
         powers = like(x, x.features.pow(norm_type))
-        pooled = ops.avg_pool(powers, kernel, window.stride, window.before, True, 1)
-        return pooled.with_features(pooled.features.sign() * F.relu(pooled.features.abs()).pow(1 / norm_type))
+        taps, coarse = _prepared(x, window)
+        sums = pooling.means(powers, taps, coarse, True, 1)
+        return packed(sums.sign() * F.relu(sums.abs()).pow(1 / norm_type), coarse)
 
     return handler
 

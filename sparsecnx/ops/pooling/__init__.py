@@ -19,7 +19,7 @@ from sparsecnx.ops.convolution.window import Window
 from sparsecnx.ops.mapped import cpu_pooling
 from sparsecnx.ops.pooling import reference
 from sparsecnx.ops.pooling.windows import Axes, divisors, pooling_window
-from sparsecnx.tensor import SparseTensor
+from sparsecnx.tensor import SparseTensor, packed
 
 
 def _rows(x: SparseTensor, window: Window) -> MappedRows:
@@ -78,7 +78,7 @@ def max_pool(
     check_sparse(x)
     window = pooling_window(x.layout.ndim, kernel, stride, padding, dilation)
     out = x.layout.coarsen(window.stride)
-    return x.with_features(max_operator(x, window, out), out)
+    return packed(max_operator(x, window, out), out)
 
 
 def avg_pool(
@@ -108,17 +108,25 @@ def avg_pool(
     """
     check_sparse(x)
     window = pooling_window(x.layout.ndim, kernel, stride, padding)
+    out = x.layout.coarsen(window.stride)
+    return packed(means(x, window, out, count_include_pad, divisor_override), out)
+
+
+def means(
+    x: SparseTensor, window: Window, out: Layout, count_include_pad: bool, divisor_override: int | None
+) -> Tensor:
+    """Return the features of `avg_pool`, whose other arguments were checked."""
     if divisor_override == 0:
         raise ValueError("divisor_override is 0: expected another number, or None")
-    out = x.layout.coarsen(window.stride)
     counted = (
         divisors(x.layout, window, out, count_include_pad) if divisor_override is None else float(divisor_override)
     )
     if isinstance(counted, Tensor):
         total = sum_operator(x.to(statistics_dtype(x.dtype)), window, out, 1.0)
-        return x.with_features((total / counted).to(x.dtype), out)
+        return (total / counted).to(x.dtype)
     if window.partitions and children_are_consecutive(x.layout.tile, window.stride):
         taps = math.prod(window.kernel)
-        mean = x.features.unflatten(0, (-1, taps)).mean(1)
-        return x.with_features(mean if counted == taps else mean * (taps / counted), out)
-    return x.with_features(sum_operator(x, window, out, 1.0 / counted), out)
+        mean = x.features.reshape(out.rows, taps, x.features.shape[1]).mean(1)
+        return mean if counted == taps else mean * (taps / counted)
+    features: Tensor = sum_operator(x, window, out, 1.0 / counted)
+    return features

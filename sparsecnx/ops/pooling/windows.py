@@ -35,17 +35,17 @@ def divisors(layout: Layout, window: Window, out: Layout, count_include_pad: boo
 
     Masked sites count. Padding counts with `count_include_pad`, beyond it nothing does.
     """
-    counts = []
-    for size, outputs, kernel, stride, before, _ in zip(layout.shape, out.shape, *window, strict=True):
-        first, last = (-before, size + before) if count_include_pad else (0, size)
-        starts = [site * stride - before for site in range(outputs)]
-        counts.append([min(start + kernel, last) - max(start, first) for start in starts])
-    if all(len(set(count)) == 1 for count in counts):
-        return float(math.prod([count[0] for count in counts]))
+    axes = list(zip(layout.shape, out.shape, window.kernel, window.stride, window.padding, strict=True))
+    ends = [(outputs - 1) * stride - before + kernel for _, outputs, kernel, stride, before in axes]
+    pads = [before if count_include_pad else 0 for before in window.padding]
+    if all(pad == axis[4] and end <= axis[0] + pad for axis, end, pad in zip(axes, ends, pads, strict=True)):
+        return float(math.prod(window.kernel))
 
     def build() -> Tensor:
         total = torch.ones((), device=out.device)
-        for count in counts:
+        for (size, outputs, kernel, stride, before), pad in zip(axes, pads, strict=True):
+            starts = [site * stride - before for site in range(outputs)]
+            count = [min(start + kernel, size + pad) - max(start, -pad) for start in starts]
             total = total[..., None] * torch.tensor(count, dtype=torch.float32, device=out.device)
         return gather_rows(total.expand(out.batch, 1, *total.shape).contiguous(), out)
 

@@ -24,7 +24,7 @@ from sparsecnx.ops.checks import check_sparse, checked_vector
 from sparsecnx.ops.global_response_norm.groups import group_splits
 from sparsecnx.ops.site_normalization import cpu, reference
 from sparsecnx.ops.site_normalization.activations import ACTIVATIONS, check_activation
-from sparsecnx.tensor import SparseTensor
+from sparsecnx.tensor import SparseTensor, packed
 
 
 def _operator(name: str) -> Operator:
@@ -89,14 +89,14 @@ def batch_norm(
         if x.layout.rows:
             _move(running_mean, mean, momentum)
             _move(running_var, variance * (x.layout.rows / (x.layout.rows - 1)), momentum)
-        return x.with_features(out)
+        return packed(out, x.layout)
     cudnn = torch.backends.cudnn.enabled
     out = torch.batch_norm(x.features, weight, bias, mean, variance, training, momentum, eps, cudnn)
     if training:
         for running, moved in ((running_mean, mean), (running_var, variance)):
             if running is not None and moved is not None and running is not moved:  # It is of another dtype.
                 running.copy_(moved.view_as(running))
-    return x.with_features(ACTIVATIONS[activation](out, slope))
+    return packed(ACTIVATIONS[activation](out, slope), x.layout)
 
 
 def group_norm(
@@ -127,7 +127,7 @@ def group_norm(
     if groups < 1 or channels % groups:
         raise ValueError(f"groups is {groups}: expected a divisor of the channels, {channels}")
     out, _, _ = group_norm_operator(x, weight, bias, "sample", groups, eps, activation, slope)
-    return x.with_features(out)
+    return packed(out, x.layout)
 
 
 def instance_norm(
@@ -181,7 +181,7 @@ def instance_norm(
         unbiased = variance * (sizes / (sizes - 1).clamp(min=1))
         _move(running_mean, (mean * counted).sum(0) / images.clamp(min=1), weight_of_these)
         _move(running_var, (unbiased * counted).sum(0) / images.clamp(min=1), weight_of_these)
-    return x.with_features(out)
+    return packed(out, x.layout)
 
 
 def _checked(x: SparseTensor, activation: str, vectors: dict[str, Tensor | None]) -> Iterable[Tensor | None]:
