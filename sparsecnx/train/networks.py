@@ -101,12 +101,17 @@ def _own_encoder(recipe: Recipe) -> nn.Module:
     """
     size = SIZES[recipe.model]
     halvings = [min(patch, 32).bit_length() - 1 for patch in recipe.patch]
-    shape: dict[str, Any] = {}
-    if recipe.ndim != 2 or set(halvings) != {5}:
-        stem = tuple(1 << max(n - DOWNSAMPLINGS, 0) for n in halvings)
-        strides = tuple(tuple(2 if n >= DOWNSAMPLINGS - i else 1 for n in halvings) for i in range(DOWNSAMPLINGS))
-        shape = {"ndim": recipe.ndim, "stem": stem, "strides": strides}
-    return ConvNeXtV2Encoder(size.depths, size.dims, recipe.in_chans, grn_scope=recipe.grn_scope, **shape)
+    stem = tuple(1 << max(n - DOWNSAMPLINGS, 0) for n in halvings)
+    strides = tuple(tuple(2 if n >= DOWNSAMPLINGS - i else 1 for n in halvings) for i in range(DOWNSAMPLINGS))
+    return ConvNeXtV2Encoder(
+        size.depths,
+        size.dims,
+        recipe.in_chans,
+        grn_scope=recipe.grn_scope,
+        ndim=recipe.ndim,
+        stem=stem,
+        strides=strides,
+    )
 
 
 def _foreign_encoder(recipe: Recipe) -> nn.Module:
