@@ -53,7 +53,12 @@ def name_function(error: Exception, function: Any) -> None:
 
 def _called(function: Any) -> str:
     """Return the name of a function of torch, and the line that called it."""
-    name = function if isinstance(function, str) else torch.overrides.resolve_name(function) or repr(function)
+    if isinstance(function, str):
+        name = function
+    elif torch.compiler.is_compiling():  # It does not trace resolve_name.
+        name = function.__name__
+    else:
+        name = torch.overrides.resolve_name(function) or repr(function)
     return f"{name}{ON}{_caller()}"
 
 
@@ -244,9 +249,7 @@ class SparseTensor:
 
 
 # Names of torch's arguments, and those that its functions and methods have besides.
-ALIASES = {"axis": "dim", "keepdims": "keepdim", "axis0": "dim0", "axis1": "dim1", "train": "training",
-           "split_size": "split_size_or_sections", "split_sizes": "split_size_or_sections",
-           "sections": "indices_or_sections", "indices": "indices_or_sections"}  # fmt: skip
+ALIASES = {"axis": "dim", "keepdims": "keepdim", "axis0": "dim0", "axis1": "dim1", "train": "training"}  # fmt: skip
 
 
 def answer(function: Any, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:

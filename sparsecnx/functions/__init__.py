@@ -5,6 +5,7 @@ visible sites alone. docs/functions.md is the table, written by `python -m spars
 """
 
 from sparsecnx.functions import (
+    along_channels,
     as_tensor,
     attributes,
     checkpointing,
@@ -16,12 +17,14 @@ from sparsecnx.functions import (
     reductions,
     resizing,
     shapes,
+    sync_batch_norm,
     windows,
 )
 
 windows.refuse_methods_of_padding()
 
 __all__ = [
+    "along_channels",
     "as_tensor",
     "attributes",
     "checkpointing",
@@ -33,5 +36,6 @@ __all__ = [
     "reductions",
     "resizing",
     "shapes",
+    "sync_batch_norm",
     "windows",
 ]

@@ -66,8 +66,13 @@ def _converts(name: str) -> None:
     answers(name, meaning="of the features")(handler)
 
 
-for _name in ["float", "half", "bfloat16", "double", "int", "long", "bool", "type_as", "detach", "clone"]:
+for _name in ["float", "half", "bfloat16", "double", "short", "int", "long", "bool", "detach", "clone"]:
     _converts(_name)
+
+
+@answers("type_as", meaning="in the dtype, and on the device, of the features or of an ordinary tensor")
+def type_as(x: Any, other: Any) -> Any:
+    return x.to(other.device, other.dtype)
 
 
 @answers("type", meaning="of the features; without argument the name of their type")
@@ -153,15 +158,21 @@ for _name in ["zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
     _like(_name)
 
 
-def _single(name: str, remedy: str) -> None:
-    def handler(x: SparseTensor, *args: Any) -> Any:
-        refuse(name, "its visible sites are many values", remedy)
+def _error(name: str, why: str, remedy: str) -> None:
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        refuse(name, why, remedy)
 
     answers(name, meaning="an error", limits=remedy)(handler)
 
 
 for _name in ("__bool__", "__float__", "__int__", "item", "tolist", "numpy", "__array__", "__iter__"):
-    _single(_name, "reduce it first, for example x.sum(); x.features holds the rows")
+    _error(
+        _name, "its visible sites are many values", "reduce it first, for example x.sum(); x.features holds the rows"
+    )
+for _name in ("__dlpack__", "__dlpack_device__"):  # torch.as_tensor(x) and torch.tensor(x) ask for them.
+    _error(
+        _name, "it is no torch.Tensor", "x.as_tensor() is one that answers the same functions, x.dense() a dense one"
+    )
 
 
 @answers("__len__", meaning="the size of the batch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from sparsecnx import ops
 from sparsecnx.backends.dispatch import Operator
 from sparsecnx.backends.selection import selected
 from sparsecnx.common.memory import check_memory
-from sparsecnx.functions.table import Handler, answers, channels_first, like, refuse
+from sparsecnx.functions.table import Handler, answers, axes, channels_first, check_same_sites, like, refuse
 from sparsecnx.functions.windows import TAKE_PADDING, coarsened, per_axis, plan, unpadded
 from sparsecnx.ops import convolution
 from sparsecnx.ops.convolution import products
@@ -159,3 +160,42 @@ def matmul(input: Any, other: Any) -> SparseTensor:
     ):
         refuse("matmul", "sites would be multiplied with sites", "x is channels-last, and the other a matrix (C, C')")
     return like(input, torch.matmul(input.features, other))
+
+
+@answers("einsum", meaning="products and sums over channels", limits="batch and space of x are in the output, in order")
+def einsum(equation: str, *operands: Any) -> SparseTensor:
+    if not isinstance(equation, str):
+        refuse("einsum", "its equation is given as lists", "write it as a string")
+    values = tuple(operands[0]) if isinstance(operands[0], (list, tuple)) else operands
+    terms, _, output = equation.replace(" ", "").partition("->")
+    first, x = next((place, value) for place, value in enumerate(values) if isinstance(value, SparseTensor))
+    free = (letter for letter in string.ascii_letters if letter not in equation)
+    rows, places, given = next(free), "", []
+    rest = "".join(next(free) for _ in range(x.ndim - len(terms.split(",")[first].replace("...", ""))))
+    for term, value in zip(terms.split(","), values, strict=True):
+        if not isinstance(value, SparseTensor):
+            given.append((term, value))
+            continue
+        if value is not x:
+            check_same_sites(x, value, "einsum")
+        letters = term.replace("...", rest)
+        if len(letters) != x.ndim:
+            refuse("einsum", f"{term!r} stands for {tuple(value.shape)}", "it takes a letter for each dimension")
+        channels = "".join(letters[d] for d in axes(value)[0])
+        found = "".join(letter for letter in letters if letter not in channels)
+        if len(found) != 1 + x.layout.ndim or places not in ("", found):
+            refuse("einsum", f"{equation!r} has other letters for batch and space", "give those the same letters")
+        places = found
+        given.append((rows + channels, value.features))
+    output = output.replace("...", rest)
+    for term, value in given:
+        if isinstance(value, Tensor) and ("..." in term or set(term) & set(places)):
+            refuse("einsum", f"{term!r} shares batch or space with x", "multiply x with that tensor first")
+    channels = "".join(letter for letter in output if letter not in places)
+    last = output == places + channels and bool(channels)
+    if not last and output != places[0] + channels + places[1:]:
+        refuse("einsum", f"{equation!r} sums over batch or space, or moves them",
+               "sum over space with x.sum((2, 3)), of visible sites")  # fmt: skip
+    inputs = ",".join(term for term, _ in given)
+    features = torch.einsum(f"{inputs}->{rows}{channels}", *(value for _, value in given))
+    return packed(features, x.layout, last)

@@ -14,7 +14,6 @@ from sparsecnx.functions.table import (
     Handler,
     answers,
     axes,
-    channel_axis,
     check_same_sites,
     kind,
     like,
@@ -25,128 +24,22 @@ from sparsecnx.functions.table import (
 from sparsecnx.geometry.packing import gather_rows
 from sparsecnx.tensor import HANDLERS, SparseTensor
 
-ACTIVATIONS = [
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "elu",
-    "celu",
-    "selu",
-    "gelu",
-    "silu",
-    "mish",
-    "hardswish",
-    "hardsigmoid",
-    "hardtanh",
-    "sigmoid",
-    "tanh",
-    "softplus",
-    "softsign",
-    "softshrink",
-    "hardshrink",
-    "tanhshrink",
-    "threshold",
-    "rrelu",
-    "logsigmoid",
-]
-UNARY = [
-    "abs",
-    "absolute",
-    "acos",
-    "acosh",
-    "asin",
-    "asinh",
-    "atan",
-    "atanh",
-    "ceil",
-    "cos",
-    "cosh",
-    "deg2rad",
-    "digamma",
-    "erf",
-    "erfc",
-    "erfinv",
-    "exp",
-    "exp2",
-    "expm1",
-    "fix",
-    "floor",
-    "frac",
-    "lgamma",
-    "log",
-    "log10",
-    "log1p",
-    "log2",
-    "logit",
-    "nan_to_num",
-    "neg",
-    "negative",
-    "positive",
-    "rad2deg",
-    "reciprocal",
-    "round",
-    "rsqrt",
-    "sgn",
-    "sign",
-    "sin",
-    "sinc",
-    "sinh",
-    "sqrt",
-    "square",
-    "tan",
-    "trunc",
-    "isfinite",
-    "isinf",
-    "isnan",
-    "logical_not",
-    "bitwise_not",
-]
-NARY = [
-    "add",
-    "sub",
-    "subtract",
-    "rsub",
-    "mul",
-    "multiply",
-    "div",
-    "divide",
-    "true_divide",
-    "floor_divide",
-    "remainder",
-    "fmod",
-    "pow",
-    "float_power",
-    "maximum",
-    "minimum",
-    "fmax",
-    "fmin",
-    "atan2",
-    "hypot",
-    "copysign",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "logical_and",
-    "logical_or",
-    "logical_xor",
-    "bitwise_and",
-    "bitwise_or",
-    "bitwise_xor",
-    "addcmul",
-    "addcdiv",
-    "lerp",
-    "clamp",
-    "clamp_min",
-    "clamp_max",
-    "clip",
-    "xlogy",
-    "heaviside",
-    "where",
-    "masked_fill",
-]
+ACTIVATIONS = str.split("""
+    relu relu6 leaky_relu elu celu selu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus softsign
+    softshrink hardshrink tanhshrink threshold rrelu logsigmoid
+""")
+UNARY = str.split("""
+    abs absolute acos acosh asin asinh atan atanh ceil cos cosh deg2rad digamma erf erfc erfinv exp exp2 expm1 fix
+    floor frac lgamma log log10 log1p log2 logit nan_to_num neg negative positive rad2deg reciprocal round rsqrt sgn
+    sign sin sinc sinh sqrt square tan trunc isfinite isinf isnan logical_not bitwise_not arccos arccosh arcsin
+    arcsinh arctan arctanh i0 signbit isposinf isneginf
+""")
+NARY = str.split("""
+    add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod pow float_power maximum
+    minimum fmax fmin atan2 hypot copysign eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and
+    bitwise_or bitwise_xor addcmul addcdiv lerp clamp clamp_min clamp_max clip xlogy heaviside where masked_fill
+    arctan2 logaddexp logaddexp2 ldexp nextafter isclose greater greater_equal less less_equal not_equal fill copy_
+""")
 
 
 def _implementation(name: str) -> Callable[..., Tensor]:
@@ -261,7 +154,7 @@ def _nary(name: str) -> Handler:
 
 
 HANDLER_OF: dict[str, Handler] = {}
-for _name in (*ACTIVATIONS, *UNARY):
+for _name in (*ACTIVATIONS, *UNARY, "zero_"):
     HANDLER_OF[_name] = answers(_name, meaning="at every visible site", inplace=_unary)(_unary(_name))
 for _name in NARY:
     HANDLER_OF[_name] = answers(
@@ -270,6 +163,10 @@ for _name in NARY:
         "value for each channel, for each image, or for each site, of which the visible ones are gathered",
         inplace=_nary,
     )(_nary(_name))
+
+
+for _name in ("uniform_", "normal_", "bernoulli_", "exponential_", "bernoulli"):
+    answers(_name, meaning="draws a number for every element of visible sites")(_unary(_name))
 
 
 def _where(x: Any, condition: Any, other: Any) -> SparseTensor:
@@ -315,33 +212,6 @@ def prelu(x: SparseTensor, weight: Tensor) -> SparseTensor:
     if weight.numel() != 1 and (x.channels_last or x.features.ndim != 2):
         refuse("prelu", f"x is {tuple(x.shape)}: its slopes belong to dimension 1", "bring x to (B, C, *spatial) first")
     return like(x, F.prelu(x.features, weight))
-
-
-def _softmax(name: str) -> Handler:
-    function = getattr(F, name)
-
-    def handler(
-        x: SparseTensor, dim: int | None = None, dtype: torch.dtype | None = None, _stacklevel: int = 3
-    ) -> SparseTensor:
-        if dim is None:
-            refuse(name, "dim is None", "name the dimension of channels")
-        return like(x, function(x.features, dim=channel_axis(x, dim, name), dtype=dtype))
-
-    return handler
-
-
-for _name in ("softmax", "log_softmax", "softmin"):
-    answers(_name, meaning="over channels", limits="dim is one of channels")(_softmax(_name))
-
-
-@answers("glu", meaning="halves of the channels", limits="dim is one of channels")
-def glu(x: SparseTensor, dim: int = -1) -> SparseTensor:
-    return like(x, F.glu(x.features, channel_axis(x, dim, "glu")))
-
-
-@answers("normalize", meaning="over channels", limits="dim is one of channels")
-def normalize(x: SparseTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> SparseTensor:
-    return like(x, F.normalize(x.features, p, channel_axis(x, dim, "normalize"), eps))
 
 
 def _dropout(name: str) -> Handler:

@@ -1,25 +1,23 @@
 """Places where torch looks for tensors among arguments without asking what they are.
 
-Two would lose gradients without a word, the others do not compile. Each asks for SparseTensors first.
+One would lose gradients without a word, the others do not compile. Each asks for SparseTensors first.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.modules import batchnorm
+from torch import Tensor
 from torch.utils.hooks import BackwardHook
 
 from sparsecnx.functions.as_tensor import SparseImage
-from sparsecnx.functions.table import like
 from sparsecnx.tensor import SparseTensor
 
 _apply = BackwardHook._apply_on_tensors
-_sync_batch_norm = batchnorm.sync_batch_norm
 
 
 def _apply_on_tensors(self: BackwardHook, fn: Any, args: tuple[Any, ...]) -> Any:
@@ -30,13 +28,6 @@ def _apply_on_tensors(self: BackwardHook, fn: Any, args: tuple[Any, ...]) -> Any
             "forward hook that calls register_hook() on the SparseTensor"
         )
     return _apply(self, fn, args)
-
-
-def _synchronised(input: Any, *args: Any) -> Any:
-    """Normalise the rows of all ranks: torch's function takes `(rows, C)`, and ranks with other numbers of rows."""
-    if isinstance(input, SparseTensor):
-        return like(input, _sync_batch_norm.apply(input.features, *args))
-    return _sync_batch_norm.apply(input, *args)
 
 
 def _let_tuples_compile() -> None:
@@ -64,31 +55,40 @@ def _let_tuples_compile() -> None:
 def _let_operators_compile() -> None:
     """Keep the order of operands: torch.compile turns `x - tensor` and `x @ matrix` around where x is no tensor.
 
-    And let it ask the two activations that torch does not list among its overridable functions.
+    And let it ask the two activations that torch does not list among its overridable functions. Where another torch has
+    other names for this, these raise an error under `fullgraph=True`.
     """
     try:
         from torch._dynamo.variables import builtin, torch_function
         from torch._dynamo.variables import torch as dynamo
+        from torch._dynamo.variables.base import VariableTracker
         from torch._dynamo.variables.builder import SourcelessBuilder
 
         insert = builtin.BuiltinVariable._handle_insert_op_in_graph
         dynamo.get_overridable_functions().update((F.hardswish, F.hardsigmoid))
         tables = builtin.BUILTIN_TO_TENSOR_FN_MAP
         populate, dispatch = builtin.populate_builtin_to_tensor_fn_map, torch_function.dispatch_torch_function
+        is_tensor = VariableTracker.is_tensor
     except (ImportError, AttributeError):
         return
+    # torch.compile does not find the methods of these, which are written in Python, in the table of functions.
+    others = {operator.pow: torch.pow, operator.floordiv: torch.floor_divide,
+              operator.ipow: Tensor.pow_, operator.ifloordiv: Tensor.floor_divide_}  # fmt: skip
 
-    def insert_in_order(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if len(args) == 2 and not args[0].is_tensor() and torch_function.has_torch_function(args[0]):
+    def is_sparse(variable: Any) -> bool:
+        return not is_tensor(variable) and variable.python_type() is SparseTensor
+
+    def insert_in_order(self: Any, tx: Any, args: Any, *more: Any) -> Any:
+        if len(args) == 2 and (is_sparse(args[0]) or (self.fn in others and is_sparse(args[1]))):
             populate()
-            if self.fn in tables:
-                return dispatch(tx, SourcelessBuilder.create(tx, tables[self.fn]), args, kwargs)
-        return insert(self, tx, args, kwargs)
+            function = others.get(self.fn) or tables.get(self.fn)
+            if function is not None:
+                return dispatch(tx, SourcelessBuilder.create(tx, function), args, {})
+        return insert(self, tx, args, *more)
 
-    builtin.BuiltinVariable._handle_insert_op_in_graph = insert_in_order  # type: ignore[method-assign]
+    builtin.BuiltinVariable._handle_insert_op_in_graph = insert_in_order  # type: ignore[method-assign, assignment]
 
 
 BackwardHook._apply_on_tensors = _apply_on_tensors  # type: ignore[method-assign]
-batchnorm.sync_batch_norm = SimpleNamespace(apply=_synchronised)  # type: ignore[assignment, misc]
 _let_tuples_compile()
 _let_operators_compile()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx import ops
 from sparsecnx.functions.table import Handler, answers, channels_first, like, refuse
-from sparsecnx.tensor import SparseTensor
+from sparsecnx.tensor import HANDLERS, SparseTensor
 
 
 def _over_sites(name: str) -> Handler:
@@ -58,6 +59,31 @@ def rms_norm(
 ) -> SparseTensor:
     _check_normalized(input, normalized_shape, "rms_norm")
     return like(input, F.rms_norm(input.features, tuple(normalized_shape), weight, eps))
+
+
+def _in_order_of_torch(handler: Handler) -> Handler:
+    """Take the arguments of torch.batch_norm: weight and bias before the running statistics, and cudnn_enabled."""
+
+    def reordered(x: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, *args: Any, **named: Any) -> Any:
+        named.pop("cudnn_enabled", None)
+        return handler(x, running_mean, running_var, weight, bias, *args[:3], **named)
+
+    return reordered
+
+
+def _without_cudnn(handler: Handler) -> Handler:
+    """Take the arguments of torch.group_norm, which has one more than F.group_norm."""
+
+    def shortened(*args: Any, cudnn_enabled: bool = True, cudnn_enable: bool = True, **named: Any) -> Any:
+        return handler(*args[:5], **named)
+
+    return shortened
+
+
+HANDLERS[torch.batch_norm] = _in_order_of_torch(HANDLERS[F.batch_norm])
+HANDLERS[torch.instance_norm] = _in_order_of_torch(HANDLERS[F.instance_norm])
+HANDLERS[torch.group_norm] = _without_cudnn(group_norm)
+HANDLERS[torch.layer_norm] = _without_cudnn(layer_norm)
 
 
 def _check_normalized(x: Any, shape: Sequence[int], name: str) -> None:

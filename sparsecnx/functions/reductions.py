@@ -199,8 +199,18 @@ def _spread(name: str) -> Handler:
     return handler
 
 
+def _with_mean(spread: Handler) -> Handler:
+    def handler(x: SparseTensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, **options: Any) -> Any:
+        if isinstance(dim, bool):
+            dim, unbiased = None, dim
+        return spread(x, dim, unbiased, keepdim, **options), mean(x, dim, keepdim)
+
+    return handler
+
+
 for _name in ("var", "std"):
-    answers(_name, meaning="as mean", limits="as mean")(_spread(_name))
+    _handler = answers(_name, meaning="as mean", limits="as mean")(_spread(_name))
+    answers(f"{_name}_mean", meaning="as mean", limits="as mean")(_with_mean(_handler))
 
 
 def _norm_of_images(x: Tensor, layout: Any, dims: list[int], p: float) -> Tensor:
@@ -237,22 +247,3 @@ def vector_norm(x: SparseTensor, ord: Any = 2, dim: Any = None, keepdim: bool = 
 
 
 put("linalg.vector_norm", vector_norm)
-
-
-def _of_channels(name: str) -> Handler:
-    function = getattr(torch, name)
-
-    def handler(x: SparseTensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> SparseTensor:
-        if dim is None:
-            refuse(name, "dim is None", "name the dimension of channels")
-        _, of_features, space, batch = _dims(x, dim, name)
-        if space or batch:
-            refuse(name, f"dim is {dim}, not a dimension of channels", SPACE)
-        found = function(x.features, of_features if name == "logsumexp" else of_features[0], keepdim=keepdim)
-        return like(x, found)
-
-    return handler
-
-
-for _name in ("argmax", "argmin", "logsumexp", "prod", "all", "any"):
-    answers(_name, meaning="over channels", limits="dim is one of channels")(_of_channels(_name))

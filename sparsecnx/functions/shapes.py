@@ -116,11 +116,6 @@ def flatten(x: SparseTensor, start_dim: int = 0, end_dim: int = -1) -> SparseTen
     return reshape(x, [*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]], name="flatten")
 
 
-@answers("unflatten", meaning="splits a dimension of channels", limits="dim is one of channels")
-def unflatten(x: SparseTensor, dim: int, sizes: Sequence[int]) -> SparseTensor:
-    return like(x, x.features.unflatten(channel_axis(x, dim, "unflatten"), tuple(sizes)))
-
-
 @answers("unsqueeze", meaning="adds a dimension of channels of size 1", limits="its place is among the channels")
 def unsqueeze(x: SparseTensor, dim: int) -> SparseTensor:
     (place,) = dimensions((dim,), x.ndim + 1, "unsqueeze")
@@ -168,13 +163,6 @@ def repeat(x: SparseTensor, *sizes: Any, repeats: Any = None) -> SparseTensor:
     if len(times) != x.ndim or any(count != 1 for d, count in enumerate(times) if d not in channels):
         refuse("repeat", f"sizes is {tuple(times)} for {tuple(x.shape)}", "only channels can be repeated")
     return like(x, x.features.repeat(1, *(times[d] for d in channels)))
-
-
-@answers("repeat_interleave", meaning="repeats each channel", limits="dim is one of channels")
-def repeat_interleave(x: SparseTensor, repeats: Any, dim: int | None = None, **options: Any) -> SparseTensor:
-    if dim is None:
-        refuse("repeat_interleave", "dim is None, which flattens", SPACE)
-    return like(x, x.features.repeat_interleave(repeats, channel_axis(x, dim, "repeat_interleave"), **options))
 
 
 def _same(x: SparseTensor, *args: Any, **kwargs: Any) -> SparseTensor:
@@ -230,48 +218,12 @@ def _with_channels_of(x: SparseTensor, value: Tensor, name: str) -> SparseTensor
     return x
 
 
-@answers("chunk", meaning="of channels", limits="dim is one of channels")
-def chunk(x: SparseTensor, chunks: int, dim: int = 0) -> tuple[SparseTensor, ...]:
-    return tuple(like(x, part) for part in x.features.chunk(chunks, channel_axis(x, dim, "chunk")))
-
-
-@answers("split", "split_with_sizes", meaning="of channels", limits="dim is one of channels")
-def split(x: SparseTensor, split_size_or_sections: Any, dim: int = 0) -> tuple[SparseTensor, ...]:
-    return tuple(like(x, part) for part in x.features.split(split_size_or_sections, channel_axis(x, dim, "split")))
-
-
-@answers("tensor_split", meaning="of channels", limits="dim is one of channels")
-def tensor_split(x: SparseTensor, indices_or_sections: Any, dim: int = 0) -> tuple[SparseTensor, ...]:
-    place = channel_axis(x, dim, "tensor_split")
-    return tuple(like(x, part) for part in x.features.tensor_split(indices_or_sections, place))
-
-
-@answers("unbind", meaning="of channels", limits="dim is one of channels")
-def unbind(x: SparseTensor, dim: int = 0) -> tuple[SparseTensor, ...]:
-    return tuple(like(x, part) for part in x.features.unbind(channel_axis(x, dim, "unbind")))
-
-
-@answers("narrow", meaning="of channels", limits="dim is one of channels")
-def narrow(x: SparseTensor, dim: int, start: Any, length: int) -> SparseTensor:
-    return like(x, x.features.narrow(channel_axis(x, dim, "narrow"), start, length))
-
-
-@answers("select", meaning="of channels", limits="dim is one of channels")
-def select(x: SparseTensor, dim: int, index: int) -> SparseTensor:
-    return like(x, x.features.select(channel_axis(x, dim, "select"), index))
-
-
-@answers("index_select", meaning="of channels", limits="dim is one of channels")
-def index_select(x: SparseTensor, dim: int, index: Tensor) -> SparseTensor:
-    return like(x, x.features.index_select(channel_axis(x, dim, "index_select"), index))
-
-
 @answers("flip", meaning="of channels", limits="dims are of channels")
 def flip(x: SparseTensor, *given: Any, dims: Any = None) -> SparseTensor:
     return like(x, x.features.flip([channel_axis(x, d, "flip") for d in _sequence(given, dims)]))
 
 
-@answers("channel_shuffle", meaning="of channels")
+@answers("channel_shuffle", "native_channel_shuffle", meaning="of channels")
 def channel_shuffle(x: SparseTensor, groups: int) -> SparseTensor:
     channels = x.features.shape[1]
     if x.channels_last or x.features.ndim != 2 or channels % groups:

@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -56,20 +57,29 @@ def answers(
     return enter
 
 
+def answers_each(*names: str, make: Callable[[str, Any], Handler], meaning: str, limits: str = "") -> None:
+    """Enter functions into the table whose handlers call torch's own: `make(name, function)` is that of a function."""
+    ENTRIES.append(Entry(names, meaning, limits))
+    for name in names:
+        put_each(name, partial(make, name))
+
+
 def put(name: str, handler: Handler) -> None:
     """Enter a handler for every function of torch with this name, and as a method where tensors have one."""
+    put_each(name, lambda function: handler)
+
+
+def put_each(name: str, make: Callable[[Any], Handler]) -> None:
+    """Enter a handler for each function of torch with this name, `make(function)`. A later torch may have others."""
     if name.startswith("linalg."):
-        HANDLERS[getattr(torch.linalg, name.removeprefix("linalg."))] = handler
+        HANDLERS[getattr(torch.linalg, name.removeprefix("linalg."))] = make(None)
         return
-    found = [getattr(home, name) for home in HOMES.values() if hasattr(home, name)]
-    if not found:  # A later torch has it.
-        return
-    for function in found:
-        if isinstance(function, property) or not callable(function):
-            continue
-        HANDLERS[function] = handler
+    for home in HOMES.values():
+        function = getattr(home, name, None)
+        if function is not None and callable(function):
+            HANDLERS[function] = make(function)
     if callable(getattr(Tensor, name, None)):
-        setattr(SparseTensor, name, _method(name, handler))
+        setattr(SparseTensor, name, _method(name, HANDLERS[getattr(Tensor, name)]))
         METHODS.add(name)
 
 

@@ -39,13 +39,26 @@ class Window(NamedTuple):
 class Padded:
     """A SparseTensor with a border of padding, which the convolution or pooling that follows takes as its own.
 
-    A border has no rows of its own, so that it cannot be kept any other way.
+    A border has no rows of its own, so that it cannot be kept any other way. The rows are those of the input, without a
+    copy, so that `x` raises an error if they have been changed since.
     """
 
-    __slots__ = ("after", "before", "value", "x")
+    __slots__ = ("_x", "after", "before", "value", "version")
 
     def __init__(self, x: SparseTensor, before: tuple[int, ...], after: tuple[int, ...], value: float) -> None:
-        self.x, self.before, self.after, self.value = x, before, after, value
+        self.version = -1
+        if torch.compiler.is_compiling() or x.features.is_inference():  # They count no versions.
+            x = like(x, x.features.clone())
+        else:
+            self.version = x.features._version
+        self._x, self.before, self.after, self.value = x, before, after, value
+
+    @property
+    def x(self) -> SparseTensor:
+        if self.version >= 0 and self._x.features._version != self.version:
+            refuse("pad", "its input was changed in place before the convolution or pooling that follows",
+                   "call F.pad after the change, or give it x.clone()")  # fmt: skip
+        return self._x
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

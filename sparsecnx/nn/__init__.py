@@ -8,7 +8,6 @@ serves both. State dicts are interchangeable.
 
 from sparsecnx.nn.block import ConvNeXtV2Block
 from sparsecnx.nn.layers import GELU, GRN, Conv2d, LayerNorm, LayerNorm2d, Linear, StochasticDepth
-from sparsecnx.nn.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "GELU",
@@ -19,5 +18,4 @@ __all__ = [
     "LayerNorm2d",
     "Linear",
     "StochasticDepth",
-    "SyncBatchNorm",
 ]

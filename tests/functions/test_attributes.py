@@ -111,30 +111,6 @@ def test_running_statistics_move_as_those_of_the_rows() -> None:
     torch.testing.assert_close(sparse.eval()(x).features, rows.eval()(x.features))
 
 
-def test_synchronised_batch_norm_gets_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs on GPUs alone; here its function is replaced by one that says what it got."""
-    from torch.nn.modules import batchnorm
-
-    from sparsecnx.functions import hooks
-
-    class Scaled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-            assert type(x) is Tensor and x.ndim == 2
-            return 3 * x
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-            return 3 * grad, *[None] * 8
-
-    monkeypatch.setattr(hooks, "_sync_batch_norm", Scaled)
-    x = example().requires_grad_()
-    y = batchnorm.sync_batch_norm.apply(x, torch.ones(4), None, None, None, 1e-5, 0.1, None, 2)
-    assert torch.equal(y.features, 3 * x.features) and y.layout is x.layout
-    y.sum().backward()
-    assert torch.equal(x.features.grad, torch.full_like(x.features, 3.0))
-
-
 class AsksForTensors(nn.Module):
     """Drops what is no tensor, as MONAI's UpCat and transformers' ModelOutput do."""
 

@@ -85,12 +85,34 @@ def joined(home: Any, name: str, x: Any) -> Any:
     return getattr(home, name)(x > 0, x < 1) * x
 
 
+def along(name: str, x: Any) -> Any:
+    found = getattr(torch, name)(x, dim=1)
+    found = found[0] if isinstance(found, tuple) else found  # values and indices
+    return found if found.ndim == x.ndim else found.unsqueeze(1)
+
+
 # Functions of sites and of the sites around them: dense on the zero-filled tensor, then masked.
 AT_SITES: dict[str, Callable[[Any], Any]] = {
     **{name: partial(on, F, name) for name in ACTIVATIONS if name not in ("threshold", "rrelu")},
     **{name: partial(of_positive, torch, name) for name in UNARY
-       if not name.startswith(("is", "logical", "bitwise"))},
-    **{name: partial(truth, torch, name) for name in ("isfinite", "isinf", "isnan", "logical_not")},
+       if not name.startswith(("is", "logical", "bitwise", "signbit"))},
+    **{name: partial(truth, torch, name) for name in UNARY if name.startswith(("is", "logical", "signbit"))},
+    **{name: partial(compared, torch, name) for name in ("greater", "greater_equal", "less", "less_equal",
+                                                       "not_equal")},
+    "arctan2": lambda x: torch.arctan2(x, OTHER.beside(x)),
+    "logaddexp": lambda x: torch.logaddexp(x, OTHER.beside(x)),
+    "logaddexp2": lambda x: torch.logaddexp2(x, OTHER.beside(x)),
+    "ldexp": lambda x: torch.ldexp(x, torch.tensor([2]).view(1, 1, 1)),
+    "nextafter": lambda x: torch.nextafter(x.detach(), OTHER.beside(x)) * x,
+    "isclose": lambda x: torch.isclose(x, x + 1e-9) * x,
+    "fill": lambda x: torch.fill(x, 2.0) + x.clone().fill_(3.0),
+    "copy_": lambda x: x.clone().copy_(OTHER.beside(x)) * x.clone().copy_(PER_IMAGE),
+    "zero_": lambda x: x.clone().zero_() + x,
+    "uniform_": lambda x: x.clone().uniform_(1, 1 + 1e-15).round() * x,
+    "normal_": lambda x: x.clone().normal_(2, 0) * x,
+    "exponential_": lambda x: 0 * x.clone().exponential_() + x,
+    "bernoulli_": lambda x: x.clone().bernoulli_(1.0) * x,
+    "bernoulli": lambda x: torch.bernoulli(torch.ones_like(x)) * x,
     "bitwise_not": lambda x: torch.bitwise_not(x > 0).double(),
     "threshold": lambda x: F.threshold(x, 0.1, 20.0),
     "rrelu": lambda x: F.rrelu(x, 0.1, 0.3, training=False),
@@ -143,6 +165,24 @@ AT_SITES: dict[str, Callable[[Any], Any]] = {
     "softmax": lambda x: torch.softmax(x, 1),
     "log_softmax": lambda x: F.log_softmax(x, dim=1),
     "softmin": lambda x: F.softmin(x, dim=-3),
+    **{name: partial(along, name) for name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "sort", "mode",
+                                              "median", "nanmedian", "nansum", "nanmean", "diff")},
+    "softmax in another dtype": lambda x: torch.softmax(x.detach().float(), 1, torch.float64) + F.softmax(x, 1),
+    "argsort": lambda x: x.argsort(1, descending=True) * x,
+    "count_nonzero": lambda x: (x > 0).count_nonzero(dim=1).unsqueeze(1) * x,
+    "topk": lambda x: x.topk(2, 1).values * x.topk(k=2, dim=1)[1],
+    "kthvalue": lambda x: x.kthvalue(2, dim=1, keepdim=True).values * x,
+    "gumbel_softmax": lambda x: F.gumbel_softmax(1e9 * x.detach(), hard=True, dim=1) * x,
+    "roll": lambda x: x.roll(1, 1) + torch.roll(x, shifts=2, dims=1),
+    "einsum": lambda x: torch.einsum("bchw,oc->bohw", x, MATRIX) + torch.einsum("nc...,oc -> no...", x, MATRIX),
+    "einsum of two": lambda x: torch.einsum("bchw,bchw->bhw", x, OTHER.beside(x)).unsqueeze(1),
+    "einsum of channels last": last(lambda x: torch.einsum("oc,...c->...o", MATRIX, x)),
+    "batch_norm in the order of torch": lambda x: torch.batch_norm(
+        x, VECTOR, VECTOR + 1, VECTOR.square(), VECTOR.exp(), False, 0.1, 1e-3, True
+    ),
+    "native_channel_shuffle": lambda x: torch.native_channel_shuffle(x.detach(), 2) * x,
+    "short": lambda x: x.short() * x,
+    "type_as of another": lambda x: x + torch.ones(1).type_as(x),
     "glu": lambda x: F.glu(x, dim=1),
     "normalize": lambda x: F.normalize(x, dim=1),
     "conv2d": lambda x: F.conv2d(x, W3, BIAS, padding=1),
@@ -290,6 +330,10 @@ OF_IMAGES: dict[str, Callable[[Any], Any]] = {
     "var": lambda x: x.var((2, 3)),
     "var keepdim": lambda x: torch.var(x, (1, 2, 3), correction=0, keepdim=True),
     "std": lambda x: torch.std(x, (2, 3), unbiased=False),
+    "var_mean": lambda x: torch.cat(torch.var_mean(x, (2, 3)), 1),
+    "std_mean": lambda x: torch.cat(torch.std_mean(x, dim=(2, 3), correction=0), 1),
+    "group_norm of torch": lambda x: torch.group_norm(x, 2, VECTOR, VECTOR, 1e-3, True),
+    "instance_norm of torch": lambda x: torch.instance_norm(x, VECTOR, None, None, None, True, 0.1, 1e-3, True),
     "norm": lambda x: x.norm(p=2, dim=(2, 3), keepdim=True),
     "norm 1": lambda x: torch.norm(x, 1, dim=(2, 3)),
     "norm inf": lambda x: torch.norm(x, math.inf, dim=(2, 3)),
@@ -315,6 +359,9 @@ OF_THE_BATCH: dict[str, Callable[[Any], Any]] = {
     "mean of all": lambda x: x.mean(),
     "mean of each channel": lambda x: x.mean((0, 2, 3)),
     "max": lambda x: x.max(),
+    "prod of all": lambda x: x.abs().clamp(0.9, 1.1).prod(),
+    "all of all": lambda x: torch.isfinite(x).all(),
+    "median of all": lambda x: x.median(),
     "min": lambda x: x.min(),
 }
 

@@ -36,10 +36,20 @@ def halved(x: Any) -> Any:
     return F.max_pool2d(x, 2)
 
 
+def one_site() -> SparseTensor:
+    return sparsecnx.sparse(torch.ones(1, CHANNELS, 2, 2), torch.tensor([[0, 1, 1, 1]]))
+
+
+def padded_and_changed(x: Any) -> Any:
+    padded = F.pad(x, (1, 1, 1, 1))
+    x.mul_(2)
+    return F.conv2d(padded, W)
+
+
 W = torch.randn(CHANNELS, CHANNELS, 3, 3, dtype=torch.float64)
 UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "a function that is not in the table": (lambda x: torch.cumsum(x, 1), "torch.cumsum .*: it is not in docs"),
-    "a method that is not in the table": (lambda x: x.cumsum(1), "Tensor.cumsum .*: it is not in docs/functions.md"),
+    "a function that is not in the table": (lambda x: torch.fft.fft2(x), "torch.fft.fft2 .*: it is not in docs"),
+    "a method that is not in the table": (lambda x: x.lu(), "Tensor.lu .*: it is not in docs/functions.md"),
     "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), "scaled_dot_product_attention"),
     "flatten of space": (lambda x: x.flatten(1), "flatten .* pool over space first"),
     "view of space": (lambda x: x.view(2, CHANNELS, -1), "reshape .*would become"),
@@ -93,6 +103,37 @@ def test_what_has_no_meaning_names_the_function_the_line_and_the_remedy(name: st
     assert f", called at {__file__}:" in str(caught.value) and "; " in str(caught.value)
 
 
+# Where operators, or torch itself, find the fault.
+BAD: dict[str, tuple[type[Exception], Callable[[Any], Any], str]] = {
+    "channels of a weight": (ValueError, lambda x: F.conv2d(x, W[:, :3], padding=1), r"conv2d .*is \(4, 3, 3, 3\)"),
+    "device of a weight": (ValueError, lambda x: F.conv2d(x, W.to("meta"), padding=1), "conv2d .*weight is on meta"),
+    "dtype of a weight": (TypeError, lambda x: F.conv2d(x, W.float(), padding=1), "conv2d .*weight is torch.float32"),
+    "bias": (ValueError, lambda x: F.conv2d(x, W, W[:3, 0, 0, 0], padding=1), r"conv2d .*bias is \(3,\)"),
+    "groups": (ValueError, lambda x: F.group_norm(x, 3), "group_norm .*groups is 3: expected a divisor"),
+    "groups of a module": (ValueError, nn.GroupNorm(2, 8).double(), r"group_norm .*weight is \(8,\)"),
+    "statistics": (ValueError, lambda x: F.batch_norm(x, W[0, :3, 0, 0], None), "batch_norm .*running_mean is"),
+    "slopes": (RuntimeError, lambda x: F.prelu(x, W[0, :3, 0, 0]), "prelu .*channel size = 4"),
+    "features": (RuntimeError, lambda x: F.linear(x.permute(0, 2, 3, 1), torch.ones(2, 3).double()), "linear .*shapes"),
+    "an operator": (RuntimeError, lambda x: x + torch.ones(3, 1, 1), "__add__ .*must match"),
+    "a method": (RuntimeError, lambda x: x.chunk(0, 1), "chunk .*greater than 0"),
+    "no such argument": (TypeError, lambda x: x.mean(nonsense=1), "mean .*argument 'nonsense'"),
+    "one visible site": (ValueError, lambda x: nn.InstanceNorm2d(CHANNELS)(one_site()), "instance_norm .*"),
+    "numbers for each axis": (ValueError, lambda x: F.avg_pool2d(x, (2, 2, 2)), "avg_pool2d .*has 3 numbers"),
+    "pixels for a tensor": (UnsupportedFunctionError, torch.as_tensor, r"x.as_tensor\(\) is one"),
+    "a border of what has changed": (UnsupportedFunctionError, padded_and_changed, "pad .*changed in place before"),
+    "sum over space": (UnsupportedFunctionError, lambda x: torch.einsum("bchw->bc", x), "einsum .*x.sum"),
+    "letters": (UnsupportedFunctionError, lambda x: torch.einsum("bcw->bw", x), "einsum .*a letter for each dimension"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_of_operators_name_the_function_and_the_line(name: str) -> None:
+    error, function, message = BAD[name]
+    with pytest.raises(error, match=f"(?s){message}") as caught:
+        function(example())
+    assert str(caught.value).count(" on a SparseTensor, called at ") == 1
+
+
 DIMENSIONS: dict[str, Callable[[Any], Any]] = {
     "mean": lambda x: x.mean((2, 3, 5)),
     "permute": lambda x: x.permute(0, 2, 3, 5),
@@ -120,13 +161,13 @@ def test_a_dimension_given_twice_is_an_error() -> None:
 
 def test_a_missing_method_is_no_attribute() -> None:
     x = example()
-    assert hasattr(x, "relu") and not hasattr(x, "cumsum") and not hasattr(x, "nonsense")
+    assert hasattr(x, "relu") and not hasattr(x, "lu") and not hasattr(x, "nonsense")
     with pytest.raises(AttributeError, match="SparseTensor has no attribute 'nonsense'"):
         _ = x.nonsense
 
 
 EXTENTS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "no padding": (lambda x: F.conv2d(x, W), r"conv2d on .*called at .* make \(10, 6\) sites of \(12, 8\).*; padding=1 does"),
+    "no padding": (lambda x: F.conv2d(x, W), r"conv2d on .* make \(10, 6\) sites of \(12, 8\).*; padding=1 does"),
     "too much padding": (lambda x: F.conv2d(x, W, padding=2), r"make \(14, 10\) sites.*padding=1 does"),
     "even kernel": (lambda x: F.conv2d(x, W[..., :2, :2]), "1 sites of padding per axis do.*padding='same', or F.pad"),
     "dilation": (lambda x: F.conv2d(x, W, padding=1, dilation=2), "padding=2 does"),

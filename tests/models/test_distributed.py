@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparsecnx import SparseTensor, models
 from sparsecnx.compat import minkowski
-from sparsecnx.nn import ConvNeXtV2Block, SyncBatchNorm
+from sparsecnx.nn import ConvNeXtV2Block
 
 WHOLE = StateDictOptions(full_state_dict=True)
 
@@ -148,7 +148,7 @@ def normalised(images: torch.Tensor, mask: torch.Tensor, synchronised: bool) -> 
     model: nn.Module = Normalised()
     nn.init.normal_(model.norm.weight)
     if synchronised:
-        model = SyncBatchNorm.convert_sync_batchnorm(model)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     images = images.clone().requires_grad_()
     out = model(SparseTensor.from_dense(images, mask))
     weights = torch.linspace(-1, 2, 5, dtype=torch.float64)
