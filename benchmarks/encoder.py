@@ -12,8 +12,8 @@ Variants:
     compiled       the same through torch.compile: as a whole, or with --by-block block by block, which compiles faster
     dense_nchw     eager, images and weights contiguous; those of the two above are channels_last
     compiled_nchw  likewise, compiled
-    floor          no encoder, only the matrix products of its blocks at the visible rows, through torch.mm into
-                   buffers made before: two a block, with backward six
+    floor          no encoder, only the matrix products of its blocks at the visible rows, by the library that takes
+                   them in the encoder: two a block, with backward six
 
 Before anything is timed, outputs and all parameter gradients are compared with the dense encoder in float32. Forward
 alone is timed without gradients. Forward + backward is timed with gradients of all parameters, which start out as None.
@@ -45,6 +45,7 @@ from torch import Tensor
 from sparsecnx import SparseTensor
 from sparsecnx.models import SIZES, ConvNeXtV2Encoder, masked_dense
 from sparsecnx.models.convnextv2 import STRIDE
+from sparsecnx.ops.linear import linear
 
 VARIANTS = ("sparse", "sparse_graph", "dense", "compiled", "dense_nchw", "compiled_nchw")
 SWEEPS: dict[str, tuple[Any, ...]] = {
@@ -235,21 +236,26 @@ def block_products(model: ConvNeXtV2Encoder, case: Case) -> Callable[[bool], Non
     for index, stage in enumerate(model.stages):
         rows = case.batch * case.visible * (8 >> index) ** 2
         channels = model.dims[index]
-        v, g, y, dv = torch.randn(4, rows, channels, device=case.device).to(dtype)
-        h, dh = torch.empty(2, rows, 4 * channels, device=case.device, dtype=dtype)
+        v, g = torch.randn(2, rows, channels, device=case.device).to(dtype)
+        h, dh = torch.randn(2, rows, 4 * channels, device=case.device).to(dtype)
         for block in stage:
             w1, w2 = block.pwconv1.weight.detach().to(dtype), block.pwconv2.weight.detach().to(dtype)
-            forward = [(v, w1.T, h), (h, w2.T, y)]
-            backward = [(g, w2, dh), (g.T, h, torch.empty_like(w2)), (dh, w1, dv), (dh.T, v, torch.empty_like(w1))]
+            forward = [(linear, v, w1), (linear, h, w2)]
+            backward = [(linear, g, w2.T), (weight_grad, g, h), (linear, dh, w1.T), (weight_grad, dh, v)]
             blocks.append(forward + backward)
 
     @torch.no_grad()
     def floor(backward: bool) -> None:
         for products in blocks:
-            for a, b, out in products[: 6 if backward else 2]:
-                torch.mm(a, b, out=out)
+            for product, a, b in products[: 6 if backward else 2]:
+                product(a, b)
 
     return floor
+
+
+def weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """Return `grad.T @ x`, over rows."""
+    return torch.ops.sparsecnx.linear_weight_grad(grad, x) if x.device.type == "cpu" else grad.T @ x
 
 
 def cpu_peak_bytes(case: Case, name: str, by_block: bool) -> int:

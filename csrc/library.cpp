@@ -25,6 +25,8 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
       "mapped_depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor kernel_map, Tensor? inverse_map) -> "
       "Tensor");
   m.def("mapped_depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor kernel_map) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear_weight_grad(Tensor grad, Tensor x) -> Tensor");
   m.def("max_pool(Tensor x, Tensor kernel_map, Tensor? inverse_map) -> (Tensor, Tensor)");
   m.def("max_pool_backward(Tensor grad, Tensor winner, Tensor kernel_map, Tensor inverse_map) -> Tensor");
   m.def("sum_pool(Tensor x, Tensor kernel_map, Tensor? inverse_map, float factor) -> Tensor");

@@ -253,6 +253,15 @@ def conv_weight_grad(**a: Any) -> Tensor:
     return found.permute(0, 3, 2, 1)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = x @ weight.t()
+    return out if bias is None else out + bias.reshape(-1)
+
+
+def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.t() @ x
+
+
 def max_pool(x: Tensor, kernel_map: Tensor, inverse_map: Tensor | None) -> tuple[Tensor, Tensor]:
     present, taps = (kernel_map >= 0)[..., None], kernel_map.shape[1]
     if kernel_map.numel() == 0:
@@ -319,6 +328,8 @@ REFERENCES: dict[str, Callable[..., Any]] = {
         conv,
         conv_input_grad,
         conv_weight_grad,
+        linear,
+        linear_weight_grad,
         mapped_depthwise_conv,
         mapped_depthwise_conv_weight_grad,
         grn,
@@ -424,6 +435,13 @@ def valid(operator: str, rng: random.Random) -> Arguments:
         if operator == "conv_input_grad":
             return {"grad": grad, "weight": weight, **maps, "rows_in": rows}
         return {"x": x, "weight": weight, "bias": rng.choice((None, vector(groups * outputs))), **maps}
+    if operator in ("linear", "linear_weight_grad"):
+        rows, outputs = rng.choice((rows, rows, 4200)), rng.choice((1, 5, 16, 64))  # the last: by oneDNN
+        x, grad = normal(rows, channels), normal(rows, outputs)
+        if operator == "linear_weight_grad":
+            return {"grad": grad, "x": x}
+        weight = normal(outputs, channels) if optional else normal(channels, outputs).t()
+        return {"x": x, "weight": weight, "bias": normal(outputs) if rng.random() < 0.5 else None}
     if operator == "grn":
         return {"x": x, "gamma": vector(), "beta": vector(), "splits": splits, "eps": EPS}
     if operator == "grn_backward":

@@ -222,7 +222,7 @@ void lanes_to_columns(const Compute<S>* from, int64_t from_step, int64_t rows, i
   for (int64_t c = 0; c < columns; c += W) {
     const int64_t n = std::min(W, columns - c);
     Vec<A> square[W];
-    for (int64_t i = 0; i < W; ++i) square[i] = i < n ? load(from + (c + i) * from_step) : Vec<A>{};
+    for (int64_t i = 0; i < W; ++i) square[i] = i < n ? load(from + (c + i) * from_step, rows) : Vec<A>{};
     transpose_square<A>(square);
     for (int64_t r = 0; r < rows; ++r) store(to + r * row_step + c, square[r], n);
   }

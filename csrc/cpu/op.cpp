@@ -1,8 +1,5 @@
 #include "op.h"
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>  // C functions, ABI-stable like the rest
-#include <torch/headeronly/util/shim_utils.h>
-
 #include <cstdlib>
 
 namespace sparsecnx {
@@ -55,30 +52,11 @@ thread_local ScratchStack scratch_stack;
 
 int64_t whole_lines(int64_t bytes) { return (std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment; }
 
-// Returns memory as a tensor.
-Tensor view(Matrix<void> matrix, ScalarType dtype) {
-  const std::array<int64_t, 2> shape{matrix.rows, matrix.columns};
-  const int64_t stride = std::max<int64_t>(matrix.transposed ? matrix.rows : matrix.columns, 1);
-  const std::array<int64_t, 2> along_rows{stride, 1}, along_columns{1, stride};
-  return torch::stable::from_blob(matrix.at, shape, matrix.transposed ? along_columns : along_rows,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
-}
-
 }  // namespace
 
 void* push_scratch(int64_t bytes) { return scratch_stack.push(whole_lines(bytes)); }
 
 void pop_scratch(void* at, int64_t bytes) { scratch_stack.pop(at, whole_lines(bytes)); }
-
-void gemm_raw(void* out, Matrix<void> a, Matrix<void> b, ScalarType dtype, bool add) {
-  if (a.rows == 0 || b.columns == 0) return;
-  const Tensor result = view({out, a.rows, b.columns}, dtype), left = view(a, dtype), right = view(b, dtype);
-  if (add) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
-  } else {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
-  }
-}
 
 void check_size(int64_t value, const char* what, int64_t low, int64_t high) {
   STD_TORCH_CHECK(low <= value && value <= high, "sparsecnx: ", what, " is ", value, ", expected ", low, " to ", high);

@@ -149,7 +149,7 @@ void for_groups(const std::vector<RowBlock>& blocks, const F& f) {
   }
 }
 
-// --- GEMM through torch's BLAS ---------------------------------------------------------------------------------
+// --- matrix products (products.cpp) ----------------------------------------------------------------------------------
 
 // A row-major matrix in memory that it does not own, or the transpose of one.
 template <class T>
@@ -175,6 +175,9 @@ void gemm(T* out, Matrix<T> a, Matrix<T> b, bool add = false) {
   gemm_raw(out, {a.at, a.rows, a.columns, a.transposed}, {b.at, b.rows, b.columns, b.transposed}, kDtype<T>, add);
 }
 
+// out (columns, rows) = the transpose of a matrix (rows, columns), in one thread
+void transpose(const float* from, int64_t rows, int64_t columns, float* out);
+
 // out (rows, columns) = a sum of products in the computing type. Each 16-bit product is rounded once, their sum never.
 // The memory belongs to the caller and need not be cleared.
 template <class S>
@@ -182,28 +185,39 @@ class GemmSum {
   using A = Compute<S>;
 
  public:
-  GemmSum(A* out, int64_t rows, int64_t columns) : out_(out), count_(rows * columns) {}
+  GemmSum(A* out, int64_t rows, int64_t columns) : out_(out), rows_(rows), columns_(columns), count_(rows * columns) {}
   void add(Matrix<S> a, Matrix<S> b) {
-    if constexpr (std::is_same_v<S, A>) {
-      gemm(out_, a, b, !empty_);
-    } else {
+    if constexpr (!std::is_same_v<S, A>) {
       product_.resize(count_);
       widened_.resize(count_);
       gemm(product_.data(), a, b);
       kernels<S>().widen(product_.data(), count_, empty_ ? out_ : widened_.data());
       for (int64_t i = 0; !empty_ && i < count_; ++i) out_[i] += widened_[i];
+    } else if (turned()) {
+      gemm(out_, b.t(), a.t(), !empty_);
+    } else {
+      gemm(out_, a, b, !empty_);
     }
     empty_ = false;
   }
-  // Clears the sum if nothing was added.
+  // Completes the sum, which is zero if nothing was added.
   void finish() {
     if (empty_) std::fill_n(out_, count_, A(0));
+    if constexpr (std::is_same_v<S, float>) {
+      if (!empty_ && turned()) {
+        const std::vector<float> sum(out_, out_ + count_);
+        transpose(sum.data(), columns_, rows_, out_);
+      }
+    }
     empty_ = false;
   }
 
  private:
+  // Whether the sum is kept transposed: oneDNN is quicker where the first matrix is the smaller one (products.cpp).
+  bool turned() const { return std::is_same_v<S, float> && rows_ > columns_; }
+
   A* out_;
-  int64_t count_;
+  int64_t rows_, columns_, count_;
   bool empty_ = true;
   std::vector<S> product_;
   std::vector<A> widened_;

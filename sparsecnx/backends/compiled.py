@@ -34,6 +34,8 @@ OPERATORS = [
     "conv_weight_grad",
     "mapped_depthwise_conv",
     "mapped_depthwise_conv_weight_grad",
+    "linear",
+    "linear_weight_grad",
     "max_pool",
     "max_pool_backward",
     "sum_pool",

@@ -68,7 +68,7 @@ def _convolution(name: str) -> Handler:
                     if prepared.children > 1:
                         features = features.reshape(coarse.rows, prepared.children * features.shape[1])
                         weight = weight.movedim(1, -1)
-                    return packed(F.linear(features, weight.flatten(1), bias), coarse)
+                    return packed(products.linear(features, weight.flatten(1), bias), coarse)
                 return packed(prepared.runs(x, weight, bias, prepared.window, groups), coarse)
         window = plan(name, x, tuple(weight.shape[2:]), stride, padding, dilation, extra)
         if window.dense:
@@ -147,7 +147,7 @@ def linear(input: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> S
         refuse("linear", "its weight is a SparseTensor", "only the input can be one")
     if not input.channels_last:
         refuse("linear", f"x is {tuple(input.shape)}, whose last dimension is space", "permute the channels to the end")
-    return like(input, F.linear(input.features, weight, bias))
+    return like(input, products.linear(input.features, weight, bias))
 
 
 @answers("matmul", "__matmul__", meaning="channels that are last times a matrix", limits="x is channels-last")
@@ -159,6 +159,8 @@ def matmul(input: Any, other: Any) -> SparseTensor:
         or other.ndim > 2
     ):
         refuse("matmul", "sites would be multiplied with sites", "x is channels-last, and the other a matrix (C, C')")
+    if other.ndim == 2:
+        return like(input, products.linear(input.features, other.t()))
     return like(input, torch.matmul(input.features, other))
 
 

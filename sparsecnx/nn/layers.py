@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsecnx import ops
 from sparsecnx.ops.global_response_norm.groups import check_scope
+from sparsecnx.ops.linear import linear
 from sparsecnx.tensor import SparseTensor
 
 
@@ -42,7 +43,7 @@ class Linear(torch.nn.Linear):
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:  # type: ignore[override]
         """Map `(..., C_in)` to `(..., C_out)`, or a SparseTensor to one."""
         if isinstance(input, SparseTensor):
-            return input.with_features(super().forward(input.features))
+            return input.with_features(linear(input.features, self.weight, self.bias))
         return super().forward(input)
 
 

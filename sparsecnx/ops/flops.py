@@ -31,6 +31,16 @@ def conv_weight_grad(grad: Shape, x: Shape, weight: Shape, *_: Any, out_shape: A
     return 2 * min(grad[0], x[0]) * math.prod(weight)
 
 
+def linear(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
+    """Return the count of rows `(rows, C)` times a matrix `(C_out, C)`."""
+    return 2 * x[0] * math.prod(weight)
+
+
+def linear_weight_grad(grad: Shape, x: Shape, out_shape: Any) -> int:
+    """Return the count of the gradient of the matrix: that of the product."""
+    return 2 * math.prod(grad) * x[1]
+
+
 def depthwise_conv(x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
     """Return the count of rows `(rows, C)` under kernels `(C, 1, *kernel)`."""
     return 2 * x[0] * math.prod(weight)

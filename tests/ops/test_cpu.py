@@ -56,6 +56,9 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
             p = {name: value.float() for name, value in case.parameters(4).items()}
             outputs_and_gradients(case.run, random_sparse(layout, 4, torch.float32), p)
         run_mapped_depthwise_conv("cpu")
+        large = random_sparse(example_layout(2, (4, 4), tile=8), 64, torch.float32)  # Small products are torch's own.
+        weight = torch.randn(64, 64, 1, 1, requires_grad=True)
+        ops.conv(large, weight, torch.randn(64)).features.sum().backward()
     return recorder.by_name
 
 

@@ -16,6 +16,7 @@ from sparsecnx.compat.minkowski.kernel import KernelGenerator
 from sparsecnx.compat.minkowski.tensor import SparseTensor, in_layout
 from sparsecnx.geometry.coordinates import CoordinateMap
 from sparsecnx.geometry.nested_order import children_are_consecutive, tile_to_rows
+from sparsecnx.ops.linear import linear
 
 
 class _Convolution(KernelLayer):
@@ -65,7 +66,7 @@ class _Convolution(KernelLayer):
         """
         self._check(input)
         if self.use_mm:
-            return input._with(nn.functional.linear(input.F, self.kernel.t(), self._flat_bias()))
+            return input._with(linear(input.F, self.kernel.t(), self._flat_bias()))
         return self._convolve(input, coordinates)
 
     def _convolve(self, input: SparseTensor, coordinates: Target) -> SparseTensor:
@@ -211,7 +212,7 @@ class MinkowskiConvolutionTranspose(MinkowskiConvolutionBase):
             by_tap = to_torch(self.kernel, kernel.kernel_size).movedim((0, 1), (-2, -1)).flatten(-2)
             weight = tile_to_rows(by_tap[None]).view(-1, self.in_channels)
             bias = None if bias is None else bias.repeat(kernel.kernel_volume)
-            found = nn.functional.linear(input.F, weight, bias)
+            found = linear(input.F, weight, bias)
             return input._with(found.view(-1, self.out_channels), key)
         table = manager.table(key, input.coordinate_map_key, kernel)
         return input._with(ops.mapped_conv(input.F, self.kernel, table.inverse, table.table, bias), key)

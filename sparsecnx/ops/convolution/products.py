@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.nested_order import children_are_consecutive, tile_to_rows
 from sparsecnx.ops.convolution.window import Window
+from sparsecnx.ops.linear import linear
 from sparsecnx.tensor import SparseTensor
 
 
@@ -32,7 +32,7 @@ def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Window, g
     nested = _nested(weight.movedim(1, -1))  # (C_out, children, C_in / groups)
     bias = None if bias is None else bias.to(x.dtype)
     if groups == 1:
-        return F.linear(patches.flatten(1), nested.flatten(1), bias)
+        return linear(patches.flatten(1), nested.flatten(1), bias)
     rows, children, _ = patches.shape
     by_group = patches.reshape(rows, children, groups, channels // groups).permute(2, 0, 1, 3).flatten(2)
     out = torch.bmm(by_group, nested.view(groups, -1, by_group.shape[2]).mT).movedim(0, 1).flatten(1)
@@ -46,7 +46,7 @@ def conv_transpose(x: SparseTensor, weight: Tensor, bias: Tensor | None, window:
     bias = None if bias is None else bias.to(x.dtype)
     if groups == 1:
         bias = None if bias is None else bias.repeat(children)
-        return F.linear(x.features, nested.flatten(1).t(), bias).view(-1, width)
+        return linear(x.features, nested.flatten(1).t(), bias).view(-1, width)
     rows, channels = x.features.shape
     by_group = x.features.reshape(rows, groups, channels // groups).movedim(1, 0)
     out = torch.bmm(by_group, nested.view(groups, -1, children * width)).view(groups, rows, children, width)
