@@ -123,7 +123,7 @@ def make_layout(mask: Tensor, tile: int | tuple[int, ...]) -> Layout:
     return Layout(TileSet.from_mask(mask, tuple(mask.shape[1:])), tile)
 
 
-def example_layout(batch: int = 2, grid: tuple[int, ...] = (3, 2), tile: int = 4) -> Layout:
+def example_layout(batch: int = 2, grid: tuple[int, ...] = (3, 2), tile: int | tuple[int, ...] = 4) -> Layout:
     """Return a small layout whose images differ in how much is visible."""
     return make_layout(draw_mask("random counts", batch, grid, seed=1), tile)
 

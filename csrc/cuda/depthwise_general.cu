@@ -1,5 +1,5 @@
-// Depthwise convolution on the GPU: the kernels for any kernel size, the second stage of weight gradients, and the choice
-// and launch of all kernels.
+// Depthwise convolution on the GPU: the kernels for any kernel and tile of one to three axes, the second stage of weight
+// gradients, and the choice and launch of all kernels.
 #include <algorithm>
 
 #include "depthwise_finish.cuh"
@@ -10,23 +10,65 @@ namespace {
 
 constexpr int kGroup = 8;  // rows of threads that share a sum
 
-// Finds the rows that an output site reads, tap by tap, for a kernel of any size.
-struct Taps {
-  int kernel_h, kernel_w;
+// Finds the rows that an output site reads, for a kernel and a tile of any size.
+struct Sites {
+  // A place along an axis of a neighbourhood of tiles: in which tile, and what it adds to the nested index there.
+  struct Place {
+    int tile, part;
+  };
 
-  __host__ __device__ int count() const { return kernel_h * kernel_w; }
+  const int32_t* table;
+  NestedOrder order;
+  Sizes3 span, kernel;
 
-  // Returns the row that `row` reads through a tap, -1 if that site is masked. `sites` are squares of one site.
-  __device__ int64_t read_by(const Squares& sites, int64_t row, int tap) const {
-    return sites.neighbour(static_cast<int>(row), tap / kernel_w - kernel_h / 2, tap % kernel_w - kernel_w / 2);
+  explicit Sites(const DepthwiseGeometry& g) : table(g.table), order(g.tile), span(g.span), kernel(g.kernel) {}
+
+  __device__ int taps() const { return static_cast<int>(volume(kernel)); }
+
+  // Returns where a tap leads along an axis from a position in a tile.
+  __device__ Place place(int axis, int position, int tap) const {
+    const int side = order.side[axis], at = position + tap - kernel[axis] / 2 + span[axis] / 2 * side;
+    return {at / side, order.part(axis, at % side)};
+  }
+
+  // Returns the row at these places of the neighbourhood of a tile, -1 if it is masked.
+  __device__ int64_t row(int64_t tile, Place z, Place y, Place x) const {
+    const int64_t neighbour = ((tile * span[0] + z.tile) * span[1] + y.tile) * span[2] + x.tile;
+    return table[neighbour] < 0 ? -1 : int64_t{table[neighbour]} * order.sites() + z.part + y.part + x.part;
+  }
+
+  // Calls f(tap, row) for every tap through which a row reads a visible one.
+  template <class F>
+  __device__ void for_taps(int64_t reader, const F& f) const {
+    const int64_t tile = reader / order.sites();
+    const int index = static_cast<int>(reader % order.sites());
+    const int at_z = order.position(0, index), at_y = order.position(1, index), at_x = order.position(2, index);
+    for (int kz = 0, tap = 0; kz < kernel[0]; ++kz) {
+      const Place z = place(0, at_z, kz);
+      for (int ky = 0; ky < kernel[1]; ++ky) {
+        const Place y = place(1, at_y, ky);
+        for (int kx = 0; kx < kernel[2]; ++kx, ++tap) {
+          const int64_t from = row(tile, z, y, place(2, at_x, kx));
+          if (from >= 0) f(tap, from);
+        }
+      }
+    }
+  }
+
+  // Returns the row that a row reads through a tap, -1 if it is masked.
+  __device__ int64_t read_by(int64_t reader, int tap) const {
+    const int index = static_cast<int>(reader % order.sites());
+    const Place z = place(0, order.position(0, index), tap / kernel[2] / kernel[1]);
+    const Place y = place(1, order.position(1, index), tap / kernel[2] % kernel[1]);
+    return row(reader / order.sites(), z, y, place(2, order.position(2, index), tap % kernel[2]));
   }
 };
 
 // A thread computes a pack of channels of a row, or one channel where packs do not fit.
 template <class T, class Move>
 __global__ void __launch_bounds__(256)
-    depthwise_general_kernel(const ConvArguments<T> a, const Taps taps, int64_t rows) {
-  const int parts = a.channels / Move::kValues;
+    depthwise_general_kernel(const ConvArguments<T> a, const Sites sites, int64_t rows) {
+  const int parts = a.channels / Move::kValues, taps = sites.taps();
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < rows * parts; i += step) {
     const int64_t row = i / parts;
@@ -34,16 +76,14 @@ __global__ void __launch_bounds__(256)
     float sums[Move::kValues];
 #pragma unroll
     for (int k = 0; k < Move::kValues; ++k) sums[k] = a.bias != nullptr ? a.bias[channel + k] : 0.0f;
-    for (int tap = 0; tap < taps.count(); ++tap) {
-      const int64_t from = taps.read_by(a.squares, row, tap);
-      if (from < 0) continue;
+    sites.for_taps(row, [&](int tap, int64_t from) {
       const Pack<T> values = Move::load(a.x + from * a.channels + channel);
-      const T* weight = a.weight + int64_t{channel} * taps.count() + (a.flip ? taps.count() - 1 - tap : tap);
+      const T* weight = a.weight + int64_t{channel} * taps + (a.flip ? taps - 1 - tap : tap);
 #pragma unroll
       for (int k = 0; k < Move::kValues; ++k) {
-        sums[k] = fmaf(widen(values.at[k]), widen(weight[int64_t{k} * taps.count()]), sums[k]);
+        sums[k] = fmaf(widen(values.at[k]), widen(weight[int64_t{k} * taps]), sums[k]);
       }
-    }
+    });
     Pack<T> out;
 #pragma unroll
     for (int k = 0; k < Move::kValues; ++k) {
@@ -93,25 +133,25 @@ __device__ float column_sum(float value) {
 // Sums over a range of rows, blockIdx.y, for 32 channels and one tap. After the last tap it sums the gradient itself.
 template <class T>
 __global__ void __launch_bounds__(kGroup* kLanes)
-    depthwise_general_grad_kernel(const WeightGradArguments<T> a, const Taps taps, int64_t rows, int64_t per_range) {
-  const int tap = blockIdx.x % (taps.count() + 1);
-  const int channel = blockIdx.x / (taps.count() + 1) * kLanes + threadIdx.x % kLanes;
+    depthwise_general_grad_kernel(const WeightGradArguments<T> a, const Sites sites, int64_t rows, int64_t per_range) {
+  const int taps = sites.taps(), tap = blockIdx.x % (taps + 1);
+  const int channel = blockIdx.x / (taps + 1) * kLanes + threadIdx.x % kLanes;
   const int64_t begin = blockIdx.y * per_range, end = min(begin + per_range, rows);
   float sum = 0.0f;
   if (channel < a.channels) {
     for (int64_t row = begin + threadIdx.x / kLanes; row < end; row += kGroup) {
       const float grad = widen(a.grad[row * a.channels + channel]);
-      if (tap == taps.count()) {
+      if (tap == taps) {
         sum += grad;
       } else {
-        const int64_t from = taps.read_by(a.squares, row, tap);
+        const int64_t from = sites.read_by(row, tap);
         if (from >= 0) sum = fmaf(grad, widen(a.x[from * a.channels + channel]), sum);
       }
     }
   }
   sum = column_sum(sum);
   if (threadIdx.x < kLanes && channel < a.channels) {
-    a.partial[(int64_t{blockIdx.y} * (taps.count() + 1) + tap) * a.channels + channel] = sum;
+    a.partial[(int64_t{blockIdx.y} * (taps + 1) + tap) * a.channels + channel] = sum;
   }
 }
 
@@ -167,17 +207,19 @@ struct Blocks {
         resident(device.resident(most, bytes)) {}
 };
 
-// Returns whether a kernel size has kernels of its own.
+// Returns whether there are kernels for this size alone: a square kernel on square tiles of two axes.
 bool specialised(const DepthwiseGeometry& g) {
-  return g.kernel_h == g.kernel_w && (g.kernel_h == 3 || g.kernel_h == 5 || g.kernel_h == 7);
+  const int size = g.kernel[2];
+  const bool flat = g.tile[0] == 1 && g.kernel[0] == 1;
+  return flat && g.tile[1] == g.tile[2] && g.kernel[1] == size && (size == 3 || size == 5 || size == 7);
 }
 
 // Returns these kernels for the largest squares that a tile is divided into.
 template <class T>
 SquareKernels<T> square_kernels(const DepthwiseGeometry& g) {
   int side = 8;
-  while (g.tile % side != 0) side /= 2;
-  return side >= 4 ? halo_kernels<T>(g.kernel_h, side) : window_kernels<T>(g.kernel_h, side);
+  while (g.tile[2] % side != 0) side /= 2;
+  return side >= 4 ? halo_kernels<T>(g.kernel[2], side) : window_kernels<T>(g.kernel[2], side);
 }
 
 // Returns whether rows of `channels` values at these addresses can be moved 16 bytes at a time.
@@ -252,7 +294,7 @@ void launch_general(const DepthwiseConv& job, const ConvArguments<T>& arguments,
   const int64_t rows = job.geometry.rows(), most = int64_t{16} * device.processors;
   const int64_t threads = rows * (job.geometry.channels / Move::kValues);
   launch("depthwise_general_kernel", depthwise_general_kernel<T, Move>, dim3(std::min(blocks_of(threads, 256), most)),
-         dim3(256), 0, stream, arguments, Taps{job.geometry.kernel_h, job.geometry.kernel_w}, rows);
+         dim3(256), 0, stream, arguments, Sites(job.geometry), rows);
   if (job.rstd != nullptr) {
     launch("normalise_rows_kernel", normalise_rows_kernel<T, Move>, dim3(std::min(blocks_of(rows, 8), most)), dim3(256),
            0, stream, arguments, rows);
@@ -276,7 +318,7 @@ void run_depthwise_conv(const DepthwiseConv& job, cudaStream_t stream) {
 int64_t depthwise_ranges(const DepthwiseGeometry& g) {
   const Device device = Device::current();
   if (!specialised(g)) {
-    const int64_t blocks = blocks_of(g.channels, kLanes) * (g.kernel_h * g.kernel_w + 1);
+    const int64_t blocks = blocks_of(g.channels, kLanes) * (volume(g.kernel) + 1);
     return std::clamp<int64_t>(8 * device.processors / blocks, 1, blocks_of(std::max<int64_t>(g.rows(), 1), 64));
   }
   return for_dtype(g.dtype, [&]<class T>(Tag<T>) {
@@ -289,7 +331,7 @@ int64_t depthwise_ranges(const DepthwiseGeometry& g) {
 
 void run_depthwise_weight_grad(const DepthwiseWeightGrad& job, cudaStream_t stream) {
   const DepthwiseGeometry& g = job.geometry;
-  const int taps = g.kernel_h * g.kernel_w;
+  const int taps = static_cast<int>(volume(g.kernel));
   const dim3 sums(blocks_of(g.channels, kLanes) * (taps + 1)), threads(kGroup * kLanes);
   const size_t bytes = kGroup * kLanes * sizeof(float);
   for_dtype(g.dtype, [&]<class T>(Tag<T>) {
@@ -300,7 +342,7 @@ void run_depthwise_weight_grad(const DepthwiseWeightGrad& job, cudaStream_t stre
              dim3(blocks.warps * kLanes), blocks.bytes, stream, grad_arguments<T>(job, k.side));
     } else {
       launch("depthwise_general_grad_kernel", depthwise_general_grad_kernel<T>, dim3(sums.x, job.ranges), threads,
-             bytes, stream, grad_arguments<T>(job, 1), Taps{g.kernel_h, g.kernel_w}, g.rows(),
+             bytes, stream, grad_arguments<T>(job, 1), Sites(g), g.rows(),
              blocks_of(std::max<int64_t>(g.rows(), 1), job.ranges));
     }
     launch("add_up_ranges_kernel", add_up_ranges_kernel<T>, sums, threads, bytes, stream, job.partial, job.ranges, taps,

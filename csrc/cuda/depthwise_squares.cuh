@@ -1,10 +1,10 @@
 // The kernels of the depthwise convolution on the GPU share these definitions.
 //
-// The sites of a tile are divided into squares of S x S, S a power of two: S x S consecutive rows in nested order. A
-// warp takes one square at a time and a *slab* of its channels, one or two for each lane. A lane keeps the K x K
-// weights of its channels and the sums of its outputs in registers. Input sites are copied to shared memory once, 16
-// bytes at a time and without passing through registers. Every value read from there serves up to K rows and K columns
-// of outputs. A warp shares its slab with no other warp, so warps do not wait for each other.
+// The sites of a square tile are divided into squares of S x S, S a power of two: S x S consecutive rows in nested
+// order. A warp takes one square at a time and a *slab* of its channels, one or two for each lane. A lane keeps the
+// K x K weights of its channels and the sums of its outputs in registers. Input sites are copied to shared memory once,
+// 16 bytes at a time and without passing through registers. Every value read from there serves up to K rows and K
+// columns of outputs. A warp shares its slab with no other warp, so warps do not wait for each other.
 //
 //   S = 8, 4 (depthwise_halo.cu):    the warp gathers the square that the outputs see, (S + K - 1)^2 sites, from its
 //                                    neighbours.
@@ -42,7 +42,7 @@ constexpr int kWindowRows = 104;  // rows of x staged at once: slabs of 128 byte
 template <int S>
 constexpr int kSquaresAtOnce = S == 2 ? 8 : 16;
 
-// The squares of all tiles.
+// The squares of all tiles, which are squares themselves.
 struct Squares {
   const int32_t* table;
   int count;          // rows are numbered in 31 bits, so squares are
@@ -50,7 +50,10 @@ struct Squares {
   int span;
 
   Squares(const DepthwiseGeometry& g, int side)
-      : table(g.table), count(static_cast<int>(g.rows() / (side * side))), per_tile(g.tile / side), span(g.span) {}
+      : table(g.table),
+        count(static_cast<int>(g.rows() / (side * side))),
+        per_tile(g.tile[2] / side),
+        span(g.span[2]) {}
 
   // Returns a position among the squares, at most their end.
   __device__ int at(int64_t position) const { return static_cast<int>(min(position, int64_t{count})); }

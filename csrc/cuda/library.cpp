@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -27,6 +28,7 @@ using torch::stable::new_empty;
 using Sizes = std::vector<int64_t>;  // one for each axis
 
 constexpr int64_t kMostChannels = 1 << 16;
+constexpr int64_t kMostRows = int64_t{1} << 31;
 
 Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -63,40 +65,63 @@ void check_dense(const Tensor& x, const char* name, int64_t numel, ScalarType dt
   check_storage(x, name);
 }
 
+// Returns sizes along three axes: 1 along the first ones of fewer.
+Sizes3 three(const Sizes& sizes) {
+  Sizes3 found{1, 1, 1};
+  std::copy(sizes.begin(), sizes.end(), found.end() - sizes.size());
+  return found;
+}
+
+// Returns sizes as in 7x7.
+std::string spelled(const Sizes& sizes) {
+  std::string found;
+  for (const int64_t size : sizes) found += (found.empty() ? "" : "x") + std::to_string(size);
+  return found;
+}
+
 // Checks the arguments that describe the sites and returns them together.
-DepthwiseGeometry check_geometry(const Tensor& x, const Tensor& table, const Sizes& sides, const Sizes& kernel) {
-  STD_TORCH_CHECK(sides.size() == 2 && kernel.size() == 2 && sides[0] == sides[1],
-                  "sparsecnx: the CUDA kernels take square tiles of two dimensions");
-  const int64_t tile = sides[0], kernel_h = kernel[0], kernel_w = kernel[1];
+DepthwiseGeometry check_geometry(const Tensor& x, const Tensor& table, const Sizes& tile, const Sizes& kernel) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "sparsecnx: x must be contiguous, (rows, channels)");
   check_storage(x, "x");
   const int64_t rows = x.size(0), channels = x.size(1);
   STD_TORCH_CHECK(1 <= channels && channels <= kMostChannels, "sparsecnx: x has ", channels,
                   " channels, expected 1 to ", kMostChannels);
-  STD_TORCH_CHECK(rows < (int64_t{1} << 31), "sparsecnx: x has ", rows, " rows, expected fewer than 2^31");
-  STD_TORCH_CHECK(tile >= 1 && tile <= (1 << 15), "sparsecnx: tile is ", tile, ", expected 1 to 32768 sites");
-  STD_TORCH_CHECK(kernel_h > 0 && kernel_w > 0 && kernel_h % 2 == 1 && kernel_w % 2 == 1, "sparsecnx: the kernel is ",
-                  kernel_h, "x", kernel_w, ", expected odd sizes");
-  STD_TORCH_CHECK(kernel_h < 1024 && kernel_w < 1024, "sparsecnx: the kernel is ", kernel_h, "x", kernel_w,
-                  ", expected sizes below 1024");
-  const int64_t sites = tile * tile, tiles = rows / sites;
-  STD_TORCH_CHECK(rows % sites == 0, "sparsecnx: x has ", rows, " rows, expected a multiple of tile^2 = ", sites);
-  const int64_t reach = blocks_of(std::max(kernel_h, kernel_w) / 2, tile), span = 2 * reach + 1;
-  check_dense(table, "table", tiles * span * span, ScalarType::Int, x);
-  return {data<int32_t>(table),       tiles,
-          static_cast<int>(tile),     static_cast<int>(span),
-          static_cast<int>(kernel_h), static_cast<int>(kernel_w),
+  STD_TORCH_CHECK(rows < kMostRows, "sparsecnx: x has ", rows, " rows, expected fewer than 2^31");
+  STD_TORCH_CHECK(1 <= tile.size() && tile.size() <= 3 && kernel.size() == tile.size(), "sparsecnx: tile is ",
+                  spelled(tile), " and the kernel ", spelled(kernel), ", expected one to three axes, as many of both");
+  Sizes span;
+  int64_t sites = 1, neighbours = 1;
+  for (size_t axis = 0; axis < tile.size(); ++axis) {
+    const int64_t side = tile[axis], size = kernel[axis];
+    STD_TORCH_CHECK(side >= 1 && side <= (1 << 15), "sparsecnx: tile is ", spelled(tile),
+                    ", expected 1 to 32768 sites along each axis");
+    STD_TORCH_CHECK(0 < size && size < 1024 && size % 2 == 1, "sparsecnx: the kernel is ", spelled(kernel),
+                    ", expected odd sizes below 1024");
+    span.push_back(2 * blocks_of(size / 2, side) + 1);
+    sites *= side;
+    neighbours *= span.back();
+  }
+  STD_TORCH_CHECK(sites < kMostRows, "sparsecnx: a tile has ", sites, " sites, expected fewer than 2^31");
+  STD_TORCH_CHECK(rows % sites == 0, "sparsecnx: x has ", rows, " rows, expected a multiple of the ", sites,
+                  " sites of a tile");
+  check_dense(table, "table", rows / sites * neighbours, ScalarType::Int, x);
+  return {data<int32_t>(table),       rows / sites, three(tile), three(span), three(kernel),
           static_cast<int>(channels), dtype_of(x)};
+}
+
+// Returns the size of the kernel of a weight (C, 1, *kernel).
+Sizes kernel_of(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() > 2 && weight.size(1) == 1, "sparsecnx: weight must be (C, 1, *kernel)");
+  return {weight.sizes().begin() + 2, weight.sizes().end()};
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv_fused(const Tensor& x, const Tensor& weight,
                                                 const std::optional<Tensor>& bias,
                                                 const std::optional<Tensor>& residual, const Tensor& table, Sizes tile,
                                                 bool flip, std::optional<double> eps) {
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(1) == 1, "sparsecnx: weight must be (C, 1, kh, kw)");
-  const DepthwiseGeometry geometry = check_geometry(x, table, tile, {weight.size(2), weight.size(3)});
+  const DepthwiseGeometry geometry = check_geometry(x, table, tile, kernel_of(weight));
   const int64_t rows = x.size(0), channels = x.size(1);
-  check_dense(weight, "weight", channels * weight.size(2) * weight.size(3), x.scalar_type(), x);
+  check_dense(weight, "weight", channels * volume(geometry.kernel), x.scalar_type(), x);
   if (bias) check_dense(*bias, "bias", channels, ScalarType::Float, x);
   if (residual) check_dense(*residual, "residual", rows * channels, x.scalar_type(), x);
   const OnDevice guard(x);
@@ -120,8 +145,10 @@ std::tuple<Tensor, Tensor> depthwise_conv_weight_grad(const Tensor& grad, const 
   check_dense(grad, "grad", x.numel(), x.scalar_type(), x);
   const OnDevice guard(x);
   const int64_t ranges = depthwise_ranges(geometry);
-  Tensor partial = new_empty(x, {ranges, kernel[0] * kernel[1] + 1, channels}, ScalarType::Float);
-  Tensor grad_weight = new_empty(x, {channels, 1, kernel[0], kernel[1]}, x.scalar_type());
+  Tensor partial = new_empty(x, {ranges, volume(geometry.kernel) + 1, channels}, ScalarType::Float);
+  Sizes shape{channels, 1};
+  shape.insert(shape.end(), kernel.begin(), kernel.end());
+  Tensor grad_weight = new_empty(x, shape, x.scalar_type());
   Tensor grad_bias = new_empty(x, {channels}, ScalarType::Float);
   run_depthwise_weight_grad(
       {geometry, data(grad), data(x), data<float>(partial), ranges, data(grad_weight), data<float>(grad_bias)},

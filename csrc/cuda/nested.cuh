@@ -1,13 +1,55 @@
-// The nested order of the sites of a tile (sparsecnx/geometry/nested_order.py). The index of site (y, x) is
-// nested_line(y) + nested_column(x). A tile side is odd * 2^levels.
+// The nested order of the sites of a tile (sparsecnx/geometry/nested_order.py): of any tile, bit by bit, and of squares
+// in fewer steps. A tile side is odd * 2^levels.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "depthwise.h"
+
 namespace sparsecnx::cuda {
 
+// The nested order of a tile with sides along z, y and x. The index of a site is the sum of a part for each axis.
+struct NestedOrder {
+  static constexpr int kLevels = 15;
+
+  Sizes3 side, levels{};
+  Sizes3 weight;                // of the odd part of a position, in the index
+  int8_t bit[3][kLevels] = {};  // in the index, of each bit of a position
+
+  explicit NestedOrder(const Sizes3& tile) : side(tile) {
+    for (int axis = 0; axis < 3; ++axis) {
+      while (side[axis] % (2 << levels[axis]) == 0) ++levels[axis];
+    }
+    int next = 0;
+    for (int level = 0; level < kLevels; ++level) {
+      for (int axis = 2; axis >= 0; --axis) {
+        if (level < levels[axis]) bit[axis][level] = static_cast<int8_t>(next++);
+      }
+    }
+    int odd = 1;
+    for (int axis = 2; axis >= 0; odd *= side[axis] >> levels[axis--]) weight[axis] = odd << next;
+  }
+
+  __device__ int sites() const { return static_cast<int>(volume(side)); }
+
+  // Returns what a position along an axis adds to the index of a site.
+  __device__ int part(int axis, int position) const {
+    int index = (position >> levels[axis]) * weight[axis];
+    for (int level = 0; level < levels[axis]; ++level) index += (position >> level & 1) << bit[axis][level];
+    return index;
+  }
+
+  // Returns the position along an axis of the site with that index.
+  __device__ int position(int axis, int index) const {
+    int found = index / weight[axis] % (side[axis] >> levels[axis]) << levels[axis];
+    for (int level = 0; level < levels[axis]; ++level) found += (index >> bit[axis][level] & 1) << level;
+    return found;
+  }
+};
+
+// The side of a square tile. The index of site (y, x) is nested_line(y) + nested_column(x).
 struct TileSide {
   int side, levels;
 

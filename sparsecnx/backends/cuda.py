@@ -18,10 +18,6 @@ emulated: bool = False
 
 def refusal(x: Any) -> str | None:
     """Return why the CUDA kernels, depthwise convolutions, cannot run on the SparseTensor `x`; None where they can."""
-    if x.layout.ndim != 2:
-        return f"CUDA kernel is two-dimensional, x has {x.layout.ndim} spatial dimensions"
-    if x.layout.side is None:
-        return f"CUDA kernel takes square tiles, x has tiles of {x.layout.tile} sites"
     if x.dtype not in GPU_DTYPES:
         return f"CUDA kernels take float32, bfloat16 and float16, x is {x.dtype}"
     if not 1 <= x.features.shape[1] <= MOST_CHANNELS:

@@ -66,38 +66,65 @@ def store(pointer, b_x, mask):
     tl.store(pointer, rounded(b_x, pointer.dtype.element_ty), mask=mask)
 
 
+# The sites of a tile lie along three axes, TILE = (z, y, x): tiles of fewer have one site along the others.
+
+
 @triton.constexpr_function
-def levels(tile):
-    """Return the levels of nested order: a tile has `odd * 2**levels` sites a side."""
-    return (tile & -tile).bit_length() - 1
+def volume(sizes):
+    """Return the product of three sizes."""
+    return sizes[0] * sizes[1] * sizes[2]
+
+
+@triton.constexpr_function
+def levels(side):
+    """Return the levels of nested order that halve an axis: it has `odd * 2**levels` sites."""
+    return (side & -side).bit_length() - 1
+
+
+@triton.constexpr_function
+def bit_place(level, axis, tile):
+    """Return where bit `level` of a position along an axis is in the nested index: finer levels and later axes first.
+
+    Bit `level` of axis 3 would be the first of the next level.
+    """
+    found = 0
+    for other, side in enumerate(tile):
+        halvings = (side & -side).bit_length() - 1
+        found += min(halvings, level) + (other > axis and halvings > level)
+    return found
+
+
+@triton.constexpr_function
+def odd_weight(axis, tile):
+    """Return the weight of an axis in the raster order of the odd sides above all levels."""
+    found = 1
+    for side in tile[axis + 1 :]:
+        found *= side // (side & -side)
+    return found
 
 
 @triton.jit
-def spread_bits(value, LEVELS: tl.constexpr):
-    """Return a number below 2**LEVELS with its bit b moved to bit 2b: half of a Morton index."""
-    out = value & 0
-    for bit in tl.static_range(LEVELS):
-        out += ((value >> bit) & 1) << (2 * bit)
+def nested_part(place, AXIS: tl.constexpr, TILE: tl.constexpr):
+    """Return what the position along an axis adds to the nested index of a site (`geometry.nested_order`)."""
+    LEVELS: tl.constexpr = levels(TILE[AXIS])
+    out = place & 0
+    if TILE[AXIS] >> LEVELS > 1:
+        out += (place >> LEVELS) * odd_weight(AXIS, TILE) << bit_place(31, 3, TILE)
+    for level in tl.static_range(LEVELS):
+        out += ((place >> level) & 1) << bit_place(level, AXIS, TILE)
     return out
 
 
 @triton.jit
-def nested_line(y, TILE: tl.constexpr):
-    """Return the part of the nested index of a site (`geometry.nested_order`) that its row y in the tile determines.
-
-    The index of site (y, x) is `nested_line(y) + nested_column(x)`.
-    """
-    LEVELS: tl.constexpr = levels(TILE)
-    odd: tl.constexpr = TILE >> LEVELS
-    return (y >> LEVELS) * (TILE * TILE // odd) + 2 * spread_bits(y & ((1 << LEVELS) - 1), LEVELS)
-
-
-@triton.jit
-def nested_column(x, TILE: tl.constexpr):
-    """Return the part of column x of a tile in the nested index of a site."""
-    LEVELS: tl.constexpr = levels(TILE)
-    odd: tl.constexpr = TILE >> LEVELS
-    return (x >> LEVELS) * (TILE * TILE // (odd * odd)) + spread_bits(x & ((1 << LEVELS) - 1), LEVELS)
+def place_of_site(site, AXIS: tl.constexpr, TILE: tl.constexpr):
+    """Return the position along an axis of the site of a tile with that nested index; undoes `nested_part`."""
+    LEVELS: tl.constexpr = levels(TILE[AXIS])
+    odd: tl.constexpr = TILE[AXIS] >> LEVELS
+    above = site >> bit_place(31, 3, TILE)
+    out = (above // odd_weight(AXIS, TILE)) % odd << LEVELS
+    for level in tl.static_range(LEVELS):
+        out += ((site >> bit_place(level, AXIS, TILE)) & 1) << level
+    return out
 
 
 @triton.jit

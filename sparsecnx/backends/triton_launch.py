@@ -40,15 +40,6 @@ def refusal(x: Any) -> str | None:
     return values_refusal(x.features)
 
 
-def refusal_2d(x: Any) -> str | None:
-    """Return the refusal of kernels for SparseTensors of two spatial dimensions with square tiles."""
-    if x.layout.ndim != 2:
-        return f"Triton kernel is two-dimensional, x has {x.layout.ndim} spatial dimensions"
-    if x.layout.side is None:
-        return f"Triton kernel takes square tiles, x has tiles of {x.layout.tile} sites"
-    return refusal(x)
-
-
 def values_refusal(values: Tensor) -> str | None:
     """Return why the Triton kernels cannot run on a tensor whose second axis are channels; None where they can."""
     if values.dtype not in GPU_DTYPES:

@@ -273,11 +273,11 @@ def test_cuda_depthwise_steps_match_the_reference(dtype, recompute):
 
 @needs_cuda
 @needs_triton
-@pytest.mark.parametrize("tile", [1, 2, 8])
+@pytest.mark.parametrize("tile", [(1, 1), (2, 2), (8, 8), (2, 1, 3)], ids=str)
 @pytest.mark.parametrize("channels", [5, 16])
 def test_cuda_depthwise_steps_at_every_stage(tile, channels):
-    x = random_sparse(example_layout(grid=(3, 3), tile=tile), channels)
-    parameters = block_parameters(channels, 7, 7)
+    x = random_sparse(example_layout(grid=(1, 3, 3)[-len(tile) :], tile=tile), channels)
+    parameters = block_parameters(channels, *[7] * len(tile))
     assert_matches_reference(block(), x, parameters, torch.float32, statistics=BLOCK_VECTORS, backend="cuda")
 
 

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsecnx import Layout, SparseTensor, ops, use_backend
 from sparsecnx.ops.depthwise_convolution import cuda
-from sparsecnx.ops.depthwise_convolution.neighbours import square_neighbour_table
+from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 
 pytestmark = needs_cuda
 
@@ -72,6 +72,10 @@ SHAPES = [
     (1, (3, 3), 1, (5, 5)),
     (5, (9, 9), 24, (2, 2)),  # sizes without kernels of their own
     (8, (3, 5), 37, (1, 2)),
+    ((4, 6), (3, 3), 8, (2, 2)),  # one to three axes, and sides that differ
+    ((6,), (7,), 33, (5,)),
+    ((2, 3, 4), (3, 5, 3), 40, (2, 1, 2)),
+    ((1, 2, 2), (3, 7, 7), 5, (3, 2, 2)),
 ]
 EVERY_SHAPE = pytest.mark.parametrize("tile,kernel,channels,grid", SHAPES, ids=name)
 
@@ -80,10 +84,15 @@ class Case:
     """Holds random tensors on a geometry and the results of the reference in float64."""
 
     def __init__(
-        self, tile: int, kernel: tuple[int, int], channels: int, grid: tuple[int, int], dtype: torch.dtype
+        self,
+        tile: int | tuple[int, ...],
+        kernel: tuple[int, ...],
+        channels: int,
+        grid: tuple[int, ...],
+        dtype: torch.dtype,
     ) -> None:
-        self.tile, self.kernel, self.dtype = (tile, tile), kernel, dtype
         self.layout = make_layout(draw_mask("equal counts", 2, grid, seed=7), tile)
+        self.tile, self.kernel, self.dtype = self.layout.tile, kernel, dtype
         x = random_sparse(self.layout, channels, dtype)
         grad = 1 + torch.randn(self.layout.rows, channels)
         residual = torch.randn(self.layout.rows, channels)
@@ -102,7 +111,7 @@ class Case:
 
     @property
     def table(self) -> Tensor:
-        return place(square_neighbour_table(self.layout, self.kernel), "cuda")
+        return place(neighbour_table(self.layout, self.kernel), "cuda")
 
     def close(self, found: Tensor, expected: Tensor, bound: float | None = None) -> None:
         error = relative_error(found, expected)
@@ -188,6 +197,7 @@ def test_gpu_with_little_shared_memory(dtype, monkeypatch):
         (2, (7, 7), ["depthwise_window_kernel"]),
         (1, (5, 5), ["depthwise_window_kernel"]),
         (8, (9, 9), ["depthwise_general_kernel", "normalise_rows_kernel"]),
+        ((1, 8), (7, 7), ["depthwise_general_kernel", "normalise_rows_kernel"]),
     ],
 )
 def test_launches(tile, kernel, expected):
@@ -235,9 +245,9 @@ WRONG = {
     "x in float64": (dict(x=Tensor.double), "x is Double, expected float32, bfloat16 or float16"),
     "x without channels": (dict(x=lambda x: x[:, :0].contiguous()), "x has 0 channels, expected 1 to 65536"),
     "x with too many channels": (dict(x=lambda x: x[:16].repeat(1, 8193)), "x has 65544 channels, expected 1 to 65536"),
-    "rows that are no tiles": (dict(x=lambda x: x[:-1]), r"x has \d+ rows, expected a multiple of tile\^2 = 16"),
+    "rows that are no tiles": (dict(x=lambda x: x[:-1]), r"x has \d+ rows, expected a multiple of the 16 sites"),
     "weight for other channels": (dict(weight=lambda w: w[:4]), "weight has 196 elements, expected 392"),
-    "weight without its second axis": (dict(weight=lambda w: w[:, 0]), r"weight must be \(C, 1, kh, kw\)"),
+    "weight without its second axis": (dict(weight=lambda w: w[:, 0]), r"weight must be \(C, 1, \*kernel\)"),
     "weight of another dtype": (dict(weight=Tensor.half), "weight is Half, expected Float"),
     "even kernel": (dict(weight=lambda w: w[..., 1:].contiguous()), "the kernel is 7x6, expected odd sizes"),
     "bias of another dtype": (dict(bias=Tensor.half), "bias is Half, expected Float"),
@@ -245,7 +255,8 @@ WRONG = {
     "residual of another size": (dict(residual=lambda r: r[1:].clone()), r"residual has \d+ elements, expected"),
     "table in int64": (dict(table=Tensor.long), "table is Long, expected Int"),
     "table of another reach": (dict(table=lambda t: t[:, :1].contiguous()), r"table has \d+ elements, expected"),
-    "tile of no sites": (dict(tile=lambda _: [0, 0]), "tile is 0, expected 1 to 32768 sites"),
+    "tile of no sites": (dict(tile=lambda _: [4, 0]), "tile is 4x0, expected 1 to 32768 sites along each axis"),
+    "tile of another dimension": (dict(tile=lambda _: [4] * 3), "tile is 4x4x4 and the kernel 7x7, expected one to"),
 }
 
 
@@ -314,7 +325,7 @@ def test_narrow_rows_are_normalised_as_they_are_rounded(tile):
 def test_threads_that_launch_one_kernel_with_different_memory():
     """The limit of shared memory belongs to the kernel and not to a launch."""
     case = Case(1, (7, 7), 768, (3, 3), torch.bfloat16)
-    arguments = case.there("x"), case.there("weight"), case.there("bias"), case.table, 1
+    arguments = case.there("x"), case.there("weight"), case.there("bias"), case.table, case.tile
     expected = {eps: cuda.convolve(*arguments, normalise=eps)[0] for eps in (None, EPS)}
 
     def repeat(eps: float | None) -> bool:

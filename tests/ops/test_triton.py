@@ -139,6 +139,36 @@ def test_depthwise_kernels_of_other_sizes(kernel, bias):
     assert_matches_reference(ops.depthwise_conv, x, p, torch.float32, statistics=("bias",), backend="triton")
 
 
+@DTYPES
+@pytest.mark.parametrize(
+    ("tile", "grid", "kernel"),
+    [
+        ((2, 2, 2), (2, 1, 2), (3, 3, 3)),
+        ((1, 4, 2), (1, 1, 2), (3, 7, 1)),
+        ((3, 1, 2), (1, 3, 1), (1, 3, 5)),
+        ((2, 2, 1), (1, 3, 1), (3, 9, 1)),  # a kernel whose lines are walked in groups
+        ((4, 6), (2, 1), (3, 5)),
+        ((6,), (4,), (7,)),
+    ],
+    ids=str,
+)
+def test_depthwise_convolution_along_any_axes(tile, grid, kernel, dtype):
+    x = random_sparse(make_layout(draw_mask("equal counts", 1, grid, seed=1), tile), 8)
+    p = conv_parameters(8, 1, *kernel)
+    assert_matches_reference(ops.depthwise_conv, x, p, dtype, statistics=("bias",), backend="triton")
+
+
+@EVERY
+def test_volumes_of_tiles_whose_sides_differ(case):
+    layout, p = make_layout(draw_mask("equal counts", 2, (1, 2, 2), seed=1), (2, 4, 2)), LIGHT[case].parameters(8)
+    for name, value in p.items():
+        if value.ndim == 4:
+            p[name] = torch.randn(*value.shape, value.shape[-1], dtype=torch.float64) / value[0].numel()
+    run = scaled_images if LIGHT[case].operator == "stochastic_depth" else LIGHT[case].run
+    x, statistics = random_sparse(layout, 8), LIGHT[case].statistics
+    assert_matches_reference(run, x, p, torch.float32, statistics=statistics, backend="triton")
+
+
 @pytest.mark.parametrize(("kernel", "padding"), [((3, 1), (2, 0)), ((4, 4), 1)], ids=str)
 def test_convolution_with_other_padding(kernel, padding):
     p = conv_parameters(5, 20, *kernel)

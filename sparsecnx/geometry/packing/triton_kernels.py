@@ -16,65 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsecnx.backends.registration import Saved, register
-from sparsecnx.backends.triton_functions import aligned, channel_block, levels, load, row_block
+from sparsecnx.backends.triton_functions import (
+    aligned,
+    channel_block,
+    load,
+    nested_part,
+    place_of_site,
+    row_block,
+    volume,
+)
 from sparsecnx.backends.triton_launch import alignment, blocks, launch, row_sizes
 
 VALUES = 2048  # of a block: 16 for each thread of 4 warps
 BLOCK_CHANNELS = 64  # 128 bytes of a row in 16 bits
-
-
-# The kernels go along three axes: fewer have one site along the first ones. A tile has TILE_Z x TILE_Y x TILE_X sites.
-
-
-@triton.constexpr_function
-def side(axis, tile_z, tile_y, tile_x):
-    """Return the side of a tile along an axis."""
-    return (tile_z, tile_y, tile_x)[axis]
-
-
-@triton.constexpr_function
-def bit_place(level, axis, tile_z, tile_y, tile_x):
-    """Return where bit `level` of a position along an axis is in the nested index: finer levels and later axes first.
-
-    Bit `level` of axis 3 would be the first of the next level.
-    """
-    found = 0
-    for other, size in enumerate((tile_z, tile_y, tile_x)):
-        halvings = (size & -size).bit_length() - 1
-        found += min(halvings, level) + (other > axis and halvings > level)
-    return found
-
-
-@triton.constexpr_function
-def odd_weight(axis, tile_z, tile_y, tile_x):
-    """Return the weight of an axis in the raster order of the odd sides above all levels."""
-    found = 1
-    for size in (tile_z, tile_y, tile_x)[axis + 1 :]:
-        found *= size // (size & -size)
-    return found
-
-
-@triton.jit
-def place_of_site(site, AXIS: tl.constexpr, TILE_Z: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
-    """Return the position along an axis of the site of a tile with that nested index; undoes `nested_part`."""
-    LEVELS: tl.constexpr = levels(side(AXIS, TILE_Z, TILE_Y, TILE_X))
-    odd: tl.constexpr = side(AXIS, TILE_Z, TILE_Y, TILE_X) >> LEVELS
-    above = site >> bit_place(31, 3, TILE_Z, TILE_Y, TILE_X)
-    out = (above // odd_weight(AXIS, TILE_Z, TILE_Y, TILE_X)) % odd << LEVELS
-    for level in tl.static_range(LEVELS):
-        out += ((site >> bit_place(level, AXIS, TILE_Z, TILE_Y, TILE_X)) & 1) << level
-    return out
-
-
-@triton.jit
-def nested_part(place, AXIS: tl.constexpr, TILE_Z: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
-    """Return what the position along an axis adds to the nested index of a site (`geometry.nested_order`)."""
-    LEVELS: tl.constexpr = levels(side(AXIS, TILE_Z, TILE_Y, TILE_X))
-    above = (place >> LEVELS) * odd_weight(AXIS, TILE_Z, TILE_Y, TILE_X)
-    out = above << bit_place(31, 3, TILE_Z, TILE_Y, TILE_X)
-    for level in tl.static_range(LEVELS):
-        out += ((place >> level) & 1) << bit_place(level, AXIS, TILE_Z, TILE_Y, TILE_X)
-    return out
 
 
 @triton.jit
@@ -92,9 +46,7 @@ def gather_kernel(
     stride_z,
     stride_y,
     stride_x,
-    TILE_Z: tl.constexpr,
-    TILE_Y: tl.constexpr,
-    TILE_X: tl.constexpr,
+    TILE: tl.constexpr,  # (z, y, x): sites of a tile along each axis
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
@@ -106,13 +58,13 @@ def gather_kernel(
     i_row, o_r, m_r, o_x, m_x = row_block(i_block, o_c, ROWS, C, BLOCK_R)
 
     i_r = i_block * BLOCK_R + o_r
-    i_site = i_r % (TILE_Z * TILE_Y * TILE_X)
-    b_index = tl.load(index + i_r // (TILE_Z * TILE_Y * TILE_X), mask=m_r, other=0).to(tl.int32)
+    i_site = i_r % volume(TILE)
+    b_index = tl.load(index + i_r // volume(TILE), mask=m_r, other=0).to(tl.int32)
     i_cell = b_index % CELLS
     i_line = i_cell // CELLS_X
-    i_z = i_line // CELLS_Y * TILE_Z + place_of_site(i_site, 0, TILE_Z, TILE_Y, TILE_X)
-    i_y = i_line % CELLS_Y * TILE_Y + place_of_site(i_site, 1, TILE_Z, TILE_Y, TILE_X)
-    i_x = i_cell % CELLS_X * TILE_X + place_of_site(i_site, 2, TILE_Z, TILE_Y, TILE_X)
+    i_z = i_line // CELLS_Y * TILE[0] + place_of_site(i_site, 0, TILE)
+    i_y = i_line % CELLS_Y * TILE[1] + place_of_site(i_site, 1, TILE)
+    i_x = i_cell % CELLS_X * TILE[2] + place_of_site(i_site, 2, TILE)
     o_site = (
         (b_index // CELLS).to(tl.int64) * (stride_n // SITE_ALIGN)
         + i_z.to(tl.int64) * (stride_z // SITE_ALIGN)
@@ -134,9 +86,7 @@ def scatter_kernel(
     SITES,  # D * H * W
     H,
     W,
-    TILE_Z: tl.constexpr,
-    TILE_Y: tl.constexpr,
-    TILE_X: tl.constexpr,
+    TILE: tl.constexpr,  # (z, y, x): sites of a tile along each axis
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,  # a divisor of C
@@ -150,14 +100,14 @@ def scatter_kernel(
     i_site = i_block % tl.cdiv(SITES, BLOCK_S) * BLOCK_S + tl.arange(0, BLOCK_S)
     m_site = i_site < SITES
 
-    b_slot = load_slot(slots, i_image, i_site, m_site, SITES, H, W, TILE_Z, TILE_Y, TILE_X)
+    b_slot = load_slot(slots, i_image, i_site, m_site, SITES, H, W, TILE)
     i_line = i_site // W
     i_nested = (
-        nested_part(i_line // H % TILE_Z, 0, TILE_Z, TILE_Y, TILE_X)
-        + nested_part(i_line % H % TILE_Y, 1, TILE_Z, TILE_Y, TILE_X)
-        + nested_part(i_site % W % TILE_X, 2, TILE_Z, TILE_Y, TILE_X)
+        nested_part(i_line // H % TILE[0], 0, TILE)
+        + nested_part(i_line % H % TILE[1], 1, TILE)
+        + nested_part(i_site % W % TILE[2], 2, TILE)
     )
-    i_row = b_slot.to(tl.int64) * (TILE_Z * TILE_Y * TILE_X) + i_nested
+    i_row = b_slot.to(tl.int64) * volume(TILE) + i_nested
     m_row = (b_slot >= 0)[:, None]
     b_x = tl.load(rows + (i_row[:, None] * C + o_c[None, :]), mask=m_row & (o_c < C)[None, :], other=0.0)
     b_fill = tl.load(fill + o_c, mask=o_c < C, other=0.0)
@@ -180,9 +130,7 @@ def fill_grad_kernel(
     stride_z,
     stride_y,
     stride_x,
-    TILE_Z: tl.constexpr,
-    TILE_Y: tl.constexpr,
-    TILE_X: tl.constexpr,
+    TILE: tl.constexpr,  # (z, y, x): sites of a tile along each axis
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -193,7 +141,7 @@ def fill_grad_kernel(
     for i_first in range(0, SITES, BLOCK_S):
         i_site = i_first + tl.arange(0, BLOCK_S)
         m_site = i_site < SITES
-        b_slot = load_slot(slots, i_image, i_site, m_site, SITES, H, W, TILE_Z, TILE_Y, TILE_X)
+        b_slot = load_slot(slots, i_image, i_site, m_site, SITES, H, W, TILE)
         i_line = i_site // W
         i_z, i_y, i_x = (i_line // H).to(tl.int64), (i_line % H).to(tl.int64), (i_site % W).to(tl.int64)
         o_site = i_image * stride_n + i_z * stride_z + i_y * stride_y + i_x * stride_x
@@ -203,13 +151,11 @@ def fill_grad_kernel(
 
 
 @triton.jit
-def load_slot(
-    slots, i_image, i_site, m_site, SITES, H, W, TILE_Z: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr
-):
+def load_slot(slots, i_image, i_site, m_site, SITES, H, W, TILE: tl.constexpr):
     """Return the position of the tiles of sites of an image among the visible ones, -1 where masked."""
     i_line = i_site // W
-    i_cell = (i_line // H // TILE_Z * (H // TILE_Y) + i_line % H // TILE_Y) * (W // TILE_X) + i_site % W // TILE_X
-    return tl.load(slots + i_image * (SITES // (TILE_Z * TILE_Y * TILE_X)) + i_cell, mask=m_site, other=-1)
+    i_cell = (i_line // H // TILE[0] * (H // TILE[1]) + i_line % H // TILE[1]) * (W // TILE[2]) + i_site % W // TILE[2]
+    return tl.load(slots + i_image * (SITES // volume(TILE)) + i_cell, mask=m_site, other=-1)
 
 
 def gather_rows(x: Any) -> Tensor:
@@ -244,7 +190,7 @@ def _gather_tiles(dense: Tensor, index: Tensor, slots: Tensor, tile: Sequence[in
         CELLS_Y=cells_y,
         CELLS_X=cells_x,
         **strides,
-        **_sides(tile),
+        TILE=_three(tile),
         SITE_ALIGN=alignment(*(stride for name, stride in strides.items() if name != "stride_c")),
         **row_sizes(count, channels, block_r, block_c),
     )
@@ -270,7 +216,7 @@ def _scatter_tiles(
         SITES=sites,
         H=_three(shape)[1],
         W=shape[-1],
-        **_sides(tile),
+        TILE=_three(tile),
         BLOCK_S=block_s,
         BLOCK_C=block_c,
         ALIGN=alignment(channels),
@@ -295,7 +241,7 @@ def _fill_grad(dense: Tensor, slots: Tensor, tile: Sequence[int]) -> Tensor:
         H=_three(shape)[1],
         W=shape[-1],
         **_strides(dense),
-        **_sides(tile),
+        TILE=_three(tile),
         BLOCK_S=min(16, triton.next_power_of_2(math.prod(shape))),  # With 32, registers spill on sm_80.
         BLOCK_C=block_c,
     )
@@ -305,10 +251,6 @@ def _fill_grad(dense: Tensor, slots: Tensor, tile: Sequence[int]) -> Tensor:
 def _three(sizes: Sequence[int], missing: int = 1) -> list[int]:
     """Return sizes along three axes: `missing` along the first ones of fewer."""
     return [missing] * (3 - len(sizes)) + list(sizes)
-
-
-def _sides(tile: Sequence[int]) -> dict[str, int]:
-    return dict(zip(("TILE_Z", "TILE_Y", "TILE_X"), _three(tile), strict=True))
 
 
 def _strides(dense: Tensor) -> dict[str, int]:

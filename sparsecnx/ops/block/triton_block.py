@@ -28,7 +28,7 @@ from sparsecnx.ops.block.triton_kernels import (
 )
 from sparsecnx.ops.depthwise_convolution import cuda as depthwise_cuda
 from sparsecnx.ops.depthwise_convolution import triton_kernels as depthwise_triton
-from sparsecnx.ops.depthwise_convolution.neighbours import square_neighbour_table
+from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.ops.global_response_norm import triton_kernels as grn
 from sparsecnx.ops.global_response_norm.groups import group_splits, row_groups
 from sparsecnx.ops.layer_normalization import triton_kernels as layer_norm
@@ -215,7 +215,7 @@ def convnextv2_block(
     wanted = torch.is_grad_enabled() and any(value.requires_grad for value in (x.features, *p))
     keep = wanted and not recomputes(x, recompute)
     row_scale = None if survival is None else survival[x.layout.row_image()]
-    table = square_neighbour_table(x.layout, p.dwconv_weight.shape[2:])
+    table = neighbour_table(x.layout, p.dwconv_weight.shape[2:])
     places = row_scale, row_groups(x.layout, scope), table, group_splits(x.layout, scope), x.layout.tile
     p = p._replace(grn_gamma=p.grn_gamma.flatten(), grn_beta=p.grn_beta.flatten())
     features, parameters = x.features.contiguous(), [value.contiguous() for value in p]

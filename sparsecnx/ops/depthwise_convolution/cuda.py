@@ -11,13 +11,13 @@ from sparsecnx.backends import compiled
 from sparsecnx.backends.registration import Saved, register
 from sparsecnx.common.memory import check_memory
 from sparsecnx.ops import flops
-from sparsecnx.ops.depthwise_convolution.neighbours import square_neighbour_table
+from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.tensor import SparseTensor
 
 
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return features `(rows, C)` of the convolution of `x` with `weight (C, 1, kh, kw)`."""
-    table = square_neighbour_table(x.layout, weight.shape[2:])
+    """Return features `(rows, C)` of the convolution of `x` with `weight (C, 1, *kernel)`."""
+    table = neighbour_table(x.layout, weight.shape[2:])
     return torch.ops.sparsecnx_cuda.depthwise_conv(
         x.features.contiguous(), weight.contiguous(), bias, table, x.layout.tile
     )
@@ -38,12 +38,12 @@ def convolve(
 
     Args:
         x: `(rows, C)`.
-        weight: `(C, 1, kh, kw)`, of the dtype of `x`.
+        weight: `(C, 1, *kernel)`, of the dtype of `x`.
         bias: float32 `(C,)` or None.
         table: table of neighbouring tiles.
         tile: sites per tile along each axis.
         residual: `(rows, C)`, added to the output.
-        flip: whether the kernel is rotated by half a turn, as the gradient needs it.
+        flip: whether the kernel is mirrored along all axes, as the gradient needs it.
         normalise: eps of a LayerNorm without scale and shift over the output, None for none.
 
     Returns:
@@ -55,14 +55,14 @@ def convolve(
 def weight_grad(
     grad: Tensor, x: Tensor, table: Tensor, tile: Sequence[int], kernel: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the weight, `(C, 1, kh, kw)` in the dtype of `x`, and of the bias, float32 `(C,)`.
+    """Return the gradients of the weight, `(C, 1, *kernel)` in the dtype of `x`, and of the bias, float32 `(C,)`.
 
     Args:
         grad: `(rows, C)`, gradient of the output.
         x: `(rows, C)`, input.
         table: table of neighbouring tiles.
         tile: sites per tile along each axis.
-        kernel: `(kh, kw)`.
+        kernel: its size along each axis.
     """
     return torch.ops.sparsecnx_cuda.depthwise_conv_weight_grad(grad, x, table, tile, kernel)
 
@@ -74,7 +74,8 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
         # Active sites neighbour each other symmetrically: the adjoint is the flipped kernel.
         if torch.is_grad_enabled():  # This gradient is to be differentiated in turn.
             check_memory(weight=weight)
-            grads["x"] = torch.ops.sparsecnx_cuda.depthwise_conv(grad, weight.flip(2, 3), None, table, tile)
+            flipped = weight.flip(*range(2, weight.ndim))
+            grads["x"] = torch.ops.sparsecnx_cuda.depthwise_conv(grad, flipped, None, table, tile)
         else:
             grads["x"], _ = convolve(grad, weight, None, table, tile, flip=True)
     if "weight" in saved.needs:

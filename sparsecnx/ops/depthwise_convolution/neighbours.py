@@ -11,13 +11,9 @@ from sparsecnx.geometry.layout import Layout
 
 def neighbour_table(layout: Layout, kernel: Sequence[int]) -> Tensor:
     """Return the tiles that a kernel of this size reaches from each tile, see `TileSet.neighbours`."""
-    return layout.tiles.neighbours(_reach(layout, kernel))
+    return layout.tiles.neighbours(reach(layout.tile, kernel))
 
 
-def square_neighbour_table(layout: Layout, kernel: Sequence[int]) -> Tensor:
-    """Return as many tiles along every axis as the kernel reaches along one, for kernels that know a single reach."""
-    return layout.tiles.neighbours((max(_reach(layout, kernel)),) * layout.ndim)
-
-
-def _reach(layout: Layout, kernel: Sequence[int]) -> tuple[int, ...]:
-    return tuple(-(-(size // 2) // side) for size, side in zip(kernel, layout.tile, strict=True))
+def reach(tile: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+    """Return how many tiles a kernel of this size reaches to either side along each axis."""
+    return tuple(-(-(size // 2) // side) for size, side in zip(kernel, tile, strict=True))

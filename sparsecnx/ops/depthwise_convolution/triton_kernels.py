@@ -1,10 +1,12 @@
 """Submanifold depthwise convolution in Triton.
 
+All sizes are (z, y, x): two dimensions are three with one slice, and the axis of one dimension is y.
+
 A program takes BLOCK_P columns of sites, which follow one another over successive tiles, STRIP sites high and BLOCK_C
-channels deep, and keeps a float32 accumulator for each of the STRIP rows of sites in registers. A row of
-input sites is loaded once for each horizontal tap and serves every output row that it reaches: 98 loads for the 392
-products of a column under a 7x7 kernel at tile side 8. Where an input site lies follows from the table of
-neighbouring tiles and the arithmetic of nested order.
+channels deep, and keeps a float32 accumulator for each of the STRIP rows of sites in registers. A row of input sites is
+loaded once for each tap along z and x and serves every output row that it reaches: 98 loads for the 392 products of a
+column under a 7x7 kernel at tile side 8. Where an input site lies follows from the table of neighbouring tiles and the
+arithmetic of nested order.
 
 Weight gradients: a program goes over a range of sites once for each column of taps, and leaves partial sums over it;
 those are added up in a second stage, in a fixed order.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -24,20 +27,21 @@ from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_functions import (
     aligned,
     load,
-    nested_column,
-    nested_line,
+    nested_part,
     rounded,
     store,
+    volume,
     zero_blocks,
 )
 from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors
 from sparsecnx.common.memory import check_memory
 from sparsecnx.ops import flops
-from sparsecnx.ops.depthwise_convolution.neighbours import square_neighbour_table
+from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table, reach
 from sparsecnx.tensor import SparseTensor
 
 LONGEST_STRIP = 8  # output rows, and with them accumulators, of a program
 SITES_IN_L1 = 1024  # of a range of the weight gradient; 128 KiB of x and its gradient at 32 channels in 16 bits
+SITES_PER_TAP = 8  # of a range, at least: its partial sums then hold an eighth of its values
 LARGEST_KERNEL = 63  # sites; the table of neighbours of a single site then has 63 * 63 entries
 MOST_TAPS = 7  # rows of the kernel that are held in registers at once
 WARPS = 4
@@ -49,17 +53,16 @@ REGISTERS = {1: 96, 4: 168, 5: 255, 6: 255, 7: 255, 8: 255}
 @triton.jit
 def depthwise_conv_kernel(
     x,  # (ROWS, C)
-    weight,  # (KERNEL_H * KERNEL_W, C)
+    weight,  # (taps, C)
     bias,  # (C,) float32, or None
     residual,  # (ROWS, C), or None
-    table,  # (TILES, (2 * REACH + 1)**2) int32: neighbouring tiles, -1 where masked
+    table,  # (TILES, tiles within REACH) int32: neighbouring tiles, -1 where masked
     out,  # (ROWS, C)
     TILES,
     C,
     TILE: tl.constexpr,
     REACH: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
+    KERNEL: tl.constexpr,
     STRIP: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -70,19 +73,18 @@ def depthwise_conv_kernel(
     C = aligned(C, ALIGN)
     o_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     i_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    i_tile, i_x = i_p // TILE, i_p % TILE
-    m_p = i_tile < TILES
+    m_p = i_p // (TILE[0] * TILE[2]) < TILES
     i_y = tl.program_id(1) * STRIP
     # fmt: off
     b_sums = convolve_strip(
-        x, weight, table, i_tile, i_x, i_y, m_p, o_c, C,
-        TILE, REACH, KERNEL_H, KERNEL_W, STRIP, TAPS, BLOCK_P, BLOCK_C,
+        x, weight, table, i_p, i_y, m_p, o_c, C,
+        TILE, REACH, KERNEL, STRIP, TAPS, BLOCK_P, BLOCK_C,
     )
     # fmt: on
     if bias is not None:
         b_bias = load(bias + o_c, o_c < C)[None, :]
     for s in tl.static_range(STRIP):
-        o_out, m_out = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE)
+        o_out, m_out = site_block(i_p, i_y + s, m_p, o_c, C, TILE)
         b_out = b_sums[s]
         if bias is not None:
             b_out = b_out + b_bias
@@ -94,9 +96,9 @@ def depthwise_conv_kernel(
 @triton.jit
 def depthwise_conv_norm_kernel(
     x,  # (ROWS, C)
-    weight,  # (KERNEL_H * KERNEL_W, C)
+    weight,  # (taps, C)
     bias,  # (C,) float32
-    table,  # (TILES, (2 * REACH + 1)**2) int32: neighbouring tiles, -1 where masked
+    table,  # (TILES, tiles within REACH) int32: neighbouring tiles, -1 where masked
     out,  # (ROWS, C)
     rstd,  # (ROWS,) float32
     eps,
@@ -104,8 +106,7 @@ def depthwise_conv_norm_kernel(
     C,
     TILE: tl.constexpr,
     REACH: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
+    KERNEL: tl.constexpr,
     STRIP: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -115,8 +116,7 @@ def depthwise_conv_norm_kernel(
     """u = conv(x) + bias, out = (u - mean) rstd, with rstd = 1 / sqrt(variance + eps)."""
     C = aligned(C, ALIGN)
     i_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    i_tile, i_x = i_p // TILE, i_p % TILE
-    m_p = i_tile < TILES
+    m_p = i_p // (TILE[0] * TILE[2]) < TILES
     i_y = tl.program_id(1) * STRIP
     b_means = ()
     b_squares = ()
@@ -128,15 +128,15 @@ def depthwise_conv_norm_kernel(
         o_c = i_c + tl.arange(0, BLOCK_C)
         # fmt: off
         b_sums = convolve_strip(
-            x, weight, table, i_tile, i_x, i_y, m_p, o_c, C,
-            TILE, REACH, KERNEL_H, KERNEL_W, STRIP, TAPS, BLOCK_P, BLOCK_C,
+            x, weight, table, i_p, i_y, m_p, o_c, C,
+            TILE, REACH, KERNEL, STRIP, TAPS, BLOCK_P, BLOCK_C,
         )
         # fmt: on
         b_bias = load(bias + o_c, o_c < C)[None, :]
         b_new_means = ()
         b_new_squares = ()
         for s in tl.static_range(STRIP):
-            o_out, m_out = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE)
+            o_out, m_out = site_block(i_p, i_y + s, m_p, o_c, C, TILE)
             b_out = rounded(b_sums[s] + b_bias, out.dtype.element_ty)
             tl.store(out + o_out, b_out, mask=m_out)
             # Moments of this block of channels, merged with those before (Chan, Golub, LeVeque 1979).
@@ -158,12 +158,12 @@ def depthwise_conv_norm_kernel(
     b_rstds = ()
     for s in tl.static_range(STRIP):
         b_rstd = tl.rsqrt(b_squares[s] / C + eps)
-        store(rstd + site(i_tile, i_x, i_y + s, TILE), b_rstd, m_p)
+        store(rstd + site(i_p, i_y + s, TILE), b_rstd, m_p)
         b_rstds = b_rstds + (b_rstd,)
     for i_c in range(0, C, BLOCK_C):
         o_c = i_c + tl.arange(0, BLOCK_C)
         for s in tl.static_range(STRIP):
-            o_out, m_out = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE)
+            o_out, m_out = site_block(i_p, i_y + s, m_p, o_c, C, TILE)
             store(out + o_out, (load(out + o_out, m_out) - b_means[s][:, None]) * b_rstds[s][:, None], m_out)
 
 
@@ -171,15 +171,14 @@ def depthwise_conv_norm_kernel(
 def depthwise_conv_weight_grad_kernel(
     grad,  # (ROWS, C)
     x,  # (ROWS, C)
-    table,  # (TILES, (2 * REACH + 1)**2) int32: neighbouring tiles, -1 where masked
-    partial,  # (ranges, KERNEL_H * KERNEL_W + 1, C) float32: of the weight, then of the bias
+    table,  # (TILES, tiles within REACH) int32: neighbouring tiles, -1 where masked
+    partial,  # (ranges, taps + 1, C) float32: of the weight, then of the bias
     TILES,
     C,
     positions_per_program,
     TILE: tl.constexpr,
     REACH: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
+    KERNEL: tl.constexpr,
     STRIP: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -188,42 +187,45 @@ def depthwise_conv_weight_grad_kernel(
 ):
     """partial[range, tap] = sum over sites p of grad[p] x[p + tap]; partial[range, last] = sum of grad."""
     C = aligned(C, ALIGN)
-    WHOLE: tl.constexpr = STRIP == TILE and TAPS == KERNEL_H
+    WHOLE: tl.constexpr = STRIP == TILE[1] and TAPS == KERNEL[1]
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     i_begin = tl.program_id(1) * positions_per_program
-    i_end = tl.minimum(i_begin + positions_per_program, TILES * TILE)
-    p_partial = partial + tl.program_id(1).to(tl.int64) * (KERNEL_H * KERNEL_W + 1) * C + o_c
+    i_end = tl.minimum(i_begin + positions_per_program, TILES * TILE[0] * TILE[2])
+    p_partial = partial + tl.program_id(1).to(tl.int64) * (volume(KERNEL) + 1) * C + o_c
+    i_kz = tl.program_id(2)
+    if KERNEL[0] == 1:
+        i_kz = 0
     # The range is short enough to stay in L1 while one column of taps after the other goes over it.
-    for i_taps in range(0, (KERNEL_H // TAPS) * KERNEL_W):
-        i_kx = i_taps % KERNEL_W
-        i_ky = (i_taps // KERNEL_W) * TAPS
+    for i_taps in range(0, (KERNEL[1] // TAPS) * KERNEL[2]):
+        i_kx = i_taps % KERNEL[2]
+        i_ky = (i_taps // KERNEL[2]) * TAPS
         b_sums = zero_blocks(TAPS, BLOCK_P, BLOCK_C)
         b_total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for i_first in range(i_begin, i_end, BLOCK_P):
             i_p = i_first + tl.arange(0, BLOCK_P)
-            i_tile, i_x = i_p // TILE, i_p % TILE
             m_p = i_p < i_end
             p_table, o_column, o_tiles, m_tiles = seek_column(
-                table, i_tile, i_x + i_kx - KERNEL_W // 2, m_p, C, TILE, REACH, WHOLE
+                table, i_p, i_kz, i_kx, m_p, C, TILE, REACH, KERNEL, WHOLE
             )
-            for i_y in range(0, TILE, STRIP):
+            for i_y in range(0, TILE[1], STRIP):
                 b_grads = ()
                 for s in tl.static_range(STRIP):
-                    o_grad, m_grad = site_block(i_tile, i_x, i_y + s, m_p, o_c, C, TILE)
+                    o_grad, m_grad = site_block(i_p, i_y + s, m_p, o_c, C, TILE)
                     b_grad = load(grad + o_grad, m_grad)
                     b_grads = b_grads + (b_grad,)
-                    if i_taps == 0:
+                    if i_kz + i_taps == 0:
                         b_total += b_grad
                 for i in tl.static_range(STRIP + TAPS - 1):
                     o_x, m_x = seek_line(
-                        p_table, o_column, o_tiles, m_tiles, i - KERNEL_H // 2, i_y + i_ky, m_p, o_c, C,
+                        p_table, o_column, o_tiles, m_tiles, i - KERNEL[1] // 2, i_y + i_ky, m_p, o_c, C,
                         TILE, REACH, WHOLE,
                     )  # fmt: skip
                     b_sums = add_products(b_sums, load(x + o_x, m_x), b_grads, i, TAPS, STRIP)
         for j in tl.static_range(TAPS):
-            store(p_partial + ((i_ky + j) * KERNEL_W + i_kx) * C, tl.sum(b_sums[j], axis=0), o_c < C)
-        if i_taps == 0:
-            store(p_partial + KERNEL_H * KERNEL_W * C, tl.sum(b_total, axis=0), o_c < C)
+            i_tap = (i_kz * KERNEL[1] + i_ky + j) * KERNEL[2] + i_kx
+            store(p_partial + i_tap * C, tl.sum(b_sums[j], axis=0), o_c < C)
+        if i_kz + i_taps == 0:
+            store(p_partial + volume(KERNEL) * C, tl.sum(b_total, axis=0), o_c < C)
 
 
 @triton.jit
@@ -231,39 +233,37 @@ def convolve_strip(
     x,
     weight,
     table,
-    i_tile,
-    i_x,
+    i_p,
     i_y,
     m_p,
     o_c,
     C,
     TILE: tl.constexpr,
     REACH: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
+    KERNEL: tl.constexpr,
     STRIP: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Return the convolution at STRIP lines of sites from line `i_y` on, (BLOCK_P, BLOCK_C) for each line."""
-    WHOLE: tl.constexpr = STRIP == TILE and TAPS == KERNEL_H
+    WHOLE: tl.constexpr = STRIP == TILE[1] and TAPS == KERNEL[1]
+    GROUPS: tl.constexpr = KERNEL[1] // TAPS
     b_sums = zero_blocks(STRIP, BLOCK_P, BLOCK_C)
-    for i_taps in range(0, (KERNEL_H // TAPS) * KERNEL_W):
-        i_kx = i_taps % KERNEL_W
-        i_ky = (i_taps // KERNEL_W) * TAPS
+    for i_taps in range(0, KERNEL[0] * GROUPS * KERNEL[2]):
+        i_kx = i_taps % KERNEL[2]
+        i_ky = (i_taps // KERNEL[2]) % GROUPS * TAPS
+        i_kz = i_taps // (GROUPS * KERNEL[2])
         b_weights = ()
         for j in tl.static_range(TAPS):
-            i_tap = (i_ky + j) * KERNEL_W + i_kx
+            i_tap = (i_kz * KERNEL[1] + i_ky + j) * KERNEL[2] + i_kx
             # Loaded by every thread in the layout it needs: threads of a column share the address.
             p_weight = tl.broadcast_to((weight + i_tap * C + o_c)[None, :], (BLOCK_P, BLOCK_C))
             b_weights = b_weights + (load(p_weight, (o_c < C)[None, :]),)
-        p_table, o_column, o_tiles, m_tiles = seek_column(
-            table, i_tile, i_x + i_kx - KERNEL_W // 2, m_p, C, TILE, REACH, WHOLE
-        )
+        p_table, o_column, o_tiles, m_tiles = seek_column(table, i_p, i_kz, i_kx, m_p, C, TILE, REACH, KERNEL, WHOLE)
         for i in tl.static_range(STRIP + TAPS - 1):
             o_x, m_x = seek_line(
-                p_table, o_column, o_tiles, m_tiles, i - KERNEL_H // 2, i_y + i_ky, m_p, o_c, C,
+                p_table, o_column, o_tiles, m_tiles, i - KERNEL[1] // 2, i_y + i_ky, m_p, o_c, C,
                 TILE, REACH, WHOLE,
             )  # fmt: skip
             b_sums = add_products(b_sums, load(x + o_x, m_x), b_weights, i, STRIP, TAPS)
@@ -283,34 +283,56 @@ def add_products(b_sums, b_x, b_factors, i, SUMS: tl.constexpr, FACTORS: tl.cons
 
 
 @triton.jit
-def site(i_tile, i_x, i_y, TILE: tl.constexpr):
-    """Return the row of features of site (i_y, i_x) of a tile, int64."""
-    return i_tile.to(tl.int64) * (TILE * TILE) + nested_column(i_x, TILE) + nested_line(i_y, TILE)
+def column(i_p, TILE: tl.constexpr):
+    """Return the tiles of columns of sites, and their places there along z and x."""
+    return i_p // (TILE[0] * TILE[2]), i_p // TILE[2] % TILE[0], i_p % TILE[2]
 
 
 @triton.jit
-def site_block(i_tile, i_x, i_y, m_p, o_c, C, TILE: tl.constexpr):
-    """Return the offsets of the features of sites (i_y, i_x), and which of them exist."""
-    return (site(i_tile, i_x, i_y, TILE) * C)[:, None] + o_c[None, :], m_p[:, None] & (o_c < C)[None, :]
+def site(i_p, i_y, TILE: tl.constexpr):
+    """Return the rows of features of the sites of columns at line `i_y` of their tiles, int64."""
+    i_tile, i_z, i_x = column(i_p, TILE)
+    o_column = nested_part(i_z, 0, TILE) + nested_part(i_x, 2, TILE)
+    return i_tile.to(tl.int64) * volume(TILE) + o_column + nested_part(i_y, 1, TILE)
 
 
 @triton.jit
-def seek_column(table, i_tile, i_x, m_p, C, TILE: tl.constexpr, REACH: tl.constexpr, WHOLE: tl.constexpr):
-    """Find the tiles that contain column `i_x`, counted from the left side of tile `i_tile`, at least -REACH * TILE.
+def site_block(i_p, i_y, m_p, o_c, C, TILE: tl.constexpr):
+    """Return the offsets of the features of sites of columns at line `i_y`, and which of them exist."""
+    return (site(i_p, i_y, TILE) * C)[:, None] + o_c[None, :], m_p[:, None] & (o_c < C)[None, :]
+
+
+@triton.jit
+def seek_column(
+    table,
+    i_p,
+    i_kz,
+    i_kx,
+    m_p,
+    C,
+    TILE: tl.constexpr,
+    REACH: tl.constexpr,
+    KERNEL: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Find the tiles that contain the columns that columns of sites read through taps `i_kz` and `i_kx`.
 
     Returns:
         p_table: pointers to the uppermost of these tiles in the table.
         o_column: place of the column in the nested order of its tile.
         o_tiles, m_tiles: with WHOLE, the offsets of these tiles and whether they are visible, see `neighbour`.
     """
-    i_shifted = i_x + TILE * REACH
-    i_step = i_shifted // TILE
-    o_column = nested_column(i_shifted - i_step * TILE, TILE)
-    p_table = table + i_tile.to(tl.int64) * ((2 * REACH + 1) * (2 * REACH + 1)) + i_step
+    i_tile, i_z, i_x = column(i_p, TILE)
+    i_z += i_kz - KERNEL[0] // 2 + TILE[0] * REACH[0]  # counted from the corner of the neighbourhood
+    i_x += i_kx - KERNEL[2] // 2 + TILE[2] * REACH[2]
+    i_step_z, i_step_x = i_z // TILE[0], i_x // TILE[2]
+    o_column = nested_part(i_z - i_step_z * TILE[0], 0, TILE) + nested_part(i_x - i_step_x * TILE[2], 2, TILE)
+    p_table = table + i_tile.to(tl.int64) * ((2 * REACH[0] + 1) * (2 * REACH[1] + 1) * (2 * REACH[2] + 1))
+    p_table += i_step_z * ((2 * REACH[1] + 1) * (2 * REACH[2] + 1)) + i_step_x
     o_tiles = ()
     m_tiles = ()
     if WHOLE:
-        for i_step_y in tl.static_range(2 * REACH + 1):
+        for i_step_y in tl.static_range(2 * REACH[1] + 1):
             o_tile, m_tile = neighbour(p_table, i_step_y, o_column, m_p, C, TILE, REACH)
             o_tiles = o_tiles + (o_tile,)
             m_tiles = m_tiles + (m_tile,)
@@ -337,22 +359,22 @@ def seek_line(
     With WHOLE, where the strip is the whole tile and all taps of a column are held, `i_y` is 0 and `i_line` a constant.
     """
     if WHOLE:
-        o_tile = o_tiles[(i_line + TILE * REACH) // TILE]
-        m_tile = m_tiles[(i_line + TILE * REACH) // TILE]
-        o_line = nested_line((i_line + TILE * REACH) % TILE, TILE)
+        o_tile = o_tiles[(i_line + TILE[1] * REACH[1]) // TILE[1]]
+        m_tile = m_tiles[(i_line + TILE[1] * REACH[1]) // TILE[1]]
+        o_line = nested_part((i_line + TILE[1] * REACH[1]) % TILE[1], 1, TILE)
     else:
-        i_shifted = i_y + i_line + TILE * REACH
-        i_step = i_shifted // TILE
+        i_shifted = i_y + i_line + TILE[1] * REACH[1]
+        i_step = i_shifted // TILE[1]
         o_tile, m_tile = neighbour(p_table, i_step, o_column, m_p, C, TILE, REACH)
-        o_line = nested_line(i_shifted - i_step * TILE, TILE)
+        o_line = nested_part(i_shifted - i_step * TILE[1], 1, TILE)
     return (o_tile + o_line * C)[:, None] + o_c[None, :], m_tile[:, None] & (o_c < C)[None, :]
 
 
 @triton.jit
 def neighbour(p_table, i_step, o_column, m_p, C, TILE: tl.constexpr, REACH: tl.constexpr):
     """Return the offset of the features of line 0 in a neighbouring tile, int64, and whether the tile is visible."""
-    i_tile = tl.load(p_table + i_step * (2 * REACH + 1), mask=m_p, other=-1)
-    return (i_tile.to(tl.int64) * (TILE * TILE) + o_column) * C, i_tile >= 0
+    i_tile = tl.load(p_table + i_step * (2 * REACH[2] + 1), mask=m_p, other=-1)
+    return (i_tile.to(tl.int64) * volume(TILE) + o_column) * C, i_tile >= 0
 
 
 def convolve(
@@ -370,12 +392,12 @@ def convolve(
 
     Args:
         x: `(rows, C)`.
-        weight: `(C, 1, kh, kw)`.
+        weight: `(C, 1, *kernel)`.
         bias: float32 `(C,)` or None.
-        table: neighbouring tiles of each tile, int32 `(tiles, (2 reach + 1)**2)`, -1 where masked.
-        tile: sites per tile along each axis, the same.
+        table: neighbouring tiles of each tile, see `neighbour_table`.
+        tile: sites of a tile along each axis.
         residual: `(rows, C)`, added to the output.
-        flip: whether to rotate the weight by half a turn, as the gradient of x needs it.
+        flip: whether to mirror the weight along all axes, as the gradient of x needs it.
         normalise: eps of a LayerNorm without scale and shift over the output, which then needs a bias and takes no
             residual. None leaves the output as it is.
 
@@ -386,9 +408,11 @@ def convolve(
     rows, channels = x.shape
     out = torch.empty_like(x)
     rstd = x.new_empty(rows if normalise is not None else 0, dtype=torch.float32)
-    options = _options(x, table, tile, weight.shape[2:])
-    high, strips = blocks(rows // tile[1], options["BLOCK_P"]), tile[0] // options["STRIP"]
-    taps = _tap_rows(weight.flip(2, 3) if flip else weight)
+    options = _options(x, tile, weight.shape[2:])
+    side = options["TILE"][1]
+    high, strips = blocks(rows // side, options["BLOCK_P"]), side // options["STRIP"]
+    taps = weight.flatten(1).t()  # (taps, C), channels next to each other
+    taps = (taps.flip(0) if flip else taps).contiguous()
     tensors = {"x": x, "weight": taps, "bias": bias, "table": table, "out": out}
     if normalise is None:
         grid = (high, strips, blocks(channels, options["BLOCK_C"]))
@@ -406,22 +430,23 @@ def weight_grad(
     """Return the gradients of the weight and of the bias from `grad` and `x`, both `(rows, C)`.
 
     Returns:
-        grad_weight: `(C, 1, kh, kw)` in the dtype of `x`.
+        grad_weight: `(C, 1, *kernel)` in the dtype of `x`.
         grad_bias: float32 `(C,)`.
     """
     rows, channels = x.shape
-    options = _options(x, table, tile, kernel)
+    options = _options(x, tile, kernel)
+    taps, slices = math.prod(kernel), options["KERNEL"][0]
     wide, block_p = blocks(channels, options["BLOCK_C"]), options["BLOCK_P"]
-    total = rows // tile[1]  # of the positions of all tiles
+    total = rows // options["TILE"][1]  # columns of sites
     # Ranges short enough for L1 and for enough programs, long enough for the partial sums to be few beside the rows.
-    ranges = max(blocks(rows, SITES_IN_L1), blocks(4 * processors(x.device), wide))
+    ranges = max(blocks(rows, max(SITES_IN_L1, SITES_PER_TAP * taps)), blocks(4 * processors(x.device), wide * slices))
     ranges = max(1, min(ranges, total // (4 * block_p)))
     per_program = blocks(blocks(total, ranges), block_p) * block_p
     ranges = max(1, blocks(total, per_program)) if total else 1
-    partial = torch.empty(ranges, kernel[0] * kernel[1] + 1, channels, dtype=torch.float32, device=x.device)
+    partial = torch.empty(ranges, taps + 1, channels, dtype=torch.float32, device=x.device)
     launch(
         depthwise_conv_weight_grad_kernel,
-        (wide, ranges),
+        (wide, ranges, slices),
         grad=grad,
         x=x,
         table=table,
@@ -434,36 +459,36 @@ def weight_grad(
     return sums[:-1].t().to(x.dtype).contiguous().view(channels, 1, *kernel), sums[-1].clone()
 
 
-def _tap_rows(weight: Tensor) -> Tensor:
-    """Return weight `(C, 1, kh, kw)` as the kernels read it: `(kh * kw, C)`, channels next to each other."""
-    return weight.flatten(1).t().contiguous()
-
-
 def check_kernel(weight: Tensor, name: str) -> None:
     """Raise ValueError if the weight has more sites a side than LARGEST_KERNEL."""
     if max(weight.shape[2:]) > LARGEST_KERNEL:
         raise ValueError(f"{name} is {tuple(weight.shape)}: Triton kernels go to {LARGEST_KERNEL} sites a side")
 
 
-def _options(x: Tensor, table: Tensor, tile: Sequence[int], kernel: Sequence[int]) -> dict[str, int]:
+def _options(x: Tensor, tile: Sequence[int], kernel: Sequence[int]) -> dict[str, Any]:
     """Return the arguments that all kernels share: sizes, sizes of blocks, and the number of warps."""
     rows, channels = x.shape
+    sides, taps = _three(tile), _three(kernel)
     # The widest block that pads the channels least; a thread's part of a row is 16 bytes.
     block_c = min(CHANNEL_BLOCKS, key=lambda size: (blocks(channels, size) * size, -size))
     return {
-        "TILES": rows // math.prod(tile),
+        "TILES": rows // math.prod(sides),
         "C": channels,
-        "TILE": tile[0],
-        "REACH": (round(table.shape[1] ** 0.5) - 1) // 2,  # tiles to each side that the table covers
-        "KERNEL_H": kernel[0],
-        "KERNEL_W": kernel[1],
-        "STRIP": max(size for size in range(1, LONGEST_STRIP + 1) if tile[0] % size == 0),
-        "TAPS": max(size for size in range(1, MOST_TAPS + 1) if kernel[0] % size == 0),
+        "TILE": sides,
+        "REACH": reach(sides, taps),
+        "KERNEL": taps,
+        "STRIP": max(size for size in range(1, LONGEST_STRIP + 1) if sides[1] % size == 0),
+        "TAPS": max(size for size in range(1, MOST_TAPS + 1) if taps[1] % size == 0),
         "BLOCK_P": WARPS * 32 * 16 // x.element_size() // block_c,
         "BLOCK_C": block_c,
         "ALIGN": alignment(channels),
         "num_warps": WARPS,
     }
+
+
+def _three(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return sizes along z, y and x."""
+    return (1, *sizes, 1) if len(sizes) == 1 else (1,) * (3 - len(sizes)) + tuple(sizes)
 
 
 def _registers(strip: int, tight: bool) -> dict[str, int]:
@@ -472,31 +497,29 @@ def _registers(strip: int, tight: bool) -> dict[str, int]:
 
 
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return features `(rows, C)` of the convolution of `x` with `weight (C, 1, kh, kw)`."""
+    """Return features `(rows, C)` of the convolution of `x` with `weight (C, 1, *kernel)`."""
     check_kernel(weight, "weight")
-    table = square_neighbour_table(x.layout, weight.shape[2:])
+    table = neighbour_table(x.layout, weight.shape[2:])
     bias = None if bias is None else bias.contiguous()
     return torch.ops.sparsecnx_triton.depthwise_conv(x.features.contiguous(), weight, bias, table, x.layout.tile)
 
 
-def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, tile: list[int]) -> Tensor:
+def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, tile: Sequence[int]) -> Tensor:
     return convolve(x, weight, bias, table, tile)[0]
-
-
-def _weight_grad(grad: Tensor, x: Tensor, table: Tensor, tile: list[int], kernel: list[int]) -> tuple[Tensor, Tensor]:
-    return weight_grad(grad, x, table, tile, kernel)
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     weight, table, tile = saved.weight, saved.table, saved.tile
+    kernel = weight.shape[2:]
     grads: dict[str, Tensor | None] = {}
     if "x" in saved.needs:
         # Active sites neighbour each other symmetrically: the adjoint is the flipped kernel.
         check_memory(weight=weight)
-        grads["x"] = torch.ops.sparsecnx_triton.depthwise_conv(grad, weight.flip(2, 3), None, table, tile)
+        flipped = weight.flip(*range(2, weight.ndim))
+        grads["x"] = torch.ops.sparsecnx_triton.depthwise_conv(grad, flipped, None, table, tile)
     if saved.needs & {"weight", "bias"}:
         grads["weight"], grads["bias"] = torch.ops.sparsecnx_triton.depthwise_conv_weight_grad(
-            grad, saved.x, table, tile, weight.shape[2:]
+            grad, saved.x, table, tile, kernel
         )
     return grads
 
@@ -514,7 +537,7 @@ register(
     "sparsecnx_triton::depthwise_conv_weight_grad",
     public="depthwise_conv",
     flops=flops.depthwise_conv_weight_grad,
-    function=_weight_grad,
+    function=weight_grad,
     fake=lambda grad, x, table, tile, kernel: (
         x.new_empty(x.shape[1], 1, *kernel),
         x.new_empty(x.shape[1], dtype=torch.float32),
