@@ -71,6 +71,12 @@ def _convolution(name: str) -> Handler:
                     return packed(products.linear(features, weight.flatten(1), bias), coarse)
                 return packed(prepared.runs(x, weight, bias, prepared.window, groups), coarse)
         window = plan(name, x, tuple(weight.shape[2:]), stride, padding, dilation, extra)
+        if weight.shape[1] * groups != features.shape[1]:
+            raise ValueError(
+                f"x has {features.shape[1]} channels: weight {tuple(weight.shape)} and groups {groups} take "
+                f"{weight.shape[1] * groups}; if the network joins only what isinstance(x, torch.Tensor) says is one, "
+                "call it with x.as_tensor()"
+            )
         if window.dense:
             border = [side for pair in zip(window.before[::-1], window.after[::-1], strict=True) for side in pair]
             return dense(F.pad(x.dense(), border), weight, bias, window.stride, 0, window.dilation, groups)

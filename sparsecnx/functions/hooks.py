@@ -6,6 +6,7 @@ One would lose gradients without a word, the others do not compile. Each asks fo
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,8 +18,6 @@ from torch.utils.hooks import BackwardHook
 from sparsecnx.functions.as_tensor import SparseImage
 from sparsecnx.tensor import SparseTensor
 
-_apply = BackwardHook._apply_on_tensors
-
 
 def _apply_on_tensors(self: BackwardHook, fn: Any, args: tuple[Any, ...]) -> Any:
     """Refuse a backward hook of a module on a SparseTensor, which torch would never call."""
@@ -27,6 +26,7 @@ def _apply_on_tensors(self: BackwardHook, fn: Any, args: tuple[Any, ...]) -> Any
             f"{type(self.module).__name__} has a backward hook, which torch ignores on a SparseTensor: register a "
             "forward hook that calls register_hook() on the SparseTensor"
         )
+    assert _apply is not None
     return _apply(self, fn, args)
 
 
@@ -89,6 +89,11 @@ def _let_operators_compile() -> None:
     builtin.BuiltinVariable._handle_insert_op_in_graph = insert_in_order  # type: ignore[method-assign, assignment]
 
 
-BackwardHook._apply_on_tensors = _apply_on_tensors  # type: ignore[method-assign]
+_apply = getattr(BackwardHook, "_apply_on_tensors", None)
+if _apply is None:
+    message = "with this torch, which was never tried, backward hooks of modules are ignored on SparseTensors"
+    warnings.warn(message, stacklevel=2)
+else:
+    BackwardHook._apply_on_tensors = _apply_on_tensors  # type: ignore[method-assign]
 _let_tuples_compile()
 _let_operators_compile()

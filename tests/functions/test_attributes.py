@@ -111,6 +111,15 @@ def test_running_statistics_move_as_those_of_the_rows() -> None:
     torch.testing.assert_close(sparse.eval()(x).features, rows.eval()(x.features))
 
 
+def test_running_statistics_of_instances_are_the_mean_of_those_of_the_images() -> None:
+    x = example()
+    module = nn.InstanceNorm2d(CHANNELS, momentum=1.0, track_running_stats=True).double()
+    module(x)
+    images = x.features.split(x.layout.row_splits.diff().tolist())
+    torch.testing.assert_close(module.running_var, sum(rows.var(0) for rows in images) / 2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(module.running_mean, sum(rows.mean(0) for rows in images) / 2, rtol=1e-12, atol=0)
+
+
 class AsksForTensors(nn.Module):
     """Drops what is no tensor, as MONAI's UpCat and transformers' ModelOutput do."""
 

@@ -178,7 +178,7 @@ def instance_norm(
         counted = sizes > 1
         images = counted.sum()
         weight_of_these = momentum * (images > 0).to(mean.dtype)
-        unbiased = variance * (sizes / (sizes - 1).clamp(min=1))
+        unbiased = variance * sizes / (sizes - 1).clamp(min=1)
         _move(running_mean, (mean * counted).sum(0) / images.clamp(min=1), weight_of_these)
         _move(running_var, (unbiased * counted).sum(0) / images.clamp(min=1), weight_of_these)
     return packed(out, x.layout)
