@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ class Prepared(NamedTuple):
         runs: the operator that `ops.conv` chose.
         window: its argument.
         strided: whether the layout changes.
-        children: consecutive rows in raster order that the convolution multiplies with a matrix, 0 for others.
+        children: consecutive rows in raster order, which the convolution multiplies with a matrix; 0 for others.
     """
 
     runs: Operator
@@ -66,8 +67,11 @@ def _convolution(name: str) -> Handler:
                 coarse = coarsened(layout, stride) if prepared.strided else layout
                 if prepared.children and selected() == "auto":
                     if prepared.children > 1:
-                        features = features.reshape(coarse.rows, prepared.children * features.shape[1])
-                        weight = weight.movedim(1, -1)
+                        features = features.reshape(coarse.rows, prepared.children, features.shape[1])
+                        if max(prepared.window.kernel) == 1:  # It reads the first child of each output site.
+                            features = features[:, 0]
+                        else:
+                            features, weight = features.flatten(1), weight.movedim(1, -1)
                     return packed(products.linear(features, weight.flatten(1), bias), coarse)
                 return packed(prepared.runs(x, weight, bias, prepared.window, groups), coarse)
         window = plan(name, x, tuple(weight.shape[2:]), stride, padding, dilation, extra)
@@ -86,7 +90,8 @@ def _convolution(name: str) -> Handler:
             is_product = products.applies(layout, inner)
             runs = convolution.patchify_operator if is_product else convolution.operator
             raster = groups == 1 and max(window.stride) <= 2  # Nested order of 2x2 sites is raster order.
-            _prepared[key] = Prepared(runs, inner, max(window.stride) > 1, window.children if raster else 0)
+            children = math.prod(window.stride) if raster and is_product else 0
+            _prepared[key] = Prepared(runs, inner, max(window.stride) > 1, children)
         return result
 
     return handler

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsecnx.common.once import once
 from sparsecnx.functions.elementwise import HANDLER_OF
 from sparsecnx.functions.reductions import EXTREMA, mean
 from sparsecnx.functions.reductions import sum as total
@@ -30,18 +31,16 @@ def every_site(x: SparseTensor, stride: tuple[int, ...]) -> SparseTensor:
     return HANDLERS[getattr(F, f"max_pool{len(stride)}d")](x, 1, stride)
 
 
-_taps: dict[Window, Taps] = {}
+@once
+def _taps(window: Window) -> Taps:
+    """Return a window as operators take it, checked."""
+    return pooling_window(len(window.kernel), window.kernel, window.stride, window.before, window.dilation)
 
 
 def _prepared(x: SparseTensor, window: Window) -> tuple[Taps, Layout]:
-    """Check the features, and return the window as operators take it, checked at its first use, and their layout."""
+    """Check the features, and return the window and the layout that operators take."""
     check_sparse(x)
-    taps = None if torch.compiler.is_compiling() else _taps.get(window)
-    if taps is None:
-        taps = pooling_window(x.layout.ndim, window.kernel, window.stride, window.before, window.dilation)
-        if not torch.compiler.is_compiling():
-            _taps[window] = taps
-    return taps, coarsened(x.layout, window.stride)
+    return _taps(window), coarsened(x.layout, window.stride)
 
 
 def _max_pool(name: str) -> Handler:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx.functions.table import answers, channels_first, like, packed
 from sparsecnx.functions.windows import per_axis
 from sparsecnx.geometry.layout import Layout
+from sparsecnx.geometry.nested_order import children_are_consecutive
 from sparsecnx.geometry.packing import gather_rows
 from sparsecnx.tensor import SparseTensor
 
@@ -81,11 +81,11 @@ def interpolate(
     fine = layout.refine(factor)
     if mode not in ("nearest", "nearest-exact"):
         return _by_the_image(x, sizes, mode, align_corners, antialias)
-    each = math.prod(factor)
-    parents = torch.empty(fine.rows, dtype=torch.int64, device=x.device)
-    rows = torch.arange(layout.rows, device=x.device)[:, None].expand(-1, each)
-    parents = parents.index_copy(0, children(fine, factor).flatten(), rows.flatten())
-    return packed(x.features.index_select(0, parents), fine)
+    each, channels = math.prod(factor), x.features.shape[1]
+    repeated = x.features[:, None].expand(-1, each, -1).reshape(fine.rows, channels)
+    if children_are_consecutive(fine.tile, factor):
+        return packed(repeated, fine)
+    return packed(repeated.new_zeros(repeated.shape).index_copy(0, children(fine, factor).flatten(), repeated), fine)
 
 
 def _by_the_image(

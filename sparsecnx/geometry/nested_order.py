@@ -14,7 +14,10 @@ import math
 import torch
 from torch import Tensor
 
+from sparsecnx.common.once import once
 
+
+@once
 def nested_levels(tile: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Return the branching of a tile along its axes, from coarse to fine; the product of all levels is the tile."""
     levels: list[tuple[int, ...]] = []
@@ -24,6 +27,7 @@ def nested_levels(tile: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [tile, *levels]
 
 
+@once
 def children_are_consecutive(tile: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Return whether the sites under each output site of a stride are consecutive rows, in the order of such a tile.
 

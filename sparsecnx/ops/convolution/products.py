@@ -25,9 +25,9 @@ def applies(layout: Layout, window: Window) -> bool:
 
 def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
     """Return features `(rows_out, C_out)`; `weight (C_out, C_in / groups, *kernel)`."""
-    coarse, channels = x.layout.coarsen(window.stride), x.features.shape[1]
-    patches = x.features.reshape(coarse.rows, x.layout.sites_per_tile // coarse.sites_per_tile, channels)
-    if not window.partitions:
+    children, channels = math.prod(window.stride), x.features.shape[1]
+    patches = x.features.reshape(x.layout.rows // children, children, channels)
+    if max(window.kernel) == 1:
         patches = patches[:, :1]  # A kernel of one tap reads the first child of each output site.
     nested = _nested(weight.movedim(1, -1))  # (C_out, children, C_in / groups)
     bias = None if bias is None else bias.to(x.dtype)
