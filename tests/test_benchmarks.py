@@ -77,6 +77,7 @@ def test_encoder_writes_what_it_measured(tmp_path: Path) -> None:
     "command",
     [
         "overhead --repeats 2",
+        "operators --batch 1 --repeats 2 --operators max_pool3/2 conv2x2/2-transposed kernel_map",
         f"training_step {' '.join(SMALL)} --variants sparse",
         f"minkowski_encoder {' '.join(SMALL)}",
         "networks --models convnext_atto --image 64 --ratio 0.5 --batch 2 --threads 1 --repeats 2 "
