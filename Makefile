@@ -1,6 +1,7 @@
 # These need Python 3.10 or later, g++ and make, and nothing else:
 #
 #   make demo              pretrains on 22 photographs for a few minutes and draws what the network reconstructs
+#   make demo-3d           the same on volumes, ellipsoids that it synthesises
 #   make test              runs linters, type checker and tests
 #   make docs              builds the documentation into build/docs; a warning is an error
 #   make wheel-test        builds the wheel and tests it under another Python with another torch
@@ -22,6 +23,8 @@ READY := .venv/ready
 WHEEL := build/wheel
 MINKOWSKI := build/minkowski
 RUN := runs/demo
+RUN_3D := runs/demo-3d
+PHANTOMS := runs/phantoms
 # Two test files run at a time. On a GPU they run one after the other, because some tests read its memory and streams.
 WORKERS := $(if $(wildcard /dev/nvidia0),,-n 2 --dist loadfile --no-loadscope-reorder)
 CPP = $(shell find $(1) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -36,12 +39,17 @@ ifndef SPARSECNX_BUILD
 endif
 export SPARSECNX_BUILD
 
-.PHONY: demo test docs sanitize wheel wheel-test wheel-matrix minkowski minkowski-test lint format clean
+.PHONY: demo demo-3d test docs sanitize wheel wheel-test wheel-matrix minkowski minkowski-test lint format clean
 
 # The recipe for few images, in a run of minutes. A second `make demo` resumes an interrupted run.
 demo: $(READY)
 	$(BIN)/sparsecnx pretrain --model atto --image-size 224 --small-data --epochs 14 --output $(RUN) --resume auto
 	$(BIN)/sparsecnx reconstruct $(RUN)/last.pt --out $(RUN)/reconstruction.png
+
+demo-3d: $(READY)
+	$(BIN)/python -m sparsecnx.train.phantoms $(PHANTOMS)
+	$(BIN)/sparsecnx pretrain --data $(PHANTOMS) --model atto --image-size 64 --small-data --epochs 6 --output $(RUN_3D) --resume auto
+	$(BIN)/sparsecnx reconstruct $(RUN_3D)/last.pt --out $(RUN_3D)/reconstruction.png
 
 test: lint
 	$(BIN)/pytest $(WORKERS)
@@ -113,7 +121,7 @@ format: $(READY)
 	$(BIN)/clang-format -i $(call CPP,csrc tests)
 
 clean:
-	rm -rf .venv build dist *.egg-info $(RUN)
+	rm -rf .venv build dist *.egg-info $(RUN) $(RUN_3D) $(PHANTOMS)
 	rm -f sparsecnx/_C.*so sparsecnx/_C_cuda.*so sparsecnx/_build.json
 
 $(READY): $(SOURCES) $(BIN)/python pyproject.toml setup.py

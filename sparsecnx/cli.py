@@ -125,6 +125,7 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add("--max-pixels", type=int, metavar="N", help=most)
     below = "of spark: raise, or dense for networks whose stride exceeds the patch (default: raise)"
     add("--below-tile", metavar="NAME", help=below)
+    add("--decoder-dim", type=int, metavar="N", help="channels of the decoder (default: 512, spark 768)")
     scope = "GRN over the sites of one image (sample, the paper) or of all (batch, the published sparse code)"
     add("--grn-scope", metavar="SCOPE", help=f"{scope} (default: sample)")
     for action in recipe._group_actions:

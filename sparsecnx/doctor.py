@@ -41,6 +41,8 @@ INSTALL_MINKOWSKI = (
 TRAIN = ("tensorboard", "tqdm", "matplotlib", "pillow", "scikit-image", "scikit-learn", "safetensors")
 MODULES = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn"}
 
+VOLUMES = {"nibabel": "volumes in NIfTI", "zarr": "volumes in Zarr"}  # the extra `[volumes]`
+
 # These are the operators on tiles, which the models run. Those on explicit kernel maps are not explained.
 EXPLAINED_OPERATORS = (
     block.operator,
@@ -81,7 +83,7 @@ def checks() -> list[Check]:
     """Check everything that sparsecnx can make use of, in the order of the report."""
     python = Check("Python", True, f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
     found = [python, _torch(), _gpu(), _triton_kernels(), _cpu_operators(), _cuda_operators(), _minkowski_engine()]
-    return [*found, *_train(), _timm()]
+    return [*found, *_train(), _timm(), *_volumes()]
 
 
 def report() -> str:
@@ -233,6 +235,16 @@ def _timm() -> Check:
     if problem is None:
         return Check("timm", True, f"{_version('timm', 'timm')}, networks for `pretrain --model timm:NAME`")
     return Check("timm", False, _import_problem("timm") or problem, "pip install --upgrade timm")
+
+
+def _volumes() -> Iterator[Check]:
+    for name, what in VOLUMES.items():
+        problem = _import_problem(name)
+        if problem is None:
+            yield Check(name, True, f"{_version(name, name)}, {what} for `pretrain`")
+        else:
+            remedy = "pip install 'sparsecnx[volumes]'" if problem == NOT_INSTALLED else f"pip install --upgrade {name}"
+            yield Check(name, False, problem, remedy)
 
 
 def _import_problem(module: str) -> str | None:

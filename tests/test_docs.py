@@ -24,6 +24,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "README.md": ("timm",),
     "docs/training-loop.md": (),
     "docs/networks.md": ("timm", "torchvision"),
+    "docs/volumes.md": (),
     "docs/backends.md": (),
     "docs/wrapping.md": (),
     "docs/after-pretraining.md": ("timm", "transformers", "safetensors"),

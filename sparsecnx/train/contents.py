@@ -28,6 +28,7 @@ LATER_RECIPE_FIELDS = {"max_pixels", "grn_scope", "first_epoch", "method", "crop
     "in_chans",
     "normalize",
     "below_tile",
+    "decoder_dim",
 }
 # AdamW counts its steps in float32, which holds whole numbers up to this one.
 LARGEST_OPTIMIZER_STEP = 2**24

@@ -78,9 +78,9 @@ def build_model(recipe: Recipe) -> MaskedAutoencoder:
         InputError: the network does not run on visible patches, its stride is not that of the patch, or it is for other
             channels or dimensions than the data.
     """
-    if recipe.model in SIZES:
-        return _autoencoder(recipe, _own_encoder(recipe))
     try:
+        if recipe.model in SIZES:
+            return _autoencoder(recipe, _own_encoder(recipe))
         with torch.device("cpu"):
             model = _autoencoder(recipe, _foreign_encoder(recipe))
             _freeze_what_is_not_trained(model, recipe)
@@ -134,10 +134,12 @@ def _foreign_encoder(recipe: Recipe) -> nn.Module:
 
 
 def _autoencoder(recipe: Recipe, encoder: nn.Module) -> MaskedAutoencoder:
-    patch: Any = recipe.patch_size
+    options: dict[str, Any] = {"patch_size": recipe.patch_size, "norm_pix_loss": recipe.norm_pix_loss}
+    if recipe.decoder_dim is not None:
+        options["decoder_dim"] = recipe.decoder_dim
     if recipe.method == "spark":
-        return SparK(encoder, patch, norm_pix_loss=recipe.norm_pix_loss, below_tile=recipe.below_tile)
-    return FCMAE(encoder, patch, norm_pix_loss=recipe.norm_pix_loss)
+        return SparK(encoder, below_tile=recipe.below_tile, **options)
+    return FCMAE(encoder, **options)
 
 
 def _freeze_what_is_not_trained(model: MaskedAutoencoder, recipe: Recipe) -> None:

@@ -85,6 +85,7 @@ class Recipe:
         normalize: `"imagenet"` for images. For volumes, per volume and channel: `"zscore"`, mean 0 and variance 1;
             `"percentiles"`, the percentiles 0.5 and 99.5 become 0 and 1, and values beyond are clipped; `"none"`.
         below_tile: `"dense"` lets the stride of the network exceed the patch, see `SparK`; of SparK alone.
+        decoder_dim: channels of the decoder; None is the published number, 512 for FCMAE and 768 for SparK.
 
     Raises:
         InputError: a field is out of range or of another type.
@@ -114,6 +115,7 @@ class Recipe:
     in_chans: int = 3
     normalize: str = "imagenet"
     below_tile: str = "raise"
+    decoder_dim: int | None = None
 
     def __post_init__(self) -> None:
         self._expect_types()
@@ -139,6 +141,8 @@ class Recipe:
         self._expect("weight_decay", 0 <= self.weight_decay <= MANY, f"0 or more, at most {MANY}")
         if self.clip_grad is not None:
             self._expect("clip_grad", 0 < self.clip_grad <= MANY, f"more than 0, at most {MANY}")
+        if self.decoder_dim is not None:
+            self._expect("decoder_dim", 1 <= self.decoder_dim <= 2**16, f"1 to {2**16}")
         if self.warmup_epochs is not None:
             self._expect("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"0 to epochs, {self.epochs}")
         self._expect("first_epoch", 0 <= self.first_epoch < self.epochs, f"0 to {self.epochs - 1}")

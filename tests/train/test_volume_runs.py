@@ -155,6 +155,7 @@ def test_a_network_from_python(network, scans, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"decoder_dim": 12}, "decoder_dim is 12: expected a multiple of 8, to be halved so often"),
         ({"in_chans": 1}, "it takes 2 channels and 3 dimensions, the data have 1 channels and 3 dimensions"),
         ({"image_size": (8, 16, 16), "patch_size": (4, 8, 8)}, "cannot be pretrained on patches of 4x8x8 px"),
         ({"image_size": 16, "patch_size": 4}, "; --below-tile dense lets it go on dense below the"),
