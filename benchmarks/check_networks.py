@@ -38,7 +38,8 @@ from masked_network import Unknown, differences
 TORCHVISION = """
     resnet18 resnet50 resnext50_32x4d wide_resnet50_2 convnext_tiny densenet121 efficientnet_b0 efficientnet_v2_s
     mnasnet0_5 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large regnet_x_400mf regnet_y_400mf shufflenet_v2_x0_5
-    shufflenet_v2_x1_0 vgg11_bn vgg16 squeezenet1_0 googlenet inception_v3
+    shufflenet_v2_x1_0 vgg11_bn vgg16 squeezenet1_0 googlenet inception_v3 efficientnet_b1 mnasnet0_75 regnet_x_800mf
+    regnet_y_800mf resnet34 resnext101_32x8d shufflenet_v2_x1_5 densenet161 convnext_small
 """
 SHAPE = (2, 3, 64, 96)
 MASK = torch.tensor([[[0, 1, 0], [0, 1, 0]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.bool)
@@ -69,6 +70,13 @@ NETWORKS = """
     mambaout_femto mambaout_kobe poolformer_s12 poolformerv2_s12 convformer_s18 caformer_s18 focalnet_tiny_srf
     edgenext_xx_small mobilevit_xxs mobilevitv2_050 efficientvit_b0 efficientformer_l1 csatv2 shvit_s1 swiftformer_xs
     pvt_v2_b0 hiera_tiny_224
+    resnext26ts seresnet33ts regnetz_c16 regnetz_d8 resnet50_clip_gap resnet51q convnext_nano_ols cs3edgenet_x
+    darknetaa53 cspresnext50 cs3sedarknet_xdw dla60x_c dla60_res2next tf_mixnet_s mobilenetv1_100h mobilenetv2_035
+    efficientnet_x_b3 fastvit_s12 hgnetv2_b1 tf_mobilenetv3_large_minimal_100 mobilenetv4_conv_blur_medium
+    nf_ecaresnet26 nf_seresnet26 regnety_040_sgn regnetx_004_tv repvit_m1 res2net50_14w_8s res2net50d
+    resnest50d_1s4x24d resnet10t resnet50c resnet50s seresnet18 resnetaa34d resnetv2_18d legacy_seresnext26_32x4d
+    skresnet50d starnet_s050 vgg13 eca_vovnet39b ese_vovnet19b_slim xception41p hrnet_w18_ssld mobileone_s1
+    hardcorenas_b semnasnet_050
 """
 Build = Callable[[], torch.nn.Module]
 
@@ -126,6 +134,9 @@ def monai_networks() -> Iterator[tuple[str, Build]]:
     yield "MONAI BasicUNet", lambda: nets.BasicUNet(**plane, **maps, features=(8, 8, 16, 32, 32, 8))
     yield "MONAI SegResNet", lambda: nets.SegResNet(**plane, **maps, init_filters=8)
     yield "MONAI DynUNet", lambda: nets.DynUNet(**dynamic)
+    yield "MONAI AttentionUnet", lambda: nets.AttentionUnet(**plane, **maps, channels=(8, 16, 32), strides=(2, 2))
+    yield "MONAI SegResNetDS", lambda: nets.SegResNetDS(**plane, **maps, init_filters=8)
+    yield "MONAI SEResNext50", lambda: nets.SEResNext50(**plane, num_classes=4)
     yield "MONAI HighResNet", lambda: nets.HighResNet(**plane, **maps)
 
 
@@ -226,9 +237,6 @@ def shortened(reason: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--names", nargs="+", default=[], help="names of timm, with wildcards")
-    parser.add_argument(
-        "--per-module", type=int, default=4, help="so many of the smallest networks of a module of timm"
-    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--page", type=Path, help="write the result as a page of the documentation")
     options = parser.parse_args(arguments)
