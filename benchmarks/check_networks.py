@@ -2,23 +2,30 @@
 
     python benchmarks/check_networks.py --page docs/networks-checked.md
     python benchmarks/check_networks.py --names resnet50 'regnet*'
+    python benchmarks/check_networks.py --volumes --page docs/networks-checked-3d.md
 
 Without names, these are `NETWORKS` of timm, `TORCHVISION`, and 2-D networks of MONAI, as far as these are installed.
 Each runs at 64x96 pixels on a 2x3 grid with unequal counts, in float64, in training and in evaluation. Outputs have to
 agree to 1e-10 and gradients and running statistics to 1e-8 with what `tests/masked_network.py` computes. The exit code
 is 1 if any network runs and differs.
+
+With `--volumes` these are networks of volumes and signals of dynamic-network-architectures (nnU-Net), MONAI and
+torchvision, with few channels, at the settings that are written beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
+import math
 import platform
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,6 +38,7 @@ from torch.utils import _pytree as pytree
 
 import sparsecnx
 from sparsecnx import SparseTensor
+from sparsecnx.geometry.masks import format_shape
 
 sys.path.insert(0, str(ROOT / "tests"))
 from masked_network import Unknown, differences
@@ -41,8 +49,6 @@ TORCHVISION = """
     shufflenet_v2_x1_0 vgg11_bn vgg16 squeezenet1_0 googlenet inception_v3 efficientnet_b1 mnasnet0_75 regnet_x_800mf
     regnet_y_800mf resnet34 resnext101_32x8d shufflenet_v2_x1_5 densenet161 convnext_small
 """
-SHAPE = (2, 3, 64, 96)
-MASK = torch.tensor([[[0, 1, 0], [0, 1, 0]], [[1, 1, 0], [0, 0, 1]]], dtype=torch.bool)
 OUTPUT_LIMIT, LIMIT = 1e-10, 1e-8
 # The convolutional families of timm, several networks each, and some that attend over space. Those with EvoNorm and
 # FilterResponseNorm are not among them: these layers compute in float32 whatever they are given.
@@ -78,7 +84,39 @@ NETWORKS = """
     skresnet50d starnet_s050 vgg13 eca_vovnet39b ese_vovnet19b_slim xception41p hrnet_w18_ssld mobileone_s1
     hardcorenas_b semnasnet_050
 """
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Images of some sides under a mask of random patches, other numbers of them in each image."""
+
+    channels: int
+    sides: tuple[int, ...]
+    grid: tuple[int, ...]
+    below_tile: str = "raise"
+
+    def mask(self) -> Tensor:
+        """Return bool `(2, *grid)`, True = masked: 2 patches visible of the first image, all but 2 of the second."""
+        order = torch.rand(2, math.prod(self.grid), generator=torch.Generator().manual_seed(0)).argsort(1)
+        mask = torch.ones_like(order, dtype=torch.bool)
+        for image, kept in enumerate((2, order.shape[1] - 2)):
+            mask[image, order[image, :kept]] = False
+        return mask.view(2, *self.grid)
+
+    def __str__(self) -> str:
+        below = ', `below_tile="dense"`' if self.below_tile == "dense" else ""
+        return f"{format_shape(self.sides)} in {format_shape(self.grid)} patches{below}"
+
+
+PLANE = Setting(3, (64, 96), (2, 3))
+VOLUME = Setting(1, (32, 32, 32), (2, 2, 2))
+BELOW = Setting(1, (32, 32, 16), (4, 4, 2), "dense")  # patches of 8 under a stride of 16
+THICK = Setting(1, (8, 32, 32), (2, 2, 2))  # slices that are thicker than their pixels
+DEEP = Setting(1, (16, 64, 64), (1, 2, 2))
+VIDEO = Setting(3, (16, 32, 32), (2, 2, 2))
+SIGNAL = Setting(2, (160,), (5,))
 Build = Callable[[], torch.nn.Module]
+Networks = Iterator[tuple[str, Build, Setting]]
 
 
 class Headless(torch.nn.Module):
@@ -92,11 +130,11 @@ class Headless(torch.nn.Module):
         return getattr(self.network, self.features)(x)
 
 
-def timm_networks(patterns: Sequence[str]) -> Iterator[tuple[str, Build]]:
+def timm_networks(patterns: Sequence[str]) -> Networks:
     """Yield networks of timm by name, for each pattern."""
     for pattern in patterns:
         for name in timm.list_models(pattern):
-            yield name, lambda name=name: whole(timm.create_model(name))
+            yield name, lambda name=name: whole(timm.create_model(name)), PLANE
 
 
 def whole(network: torch.nn.Module) -> torch.nn.Module:
@@ -104,51 +142,143 @@ def whole(network: torch.nn.Module) -> torch.nn.Module:
     return Headless(network, "forward_features") if type(network).__name__ == "VGG" else network
 
 
-def torchvision_networks() -> Iterator[tuple[str, Build]]:
+def torchvision_networks() -> Networks:
     from torchvision import models
 
     for name in TORCHVISION.split():
         network = models.get_model_builder(name)
         options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         if name.startswith("vgg"):  # the head flattens a 7x7 map
-            yield f"torchvision {name}", lambda network=network: network(weights=None).features
+            yield f"torchvision {name}", lambda network=network: network(weights=None).features, PLANE
         else:
-            yield f"torchvision {name}", lambda network=network, options=options: network(weights=None, **options)
+            build = functools.partial(network, weights=None, **options)
+            yield f"torchvision {name}", build, PLANE
     for name in ("lraspp_mobilenet_v3_large", "fcn_resnet50", "deeplabv3_resnet50"):
         network = getattr(models.segmentation, name)
-        yield f"torchvision {name}", lambda network=network: network(weights=None, weights_backbone=None)
+        yield f"torchvision {name}", functools.partial(network, weights=None, weights_backbone=None), PLANE
 
 
-def monai_networks() -> Iterator[tuple[str, Build]]:
+def monai_networks() -> Networks:
     from monai.networks import nets
 
     plane, maps = {"spatial_dims": 2, "in_channels": 3}, {"out_channels": 4}
     kernels, strides = [3, 3, 3, 3], [1, 2, 2, 2]
     dynamic = {**plane, **maps, "kernel_size": kernels, "strides": strides, "upsample_kernel_size": strides[1:]}
     blocks = {"block": "bottleneck", "layers": [1, 1, 1, 1], "block_inplanes": [16, 32, 64, 128]}
-    yield "MONAI ResNet", lambda: nets.ResNet(**blocks, spatial_dims=2, n_input_channels=3, num_classes=4)
-    yield "MONAI DenseNet121", lambda: nets.DenseNet121(**plane, **maps)
-    yield "MONAI SEResNet50", lambda: nets.SEResNet50(**plane, num_classes=4)
-    yield "MONAI EfficientNetBN", lambda: nets.EfficientNetBN("efficientnet-b0", pretrained=False)
-    yield "MONAI UNet", lambda: nets.UNet(**plane, **maps, channels=(8, 16, 32), strides=(2, 2), num_res_units=1)
-    yield "MONAI BasicUNet", lambda: nets.BasicUNet(**plane, **maps, features=(8, 8, 16, 32, 32, 8))
-    yield "MONAI SegResNet", lambda: nets.SegResNet(**plane, **maps, init_filters=8)
-    yield "MONAI DynUNet", lambda: nets.DynUNet(**dynamic)
-    yield "MONAI AttentionUnet", lambda: nets.AttentionUnet(**plane, **maps, channels=(8, 16, 32), strides=(2, 2))
-    yield "MONAI SegResNetDS", lambda: nets.SegResNetDS(**plane, **maps, init_filters=8)
-    yield "MONAI SEResNext50", lambda: nets.SEResNext50(**plane, num_classes=4)
-    yield "MONAI HighResNet", lambda: nets.HighResNet(**plane, **maps)
+    networks = {
+        "ResNet": lambda: nets.ResNet(**blocks, spatial_dims=2, n_input_channels=3, num_classes=4),
+        "DenseNet121": lambda: nets.DenseNet121(**plane, **maps),
+        "SEResNet50": lambda: nets.SEResNet50(**plane, num_classes=4),
+        "EfficientNetBN": lambda: nets.EfficientNetBN("efficientnet-b0", pretrained=False),
+        "UNet": lambda: nets.UNet(**plane, **maps, channels=(8, 16, 32), strides=(2, 2), num_res_units=1),
+        "BasicUNet": lambda: nets.BasicUNet(**plane, **maps, features=(8, 8, 16, 32, 32, 8)),
+        "SegResNet": lambda: nets.SegResNet(**plane, **maps, init_filters=8),
+        "DynUNet": lambda: nets.DynUNet(**dynamic),
+        "AttentionUnet": lambda: nets.AttentionUnet(**plane, **maps, channels=(8, 16, 32), strides=(2, 2)),
+        "SegResNetDS": lambda: nets.SegResNetDS(**plane, **maps, init_filters=8),
+        "SEResNext50": lambda: nets.SEResNext50(**plane, num_classes=4),
+        "HighResNet": lambda: nets.HighResNet(**plane, **maps),
+    }
+    for name, build in networks.items():
+        yield f"MONAI {name}", build, PLANE
 
 
-def on_sparse_tensors(network: torch.nn.Module, images: Tensor) -> Any:
+def nnunet_networks() -> Networks:
+    """Yield networks of volumes of dynamic-network-architectures, with the layers of nnU-Net's plans."""
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+    from dynamic_network_architectures.building_blocks.residual import BottleneckD
+    from dynamic_network_architectures.building_blocks.residual_encoders import ResidualEncoder
+    from torch import nn
+
+    whole, thick = [[1] * 3, [2] * 3, [2] * 3, [2] * 3, [2] * 3], [[1] * 3, [1, 2, 2], [2] * 3, [2] * 3]
+
+    def of(network: Any, strides: Any, **options: Any) -> Build:
+        stages = len(strides)
+        norm = {"conv_bias": True, "norm_op": nn.InstanceNorm3d, "norm_op_kwargs": {"eps": 1e-5, "affine": True}}
+        act = {"nonlin": nn.LeakyReLU, "nonlin_kwargs": {"inplace": True}}
+        kernels = [[1, 3, 3] if strides is thick else [3] * 3, *[[3] * 3] * (stages - 1)]
+        sizes = {"features_per_stage": [8, 16, 16, 24, 24][:stages], "kernel_sizes": kernels, "strides": strides}
+        common = {"input_channels": 1, "n_stages": stages, "conv_op": nn.Conv3d, **sizes, **norm, **act, **options}
+        return lambda: network(**common)
+
+    blocks = {"n_blocks_per_stage": [1, 2, 1, 1, 1]}
+    decoder = {"num_classes": 2, "n_conv_per_stage_decoder": [1] * 4, "deep_supervision": True}
+    bottleneck = {"block": BottleneckD, "bottleneck_channels": [4, 4, 8, 8], "return_skips": True}
+    short = {"n_blocks_per_stage": [1, 2, 1, 1], "return_skips": True}
+    yield "ResidualEncoderUNet", of(ResidualEncoderUNet, whole, **blocks, **decoder), VOLUME
+    yield "ResidualEncoderUNet, blocks below the stride", of(ResidualEncoderUNet, whole, **blocks, **decoder), BELOW
+    yield "ResidualEncoder, thick slices", of(ResidualEncoder, thick, **short), THICK
+    yield "ResidualEncoder of bottlenecks", of(ResidualEncoder, thick, **{**short, **bottleneck}), THICK
+    yield "PlainConvUNet", of(PlainConvUNet, whole, n_conv_per_stage=2, **decoder), VOLUME
+
+
+def volume_networks() -> Networks:
+    """Yield networks of volumes and signals of MONAI."""
+    from monai.networks import nets
+    from monai.networks.nets.segresnet_ds import SegResEncoder
+    from torch.nn import Sequential
+
+    volume, maps = {"spatial_dims": 3, "in_channels": 1}, {"out_channels": 2}
+    filters = {"init_filters": 8, "blocks_down": (1, 2, 1)}
+    slices: dict[str, Any] = {"conv1_t_size": (3, 7, 7), "conv1_t_stride": (1, 2, 2)}
+    dynamic = {**volume, **maps, "filters": [8, 8, 16], "kernel_size": [(1, 3, 3), 3, 3], "strides": [1, (1, 2, 2), 2]}
+    next_blocks = {f"{part}_expansion_ratio": 2 for part in ("encoder", "decoder", "bottleneck")}
+    next_blocks |= {"blocks_down": (1, 1), "blocks_up": (1, 1), "blocks_bottleneck": 1, "init_filters": 8}
+
+    def resnet(kind: str, dims: int, **options: Any) -> Build:
+        widths = {"layers": [1, 1, 1, 1], "block_inplanes": [8, 8, 16, 16], "num_classes": 3}
+        return lambda: nets.ResNet(kind, **widths, spatial_dims=dims, **options)
+
+    def mednext() -> torch.nn.Module:
+        network = nets.MedNeXt(**volume, **maps, kernel_size=3, **next_blocks)
+        stages = [part for pair in zip(network.enc_stages, network.down_blocks, strict=True) for part in pair]
+        return Sequential(network.stem, *stages, network.bottleneck)
+
+    yield "MONAI ResNet, thick slices", resnet("bottleneck", 3, n_input_channels=1, **slices), DEEP
+    yield "MONAI ResNet, stride 16", resnet("basic", 3, n_input_channels=1, conv1_t_stride=1), VOLUME
+    yield "MONAI ResNet of signals", resnet("basic", 1, n_input_channels=2), SIGNAL
+    yield "MONAI SegResNet", lambda: nets.SegResNet(**volume, **maps, **filters, blocks_up=(1, 1)), VOLUME
+    yield "MONAI SegResEncoder", lambda: SegResEncoder(**volume, **filters), VOLUME
+    yield (
+        "MONAI SegResNetDS, thick slices",
+        lambda: nets.SegResNetDS(**volume, **maps, **filters, resolution=(3, 1, 1), dsdepth=2),
+        THICK,
+    )
+    yield "MONAI MedNeXt, its encoder", mednext, VOLUME
+    yield "MONAI MedNeXt", lambda: nets.MedNeXt(**volume, **maps, kernel_size=3, **next_blocks), VOLUME
+    yield "MONAI DynUNet, thick slices", lambda: nets.DynUNet(**dynamic, upsample_kernel_size=[(1, 2, 2), 2]), THICK
+    yield (
+        "MONAI UNet",
+        lambda: nets.UNet(**volume, **maps, channels=(8, 16, 16), strides=(2, 2), num_res_units=1),
+        VOLUME,
+    )
+    yield "MONAI UNet of signals", lambda: nets.UNet(1, 2, 2, (8, 16, 16), (2, 2), num_res_units=1), SIGNAL
+    yield "MONAI AttentionUnet", lambda: nets.AttentionUnet(**volume, **maps, channels=(8, 16), strides=(2,)), VOLUME
+    yield "MONAI VNet", lambda: nets.VNet(**volume, **maps), VOLUME
+    yield (
+        "MONAI DenseNet",
+        lambda: nets.DenseNet(**volume, **maps, init_features=8, growth_rate=8, block_config=(1, 2, 1)),
+        VOLUME,
+    )
+
+
+def video_networks() -> Networks:
+    """Yield networks of videos of torchvision."""
+    from torchvision.models import video
+
+    for name in ("r3d_18", "mc3_18", "r2plus1d_18"):
+        yield f"torchvision {name}", functools.partial(getattr(video, name), weights=None), VIDEO
+
+
+def on_sparse_tensors(network: torch.nn.Module, images: Tensor, setting: Setting) -> Any:
     """Return what the network answers for a SparseTensor, dense."""
-    out = network(SparseTensor.from_dense(images, MASK))
+    out = network(SparseTensor.from_dense(images, setting.mask(), below_tile=setting.below_tile))
     return pytree.tree_map(
         lambda y: y.dense() if isinstance(y, SparseTensor) else y, out, is_leaf=lambda y: isinstance(y, SparseTensor)
     )
 
 
-def compare(network: torch.nn.Module) -> tuple[str, str]:
+def compare(network: torch.nn.Module, setting: Setting) -> tuple[str, str]:
     """Return what came of a network, "equal", "differs", "raises" or "no reference", and the error in words."""
     torch.manual_seed(0)
     with torch.no_grad():  # layer scales and GRN start near zero, where a wrong branch goes unnoticed
@@ -158,8 +288,12 @@ def compare(network: torch.nn.Module) -> tuple[str, str]:
     for module in network.modules():  # dropout draws one number for each visible element, so other ones
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    images, worst, outputs = torch.randn(SHAPE, dtype=torch.float64), 0.0, 0.0
+    images, worst, outputs = torch.randn(2, setting.channels, *setting.sides, dtype=torch.float64), 0.0, 0.0
     network.double()
+
+    def sparse(copied: torch.nn.Module, x: Tensor) -> Any:
+        return on_sparse_tensors(copied, x, setting)
+
     try:
         with torch.no_grad():
             network.eval()(images)
@@ -167,7 +301,7 @@ def compare(network: torch.nn.Module) -> tuple[str, str]:
         return "no reference", f"not at this size: {error}"
     for training in (True, False):
         try:
-            errors = differences(network.train(training), images, MASK, on_sparse_tensors)
+            errors = differences(network.train(training), images, setting.mask(), sparse, setting.below_tile)
         except Unknown as error:
             return "no reference", str(error)
         except Exception as error:
@@ -182,47 +316,53 @@ def compare(network: torch.nn.Module) -> tuple[str, str]:
     return "equal", f"{outputs:.0e}, {worst:.0e}"
 
 
-def run_all(networks: Iterable[tuple[str, Build]]) -> dict[str, tuple[str, str]]:
+def run_all(networks: Iterable[tuple[str, Build, Setting]], settings: dict[str, Setting]) -> dict[str, tuple[str, str]]:
+    """Compare networks, note their settings by name, and return what came of each."""
     found = {}
-    for name, build in networks:
+    for name, build, settings[name] in networks:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found[name] = compare(build())
+            found[name] = compare(build(), settings[name])
         say(f"{name}: {': '.join(found[name])}")
     return found
 
 
-def write_page(path: Path, found: dict[str, tuple[str, str]]) -> None:
-    """Write the table of networks, equal ones first."""
+def write_page(path: Path, found: dict[str, tuple[str, str]], settings: dict[str, Setting]) -> None:
+    """Write the table of networks, equal ones first; with their settings if these differ."""
+    title, place = "# Networks that were held to", f"at {format_shape(PLANE.sides)} pixels on a 2x3 grid"
+    shown, why = {name: f"`{name}`" for name in found}, "Most attend over space. "
+    if set(settings.values()) != {PLANE}:
+        title, place = "# Networks of volumes and signals that were held to", "at the setting beside it"
+        shown, why = {name: f"{name} ({setting})" for name, setting in settings.items()}, ""
     equal = [name for name, (status, _) in found.items() if status == "equal"]
-    others = {name: reason for name, (status, reason) in found.items() if status == "raises"}
+    others = {shown[name]: reason for name, (status, reason) in found.items() if status == "raises"}
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}"
-        for name in ("torch", "timm", "torchvision", "monai")
-        if importlib.util.find_spec(name)
+        for name in ("torch", "timm", "torchvision", "monai", "dynamic-network-architectures")
+        if importlib.util.find_spec(name.replace("-", "_"))
     )
     command = " ".join(["python benchmarks/check_networks.py", *sys.argv[1:]])
     lines = [
-        "# Networks that were held to",
+        title,
         "",
         f"Written by `{command}` on {datetime.now(timezone.utc):%Y-%m-%d}, with sparsecnx {sparsecnx.__version__}, "
         f"{versions}, Python {platform.python_version()}.",
-        "Each network ran as it is made, at 64x96 pixels on a 2x3 grid with unequal counts, in float64, in training",
+        f"Each network ran as it is made, {place} with unequal counts, in float64, in training",
         f"and in evaluation. Outputs agree to {OUTPUT_LIMIT:g} with the same network dense and masked after every",
         f"function, gradients and running statistics to {LIMIT:g}.",
         "",
         f"## {len(equal)} are equal",
         "",
-        textwrap.fill(", ".join(f"`{name}`" for name in equal) + ".", 120, break_on_hyphens=False),
+        textwrap.fill(", ".join(shown[name] for name in equal) + ".", 120, break_on_hyphens=False),
         "",
         f"## {len(others)} raise",
         "",
-        "Most attend over space. [functions.md](functions.md) says what has no meaning on visible sites.",
+        f"{why}[functions.md](functions.md) says what has no meaning on visible sites.",
         "",
         "| network | error |",
         "|---|---|",
     ]
-    lines += [f"| `{name}` | {shortened(reason)} |" for name, reason in others.items()]
+    lines += [f"| {name} | {shortened(reason)} |" for name, reason in others.items()]
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -237,17 +377,25 @@ def shortened(reason: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--names", nargs="+", default=[], help="names of timm, with wildcards")
+    parser.add_argument("--volumes", action="store_true", help="networks of volumes and signals")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--page", type=Path, help="write the result as a page of the documentation")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    found = run_all(timm_networks(options.names or NETWORKS.split()))
-    for library, networks in (("torchvision", torchvision_networks), ("monai", monai_networks)):
+    settings: dict[str, Setting] = {}
+    libraries: dict[str, Callable[[], Networks]] = {"torchvision": torchvision_networks, "monai": monai_networks}
+    found = {}
+    if options.volumes:
+        libraries = {"torchvision": video_networks, "monai": volume_networks}
+        libraries["dynamic_network_architectures"] = nnunet_networks
+    else:
+        found = run_all(timm_networks(options.names or NETWORKS.split()), settings)
+    for library, networks in libraries.items():
         if not options.names and importlib.util.find_spec(library):
-            found |= run_all(networks())
+            found |= run_all(networks(), settings)
     differ = [name for name, (status, _) in found.items() if status == "differs"]
     if options.page:
-        write_page(options.page, found)
+        write_page(options.page, found, settings)
     counts = {kind: sum(status == kind for status, _ in found.values()) for kind in ("equal", "raises", "no reference")}
     print(f"{counts}, differ: {', '.join(differ) or 'none'}")
     return 1 if differ else 0

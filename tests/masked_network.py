@@ -46,7 +46,7 @@ NAMES = """
     __pow__ __neg__
     dropout dropout2d dropout3d feature_dropout alpha_dropout interpolate upsample
     pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle cat concat concatenate
-    contiguous clone detach to float double half type_as type requires_grad_ expand expand_as flip
+    repeat contiguous clone detach to float double half type_as type requires_grad_ expand expand_as flip
     chunk split tensor_split unbind narrow index_select __getitem__ lerp maximum minimum
     zeros_like ones_like empty_like rand_like randn_like
 """

@@ -82,6 +82,7 @@ def test_encoder_writes_what_it_measured(tmp_path: Path) -> None:
         f"minkowski_encoder {' '.join(SMALL)}",
         "networks --models convnext_atto --image 64 --ratio 0.5 --batch 2 --threads 1 --repeats 2 "
         "--variants sparse dense",
+        "volumes --cases depthwise_3 fcmae --side 64 --threads 1 --repeats 2 --variants sparse dense",
         pytest.param(
             f"kernels {' '.join(SMALL)} --device cpu --dtype float32 --stage 4 --backend triton "
             "--programs dense_depthwise_conv depthwise_conv block gather",
@@ -113,9 +114,10 @@ def test_the_check_of_networks_writes_what_it_found(load: Callable[[str], Any], 
         "wrong": lambda: Wrong(3, 4, 3, padding=1),
         "flat": torch.nn.Flatten,
     }
-    found = check.run_all(networks.items())
+    settings = {}
+    found = check.run_all(((name, build, check.PLANE) for name, build in networks.items()), settings)
     assert [status for status, _ in found.values()] == ["equal", "differs", "raises"]
-    check.write_page(tmp_path / "page.md", found)
+    check.write_page(tmp_path / "page.md", found, settings)
     page = (tmp_path / "page.md").read_text()
     assert "## 1 are equal\n\n`right`." in page and "| `flat` | flatten on a SparseTensor: " in page
 
