@@ -82,7 +82,7 @@ def test_encoder_writes_what_it_measured(tmp_path: Path) -> None:
         f"minkowski_encoder {' '.join(SMALL)}",
         "networks --models convnext_atto --image 64 --ratio 0.5 --batch 2 --threads 1 --repeats 2 "
         "--variants sparse dense",
-        "volumes --cases depthwise_3 fcmae --side 64 --threads 1 --repeats 2 --variants sparse dense",
+        "volumes --cases depthwise_3 fcmae_16 --side 32 --threads 1 --repeats 2 --variants sparse dense",
         pytest.param(
             f"kernels {' '.join(SMALL)} --device cpu --dtype float32 --stage 4 --backend triton "
             "--programs dense_depthwise_conv depthwise_conv block gather",

@@ -44,5 +44,5 @@ def masked_block(block: ConvNeXtV2Block, x: Tensor, active: Tensor) -> Tensor:
     h = block.act(block.pwconv1(branch)) * active.movedim(1, -1)
     norm = torch.linalg.vector_norm(h, dim=tuple(range(1, h.ndim - 1)), keepdim=True)
     response = norm / (norm.mean(dim=-1, keepdim=True) + block.grn.eps)
-    h = block.grn.gamma.flatten() * (h * response) + block.grn.beta.flatten() + h
+    h = block.grn.gamma * (h * response) + block.grn.beta + h
     return x + block.drop_path(block.pwconv2(h).movedim(-1, 1)) * active

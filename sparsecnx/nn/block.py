@@ -80,7 +80,7 @@ class ConvNeXtV2Block(nn.Module):
         self.norm = LayerNorm(dim)
         self.pwconv1 = Linear(dim, 4 * dim)
         self.act = nn.GELU()
-        self.grn = GRN(4 * dim, scope=grn_scope)
+        self.grn = GRN(4 * dim, grn_scope, ndim=ndim)
         self.pwconv2 = Linear(4 * dim, dim)
         self.drop_path = StochasticDepth(drop_path)
         self._shapes = [parameter.shape for parameter in self.parameters_by_name()]

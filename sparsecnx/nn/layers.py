@@ -75,32 +75,33 @@ class LayerNorm2d(LayerNorm):
 
 
 class GRN(torch.nn.Module):
-    """Global Response Normalization (arXiv 2301.00808, section 3.2). gamma and beta start at 0.
-
-    They are `(1, 1, 1, C)`, as published, for images of any dimensions.
+    """Global Response Normalization (arXiv 2301.00808, section 3.2). gamma and beta `(1, 1, 1, C)` start at 0.
 
     Args:
         num_channels: channels C.
         scope: on a SparseTensor, `"sample"` or `"batch"`, see `ops.grn`.
         eps: added to the mean over channels.
+        ndim: spatial dimensions of dense images; gamma and beta have one more, beside the channels.
     """
 
-    def __init__(self, num_channels: int, scope: str = "sample", eps: float = 1e-6) -> None:
+    ndim = 2  # of a module that was pickled before it had any other
+
+    def __init__(self, num_channels: int, scope: str = "sample", eps: float = 1e-6, ndim: int = 2) -> None:
         super().__init__()
         check_scope(scope)
         self.scope = scope
         self.eps = eps
-        self.gamma = torch.nn.Parameter(torch.zeros(1, 1, 1, num_channels))
-        self.beta = torch.nn.Parameter(torch.zeros(1, 1, 1, num_channels))
+        self.ndim = ndim
+        self.gamma = torch.nn.Parameter(torch.zeros((1,) * (ndim + 1) + (num_channels,)))
+        self.beta = torch.nn.Parameter(torch.zeros((1,) * (ndim + 1) + (num_channels,)))
 
     def forward(self, input: SparseTensor | Tensor) -> SparseTensor | Tensor:
         """Take dense channels-last `(B, *spatial, C)`, normalised per image, or a SparseTensor; return its shape."""
         if isinstance(input, SparseTensor):
             return ops.grn(input, self.gamma, self.beta, self.scope, self.eps)
-        sites = input.flatten(1, -2)
-        norm = torch.linalg.vector_norm(sites, dim=1, keepdim=True)
+        norm = torch.linalg.vector_norm(input, dim=tuple(range(1, 1 + self.ndim)), keepdim=True)
         response = norm / (norm.mean(dim=-1, keepdim=True) + self.eps)
-        return (self.gamma.flatten() * (sites * response) + self.beta.flatten() + sites).view_as(input)
+        return self.gamma * (input * response) + self.beta + input
 
     def extra_repr(self) -> str:
         return f"{self.gamma.shape[-1]}, scope={self.scope!r}, eps={self.eps}"

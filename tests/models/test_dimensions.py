@@ -169,7 +169,8 @@ def test_names_of_a_volume_network_are_the_published_ones():
     volumes = models.ConvNeXtV2(**SIZES, ndim=3).state_dict()
     assert volumes.keys() == names
     assert volumes["stages.0.0.dwconv.weight"].shape == (4, 1, 7, 7, 7)
-    assert volumes["stages.0.0.grn.gamma"].shape == (1, 1, 1, 16)
+    assert volumes["stages.0.0.grn.gamma"].shape == (1, 1, 1, 1, 16)
+    models.ConvNeXtV2(**SIZES, ndim=3).to(memory_format=torch.channels_last_3d)  # takes no parameters of 4 dimensions
     with torch.device("meta"):
         model = models.create_fcmae("atto", in_chans=1, ndim=3, kernel_size=(3, 7, 7), stem=(2, 4, 4), decoder_dim=64)
     assert (model.stride, model.patch_size, model.patch) == ((16, 32, 32),) * 3

@@ -215,8 +215,8 @@ def _transformers(prefix: str) -> Format:
 TRANSFORMERS_MODEL = _transformers("")
 TRANSFORMERS_CLASSIFIER = _transformers("convnextv2.")
 
-# Those that hold kernels of any size and number of dimensions, under our names or nearly so.
-OF_ANY_KERNEL = (SPARSECNX, CONVNEXTV2, FCMAE_ENCODER)
+# Those that hold kernels of any size and number of dimensions.
+OF_ANY_KERNEL = (SPARSECNX, CONVNEXTV2)
 
 # The first of two formats with the same names is taken, unless the dimensions fit the other better.
 ALL = (
