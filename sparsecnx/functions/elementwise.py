@@ -106,7 +106,12 @@ def _form(value: Tensor, x: SparseTensor, name: str) -> tuple[str, Tensor]:
 
     That is `"channels"` with `(*channels)`, `"image"` with `(B, *channels)`, or `"rows"` with `(rows, *channels)`.
     """
-    shape, (channels, spatial), batch = x.shape, axes(x), x.layout.batch
+    layout, (_, *sizes) = x.layout, x.features.shape
+    batch = layout.batch
+    # The common case of squeeze and excite, (B, C, 1, 1), without what follows, which takes 3 us.
+    if not x.channels_last and value.shape == (batch, *sizes, *(1,) * layout.ndim):
+        return ("channels", value.reshape(sizes)) if batch == 1 else ("image", value.reshape(batch, *sizes))
+    shape, (channels, spatial) = x.shape, axes(x)
     if value.ndim > len(shape):
         refuse(name, f"a tensor {tuple(value.shape)} has more dimensions than x, {tuple(shape)}", "reshape one of them")
     given = (1,) * (len(shape) - value.ndim) + tuple(value.shape)

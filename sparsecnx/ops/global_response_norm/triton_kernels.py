@@ -265,6 +265,13 @@ def response_backward_kernel(
         store(scale + o_group + o_c, 1.0 + b_gamma * b_response, o_c < C)
 
 
+def row_blocks(rows: int, channels: int, block_r: int, most: int) -> tuple[tuple[int], dict[str, int]]:
+    """Return the grid, the sizes and the options of kernels that walk `(rows, C)` in blocks of `most` channels."""
+    block_c = min(most, triton.next_power_of_2(channels))
+    options = {**row_sizes(rows, channels, block_r, block_c), "num_warps": 4}
+    return (blocks(rows, block_r) * blocks(channels, block_c),), options
+
+
 def partial_sums(rows: int, groups: int, channels: int, block_rows: int, like: Tensor) -> Tensor:
     """Return an uninitialised buffer of staircase sums, float32 `(row blocks + groups, C)`, on the device of `like`."""
     return torch.empty(blocks(rows, block_rows) + groups, channels, dtype=torch.float32, device=like.device)
@@ -377,13 +384,6 @@ def _finaliser(partial: Tensor, splits: Tensor, block_rows: int) -> dict[str, An
     }
 
 
-def _row_blocks(rows: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
-    """Return the grid, the sizes and the options of the kernels that walk `(rows, C)` in blocks."""
-    block_c = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
-    options = {**row_sizes(rows, channels, BLOCK_ROWS, block_c), "num_warps": 4}
-    return (blocks(rows, BLOCK_ROWS) * blocks(channels, block_c),), options
-
-
 def grn(x: SparseTensor, gamma: Tensor, beta: Tensor, scope: str, eps: float) -> Tensor:
     """Return features `(rows, C)`; `gamma`, `beta` of C elements."""
     groups = row_groups(x.layout, scope), group_splits(x.layout, scope)
@@ -395,7 +395,7 @@ def _grn(
     x: Tensor, gamma: Tensor, beta: Tensor, row_group: Tensor, splits: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return features `(rows, C)`, and the energy of every group and channel, `(groups, C)`."""
-    grid, options = _row_blocks(*x.shape)
+    grid, options = row_blocks(*x.shape, BLOCK_ROWS, BLOCK_CHANNELS)
     partial, out = partial_sums(x.shape[0], splits.shape[0] - 1, x.shape[1], BLOCK_ROWS, x), torch.empty_like(x)
     launch(energy_kernel, grid, x=x, row_group=row_group, partial=partial, **options)
     energy, scale = response(partial, splits, BLOCK_ROWS, gamma, eps)
@@ -408,7 +408,7 @@ def _grn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, gamma and beta."""
     (rows, channels), groups = x.shape, splits.shape[0] - 1
-    grid, options = _row_blocks(rows, channels)
+    grid, options = row_blocks(rows, channels, BLOCK_ROWS, BLOCK_CHANNELS)
     inputs = {"grad": grad, "x": x, "row_group": row_group}
     partial = partial_sums(rows, groups, channels, BLOCK_ROWS, x)
     partial_bias = partial_sums(rows, 0, channels, BLOCK_ROWS, x)

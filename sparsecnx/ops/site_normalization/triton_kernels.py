@@ -21,9 +21,9 @@ from sparsecnx.backends.triton_functions import (
     row_block,
     store,
 )
-from sparsecnx.backends.triton_launch import alignment, blocks, launch, row_sizes
+from sparsecnx.backends.triton_launch import alignment, blocks, launch
 from sparsecnx.ops.global_response_norm.groups import group_splits, row_groups
-from sparsecnx.ops.global_response_norm.triton_kernels import partial_sums, store_group_sums, sum_partials
+from sparsecnx.ops.global_response_norm.triton_kernels import partial_sums, row_blocks, store_group_sums, sum_partials
 from sparsecnx.ops.site_normalization.activations import NUMBERS, PUBLIC
 from sparsecnx.tensor import SparseTensor
 
@@ -264,7 +264,7 @@ def moments(x: Tensor, row_group: Tensor, splits: Tensor) -> tuple[Tensor, Tenso
         splits: int64 `(segments + 1,)`, the rows of each segment.
     """
     (rows, channels), segments = x.shape, splits.shape[0] - 1
-    grid, options = _row_blocks(rows, channels)
+    grid, options = row_blocks(rows, channels, BLOCK_ROWS, BLOCK_CHANNELS)
     partial_mean, partial_square = (partial_sums(rows, segments, channels, BLOCK_ROWS, x) for _ in range(2))
     partial = {"partial_mean": partial_mean, "partial_square": partial_square}
     launch(column_moments_kernel, grid, x=x, row_group=row_group, **partial, **options)
@@ -285,13 +285,6 @@ def moments(x: Tensor, row_group: Tensor, splits: Tensor) -> tuple[Tensor, Tenso
         num_warps=4,
     )
     return mean, variance
-
-
-def _row_blocks(rows: int, channels: int) -> tuple[tuple[int], dict[str, int]]:
-    """Return the grid, the sizes and the options of the kernels that walk `(rows, C)` in blocks."""
-    block_c = min(BLOCK_CHANNELS, triton.next_power_of_2(channels))
-    options = {**row_sizes(rows, channels, BLOCK_ROWS, block_c), "num_warps": 4}
-    return (blocks(rows, BLOCK_ROWS) * blocks(channels, block_c),), options
 
 
 def _affine(
@@ -326,7 +319,7 @@ def _site_norm(
         variance = (variances + (means - mean[..., None]).square()).mean(2)
     by_row, scale, _ = _affine(mean, variance, weight, channels, eps)
     out = torch.empty_like(x)
-    grid, options = _row_blocks(*x.shape)
+    grid, options = row_blocks(*x.shape, BLOCK_ROWS, BLOCK_CHANNELS)
     tensors = {"x": x, "mean": by_row, "scale": scale, "bias": bias, "row_group": row_group, "out": out}
     launch(site_norm_kernel, grid, **tensors, slope=slope, ACTIVATION=activation, **options)
     return out, mean, variance
@@ -350,7 +343,7 @@ def _site_norm_backward(
     """Return the gradients of x, weight and bias."""
     (rows, channels), segments = x.shape, splits.shape[0] - 1
     mean, scale, rstd = _affine(mean, variance, weight, channels, eps)
-    grid, options = _row_blocks(rows, channels)
+    grid, options = row_blocks(rows, channels, BLOCK_ROWS, BLOCK_CHANNELS)
     inputs = {"grad": grad, "x": x, "mean": mean, "scale": scale, "bias": bias, "row_group": row_group}
     numbers = {"slope": slope, "ACTIVATION": activation, **options}
     partial_dot, partial_total = (partial_sums(rows, segments, channels, BLOCK_ROWS, x) for _ in range(2))
