@@ -179,7 +179,10 @@ class Recipe:
             whole = tuple not in classes or all(type(part) is int for part in parts)
             if tuple in classes:
                 axes = self.ndim if isinstance(self.ndim, int) and self.ndim in NUMBERS else 2
-                name, whole = f"{name} {NUMBERS[axes]}", whole and (parts[0:1] == (value,) or len(parts) == axes)
+                name, whole = (
+                    f"{name} {NUMBERS[axes]}, the dimensions of the data",
+                    whole and (parts[0:1] == (value,) or len(parts) == axes),
+                )
             if not isinstance(value, classes) or (isinstance(value, bool) and kind != "bool") or not whole:
                 raise InputError(field.name, shown(value), f"expected {name}")
 
