@@ -142,6 +142,17 @@ def test_running_statistics_of_the_batch_move_as_torch_moves_them(backend, momen
     torch.testing.assert_close(running, expected)
 
 
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_running_statistics_of_another_dtype_move(activation):
+    x = random_sparse(example_layout(), 5, torch.bfloat16)
+    running, expected = (
+        [torch.zeros(5, dtype=dtype), torch.ones(5, dtype=dtype)] for dtype in (torch.bfloat16, torch.float32)
+    )
+    F.batch_norm(x.features, *expected, training=True)
+    ops.batch_norm(x, *running, training=True, activation=activation)
+    torch.testing.assert_close(running, [value.bfloat16() for value in expected])
+
+
 @EVERY_BACKEND
 def test_running_statistics_of_instances_leave_out_images_without_a_variance(backend):
     mask = torch.tensor([[[False, False]], [[True, True]], [[True, False]], [[False, False]]])
