@@ -12,24 +12,26 @@ namespace sparsecnx::cuda {
 
 // The nested order of a tile with sides along z, y and x. The index of a site is the sum of a part for each axis.
 struct NestedOrder {
-  static constexpr int kLevels = 15;
-
   Sizes3 side, levels{};
-  Sizes3 weight;                // of the odd part of a position, in the index
-  int8_t bit[3][kLevels] = {};  // in the index, of each bit of a position
+  Sizes3 bits{};  // of the index that are those of a position below its odd part
+  Sizes3 weight;  // of the odd part, in the index
 
   explicit NestedOrder(const Sizes3& tile) : side(tile) {
-    for (int axis = 0; axis < 3; ++axis) {
-      while (side[axis] % (2 << levels[axis]) == 0) ++levels[axis];
-    }
-    int next = 0;
-    for (int level = 0; level < kLevels; ++level) {
+    int next = 1, odd = 1;
+    for (bool halved = true; halved;) {
+      halved = false;
       for (int axis = 2; axis >= 0; --axis) {
-        if (level < levels[axis]) bit[axis][level] = static_cast<int8_t>(next++);
+        if (side[axis] % (2 << levels[axis]) != 0) continue;
+        ++levels[axis];
+        bits[axis] += next;
+        next *= 2;
+        halved = true;
       }
     }
-    int odd = 1;
-    for (int axis = 2; axis >= 0; odd *= side[axis] >> levels[axis--]) weight[axis] = odd << next;
+    for (int axis = 2; axis >= 0; --axis) {
+      weight[axis] = odd * next;
+      odd *= side[axis] >> levels[axis];
+    }
   }
 
   __device__ int sites() const { return static_cast<int>(volume(side)); }
@@ -37,14 +39,14 @@ struct NestedOrder {
   // Returns what a position along an axis adds to the index of a site.
   __device__ int part(int axis, int position) const {
     int index = (position >> levels[axis]) * weight[axis];
-    for (int level = 0; level < levels[axis]; ++level) index += (position >> level & 1) << bit[axis][level];
+    for (int left = bits[axis]; left != 0; left &= left - 1, position >>= 1) index += (position & 1) * (left & -left);
     return index;
   }
 
   // Returns the position along an axis of the site with that index.
   __device__ int position(int axis, int index) const {
-    int found = index / weight[axis] % (side[axis] >> levels[axis]) << levels[axis];
-    for (int level = 0; level < levels[axis]; ++level) found += (index >> bit[axis][level] & 1) << level;
+    int found = index / weight[axis] % (side[axis] >> levels[axis]) << levels[axis], bit = 1;
+    for (int left = bits[axis]; left != 0; left &= left - 1, bit *= 2) found += index & left & -left ? bit : 0;
     return found;
   }
 };

@@ -62,13 +62,14 @@ def programs(channels: int, tile: int, ratio: float, dtype: torch.dtype) -> Iter
 
         return run
 
-    def block(recompute: bool, survival: Tensor | None) -> Callable[[], object]:
+    def block(x: SparseTensor, recompute: bool, survival: Tensor | None = None) -> Callable[[], object]:
         def forward(x: SparseTensor, *parameters: Tensor) -> SparseTensor:
             return ops.convnextv2_block(x, ops.BlockParameters(*parameters), survival, recompute=recompute)
 
-        first = [leaf(channels, 1, 7, 7), vector(), vector(), vector(), leaf(hidden, channels)]
-        second = [vector(hidden), vector(hidden), vector(hidden), leaf(channels, hidden), vector()]
-        return program(forward, rows(), *first, *second)
+        c, kernel = x.features.shape[1], [7] * x.layout.ndim
+        first = [leaf(c, 1, *kernel), vector(c), vector(c), vector(c), leaf(4 * c, c)]
+        second = [vector(4 * c), vector(4 * c), vector(4 * c), leaf(c, 4 * c), vector(c)]
+        return program(forward, x, *first, *second)
 
     def rows(width: int = channels) -> SparseTensor:
         return SparseTensor(leaf(layout.rows, width), layout)
@@ -100,10 +101,12 @@ def programs(channels: int, tile: int, ratio: float, dtype: torch.dtype) -> Iter
     yield program(lambda x, fill: x.dense(fill), rows(), leaf(channels))
     for recompute in (False, True):
         for survival in (None, torch.ones(16)):
-            yield block(recompute, survival)
+            yield block(rows(), recompute, survival)
     if tile == 8:
         yield program(lambda x: SparseTensor.from_dense(x, mask, visible), leaf(16, 3, 224, 224))  # images
         cells = random_mask(2, (2, 3, 3), ratio).view(2, 2, 3, 3)
+        cubes = Layout.from_mask(cells, (16, 24, 24))  # tiles of 8x8x8, of the same width at every size of model
+        yield block(SparseTensor(leaf(cubes.rows, 64), cubes), recompute=True)
         volumes = leaf(2, channels, 8, 24, 24)  # tiles of 4x8x8
         yield program(lambda x, fill: SparseTensor.from_dense(x, cells).dense(fill), volumes, leaf(channels))
 
@@ -154,21 +157,23 @@ def main(selections: list[Any]) -> None:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
-            (stack,) = resource_usage(knobs.nvidia.cuobjdump.path, Path(file.name)).values()
-        found.append({"kernel": key, "arch": target.arch, "stack": stack, "shared": kernel.metadata.shared})
+            ((registers, stack),) = resource_usage(knobs.nvidia.cuobjdump.path, Path(file.name)).values()
+        needs = {"registers": registers, "stack": stack, "shared": kernel.metadata.shared}
+        found.append({"kernel": key, "arch": target.arch, **needs})
     print(json.dumps(found))
 
 
-def resource_usage(cuobjdump: str, binary: Path) -> dict[tuple[str, str], int]:
-    """Return the bytes of local memory of every kernel, by architecture and name. Registers that spill live there."""
+def resource_usage(cuobjdump: str, binary: Path) -> dict[tuple[str, str], tuple[int, int]]:
+    """Return registers of every kernel, by architecture and name, and bytes of local memory, where registers spill."""
     command = [cuobjdump, "--dump-resource-usage", str(binary)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found, arch, name = {}, "", ""
     for line in text.splitlines():
         if match := re.match(r"\s*(arch = |Function )(\w+)", line):
             arch, name = (match[2], name) if match[1] == "arch = " else (arch, match[2])
-        elif sizes := re.findall(r"(?:STACK|LOCAL):(\d+)", line):
-            found[arch, name] = sum(map(int, sizes))
+        elif sizes := re.findall(r"(?:REG|STACK|LOCAL):(\d+)", line):
+            registers, *local = map(int, sizes)
+            found[arch, name] = registers, sum(local)
     return found
 
 
@@ -193,7 +198,7 @@ def test_cuda_kernels() -> None:
 
     usage = resource_usage(knobs.nvidia.cuobjdump.path, LIBRARIES[0])
     assert usage
-    assert {kernel: stack for kernel, stack in usage.items() if stack} == {}
+    assert {kernel: stack for kernel, (_, stack) in usage.items() if stack} == {}
 
 
 if __name__ == "__main__":
