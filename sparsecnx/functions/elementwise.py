@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,10 @@ def combine(function: Callable[..., Tensor], name: str, args: tuple[Any, ...], k
             forms[key] = "rows", value.features
         elif isinstance(value, Tensor) and value.ndim:
             forms[key] = _form(value, x, name)
+            wide = forms[key][1].shape
+            pairs = zip(wide[len(wide) + 1 - x.features.ndim :], x.features.shape[1:], strict=True)
+            if any(a != b and 1 not in (a, b) for a, b in pairs):
+                _refuse_shape(value, x, name)
         else:
             forms[key] = "", _number(value, name)
     layout, per_image = x.layout, x.layout.rows_per_image
@@ -116,7 +120,7 @@ def _form(value: Tensor, x: SparseTensor, name: str) -> tuple[str, Tensor]:
         refuse(name, f"a tensor {tuple(value.shape)} has more dimensions than x, {tuple(shape)}", "reshape one of them")
     given = (1,) * (len(shape) - value.ndim) + tuple(value.shape)
     if any(given[d] not in (1, shape[d]) for d in (0, *spatial)):
-        refuse(name, f"a tensor {tuple(value.shape)} does not broadcast to x, {tuple(shape)}", "their shapes must fit")
+        _refuse_shape(value, x, name)
     value = value.reshape(given)
     for d in spatial:  # An expanded tensor repeats its values over space.
         if given[d] > 1 and value.stride(d) == 0:
@@ -128,6 +132,11 @@ def _form(value: Tensor, x: SparseTensor, name: str) -> tuple[str, Tensor]:
         value = value.movedim(tuple(channels), tuple(range(1, 1 + len(channels))))
     images = value.expand(batch, *wide, *x.layout.shape).reshape(batch, math.prod(wide), *x.layout.shape)
     return "rows", gather_rows(images, x.layout).reshape(x.layout.rows, *wide)
+
+
+def _refuse_shape(value: Tensor, x: SparseTensor, name: str) -> NoReturn:
+    refuse(name, f"a tensor {tuple(value.shape)} does not broadcast to x, {tuple(x.shape)}",
+           "give it sizes of 1 or those of x, for example (C, 1, 1) for a value for each channel")  # fmt: skip
 
 
 def _nary(name: str) -> Handler:
