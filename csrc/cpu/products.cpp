@@ -105,8 +105,17 @@ Matrix<void> check_weight(const Tensor& weight, const Tensor& x) {
   return {weight.mutable_data_ptr(), rows, columns, transposed};
 }
 
+// Returns rows of any strides as contiguous ones. A gradient may so keep a part of every few rows without a copy.
+Tensor contiguous_rows(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, "sparsecnx: x must be a CPU tensor (rows, channels)");
+  if (x.is_contiguous()) return x;
+  check_storage(x, "x");
+  return torch::stable::contiguous(x);
+}
+
 // sparsecnx::linear: x weight' + bias. x (rows, C), weight (C_out, C) or the transpose of a matrix, bias (C_out).
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor linear(const Tensor& given, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor x = contiguous_rows(given);
   const auto [rows, channels] = feature_shape(x, "x");
   const Matrix<void> matrix = check_weight(weight, x);
   const ScalarType dtype = x.scalar_type();
@@ -125,7 +134,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 }
 
 // The gradient of weight: grad' x. Each thread sums a slab of rows step by step, and slabs are added up in order.
-Tensor linear_weight_grad(const Tensor& grad, const Tensor& x) {
+Tensor linear_weight_grad(const Tensor& grad, const Tensor& given) {
+  const Tensor x = contiguous_rows(given);
   const auto [rows, columns] = feature_shape(x, "x");
   const int64_t channels = feature_shape(grad, "grad")[1];
   check_matrix(grad, "grad", rows, channels, x.scalar_type());

@@ -72,6 +72,15 @@ def test_any_layout_of_the_weight(layout):
     assert_close(linear(x, given[layout]), F.linear(x.double(), weight.double()), BOUNDS[torch.float32])
 
 
+def test_backward_keeps_strided_rows_without_a_copy():
+    x, weight, _ = values(*SIZES[0])
+    every_second, kept = torch.stack([x.detach()] * 2, 1)[:, 0], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value.data_ptr()) or value, lambda x: x):
+        out = linear(every_second, weight)
+    assert kept == [every_second.data_ptr(), weight.data_ptr()]
+    assert torch.equal(*(torch.autograd.grad(y.sum(), weight)[0] for y in (out, linear(x, weight))))
+
+
 def test_block():
     """Its six products at the visible rows are large enough, and each has its gradient."""
     case, layout = CASES["block-keep-survival"], example_layout(3, (4, 4), tile=8)

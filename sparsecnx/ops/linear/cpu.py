@@ -16,7 +16,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.sparsecnx.linear(x.contiguous(), weight, bias)
+    return torch.ops.sparsecnx.linear(x, weight, bias)
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
