@@ -331,10 +331,13 @@ def write_page(path: Path, found: dict[str, tuple[str, str]], settings: dict[str
     """Write the table of networks, equal ones first; with their settings if these differ."""
     title, place = "# Networks that were held to", f"at {format_shape(PLANE.sides)} pixels on a 2x3 grid"
     shown, why = {name: f"`{name}`" for name in found}, "Most attend over space. "
-    if set(settings.values()) != {PLANE}:
+    differing = set(settings.values()) != {PLANE}
+    if differing:
         title, place = "# Networks of volumes and signals that were held to", "at the setting beside it"
         shown, why = {name: f"{name} ({setting})" for name, setting in settings.items()}, ""
-    equal = [name for name, (status, _) in found.items() if status == "equal"]
+    equal = [shown[name] for name, (status, _) in found.items() if status == "equal"]
+    in_a_row = textwrap.fill(", ".join(equal) + ".", 120, break_on_hyphens=False)
+    listed = [f"- {name}" for name in equal] if differing else [in_a_row]
     others = {shown[name]: reason for name, (status, reason) in found.items() if status == "raises"}
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}"
@@ -353,7 +356,7 @@ def write_page(path: Path, found: dict[str, tuple[str, str]], settings: dict[str
         "",
         f"## {len(equal)} are equal",
         "",
-        textwrap.fill(", ".join(shown[name] for name in equal) + ".", 120, break_on_hyphens=False),
+        *listed,
         "",
         f"## {len(others)} raise",
         "",

@@ -200,14 +200,21 @@ def test_homemade_encoders_answer_maps(answer, levels):
 
 
 @pytest.mark.parametrize(
-    ("ndim", "patch", "below_tile"),
-    [(1, 8, "raise"), (3, 8, "raise"), (2, (8, 16), "raise"), (3, 4, "dense")],
-    ids=["1-D", "3-D", "oblong patches", "3-D below the patch"],
+    ("ndim", "patch", "below_tile", "first"),
+    [
+        (1, 8, "raise", 2),
+        (3, 8, "raise", 2),
+        (2, (8, 16), "raise", 2),
+        (3, 4, "dense", 2),
+        (3, (4, 8, 8), "raise", (1, 2, 2)),
+        (3, 4, "dense", (1, 2, 2)),
+    ],
+    ids=["1-D", "3-D", "oblong patches", "3-D below the patch", "thick slices", "thick slices below the patch"],
 )
-def test_any_dimensions_and_patches(ndim, patch, below_tile):
+def test_any_dimensions_and_patches(ndim, patch, below_tile, first):
     torch.manual_seed(0)
     kind, extents = getattr(torch.nn, f"Conv{ndim}d"), (16, 32, 16)[:ndim]
-    stages = [kind(2 if i == 0 else 8, 8, 3, stride=2, padding=1) for i in range(3)]
+    stages = [kind(2 if i == 0 else 8, 8, 3, stride=first if i == 0 else 2, padding=1) for i in range(3)]
     model = models.SparK(Stack(stages), patch, decoder_dim=32, densify_norm="none", below_tile=below_tile).double()
     x = torch.randn(2, 2, *extents, dtype=torch.float64)
     grid = model.grid(x)
