@@ -109,6 +109,17 @@ def layouts(draw: Any, ndim: int = 2, sites: int = 16, tiles: tuple[int, ...] = 
     return make_layout(*draw(masks(ndim, sites, tiles)))
 
 
+@st.composite
+def boxes(draw: Any, ndims: tuple[int, ...] = (1, 2, 3), tiles: tuple[int, ...] = TILES) -> Layout:
+    """Draw a layout whose tiles may have another side along each axis."""
+    ndim = draw(st.sampled_from(ndims))
+    sites = (24, 16, 8)[ndim - 1]
+    tile = tuple(draw(st.sampled_from([side for side in tiles if side <= sites])) for _ in range(ndim))
+    grid = tuple(draw(st.integers(1, max(1, min(4, sites // side)))) for side in tile)
+    mask = draw_mask(draw(st.sampled_from(MASKS)), draw(st.integers(1, 2)), grid, draw(st.integers(0, 999)))
+    return make_layout(mask, tile)
+
+
 def draw_convolution(data: Any, ndim: int) -> tuple[Layout, int, tuple[int, ...], tuple[int, ...]]:
     """Draw a layout, stride, kernel and padding that fit each other."""
     layout = data.draw(layouts(ndim, sites=(24, 16, 8)[ndim - 1]))

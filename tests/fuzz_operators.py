@@ -360,8 +360,9 @@ EPS = 1e-6
 
 def valid(operator: str, rng: random.Random) -> Arguments:
     """Return arguments of a small valid call."""
-    dtype, channels, side = rng.choice(FLOATING), rng.choice((1, 2, 3, 5, 8, 16, 33)), rng.choice((1, 2, 3, 4))
-    wide, kernel, tile = statistics_dtype(dtype), [rng.choice((1, 3, 5, 7)), rng.choice((1, 3, 7))], [side, side]
+    dtype, channels, ndim = rng.choice(FLOATING), rng.choice((1, 2, 3, 5, 8, 16, 33)), rng.randint(1, 3)
+    kernel, tile, grid = ([rng.choice(some) for _ in range(ndim)] for some in ((1, 3, 5, 7), (1, 2, 3, 4), (1, 2, 3)))
+    wide = statistics_dtype(dtype)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, dtype=torch.float64).to(dtype)
@@ -369,9 +370,9 @@ def valid(operator: str, rng: random.Random) -> Arguments:
     def vector(size: int = channels) -> Tensor:
         return normal(size, dtype=wide)
 
-    batch, grid = rng.randint(1, 3), (rng.randint(1, 3), rng.randint(1, 3))
+    batch = rng.randint(1, 3)
     mask = torch.rand(batch, *grid) < rng.choice((0.0, 0.4, 0.9))
-    layout = Layout(TileSet.from_mask(mask, grid), tuple(tile))
+    layout = Layout(TileSet.from_mask(mask, tuple(grid)), tuple(tile))
     index, splits, rows = layout.tiles.index.clone(), layout.row_splits.clone(), layout.rows
     table = neighbour_table(layout, kernel).clone()
     x, grad = normal(rows, channels), normal(rows, channels)

@@ -79,7 +79,7 @@ template <class S>
 struct Block {
   using A = Compute<S>;
 
-  int64_t rows, channels, hidden, groups, tile;
+  int64_t rows, channels, hidden, groups;
   double eps, grn_eps;  // of LayerNorm and of GRN
   Halo halo;
   const S* x;
@@ -92,16 +92,15 @@ struct Block {
   Block(const Tensor& x_, const Tensor& dwconv_weight, const Tensor& dwconv_bias_, const Tensor& norm_weight_,
         const Tensor& norm_bias_, const Tensor& pwconv1_weight, const Tensor& pwconv1_bias_, const Tensor& gamma_,
         const Tensor& beta_, const Tensor& pwconv2_weight, const Tensor& pwconv2_bias_,
-        const std::optional<Tensor>& row_scale_, const Tensor& table_, const Tensor& splits_, const Sizes& tile_,
+        const std::optional<Tensor>& row_scale_, const Tensor& table_, const Tensor& splits_, const Sizes& tile,
         double eps_, double grn_eps_, int64_t worker_bytes)
       : rows(feature_shape(x_, "x")[0]),
         channels(feature_shape(x_, "x")[1]),
         hidden(feature_shape(pwconv1_weight, "pwconv1_weight")[0]),
         groups(splits_.numel() - 1),
-        tile(tile_[0]),
         eps(eps_),
         grn_eps(grn_eps_),
-        halo(check_geometry(table_, rows, tile_,
+        halo(check_geometry(table_, rows, tile,
                             check_kernel(dwconv_weight, "dwconv_weight", channels, x_.scalar_type()))),
         x(data<S>(x_)),
         dwconv_bias(parameter<A>(dwconv_bias_, "dwconv_bias", channels, x_)),
@@ -120,8 +119,7 @@ struct Block {
     check_matrix(pwconv1_weight, "pwconv1_weight", hidden, channels, x_.scalar_type());
     check_matrix(pwconv2_weight, "pwconv2_weight", channels, hidden, x_.scalar_type());
     for (int64_t n = 0; n <= groups; ++n)
-      STD_TORCH_CHECK(splits[n] % (tile * tile) == 0, "sparsecnx: groups must be whole tiles of ", tile * tile,
-                      " rows");
+      STD_TORCH_CHECK(splits[n] % halo.sites == 0, "sparsecnx: groups must be whole tiles of ", halo.sites, " rows");
   }
 
   const A* row_scale_at(int64_t row) const { return row_scale == nullptr ? nullptr : row_scale + row; }
@@ -139,7 +137,7 @@ struct Block {
   // L1.
   template <class F>
   void for_tiles(const Chunk& chunk, const F& f) const {
-    const int64_t sites = tile * tile, step = tiles_per_call(tile);
+    const int64_t sites = halo.sites, step = tiles_per_call(sites);
     const int64_t first = chunk.begin / sites, last = chunk.end / sites;
     parallel_for(0, (last - first + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) f(first + i * step, std::min(first + (i + 1) * step, last));
@@ -160,7 +158,7 @@ void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>
                    S* h) {
   using A = Compute<S>;
   const Kernels<S>& k = kernels<S>();
-  const int64_t C = block.channels, H = block.hidden, sites = block.tile * block.tile;
+  const int64_t C = block.channels, H = block.hidden, sites = block.halo.sites;
   const int64_t rows = chunk.end - chunk.begin;
   S* hidden = out.hidden != nullptr ? out.hidden + chunk.begin * H : h;
   block.for_tiles(chunk, [&](int64_t first, int64_t last) {
@@ -250,7 +248,7 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const std::vector
                     const Kept<S>& kept, S* x_grad, BackwardWorker<S>& worker) {
   using A = Compute<S>;
   const Kernels<S>& k = kernels<S>();
-  const int64_t C = block.channels, H = block.hidden, sites = block.tile * block.tile;
+  const int64_t C = block.channels, H = block.hidden, sites = block.halo.sites;
   const int64_t rows = chunk.end - chunk.begin, groups = chunk.last_group - chunk.first_group;
   const std::vector<RowBlock> blocks = split_rows(block.splits, chunk.first_group, chunk.last_group, H);
   const Matrix<S> g{const_cast<S*>(kept.grad) + chunk.begin * C, rows, C};

@@ -6,20 +6,20 @@
 namespace sparsecnx {
 
 // Returns how many tiles one call of the kernel takes: about 64 rows, which are still in cache for the next step.
-inline int64_t tiles_per_call(int64_t tile) { return std::max<int64_t>(1, 64 / (tile * tile)); }
+inline int64_t tiles_per_call(int64_t sites) { return std::max<int64_t>(1, 64 / sites); }
 
 // Checks the sizes of tile and kernel and the neighbour table, int32 (tiles, halo.table_width). Returns their geometry.
 Halo check_geometry(const Tensor& table, int64_t rows, const Sizes& tile, const Sizes& kernel);
 
-// Checks a weight (channels, 1, kernel_h, kernel_w) and returns its kernel size.
+// Checks a weight (channels, 1, *kernel) and returns its kernel size.
 Sizes check_kernel(const Tensor& weight, const char* name, int64_t channels, ScalarType dtype);
 
-// Returns a weight (channels, 1, kernel_h, kernel_w) as the kernels read it, (kernel_h * kernel_w, channels); flipped,
-// it is the kernel of the adjoint.
+// Returns a weight (channels, 1, *kernel) as the kernels read it, (taps, channels); flipped, it is the kernel of the
+// adjoint.
 template <class S>
 std::vector<Compute<S>> taps_first(const Tensor& weight, bool flipped) {
-  const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3);
   const std::vector<Compute<S>> wide = widened<S>(weight);
+  const int64_t channels = weight.size(0), taps = weight.numel() / channels;
   std::vector<Compute<S>> out(wide.size());
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t k = 0; k < taps; ++k) out[(flipped ? taps - 1 - k : k) * channels + c] = wide[c * taps + k];
@@ -27,14 +27,14 @@ std::vector<Compute<S>> taps_first(const Tensor& weight, bool flipped) {
   return out;
 }
 
-// The gradient of the weight, summed over calls of `add`, as the kernels write it: (kernel_h * kernel_w, channels).
+// The gradient of the weight, summed over calls of `add`, as the kernels write it: (taps, channels).
 template <class S>
 class WeightGradSum {
   using A = Compute<S>;
 
  public:
   WeightGradSum(const Halo& halo, int64_t channels)
-      : channels_(channels), taps_(halo.kernel_h * halo.kernel_w), sum_(taps_ * channels, A(0)) {}
+      : channels_(channels), taps_(halo.taps), sum_(taps_ * channels, A(0)) {}
 
   // Adds the contribution of tiles [begin, end). One thread sums each slab of tiles and slice of channels.
   void add(const DepthwiseWeightGrad<S>& job, int64_t begin, int64_t end, int64_t slabs) {
@@ -54,7 +54,7 @@ class WeightGradSum {
   }
   void add(const WeightGradSum& other) { add_from(other.sum_.data()); }
 
-  // Stores the sum in torch's layout (channels, 1, kernel_h, kernel_w).
+  // Stores the sum in torch's layout (channels, 1, *kernel).
   void store(S* out) const {
     std::vector<A> total(sum_.size());
     for (int64_t k = 0; k < taps_; ++k) {

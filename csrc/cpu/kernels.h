@@ -5,6 +5,7 @@
 // per-channel parameters.
 #pragma once
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -12,53 +13,38 @@
 
 namespace sparsecnx {
 
-// Returns the nested index of site (y, x) of a tile: raster over the odd factor of the side, Morton order below it.
-inline int64_t nested_site(int64_t tile, int64_t y, int64_t x) {
-  int64_t morton = 0, bit = 1;
-  for (; tile % 2 == 0; tile /= 2, bit *= 4) {
-    morton += bit * (2 * (y % 2) + x % 2);
-    y /= 2;
-    x /= 2;
-  }
-  return (y * tile + x) * bit + morton;
-}
+// Sizes along the three axes: depth, height, width. Fewer dimensions have sizes of 1 in front.
+using Box = std::array<int64_t, 3>;
 
-// The geometry of a depthwise convolution on tiles: for each position of the square that the outputs of a tile see, the
-// neighbouring tile and the site in it.
+inline int64_t volume(const Box& box) { return box[0] * box[1] * box[2]; }
+
+// The geometry of a depthwise convolution on tiles. The outputs of a tile see a box of sites. Each of them lies in one of
+// the neighbouring tiles; the number of that neighbour and the nested index of the site in it are sums over the axes.
 struct Halo {
-  int64_t tile, kernel_h, kernel_w;
-  int64_t height, width;        // sites of the square: tile + kernel - 1
-  int64_t table_width;          // neighbouring tiles listed for each tile
-  int64_t reach_h, reach_w;     // neighbouring tiles on each side
-  std::vector<int32_t> slot;    // (height * width): the neighbouring tile of a position
-  std::vector<int32_t> site;    // (height * width): its nested index there
-  std::vector<int32_t> output;  // (tile * tile): nested index of each output in raster order
+  Box tile, kernel;
+  Box reach;            // neighbouring tiles on each side
+  Box seen;             // sites of the box: tile + kernel - 1
+  int64_t sites, taps;  // of a tile and of the kernel
+  int64_t table_width;  // neighbouring tiles listed for each tile
+  // For each position along an axis of the box: what it adds to the number of the neighbour, and to the nested index.
+  std::array<std::vector<int32_t>, 3> slot, part;
+  std::vector<int32_t> slice_slot, slice_part;  // the sums over the last two axes, for a slice of the box
+  // Small tiles are listed as a whole, larger ones slice by slice.
+  Box list;
+  std::array<std::vector<int32_t>, 3> listed;  // what a site's place along an axis adds to its number in the list
 
-  Halo(int64_t tile, int64_t kernel_h, int64_t kernel_w)
-      : tile(tile), kernel_h(kernel_h), kernel_w(kernel_w), height(tile + kernel_h - 1), width(tile + kernel_w - 1) {
-    reach_h = (kernel_h / 2 + tile - 1) / tile;
-    reach_w = (kernel_w / 2 + tile - 1) / tile;
-    table_width = (2 * reach_h + 1) * (2 * reach_w + 1);
-  }
+  Halo(const Box& tile, const Box& kernel);
 
   // Fills the lists.
-  void fill() {
-    const int64_t above = kernel_h / 2, left = kernel_w / 2, side = 2 * reach_w + 1;
-    for (int64_t row = 0; row < height; ++row) {
-      for (int64_t column = 0; column < width; ++column) {
-        // Shifted by whole tiles so that division rounds the same way everywhere.
-        const int64_t y = row - above + reach_h * tile, x = column - left + reach_w * tile;
-        slot.push_back(static_cast<int32_t>(y / tile * side + x / tile));
-        site.push_back(static_cast<int32_t>(nested_site(tile, y % tile, x % tile)));
-      }
-    }
-    for (int64_t y = 0; y < tile; ++y) {
-      for (int64_t x = 0; x < tile; ++x) output.push_back(static_cast<int32_t>(nested_site(tile, y, x)));
-    }
+  void fill();
+
+  // Returns the nested index of the output in row y and column x of slice z.
+  int64_t output(int64_t z, int64_t y, int64_t x) const {
+    return part[0][kernel[0] / 2 + z] + part[1][kernel[1] / 2 + y] + part[2][kernel[2] / 2 + x];
   }
 };
 
-// A depthwise convolution over tiles. Rows of tile t start at (t - first) * tile^2 * channels.
+// A depthwise convolution over tiles. Rows of tile t start at (t - first) * halo.sites * channels.
 template <class S>
 struct Depthwise {
   const Halo& halo;
@@ -66,7 +52,7 @@ struct Depthwise {
   int64_t channels;
   const S* x;  // rows of the input, from tile `x_first` on
   int64_t x_first;
-  const Compute<S>* weight;  // (kernel_h * kernel_w, channels)
+  const Compute<S>* weight;  // (halo.taps, channels)
   const Compute<S>* bias;    // (channels) or null
   const S* residual;         // added to the result, rows as `out`, or null
   S* out;                    // rows of the output, from tile `out_first` on
@@ -181,7 +167,7 @@ struct Kernels {
 
   // out = conv(x) + bias + residual for the outputs of tiles [begin, end).
   void (*depthwise)(const Depthwise<S>&, int64_t begin, int64_t end);
-  // weight_grad (kernel_h * kernel_w, channels) += contribution of tiles [begin, end), channels [from, to).
+  // weight_grad (halo.taps, channels) += contribution of tiles [begin, end), channels [from, to).
   void (*depthwise_weight_grad)(const DepthwiseWeightGrad<S>&, int64_t begin, int64_t end, int64_t from, int64_t to,
                                 A* weight_grad);
 

@@ -258,15 +258,15 @@ class BlockedWeight {
   Registers<Compute<S>> blocked_;
 };
 
-// weight_grad (taps, channels) += sums over `rows` rows of grad of the products in `reads`, for a block of channels.
-// `loaded` has room for that block of grad.
-template <class S, class C>
-inline void add_weight_grad(const Reads& reads, const S* grad, int64_t rows, const S* x, int64_t channels,
+// weight_grad (taps, channels) += sums over `rows` rows of the gradient, which start at grad(i), of the products in
+// `reads`, for a block of channels. `loaded` has room for that block of the gradient.
+template <class S, class C, class Grad>
+inline void add_weight_grad(const Reads& reads, const Grad& grad, int64_t rows, const S* x, int64_t channels,
                             const S* zeros, const C& block, Vec<Compute<S>>* loaded, Compute<S>* weight_grad) {
   using A = Compute<S>;
   Vec<A>* at = loaded;
   for (int64_t r = 0; r < rows; ++r) {
-    for (int j = 0; j < block.kRegisters; ++j) *at++ = block.get(grad + r * channels, j);
+    for (int j = 0; j < block.kRegisters; ++j) *at++ = block.get(grad(r), j);
   }
   const auto start = [&](int) { return Vec<A>{}; };
   const auto finish = [&](int64_t k, int j, Vec<A> sum) {
@@ -312,9 +312,9 @@ bool mapped_depthwise_weight_grad(const MappedDepthwiseWeightGrad<S>& job, int64
     if (!all_rows(map, rows * taps, job.rows_in)) return false;
     reads.clear();
     reads.add(map, 0, taps, 1, rows, taps);
+    const auto grad_row = [&](int64_t r) { return job.grad + (row + r) * channels; };
     for_channel_blocks<S>(channels, [&](auto block) {
-      add_weight_grad<S>(reads, job.grad + row * channels, rows, job.x, channels, zeros.data(), block, grad.data(),
-                         weight_grad);
+      add_weight_grad<S>(reads, grad_row, rows, job.x, channels, zeros.data(), block, grad.data(), weight_grad);
     });
   }
   return true;

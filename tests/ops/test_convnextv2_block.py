@@ -15,11 +15,11 @@ from cases import (
     assert_same,
     backends,
     bound,
+    boxes,
     dispatcher,
     draw_mask,
     dtypes_of,
     example_layout,
-    layouts,
     make_layout,
     needs_cpu,
     needs_cuda,
@@ -37,25 +37,28 @@ from operators import BLOCK_VECTORS, block, block_parameters, survival
 
 from sparsecnx import ops, use_backend
 
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
 
 def dense_block(x, keep, p, scale, eps=1e-6, grn_eps=1e-6):
     """Apply figure 5 of arXiv 2301.00808 to a masked dense tensor, image by image."""
     images = []
     for image, active, factor in zip(x, keep, scale, strict=True):
-        size = p.dwconv_weight.shape[-1]
-        u = F.conv2d((image * active)[None], p.dwconv_weight, p.dwconv_bias, padding=size // 2, groups=len(image))
-        v = F.layer_norm(u[0].permute(1, 2, 0), (len(image),), p.norm_weight, p.norm_bias, eps)
-        h = F.gelu(v @ p.pwconv1_weight.T + p.pwconv1_bias) * active.permute(1, 2, 0)
-        norm = torch.linalg.norm(h.flatten(0, 1), dim=0)
+        padding = [size // 2 for size in p.dwconv_weight.shape[2:]]
+        weight = p.dwconv_weight, p.dwconv_bias
+        u = CONV[len(padding)]((image * active)[None], *weight, padding=padding, groups=len(image))
+        v = F.layer_norm(u[0].movedim(0, -1), (len(image),), p.norm_weight, p.norm_bias, eps)
+        h = F.gelu(v @ p.pwconv1_weight.T + p.pwconv1_bias) * active.movedim(0, -1)
+        norm = torch.linalg.norm(h.flatten(0, -2), dim=0)
         h = p.grn_gamma * (h * (norm / (norm.mean() + grn_eps))) + p.grn_beta + h
-        branch = (h @ p.pwconv2_weight.T + p.pwconv2_bias).permute(2, 0, 1)
+        branch = (h @ p.pwconv2_weight.T + p.pwconv2_bias).movedim(-1, 0)
         images.append((image + factor * branch) * active)
     return torch.stack(images)
 
 
-@given(layout=layouts(sites=12), kernel=st.sampled_from([3, 7]))
+@given(layout=boxes(), kernel=st.tuples(*[st.sampled_from([3, 7])] * 3))
 def test_reference_is_the_published_block_image_by_image(layout, kernel):
-    x, p = random_sparse(layout, 4), ops.BlockParameters(**block_parameters(4, kernel, kernel))
+    x, p = random_sparse(layout, 4), ops.BlockParameters(**block_parameters(4, *kernel[-layout.ndim :]))
     scale = survival(layout.batch)
     expected = dense_block(x.dense(), site_mask(layout), p, scale.double())
     with use_backend("reference"):
@@ -98,12 +101,12 @@ CHANNELS = {torch.bfloat16: [32, 48, 64]}
 @needs_cpu
 @DTYPES
 @settings(max_examples=30)
-@given(data=st.data(), kernel=st.sampled_from([(3, 3), (5, 5), (7, 7), (9, 3)]), options=st.fixed_dictionaries(OPTIONS))
+@given(data=st.data(), kernel=st.tuples(*[st.sampled_from([3, 5, 7, 9])] * 3), options=st.fixed_dictionaries(OPTIONS))
 def test_cpu_equals_reference(dtype, data, kernel, options):
-    layout = data.draw(layouts(tiles=(1, 2, 3, 4, 6, 8)))
+    layout = data.draw(boxes(tiles=(1, 2, 3, 4, 6, 8)))
     assume(dtype != torch.bfloat16 or layout.rows == 0 or layout.rows >= 32)
     channels = data.draw(st.sampled_from(CHANNELS.get(dtype, [4, 7, 16, 40])))
-    x, p = random_sparse(layout, channels), block_parameters(channels, *kernel)
+    x, p = random_sparse(layout, channels), block_parameters(channels, *kernel[-layout.ndim :])
     assert_matches_reference(block(**options), x, p, dtype, statistics=BLOCK_VECTORS)
 
 

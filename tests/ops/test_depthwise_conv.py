@@ -9,10 +9,11 @@ from cases import (
     DTYPES,
     assert_close,
     assert_matches_reference,
+    boxes,
     draw_mask,
     example_layout,
-    layouts,
     make_layout,
+    name,
     needs_cpu,
     random_sparse,
     site_mask,
@@ -29,7 +30,7 @@ CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 @given(data=st.data())
 def test_reference_is_a_dense_convolution_of_the_masked_input(ndim, data):
-    layout = data.draw(layouts(ndim, sites=(24, 16, 8)[ndim - 1]))
+    layout = data.draw(boxes((ndim,)))
     kernel = data.draw(st.tuples(*[st.sampled_from([1, 3, 5, 7])] * ndim))
     p = conv_parameters(3, 1, *kernel)
     keep = site_mask(layout)
@@ -45,13 +46,13 @@ def test_reference_is_a_dense_convolution_of_the_masked_input(ndim, data):
 @DTYPES
 @settings(max_examples=30)
 @given(
-    layout=layouts(),
+    layout=boxes(),
     channels=st.sampled_from([1, 7, 16, 37, 80]),
-    kernel=st.sampled_from([(1, 1), (3, 3), (5, 5), (7, 7), (9, 9), (1, 7), (5, 3), (3, 11)]),
+    kernel=st.tuples(*[st.sampled_from([1, 3, 5, 7, 9, 11])] * 3),
     bias=st.booleans(),
 )
 def test_cpu_equals_reference(dtype, layout, channels, kernel, bias):
-    p = conv_parameters(channels, 1, *kernel)
+    p = conv_parameters(channels, 1, *kernel[-layout.ndim :])
     if not bias:
         del p["bias"]
     assert_matches_reference(ops.depthwise_conv, random_sparse(layout, channels), p, dtype, statistics=("bias",))
@@ -62,6 +63,18 @@ def test_cpu_equals_reference(dtype, layout, channels, kernel, bias):
 def test_cpu_equals_reference_at_every_tile_side(tile):
     layout = make_layout(draw_mask("random counts", 2, (2, 3), seed=tile), tile)
     assert_matches_reference(ops.depthwise_conv, random_sparse(layout, 5), conv_parameters(5, 1, 7, 7), torch.float32)
+
+
+@needs_cpu
+@pytest.mark.parametrize("kernel", [(7, 7, 7), (5, 5, 5), (3, 3, 3), (1, 7, 7), (3, 5, 7), (7, 3, 1)], ids=name)
+@pytest.mark.parametrize(
+    "tile", [(8, 8, 8), (4, 4, 4), (2, 2, 2), (1, 1, 1), (2, 4, 8), (6, 9, 3), (1, 16, 2)], ids=name
+)
+def test_cpu_equals_reference_in_three_dimensions(tile, kernel):
+    layout = make_layout(draw_mask("random counts", 1, (3, 2, 2), seed=2), tile)
+    assert_matches_reference(
+        ops.depthwise_conv, random_sparse(layout, 5), conv_parameters(5, 1, *kernel), torch.float64
+    )
 
 
 @needs_cpu

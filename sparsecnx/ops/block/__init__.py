@@ -31,7 +31,7 @@ OPTIONAL = ("dwconv_bias", "norm_weight", "norm_bias", "pwconv1_bias", "pwconv2_
 
 operator = Operator(
     "convnextv2_block",
-    cpu=Implementation(cpu.convnextv2_block, cpu_backend.refusal_2d, cpu.detail),
+    cpu=Implementation(cpu.convnextv2_block, cpu_backend.refusal, cpu.detail),
     triton=triton_launch.implementation("sparsecnx.ops.block.triton_block", "convnextv2_block", detail="detail"),
     cuda=Implementation(cuda.convnextv2_block, cuda.refusal, cuda.detail),
     minkowski=Implementation(layers.by_operators, minkowski_backend.refusal),

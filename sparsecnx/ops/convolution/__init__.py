@@ -143,7 +143,7 @@ def _depthwise(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Win
     copies = weight.shape[0] // x.features.shape[1]
     if copies > 1:
         x = x.with_features(x.features.repeat_interleave(copies, 1))
-    if window.centred and x.layout.ndim == 2 and x.layout.side is not None:  # what the kernels on tiles take
+    if window.centred:
         return depthwise_conv(x, weight, bias)
     features = mapped_depthwise_conv(x.features, weight.flatten(1).t(), *maps(x.layout, window, x.features), bias)
     return x.with_features(features, x.layout.coarsen(window.stride))

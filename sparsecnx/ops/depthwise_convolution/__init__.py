@@ -15,7 +15,7 @@ from sparsecnx.tensor import SparseTensor
 
 operator = Operator(
     "depthwise_conv",
-    cpu=Implementation(cpu.depthwise_conv, cpu_backend.refusal_2d),
+    cpu=Implementation(cpu.depthwise_conv, cpu_backend.refusal),
     triton=triton_launch.implementation("sparsecnx.ops.depthwise_convolution.triton_kernels", "depthwise_conv"),
     cuda=Implementation(cuda.depthwise_conv, cuda_backend.refusal),
     minkowski=Implementation(minkowski.depthwise_conv, minkowski_backend.refusal),
