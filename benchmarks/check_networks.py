@@ -263,9 +263,11 @@ def volume_networks() -> Networks:
 
 
 def video_networks() -> Networks:
-    """Yield networks of videos of torchvision."""
+    """Yield networks of videos of torchvision, and the encoder of STU-Net, which is in no library."""
     from torchvision.models import video
+    from volumes import STUNet
 
+    yield "STU-Net, its encoder", lambda: STUNet((8, 8, 16, 16, 16, 16)), VOLUME
     for name in ("r3d_18", "mc3_18", "r2plus1d_18"):
         yield f"torchvision {name}", functools.partial(getattr(video, name), weights=None), VIDEO
 

@@ -81,8 +81,8 @@ class ConvNeXtV2Encoder(nn.Module):
     Attributes:
         num_features: channels of the last stage.
         stride: pixels per site after the last stage, along each axis.
-        feature_info: channels, stride and name of every stage, as timm's models have it; a stride that differs by axis
-            is a tuple.
+        feature_info: channels, stride and name of every stage, as timm's models have it: the largest stride of an axis
+            is its `reduction`, `strides` holds that of each.
 
     Args:
         depths, dims: blocks and channels of the stages.
@@ -124,7 +124,7 @@ class ConvNeXtV2Encoder(nn.Module):
         totals = list(itertools.accumulate(steps, lambda fine, step: tuple(map(operator.mul, fine, step))))
         self.stride = totals[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": one_if_equal(total), "module": f"stages.{stage}"}
+            {"num_chs": dim, "reduction": max(total), "strides": total, "module": f"stages.{stage}"}
             for stage, (dim, total) in enumerate(zip(dims, totals, strict=True))
         ]
         conv = CONVOLUTIONS[ndim]

@@ -83,11 +83,8 @@ def stages_of(encoder: nn.Module, patch: int | Sequence[int] | None = None, belo
     if info is None:
         found = _probe(encoder, in_chans, ndim, sides if fitting else _probed(ndim), below_tile)
     else:
-        if intermediates:
-            given = [(info[i]["num_chs"], info[i]["reduction"]) for i in range(len(info))]
-        else:
-            given = list(zip(info.channels(), info.reduction(), strict=True))
-        found = [(channels, per_axis(stride, ndim)) for channels, stride in given]
+        given = [info[i] for i in range(len(info))] if intermediates else info.get_dicts()
+        found = [(one["num_chs"], per_axis(one.get("strides", one["reduction"]), ndim)) for one in given]
     last = {stride: i for i, (_, stride) in enumerate(found)}  # the last map of each stride
     indices = tuple(sorted(last.values()))
     channels, strides = tuple(found[i][0] for i in indices), tuple(found[i][1] for i in indices)

@@ -57,8 +57,7 @@ def test_sparse_encoder_and_its_gradients_are_the_masked_dense_ones(options, str
     assert model.stride == stride
     expected, found = masked_dense.forward_features(model, x, mask), model.forward_features(x, mask)
     for out, reference, info in zip(found, expected, model.feature_info, strict=True):
-        reduction = info["reduction"]
-        assert out.layout.stride == (reduction if isinstance(reduction, tuple) else (reduction,) * len(grid))
+        assert out.layout.stride == info["strides"] and max(out.layout.stride) == info["reduction"]
         assert_close(out.dense(), reference, 1e-10)
     loss = sum(out.dense().square().sum() for out in found)
     assert_same(gradients(loss, model), gradients(sum(out.square().sum() for out in expected), model), 1e-8)
@@ -174,8 +173,24 @@ def test_names_of_a_volume_network_are_the_published_ones():
     with torch.device("meta"):
         model = models.create_fcmae("atto", in_chans=1, ndim=3, kernel_size=(3, 7, 7), stem=(2, 4, 4), decoder_dim=64)
     assert (model.stride, model.patch_size, model.patch) == ((16, 32, 32),) * 3
-    assert model.encoder.feature_info[-1]["reduction"] == (16, 32, 32)
     assert model.pred.weight.shape == (16 * 32 * 32, 64, 1, 1, 1)
+
+
+def test_timm_builds_networks_of_volumes():
+    timm = pytest.importorskip("timm")
+    options = {
+        "ndim": 3,
+        "in_chans": 2,
+        "stem": (1, 2, 2),
+        "kernel_size": 3,
+        "depths": (1, 1, 1, 1),
+        "dims": (4, 6, 8, 8),
+    }
+    network = timm.create_model("sparsecnx_convnextv2_atto", features_only=True, out_indices=(1, 3), **options)
+    pixels = SparseTensor.from_dense(torch.randn(1, 2, 16, 32, 32), torch.tensor([[[[False, True]], [[True, False]]]]))
+    assert [tuple(stage.shape) for stage in network(pixels)] == [(1, 6, 8, 8, 8), (1, 8, 2, 2, 2)]
+    model = models.FCMAE(network, decoder_dim=8)
+    assert model.patch == (8, 16, 16)
 
 
 def small(**options):
