@@ -9,6 +9,11 @@ from typing import Any, TypeVar
 import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
+K = TypeVar("K")
+V = TypeVar("V")
+
+MOST_KEPT = 4096  # results of one function: images of ever other sizes would fill the memory
+_MISSING = object()
 
 
 def once(function: F) -> F:
@@ -22,8 +27,15 @@ def once(function: F) -> F:
     def remembered(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args)
-        if args not in known:
-            known[args] = function(*args)
-        return known[args]
+        found = known.get(args, _MISSING)
+        return remember(known, args, function(*args)) if found is _MISSING else found
 
     return remembered  # type: ignore[return-value]
+
+
+def remember(known: dict[K, V], key: K, value: V) -> V:
+    """Keep a value by its key, and return it. Where there are MOST_KEPT, these are forgotten."""
+    if len(known) >= MOST_KEPT:
+        known.clear()
+    known[key] = value
+    return value

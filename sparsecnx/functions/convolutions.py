@@ -14,6 +14,7 @@ from sparsecnx import ops
 from sparsecnx.backends.dispatch import Operator
 from sparsecnx.backends.selection import selected
 from sparsecnx.common.memory import check_memory
+from sparsecnx.common.once import remember
 from sparsecnx.functions.table import Handler, answers, axes, channels_first, check_same_sites, like, refuse
 from sparsecnx.functions.windows import TAKE_PADDING, coarsened, per_axis, plan, unpadded
 from sparsecnx.ops import convolution
@@ -91,7 +92,7 @@ def _convolution(name: str) -> Handler:
             runs = convolution.patchify_operator if is_product else convolution.operator
             raster = groups == 1 and max(window.stride) <= 2  # Nested order of 2x2 sites is raster order.
             children = math.prod(window.stride) if raster and is_product else 0
-            _prepared[key] = Prepared(runs, inner, max(window.stride) > 1, children)
+            remember(_prepared, key, Prepared(runs, inner, max(window.stride) > 1, children))
         return result
 
     return handler

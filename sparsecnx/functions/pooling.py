@@ -202,20 +202,25 @@ for _kind in ("avg", "max"):
 
 
 def _lp_pool(name: str) -> Handler:
-    dense = getattr(F, name)
+    dense, largest = getattr(F, name), getattr(F, name.replace("lp", "max"))
 
     def handler(
         input: SparseTensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False
     ) -> Any:
         x = channels_first(input, name)
         kernel = per_axis(kernel_size, x.layout.ndim)
+        if norm_type == math.inf:
+            return HANDLERS[largest](like(x, x.features.abs()), kernel, stride, 0, 1, ceil_mode)
+        if norm_type in (0, -math.inf):
+            raise ValueError(f"norm_type is {norm_type}: expected another number than 0 and -inf")
         window = plan(name, x, kernel, stride or kernel, 0, 1, None, ceil_mode)
         if window.dense:
             return dense(x.dense(), norm_type, kernel, window.stride, ceil_mode)
         powers = like(x, x.features.pow(norm_type))
         taps, coarse = _prepared(x, window)
-        sums = pooling.means(powers, taps, coarse, True, 1)
-        return packed(sums.sign() * F.relu(sums.abs()).pow(1 / norm_type), coarse)
+        # As torch does: a mean times the sites of a whole window, also over the border.
+        means = pooling.means(powers, taps, coarse, True, None)
+        return packed((means.sign() * F.relu(means.abs())).mul(math.prod(kernel)).pow(1 / norm_type), coarse)
 
     return handler
 

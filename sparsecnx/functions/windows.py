@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsecnx.common.once import remember
 from sparsecnx.functions.table import METHODS, answers, channels_first, like, refuse
 from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.nested_order import children_are_consecutive
-from sparsecnx.tensor import SparseTensor
+from sparsecnx.tensor import SparseTensor, answer
 
 
 class Window(NamedTuple):
@@ -66,7 +67,7 @@ class Padded:
         if handler is None:
             refuse(function, "its input comes from F.pad, whose border only a convolution or pooling takes",
                    "call those next, or x.dense() before the padding")  # fmt: skip
-        return handler(*args, **(kwargs or {}))
+        return answer(function, handler, args, kwargs)
 
     def dense(self, fill: float, value: float) -> Tensor:
         """Return a dense tensor with the border: `fill` at masked sites, `value` in the border."""
@@ -163,9 +164,7 @@ def plan(
     if torch.compiler.is_compiling():
         return _plan(name, x, kernel, stride, padding, dilation, more, ceil)
     found = _plans.get(key)
-    if found is None:
-        found = _plans[key] = _plan(name, x, kernel, stride, padding, dilation, more, ceil)
-    return found
+    return found or remember(_plans, key, _plan(name, x, kernel, stride, padding, dilation, more, ceil))
 
 
 _coarser: WeakKeyDictionary[Layout, dict[tuple[int, ...], Layout]] = WeakKeyDictionary()
@@ -173,7 +172,7 @@ _coarser: WeakKeyDictionary[Layout, dict[tuple[int, ...], Layout]] = WeakKeyDict
 
 def coarsened(layout: Layout, stride: tuple[int, ...]) -> Layout:
     """Return `layout.coarsen(stride)`, the same object at every call."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or max(stride) == 1:  # A layout kept as its own value would live for ever.
         return layout.coarsen(stride)
     found = _coarser.setdefault(layout, {})
     coarse = found.get(stride)

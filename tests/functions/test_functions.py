@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +17,8 @@ from cases import draw_mask, make_layout
 from torch import Tensor
 
 from sparsecnx import SparseTensor
+from sparsecnx.common import once
+from sparsecnx.functions import convolutions, windows
 from sparsecnx.functions.elementwise import ACTIVATIONS, UNARY
 from sparsecnx.geometry.packing import gather_rows
 
@@ -190,11 +194,13 @@ AT_SITES: dict[str, Callable[[Any], Any]] = {
     "conv2d 1x1": lambda x: F.conv2d(x, W1),
     "conv2d patchify": lambda x: F.conv2d(x, values(6, CHANNELS, 2, 2), BIAS, 2),
     "conv2d stride per axis": lambda x: F.conv2d(x, W3, BIAS, (2, 1), 1),
+    "conv2d of one kernel for all channels": lambda x: F.conv2d(x, DEPTHWISE[:1].expand(6, CHANNELS, 3, 3), padding=1),
     "conv2d grouped": lambda x: F.conv2d(x, GROUPED, BIAS, 2, 1, 1, 2),
     "conv2d dilated": lambda x: F.conv2d(x, W3, BIAS, padding=2, dilation=2),
     "conv2d depthwise": lambda x: F.conv2d(x, DEPTHWISE, None, 2, 1, 1, CHANNELS),
     "conv2d after pad": lambda x: F.conv2d(F.pad(x, (0, 1, 1, 0)), W3, BIAS, 2),
     "conv_transpose2d": lambda x: F.conv_transpose2d(x, UP, BIAS, 2),
+    "conv_transpose2d of one kernel": lambda x: F.conv_transpose2d(x, DEPTHWISE.expand(-1, 6, -1, -1), None, 1, 1),
     "conv_transpose2d 4x4": lambda x: F.conv_transpose2d(x, values(CHANNELS, 6, 4, 4), None, 2, 1),
     "avg_pool2d": lambda x: F.avg_pool2d(x, 2),
     "avg_pool2d 3x3": lambda x: F.avg_pool2d(x, 3, 2, 1),
@@ -206,6 +212,8 @@ AT_SITES: dict[str, Callable[[Any], Any]] = {
     "adaptive_avg_pool2d divisor": lambda x: F.adaptive_avg_pool2d(x, (SPACE[0] // 2, SPACE[1] // 2)),
     "adaptive_avg_pool2d extent": lambda x: F.adaptive_avg_pool2d(x, (None, SPACE[1])),
     "lp_pool2d": lambda x: F.lp_pool2d(x, 2.0, 2),
+    "lp_pool2d rounded up": lambda x: F.lp_pool2d(x, 4.0, 3, 2, ceil_mode=True),
+    "lp_pool2d of the largest": lambda x: F.lp_pool2d(x, math.inf, 2),
     "pad channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)),
     "pad nothing": lambda x: F.pad(x, (0, 0, 0, 0), mode="replicate"),
     "linear": last(lambda x: F.linear(x, MATRIX, BIAS)),
@@ -436,3 +444,27 @@ def test_statistics_are_of_the_visible_sites_of_the_batch(name: str, counts: str
 def test_masked_sites_do_not_compete_in_maxima(name: str, counts: str) -> None:
     x, function = example(counts), MAXIMA[name]
     check(x, function(x), dense_and_mask(function, x, -math.inf))
+
+
+def test_batches_of_other_masks_and_sizes_leave_nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(once, "MOST_KEPT", 4)
+    functions = {**AT_SITES, **MAXIMA}
+    geometries = []
+    for width in range(1, 7):
+        layout = make_layout(torch.arange(2 * width).view(1, 2, width) % 3 == 1, TILE)
+        x = SparseTensor(values(layout.rows, CHANNELS), layout)
+        for name in (
+            "conv2d",
+            "max_pool2d",
+            "max_pool2d dilated",
+            "avg_pool2d 3x3",
+            "avg_pool2d without pad",
+            "lp_pool2d",
+        ):
+            functions[name](x)
+        F.conv2d(x, W3, None, (2, 2), (1, 1), (1, 1))
+        geometries.append(weakref.ref(x.layout.tiles))
+    del layout, x
+    gc.collect()
+    assert not any(tiles() for tiles in geometries)
+    assert max(len(windows._plans), len(convolutions._prepared)) <= once.MOST_KEPT

@@ -81,6 +81,12 @@ def test_backward_keeps_strided_rows_without_a_copy():
     assert torch.equal(*(torch.autograd.grad(y.sum(), weight)[0] for y in (out, linear(x, weight))))
 
 
+def test_rows_of_several_dimensions_of_channels():
+    x, weight, bias = values(*SIZES[0])
+    out = linear(torch.stack([x, 2 * x], 1), weight, bias)
+    assert_close(out[:, 1], F.linear(2 * x.double(), weight.double(), bias.double()), BOUNDS[torch.float32])
+
+
 def test_block():
     """Its six products at the visible rows are large enough, and each has its gradient."""
     case, layout = CASES["block-keep-survival"], example_layout(3, (4, 4), tile=8)

@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and x.dtype is torch.float32
         and weight.dtype is torch.float32
         and x.device.type == "cpu"
-        and weight.ndim == 2
+        and x.ndim == weight.ndim == 2
         and selected() in ("auto", "cpu")
         and not torch.is_autocast_enabled("cpu")
         and (torch.compiler.is_compiling() or (_is_large(x, weight) and _is_plain()))

@@ -23,6 +23,8 @@ def convolve(
     if bias is not None:
         bias = bias.to(statistics_dtype(features.dtype)).contiguous()
     inverse_map = None if inverse_map is None else inverse_map.contiguous()
+    if 0 in weight.stride():  # One kernel for all channels, by expand(): the operator takes no shared memory.
+        weight = weight.contiguous()
     return torch.ops.sparsecnx.conv(features.contiguous(), weight, bias, kernel_map.contiguous(), inverse_map)
 
 
