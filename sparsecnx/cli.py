@@ -121,6 +121,8 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add("--epoch-repeats", type=int, metavar="N", help="times an epoch shows an image (default: 1, without --data 20)")
     area = "smallest part of an image's area that a crop shows (default: 0.2, spark 0.67)"
     add("--crop-area", type=float, metavar="R", help=area)
+    transform = "module:function of Python, for a crop of a volume (C, *size), such as transforms of MONAI or TorchIO"
+    add("--transform", metavar="NAME", help=transform)
     most = f"largest image, width x height, or compressed volume (default: {MAX_PIXELS}, volumes 10^9)"
     add("--max-pixels", type=int, metavar="N", help=most)
     below = "of spark: raise, or dense for networks whose stride exceeds the patch (default: raise)"

@@ -29,6 +29,7 @@ LATER_RECIPE_FIELDS = {"max_pixels", "grn_scope", "first_epoch", "method", "crop
     "normalize",
     "below_tile",
     "decoder_dim",
+    "transform",
 }
 # AdamW counts its steps in float32, which holds whole numbers up to this one.
 LARGEST_OPTIMIZER_STEP = 2**24

@@ -146,6 +146,9 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
         saved = _read_resumed(source, given.get("model"))
         where = saved.data.folder if options.data is None else options.data
         recipe = saved.recipe
+        if (code := recipe.transform) is not None and code != given.get("transform"):  # a file alone runs no code
+            problem = f"its recipe names Python code, {code}, which runs only with --transform {code}"
+            raise InputError("resume", source, problem)
         images = wheel_photographs() if where is None else find_data(where, recipe.ndim, recipe.photographs)
         fingerprint = images.fingerprint()
         _expect_same_images(saved.data, images, fingerprint, "resume" if options.data is None else "data")

@@ -5,9 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import math
-import os
-import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from sparsecnx.common.errors import InputError
 from sparsecnx.models import FCMAE, SIZES, ConvNeXtV2Encoder, SparK
 from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
+from sparsecnx.train.code import load_code
 
 if TYPE_CHECKING:
     from sparsecnx.train.recipe import Recipe
@@ -37,7 +35,7 @@ def unknown_network(name: str) -> str | None:
         return None
     if is_code(name):
         try:
-            _factory(name)
+            load_code(name)
         except Exception as error:  # a module can raise anything
             return (
                 f"{type(error).__name__}: {error}; expected a Python module and a function in it that builds a network"
@@ -55,17 +53,6 @@ def unknown_network(name: str) -> str | None:
         return None
     near = difflib.get_close_matches(wanted, timm.list_models(), 3)
     return "timm has no such network" + (f"; did you mean {', '.join(TIMM + other for other in near)}?" if near else "")
-
-
-def _factory(name: str) -> Callable[[], nn.Module]:
-    """Return the function `factory` of `module:factory`. The module may lie in the current folder."""
-    module, _, factory = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    found = getattr(importlib.import_module(module), factory)
-    if not callable(found):
-        raise TypeError(f"{factory} is a {type(found).__name__}")
-    return found
 
 
 def build_model(recipe: Recipe) -> MaskedAutoencoder:
@@ -121,7 +108,7 @@ def _foreign_encoder(recipe: Recipe) -> nn.Module:
 
         network: nn.Module = timm.create_model(recipe.model.removeprefix(TIMM), num_classes=0, in_chans=recipe.in_chans)
     else:
-        network = _factory(recipe.model)()
+        network = load_code(recipe.model)()
     first: Any = next((module for module in network.modules() if isinstance(module, _ConvNd)), None)
     if first is not None:
         dimensions, channels = first.weight.ndim - 2, getattr(network, "in_chans", first.in_channels)

@@ -86,6 +86,7 @@ class Recipe:
             `"percentiles"`, the percentiles 0.5 and 99.5 become 0 and 1, and values beyond are clipped; `"none"`.
         below_tile: `"dense"` lets the stride of the network exceed the patch, see `SparK`; of SparK alone.
         decoder_dim: channels of the decoder; None is the published number, 512 for FCMAE and 768 for SparK.
+        transform: `module:function`, a Python function that takes and returns a crop of a volume; None for none.
 
     Raises:
         InputError: a field is out of range or of another type.
@@ -116,6 +117,7 @@ class Recipe:
     normalize: str = "imagenet"
     below_tile: str = "raise"
     decoder_dim: int | None = None
+    transform: str | None = None
 
     def __post_init__(self) -> None:
         self._expect_types()
@@ -147,6 +149,9 @@ class Recipe:
             self._expect("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"0 to epochs, {self.epochs}")
         self._expect("first_epoch", 0 <= self.first_epoch < self.epochs, f"0 to {self.epochs - 1}")
 
+        if self.transform is not None:
+            self._expect("transform", not self.photographs, "none, since the data are images")
+            self._expect("transform", ":" in self.transform, "module:function")
         self._expect("below_tile", self.below_tile in BELOW_TILE, f"one of {', '.join(BELOW_TILE)}")
         spark = self.below_tile == "raise" or self.method == "spark"
         self._expect("below_tile", spark, f"raise, since {self.method} takes the map of the largest stride alone")

@@ -106,7 +106,7 @@ def reconstruct(
     if recipe.photographs:
         inputs = normalize(torch.stack([_read_centre(file, recipe.size, max_pixels) for file in files]))
     else:
-        crops = VolumeCrops(VolumeSet("", tuple(files)), replace(recipe, max_pixels=max_pixels))
+        crops = VolumeCrops(VolumeSet("", tuple(files)), replace(recipe, max_pixels=max_pixels, transform=None))
         inputs = torch.stack([_central(crops, place) for place in range(len(files))])
     generator = torch.Generator().manual_seed(seed)
     mask = random_mask(len(inputs), recipe.grid, recipe.mask_ratio, generator=generator)

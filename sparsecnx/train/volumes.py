@@ -12,8 +12,9 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import random
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from sparsecnx.common.errors import InputError, MissingExtra
 from sparsecnx.common.files import not_regular
+from sparsecnx.train.code import load_code
 from sparsecnx.train.data import Crops
 from sparsecnx.train.files import ENDINGS, FileSet, find_files, multiscales
 from sparsecnx.train.images import ImageSet
@@ -358,17 +360,19 @@ class VolumeCrops(Crops):
     def __init__(self, images: FileSet, recipe: Recipe) -> None:
         super().__init__(images, recipe.size, recipe.max_pixels)
         self.recipe = recipe
+        self.transform = None if recipe.transform is None else _checked_transform(recipe)
         self.scales: dict[int, Scale] = {}
         self.cached: OrderedDict[int, Volume] = OrderedDict()
 
     def crop(self, place: int, seed: int) -> Tensor:
-        """Return a random box of volume `place`, mirrored at random along the axes in `MIRRORED`."""
+        """Return a random box of volume `place`, mirrored at random along the axes in `MIRRORED`, and transformed."""
         volume, scale = self.whole(place)
         generator = torch.Generator().manual_seed(seed)
         rooms = [side - part + 1 for side, part in zip(volume.size, self.size, strict=True)]
         start = [int(torch.randint(room, (1,), generator=generator)) for room in rooms]
         mirrored = [axis for axis in MIRRORED[len(rooms)] if torch.rand(1, generator=generator) < 0.5]
-        return normalized(volume, scale, start, self.size).flip(mirrored)
+        crop = normalized(volume, scale, start, self.size).flip(mirrored)
+        return crop if self.transform is None else transformed(self.transform, crop, seed)
 
     def central(self, place: int) -> Tensor:
         """Return the centre of volume `place`."""
@@ -400,6 +404,47 @@ class VolumeCrops(Crops):
             while len(self.cached) > 1 and sum(held.array.nbytes for held in self.cached.values()) > CACHED_BYTES:
                 self.cached.popitem(last=False)
         return volume
+
+
+def _checked_transform(recipe: Recipe) -> Callable[[Tensor], Any]:
+    """Return the transform of a recipe, after it was tried.
+
+    Raises:
+        InputError: it cannot be loaded or called, or returns something else than a crop.
+    """
+    try:
+        transform = load_code(str(recipe.transform))
+        transformed(transform, torch.rand(recipe.in_chans, *recipe.size, generator=torch.Generator()), recipe.seed)
+    except Exception as error:  # code of the user can raise anything
+        problem = f"{type(error).__name__}: {error}; expected a function that takes and returns a tensor (C, *size)"
+        raise InputError("transform", recipe.transform, problem) from error
+    return transform
+
+
+def transformed(transform: Callable[[Tensor], Any], crop: Tensor, seed: int) -> Tensor:
+    """Return a transformed crop, which depends on the seed alone.
+
+    The transform may draw from the generators of torch, numpy and Python, or have one of its own that
+    `set_random_state` sets, as MONAI's transforms have.
+
+    Raises:
+        ValueError: it returned another shape, or values that are not finite.
+    """
+    small, states = seed % 2**32, (np.random.get_state(), random.getstate())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(small)
+            random.seed(seed)
+            if hasattr(transform, "set_random_state"):
+                transform.set_random_state(small)
+            found = torch.as_tensor(transform(crop)).as_subclass(Tensor).float()
+    finally:
+        np.random.set_state(states[0])
+        random.setstate(states[1])
+    if found.shape != crop.shape or not found.isfinite().all():
+        raise ValueError(f"it returned {tuple(found.shape)} for {tuple(crop.shape)}, or values that are not finite")
+    return found
 
 
 def normalized(volume: Volume, scale: Scale, start: Sequence[int], size: Sequence[int]) -> Tensor:

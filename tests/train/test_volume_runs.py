@@ -1,5 +1,6 @@
 """Runs of `sparsecnx pretrain` on volumes and signals, and what is made of their checkpoints."""
 
+import random
 import signal
 
 import numpy as np
@@ -13,10 +14,12 @@ from sparsecnx.cli import main
 from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.models import ConvNeXtV2
 from sparsecnx.train import contents, phantoms
+from sparsecnx.train.data import Draw
 from sparsecnx.train.log import RunLog
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.reconstruct import reconstruct
+from sparsecnx.train.volumes import VolumeCrops, find_data
 
 RUN = {"image_size": (8, 32, 32), "patch_size": (4, 16, 16), "base_lr": 0.05}
 NETWORK = """
@@ -150,6 +153,42 @@ def test_a_network_from_python(network, scans, tmp_path):
     fresh = __import__("my_volume_network").net()
     assert sparsecnx.load_encoder(fresh, last) == []
     assert torch.equal(fresh[0].weight, contents.load(last, network).model["encoder.0.weight"])
+
+
+def test_transforms_of_the_user_are_seeded(scans, tmp_path, monkeypatch):
+    (tmp_path / "my_transforms.py").write_text(
+        "import random, numpy, torch\n"
+        "class Noise:\n"
+        "    def set_random_state(self, seed):\n"
+        "        self.own = numpy.random.RandomState(seed)\n"
+        "    def __call__(self, crop):\n"
+        "        drawn = torch.rand(1).item(), numpy.random.rand(), random.random(), self.own.rand()\n"
+        "        return crop * 0 + torch.tensor([drawn[:2], drawn[2:]]).mean(1)[:, None, None, None]\n"
+        "noise = Noise()\n"
+        "def half(crop):\n"
+        "    return crop[:, ::2]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    fields = {**RUN, "ndim": 3, "in_chans": 2, "normalize": "zscore", "transform": "my_transforms:noise"}
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    crops = [VolumeCrops(find_data(scans), Recipe(**fields)) for _ in range(2)]
+    first, other, again = crops[0][Draw(0, 1)][0], crops[0][Draw(0, 2)][0], crops[1][Draw(0, 1)][0]
+    assert torch.equal(first, again) and all((first[c] != other[c]).all() for c in range(2))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+
+    assert train(scans, tmp_path / "run", transform="my_transforms:noise", epochs=1, **RUN) == 0
+    with pytest.raises(InputError, match="which runs only with --transform my_transforms:noise"):
+        train(None, tmp_path / "run", resume="newest")
+    assert train(None, tmp_path / "run", resume="newest", transform="my_transforms:noise") == 0
+    reconstruct(tmp_path / "run" / "last.pt", [], tmp_path / "grid.png")
+    for name, reason in (("half", r"ValueError: it returned \(2, 4, 32, 32\) for \(2, 8"), ("no", "AttributeError: ")):
+        with pytest.raises(InputError, match=f"transform is my_transforms:{name}: {reason}"):
+            train(scans, tmp_path / "bad", transform=f"my_transforms:{name}", **RUN)
+    with pytest.raises(InputError, match="transform is noise: expected module:function"):
+        Recipe(**{**fields, "transform": "noise"})
+    with pytest.raises(InputError, match="transform is a:b: expected none, since the data are images"):
+        Recipe(transform="a:b")
 
 
 @pytest.mark.parametrize(
