@@ -19,6 +19,7 @@ constexpr int64_t kChunkValues = 1 << 17;   // of the input and output rows of a
 constexpr int64_t kMostChunk = 1024;        // rows
 constexpr int64_t kWeightGradRows = 128;    // of a chunk of the gradient of the weight: a panel of them stays in L1
 constexpr int64_t kNarrowRows = 256;        // of a chunk where groups are narrow
+constexpr int64_t kListedPairs = 1 << 21;   // 16 MB
 constexpr int64_t kThin = 8;                // input channels up to which columns are gathered
 constexpr int64_t kColumnValues = 1 << 15;  // of a chunk of columns
 constexpr int64_t kMostColumns = 512;       // rows of it
@@ -156,36 +157,46 @@ void pack(const Shape& shape, const Panels& panels, const S* weight, const Strid
   });
 }
 
-// The pairs of rows under each tap, for chunks of output rows. Rows of out ascend.
+// The pairs of rows under each tap, for chunks of output rows. Rows of out ascend. The pairs of a few chunks are listed at
+// a time, so that they stay in cache and take little memory, whatever the size of the map.
 class Rulebook {
  public:
-  // Raises if an entry of the map is neither -1 nor a row of x.
   Rulebook(const Shape& shape, const Tensor& kernel_map, int64_t rows)
       : shape_(shape),
-        rows_(rows),
-        chunks_(shape.rows_out == 0 ? 0 : (shape.rows_out + rows - 1) / rows),
-        from_(shape.rows_out * shape.taps),
-        to_(shape.rows_out * shape.taps),
-        count_(chunks_ * shape.taps) {
-    const int32_t limit = static_cast<int32_t>(std::min<int64_t>(shape.rows_in, INT32_MAX));
-    std::atomic<bool> good = true;
-    parallel_for(0, chunks_, 1, [&](int64_t begin, int64_t end) {
-      bool in_range = true;
-      for (int64_t chunk = begin; chunk < end; ++chunk) in_range = list(chunk, limit) && in_range;
-      if (!in_range) good = false;
-    });
-    if (!good) check_range(kernel_map, "kernel_map", shape.rows_in);
+        kernel_map_(kernel_map),
+        chunks_((shape.rows_out + rows - 1) / rows),
+        most_(std::min(std::max<int64_t>(kListedPairs / (rows * shape.taps), 2 * torch::stable::get_num_threads()),
+                       chunks_)),
+        from_(most_ * rows * shape.taps),
+        to_(most_ * rows * shape.taps),
+        count_(most_ * shape.taps) {}
+
+  // Lists the pairs of some chunks after others, and calls f(first chunk, last chunk) for them. Raises if an entry of the
+  // map is neither -1 nor a row of x.
+  template <class F>
+  void for_listed(const F& f) {
+    const int32_t limit = static_cast<int32_t>(std::min<int64_t>(shape_.rows_in, INT32_MAX));
+    for (listed_ = 0; listed_ < chunks_; listed_ += most_) {
+      const int64_t last = std::min(listed_ + most_, chunks_);
+      std::atomic<bool> good = true;
+      parallel_for(listed_, last, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t chunk = begin; chunk < end; ++chunk) {
+          if (!list(chunk, limit)) good = false;
+        }
+      });
+      if (!good) check_range(kernel_map_, "kernel_map", shape_.rows_in);
+      f(listed_, last);
+    }
   }
 
-  int64_t chunks() const { return chunks_; }
   int64_t first(int64_t chunk) const { return shape_.rows_out * chunk / chunks_; }
-  int64_t count(int64_t chunk, int64_t tap) const { return count_[chunk * shape_.taps + tap]; }
+  int64_t count(int64_t chunk, int64_t tap) const { return count_[(chunk - listed_) * shape_.taps + tap]; }
   const int32_t* from(int64_t chunk, int64_t tap) const { return from_.data() + at(chunk, tap); }
   const int32_t* to(int64_t chunk, int64_t tap) const { return to_.data() + at(chunk, tap); }
 
  private:
   int64_t at(int64_t chunk, int64_t tap) const {
-    return first(chunk) * shape_.taps + tap * (first(chunk + 1) - first(chunk));
+    return (first(chunk) - first(listed_)) * shape_.taps + tap * (first(chunk + 1) - first(chunk));
   }
 
   // Lists the pairs of a chunk, without a branch on the map. Returns whether its entries are in range.
@@ -201,14 +212,15 @@ class Rulebook {
         count += read >= 0;
         good &= read >= -1 && read < limit;
       }
-      count_[chunk * shape_.taps + tap] = count;
+      count_[(chunk - listed_) * shape_.taps + tap] = count;
     }
     return good;
   }
 
   Shape shape_;
-  int64_t rows_, chunks_;
-  std::vector<int32_t> from_, to_;
+  const Tensor& kernel_map_;
+  int64_t chunks_, most_, listed_ = 0;  // most_: chunks whose pairs are listed at a time, from listed_ on
+  Scratch<int32_t> from_, to_;
   std::vector<int64_t> count_;
 };
 
@@ -296,24 +308,27 @@ template <class A>
 void run_pairs(const Shape& shape, const A* x, const Panels& panels, const A* packed, const A* bias,
                const Tensor& kernel_map, A* out) {
   const int64_t in_step = shape.groups * shape.in, out_step = shape.groups * shape.out;
-  const Rulebook rules(shape, kernel_map, chunk_rows(in_step + out_step));
+  Rulebook rules(shape, kernel_map, chunk_rows(in_step + out_step));
   const int64_t per_chunk = shape.groups * panels.count;
-  parallel_for(0, rules.chunks() * per_chunk, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t chunk = task / per_chunk, group = task % per_chunk / panels.count, panel = task % panels.count;
-      const int64_t first = panels.begin(panel), width = panels.width(panel);
-      const int64_t channels = std::min(width, shape.out - first), channel = group * shape.out + first;
-      if (task == begin || task % per_chunk == 0)
-        prefetch(x, in_step, rules.from(chunk, shape.taps / 2), 1, rules.count(chunk, shape.taps / 2));
-      const A* weight = packed + (group * panels.padded() + first) * shape.taps * shape.in;
-      start_rows(out + rules.first(chunk) * out_step + channel, out_step, rules.first(chunk + 1) - rules.first(chunk),
-                 channels, bias == nullptr ? nullptr : bias + channel);
-      for (int64_t tap = 0; tap < shape.taps; ++tap) {
-        kernels<A>().conv_pairs({rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap),
-                                 x + group * shape.in, in_step, out + channel, out_step, channels},
-                                weight + tap * shape.in * width, shape.in);
-      }
+  const auto run_task = [&](int64_t task, bool fetch) {
+    const int64_t chunk = task / per_chunk, group = task % per_chunk / panels.count, panel = task % panels.count;
+    const int64_t first = panels.begin(panel), width = panels.width(panel);
+    const int64_t channels = std::min(width, shape.out - first), channel = group * shape.out + first;
+    if (fetch || task % per_chunk == 0)
+      prefetch(x, in_step, rules.from(chunk, shape.taps / 2), 1, rules.count(chunk, shape.taps / 2));
+    const A* weight = packed + (group * panels.padded() + first) * shape.taps * shape.in;
+    start_rows(out + rules.first(chunk) * out_step + channel, out_step, rules.first(chunk + 1) - rules.first(chunk),
+               channels, bias == nullptr ? nullptr : bias + channel);
+    for (int64_t tap = 0; tap < shape.taps; ++tap) {
+      kernels<A>().conv_pairs({rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap),
+                               x + group * shape.in, in_step, out + channel, out_step, channels},
+                              weight + tap * shape.in * width, shape.in);
     }
+  };
+  rules.for_listed([&](int64_t first_chunk, int64_t last_chunk) {
+    parallel_for(first_chunk * per_chunk, last_chunk * per_chunk, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) run_task(task, task == begin);
+    });
   });
 }
 
@@ -484,27 +499,30 @@ template <class A>
 void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& panels, const Tensor& kernel_map, A* sums) {
   constexpr int64_t kSlice = 24;  // input channels of a task
   const int64_t in_step = shape.groups * shape.in, out_step = shape.groups * shape.out;
-  const Rulebook rules(shape, kernel_map, kWeightGradRows);
+  Rulebook rules(shape, kernel_map, kWeightGradRows);
   const int64_t slices = (shape.in + kSlice - 1) / kSlice;
-  parallel_for(0, shape.groups * panels.count * slices, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = 0; chunk < rules.chunks(); ++chunk) {
-      prefetch(x, in_step, rules.from(chunk, shape.taps / 2), 1, rules.count(chunk, shape.taps / 2));
-      prefetch<A>(grad + rules.first(chunk) * out_step, out_step, nullptr, 0,
-                  rules.first(chunk + 1) - rules.first(chunk));
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t group = task / slices / panels.count, panel = task / slices % panels.count;
-        const int64_t from = task % slices * kSlice, to = std::min(from + kSlice, shape.in);
-        const int64_t first = panels.begin(panel), width = panels.width(panel);
-        const int64_t channels = std::min(width, shape.out - first);
-        A* at = sums + (group * panels.padded() + first) * shape.taps * shape.in;
-        for (int64_t tap = 0; tap < shape.taps; ++tap) {
-          kernels<A>().conv_pairs_weight_grad(
-              {rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap), x + group * shape.in, in_step,
-               const_cast<A*>(grad) + group * shape.out + first, out_step, channels},
-              from, to, chunk == 0, at + tap * shape.in * width);
-        }
-      }
+  const auto run_task = [&](int64_t task, int64_t chunk) {
+    const int64_t group = task / slices / panels.count, panel = task / slices % panels.count;
+    const int64_t from = task % slices * kSlice, to = std::min(from + kSlice, shape.in);
+    const int64_t first = panels.begin(panel), width = panels.width(panel);
+    const int64_t channels = std::min(width, shape.out - first);
+    A* at = sums + (group * panels.padded() + first) * shape.taps * shape.in;
+    for (int64_t tap = 0; tap < shape.taps; ++tap) {
+      kernels<A>().conv_pairs_weight_grad(
+          {rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap), x + group * shape.in, in_step,
+           const_cast<A*>(grad) + group * shape.out + first, out_step, channels},
+          from, to, chunk == 0, at + tap * shape.in * width);
     }
+  };
+  rules.for_listed([&](int64_t first_chunk, int64_t last_chunk) {
+    parallel_for(0, shape.groups * panels.count * slices, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+        prefetch(x, in_step, rules.from(chunk, shape.taps / 2), 1, rules.count(chunk, shape.taps / 2));
+        prefetch<A>(grad + rules.first(chunk) * out_step, out_step, nullptr, 0,
+                    rules.first(chunk + 1) - rules.first(chunk));
+        for (int64_t task = begin; task < end; ++task) run_task(task, chunk);
+      }
+    });
   });
 }
 
@@ -540,23 +558,25 @@ template <class S>
 void sum_narrow(const Shape& shape, const Tensor& x, const Tensor& grad, const Tensor& kernel_map, S* out) {
   using A = Compute<S>;
   const int64_t channels = shape.groups * shape.in, width = shape.in, lanes = kernels<S>().lanes;
-  const Rulebook rules(shape, kernel_map, kNarrowRows);
+  Rulebook rules(shape, kernel_map, kNarrowRows);
   const NarrowConv<S> job{shape.map, shape.taps, width, channels, data<S>(x), nullptr, nullptr, data<S>(grad)};
   std::vector<A> sums(shape.taps * width * channels);
   // One thread sums each tap and slice of channels.
   const int64_t slice = 2 * lanes, slices = (channels + slice - 1) / slice;
-  parallel_for(0, shape.taps * slices, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = 0; chunk < rules.chunks(); ++chunk) {
-      prefetch(job.x, channels, rules.from(chunk, shape.taps / 2), 1, rules.count(chunk, shape.taps / 2));
-      prefetch<S>(job.out + rules.first(chunk) * channels, channels, nullptr, 0,
-                  rules.first(chunk + 1) - rules.first(chunk));
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t tap = task % shape.taps, from = task / shape.taps * slice;
-        kernels<S>().conv_narrow_weight_grad(job, rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap),
-                                             from, std::min(from + slice, channels),
-                                             sums.data() + tap * width * channels);
+  rules.for_listed([&](int64_t first_chunk, int64_t last_chunk) {
+    parallel_for(0, shape.taps * slices, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+        prefetch(job.x, channels, rules.from(chunk, shape.taps / 2), 1, rules.count(chunk, shape.taps / 2));
+        prefetch<S>(job.out + rules.first(chunk) * channels, channels, nullptr, 0,
+                    rules.first(chunk + 1) - rules.first(chunk));
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t tap = task % shape.taps, from = task / shape.taps * slice;
+          kernels<S>().conv_narrow_weight_grad(job, rules.from(chunk, tap), rules.to(chunk, tap),
+                                               rules.count(chunk, tap), from, std::min(from + slice, channels),
+                                               sums.data() + tap * width * channels);
+        }
       }
-    }
+    });
   });
   std::vector<A> ordered(sums.size());  // (channels, width, taps)
   auto* at = ordered.data();
