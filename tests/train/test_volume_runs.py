@@ -118,6 +118,18 @@ def test_signals(tmp_path, capsys):
     reconstruct(tmp_path / "run" / "last.pt", [], tmp_path / "grid.png")
 
 
+def test_images_of_any_channels_in_smaller_patches(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for i in range(4):
+        np.save(tmp_path / "data" / f"{i}.npy", np.random.default_rng(i).integers(0, 4096, (5, 70, 80), np.uint16))
+    given = {"image_size": (64, 64), "patch_size": 16, "epochs": 1}
+    assert train(tmp_path / "data", tmp_path / "run", **given) == 0
+    told = "of 2 dimensions and 5 channels, normalised by zscore, crops of 64x64 in patches of 16x16, from"
+    assert f"4 volumes {told}" in capsys.readouterr().out
+    assert train(tmp_path / "data", tmp_path / "run", resume="newest", image_size=64) == 0
+    assert main(["reconstruct", str(tmp_path / "run" / "last.pt"), "--out", str(tmp_path / "grid.png")]) == 0
+
+
 def test_phantoms_are_ellipsoids_and_the_same_every_time(tmp_path):
     assert phantoms.main([str(tmp_path), "--count", "2", "--side", "24"]) == 0
     first, other = (np.load(tmp_path / f"phantom-00{i}.npy") for i in range(2))
