@@ -72,8 +72,10 @@ class FCMAE(MaskedAutoencoder):
     def forward_decoder(self, encoded: SparseTensor) -> Tensor:
         """Return predictions `(B, prod(patch) * C, *grid)` for the SparseTensor of the last stage."""
         x = self.proj(encoded).dense(fill=self.mask_token.flatten())
-        # The decoder sees every site. Its blocks run on a SparseTensor without a mask: the fused operator is
-        # faster than the dense sequence and keeps less for backward.
-        layout = Layout(TileSet.all_visible(x.shape[0], encoded.layout.shape, x.device), 1, encoded.layout.stride)
-        x = SparseTensor(gather_rows(x, layout), layout)
-        return self.pred(self.decoder(x).dense())
+        # The decoder sees every site. It runs on a SparseTensor without a mask: the fused operator is faster than the
+        # dense sequence and keeps less for backward, and a matrix product than torch's dense convolution of volumes.
+        batch, sites = x.shape[0], self.pred.kernel_size
+        grid = tuple(side // site for side, site in zip(x.shape[2:], sites, strict=True))
+        layout = Layout(TileSet.all_visible(batch, grid, x.device), sites, encoded.layout.stride)
+        patches = self.pred(self.decoder(SparseTensor(gather_rows(x, layout), layout)))
+        return patches.features.unflatten(0, (batch, *grid)).movedim(-1, 1)  # A patch is a row, in raster order.
