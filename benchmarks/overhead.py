@@ -85,6 +85,7 @@ def cases_of_torch() -> dict[str, tuple[Callable[[Any], Any], int]]:
         "Conv2d 3x3, stride 2": (torch.nn.Conv2d(CHANNELS, CHANNELS, 3, 2, 1), 4),
         "Conv2d 3x3, grouped": (torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=2), 2),
         "Conv2d 3x3, depthwise": (torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, groups=CHANNELS), 2),
+        "ConvTranspose2d 2x2": (torch.nn.ConvTranspose2d(CHANNELS, CHANNELS, 2, 2), 2),
         "BatchNorm2d": (torch.nn.BatchNorm2d(CHANNELS), 2),
         "BatchNorm2d, eval": (torch.nn.BatchNorm2d(CHANNELS).eval(), 2),
         "GroupNorm": (torch.nn.GroupNorm(2, CHANNELS), 2),

@@ -239,6 +239,7 @@ def test_explanation_covers_every_operator_at_every_stage() -> None:
         for name, stage in product(names, stages)
     ]
     assert all("the fastest that can run" in " ".join(line) for line in table)
+    assert {line[0] for line in table if "otherwise torch.batch_norm runs" in " ".join(line)} == {"batch_norm"}
 
 
 @pytest.mark.skipif(not compiled.loaded, reason=f"{compiled.why_not}")

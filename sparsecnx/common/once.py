@@ -17,7 +17,7 @@ _MISSING = object()
 
 
 def once(function: F) -> F:
-    """Return a function that computes its result once for the same arguments, which must be hashable.
+    """Return a function that computes its result once for the same arguments; it keeps those that have a hash.
 
     torch.compile goes into the function itself: it warns of functools.cache.
     """
@@ -27,7 +27,10 @@ def once(function: F) -> F:
     def remembered(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return function(*args)
-        found = known.get(args, _MISSING)
+        try:
+            found = known.get(args, _MISSING)
+        except TypeError:  # Sizes that torch traces have no hash.
+            return function(*args)
         return remember(known, args, function(*args)) if found is _MISSING else found
 
     return remembered  # type: ignore[return-value]

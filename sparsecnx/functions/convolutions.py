@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import string
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,8 @@ from sparsecnx.backends.selection import selected
 from sparsecnx.common.memory import check_memory
 from sparsecnx.common.once import remember
 from sparsecnx.functions.table import Handler, answers, axes, channels_first, check_same_sites, like, refuse
-from sparsecnx.functions.windows import TAKE_PADDING, coarsened, per_axis, plan, unpadded
+from sparsecnx.functions.windows import TAKE_PADDING, check_axes, coarsened, per_axis, plan, refined, unpadded
+from sparsecnx.geometry.layout import Layout
 from sparsecnx.ops import convolution
 from sparsecnx.ops.convolution import products
 from sparsecnx.ops.convolution.window import Window
@@ -29,16 +30,21 @@ class Prepared(NamedTuple):
     """Hold what does not change between the calls of one layer, checked at its first call.
 
     Attributes:
-        runs: the operator that `ops.conv` chose.
+        operator: the one that `ops.conv` or `ops.conv_transpose` chose.
+        product: its function where that is one matrix product; None for others.
         window: its argument.
-        strided: whether the layout changes.
-        children: consecutive rows in raster order, which the convolution multiplies with a matrix; 0 for others.
+        other: returns the layout of the output; None where that is the layout of the input.
     """
 
-    runs: Operator
+    operator: Operator
+    product: Callable[..., Tensor] | None
     window: Window
-    strided: bool
-    children: int
+    other: Callable[[Layout, tuple[int, ...]], Layout] | None
+
+    def __call__(self, x: SparseTensor, weight: Tensor, bias: Tensor | None, groups: int) -> SparseTensor:
+        layout = x.layout if self.other is None else self.other(x.layout, self.window.stride)
+        runs = self.operator if self.product is None or selected() != "auto" else self.product
+        return packed(runs(x, weight, bias, self.window, groups), layout)
 
 
 _prepared: dict[Any, Prepared] = {}
@@ -62,19 +68,13 @@ def _convolution(name: str) -> Handler:
         # Checks at every call took 13 of 31 us (benchmarks/overhead.py, 2026-11-28).
         if extra is None and type(stride) is type(padding) is type(dilation) is tuple and not _is_compiling():
             shapes = weight.shape, None if bias is None else bias.shape, features.shape[1], layout.tile, layout.shape
-            key = shapes, stride, padding, dilation, groups
-            prepared = _prepared.get(key)
+            key = name, shapes, features.dtype, stride, padding, dilation, groups
+            try:
+                prepared = _prepared.get(key)
+            except TypeError:  # Sizes that torch traces have no hash.
+                key = prepared = None
             if prepared is not None and _plain(features, weight, bias):
-                coarse = coarsened(layout, stride) if prepared.strided else layout
-                if prepared.children and selected() == "auto":
-                    if prepared.children > 1:
-                        features = features.reshape(coarse.rows, prepared.children, features.shape[1])
-                        if max(prepared.window.kernel) == 1:  # It reads the first child of each output site.
-                            features = features[:, 0]
-                        else:
-                            features, weight = features.flatten(1), weight.movedim(1, -1)
-                    return packed(products.linear(features, weight.flatten(1), bias), coarse)
-                return packed(prepared.runs(x, weight, bias, prepared.window, groups), coarse)
+                return prepared(x, weight, bias, groups)
         window = plan(name, x, tuple(weight.shape[2:]), stride, padding, dilation, extra)
         if weight.shape[1] * groups != features.shape[1]:
             raise ValueError(
@@ -90,9 +90,8 @@ def _convolution(name: str) -> Handler:
             inner = Window(window.kernel, window.stride, window.before, window.dilation)
             is_product = products.applies(layout, inner)
             runs = convolution.patchify_operator if is_product else convolution.operator
-            raster = groups == 1 and max(window.stride) <= 2  # Nested order of 2x2 sites is raster order.
-            children = math.prod(window.stride) if raster and is_product else 0
-            remember(_prepared, key, Prepared(runs, inner, max(window.stride) > 1, children))
+            other = coarsened if max(window.stride) > 1 else None
+            remember(_prepared, key, Prepared(runs, products.conv if is_product else None, inner, other))
         return result
 
     return handler
@@ -132,7 +131,20 @@ def _transposed(name: str) -> Handler:
         dilation: Any = 1,
     ) -> SparseTensor:
         x = channels_first(input, name)
-        ndim, kernel = x.layout.ndim, tuple(weight.shape[2:])
+        features, layout = x.features, x.layout
+        key = None
+        tuples = type(stride) is type(padding) is type(output_padding) is type(dilation) is tuple
+        if tuples and not _is_compiling():
+            shapes = weight.shape, None if bias is None else bias.shape, features.shape[1], layout.tile
+            key = name, shapes, features.dtype, stride, padding, output_padding, dilation, groups
+            try:
+                prepared = _prepared.get(key)
+            except TypeError:
+                key = prepared = None
+            if prepared is not None and _plain(features, weight, bias):
+                return prepared(x, weight, bias, groups)
+        ndim, kernel = layout.ndim, tuple(weight.shape[2:])
+        check_axes(name, layout, kernel)
         strides, before = per_axis(stride, ndim), per_axis(padding, ndim)
         after, dilations = per_axis(output_padding, ndim), per_axis(dilation, ndim)
         for k, s, p, more, d in zip(kernel, strides, before, after, dilations, strict=True):
@@ -142,7 +154,14 @@ def _transposed(name: str) -> Handler:
                     f"{dilations} do not give extent * stride sites: dilation * (kernel - 1) + 1 - 2 * padding + "
                     "output_padding must be the stride"
                 )
-        return ops.conv_transpose(x, weight, bias, strides, before, dilations, groups)
+        result = ops.conv_transpose(x, weight, bias, strides, before, dilations, groups)
+        if key is not None:
+            inner = Window(kernel, strides, before, dilations)
+            is_product = inner.partitions and products.applies(result.layout, inner)
+            runs = convolution.unpatchify_operator if is_product else convolution.transposed_operator
+            other = refined if max(strides) > 1 else None
+            remember(_prepared, key, Prepared(runs, products.conv_transpose if is_product else None, inner, other))
+        return result
 
     return handler
 

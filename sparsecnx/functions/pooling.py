@@ -31,6 +31,11 @@ def every_site(x: SparseTensor, stride: tuple[int, ...]) -> SparseTensor:
     return HANDLERS[getattr(F, f"max_pool{len(stride)}d")](x, 1, stride)
 
 
+def _steps(stride: Any, kernel: tuple[int, ...]) -> Any:
+    """Return a stride; where none is given, it is the kernel."""
+    return kernel if stride is None or stride in ((), []) else stride
+
+
 @once
 def _taps(window: Window) -> Taps:
     """Return a window as operators take it, checked."""
@@ -57,7 +62,7 @@ def _max_pool(name: str) -> Handler:
     ) -> Any:
         x, extra = unpadded(input, name, None)
         kernel = per_axis(kernel_size, x.layout.ndim)
-        window = plan(name, x, kernel, stride or kernel, padding, dilation, extra, ceil_mode)
+        window = plan(name, x, kernel, _steps(stride, kernel), padding, dilation, extra, ceil_mode)
         if window.dense:
             border = per_axis(padding, x.layout.ndim)
             return _dense_max_pool(
@@ -136,7 +141,7 @@ def _avg_pool(name: str) -> Handler:
     ) -> Any:
         x, extra = unpadded(input, name)
         kernel = per_axis(kernel_size, x.layout.ndim)
-        window = plan(name, x, kernel, stride or kernel, padding, 1, extra, ceil_mode)
+        window = plan(name, x, kernel, _steps(stride, kernel), padding, 1, extra, ceil_mode)
         if not x.features.is_floating_point():
             refuse(name, f"x is {x.dtype}", "convert it to floats first")
         if window.dense:
@@ -176,14 +181,18 @@ for _name in ("avg_pool1d", "avg_pool2d", "avg_pool3d"):
 def _adaptive(name: str, kind: str) -> Handler:
     def handler(input: SparseTensor, output_size: Any, return_indices: bool = False) -> Any:
         x = channels_first(input, name)
-        given = per_axis(output_size, x.layout.ndim) if isinstance(output_size, int) else tuple(output_size)
-        sizes = tuple(s if g is None else g for g, s in zip(given, x.layout.shape, strict=True))
+        ndim, space = x.layout.ndim, x.layout.shape
+        given = (output_size,) * ndim if isinstance(output_size, int) else tuple(output_size)
+        if len(given) != ndim or not name.endswith(f"{ndim}d"):
+            refuse(name, f"it goes along {name[-2]} axes: output_size is {output_size}, the space of x {space}",
+                   f"use the function of {ndim} dimensions")  # fmt: skip
+        sizes = tuple(s if g is None else g for g, s in zip(given, space, strict=True))
         if all(size == 1 for size in sizes):
             return (mean if kind == "avg" else EXTREMA["amax"])(x, tuple(axes(x)[1]), True)
         if sizes == x.layout.shape:
             return like(x, x.features.clone())
-        if any(s % size for size, s in zip(sizes, x.layout.shape, strict=True)):
-            raise ValueError(f"{name}: output_size is {output_size}: expected 1, or a divisor of {x.layout.shape}")
+        if any(size < 1 or s % size for size, s in zip(sizes, space, strict=True)):
+            raise ValueError(f"{name}: output_size is {output_size}: expected 1, or a divisor of {space}")
         step = tuple(s // size for size, s in zip(sizes, x.layout.shape, strict=True))
         return HANDLERS[getattr(F, name.removeprefix("adaptive_"))](x, step, step)
 
@@ -213,7 +222,7 @@ def _lp_pool(name: str) -> Handler:
             return HANDLERS[largest](like(x, x.features.abs()), kernel, stride, 0, 1, ceil_mode)
         if norm_type in (0, -math.inf):
             raise ValueError(f"norm_type is {norm_type}: expected another number than 0 and -inf")
-        window = plan(name, x, kernel, stride or kernel, 0, 1, None, ceil_mode)
+        window = plan(name, x, kernel, _steps(stride, kernel), 0, 1, None, ceil_mode)
         if window.dense:
             return dense(x.dense(), norm_type, kernel, window.stride, ceil_mode)
         powers = like(x, x.features.pow(norm_type))

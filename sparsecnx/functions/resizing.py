@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsecnx.functions.table import answers, channels_first, like, packed
-from sparsecnx.functions.windows import per_axis
+from sparsecnx.functions.windows import another, per_axis, refined
 from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.nested_order import children_are_consecutive
 from sparsecnx.geometry.packing import gather_rows
@@ -78,9 +78,9 @@ def interpolate(
     if not upward:
         return _by_the_image(x, sizes, mode, align_corners, antialias)
     factor = tuple(out // extent for out, extent in zip(sizes, layout.shape, strict=True))
-    fine = layout.refine(factor)
     if mode not in ("nearest", "nearest-exact"):
         return _by_the_image(x, sizes, mode, align_corners, antialias)
+    fine = refined(layout, factor)
     each, channels = math.prod(factor), x.features.shape[1]
     repeated = x.features[:, None].expand(-1, each, -1).reshape(fine.rows, channels)
     if children_are_consecutive(fine.tile, factor):
@@ -93,20 +93,20 @@ def _by_the_image(
 ) -> Any:
     """Interpolate the zero-filled image, and keep the sites of visible tiles."""
     layout = x.layout
-    tiles = [out / cells for out, cells in zip(sizes, layout.tiles.grid, strict=True)]
-    whole = all(tile == int(tile) and tile >= 1 for tile in tiles)
     dense = F.interpolate(x.dense(), sizes, mode=mode, align_corners=align_corners, antialias=antialias)
-    if not whole:
+    if any(out < cells or out % cells for out, cells in zip(sizes, layout.tiles.grid, strict=True)):
         if layout.tiles.below_tile == "dense":
             return dense
+        tiles = [out / cells for out, cells in zip(sizes, layout.tiles.grid, strict=True)]
         raise ValueError(
             f"interpolate: {layout.shape} sites would become {sizes}, with {tiles} sites to a tile: expected whole ones"
         )
-    target = Layout(layout.tiles, tuple(int(tile) for tile in tiles), _stride(layout, tiles))
+    target = another(_resized, layout, sizes)
     return packed(gather_rows(dense, target), target)
 
 
-def _stride(layout: Layout, tiles: list[float]) -> tuple[int, ...]:
-    """Return the pixels of the input to a site, at least 1, where a tile has other sites."""
-    sides = zip(layout.stride, layout.tile, tiles, strict=True)
-    return tuple(max(int(step * side / tile), 1) for step, side, tile in sides)
+def _resized(layout: Layout, shape: tuple[int, ...]) -> Layout:
+    """Return the layout of that many sites; the stride, the pixels of the input to a site, is at least 1."""
+    tile = tuple(size // cells for size, cells in zip(shape, layout.tiles.grid, strict=True))
+    sides = zip(layout.stride, layout.tile, tile, strict=True)
+    return Layout(layout.tiles, tile, tuple(max(step * before // side, 1) for step, before, side in sides))

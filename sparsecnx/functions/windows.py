@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -163,22 +163,35 @@ def plan(
     )
     if torch.compiler.is_compiling():
         return _plan(name, x, kernel, stride, padding, dilation, more, ceil)
-    found = _plans.get(key)
+    try:
+        found = _plans.get(key)
+    except TypeError:  # Sizes that torch traces have no hash.
+        return _plan(name, x, kernel, stride, padding, dilation, more, ceil)
     return found or remember(_plans, key, _plan(name, x, kernel, stride, padding, dilation, more, ceil))
 
 
-_coarser: WeakKeyDictionary[Layout, dict[tuple[int, ...], Layout]] = WeakKeyDictionary()
+_others: WeakKeyDictionary[Layout, dict[Any, Layout]] = WeakKeyDictionary()
 
 
 def coarsened(layout: Layout, stride: tuple[int, ...]) -> Layout:
     """Return `layout.coarsen(stride)`, the same object at every call."""
-    if torch.compiler.is_compiling() or max(stride) == 1:  # A layout kept as its own value would live for ever.
-        return layout.coarsen(stride)
-    found = _coarser.setdefault(layout, {})
-    coarse = found.get(stride)
-    if coarse is None:
-        coarse = found[stride] = layout.coarsen(stride)
-    return coarse
+    return another(Layout.coarsen, layout, stride)
+
+
+def refined(layout: Layout, factor: tuple[int, ...]) -> Layout:
+    """Return `layout.refine(factor)`, the same object at every call."""
+    return another(Layout.refine, layout, factor)
+
+
+def another(change: Callable[[Layout, tuple[int, ...]], Layout], layout: Layout, steps: tuple[int, ...]) -> Layout:
+    """Return `change(layout, steps)`, the same object at every call; with steps of 1 `layout` itself may come out."""
+    if torch.compiler.is_compiling() or max(steps) == 1:  # A layout kept as its own value would live for ever.
+        return change(layout, steps)
+    found = _others.setdefault(layout, {})
+    other = found.get((change, steps))
+    if other is None:
+        other = found[change, steps] = change(layout, steps)
+    return other
 
 
 def _hashable(value: Any) -> Any:
@@ -211,10 +224,17 @@ def _plan(
 ) -> Window:
     layout = x.layout
     ndim, shape = layout.ndim, layout.shape
-    if len(kernel) != ndim:
-        refuse(name, f"its kernel {kernel} has {len(kernel)} axes, and the space of x, {shape}, has {ndim}",
-               f"use the function of {ndim} dimensions")  # fmt: skip
+    check_axes(name, layout, kernel)
     strides, dilations = per_axis(stride, ndim), per_axis(dilation, ndim)
+    for what, numbers in (("kernel", kernel), ("stride", strides), ("dilation", dilations)):
+        if min(numbers) < 1:
+            raise ValueError(f"{name}: {what} is {numbers}: expected 1 or more")
+    if isinstance(padding, str) and padding not in ("same", "valid"):
+        raise ValueError(f"{name}: padding is {padding!r}: expected 'same', 'valid', or sites")
+    if padding == "same" and max(strides) > 1:
+        raise ValueError(
+            f"{name}: padding is 'same' and stride {strides}: expected stride 1; F.pad pads before strides"
+        )
     spans = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilations, strict=True))
     if padding == "same":
         before = tuple((span - 1) // 2 for span in spans)
@@ -253,6 +273,14 @@ def _plan(
     return Window(kernel, strides, before, after, dilations, False, math.prod(kernel) if parts else 0)
 
 
+def check_axes(name: str, layout: Layout, kernel: tuple[int, ...]) -> None:
+    """Raise unless a function such as conv2d, and its kernel, have as many axes as the space of its input."""
+    ndim = layout.ndim
+    if len(kernel) != ndim or not name.endswith(f"{ndim}d"):
+        refuse(name, f"it goes along {name[-2]} axes: its kernel is {kernel}, and the space of x {layout.shape}",
+               f"use the function of {ndim} dimensions")  # fmt: skip
+
+
 def _fitting(spans: tuple[int, ...], strides: tuple[int, ...]) -> str:
     """Return which padding gives extent / stride sites."""
     least = [max(span - step, 0) for span, step in zip(spans, strides, strict=True)]
@@ -260,7 +288,8 @@ def _fitting(spans: tuple[int, ...], strides: tuple[int, ...]) -> str:
     if all(2 * side <= max(span - 1, 0) for side, span in zip(both, spans, strict=True)):
         return f"padding={both[0] if len(set(both)) == 1 else tuple(both)} does"
     total = least[0] if len(set(least)) == 1 else tuple(least)
-    return f"{total} sites of padding per axis do, before and after together: padding='same', or F.pad"
+    remedy = "padding='same', or F.pad" if max(strides) == 1 else "F.pad"
+    return f"{total} sites of padding per axis do, before and after together: {remedy}"
 
 
 def unpadded(x: Any, name: str, values: tuple[float, ...] | None = (0.0,)) -> tuple[SparseTensor, Padded | None]:

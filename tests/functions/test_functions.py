@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import draw_mask, make_layout
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsecnx import SparseTensor
 from sparsecnx.common import once
@@ -453,14 +453,8 @@ def test_batches_of_other_masks_and_sizes_leave_nothing_in_memory(monkeypatch: p
     for width in range(1, 7):
         layout = make_layout(torch.arange(2 * width).view(1, 2, width) % 3 == 1, TILE)
         x = SparseTensor(values(layout.rows, CHANNELS), layout)
-        for name in (
-            "conv2d",
-            "max_pool2d",
-            "max_pool2d dilated",
-            "avg_pool2d 3x3",
-            "avg_pool2d without pad",
-            "lp_pool2d",
-        ):
+        for name in ("conv2d", "conv_transpose2d", "interpolate bilinear", "max_pool2d", "max_pool2d dilated",
+                     "avg_pool2d 3x3", "avg_pool2d without pad", "lp_pool2d"):  # fmt: skip
             functions[name](x)
         F.conv2d(x, W3, None, (2, 2), (1, 1), (1, 1))
         geometries.append(weakref.ref(x.layout.tiles))
@@ -468,3 +462,21 @@ def test_batches_of_other_masks_and_sizes_leave_nothing_in_memory(monkeypatch: p
     gc.collect()
     assert not any(tiles() for tiles in geometries)
     assert max(len(windows._plans), len(convolutions._prepared)) <= once.MOST_KEPT
+
+
+@pytest.mark.parametrize("layer", [
+    nn.Conv2d(CHANNELS, 6, 3, padding=1), nn.Conv2d(CHANNELS, 6, 3, 2, 1, groups=2), nn.Conv2d(CHANNELS, 6, 2, 2),
+    nn.Conv2d(CHANNELS, 6, 1, 2), nn.Conv2d(CHANNELS, 8, 4, 4, groups=4), nn.ConvTranspose2d(CHANNELS, 6, 2, 2),
+    nn.ConvTranspose2d(CHANNELS, 6, 4, 4, groups=2), nn.ConvTranspose2d(CHANNELS, 6, 3, 2, 1, 1),
+], ids=str)  # fmt: skip
+def test_what_a_layer_prepares_at_its_first_call_serves_later_ones(layer: nn.Module) -> None:
+    whole = layer.double().requires_grad_(False)
+    whole.weight.set_(torch.stack([whole.weight] * 2, -1)[..., 0])  # of any strides
+    first = whole(example())
+    for counts in ("random counts", "equal counts"):
+        x = example(counts)
+        check(x, whole(x), dense_and_mask(whole, x))
+    assert torch.equal(whole(example()).features, first.features)
+    integers = {name: value.long() for name, value in whole.named_parameters()}
+    with pytest.raises(TypeError, match=r"x is torch\.int64"):
+        torch.func.functional_call(whole, integers, (example().long(),))

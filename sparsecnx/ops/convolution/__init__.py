@@ -151,6 +151,8 @@ def _depthwise(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Win
 
 def _checked(x: SparseTensor, weight: Tensor, bias: Tensor | None, out: int) -> tuple[SparseTensor, Tensor]:
     """Check what all convolutions check, and return rows and weight in the dtype of autocast."""
+    if out < 1:
+        raise ValueError(f"weight is {tuple(weight.shape)}: expected at least one channel of the output")
     check_device(weight, "weight", x)
     if bias is not None:
         check_vector(bias, "bias", out, x)

@@ -25,36 +25,43 @@ def applies(layout: Layout, window: Window) -> bool:
 
 def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
     """Return features `(rows_out, C_out)`; `weight (C_out, C_in / groups, *kernel)`."""
-    children, channels = math.prod(window.stride), x.features.shape[1]
-    patches = x.features.reshape(x.layout.rows // children, children, channels)
-    if max(window.kernel) == 1:
-        patches = patches[:, :1]  # A kernel of one tap reads the first child of each output site.
-    nested = _nested(weight.movedim(1, -1))  # (C_out, children, C_in / groups)
-    bias = None if bias is None else bias.to(x.dtype)
+    patches, children, channels = x.features, math.prod(window.stride), x.features.shape[1]
+    if children > 1:
+        patches = patches.reshape(x.layout.rows // children, children, channels)
+        # A kernel of one tap reads the first child of each output site.
+        patches = patches[:, 0] if max(window.kernel) == 1 else patches.flatten(1)
+    bias = _cast(bias, patches)
     if groups == 1:
-        return linear(patches.flatten(1), nested.flatten(1), bias)
-    rows, children, _ = patches.shape
-    by_group = patches.reshape(rows, children, groups, channels // groups).permute(2, 0, 1, 3).flatten(2)
-    out = torch.bmm(by_group, nested.view(groups, -1, by_group.shape[2]).mT).movedim(0, 1).flatten(1)
+        return linear(patches, _matrix(weight), bias)
+    rows, values = patches.shape
+    by_group = patches.reshape(rows, values // channels, groups, channels // groups).permute(2, 0, 1, 3).flatten(2)
+    out = torch.bmm(by_group, _matrix(weight).view(groups, -1, by_group.shape[2]).mT).movedim(0, 1).flatten(1)
     return out if bias is None else out + bias
 
 
 def conv_transpose(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
     """Return features `(rows_out, C_out)`; `weight (C_in, C_out / groups, *kernel)`, kernel = stride."""
-    nested = _nested(weight.movedim(1, -1))  # (C_in, children, C_out / groups)
-    children, width = nested.shape[1:]
-    bias = None if bias is None else bias.to(x.dtype)
+    children, width = math.prod(window.stride), weight.shape[1]
+    bias = _cast(bias, x.features)
     if groups == 1:
-        bias = None if bias is None else bias.repeat(children)
-        return linear(x.features, nested.flatten(1).t(), bias).view(-1, width)
+        bias = None if bias is None else torch.cat((bias,) * children)  # repeat() takes 4 us more.
+        return linear(x.features, _matrix(weight).t(), bias).view(-1, width)
     rows, channels = x.features.shape
     by_group = x.features.reshape(rows, groups, channels // groups).movedim(1, 0)
-    out = torch.bmm(by_group, nested.view(groups, -1, children * width)).view(groups, rows, children, width)
+    out = torch.bmm(by_group, _matrix(weight).view(groups, -1, children * width)).view(groups, rows, children, width)
     out = out.permute(1, 2, 0, 3).reshape(rows * children, groups * width)
     return out if bias is None else out + bias
 
 
-def _nested(weight: Tensor) -> Tensor:
-    """Return a weight `(n, *kernel, m)` as `(n, taps, m)`, taps in nested order."""
-    taps = math.prod(weight.shape[1:-1])
-    return tile_to_rows(weight).view(weight.shape[0], taps, weight.shape[-1])
+def _cast(bias: Tensor | None, features: Tensor) -> Tensor | None:
+    return bias if bias is None or bias.dtype is features.dtype else bias.to(features.dtype)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """Return a weight `(n, m, *kernel)` as `(n, taps * m)`, taps in nested order."""
+    longest = max(weight.shape[2:])
+    if longest > 1:
+        weight = weight.movedim(1, -1)
+    if longest > 2:  # Up to 2 sites along each axis are in raster order.
+        weight = tile_to_rows(weight).view(weight.shape[0], -1)
+    return weight.flatten(1)

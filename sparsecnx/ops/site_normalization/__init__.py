@@ -11,6 +11,7 @@ each channel a weight and a bias:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,16 +28,17 @@ from sparsecnx.ops.site_normalization.activations import ACTIVATIONS, check_acti
 from sparsecnx.tensor import SparseTensor, packed
 
 
-def _operator(name: str) -> Operator:
+def _operator(name: str, detail: str = "") -> Operator:
+    triton = triton_launch.implementation("sparsecnx.ops.site_normalization.triton_kernels", "site_norm")
     return Operator(
         name,
-        cpu=Implementation(cpu.site_norm, cpu_backend.refusal),
-        triton=triton_launch.implementation("sparsecnx.ops.site_normalization.triton_kernels", "site_norm"),
-        reference=Implementation(reference.site_norm),
+        cpu=Implementation(cpu.site_norm, cpu_backend.refusal, lambda _: detail),
+        triton=replace(triton, detail=lambda _: detail),
+        reference=Implementation(reference.site_norm, detail=lambda _: detail),
     )
 
 
-batch_norm_operator = _operator("batch_norm")
+batch_norm_operator = _operator("batch_norm", "in training, with an activation; otherwise torch.batch_norm runs")
 group_norm_operator = _operator("group_norm")
 instance_norm_operator = _operator("instance_norm")
 
