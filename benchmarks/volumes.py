@@ -12,6 +12,8 @@ Cases, each with the sides of its volume and blocks and with the fraction that i
     fcmae_16      likewise, with a stem of 2 and patches of 16
     depthwise_7   a depthwise convolution 7x7x7 of 32 channels, with the gradient of its input; packing is not timed
     depthwise_3   likewise 3x3x3
+    conv_3        likewise a convolution 3x3x3 of 32 channels
+    block         likewise a ConvNeXt V2 block of 32 channels with a kernel 7x7x7
 
 Each runs forward and backward in training mode, to the gradients of all parameters. Variants:
 
@@ -46,6 +48,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from sparsecnx import SparseTensor
 from sparsecnx.geometry.masks import random_mask, visible_count
 from sparsecnx.models import FCMAE, create_fcmae, masked_dense
+from sparsecnx.nn import ConvNeXtV2Block
 
 DENSE = ("dense", "compiled", "dense_contiguous", "compiled_contiguous")
 VARIANTS = ("sparse", *DENSE)
@@ -88,6 +91,8 @@ CASES = {
         Case("fcmae_16", 96, 16, 0.6, 0.25),
         Case("depthwise_7", 64, 16, 0.75, 0.15),
         Case("depthwise_3", 64, 16, 0.75, 0.20),
+        Case("conv_3", 64, 16, 0.75, 0.28),
+        Case("block", 64, 16, 0.75, 0.25),
     )
 }
 
@@ -148,6 +153,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "fcmae_16": functools.partial(create_fcmae, "atto", in_chans=1, ndim=3, stem=2),
     "depthwise_7": functools.partial(nn.Conv3d, 32, 32, 7, padding=3, groups=32),
     "depthwise_3": functools.partial(nn.Conv3d, 32, 32, 3, padding=1, groups=32),
+    "conv_3": functools.partial(nn.Conv3d, 32, 32, 3, padding=1),
+    "block": functools.partial(ConvNeXtV2Block, 32, ndim=3),
 }
 
 
@@ -170,7 +177,7 @@ class Dense:
             self.visible[side] = visible.to(dtype)
             side //= 2
         for module in network.modules():
-            if isinstance(module, nn.Conv3d) and not isinstance(network, FCMAE):
+            if isinstance(module, nn.Conv3d) and not isinstance(network, (FCMAE, ConvNeXtV2Block)):
                 module.register_forward_hook(lambda module, args, out: self.masked(out))
             elif isinstance(module, _InstanceNorm):
                 module.forward = functools.partial(self.instance_norm, module)
@@ -188,6 +195,8 @@ class Dense:
 
     def __call__(self, volumes: Tensor) -> Any:
         """Return the maps of the network, or the loss of FCMAE."""
+        if isinstance(self.network, ConvNeXtV2Block):
+            return masked_dense.masked_block(self.network, self.masked(volumes), self.visible[volumes.shape[-1]])
         if not isinstance(self.network, FCMAE):
             return self.network(self.masked(volumes))
         model = self.network
@@ -210,7 +219,7 @@ class Workload:
         torch.manual_seed(0)
         self.case, self.variants = case, variants
         network = NETWORKS[case.name]().to(dtype).train()
-        self.operator = isinstance(network, nn.Conv3d)
+        self.operator = isinstance(network, (nn.Conv3d, ConvNeXtV2Block))
         with torch.no_grad():  # nothing at 0 or 1, where a wrong factor would go unnoticed
             for name, parameter in network.named_parameters():
                 if parameter.ndim == 1 or ".grn." in name:
