@@ -110,12 +110,17 @@ def layouts(draw: Any, ndim: int = 2, sites: int = 16, tiles: tuple[int, ...] = 
 
 
 @st.composite
-def boxes(draw: Any, ndims: tuple[int, ...] = (1, 2, 3), tiles: tuple[int, ...] = TILES) -> Layout:
-    """Draw a layout whose tiles may have another side along each axis."""
-    ndim = draw(st.sampled_from(ndims))
-    sites = (24, 16, 8)[ndim - 1]
-    tile = tuple(draw(st.sampled_from([side for side in tiles if side <= sites])) for _ in range(ndim))
-    grid = tuple(draw(st.integers(1, max(1, min(4, sites // side)))) for side in tile)
+def boxes(draw: Any, *ndims: int, sites: tuple[int, int, int] = (24, 16, 8), tiles: tuple[int, ...] = TILES) -> Layout:
+    """Draw a layout whose tiles may have another side along each axis.
+
+    Args:
+        ndims: dimensions to draw from, by default 1 to 3.
+        sites: about the most along an axis, in one, two and three dimensions.
+    """
+    ndim = draw(st.sampled_from(ndims or (1, 2, 3)))
+    most = sites[ndim - 1]
+    tile = tuple(draw(st.sampled_from([side for side in tiles if side <= most])) for _ in range(ndim))
+    grid = tuple(draw(st.integers(1, max(1, min(4, most // side)))) for side in tile)
     mask = draw_mask(draw(st.sampled_from(MASKS)), draw(st.integers(1, 2)), grid, draw(st.integers(0, 999)))
     return make_layout(mask, tile)
 

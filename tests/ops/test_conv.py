@@ -14,9 +14,9 @@ from cases import (
     assert_close,
     assert_matches_reference,
     backends,
+    boxes,
     draw_mask,
     example_layout,
-    layouts,
     make_layout,
     name,
     needs_cpu,
@@ -71,7 +71,7 @@ def masked_dense_transpose(x, weight, bias, stride, padding, dilation, groups):
 @st.composite
 def convolutions(draw, ndim):
     """Draw a layout and the arguments of a convolution on it: kernel, stride, padding, dilation, all per axis."""
-    layout = draw(layouts(ndim, sites=(24, 12, 6)[ndim - 1]))
+    layout = draw(boxes(ndim, sites=(24, 12, 6)))
     assume(layout.rows < 3000)
     per_axis = {
         "kernel": [1, 2, 3, 4, 5][: 7 - 2 * ndim],

@@ -30,7 +30,7 @@ CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 @pytest.mark.parametrize("ndim", [1, 2, 3])
 @given(data=st.data())
 def test_reference_is_a_dense_convolution_of_the_masked_input(ndim, data):
-    layout = data.draw(boxes((ndim,)))
+    layout = data.draw(boxes(ndim))
     kernel = data.draw(st.tuples(*[st.sampled_from([1, 3, 5, 7])] * ndim))
     p = conv_parameters(3, 1, *kernel)
     keep = site_mask(layout)

@@ -12,6 +12,7 @@ from cases import (
     assert_same,
     backends,
     bound,
+    boxes,
     draw_mask,
     example_layout,
     layouts,
@@ -72,7 +73,7 @@ def ours(name: str, groups: int, activation: str):
 @settings(max_examples=8)
 @given(data=st.data())
 def test_is_torch_on_the_visible_sites(backend, name, ndim, data):
-    layout = data.draw(layouts(ndim, sites=(24, 8, 4)[ndim - 1], tiles=(4, 6)))
+    layout = data.draw(boxes(ndim, sites=(24, 8, 4), tiles=(2, 4, 6)))
     groups = data.draw(st.sampled_from([1, 2, 3, 6]))
     x, p = suit(backend, random_sparse(layout, 6), channel_parameters(6, "weight", "bias"))
     expected = outputs_and_gradients(
