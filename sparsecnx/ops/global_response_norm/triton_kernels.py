@@ -395,7 +395,7 @@ def _grn(
     x: Tensor, gamma: Tensor, beta: Tensor, row_group: Tensor, splits: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return features `(rows, C)`, and the energy of every group and channel, `(groups, C)`."""
-    grid, options = row_blocks(*x.shape, BLOCK_ROWS, BLOCK_CHANNELS)
+    grid, options = row_blocks(x.shape[0], x.shape[1], BLOCK_ROWS, BLOCK_CHANNELS)
     partial, out = partial_sums(x.shape[0], splits.shape[0] - 1, x.shape[1], BLOCK_ROWS, x), torch.empty_like(x)
     launch(energy_kernel, grid, x=x, row_group=row_group, partial=partial, **options)
     energy, scale = response(partial, splits, BLOCK_ROWS, gamma, eps)

@@ -319,7 +319,7 @@ def _site_norm(
         variance = (variances + (means - mean[..., None]).square()).mean(2)
     by_row, scale, _ = _affine(mean, variance, weight, channels, eps)
     out = torch.empty_like(x)
-    grid, options = row_blocks(*x.shape, BLOCK_ROWS, BLOCK_CHANNELS)
+    grid, options = row_blocks(x.shape[0], x.shape[1], BLOCK_ROWS, BLOCK_CHANNELS)
     tensors = {"x": x, "mean": by_row, "scale": scale, "bias": bias, "row_group": row_group, "out": out}
     launch(site_norm_kernel, grid, **tensors, slope=slope, ACTIVATION=activation, **options)
     return out, mean, variance
