@@ -202,10 +202,15 @@ def per_axis(value: Any, ndim: int) -> tuple[int, ...]:
     """Return an argument such as a stride for every axis.
 
     Raises:
+        TypeError: it is neither an integer, of NumPy or torch too, nor several.
         ValueError: it has several numbers, and not one for each of `ndim` axes.
     """
     if isinstance(value, int):
         return (value,) * ndim
+    if hasattr(value, "__index__") and not getattr(value, "ndim", 0):
+        return (int(value),) * ndim
+    if isinstance(value, str) or not hasattr(value, "__len__"):
+        raise TypeError(f"{value!r} is a {type(value).__name__}: expected an integer, or one for each of {ndim} axes")
     given = tuple(value)
     if len(given) not in (1, ndim):
         raise ValueError(f"{given} has {len(given)} numbers: expected one, or one for each of {ndim} axes of space")

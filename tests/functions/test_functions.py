@@ -195,6 +195,7 @@ AT_SITES: dict[str, Callable[[Any], Any]] = {
     "conv2d patchify": lambda x: F.conv2d(x, values(6, CHANNELS, 2, 2), BIAS, 2),
     "conv2d stride per axis": lambda x: F.conv2d(x, W3, BIAS, (2, 1), 1),
     "conv2d of one kernel for all channels": lambda x: F.conv2d(x, DEPTHWISE[:1].expand(6, CHANNELS, 3, 3), padding=1),
+    "conv2d with numbers of NumPy": lambda x: F.conv2d(x, W3, BIAS, numpy.int64(2), padding=numpy.int64(1)),
     "conv2d grouped": lambda x: F.conv2d(x, GROUPED, BIAS, 2, 1, 1, 2),
     "conv2d dilated": lambda x: F.conv2d(x, W3, BIAS, padding=2, dilation=2),
     "conv2d depthwise": lambda x: F.conv2d(x, DEPTHWISE, None, 2, 1, 1, CHANNELS),

@@ -122,6 +122,7 @@ BAD: dict[str, tuple[type[Exception], Callable[[Any], Any], str]] = {
     "numbers for each axis": (ValueError, lambda x: F.avg_pool2d(x, (2, 2, 2)), "avg_pool2d .*has 3 numbers"),
     "stride": (ValueError, lambda x: F.conv2d(x, W, stride=0), r"conv2d .*stride is \(0, 0\): expected 1 or more"),
     "window": (ValueError, lambda x: F.avg_pool2d(x, 0), r"avg_pool2d .*kernel is \(0, 0\): expected 1 or more"),
+    "kind of number": (TypeError, lambda x: F.max_pool2d(x, 2.0), r"max_pool2d .*2.0 is a float"),
     "kind of padding": (ValueError, lambda x: F.conv2d(x, W, padding="reflect"), "conv2d .*padding is 'reflect'"),
     "stride with padding": (ValueError, lambda x: F.conv2d(x, W, None, 2, "same"), "conv2d .*'same' and stride"),
     "no output": (ValueError, lambda x: F.conv2d(x, W[:0], padding=1), "conv2d .*at least one channel of the output"),

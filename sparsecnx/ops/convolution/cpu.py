@@ -1,29 +1,11 @@
-"""Convolution of the visible sites by compiled kernels (`csrc/cpu/mapped.cpp`), on the kernel map of its window."""
+"""Convolution of the visible sites by compiled kernels (`csrc/cpu/conv.cpp`)."""
 
 from __future__ import annotations
 
-import math
+from functools import partial
 
-from torch import Tensor
-
-from sparsecnx.ops.convolution.maps import maps, transposed_maps
-from sparsecnx.ops.convolution.window import Window
+from sparsecnx.ops.convolution import by_map
 from sparsecnx.ops.mapped.cpu_conv import convolve
-from sparsecnx.tensor import SparseTensor
 
-
-def conv(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
-    """Return features `(rows_out, C_out)`; `weight (C_out, C_in / groups, *kernel)`."""
-    by_group = _by_group(weight, groups).permute(0, 3, 2, 1)  # (groups, K, C_in / groups, C_out / groups)
-    return convolve(x.features, by_group, bias, *maps(x.layout, window, x.features))
-
-
-def conv_transpose(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
-    """Return features `(rows_out, C_out)`; `weight (C_in, C_out / groups, *kernel)`."""
-    by_group = _by_group(weight, groups).permute(0, 3, 1, 2)
-    return convolve(x.features, by_group, bias, *transposed_maps(x.layout.refine(window.stride), window, x.features))
-
-
-def _by_group(weight: Tensor, groups: int) -> Tensor:
-    """Return a weight `(A, B, *kernel)` as `(groups, A / groups, B, prod(kernel))`."""
-    return weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], math.prod(weight.shape[2:]))
+conv = partial(by_map.conv, convolve)
+conv_transpose = partial(by_map.conv_transpose, convolve)
