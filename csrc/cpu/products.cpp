@@ -12,29 +12,21 @@ extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
 aoti_torch_cpu__linear_pointwise(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, const char*, const double**,
                                  int64_t, const char**, AtenTensorHandle*);
 
-// What torch.backends.mkldnn.enabled says: bool at::Context::userEnabledMkldnn() const, of at::globalContext(). No stable
-// header has it. A torch without these names counts as enabled.
-extern "C" __attribute__((weak, visibility("default"))) bool user_enabled_mkldnn(const void*) __asm__(
-    "_ZNK2at7Context17userEnabledMkldnnEv");
-extern "C" __attribute__((weak, visibility("default"))) const void* global_context() __asm__("_ZN2at13globalContextEv");
-
 namespace sparsecnx {
 namespace {
 
 // The least rows * depth * columns of a product by oneDNN. Below it a call costs more than it saves: 64^3 takes 13 us,
 // 7 through MKL; 128^3 takes 28 us, 40 through MKL. A size that is new costs oneDNN 0.3 ms once.
 constexpr int64_t kLeastProduct = int64_t{1} << 21;
+// A product into memory that is there already is copied to it, which short sums do not repay: their product goes to
+// oneDNN where it has at most so many values, long sums always.
+constexpr int64_t kMostCopied = int64_t{1} << 20, kLongSum = 512;
 // Rows of a step of a weight gradient. With 1024 the transposed step would have all its rows in the same set of L1.
 constexpr int64_t kGradRows = 1008;
 
-bool onednn_enabled() {
-  return &user_enabled_mkldnn == nullptr || &global_context == nullptr || user_enabled_mkldnn(global_context());
-}
-
 bool by_onednn(int64_t rows, int64_t depth, int64_t columns, ScalarType dtype) {
   static const bool there = &aoti_torch_cpu__linear_pointwise != nullptr && isa() == 2;
-  return there && dtype == ScalarType::Float && rows * columns >= (kLeastProduct + depth - 1) / depth &&
-         onednn_enabled();
+  return there && dtype == ScalarType::Float && rows * columns >= (kLeastProduct + depth - 1) / depth;
 }
 
 // Returns memory as a tensor.
@@ -64,7 +56,8 @@ void transpose(const float* from, int64_t rows, int64_t columns, float* out) {
 
 void gemm_raw(void* out, Matrix<void> a, Matrix<void> b, ScalarType dtype, bool add) {
   if (a.rows == 0 || b.columns == 0) return;
-  if (a.columns > 0 && by_onednn(a.rows, a.columns, b.columns, dtype)) {
+  const bool repaid = a.columns >= kLongSum || a.rows * b.columns <= kMostCopied;
+  if (a.columns > 0 && repaid && by_onednn(a.rows, a.columns, b.columns, dtype)) {
     const Scratch<float> packed(a.transposed ? a.rows * a.columns : 0);
     if (a.transposed) {
       transpose(static_cast<const float*>(a.at), a.columns, a.rows, packed.data());

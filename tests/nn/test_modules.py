@@ -334,7 +334,7 @@ def test_convolution_without_submanifold_counterpart_is_an_error(options, messag
 
 
 def test_what_a_sparse_input_does_not_fit():
-    with pytest.raises(ValueError, match=r"weight is \(8, 4, 3, 3\): expected \(C_out, 6"):
+    with pytest.raises(ValueError, match=r"x has 6 channels: weight \(8, 4, 3, 3\)"):
         nn.Conv2d(4, 8, 3, padding=1).double()(example())
     with pytest.raises(ValueError, match="scope is 'image'"):
         nn.GRN(CHANNELS, scope="image").double()(example())
