@@ -135,6 +135,8 @@ Tensor linear_weight_grad(const Tensor& grad, const Tensor& given) {
   const Tensor out = empty({channels, columns}, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const int64_t count = channels * columns;
+    if (rows < kLongSum && count > kMostCopied)
+      return gemm(data<S>(out), Matrix<S>{data<S>(grad), rows, channels}.t(), Matrix<S>{data<S>(x), rows, columns});
     const int64_t slabs = std::clamp<int64_t>(rows / kGradRows, 1, torch::stable::get_num_threads());
     std::vector<Scratch<A>> memory;
     std::vector<A*> sums;
