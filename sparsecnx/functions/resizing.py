@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecnx.functions.table import answers, channels_first, like, packed
+from sparsecnx.functions.table import answers, channels_first, like, packed, refuse
 from sparsecnx.functions.windows import another, per_axis, refined
 from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.nested_order import children_are_consecutive
@@ -21,9 +21,17 @@ def children(fine: Layout, factor: tuple[int, ...]) -> Tensor:
     return fine.kernel_map(factor, factor, (0,) * len(factor), (1,) * len(factor)).long()
 
 
-@answers("pixel_shuffle", meaning="channels to the sites under each visible site")
+def _image(x: SparseTensor, name: str) -> SparseTensor:
+    """Return x with its channels first; refuse signals and volumes, of which torch takes another axis for channels."""
+    x = channels_first(x, name)
+    if x.layout.ndim != 2:
+        refuse(name, f"it goes along 2 axes, the space of x is {x.layout.shape}", "convolve with kernel = stride")
+    return x
+
+
+@answers("pixel_shuffle", meaning="channels to the sites under each visible site", limits="images")
 def pixel_shuffle(x: SparseTensor, upscale_factor: int) -> SparseTensor:
-    x = channels_first(x, "pixel_shuffle")
+    x = _image(x, "pixel_shuffle")
     factor = (upscale_factor,) * x.layout.ndim
     each = upscale_factor**x.layout.ndim
     fine = x.layout.refine(factor)
@@ -36,10 +44,12 @@ def pixel_shuffle(x: SparseTensor, upscale_factor: int) -> SparseTensor:
 
 
 @answers(
-    "pixel_unshuffle", meaning="the sites under each coarser site to channels", limits="the factor divides the tile"
+    "pixel_unshuffle",
+    meaning="the sites under each coarser site to channels",
+    limits="images; the factor divides the tile",
 )
 def pixel_unshuffle(x: SparseTensor, downscale_factor: int) -> SparseTensor:
-    x = channels_first(x, "pixel_unshuffle")
+    x = _image(x, "pixel_unshuffle")
     factor = (downscale_factor,) * x.layout.ndim
     coarse = x.layout.coarsen(downscale_factor)
     under = children(x.layout, factor)
@@ -71,6 +81,10 @@ def interpolate(
         sizes = per_axis(size, ndim)
     else:
         scales = (scale_factor,) * ndim if isinstance(scale_factor, (int, float)) else tuple(scale_factor)
+        if len(scales) != ndim:
+            raise ValueError(
+                f"interpolate: scale_factor is {scale_factor}: expected one, or one for each of {ndim} axes"
+            )
         sizes = tuple(math.floor(extent * scale) for extent, scale in zip(layout.shape, scales, strict=True))
     if sizes == layout.shape:
         return like(x, x.features.clone())

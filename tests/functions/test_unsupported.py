@@ -103,9 +103,19 @@ def test_what_has_no_meaning_names_the_function_the_line_and_the_remedy(name: st
     assert f", called at {__file__}:" in str(caught.value) and "; " in str(caught.value)
 
 
+@pytest.mark.parametrize("ndim", [1, 3])
+def test_pixels_are_shuffled_in_images_alone(ndim: int) -> None:
+    """Of a signal or volume torch takes another axis for the channels."""
+    x = random_sparse(make_layout(draw_mask("equal counts", 2, (2,) * ndim, seed=2), 2), 8)
+    for function in (F.pixel_shuffle, F.pixel_unshuffle):
+        with pytest.raises(UnsupportedFunctionError, match=f"{function.__name__} .*2 axes, .*kernel = stride"):
+            function(x, 2)
+
+
 # Where operators, or torch itself, find the fault.
 BAD: dict[str, tuple[type[Exception], Callable[[Any], Any], str]] = {
     "channels of a weight": (ValueError, lambda x: F.conv2d(x, W[:, :3], padding=1), "conv2d .*take 3; .*as_tensor"),
+    "axes of a scale": (ValueError, lambda x: F.interpolate(x, scale_factor=(2, 2, 2)), "interpolate .*each of 2 axes"),
     "device of a weight": (ValueError, lambda x: F.conv2d(x, W.to("meta"), padding=1), "conv2d .*weight is on meta"),
     "dtype of a weight": (TypeError, lambda x: F.conv2d(x, W.float(), padding=1), "conv2d .*weight is torch.float32"),
     "bias": (ValueError, lambda x: F.conv2d(x, W, W[:3, 0, 0, 0], padding=1), r"conv2d .*bias is \(3,\)"),
