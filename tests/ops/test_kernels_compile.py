@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsecnx import Layout, SparseTensor, ops, random_mask, use_backend
+from sparsecnx import Layout, SparseTensor, TileSet, ops, random_mask, use_backend
 from sparsecnx.backends import compiled, triton_launch
 from sparsecnx.models import SIZES
 
@@ -102,13 +102,15 @@ def programs(channels: int, tile: int, ratio: float, dtype: torch.dtype) -> Iter
     for recompute in (False, True):
         for survival in (None, torch.ones(16)):
             yield block(rows(), recompute, survival)
+    cells = random_mask(2, (2, 3, 3), ratio).view(2, 2, 3, 3)
+    cubes = Layout(TileSet.from_mask(cells, (2, 3, 3)), tile)
+    volumes = SparseTensor(leaf(cubes.rows, 64), cubes)  # of the same width at every size of model
+    yield program(ops.depthwise_conv, volumes, leaf(64, 1, 3, 3, 3), vector(64))
     if tile == 8:
         yield program(lambda x: SparseTensor.from_dense(x, mask, visible), leaf(16, 3, 224, 224))  # images
-        cells = random_mask(2, (2, 3, 3), ratio).view(2, 2, 3, 3)
-        cubes = Layout.from_mask(cells, (16, 24, 24))  # tiles of 8x8x8, of the same width at every size of model
-        yield block(SparseTensor(leaf(cubes.rows, 64), cubes), recompute=True)
-        volumes = leaf(2, channels, 8, 24, 24)  # tiles of 4x8x8
-        yield program(lambda x, fill: SparseTensor.from_dense(x, cells).dense(fill), volumes, leaf(channels))
+        yield block(volumes, recompute=True)
+        thin = leaf(2, channels, 8, 24, 24)  # tiles of 4x8x8
+        yield program(lambda x, fill: SparseTensor.from_dense(x, cells).dense(fill), thin, leaf(channels))
 
 
 def main(selections: list[Any]) -> None:

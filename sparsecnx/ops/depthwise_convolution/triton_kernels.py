@@ -40,6 +40,7 @@ WARPS = 4
 CHANNEL_BLOCKS = (128, 64, 32)
 # The registers that ptxas may use for a thread, by STRIP. Without this number it decides on fewer and spills one.
 REGISTERS = {1: 96, 4: 168, 5: 255, 6: 255, 7: 255, 8: 255}
+REGISTERS_OF_SLICES = {1: 168, 2: 128, 4: 128}  # of a kernel of several slices, in any dtype
 
 
 @triton.jit
@@ -313,10 +314,12 @@ def convolve(
     tensors = {"x": x, "weight": taps, "bias": bias, "table": table, "out": out}
     if normalise is None:
         grid = (high, strips, blocks(channels, options["BLOCK_C"]))
-        registers = _registers(options["STRIP"], x.dtype == torch.float32)
+        limits = REGISTERS if x.dtype == torch.float32 else {}
+        limits = limits | REGISTERS_OF_SLICES if options["KERNEL"][0] > 1 else limits
+        registers = _registers(options["STRIP"], limits)
         launch(depthwise_conv_kernel, grid, **tensors, residual=residual, **options, **registers)
     else:
-        registers = _registers(options["STRIP"], tight=True)
+        registers = _registers(options["STRIP"], REGISTERS)
         launch(depthwise_conv_norm_kernel, (high, strips), **tensors, rstd=rstd, eps=normalise, **options, **registers)
     return out, rstd
 
@@ -350,7 +353,7 @@ def weight_grad(
         partial=partial,
         positions_per_program=per_program,
         **options,
-        **_registers(options["STRIP"], x.dtype == torch.float32),
+        **_registers(options["STRIP"], REGISTERS if x.dtype == torch.float32 else {}),
     )
     sums = partial.sum(0)
     return sums[:-1].t().to(x.dtype).contiguous().view(channels, 1, *kernel), sums[-1].clone()
@@ -388,9 +391,9 @@ def _three(sizes: Sequence[int]) -> tuple[int, ...]:
     return (1, *sizes, 1) if len(sizes) == 1 else (1,) * (3 - len(sizes)) + tuple(sizes)
 
 
-def _registers(strip: int, tight: bool) -> dict[str, int]:
-    """Return the launch option that limits registers, or none where `tight` is False or no limit is known."""
-    return {"maxnreg": REGISTERS[strip]} if tight and strip in REGISTERS and torch.version.hip is None else {}
+def _registers(strip: int, limits: dict[int, int]) -> dict[str, int]:
+    """Return the launch option that limits registers, or none where no limit is known."""
+    return {"maxnreg": limits[strip]} if strip in limits and torch.version.hip is None else {}
 
 
 def depthwise_conv(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
