@@ -17,9 +17,8 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
       "int[] dilation) -> Tensor");
   m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor table, int[] tile) -> Tensor");
   m.def("depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor table, int[] tile, int[] kernel) -> Tensor");
-  m.def("conv(Tensor x, Tensor weight, Tensor? bias, Tensor kernel_map, Tensor? inverse_map) -> Tensor");
-  m.def(
-      "conv_input_grad(Tensor grad, Tensor weight, Tensor kernel_map, Tensor? inverse_map, SymInt rows_in) -> Tensor");
+  m.def("conv(Tensor x, Tensor weight, Tensor? bias, Tensor kernel_map) -> Tensor");
+  m.def("conv_input_grad(Tensor grad, Tensor weight, Tensor kernel_map, SymInt rows_in) -> Tensor");
   m.def("conv_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor kernel_map) -> Tensor");
   m.def(
       "mapped_depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor kernel_map, Tensor? inverse_map) -> "

@@ -152,9 +152,7 @@ def map_of(inverse: bool) -> Callable[..., Tensor]:
     return build
 
 
-def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor, inverse_map: Tensor | None = None
-) -> Tensor:
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor) -> Tensor:
     rows = read(x, kernel_map).unflatten(2, (weight.shape[0], weight.shape[2]))
     out = torch.einsum("okgi,gkij->ogj", rows, weight).flatten(1)
     return out if bias is None else out + bias.reshape(-1)
@@ -432,10 +430,10 @@ def valid(operator: str, rng: random.Random) -> Arguments:
         grad = normal(rows_out, groups * outputs)
         if operator == "conv_weight_grad":
             return {"grad": grad, "x": x, "weight": weight, "kernel_map": kernel_map}
-        maps = {"kernel_map": kernel_map, "inverse_map": invert_kernel_map(kernel_map, rows) if optional else None}
         if operator == "conv_input_grad":
-            return {"grad": grad, "weight": weight, **maps, "rows_in": rows}
-        return {"x": x, "weight": weight, "bias": rng.choice((None, vector(groups * outputs))), **maps}
+            return {"grad": grad, "weight": weight, "kernel_map": kernel_map, "rows_in": rows}
+        bias = rng.choice((None, vector(groups * outputs)))
+        return {"x": x, "weight": weight, "bias": bias, "kernel_map": kernel_map}
     if operator in ("linear", "linear_weight_grad"):
         rows, outputs = rng.choice((rows, rows, 4200)), rng.choice((1, 5, 16, 64))  # the last: by oneDNN
         x, grad = normal(rows, channels), normal(rows, outputs)

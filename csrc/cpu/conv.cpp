@@ -405,13 +405,9 @@ Tensor run(const Shape& shape, const Tensor& x, const Tensor& weight, const std:
   return out;
 }
 
-Tensor conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& kernel_map,
-            const std::optional<Tensor>& inverse_map) {
+Tensor conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& kernel_map) {
   const Strides strides = check_weight(weight, x);
-  const Shape shape = check_shape(x, "x", kernel_map, sizes(weight));
-  // The gradient reads it, and compares it with the kernel map.
-  if (inverse_map) check_matrix(*inverse_map, "inverse_map", shape.rows_in, shape.taps, ScalarType::Int);
-  return run(shape, x, weight, bias, kernel_map, strides);
+  return run(check_shape(x, "x", kernel_map, sizes(weight)), x, weight, bias, kernel_map, strides);
 }
 
 // Returns for every input row and tap the output row that reads it, -1 where none does.
@@ -435,42 +431,16 @@ Tensor invert(const Tensor& kernel_map, int64_t rows_in) {
   return out;
 }
 
-// Raises unless the maps are each other's inverse.
-void check_inverse(const Tensor& grad, const Tensor& kernel_map, const Tensor& inverse_map, int64_t rows_in) {
-  const int64_t rows = kernel_map.size(0), taps = kernel_map.size(1);
-  check_matrix(inverse_map, "inverse_map", rows_in, taps, ScalarType::Int);
-  const int32_t *map = data<int32_t>(kernel_map), *inverse = data<int32_t>(inverse_map);
-  const auto all_rows = kernels<float>().all_rows;
-  if (!all_rows(map, rows * taps, rows_in)) check_range(kernel_map, "kernel_map", rows_in);
-  if (!all_rows(inverse, rows_in * taps, rows)) check_range(inverse_map, "inverse_map", rows);
-  std::atomic<bool> good = count_reads(map, rows * taps) == count_reads(inverse, rows_in * taps);
-  if (rows_in > 0) {  // Otherwise nothing is read.
-    parallel_for(0, rows, 1 << 12, [&](int64_t begin, int64_t end) {
-      bool wrong = false;
-      for (int64_t row = begin; row < end; ++row) {
-        for (int64_t k = 0; k < taps; ++k) {
-          const int32_t read = map[row * taps + k];
-          wrong |= (read >= 0) & (inverse[(read >= 0 ? read : 0) * taps + k] != row);
-        }
-      }
-      if (wrong) good = false;
-    });
-  }
-  if (!good) contradict({rows_in, grad.size(1), rows, taps, map}, inverse);
-}
-
 // Returns the gradient of x.
-Tensor conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& kernel_map,
-                       const std::optional<Tensor>& inverse_map, int64_t rows_in) {
+Tensor conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& kernel_map, int64_t rows_in) {
   const Strides strides = check_weight(weight, grad);
   check_size(rows_in, "rows_in", 0, INT32_MAX);
   const auto [groups, taps, in, out] = sizes(weight);
   STD_TORCH_CHECK(kernel_map.dim() == 2 && kernel_map.size(1) == taps && kernel_map.size(0) == grad.size(0),
                   "sparsecnx: kernel_map must be (rows of grad, ", taps, ")");
   check_dense(kernel_map, "kernel_map", kernel_map.numel(), ScalarType::Int);
-  check_product({rows_in, taps}, "inverse_map");
-  if (inverse_map) check_inverse(grad, kernel_map, *inverse_map, rows_in);
-  const Tensor inverse = inverse_map ? *inverse_map : invert(kernel_map, rows_in);
+  check_product({rows_in, taps}, "the inverse of kernel_map");
+  const Tensor inverse = invert(kernel_map, rows_in);
   const Shape shape = check_shape(grad, "grad", inverse, {groups, taps, out, in});
   return run(shape, grad, weight, std::nullopt, inverse, {strides.group, strides.tap, strides.out, strides.in});
 }

@@ -43,13 +43,13 @@ BOTH = pytest.mark.parametrize("operator", OPERATORS)
 CONV = {2: F.conv2d, 3: F.conv3d}
 
 
-def on_backends(only=("reference", "cpu", "triton")):
-    """Return a mark for both operators on each of these backends."""
+def on_backends(only=("reference", "cpu", "triton"), operators=OPERATORS):
+    """Return a mark for these operators on each of these backends."""
     return pytest.mark.parametrize(
         ("backend", "operator"),
         [
             pytest.param(*backend.values, operator, marks=backend.marks, id=f"{backend.values[0]}-{operator}")
-            for operator in OPERATORS
+            for operator in operators
             for backend in backends(operator)
             if backend.values[0] in only
         ],
@@ -264,8 +264,8 @@ def test_opcheck(backend, operator, given):
         return
     weight = weight.detach().unsqueeze(0).requires_grad_()
     grad = torch.randn(15, weight.shape[3], device=x.device)
-    torch.library.opcheck(namespace.conv.default, (x, weight, bias, kernel_map, inverse_map))
-    torch.library.opcheck(namespace.conv_input_grad.default, (grad, weight.detach(), kernel_map, inverse_map, 20))
+    torch.library.opcheck(namespace.conv.default, (x, weight, bias, kernel_map))
+    torch.library.opcheck(namespace.conv_input_grad.default, (grad, weight.detach(), kernel_map, 20))
     torch.library.opcheck(namespace.conv_weight_grad.default, (grad, x.detach(), weight.detach(), kernel_map))
 
 
@@ -395,7 +395,7 @@ def test_an_inverse_map_that_contradicts_the_kernel_map(way):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a failed assertion ends all later work on a GPU")
-@on_backends(("triton",))
+@on_backends(("triton",), ("mapped_depthwise_conv",))
 def test_triton_compares_an_inverse_map_in_the_gradient(backend, operator):
     kernel_map = random_map(20, 15, 4, 0.6)
     values = suited(mapped_values(operator, kernel_map, 20, 8), torch.float32, backend, operator)
@@ -404,17 +404,17 @@ def test_triton_compares_an_inverse_map_in_the_gradient(backend, operator):
         with_gradients(getattr(ops, operator), values, kernel_map=kernel_map, inverse_map=wrong)
 
 
-@on_backends(("cpu", "reference"))
+@on_backends(("cpu", "triton", "reference"))
 def test_an_inverse_map_that_nothing_reads_changes_nothing(backend, operator):
     """Without a gradient it is not compared either: comparing would cost as much as the operator."""
     kernel_map = random_map(20, 15, 4, 0.6)
-    values = mapped_values(operator, kernel_map, 20, 3)
+    values = suited(mapped_values(operator, kernel_map, 20, 8), torch.float32, backend, operator)
     wrong = inverse(kernel_map, 20).flip(0)
     with use_backend(backend):
         expected = run_mapped(operator, values, kernel_map)
         out = getattr(ops, operator)(kernel_map=kernel_map, inverse_map=wrong, **values)
         assert torch.equal(out, expected["output"])
-        if (backend, operator) != ("cpu", "mapped_depthwise_conv"):
+        if backend == "reference" or operator == "mapped_conv":
             assert_same(run_mapped(operator, values, kernel_map, wrong), expected, 1e-12)
 
 

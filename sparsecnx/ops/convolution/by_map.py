@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from sparsecnx.ops.convolution.maps import maps, transposed_maps
 from sparsecnx.ops.convolution.window import Window
 from sparsecnx.tensor import SparseTensor
 
-Convolve = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor | None], Tensor]
+Convolve = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
 def conv(
@@ -19,7 +18,7 @@ def conv(
 ) -> Tensor:
     """Return features `(rows_out, C_out)`; `weight (C_out, C_in / groups, *kernel)`."""
     by_group = _by_group(weight, groups).permute(0, 3, 2, 1)  # (groups, K, C_in / groups, C_out / groups)
-    return convolve(x.features, by_group, bias, *maps(x.layout, window, x.features))
+    return convolve(x.features, by_group, bias, x.layout.kernel_map(*window))
 
 
 def conv_transpose(
@@ -27,7 +26,7 @@ def conv_transpose(
 ) -> Tensor:
     """Return features `(rows_out, C_out)`; `weight (C_in, C_out / groups, *kernel)`."""
     by_group = _by_group(weight, groups).permute(0, 3, 1, 2)
-    return convolve(x.features, by_group, bias, *transposed_maps(x.layout.refine(window.stride), window, x.features))
+    return convolve(x.features, by_group, bias, x.layout.refine(window.stride).inverse_map(*window))
 
 
 def _by_group(weight: Tensor, groups: int) -> Tensor:

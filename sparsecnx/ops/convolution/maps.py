@@ -14,10 +14,5 @@ def maps(layout: Layout, window: Window, features: Tensor) -> tuple[Tensor, Tens
     return layout.kernel_map(*window), layout.inverse_map(*window) if _need_gradient(features) else None
 
 
-def transposed_maps(fine: Layout, window: Window, features: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the kernel map of a transposed convolution to `fine`, and its inverse likewise."""
-    return fine.inverse_map(*window), fine.kernel_map(*window) if _need_gradient(features) else None
-
-
 def _need_gradient(features: Tensor) -> bool:
     return features.requires_grad and torch.is_grad_enabled()

@@ -51,8 +51,8 @@ def mapped_conv(
         kernel_map: int32 `(rows_out, K)`: for every output row and tap the input row that is read, -1 where there is
             none. No two output rows may read the same input row through the same tap.
         inverse_map: int32 `(rows_in, K)`: for every input row and tap the output row that reads it, -1 where none
-            does; where None it is computed if a gradient needs it. Give it where one map serves many calls. Where a
-            gradient gathers through it, it is compared with `kernel_map`.
+            does. Its shape is checked and it is not read: to invert `kernel_map` takes a gradient as long as to
+            compare both.
         bias: `(C_out,)`, added to every output row, or None.
 
     Returns:
@@ -61,9 +61,8 @@ def mapped_conv(
     Raises:
         TypeError: an argument is not a tensor, a map not int32, or dtypes differ outside autocast.
         ValueError: a shape does not fit, or devices differ.
-        RuntimeError: an entry of `kernel_map` is neither -1 nor a row of `features`, or a gradient finds that
-            `inverse_map` contradicts it; or the storage of a tensor was freed. On a GPU nothing waits for the maps:
-            there an entry that is no row gives NaN, or an assertion fails.
+        RuntimeError: an entry of `kernel_map` is neither -1 nor a row of `features`, or the storage of a tensor was
+            freed. On a GPU nothing waits for the map: there an entry that is no row gives NaN.
     """
     x = check_mapped(features, kernel_map, inverse_map)
     channels, taps = features.shape[1], kernel_map.shape[1]

@@ -12,20 +12,16 @@ from sparsecnx.geometry.kernel_map import MappedRows
 from sparsecnx.ops import flops
 
 
-def convolve(
-    features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor, inverse_map: Tensor | None
-) -> Tensor:
+def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor) -> Tensor:
     """Return features `(rows_out, C_out)`; `weight (groups, K, C_in / groups, C_out / groups)`, `bias (C_out,)`.
 
-    The gradient of the features compares the inverse map with the kernel map, and inverts the kernel map where it is
-    not given.
+    The gradient of the features inverts the kernel map: an inverse would take as much memory again until then.
     """
     if bias is not None:
         bias = bias.to(statistics_dtype(features.dtype)).contiguous()
-    inverse_map = None if inverse_map is None else inverse_map.contiguous()
     if 0 in weight.stride():  # One kernel for all channels, by expand(): the operator takes no shared memory.
         weight = weight.contiguous()
-    return torch.ops.sparsecnx.conv(features.contiguous(), weight, bias, kernel_map.contiguous(), inverse_map)
+    return torch.ops.sparsecnx.conv(features.contiguous(), weight, bias, kernel_map.contiguous())
 
 
 def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -33,15 +29,13 @@ def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     The inverse map is not used: comparing it costs as much as inverting the kernel map.
     """
-    return convolve(x.features, weight[None], bias, x.kernel_map, None)
+    return convolve(x.features, weight[None], bias, x.kernel_map)
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     grads: dict[str, Tensor | None] = {}
     if "x" in saved.needs:
-        grads["x"] = torch.ops.sparsecnx.conv_input_grad(
-            grad, saved.weight, saved.kernel_map, saved.inverse_map, saved.shapes["x"][0]
-        )
+        grads["x"] = torch.ops.sparsecnx.conv_input_grad(grad, saved.weight, saved.kernel_map, saved.shapes["x"][0])
     if "weight" in saved.needs:
         found = torch.ops.sparsecnx.conv_weight_grad(grad, saved.x, saved.weight, saved.kernel_map)
         grads["weight"] = found.permute(0, 3, 2, 1)
@@ -54,10 +48,8 @@ if compiled.loaded:
     register(
         "sparsecnx::conv",
         sizes={"x": "rows C", "kernel_map": "rows_out K", "weight": "groups K width out", "bias": "groups*out"},
-        fake=lambda x, weight, bias, kernel_map, inverse_map: x.new_empty(
-            kernel_map.shape[0], weight.shape[0] * weight.shape[3]
-        ),
-        saves=("x", "weight", "bias", "kernel_map", "inverse_map"),
+        fake=lambda x, weight, bias, kernel_map: x.new_empty(kernel_map.shape[0], weight.shape[0] * weight.shape[3]),
+        saves=("x", "weight", "bias", "kernel_map"),
         backward=_backward,
         flops=flops.conv,
     )
@@ -65,9 +57,7 @@ if compiled.loaded:
         "sparsecnx::conv_input_grad",
         public="conv",
         sizes={"grad": "rows_out C", "kernel_map": "rows_out K", "weight": "groups K width out"},
-        fake=lambda grad, weight, kernel_map, inverse_map, rows_in: grad.new_empty(
-            rows_in, weight.shape[0] * weight.shape[2]
-        ),
+        fake=lambda grad, weight, kernel_map, rows_in: grad.new_empty(rows_in, weight.shape[0] * weight.shape[2]),
         flops=flops.conv_input_grad,
     )
     register(

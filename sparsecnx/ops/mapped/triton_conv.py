@@ -25,7 +25,7 @@ from sparsecnx.backends.registration import Saved, register
 from sparsecnx.backends.triton_functions import aligned, load, row_block, store
 from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors
 from sparsecnx.common.dtypes import statistics_dtype
-from sparsecnx.geometry.kernel_map import MappedRows, check_inverse_map, invert_kernel_map
+from sparsecnx.geometry.kernel_map import MappedRows, invert_kernel_map
 from sparsecnx.ops import flops
 
 COLUMN_VALUES = 2**28  # of a chunk of gathered rows
@@ -246,41 +246,30 @@ def _narrow_sizes(x: Tensor, weight: tuple[int, ...], block_r: int, block_c: int
     }
 
 
-def convolve(
-    features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor, inverse_map: Tensor | None
-) -> Tensor:
+def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor) -> Tensor:
     """Return features `(rows_out, C_out)`; `weight (groups, K, C_in / groups, C_out / groups)`, `bias (C_out,)`."""
     if bias is not None:
         bias = bias.to(statistics_dtype(features.dtype)).contiguous()
-    inverse_map = None if inverse_map is None else inverse_map.contiguous()
-    return torch.ops.sparsecnx_triton.conv(features.contiguous(), weight, bias, kernel_map.contiguous(), inverse_map)
+    return torch.ops.sparsecnx_triton.conv(features.contiguous(), weight, bias, kernel_map.contiguous())
 
 
 def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return features `(rows_out, C_out)`; `weight (K, C_in, C_out)`, `bias (C_out,)`."""
-    return convolve(x.features, weight[None], bias, x.kernel_map, x.inverse_map)
+    """Return features `(rows_out, C_out)`; `weight (K, C_in, C_out)`, `bias (C_out,)`.
+
+    The inverse map is not used: comparing it costs as much as inverting the kernel map.
+    """
+    return convolve(x.features, weight[None], bias, x.kernel_map)
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor, inverse_map: Tensor | None) -> Tensor:
-    """Return `convolve_rows`. The gradient of x inverts the map where `inverse_map` is not given."""
-    return convolve_rows(x, weight, bias, kernel_map)
-
-
-def _conv_input_grad(
-    grad: Tensor, weight: Tensor, kernel_map: Tensor, inverse_map: Tensor | None, rows_in: int
-) -> Tensor:
-    if inverse_map is None:
-        inverse_map = invert_kernel_map(kernel_map, rows_in)
-    else:
-        check_inverse_map(kernel_map, inverse_map)
-    return convolve_rows(grad, weight.mT, None, inverse_map)
+def _conv_input_grad(grad: Tensor, weight: Tensor, kernel_map: Tensor, rows_in: int) -> Tensor:
+    return convolve_rows(grad, weight.mT, None, invert_kernel_map(kernel_map, rows_in))
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     grads: dict[str, Tensor | None] = {}
     if "x" in saved.needs:
         grads["x"] = torch.ops.sparsecnx_triton.conv_input_grad(
-            grad, saved.weight, saved.kernel_map, saved.inverse_map, saved.shapes["x"][0]
+            grad, saved.weight, saved.kernel_map, saved.shapes["x"][0]
         )
     if "weight" in saved.needs:
         found = torch.ops.sparsecnx_triton.conv_weight_grad(grad, saved.x, saved.weight, saved.kernel_map)
@@ -293,11 +282,9 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
 register(
     "sparsecnx_triton::conv",
     sizes={"x": "rows C", "kernel_map": "rows_out K", "weight": "groups K width out", "bias": "groups*out"},
-    function=_conv,
-    fake=lambda x, weight, bias, kernel_map, inverse_map: x.new_empty(
-        kernel_map.shape[0], weight.shape[0] * weight.shape[3]
-    ),
-    saves=("x", "weight", "bias", "kernel_map", "inverse_map"),
+    function=convolve_rows,
+    fake=lambda x, weight, bias, kernel_map: x.new_empty(kernel_map.shape[0], weight.shape[0] * weight.shape[3]),
+    saves=("x", "weight", "bias", "kernel_map"),
     backward=_backward,
     flops=flops.conv,
 )
@@ -306,9 +293,7 @@ register(
     public="conv",
     sizes={"grad": "rows_out C", "kernel_map": "rows_out K", "weight": "groups K width out"},
     function=_conv_input_grad,
-    fake=lambda grad, weight, kernel_map, inverse_map, rows_in: grad.new_empty(
-        rows_in, weight.shape[0] * weight.shape[2]
-    ),
+    fake=lambda grad, weight, kernel_map, rows_in: grad.new_empty(rows_in, weight.shape[0] * weight.shape[2]),
     flops=flops.conv_input_grad,
 )
 register(
