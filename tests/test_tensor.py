@@ -109,7 +109,7 @@ MASK = torch.tensor([[True, False, True, False]] * 2)
         ([[0.0]], MASK, TypeError, r"dense is a list: expected a tensor \(B, C, \*spatial\)"),
         (IMAGES[0, 0], MASK, ValueError, r"dense is \(8, 8\): expected \(B, C, \*spatial\)"),
         (IMAGES[:0], MASK[:0], ValueError, r"dense is \(0, 3, 8, 8\): expected at least one image"),
-        (IMAGES, MASK.to("meta"), ValueError, "mask is on meta: dense is on cpu"),
+        (IMAGES, MASK.to("meta"), ValueError, r"mask is on meta, dense on cpu: pass mask.to\(dense.device\)"),
         (IMAGES, MASK[[0, 0, 0]], ValueError, r"mask is \(3, 4\): dense holds 2 images"),
         (IMAGES, MASK.tolist(), TypeError, "mask is a list: expected a tensor"),
         (IMAGES, torch.tensor(True), ValueError, r"mask is \(\): expected \(B, L\)"),

@@ -80,7 +80,7 @@ def read_mask(
 def check_same_device(mask: Tensor, images: Tensor, name: str) -> None:
     """Raise ValueError unless `mask` is on the device of the tensor `images`, which errors call `name`."""
     if isinstance(mask, Tensor) and mask.device != images.device:
-        raise ValueError(f"mask is on {mask.device}: {name} is on {images.device}")
+        raise ValueError(f"mask is on {mask.device}, {name} on {images.device}: pass mask.to({name}.device)")
 
 
 def as_masked(mask: Tensor, ones: str) -> Tensor:

@@ -149,7 +149,7 @@ def test_masks_of_mae_are_read_as_ever() -> None:
         (MASK.to(torch.complex64), "masked", TypeError, "mask is torch.complex64 (2, 2, 3): expected a tensor (B, L)"),
         (MASK.tolist(), "masked", TypeError, "mask is a list: expected a tensor (B, L) or (B, *grid) of bool"),
         (MASK, "kept", ValueError, "ones is 'kept': expected one of ('masked', 'visible')"),
-        (MASK.to("meta"), "masked", ValueError, "mask is on meta: dense is on cpu"),
+        (MASK.to("meta"), "masked", ValueError, "mask is on meta, dense on cpu: pass mask.to(dense.device)"),
         (MASK[:, :, :2], "masked", ValueError, "mask is (2, 2, 2): no grid of tiles with that many cells divides"),
         (torch.zeros(3, 6), "masked", ValueError, "mask is (3, 6): dense holds 2 images"),
         (torch.zeros(3, 1, 2, 3), "masked", ValueError, "mask is (3, 1, 2, 3): dense holds 2 images"),
