@@ -156,7 +156,7 @@ def test_the_published_model(monkeypatch):
     assert not calls
     with use_backend("minkowski"):
         found = run()
-    # They are stem, three downsamplings, the decoder's projection and its prediction, and five blocks and the decoder's.
+    # They are stem, three downsamplings, projection and prediction of the decoder, and five blocks and the decoder's.
     assert sorted(calls) == ["conv"] * 6 + ["depthwise"] * 6
     for backend in expected:
         assert_same(found, expected[backend], 1e-11)
