@@ -83,9 +83,10 @@ class _Convolution(KernelLayer):
                 padding = tuple(size // 2 if size % 2 else 0 for size in kernel.kernel_size)
                 rows = ops.conv(x, weight, bias, kernel.kernel_stride[0], padding).features
             return input._with(rows if out.order is None else rows.index_select(0, out.back), key)
-        convolve = ops.mapped_depthwise_conv if self.DEPTHWISE else ops.mapped_conv
         table = manager.table(input.coordinate_map_key, key, kernel)
-        return input._with(convolve(input.F, self.kernel, *tables(input, table), bias), key)
+        if self.DEPTHWISE:
+            return input._with(ops.mapped_depthwise_conv(input.F, self.kernel, *tables(input, table), bias), key)
+        return input._with(ops.mapped_conv(input.F, self.kernel, table.table, bias=bias), key)
 
     def _flat_bias(self) -> Tensor | None:
         return None if self.bias is None else self.bias.view(-1)
@@ -215,7 +216,7 @@ class MinkowskiConvolutionTranspose(MinkowskiConvolutionBase):
             found = linear(input.F, weight, bias)
             return input._with(found.view(-1, self.out_channels), key)
         table = manager.table(key, input.coordinate_map_key, kernel)
-        return input._with(ops.mapped_conv(input.F, self.kernel, table.inverse, table.table, bias), key)
+        return input._with(ops.mapped_conv(input.F, self.kernel, table.inverse, bias=bias), key)
 
 
 def to_torch(kernel: Tensor, size: list[int]) -> Tensor:
