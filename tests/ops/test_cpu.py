@@ -283,11 +283,11 @@ BOUNDLESS = {
         "kernel has 1 entries, expected one for each of 2 axes",
     ),
     "conv, channels without memory": (
-        lambda o: o.conv(E(0, 2**60), E(1, 1, 2**60, 0), None, E(0, 1).int(), None),
+        lambda o: o.conv(E(0, 2**60), E(1, 1, 2**60, 0), None, E(0, 1).int()),
         "weight has 0 elements, expected at least one, and memory of its own for each",
     ),
     "conv, taps without memory": (
-        lambda o: o.conv(E(0, 4), E(1, 2**60, 4, 0), None, E(0, 2**60).int(), None),
+        lambda o: o.conv(E(0, 4), E(1, 2**60, 4, 0), None, E(0, 2**60).int()),
         "weight has 0 elements, expected at least one, and memory of its own for each",
     ),
     "layer_norm, rows without memory": (
