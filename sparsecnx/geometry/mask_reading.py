@@ -103,8 +103,8 @@ def _as_masked(mask: Tensor, ones: str) -> Tensor:
     if mask.device.type != "cpu":
         torch._assert_async(~wrong.any(), "mask has other values than 0 and 1")
     elif type(mask) is Tensor and wrong.any():
-        values = mask[wrong].unique()
-        listed = ", ".join(f"{value:g}" for value in values[:3].tolist()) + ", ..." * (values.numel() > 3)
+        values = list(dict.fromkeys(f"{value:g}" for value in mask[wrong].unique().tolist()))  # Each NaN is unique.
+        listed = ", ".join(values[:3] + ["..."] * (len(values) > 3))
         raise ValueError(f"mask has the values {listed}: expected 0 and 1; give a threshold, such as mask > 0.5")
     return one if ones == "masked" else ~one
 

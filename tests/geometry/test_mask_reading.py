@@ -143,7 +143,7 @@ def test_masks_of_mae_are_read_as_ever() -> None:
     ("mask", "ones", "error", "message"),
     [
         (MASK.float() * 0.5, "masked", ValueError, "mask has the values 0.5: expected 0 and 1; give a threshold"),
-        (MASK.float().masked_fill(MASK, torch.nan), "masked", ValueError, "mask has the values nan"),
+        (MASK.float().masked_fill(MASK, torch.nan), "masked", ValueError, "mask has the values nan: expected"),
         (MASK.float() * torch.arange(12.0).view(2, 2, 3), "masked", ValueError, "mask has the values 2, 3, 5, ...: "),
         (MASK.int() - 1, "visible", ValueError, "mask has the values -1: expected 0 and 1"),
         (MASK.to(torch.complex64), "masked", TypeError, "mask is torch.complex64 (2, 2, 3): expected a tensor (B, L)"),
