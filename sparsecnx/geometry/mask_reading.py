@@ -146,7 +146,7 @@ def _only(readings: list[Reading], given: tuple[int, ...], shape: tuple[int, ...
             readings = square
     if len(readings) > 1:
         first, second = readings[:2]
-        shapes = [(one.images, *one.grids[0]) for one in readings[:2]]
+        shapes = [(one.images, *grid) for one in readings[:2] for grid in one.grids[:2]]
         views = " or ".join(f"mask.view{(view[0], 1, *view[1:]) if given in shapes else view}" for view in shapes)
         raise ValueError(
             f"mask is {given}, which can be {first.in_words(batch)}, or {second.in_words(batch)}: give it as "
@@ -203,7 +203,10 @@ def is_square(grid: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 
 
 def grids_of(cells: int, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Return the grids with that many tiles that divide `shape`: the one of square tiles, or else all others."""
+    """Return the grids with that many tiles that divide `shape`: the one of square tiles, or else all others.
+
+    The first are those whose tiles are nearest to squares.
+    """
     if cells == 0 or math.prod(shape) == 0 or math.prod(shape) % cells:
         return []
     side = round((math.prod(shape) / cells) ** (1 / len(shape)))
@@ -216,7 +219,7 @@ def grids_of(cells: int, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         first, left = divmod(int(cells), math.prod(rest))
         if left == 0 and first > 0 and shape[0] % first == 0:
             found.append((first, *rest))
-    return sorted(found)
+    return sorted(found, key=lambda grid: (sum(size // n for size, n in zip(shape, grid, strict=True)), grid))
 
 
 def tile_of_sites(masked: Tensor) -> tuple[int, ...]:

@@ -96,7 +96,15 @@ AMBIGUOUS = [
         IMAGES_7,
         torch.zeros(7, 7),
         "mask is (7, 7), which can be 7 tiles in raster order, one for each of 7 images, or a grid of 7x7 tiles, one "
-        "for all images: give it as (B, *grid), for example mask.view(7, 1, 7) or mask.view(1, 7, 7)",
+        "for all images: give it as (B, *grid), for example mask.view(7, 1, 7) or mask.view(7, 7, 1) or "
+        "mask.view(1, 7, 7)",
+    ),
+    (
+        torch.zeros(2, 1, 12, 12),
+        torch.zeros(2, 12),
+        "mask is (2, 12), which can be 12 tiles in raster order, one for each of 2 images, or a grid of 2x12 tiles, "
+        "one for all images: give it as (B, *grid), for example mask.view(2, 3, 4) or mask.view(2, 4, 3) or "
+        "mask.view(1, 2, 12)",
     ),
     (
         torch.zeros(16, 1, 64, 64),
@@ -122,7 +130,7 @@ AMBIGUOUS = [
 @pytest.mark.parametrize(
     ("images", "mask", "message"),
     AMBIGUOUS,
-    ids=["B or one grid", "both square", "two grids", "a mask of MAE with an axis more"],
+    ids=["B or one grid", "B or one grid of several", "both square", "two grids", "a mask of MAE with an axis more"],
 )
 def test_two_meanings_are_an_error_that_shows_both(images: Tensor, mask: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
