@@ -297,8 +297,7 @@ def _flatten(x: SparseTensor) -> tuple[list[Tensor], tuple[Any, ...]]:
     constants = tiles.batch, tiles.grid, tiles.visible, tiles.below_tile, layout.tile, layout.stride, x.channels_last
     if not torch.compiler.is_compiling():
         refuse_reentrant_checkpoint()
-        if transforms_active():
-            _refuse_differentiation()
+        _refuse_transforms(x)
         key = id(tiles.index), *constants[:-1]
         _layouts[key] = layout
     return [x.features, tiles.index, tiles.splits], constants
@@ -340,16 +339,26 @@ def refuse_reentrant_checkpoint() -> None:
         )
 
 
-def _refuse_differentiation() -> None:
-    """Raise TypeError where a transform of torch.func asks for the gradient of every leaf."""
+def _refuse_transforms(x: SparseTensor) -> None:
+    """Raise TypeError where a transform of torch.func maps over `x`, or asks for the gradient of every leaf."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename in (__file__, pytree.__file__):
         frame = frame.f_back
-    if frame is not None and frame.f_code.co_name in ("grad_and_value_impl", "_create_differentiable"):  # of vjp
+    caller = "" if frame is None else frame.f_code.co_name
+    if transforms_active() and caller in ("grad_and_value_impl", "_create_differentiable"):  # of vjp
         raise TypeError(
             "torch.func got a SparseTensor to differentiate with respect to, whose layout is of integers: "
             "differentiate with respect to x.features, and call x.with_features(features) in the function"
         )
+    if frame is not None and caller == "_process_batched_inputs":  # of vmap
+        dims, args = frame.f_locals["in_dims"], frame.f_locals["args"]
+        dims = dims if isinstance(dims, tuple) else (dims,) * len(args)
+        mapped = any(arg is x and dim is not None for arg, dim in zip(args, dims, strict=False))
+        if mapped and x.layout.tiles.index.ndim == 1:  # Leaves of several may be stacked.
+            raise TypeError(
+                "torch.vmap got a SparseTensor to map over, whose rows are those of all images: map over images and "
+                "masks, and make it in the function with visible=; or give it None in in_dims"
+            )
 
 
 pytree.register_pytree_node(

@@ -285,6 +285,18 @@ def test_a_random_mask_for_each_sample():
     torch.testing.assert_close(losses, torch.stack(expected))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented")
+def test_vmap_over_a_sparse_tensor_names_the_remedy():
+    x, factors = sparse(), torch.tensor([2.0, 3.0])
+    for in_dims, args in ((0, (x,)), ((0, None), (x, factors))):
+        with pytest.raises(TypeError, match=r"^torch.vmap got a SparseTensor to map over.* visible=; or .* in_dims"):
+            vmap(lambda x, *_: x.features, in_dims=in_dims)(*args)
+    found = vmap(lambda x, factor: (x * factor).features, in_dims=(None, 0))(x, factors)
+    assert torch.equal(found, torch.stack([x.features * 2, x.features * 3]))
+    stacked = pytree.tree_map(lambda *leaves: torch.stack(leaves), x, x * 2)
+    assert torch.equal(vmap(lambda x: (x * 3).features)(stacked), torch.stack([x.features * 3, x.features * 6]))
+
+
 def test_changing_the_dtype_of_all_leaves_is_refused():
     x = sparse()
     with pytest.raises(TypeError, match=r"^the layout of a SparseTensor became torch.float32.* x\.to\(dtype\)"):
