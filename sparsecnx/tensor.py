@@ -179,7 +179,7 @@ class SparseTensor:
             fill: value of the inactive sites: a number, or a tensor `(C,)` such as a mask token.
 
         Raises:
-            ValueError: `fill` is a tensor of another shape than `(C,)`.
+            ValueError: `fill` is a tensor of another shape than `(C,)`, or on another device.
         """
         features, layout = self.features, self.layout
         rows = features if features.ndim == 2 else features.reshape(layout.rows, math.prod(features.shape[1:]))
@@ -188,6 +188,8 @@ class SparseTensor:
             fill = rows.new_full((channels,), fill)
         elif fill.shape != (channels,):
             raise ValueError(f"fill is {tuple(fill.shape)}: expected a number or ({channels},)")
+        elif fill.device != self.device:
+            raise ValueError(f"fill is on {fill.device}: x is on {self.device}; pass fill.to(x.device)")
         else:
             check_memory(fill=fill)
         check_memory(features=rows)

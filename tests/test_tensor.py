@@ -140,6 +140,8 @@ def test_fill_of_a_wrong_shape(shape: tuple[int, ...]) -> None:
     x = SparseTensor.from_dense(IMAGES, MASK)
     with pytest.raises(ValueError, match=r"fill is \(.*\): expected a number or \(3,\)"):
         x.dense(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"fill is on meta: x is on cpu; pass fill.to\(x.device\)"):
+        x.dense(torch.zeros(3, device="meta"))
 
 
 def test_tree_has_the_features_and_the_tensors_of_the_layout():

@@ -15,10 +15,11 @@ from sparsecnx.backends.dispatch import Operator
 from sparsecnx.backends.selection import selected
 from sparsecnx.common.memory import check_memory
 from sparsecnx.common.once import remember
-from sparsecnx.functions.table import Handler, answers, axes, channels_first, check_same_sites, like, refuse
+from sparsecnx.functions.table import Handler, answers, axes, channels_first, check_same_sites, kind, like, refuse
 from sparsecnx.functions.windows import TAKE_PADDING, check_axes, coarsened, per_axis, plan, refined, unpadded
 from sparsecnx.geometry.layout import Layout
 from sparsecnx.ops import convolution
+from sparsecnx.ops.checks import check_device
 from sparsecnx.ops.convolution import products
 from sparsecnx.ops.convolution.window import Window
 from sparsecnx.tensor import SparseTensor, packed
@@ -83,6 +84,7 @@ def _convolution(name: str) -> Handler:
                 "call it with x.as_tensor()"
             )
         if window.dense:
+            check_device(weight, "weight", x)
             border = [side for pair in zip(window.before[::-1], window.after[::-1], strict=True) for side in pair]
             return dense(F.pad(x.dense(), border), weight, bias, window.stride, 0, window.dilation, groups)
         result = ops.conv(x, weight, bias, window.stride, window.before, window.dilation, groups)
@@ -178,6 +180,7 @@ def linear(input: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> S
         refuse("linear", "its weight is a SparseTensor", "only the input can be one")
     if not input.channels_last:
         refuse("linear", f"x is {tuple(input.shape)}, whose last dimension is space", "permute the channels to the end")
+    check_device(weight, "weight", input)
     return like(input, products.linear(input.features, weight, bias))
 
 
@@ -190,6 +193,7 @@ def matmul(input: Any, other: Any) -> SparseTensor:
         or other.ndim > 2
     ):
         refuse("matmul", "sites would be multiplied with sites", "x is channels-last, and the other a matrix (C, C')")
+    check_device(other, "other", input)
     if other.ndim == 2:
         return like(input, products.linear(input.features, other.t()))
     return like(input, torch.matmul(input.features, other))
@@ -207,6 +211,7 @@ def einsum(equation: str, *operands: Any) -> SparseTensor:
     rest = "".join(next(free) for _ in range(x.ndim - len(terms.split(",")[first].replace("...", ""))))
     for term, value in zip(terms.split(","), values, strict=True):
         if not isinstance(value, SparseTensor):
+            check_device(value, kind(value), x)
             given.append((term, value))
             continue
         if value is not x:

@@ -22,6 +22,7 @@ from sparsecnx.functions.table import (
     refuse,
 )
 from sparsecnx.geometry.packing import gather_rows
+from sparsecnx.ops.checks import check_device
 from sparsecnx.tensor import HANDLERS, SparseTensor
 
 ACTIVATIONS = str.split("""
@@ -72,12 +73,14 @@ def combine(function: Callable[..., Tensor], name: str, args: tuple[Any, ...], k
                 check_same_sites(x, value, name)
             forms[key] = "rows", value.features
         elif isinstance(value, Tensor) and value.ndim:
-            forms[key] = _form(value, x, name)
+            forms[key] = _form(value if name != "copy_" else value.to(x.device), x, name)
             wide = forms[key][1].shape
             pairs = zip(wide[len(wide) + 1 - x.features.ndim :], x.features.shape[1:], strict=True)
             if any(a != b and 1 not in (a, b) for a, b in pairs):
                 _refuse_shape(value, x, name)
         else:
+            if isinstance(value, Tensor) and value.device.type != "cpu" and name != "copy_":
+                check_device(value, "a number", x)
             forms[key] = "", _number(value, name)
     layout, per_image = x.layout, x.layout.rows_per_image
     split = any(kind == "image" for kind, _ in forms.values()) and per_image is not None
@@ -110,6 +113,8 @@ def _form(value: Tensor, x: SparseTensor, name: str) -> tuple[str, Tensor]:
 
     That is `"channels"` with `(*channels)`, `"image"` with `(B, *channels)`, or `"rows"` with `(rows, *channels)`.
     """
+    if value.device != x.device:
+        check_device(value, kind(value), x)
     layout, (_, *sizes) = x.layout, x.features.shape
     batch = layout.batch
     # The common case of squeeze and excite, (B, C, 1, 1), without what follows, which takes 3 us.
@@ -225,6 +230,7 @@ put("__pos__", HANDLER_OF["positive"])
 def prelu(x: SparseTensor, weight: Tensor) -> SparseTensor:
     if weight.numel() != 1 and (x.channels_last or x.features.ndim != 2):
         refuse("prelu", f"x is {tuple(x.shape)}: its slopes belong to dimension 1", "bring x to (B, C, *spatial) first")
+    check_device(weight, "weight", x)
     return like(x, F.prelu(x.features, weight))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparsecnx import ops
 from sparsecnx.functions.table import Handler, answers, channels_first, like, refuse
+from sparsecnx.ops.checks import check_device
 from sparsecnx.tensor import HANDLERS, SparseTensor
 
 
@@ -47,7 +48,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> SparseTensor:
-    _check_normalized(input, normalized_shape, "layer_norm")
+    _check_normalized(input, normalized_shape, "layer_norm", weight)
     if weight is None or bias is None:
         return like(input, F.layer_norm(input.features, tuple(normalized_shape), weight, bias, eps))
     return ops.layer_norm(input, weight, bias, eps)
@@ -57,7 +58,7 @@ def layer_norm(
 def rms_norm(
     input: SparseTensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> SparseTensor:
-    _check_normalized(input, normalized_shape, "rms_norm")
+    _check_normalized(input, normalized_shape, "rms_norm", weight)
     return like(input, F.rms_norm(input.features, tuple(normalized_shape), weight, eps))
 
 
@@ -86,12 +87,14 @@ HANDLERS[torch.group_norm] = _without_cudnn(group_norm)
 HANDLERS[torch.layer_norm] = _without_cudnn(layer_norm)
 
 
-def _check_normalized(x: Any, shape: Sequence[int], name: str) -> None:
+def _check_normalized(x: Any, shape: Sequence[int], name: str, weight: Tensor | None) -> None:
     if not isinstance(x, SparseTensor):
         refuse(name, "its weight is a SparseTensor", "only the input can be one")
     if not x.channels_last or tuple(shape) != tuple(x.features.shape[1:]):
         refuse(name, f"normalized_shape is {tuple(shape)} of {tuple(x.shape)}, which is not its channels alone",
                "permute the channels to the end, or use group_norm with one group")  # fmt: skip
+    if weight is not None:
+        check_device(weight, "weight", x)
 
 
 @answers("local_response_norm", meaning="over channels")

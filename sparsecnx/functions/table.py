@@ -132,6 +132,8 @@ def check_same_sites(x: SparseTensor, other: SparseTensor, name: str) -> None:
         difference = x.layout.difference(other.layout)
         if difference is not None:
             remedy = "combine tensors of one mask and stride"
+            if x.device != other.device:
+                remedy = "move one of them, .to(device)"
             if x.layout.tiles.grid != other.layout.tiles.grid:
                 remedy += (
                     "; the tiles of a mask of single sites follow its values: give the mask of the tiles, (B, *grid), "

@@ -74,7 +74,7 @@ def check_vector(value: Tensor, name: str, channels: int, x: Rows) -> None:
 def check_device(value: Tensor, name: str, x: Rows) -> None:
     """Raise ValueError unless `value` lies on the device of `x`, RuntimeError unless its storage holds it."""
     if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device}: {_argument(x)} is on {x.device}")
+        raise ValueError(f"{name} is on {value.device}: {_argument(x)} is on {x.device}; move one of them, .to(device)")
     check_memory(**{name: value})
 
 

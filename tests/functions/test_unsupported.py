@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sparsecnx
 from sparsecnx import SparseTensor, UnsupportedFunctionError
+from sparsecnx.geometry.layout import Layout
 
 CHANNELS = 4
 
@@ -112,11 +113,34 @@ def test_pixels_are_shuffled_in_images_alone(ndim: int) -> None:
             function(x, 2)
 
 
+def on_meta(x: Any) -> Any:
+    return SparseTensor(x.features.to("meta"), Layout(x.layout.tiles.to(torch.device("meta")), x.layout.tile))
+
+
+OTHER_DEVICE = "is on meta: x is on cpu; move one of them"
 # Where operators, or torch itself, find the fault.
 BAD: dict[str, tuple[type[Exception], Callable[[Any], Any], str]] = {
     "channels of a weight": (ValueError, lambda x: F.conv2d(x, W[:, :3], padding=1), "conv2d .*take 3; .*as_tensor"),
     "axes of a scale": (ValueError, lambda x: F.interpolate(x, scale_factor=(2, 2, 2)), "interpolate .*each of 2 axes"),
     "device of a weight": (ValueError, lambda x: F.conv2d(x, W.to("meta"), padding=1), "conv2d .*weight is on meta"),
+    "device of an operand": (ValueError, lambda x: x + torch.ones(4, 1, 1, device="meta"), f"add.*{OTHER_DEVICE}"),
+    "device of images": (ValueError, lambda x: x * x.dense().to("meta"), f"mul.*{OTHER_DEVICE}"),
+    "device of a number": (ValueError, lambda x: x * torch.ones((), device="meta"), f"mul.*{OTHER_DEVICE}"),
+    "device of a condition": (ValueError, lambda x: torch.where(W[0, :, :1, :1].to("meta") > 0, x, 0), OTHER_DEVICE),
+    "device of what is joined": (ValueError, lambda x: torch.cat([x, x.dense().to("meta")], 1), OTHER_DEVICE),
+    "device of slopes": (ValueError, lambda x: F.prelu(x, W[0, :, 0, 0].to("meta")), f"prelu .*{OTHER_DEVICE}"),
+    "device of a matrix": (ValueError, lambda x: x.permute(0, 2, 3, 1) @ W[..., 0, 0].to("meta"), OTHER_DEVICE),
+    "device of features": (
+        ValueError, lambda x: F.linear(x.permute(0, 2, 3, 1), W[..., 0, 0].to("meta")), f"linear .*{OTHER_DEVICE}"
+    ),
+    "device of factors": (
+        ValueError, lambda x: torch.einsum("bchw,dc->bdhw", x, W[..., 0, 0].to("meta")), f"einsum .*{OTHER_DEVICE}"
+    ),
+    "device of a norm": (
+        ValueError, lambda x: F.rms_norm(x.permute(0, 2, 3, 1), (4,), W[0, :, 0, 0].to("meta")), OTHER_DEVICE
+    ),
+    "device of a whole window": (ValueError, lambda x: F.conv2d(x, torch.ones(1, 4, 12, 8).to("meta")), OTHER_DEVICE),
+    "device of two": (UnsupportedFunctionError, lambda x: x + on_meta(x), "one is on cpu, the other on meta; move one"),
     "dtype of a weight": (TypeError, lambda x: F.conv2d(x, W.float(), padding=1), "conv2d .*weight is torch.float32"),
     "bias": (ValueError, lambda x: F.conv2d(x, W, W[:3, 0, 0, 0], padding=1), r"conv2d .*bias is \(3,\)"),
     "groups": (ValueError, lambda x: F.group_norm(x, 3), "group_norm .*groups is 3: expected a divisor"),
