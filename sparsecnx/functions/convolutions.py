@@ -180,6 +180,9 @@ def linear(input: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> S
         refuse("linear", "its weight is a SparseTensor", "only the input can be one")
     if not input.channels_last:
         refuse("linear", f"x is {tuple(input.shape)}, whose last dimension is space", "permute the channels to the end")
+    channels = input.features.shape[-1]
+    if weight.shape[-1:] != (channels,):
+        raise ValueError(f"weight is {tuple(weight.shape)}: x has {channels} channels, expected (C_out, {channels})")
     check_device(weight, "weight", input)
     return like(input, products.linear(input.features, weight, bias))
 
@@ -193,6 +196,9 @@ def matmul(input: Any, other: Any) -> SparseTensor:
         or other.ndim > 2
     ):
         refuse("matmul", "sites would be multiplied with sites", "x is channels-last, and the other a matrix (C, C')")
+    channels = input.features.shape[-1]
+    if other.shape[:1] != (channels,):
+        raise ValueError(f"other is {tuple(other.shape)}: x has {channels} channels, expected ({channels}, C_out)")
     check_device(other, "other", input)
     if other.ndim == 2:
         return like(input, products.linear(input.features, other.t()))

@@ -22,7 +22,7 @@ from sparsecnx.functions.table import (
     refuse,
 )
 from sparsecnx.geometry.packing import gather_rows
-from sparsecnx.ops.checks import check_device
+from sparsecnx.ops.checks import check_device, check_vector
 from sparsecnx.tensor import HANDLERS, SparseTensor
 
 ACTIVATIONS = str.split("""
@@ -230,7 +230,10 @@ put("__pos__", HANDLER_OF["positive"])
 def prelu(x: SparseTensor, weight: Tensor) -> SparseTensor:
     if weight.numel() != 1 and (x.channels_last or x.features.ndim != 2):
         refuse("prelu", f"x is {tuple(x.shape)}: its slopes belong to dimension 1", "bring x to (B, C, *spatial) first")
-    check_device(weight, "weight", x)
+    if weight.numel() == 1:
+        check_device(weight, "weight", x)
+    else:
+        check_vector(weight, "weight", x.features.shape[1], x)
     return like(x, F.prelu(x.features, weight))
 
 

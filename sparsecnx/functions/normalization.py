@@ -92,6 +92,7 @@ def _check_normalized(x: Any, shape: Sequence[int], name: str, weight: Tensor | 
         refuse(name, "its weight is a SparseTensor", "only the input can be one")
     if not x.channels_last or tuple(shape) != tuple(x.features.shape[1:]):
         refuse(name, f"normalized_shape is {tuple(shape)} of {tuple(x.shape)}, which is not its channels alone",
+               f"expected {tuple(x.features.shape[1:])}" if x.channels_last else
                "permute the channels to the end, or use group_norm with one group")  # fmt: skip
     if weight is not None:
         check_device(weight, "weight", x)
