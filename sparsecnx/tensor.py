@@ -114,6 +114,9 @@ class SparseTensor:
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = HANDLERS.get(function)
         if handler is None:
+            if isinstance(function, torch.ScriptMethod):
+                refuse(f"ScriptModule.{function.name}", "TorchScript takes tensors alone",
+                       "call the module that was scripted or traced, or compile it with torch.compile")  # fmt: skip
             refuse(function, NOT_IN_TABLE)
         return answer(function, handler, args, kwargs)
 

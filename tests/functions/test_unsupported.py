@@ -90,6 +90,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "writing into an ordinary tensor": (lambda x: torch.zeros(2, CHANNELS, 12, 8).add_(x), "add_ .*would write"),
     "pooling of integers": (lambda x: F.avg_pool2d(x.int(), 2), "avg_pool2d .*x is torch.int32"),
     "places of elements": (lambda x: torch.where(x > 0), "where .*places of single elements"),
+    "a scripted module": (lambda x: torch.jit.script(nn.ReLU())(x), r"ScriptModule.forward .*alone; .* torch.compile"),
     "truth": (bool, "__bool__ .*reduce it first"),
     "numpy": (lambda x: x.numpy(), "numpy .*reduce it first"),
     "iteration": (list, "__iter__ .*reduce it first"),
