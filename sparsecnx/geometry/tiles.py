@@ -82,7 +82,7 @@ class TileSet:
 
         With `visible`, every image is known to keep that many tiles, with `count` the whole batch: nothing is read
         back from the device and no shape depends on data. Without them the mask is counted, one synchronisation on
-        a GPU.
+        a GPU. `torch.compile(fullgraph=True)` then makes one graph for any number of tiles, from two on.
 
         Raises:
             TypeError: `mask` is not a bool tensor.
@@ -113,6 +113,8 @@ class TileSet:
         if known and (mask.device.type != "cpu" or torch.compiler.is_compiling()):
             return cls._without_reading(flat, grid, visible, count, below_tile)
         if torch.compiler.is_compiling():
+            if _graph_has_sizes_of_data():
+                return cls._of_unknown_size(flat, grid, below_tile)
             torch._dynamo.graph_break(
                 msg="the mask must be counted: pass visible= (tiles that each image keeps) or count="
             )
@@ -146,6 +148,16 @@ class TileSet:
         index = (image[:, None] * cells + kept).flatten()
         splits = torch.arange(batch + 1, device=flat.device) * visible
         return cls(batch, grid, index, splits, visible, below_tile)
+
+    @classmethod
+    def _of_unknown_size(cls, flat: Tensor, grid: tuple[int, ...], below_tile: str) -> TileSet:
+        """List the visible tiles of a mask `(B, cells)` in a graph for any number of them, from two on."""
+        counts = (~flat).sum(dim=1)
+        torch._assert_async(counts.sum() > 1, "mask keeps less than two tiles: pass visible= or count=")
+        index = (~flat).flatten().nonzero().flatten()
+        torch._check(index.shape[0] > 1)  # Normalizations ask whether there is a row, and a second one.
+        splits = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        return cls(flat.shape[0], grid, index, splits, None, below_tile)
 
     @classmethod
     def all_visible(cls, batch: int, grid: tuple[int, ...], device: torch.device) -> TileSet:
@@ -269,6 +281,13 @@ class TileSet:
         """Return int32 `(count,)`: the position of each visible tile at its place, int64 `(tiles,)`; -1 elsewhere."""
         blank = torch.full((count,), -1, dtype=torch.int32, device=self.device)
         return blank.index_copy(0, places, torch.arange(self.count, dtype=torch.int32, device=self.device))
+
+
+@torch.compiler.assume_constant_result
+def _graph_has_sizes_of_data() -> bool:
+    """Return whether torch.compile keeps sizes that depend on data in its graph, as it does with fullgraph=True."""
+    context: Any = torch._guards.TracingContext.try_get()
+    return context is not None and context.fake_mode.shape_env.allow_dynamic_output_shape_ops
 
 
 def _count_tiles(flat: Tensor) -> list[int]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import sparsecnx
 from sparsecnx import SparseTensor
@@ -70,6 +71,28 @@ def test_a_network_of_timm_compiles_in_one_graph() -> None:
     timm = pytest.importorskip("timm")
     torch._dynamo.reset()
     model = timm.create_model("mobilenetv3_small_050").eval()
-    x = sparsecnx.sparse(torch.randn(2, 3, 64, 64), torch.tensor([[True, False, False, True]] * 2), visible=2)
+    images, mask = torch.randn(2, 3, 64, 64), torch.tensor([[True, False, False, True]] * 2)
+    x = sparsecnx.sparse(images, mask, visible=2)
+    inside = torch.compile(lambda *inputs: model(sparsecnx.sparse(*inputs)), fullgraph=True, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+        torch.testing.assert_close(inside(images, mask), model(x))
+
+
+def test_one_graph_takes_masks_of_any_count() -> None:
+    torch._dynamo.reset()
+    network = nn.Sequential(nn.Conv2d(8, 4, 3, padding=1), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1))
+
+    def run(images: Tensor, mask: Tensor) -> Any:
+        return network(sparsecnx.sparse(images, mask))
+
+    compiled = torch.compile(run, fullgraph=True, backend=(counter := CompileCounter()))
+    for kept in (2, 5, 12, 32):
+        mask = torch.ones(32, dtype=torch.bool).index_fill(0, torch.randperm(32)[:kept], False).view(2, 16)
+        expected, found = run(IMAGES, mask), compiled(IMAGES, mask)
+        torch.testing.assert_close(found, expected)
+        gradients = [torch.autograd.grad(y.square().sum(), tuple(network.parameters())) for y in (found, expected)]
+        torch.testing.assert_close(*gradients)
+    assert counter.frame_count == 1
+    with pytest.raises(RuntimeError, match="mask keeps less than two tiles: pass visible= or count="):
+        compiled(IMAGES, torch.ones(2, 16, dtype=torch.bool))
