@@ -145,7 +145,7 @@ def _avg_pool(name: str) -> Handler:
         if not x.features.is_floating_point():
             refuse(name, f"x is {x.dtype}", "convert it to floats first")
         if window.dense:
-            if kernel == x.layout.shape and not any(window.before + window.after):
+            if window.whole:
                 if divisor_override is None:
                     return mean(x, tuple(axes(x)[1]), True)
                 return total(x, tuple(axes(x)[1]), True) / divisor_override
@@ -172,7 +172,7 @@ for _name in ("avg_pool1d", "avg_pool2d", "avg_pool3d"):
     _handler = answers(
         _name,
         meaning="masked sites count as zeros, as padding does; divides by what the arguments say; a window of the "
-        "whole extent is adaptive pooling to 1",
+        "whole extent, or wider with ceil_mode, is adaptive pooling to 1",
         limits="extents and tiles as conv2d",
     )(_avg_pool(_name))
     TAKE_PADDING[getattr(F, _name)] = _handler

@@ -26,6 +26,7 @@ class Window(NamedTuple):
         before, after: padding before the first and after the last site of each axis.
         dense: whether an ordinary tensor comes out: the stride is below the tile, or one site is left per axis.
         children: where the windows part the sites, and those of each are consecutive rows, how many they are; else 0.
+        whole: whether one window, without padding, takes all sites.
     """
 
     kernel: tuple[int, ...]
@@ -35,6 +36,7 @@ class Window(NamedTuple):
     dilation: tuple[int, ...]
     dense: bool
     children: int = 0
+    whole: bool = False
 
 
 class Padded:
@@ -258,10 +260,12 @@ def _plan(
             count -= 1
         out.append(count)
     expected = [size // s for size, s in zip(shape, strides, strict=True)]
-    whole = not any(before) and not any(after) and spans == shape
+    # A window as wide as the image, as in heads, or wider with ceil_mode, leaves one site.
+    covers = all(span >= size for span, size in zip(spans, shape, strict=True))
+    whole = covers and max(out) == min(out) == 1 and not any(before) and not any(after)
     divides = not any(side % s for side, s in zip(layout.tile, strides, strict=True))
-    if whole and not (divides and out == expected):  # A window as wide as the image, as in heads, leaves one site.
-        return Window(kernel, strides, before, after, dilations, True)
+    if whole and not (divides and out == expected):
+        return Window(kernel, strides, before, after, dilations, True, whole=True)
     if not divides:
         if layout.tiles.below_tile == "dense":
             return Window(kernel, strides, before, after, dilations, True)

@@ -349,6 +349,8 @@ OF_IMAGES: dict[str, Callable[[Any], Any]] = {
     "linalg.vector_norm": lambda x: torch.linalg.vector_norm(x.permute(LAST), dim=(1, 2), keepdim=True),
     "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, 1),
     "avg_pool2d of the extent": lambda x: F.avg_pool2d(x, tuple(x.shape[2:])),
+    "avg_pool2d wider than the extent": lambda x: F.avg_pool2d(x, [2 + n for n in x.shape[2:]], ceil_mode=True),
+    "max_pool2d wider than the extent": lambda x: F.max_pool2d(x, [2 + n for n in x.shape[2:]], ceil_mode=True),
     "sum of integers": lambda x: (x > 0).sum((2, 3)),
     "amax of bool": lambda x: (x > 2).amax((2, 3)),
     "norm 0": lambda x: torch.norm(torch.relu(x.detach()), 0, dim=(2, 3)),
