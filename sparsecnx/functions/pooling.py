@@ -20,7 +20,7 @@ from sparsecnx.geometry.layout import Layout
 from sparsecnx.ops import pooling
 from sparsecnx.ops.checks import check_sparse
 from sparsecnx.ops.convolution.window import Window as Taps
-from sparsecnx.ops.pooling.windows import pooling_window
+from sparsecnx.ops.convolution.window import make_window
 from sparsecnx.tensor import HANDLERS, SparseTensor, packed
 
 
@@ -39,7 +39,7 @@ def _steps(stride: Any, kernel: tuple[int, ...]) -> Any:
 @once
 def _taps(window: Window) -> Taps:
     """Return a window as operators take it, checked."""
-    return pooling_window(len(window.kernel), window.kernel, window.stride, window.before, window.dilation)
+    return make_window(window.kernel, window.stride, window.before, window.dilation)
 
 
 def _prepared(x: SparseTensor, window: Window) -> tuple[Taps, Layout]:

@@ -209,6 +209,7 @@ AT_SITES: dict[str, Callable[[Any], Any]] = {
     "avg_pool2d rounded up": lambda x: F.avg_pool2d(x, 3, 2, ceil_mode=True),
     "avg_pool2d same": lambda x: F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 2, 1, ceil_mode=True, count_include_pad=False),
     "avg_pool2d after pad": lambda x: F.avg_pool2d(F.pad(x, (0, 1, 0, 1)), 3, 2),
+    "avg_pool2d after pad on one side": lambda x: F.avg_pool2d(F.pad(x, (2, 0, 0, 2)), 3, 1),
     "avg_pool2d divisor": lambda x: F.avg_pool2d(x, 2, divisor_override=3),
     "adaptive_avg_pool2d divisor": lambda x: F.adaptive_avg_pool2d(x, (SPACE[0] // 2, SPACE[1] // 2)),
     "adaptive_avg_pool2d extent": lambda x: F.adaptive_avg_pool2d(x, (None, SPACE[1])),
@@ -382,6 +383,7 @@ MAXIMA: dict[str, Callable[[Any], Any]] = {
     "max_pool2d rounded up": lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True),
     "max_pool2d dilated": lambda x: F.max_pool2d(F.pad(x, (2, 2, 2, 2), value=-math.inf), 3, 1, 0, 2),
     "max_pool2d after pad": lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), 3, 2),
+    "max_pool2d after pad on one side": lambda x: F.max_pool2d(F.pad(x - 3, (2, 0, 0, 2)), 3, 2),
     "max_pool2d after pad of zeros": lambda x: F.max_pool2d(F.pad(x - 3, (1, 1, 1, 1)), 3, 2),
     "adaptive_max_pool2d divisor": lambda x: F.adaptive_max_pool2d(x, (SPACE[0] // 2, SPACE[1] // 4)),
 }
