@@ -27,6 +27,7 @@ from sparsecnx.geometry.tiles import TileSet
 # The function of ours that answers each function and method of torch. `sparsecnx.functions` fills it.
 HANDLERS: dict[Any, Callable[..., Any]] = {}
 _LIBRARIES = tuple(f"{Path(module).parent}{os.sep}" for module in (torch.__file__, __file__))
+PACKAGE = _LIBRARIES[1]
 
 ON = " on a SparseTensor"
 NOT_IN_TABLE = "it is not in docs/functions.md, the table of functions that have a meaning on visible sites"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsecnx.functions.table import answers, like, packed, refuse
+from sparsecnx.functions.table import answers, like, packed, refuse, refuse_as_tuple
 from sparsecnx.geometry.layout import Layout
 from sparsecnx.tensor import HANDLERS, SparseTensor
 
@@ -160,6 +160,7 @@ for _name in ["zeros_like", "ones_like", "empty_like", "full_like", "rand_like",
 
 def _error(name: str, why: str, remedy: str) -> None:
     def handler(*args: Any, **kwargs: Any) -> Any:
+        refuse_as_tuple()
         refuse(name, why, remedy)
 
     answers(name, meaning="an error", limits=remedy)(handler)

@@ -20,6 +20,7 @@ from sparsecnx.functions.table import (
     packed,
     put,
     refuse,
+    refuse_as_tuple,
 )
 from sparsecnx.tensor import SparseTensor
 
@@ -254,6 +255,7 @@ def getitem(x: SparseTensor, index: Any) -> Any:
         whole = isinstance(item, slice) and item.start in (None, 0) and item.stop in (None, x.shape[d])
         step = item.step or 1 if isinstance(item, slice) else 1
         if not whole or (d == 0 and step != 1) or step < 1:
+            refuse_as_tuple()
             what = "the batch" if d == 0 else "space, of which only visible sites exist"
             refuse("__getitem__", f"dimension {d} is {what}, and its index {item!r}", SPACE)
         steps.append(step)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsecnx.tensor import HANDLERS, SparseTensor, answer, packed, refuse
+from sparsecnx.tensor import HANDLERS, PACKAGE, SparseTensor, answer, packed, refuse
 
 Handler = Callable[..., Any]
 HOMES = {"torch": torch, "torch.nn.functional": F, "torch.Tensor": Tensor}
@@ -114,6 +114,32 @@ def refuse_custom_function(x: SparseTensor) -> None:
                 refuse("autograd.Function", "it would lose its gradient", "apply the Function to x.features, and "
                        "x.with_features(...) makes a SparseTensor of the result")  # fmt: skip
         frame = frame.f_back
+
+
+# Files of torch that take the items of what they hold for a tuple, and what they are to say of a SparseTensor.
+_FOR_TUPLES = {
+    torch.nn.modules.module.__file__: (
+        "Module.register_backward_hook",
+        "this deprecated hook finds no tensor in what its module returns",
+        "register a forward hook that calls register_hook() on the SparseTensor",
+    ),
+    torch.jit._trace.__file__: (
+        "torch.jit.trace",
+        "it would record this mask for all",
+        "trace the module with dense images, or use torch.compile or torch.export",
+    ),
+}
+
+
+def refuse_as_tuple() -> None:
+    """Raise where torch takes a SparseTensor for a tuple, and the error should name what for."""
+    if torch.compiler.is_compiling():
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    if frame is not None and frame.f_code.co_filename in _FOR_TUPLES:
+        refuse(*_FOR_TUPLES[frame.f_code.co_filename])
 
 
 def channels_first(x: Any, name: str) -> SparseTensor:

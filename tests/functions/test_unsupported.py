@@ -47,6 +47,12 @@ def padded_and_changed(x: Any) -> Any:
     return F.conv2d(padded, W)
 
 
+def with_old_hook(x: Any) -> Any:
+    module = nn.ReLU()
+    module.register_backward_hook(lambda *_: None)
+    return module(x)
+
+
 W = torch.randn(CHANNELS, CHANNELS, 3, 3, dtype=torch.float64)
 UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a function that is not in the table": (lambda x: torch.fft.fft2(x), "torch.fft.fft2 .*: it is not in docs"),
@@ -91,6 +97,8 @@ UNSUPPORTED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "pooling of integers": (lambda x: F.avg_pool2d(x.int(), 2), "avg_pool2d .*x is torch.int32"),
     "places of elements": (lambda x: torch.where(x > 0), "where .*places of single elements"),
     "a scripted module": (lambda x: torch.jit.script(nn.ReLU())(x), r"ScriptModule.forward .*alone; .* torch.compile"),
+    "a traced module": (lambda x: torch.jit.trace(nn.ReLU(), x), "torch.jit.trace .*this mask for all; .*dense images"),
+    "a deprecated hook": (with_old_hook, r"Module.register_backward_hook .*register_hook\(\) on the SparseTensor"),
     "truth": (bool, "__bool__ .*reduce it first"),
     "numpy": (lambda x: x.numpy(), "numpy .*reduce it first"),
     "iteration": (list, "__iter__ .*reduce it first"),
