@@ -19,7 +19,7 @@ from sparsecnx.functions.table import Handler, answers, axes, channels_first, ch
 from sparsecnx.functions.windows import TAKE_PADDING, check_axes, coarsened, per_axis, plan, refined, unpadded
 from sparsecnx.geometry.layout import Layout
 from sparsecnx.ops import convolution
-from sparsecnx.ops.checks import check_device
+from sparsecnx.ops.checks import check_device, check_same_dtype
 from sparsecnx.ops.convolution import products
 from sparsecnx.ops.convolution.window import Window
 from sparsecnx.tensor import SparseTensor, packed
@@ -174,6 +174,14 @@ for _name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"):
     )
 
 
+def _check_factor(value: Tensor, name: str, x: SparseTensor) -> None:
+    """Raise unless `value` is on the device of `x`, and of its dtype where autocast does not cast both."""
+    check_device(value, name, x)
+    where = x.device.type
+    if value.dtype != x.dtype and (where == "meta" or not torch.is_autocast_enabled(where)):
+        check_same_dtype(x, name, value)
+
+
 @answers("linear", meaning="over channels that are last", limits="x is channels-last")
 def linear(input: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> SparseTensor:
     if not isinstance(input, SparseTensor):
@@ -183,7 +191,7 @@ def linear(input: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> S
     channels = input.features.shape[-1]
     if weight.shape[-1:] != (channels,):
         raise ValueError(f"weight is {tuple(weight.shape)}: x has {channels} channels, expected (C_out, {channels})")
-    check_device(weight, "weight", input)
+    _check_factor(weight, "weight", input)
     return like(input, products.linear(input.features, weight, bias))
 
 
@@ -199,7 +207,7 @@ def matmul(input: Any, other: Any) -> SparseTensor:
     channels = input.features.shape[-1]
     if other.shape[:1] != (channels,):
         raise ValueError(f"other is {tuple(other.shape)}: x has {channels} channels, expected ({channels}, C_out)")
-    check_device(other, "other", input)
+    _check_factor(other, "other", input)
     if other.ndim == 2:
         return like(input, products.linear(input.features, other.t()))
     return like(input, torch.matmul(input.features, other))

@@ -255,6 +255,8 @@ for _name in ("dropout", "alpha_dropout"):
 
 @answers("dropout1d", "dropout2d", "dropout3d", "feature_dropout", meaning="drops channels of an image at random")
 def dropout_channels(x: SparseTensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> SparseTensor:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p is {p}: expected a probability, 0 to 1")
     if not training or p == 0.0:
         return x
     if x.channels_last:

@@ -113,7 +113,8 @@ def _by_the_image(
             return dense
         tiles = [out / cells for out, cells in zip(sizes, layout.tiles.grid, strict=True)]
         raise ValueError(
-            f"interpolate: {layout.shape} sites would become {sizes}, with {tiles} sites to a tile: expected whole ones"
+            f"interpolate: {layout.shape} sites would become {sizes}, with {tiles} sites to a tile: expected whole "
+            f"ones, sizes that are multiples of the grid, {layout.tiles.grid}; or make x with below_tile='dense'"
         )
     target = another(_resized, layout, sizes)
     return packed(gather_rows(dense, target), target)

@@ -151,6 +151,9 @@ BAD: dict[str, tuple[type[Exception], Callable[[Any], Any], str]] = {
     "device of a whole window": (ValueError, lambda x: F.conv2d(x, torch.ones(1, 4, 12, 8).to("meta")), OTHER_DEVICE),
     "device of two": (UnsupportedFunctionError, lambda x: x + on_meta(x), "one is on cpu, the other on meta; move one"),
     "dtype of a weight": (TypeError, lambda x: F.conv2d(x, W.float(), padding=1), "conv2d .*weight is torch.float32"),
+    "dtype of features": (TypeError, lambda x: nn.Linear(4, 2)(x.movedim(1, -1)), "linear .*weight is torch.float32"),
+    "dtype of a matrix": (TypeError, lambda x: x.movedim(1, -1) @ torch.ones(4, 2), "matmul.*other is torch.float32"),
+    "a probability": (ValueError, lambda x: F.dropout2d(x, 2.0), "dropout2d .*p is 2.0: expected a probability"),
     "bias": (ValueError, lambda x: F.conv2d(x, W, W[:3, 0, 0, 0], padding=1), r"conv2d .*bias is \(3,\)"),
     "groups": (ValueError, lambda x: F.group_norm(x, 3), "group_norm .*groups is 3: expected a divisor"),
     "groups of a module": (ValueError, nn.GroupNorm(2, 8).double(), r"group_norm .*weight is \(8,\)"),
@@ -241,7 +244,7 @@ EXTENTS: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda x: F.adaptive_avg_pool2d(x, 5),
         r"output_size is 5: expected 1, or a divisor of \(12, 8\)",
     ),
-    "interpolated size": (lambda x: F.interpolate(x, size=(13, 9)), "sites would become .*expected whole ones"),
+    "interpolated size": (lambda x: F.interpolate(x, size=(13, 9)), "would become .*multiples of the grid.*below_tile"),
 }
 
 
