@@ -216,8 +216,9 @@ def grids_of(cells: int, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     choices = [[count for count in range(1, min(size, cells) + 1) if size % count == 0] for size in map(int, shape[1:])]
     found = []
     for rest in itertools.product(*choices):
-        first, left = divmod(int(cells), math.prod(rest))
-        if left == 0 and first > 0 and shape[0] % first == 0:
+        each = math.prod(rest)
+        first = cells // each  # torch.compile traces no divmod of sizes that vary.
+        if cells % each == 0 and first > 0 and shape[0] % first == 0:
             found.append((first, *rest))
     return sorted(found, key=lambda grid: (sum(size // n for size, n in zip(shape, grid, strict=True)), grid))
 

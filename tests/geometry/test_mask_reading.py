@@ -199,6 +199,18 @@ def test_masks_compile_and_batch(dtype: torch.dtype) -> None:
         assert torch.equal(sample, run(IMAGES, alone))
 
 
+def test_masks_of_tiles_that_are_not_square_compile_for_any_size() -> None:
+    def run(images: Tensor, mask: Tensor) -> Tensor:
+        return SparseTensor.from_dense(images, mask, visible=4).features
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="eager")
+    mask = torch.tensor([[0, 1, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0]])
+    for shape in ((9, 4), (8, 15)):
+        images = torch.randn(2, 3, *shape)
+        assert torch.equal(compiled(images, mask), run(images, mask))
+
+
 @needs_gpu
 def test_a_gpu_reads_masks_of_pixels_only_where_nothing_is_known() -> None:
     images, mask = IMAGES.cuda(), pixels(MASK, 4, 4).float().cuda()
