@@ -56,7 +56,8 @@ def read_mask(
 
     Raises:
         TypeError: `mask` is no tensor of bool, integers or floats.
-        ValueError: its shape fits in no way, or in more than one; it has other values than 0 and 1; `ones` is neither.
+        ValueError: its shape fits in no way, or in more than one; it has other values than 0 and 1, or requires grad;
+            `ones` is neither.
     """
     if ones not in ONES:
         raise ValueError(f"ones is {ones!r}: expected one of {ONES}")
@@ -64,6 +65,8 @@ def read_mask(
         raise TypeError(
             f"{describe(mask)}: expected a tensor (B, L) or (B, *grid) of bool, integers or floats, 0 and 1"
         )
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("mask requires grad, and would get none: pass mask.detach()")
     check_memory(mask=mask)
     given = tuple(mask.shape)
     images = batch if batch is not None else given[0] if given else 1

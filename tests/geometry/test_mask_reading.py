@@ -155,6 +155,12 @@ def test_masks_of_mae_are_read_as_ever() -> None:
         (MASK.float() * torch.arange(12.0).view(2, 2, 3), "masked", ValueError, "mask has the values 2, 3, 5, ...: "),
         (MASK.int() - 1, "visible", ValueError, "mask has the values -1: expected 0 and 1"),
         (MASK.to(torch.complex64), "masked", TypeError, "mask is torch.complex64 (2, 2, 3): expected a tensor (B, L)"),
+        (
+            MASK.float().requires_grad_(),
+            "masked",
+            ValueError,
+            "mask requires grad, and would get none: pass mask.detach",
+        ),
         (MASK.tolist(), "masked", TypeError, "mask is a list: expected a tensor (B, L) or (B, *grid) of bool"),
         (MASK, "kept", ValueError, "ones is 'kept': expected one of ('masked', 'visible')"),
         (MASK.to("meta"), "masked", ValueError, "mask is on meta, dense on cpu: pass mask.to(dense.device)"),
