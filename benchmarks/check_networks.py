@@ -10,7 +10,8 @@ agree to 1e-10 and gradients and running statistics to 1e-8 with what `tests/mas
 is 1 if any network runs and differs.
 
 With `--volumes` these are networks of volumes and signals of dynamic-network-architectures (nnU-Net), MONAI and
-torchvision, with few channels, at the settings that are written beside them.
+torchvision, with few channels, at the settings that are written beside them. STU-Net is in no package: to have it too,
+put the folder of `pretrain/STUNet.py`, from a checkout of AnatoMask, on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ TORCHVISION = """
 """
 OUTPUT_LIMIT, LIMIT = 1e-10, 1e-8
 # The convolutional families of timm, several networks each, and some that attend over space. Those with EvoNorm and
-# FilterResponseNorm are not among them: these layers compute in float32 whatever they are given.
+# FilterResponseNorm are not among them: these layers compute in float32 whatever they are given. Nor is starnet_s100:
+# the gradient of a bias before BatchNorm is zero but for rounding, of which torch's batch_norm leaves too much there.
 NETWORKS = """
     resnet18 resnet34 resnet50 resnet18d resnet26t resnet50d resnet14t resnet50_gn resnetaa50 resnetblur18 resnetrs50
     seresnet50 legacy_seresnet18 seresnext26d_32x4d ecaresnet26t ecaresnet50d ecaresnetlight resnext50_32x4d
@@ -83,6 +85,15 @@ NETWORKS = """
     resnest50d_1s4x24d resnet10t resnet50c resnet50s seresnet18 resnetaa34d resnetv2_18d legacy_seresnext26_32x4d
     skresnet50d starnet_s050 vgg13 eca_vovnet39b ese_vovnet19b_slim xception41p hrnet_w18_ssld mobileone_s1
     hardcorenas_b semnasnet_050
+    mobilenet_edgetpu_100 mobilenet_edgetpu_v2_xs gc_efficientnetv2_rw_t efficientnet_b0_g8_gn efficientnet_b1_pruned
+    ecaresnet50d_pruned tf_efficientnet_es tinynet_c mixnet_m mnasnet_050 tf_mobilenetv3_small_minimal_100 fbnetv3_d
+    lcnet_100 mobilenetv4_conv_small_035 cpubone_nano resnet61q eca_resnext26ts regnetz_d32 regnetz_040 repvgg_b1g4
+    resnetv2_50t resnet26d seresnext26t_32x4d ecaresnext26t_32x4d seresnetaa50d skresnet34 resnest50d_4s2x40d
+    res2net50_48w_2s dla46x_c dpn68b xception65p vovnet57a ese_vovnet19b_slim_dw hgnet_small hgnetv2_b2
+    cs3darknet_focus_m cs3se_edgenet_x cspnext_s darknet21 cspresnet50d repghostnet_080 ghostnet_130 repvit_m2
+    rexnet_130 fasternet_t1 fastvit_t12 rdnet_small mambaout_tiny convnext_femto convnextv2_pico poolformer_s24
+    nf_resnet50 nfnet_f0 nf_regnet_b1 nasnetalarge pnasnet5large efficientvit_m0 efficientvim_m1 lowformer_b0 iformer_t
+    nextvit_small senet154 legacy_senet154 gernet_m hrnet_w30 densenet201
 """
 
 
@@ -263,13 +274,25 @@ def volume_networks() -> Networks:
 
 
 def video_networks() -> Networks:
-    """Yield networks of videos of torchvision, and the encoder of STU-Net, which is in no library."""
+    """Yield networks of videos of torchvision, and the encoder of STU-Net as `volumes.py` has it."""
     from torchvision.models import video
     from volumes import STUNet
 
     yield "STU-Net, its encoder", lambda: STUNet((8, 8, 16, 16, 16, 16)), VOLUME
     for name in ("r3d_18", "mc3_18", "r2plus1d_18"):
         yield f"torchvision {name}", functools.partial(getattr(video, name), weights=None), VIDEO
+
+
+def stunet_networks() -> Networks:
+    """Yield STU-Net whole from AnatoMask's file, with the strides of its pretraining."""
+    from STUNet import STUNet
+
+    def build() -> torch.nn.Module:
+        strides, kernels = [[2] * 3] * 4 + [[1] * 3], [[3] * 3] * 6
+        return STUNet(1, 2, dims=[8, 8, 16, 16, 16, 16], pool_op_kernel_sizes=strides, conv_kernel_sizes=kernels)
+
+    yield "STU-Net, AnatoMask's STUNet.py", build, VOLUME
+    yield "STU-Net, AnatoMask's STUNet.py, blocks below the stride", build, BELOW
 
 
 def on_sparse_tensors(network: torch.nn.Module, images: Tensor, setting: Setting) -> Any:
@@ -322,6 +345,7 @@ def run_all(networks: Iterable[tuple[str, Build, Setting]], settings: dict[str, 
     """Compare networks, note their settings by name, and return what came of each."""
     found = {}
     for name, build, settings[name] in networks:
+        torch.manual_seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found[name] = compare(build(), settings[name])
@@ -392,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = {}
     if options.volumes:
         libraries = {"torchvision": video_networks, "monai": volume_networks}
-        libraries["dynamic_network_architectures"] = nnunet_networks
+        libraries |= {"dynamic_network_architectures": nnunet_networks, "STUNet": stunet_networks}
     else:
         found = run_all(timm_networks(options.names or NETWORKS.split()), settings)
     for library, networks in libraries.items():

@@ -51,6 +51,7 @@ NAMES = """
     zeros_like ones_like empty_like rand_like randn_like
 """
 DENSE = frozenset(NAMES.split())
+WITHOUT_SITES = {"__get__", "__set__", "size", "dim", "numel", "is_floating_point", "stride", "new_empty"}
 ACROSS_CHANNELS = {"mean", "sum", "amax", "amin", "max", "softmax", "log_softmax", "var", "std", "norm", "vector_norm"}
 
 
@@ -117,7 +118,7 @@ class Masked(TorchFunctionMode):
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         with_sites = [x for x in tensors if hasattr(x, "sites")]
         name = function.__name__.removeprefix("linalg_")
-        if not with_sites or name in ("__get__", "__set__", "size", "dim", "numel", "is_floating_point", "stride"):
+        if not with_sites or name in WITHOUT_SITES:
             return function(*args, **kwargs)
         x = with_sites[0]
         for special in (f"_{name}", f"_{name.rstrip('123d_')}"):
