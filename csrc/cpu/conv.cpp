@@ -1,5 +1,5 @@
-// sparsecnx::conv on an explicit kernel map (rows_out, taps), and its gradients. The inner loops are in kernels_conv.h,
-// those of groups of a few channels in kernels_conv_narrow.h.
+// sparsecnx::conv on a kernel map (rows_out, taps), and its gradients. The inner loops are in kernels_conv.h, those of
+// groups of a few channels in kernels_conv_narrow.h.
 //
 // A chunk of output rows stays in cache while the taps are applied to it one after another. Where a row has few input
 // channels, as in the stem of a network, their products would be too short: the rows under all taps are gathered into
@@ -7,7 +7,6 @@
 //
 // Weights are (groups, taps, channels in, channels out) of any strides, so that the gradient of x is the same operator
 // on the inverse map, with the last two axes exchanged.
-#include <atomic>
 #include <cstring>
 
 #include "mapped.h"
@@ -25,11 +24,12 @@ constexpr int64_t kColumnValues = 1 << 15;  // of a chunk of columns
 constexpr int64_t kMostColumns = 512;       // rows of it
 
 struct Shape {
-  int64_t rows_in, rows_out, taps, groups, in, out;  // in and out: channels of a group
-  const int32_t* map;                                // (rows_out, taps): row of x, -1 for none
+  std::unique_ptr<const KernelMap> map;
+  int64_t rows_out, taps, groups, in, out;  // in and out: channels of a group
 };
 
-Shape check_shape(const Tensor& x, const char* name, const Tensor& kernel_map, std::array<int64_t, 4> weight) {
+Shape check_shape(const Tensor& x, const char* name, const Tensor& kernel_map, const Sizes& window,
+                  std::array<int64_t, 4> weight) {
   const auto [rows, channels] = feature_shape(x, name);
   const auto [groups, taps, in, out] = weight;
   STD_TORCH_CHECK(groups >= 1 && in >= 1 && out >= 1 && groups <= kMostChannels && in * groups == channels &&
@@ -37,20 +37,11 @@ Shape check_shape(const Tensor& x, const char* name, const Tensor& kernel_map, s
                   "sparsecnx: weight is (", groups, ", ", taps, ", ", in, ", ", out,
                   "), expected (groups, K, C_in / groups, C_out / groups) with C_in = ", channels);
   STD_TORCH_CHECK(1 <= taps && taps <= kMostTaps, "sparsecnx: weight has ", taps, " taps, expected 1 to ", kMostTaps);
-  STD_TORCH_CHECK(kernel_map.dim() == 2 && kernel_map.size(1) == taps, "sparsecnx: kernel_map must be (rows_out, ",
-                  taps, ")");
-  check_dense(kernel_map, "kernel_map", kernel_map.numel(), ScalarType::Int);
   check_product({groups, taps, in + 64, out + 64}, "weight");
-  return {rows, kernel_map.size(0), taps, groups, in, out, data<int32_t>(kernel_map)};
-}
-
-// Raises unless all entries of the map are -1 or rows of x.
-void check_rows(const Shape& shape, const Tensor& kernel_map) {
-  std::atomic<bool> good = true;
-  parallel_for(0, shape.rows_out * shape.taps, 1 << 16, [&](int64_t begin, int64_t end) {
-    if (!kernels<float>().all_rows(shape.map + begin, end - begin, shape.rows_in)) good = false;
-  });
-  if (!good) check_range(kernel_map, "kernel_map", shape.rows_in);
+  auto map = make_map(kernel_map, window, rows);
+  STD_TORCH_CHECK(map->taps == taps, "sparsecnx: kernel_map must be (rows_out, ", taps, ")");
+  const int64_t rows_out = map->rows_out;
+  return {std::move(map), rows_out, taps, groups, in, out};
 }
 
 // The strides of a weight (groups, taps, channels in, channels out).
@@ -161,9 +152,8 @@ void pack(const Shape& shape, const Panels& panels, const S* weight, const Strid
 // a time, so that they stay in cache and take little memory, whatever the size of the map.
 class Rulebook {
  public:
-  Rulebook(const Shape& shape, const Tensor& kernel_map, int64_t rows)
+  Rulebook(const Shape& shape, int64_t rows)
       : shape_(shape),
-        kernel_map_(kernel_map),
         chunks_((shape.rows_out + rows - 1) / rows),
         most_(std::min(std::max<int64_t>(kListedPairs / (rows * shape.taps), 2 * torch::stable::get_num_threads()),
                        chunks_)),
@@ -175,16 +165,13 @@ class Rulebook {
   // map is neither -1 nor a row of x.
   template <class F>
   void for_listed(const F& f) {
-    const int32_t limit = static_cast<int32_t>(std::min<int64_t>(shape_.rows_in, INT32_MAX));
     for (listed_ = 0; listed_ < chunks_; listed_ += most_) {
       const int64_t last = std::min(listed_ + most_, chunks_);
-      std::atomic<bool> good = true;
       parallel_for(listed_, last, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t chunk = begin; chunk < end; ++chunk) {
-          if (!list(chunk, limit)) good = false;
-        }
+        std::vector<int32_t> room;
+        for (int64_t chunk = begin; chunk < end; ++chunk) list(chunk, room);
       });
-      if (!good) check_range(kernel_map_, "kernel_map", shape_.rows_in);
+      shape_.map->check();
       f(listed_, last);
     }
   }
@@ -199,26 +186,23 @@ class Rulebook {
     return (first(chunk) - first(listed_)) * shape_.taps + tap * (first(chunk + 1) - first(chunk));
   }
 
-  // Lists the pairs of a chunk, without a branch on the map. Returns whether its entries are in range.
-  bool list(int64_t chunk, int32_t limit) {
-    bool good = true;
+  // Lists the pairs of a chunk, without a branch on the map.
+  void list(int64_t chunk, std::vector<int32_t>& room) {
+    const int32_t* map = shape_.map->rows(first(chunk), first(chunk + 1), room);
     for (int64_t tap = 0; tap < shape_.taps; ++tap) {
       int32_t *from = from_.data() + at(chunk, tap), *to = to_.data() + at(chunk, tap);
+      const int32_t* read = map + tap;
       int64_t count = 0;
-      for (int64_t row = first(chunk); row < first(chunk + 1); ++row) {
-        const int32_t read = shape_.map[row * shape_.taps + tap];
-        from[count] = read;
+      for (int64_t row = first(chunk); row < first(chunk + 1); ++row, read += shape_.taps) {
+        from[count] = *read;
         to[count] = static_cast<int32_t>(row);
-        count += read >= 0;
-        good &= read >= -1 && read < limit;
+        count += *read >= 0;
       }
       count_[(chunk - listed_) * shape_.taps + tap] = count;
     }
-    return good;
   }
 
-  Shape shape_;
-  const Tensor& kernel_map_;
+  const Shape& shape_;
   int64_t chunks_, most_, listed_ = 0;  // most_: chunks whose pairs are listed at a time, from listed_ on
   Scratch<int32_t> from_, to_;
   std::vector<int64_t> count_;
@@ -283,17 +267,19 @@ std::vector<Compute<S>> narrow_weight(const Shape& shape, const S* weight, const
 
 template <class S>
 void run_narrow(const Shape& shape, const Tensor& x, const S* weight, const Strides& strides, const Compute<S>* bias,
-                const Tensor& kernel_map, S* out) {
-  check_rows(shape, kernel_map);
+                S* out) {
   const std::vector<Compute<S>> taps = narrow_weight(shape, weight, strides);
-  const NarrowConv<S> job{shape.map, shape.taps, shape.in, shape.groups * shape.in, data<S>(x), taps.data(), bias, out};
+  const NarrowConv<S> job{shape.taps, shape.in, shape.groups * shape.in, data<S>(x), taps.data(), bias, out};
   parallel_for(0, shape.rows_out, 64, [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> room;
     for (int64_t first = begin; first < end; first += kNarrowRows) {
       const int64_t last = std::min(first + kNarrowRows, end);
-      prefetch(job.x, job.channels, shape.map + first * shape.taps + shape.taps / 2, shape.taps, last - first);
-      kernels<S>().conv_narrow(job, first, last);
+      const int32_t* map = shape.map->rows(first, last, room);
+      prefetch(job.x, job.channels, map + shape.taps / 2, shape.taps, last - first);
+      kernels<S>().conv_narrow(job, map, first, last);
     }
   });
+  shape.map->check();
 }
 
 // Starts output rows with the bias, or with zeros.
@@ -305,10 +291,9 @@ void start_rows(A* out, int64_t step, int64_t rows, int64_t channels, const A* b
 }
 
 template <class A>
-void run_pairs(const Shape& shape, const A* x, const Panels& panels, const A* packed, const A* bias,
-               const Tensor& kernel_map, A* out) {
+void run_pairs(const Shape& shape, const A* x, const Panels& panels, const A* packed, const A* bias, A* out) {
   const int64_t in_step = shape.groups * shape.in, out_step = shape.groups * shape.out;
-  Rulebook rules(shape, kernel_map, chunk_rows(in_step + out_step));
+  Rulebook rules(shape, chunk_rows(in_step + out_step));
   const int64_t per_chunk = shape.groups * panels.count;
   const auto run_task = [&](int64_t task, bool fetch) {
     const int64_t chunk = task / per_chunk, group = task % per_chunk / panels.count, panel = task % panels.count;
@@ -332,20 +317,18 @@ void run_pairs(const Shape& shape, const A* x, const Panels& panels, const A* pa
   });
 }
 
-// Gathers the rows under all taps, and calls f(first row, rows, columns), chunk by chunk for rows [begin, end). Returns
-// false if an entry of the map is neither -1 nor a row of x.
+// Gathers the rows under all taps, and calls f(first row, rows, columns), chunk by chunk for rows [begin, end).
 template <class A, class F>
-bool for_columns(const Shape& shape, const A* x, int64_t begin, int64_t end, const F& f) {
+void for_columns(const Shape& shape, const A* x, int64_t begin, int64_t end, const F& f) {
   const int64_t width = shape.taps * shape.in, step = std::clamp<int64_t>(kColumnValues / width, 16, kMostColumns);
   std::vector<A> columns(std::min(step, end - begin) * width);
-  bool good = true;
+  std::vector<int32_t> room;
   for (int64_t first = begin; first < end; first += step) {
     const int64_t rows = std::min(step, end - first);
-    good &= kernels<A>().gather_columns(x, shape.map + first * shape.taps, rows * shape.taps, shape.in, shape.rows_in,
-                                        columns.data());
+    kernels<A>().gather_columns(x, shape.map->rows(first, first + rows, room), rows * shape.taps, shape.in,
+                                columns.data());
     f(first, rows, columns.data());
   }
-  return good;
 }
 
 std::vector<int32_t> ascending(int64_t count) {
@@ -355,13 +338,11 @@ std::vector<int32_t> ascending(int64_t count) {
 }
 
 template <class A>
-void run_columns(const Shape& shape, const A* x, const Panels& panels, const A* packed, const A* bias,
-                 const Tensor& kernel_map, A* out) {
+void run_columns(const Shape& shape, const A* x, const Panels& panels, const A* packed, const A* bias, A* out) {
   const int64_t depth = shape.taps * shape.in;
   const std::vector<int32_t> rows_of = ascending(kMostColumns);
-  std::atomic<bool> good = true;
   parallel_for(0, shape.rows_out, 64, [&](int64_t begin, int64_t end) {
-    const bool all = for_columns(shape, x, begin, end, [&](int64_t first, int64_t rows, A* columns) {
+    for_columns(shape, x, begin, end, [&](int64_t first, int64_t rows, A* columns) {
       for (int64_t panel = 0; panel < panels.count; ++panel) {
         const int64_t channel = panels.begin(panel);
         const int64_t channels = std::min(panels.width(panel), shape.out - channel);
@@ -371,26 +352,25 @@ void run_columns(const Shape& shape, const A* x, const Panels& panels, const A* 
                                 packed + channel * depth, depth);
       }
     });
-    if (!all) good = false;
   });
-  if (!good) check_range(kernel_map, "kernel_map", shape.rows_in);
+  shape.map->check();
 }
 
 Tensor run(const Shape& shape, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-           const Tensor& kernel_map, Strides strides) {
+           Strides strides) {
   const int64_t channels = shape.groups * shape.out;
   Tensor out = empty({shape.rows_out, channels}, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* offset = bias ? parameter<A>(*bias, "bias", channels, x) : nullptr;
     if (is_narrow_conv(shape, kernels<S>().is_narrow))
-      return run_narrow<S>(shape, x, data<S>(weight), strides, offset, kernel_map, data<S>(out));
+      return run_narrow<S>(shape, x, data<S>(weight), strides, offset, data<S>(out));
     const Panels panels = Panels::of<A>(shape.out);
     const Scratch<A> packed(shape.groups * shape.taps * shape.in * panels.padded());
     pack<S>(shape, panels, data<S>(weight), strides, packed.data());
     const Wide<S> wide(x);
     const auto compute = [&](A* to) {
       const auto how = shape.groups == 1 && shape.in <= kThin ? run_columns<A> : run_pairs<A>;
-      how(shape, wide.data_at(), panels, packed.data(), offset, kernel_map, to);
+      how(shape, wide.data_at(), panels, packed.data(), offset, to);
     };
     if constexpr (std::is_same_v<S, A>) {
       compute(data<A>(out));
@@ -405,44 +385,10 @@ Tensor run(const Shape& shape, const Tensor& x, const Tensor& weight, const std:
   return out;
 }
 
-Tensor conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& kernel_map) {
+Tensor conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& kernel_map,
+            Sizes window) {
   const Strides strides = check_weight(weight, x);
-  return run(check_shape(x, "x", kernel_map, sizes(weight)), x, weight, bias, kernel_map, strides);
-}
-
-// Returns for every input row and tap the output row that reads it, -1 where none does.
-Tensor invert(const Tensor& kernel_map, int64_t rows_in) {
-  check_range(kernel_map, "kernel_map", rows_in);
-  const int64_t rows = kernel_map.size(0), taps = kernel_map.size(1);
-  Tensor out = empty({rows_in, taps}, ScalarType::Int);
-  const int32_t* map = data<int32_t>(kernel_map);
-  int32_t* inverse = data<int32_t>(out);
-  std::fill_n(inverse, rows_in * taps, -1);
-  bool twice = false;
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t k = 0; k < taps; ++k) {
-      const int64_t read = map[row * taps + k];
-      if (read < 0) continue;
-      twice |= inverse[read * taps + k] != -1;
-      inverse[read * taps + k] = static_cast<int32_t>(row);
-    }
-  }
-  STD_TORCH_CHECK(!twice, "sparsecnx: two rows of kernel_map read the same input row through the same tap");
-  return out;
-}
-
-// Returns the gradient of x.
-Tensor conv_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& kernel_map, int64_t rows_in) {
-  const Strides strides = check_weight(weight, grad);
-  check_size(rows_in, "rows_in", 0, INT32_MAX);
-  const auto [groups, taps, in, out] = sizes(weight);
-  STD_TORCH_CHECK(kernel_map.dim() == 2 && kernel_map.size(1) == taps && kernel_map.size(0) == grad.size(0),
-                  "sparsecnx: kernel_map must be (rows of grad, ", taps, ")");
-  check_dense(kernel_map, "kernel_map", kernel_map.numel(), ScalarType::Int);
-  check_product({rows_in, taps}, "the inverse of kernel_map");
-  const Tensor inverse = invert(kernel_map, rows_in);
-  const Shape shape = check_shape(grad, "grad", inverse, {groups, taps, out, in});
-  return run(shape, grad, weight, std::nullopt, inverse, {strides.group, strides.tap, strides.out, strides.in});
+  return run(check_shape(x, "x", kernel_map, window, sizes(weight)), x, weight, bias, strides);
 }
 
 // Stores sums, packed as the weight, in torch's layout (channels out, channels in, taps).
@@ -466,10 +412,10 @@ void unpack(const Shape& shape, const Panels& panels, const Compute<S>* packed, 
 // Divides the input channels of every panel into tasks. A thread goes over all chunks for its own tasks, and no sum is
 // shared.
 template <class A>
-void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& panels, const Tensor& kernel_map, A* sums) {
+void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& panels, A* sums) {
   constexpr int64_t kSlice = 24;  // input channels of a task
   const int64_t in_step = shape.groups * shape.in, out_step = shape.groups * shape.out;
-  Rulebook rules(shape, kernel_map, kWeightGradRows);
+  Rulebook rules(shape, kWeightGradRows);
   const int64_t slices = (shape.in + kSlice - 1) / kSlice;
   const auto run_task = [&](int64_t task, int64_t chunk) {
     const int64_t group = task / slices / panels.count, panel = task / slices % panels.count;
@@ -498,17 +444,15 @@ void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& pane
 
 // One thread sums each slab of rows, and slabs are added up in order.
 template <class A>
-void sum_columns(const Shape& shape, const A* x, const A* grad, const Panels& panels, const Tensor& kernel_map,
-                 A* sums) {
+void sum_columns(const Shape& shape, const A* x, const A* grad, const Panels& panels, A* sums) {
   const int64_t depth = shape.taps * shape.in;
   const int64_t slabs = std::clamp<int64_t>(shape.rows_out / 256, 1, torch::stable::get_num_threads());
   const std::vector<int32_t> rows_of = ascending(kMostColumns);
   BlockSums<A> partial(slabs, panels.padded() * depth);
-  std::atomic<bool> good = true;
   parallel_for(0, slabs, 1, [&](int64_t first_slab, int64_t last_slab) {
     for (int64_t slab = first_slab; slab < last_slab; ++slab) {
       const int64_t begin = shape.rows_out * slab / slabs, end = shape.rows_out * (slab + 1) / slabs;
-      const bool all = for_columns(shape, x, begin, end, [&](int64_t first, int64_t rows, A* columns) {
+      for_columns(shape, x, begin, end, [&](int64_t first, int64_t rows, A* columns) {
         for (int64_t panel = 0; panel < panels.count; ++panel) {
           const int64_t channel = panels.begin(panel);
           kernels<A>().conv_pairs_weight_grad(
@@ -517,19 +461,18 @@ void sum_columns(const Shape& shape, const A* x, const A* grad, const Panels& pa
               0, depth, false, partial.at(slab) + channel * depth);
         }
       });
-      if (!all) good = false;
     }
   });
-  if (!good) check_range(kernel_map, "kernel_map", shape.rows_in);
+  shape.map->check();
   partial.store(sums);
 }
 
 template <class S>
-void sum_narrow(const Shape& shape, const Tensor& x, const Tensor& grad, const Tensor& kernel_map, S* out) {
+void sum_narrow(const Shape& shape, const Tensor& x, const Tensor& grad, S* out) {
   using A = Compute<S>;
   const int64_t channels = shape.groups * shape.in, width = shape.in, lanes = kernels<S>().lanes;
-  Rulebook rules(shape, kernel_map, kNarrowRows);
-  const NarrowConv<S> job{shape.map, shape.taps, width, channels, data<S>(x), nullptr, nullptr, data<S>(grad)};
+  Rulebook rules(shape, kNarrowRows);
+  const NarrowConv<S> job{shape.taps, width, channels, data<S>(x), nullptr, nullptr, data<S>(grad)};
   std::vector<A> sums(shape.taps * width * channels);
   // One thread sums each tap and slice of channels.
   const int64_t slice = 2 * lanes, slices = (channels + slice - 1) / slice;
@@ -559,21 +502,22 @@ void sum_narrow(const Shape& shape, const Tensor& x, const Tensor& grad, const T
 }
 
 // Returns the gradient of the weight in torch's layout, (groups, channels out, channels in, taps).
-Tensor conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& kernel_map) {
+Tensor conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& kernel_map,
+                        Sizes window) {
   check_weight(weight, x);
-  const Shape shape = check_shape(x, "x", kernel_map, sizes(weight));
+  const Shape shape = check_shape(x, "x", kernel_map, window, sizes(weight));
   check_matrix(grad, "grad", shape.rows_out, shape.groups * shape.out, x.scalar_type());
   const int64_t groups = shape.groups;
   Tensor out = empty({groups, shape.out, shape.in, shape.taps}, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
-    if (is_narrow_conv(shape, kernels<S>().is_narrow)) return sum_narrow<S>(shape, x, grad, kernel_map, data<S>(out));
+    if (is_narrow_conv(shape, kernels<S>().is_narrow)) return sum_narrow<S>(shape, x, grad, data<S>(out));
     const Panels panels = Panels::of<A>(shape.out);
     const int64_t count = groups * shape.taps * shape.in * panels.padded();
     const Scratch<A> sums(count);
     if (shape.rows_out == 0) std::fill_n(sums.data(), count, A(0));
     const Wide<S> wide(x), wide_grad(grad);
     const auto how = groups == 1 && shape.in <= kThin ? sum_columns<A> : sum_pairs<A>;
-    how(shape, wide.data_at(), wide_grad.data_at(), panels, kernel_map, sums.data());
+    how(shape, wide.data_at(), wide_grad.data_at(), panels, sums.data());
     unpack<S>(shape, panels, sums.data(), data<S>(out));
   });
   return out;
@@ -581,7 +525,6 @@ Tensor conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weigh
 
 STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CPU, m) {
   m.impl("conv", TORCH_BOX(&conv));
-  m.impl("conv_input_grad", TORCH_BOX(&conv_input_grad));
   m.impl("conv_weight_grad", TORCH_BOX(&conv_weight_grad));
 }
 

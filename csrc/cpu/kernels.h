@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "kernel_map.h"
 #include "types.h"
 
 namespace sparsecnx {
@@ -70,12 +71,12 @@ struct DepthwiseWeightGrad {
   int64_t grad_first;
 };
 
-// A depthwise convolution on an explicit kernel map.
+// A depthwise convolution on a kernel map.
 template <class S>
 struct MappedDepthwise {
-  const int32_t* map;      // (rows out, taps): row of x, -1 for none
+  const KernelMap& map;
   const int32_t* inverse;  // (rows in, taps): row of out that reads it, or null
-  int64_t taps, channels, rows_in;
+  int64_t channels;
   const S* x;
   const Compute<S>* weight;  // (taps, channels)
   const Compute<S>* bias;    // (channels) or null
@@ -85,8 +86,8 @@ struct MappedDepthwise {
 // Weight gradient: sum over output rows of grad[o] * x[map[o, tap]], for every tap.
 template <class S>
 struct MappedDepthwiseWeightGrad {
-  const int32_t* map;
-  int64_t taps, channels, rows_in;
+  const KernelMap& map;
+  int64_t channels;
   const S* x;
   const S* grad;
 };
@@ -96,8 +97,8 @@ constexpr int64_t kMostShortTaps = 255;  // whose winners are uint8
 // The maximum of the rows under a kernel map.
 template <class S>
 struct MaxPool {
-  const int32_t* map;  // (rows out, taps): row of x, -1 for none
-  int64_t taps, channels, rows_in;
+  const KernelMap& map;
+  int64_t channels;
   const S* x;
   S* out;        // 0 without any input
   void* winner;  // (rows out, channels): the first tap that has the maximum; uint8, beyond kMostShortTaps int32
@@ -106,9 +107,9 @@ struct MaxPool {
 // Its gradient: every row of x gathers from the output rows that took it.
 template <class S>
 struct MaxPoolGrad {
-  const int32_t* map;      // (rows of x, taps): row of out that reads it, -1 for none
-  const int32_t* inverse;  // (rows out, taps)
-  int64_t taps, channels, rows_out;
+  const KernelMap& map;    // for every row of x and tap the row of out that reads it
+  const int32_t* inverse;  // (rows out, taps), or null
+  int64_t channels;
   const S* grad;
   const void* winner;
   S* out;
@@ -117,8 +118,8 @@ struct MaxPoolGrad {
 // The sum of the rows under a kernel map, times a factor.
 template <class S>
 struct SumPool {
-  const int32_t* map;
-  int64_t taps, channels, rows_in;
+  const KernelMap& map;
+  int64_t channels;
   const S* x;
   Compute<S> factor;
   S* out;
@@ -153,7 +154,6 @@ struct ConvPairs {
 // A grouped convolution with as many outputs as inputs, `width` to a group.
 template <class S>
 struct NarrowConv {
-  const int32_t* map;  // (rows out, taps): row of x, -1 for none
   int64_t taps, width, channels;
   const S* x;
   const Compute<S>* weight;  // (taps, width, channels)
@@ -171,17 +171,16 @@ struct Kernels {
   void (*depthwise_weight_grad)(const DepthwiseWeightGrad<S>&, int64_t begin, int64_t end, int64_t from, int64_t to,
                                 A* weight_grad);
 
-  // Computes output rows [begin, end). Stops and returns false if an entry of the map is neither a row of x nor -1, or
-  // is not in the inverse map.
+  // Computes output rows [begin, end). Stops and returns false if an entry of the map is not in the inverse map.
   bool (*mapped_depthwise)(const MappedDepthwise<S>&, int64_t begin, int64_t end);
-  // weight_grad (taps, channels) += contribution of output rows [begin, end). Returns false if an entry is no row.
-  bool (*mapped_depthwise_weight_grad)(const MappedDepthwiseWeightGrad<S>&, int64_t begin, int64_t end, A* weight_grad);
+  // weight_grad (taps, channels) += contribution of output rows [begin, end).
+  void (*mapped_depthwise_weight_grad)(const MappedDepthwiseWeightGrad<S>&, int64_t begin, int64_t end, A* weight_grad);
 
-  // Compute output rows, or rows of x, [begin, end). Return false if an entry of the map is neither a row nor -1, or is
-  // not in the inverse map.
-  bool (*max_pool)(const MaxPool<S>&, int64_t begin, int64_t end);
+  // Compute output rows, or rows of x, [begin, end).
+  void (*max_pool)(const MaxPool<S>&, int64_t begin, int64_t end);
+  // Stops and returns false if an entry of the map is not in the inverse map.
   bool (*max_pool_grad)(const MaxPoolGrad<S>&, int64_t begin, int64_t end);
-  bool (*sum_pool)(const SumPool<S>&, int64_t begin, int64_t end);
+  void (*sum_pool)(const SumPool<S>&, int64_t begin, int64_t end);
 
   // moments (rows, 2): mean and 1 / sqrt(var + eps) of each row.
   void (*moments)(const S* x, int64_t rows, int64_t channels, A eps, A* moments);
@@ -228,8 +227,8 @@ struct Kernels {
   void (*gelu_grn_backward)(const S* h, const S* slope, S* t, const A* s, const A* p, const A* row_scale, int64_t rows,
                             int64_t channels, A* bias_grad);
 
-  // columns (count, channels) = x[map], 0 where -1. Returns false if an entry is neither -1 nor below `rows`.
-  bool (*gather_columns)(const A* x, const int32_t* map, int64_t count, int64_t channels, int64_t rows, A* columns);
+  // columns (count, channels) = x[map], 0 where -1.
+  void (*gather_columns)(const A* x, const int32_t* map, int64_t count, int64_t channels, A* columns);
   // Returns whether all entries of a map are -1 or rows below `rows`.
   bool (*all_rows)(const int32_t* map, int64_t count, int64_t rows);
 
@@ -241,8 +240,8 @@ struct Kernels {
   // sums (width, whole registers of the panel) += x[from] grad[to] over all pairs, for input channels [begin, end). The
   // sums start at zero if `fresh`.
   void (*conv_pairs_weight_grad)(const ConvPairs<A>&, int64_t begin, int64_t end, bool fresh, A* sums);
-  // Computes output rows [begin, end).
-  void (*conv_narrow)(const NarrowConv<S>&, int64_t begin, int64_t end);
+  // Computes output rows [begin, end), with the map of these rows.
+  void (*conv_narrow)(const NarrowConv<S>&, const int32_t* map, int64_t begin, int64_t end);
   // sums (width, channels) += products of the pairs, for channels [begin, end).
   void (*conv_narrow_weight_grad)(const NarrowConv<S>&, const int32_t* from, const int32_t* to, int64_t count,
                                   int64_t begin, int64_t end, A* sums);

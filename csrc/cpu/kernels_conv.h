@@ -149,27 +149,23 @@ void conv_pairs_weight_grad(const ConvPairs<A>& job, int64_t begin, int64_t end,
 
 // Copies rows of C channels, a number that the compiler knows, or of any number where C = 0.
 template <class A, int C>
-bool gather_rows(const A* x, const int32_t* map, int64_t count, int64_t channels, int64_t rows, A* columns) {
+void gather_rows(const A* x, const int32_t* map, int64_t count, int64_t channels, A* columns) {
   const std::vector<A> zeros(channels);
   if constexpr (C > 0) channels = C;
-  bool good = true;
   for (int64_t i = 0; i < count; ++i, columns += channels) {
     const int64_t row = map[i];
-    const bool present = 0 <= row && row < rows;
-    good &= present || row == -1;
-    std::memcpy(columns, present ? x + row * channels : zeros.data(), channels * sizeof(A));
+    std::memcpy(columns, row >= 0 ? x + row * channels : zeros.data(), channels * sizeof(A));
   }
-  return good;
 }
 
 template <class A>
-bool gather_columns(const A* x, const int32_t* map, int64_t count, int64_t channels, int64_t rows, A* columns) {
+void gather_columns(const A* x, const int32_t* map, int64_t count, int64_t channels, A* columns) {
   const auto gather = channels == 1   ? gather_rows<A, 1>
                       : channels == 2 ? gather_rows<A, 2>
                       : channels == 3 ? gather_rows<A, 3>
                       : channels == 4 ? gather_rows<A, 4>
                                       : gather_rows<A, 0>;
-  return gather(x, map, count, channels, rows, columns);
+  gather(x, map, count, channels, columns);
 }
 
 // The lanes of two registers in turn: their first halves, or their second.

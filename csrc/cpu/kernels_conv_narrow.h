@@ -1,4 +1,4 @@
-// Grouped convolution on an explicit kernel map with groups of a few channels, forward and weight gradient.
+// Grouped convolution on a kernel map with groups of a few channels, forward and weight gradient.
 //
 // The lanes of a register are consecutive channels, whole groups of them: WIDTH divides the lanes. Output channel c of
 // group g is a sum over the WIDTH inputs of its group. So a register of inputs is multiplied WIDTH times, with lane j of
@@ -80,7 +80,7 @@ inline void for_narrow_blocks(int64_t begin, int64_t end, const F& f) {
 }
 
 template <class S, int WIDTH>
-void narrow_rows(const NarrowConv<S>& job, int64_t begin, int64_t end) {
+void narrow_rows(const NarrowConv<S>& job, const int32_t* map, int64_t begin, int64_t end) {
   using A = Compute<S>;
   const int64_t taps = job.taps, channels = job.channels;
   const std::vector<S> zeros(channels);
@@ -90,7 +90,7 @@ void narrow_rows(const NarrowConv<S>& job, int64_t begin, int64_t end) {
   Reads reads(std::min(kRows, end - begin), taps);
   for (int64_t first = begin; first < end; first += kRows) {
     reads.clear();
-    reads.add(job.map + first * taps, first, std::min(kRows, end - first), taps, taps, 1);
+    reads.add(map + (first - begin) * taps, first, std::min(kRows, end - first), taps, taps, 1);
     for_narrow_blocks<S>(0, channels, [&](auto block) {
       constexpr int R = block.kRegisters;
       for (int64_t k = 0; k < taps * WIDTH; ++k) {
@@ -148,8 +148,8 @@ bool is_narrow(int64_t width) {
 }
 
 template <class S>
-void conv_narrow(const NarrowConv<S>& job, int64_t begin, int64_t end) {
-  with_width<S>(job.width, [&](auto width) { narrow_rows<S, width>(job, begin, end); });
+void conv_narrow(const NarrowConv<S>& job, const int32_t* map, int64_t begin, int64_t end) {
+  with_width<S>(job.width, [&](auto width) { narrow_rows<S, width>(job, map, begin, end); });
 }
 
 template <class S>

@@ -1,4 +1,4 @@
-// Depthwise convolution on an explicit kernel map, forward and weight gradient.
+// Depthwise convolution on a kernel map, forward and weight gradient.
 //
 // Both are sums of products of a factor and a row of x, which the map names. Forward, a sum is an output row and its
 // factors are the rows of the weight. In the gradient, a sum is a tap and its factors are the rows of the output's
@@ -71,15 +71,12 @@ inline bool all_inverse(const int32_t* map, const int32_t* inverse, const Entrie
   return wrong == 0;
 }
 
-// Returns whether the entries of rows [first, last) of a map, at most kBlock, are -1 or rows below `rows` and, where there
-// is an inverse map of any rows, all in it.
-inline bool readable(const int32_t* map, const int32_t* inverse, const Entries& entries, int64_t first, int64_t last,
-                     int64_t taps, int64_t rows) {
-  const int64_t count = (last - first) * taps;
-  if (!all_rows(map + first * taps, count, rows)) return false;
-  if (inverse == nullptr || rows == 0) return true;
-  const auto all = rows * taps <= INT32_MAX ? all_inverse<int32_t> : all_inverse<int64_t>;
-  return all(map + first * taps, inverse, entries, first, count, taps);
+// Returns whether the reads of rows [first, last) of a map, at most kBlock, are in the inverse map, if there is one.
+inline bool agrees(const KernelMap& map, const int32_t* rows, const int32_t* inverse, const Entries& entries,
+                   int64_t first, int64_t last) {
+  if (inverse == nullptr || map.rows_in == 0) return true;
+  const auto all = map.rows_in * map.taps <= INT32_MAX ? all_inverse<int32_t> : all_inverse<int64_t>;
+  return all(rows, inverse, entries, first, (last - first) * map.taps, map.taps);
 }
 
 // Lists which rows of x some sums read, and with which factors.
@@ -279,16 +276,18 @@ inline void add_weight_grad(const Reads& reads, const Grad& grad, int64_t rows, 
 template <class S>
 bool mapped_depthwise(const MappedDepthwise<S>& job, int64_t begin, int64_t end) {
   using A = Compute<S>;
-  const int64_t channels = job.channels, taps = job.taps;
+  const int64_t channels = job.channels, taps = job.map.taps;
   const std::vector<S> zeros(channels);
+  std::vector<int32_t> room;
   const BlockedWeight<S> weight(job.weight, taps, channels);
   Reads reads(std::min(kBlock, end - begin), taps);
   const Entries entries(job.inverse != nullptr ? std::min(kBlock, end - begin) : 0, taps);
   for (int64_t row = begin; row < end; row += kBlock) {
     const int64_t rows = std::min(kBlock, end - row);
-    if (!readable(job.map, job.inverse, entries, row, row + rows, taps, job.rows_in)) return false;
+    const int32_t* map = job.map.rows(row, row + rows, room);
+    if (!agrees(job.map, map, job.inverse, entries, row, row + rows)) return false;
     reads.clear();
-    reads.add(job.map + row * taps, row, rows, taps, taps, 1);
+    reads.add(map, row, rows, taps, taps, 1);
     for_channel_blocks<S>(channels, [&](auto block) {
       const auto start = [&](int j) { return job.bias != nullptr ? block.get(job.bias, j) : Vec<A>{}; };
       const auto finish = [&](int64_t o, int j, Vec<A> sum) { block.put(job.out + o * channels, j, sum); };
@@ -299,25 +298,23 @@ bool mapped_depthwise(const MappedDepthwise<S>& job, int64_t begin, int64_t end)
 }
 
 template <class S>
-bool mapped_depthwise_weight_grad(const MappedDepthwiseWeightGrad<S>& job, int64_t begin, int64_t end,
+void mapped_depthwise_weight_grad(const MappedDepthwiseWeightGrad<S>& job, int64_t begin, int64_t end,
                                   Compute<S>* weight_grad) {
   using A = Compute<S>;
-  const int64_t channels = job.channels, taps = job.taps;
+  const int64_t channels = job.channels, taps = job.map.taps;
   const std::vector<S> zeros(channels);
+  std::vector<int32_t> room;
   Registers<A> grad(kBlock * kMostRegisters);
   Reads reads(taps, std::min(kBlock, end - begin));
   for (int64_t row = begin; row < end; row += kBlock) {
     const int64_t rows = std::min(kBlock, end - row);
-    const int32_t* map = job.map + row * taps;
-    if (!all_rows(map, rows * taps, job.rows_in)) return false;
     reads.clear();
-    reads.add(map, 0, taps, 1, rows, taps);
+    reads.add(job.map.rows(row, row + rows, room), 0, taps, 1, rows, taps);
     const auto grad_row = [&](int64_t r) { return job.grad + (row + r) * channels; };
     for_channel_blocks<S>(channels, [&](auto block) {
       add_weight_grad<S>(reads, grad_row, rows, job.x, channels, zeros.data(), block, grad.data(), weight_grad);
     });
   }
-  return true;
 }
 
 }  // namespace sparsecnx::SPARSECNX_ISA

@@ -70,12 +70,12 @@ class Present {
 };
 
 template <class S, class W>
-void max_rows(const MaxPool<S>& job, W* winner, int64_t begin, int64_t end) {
+void max_rows(const MaxPool<S>& job, const int32_t* map, W* winner, int64_t begin, int64_t end) {
   using A = Compute<S>;
-  const int64_t channels = job.channels;
-  Present present(job.taps + 1);
-  for (int64_t o = begin; o < end; ++o) {
-    present.visit(job.map + o * job.taps, job.taps);
+  const int64_t channels = job.channels, taps = job.map.taps;
+  Present present(taps + 1);
+  for (int64_t o = begin; o < end; ++o, map += taps) {
+    present.visit(map, taps);
     for_channel_blocks<S>(channels, [&](auto block) {
       constexpr int R = block.kRegisters;
       Vec<A> best[R];
@@ -104,12 +104,12 @@ void max_rows(const MaxPool<S>& job, W* winner, int64_t begin, int64_t end) {
 }
 
 template <class S, class W>
-void max_gradient(const MaxPoolGrad<S>& job, const W* winner, int64_t begin, int64_t end) {
+void max_gradient(const MaxPoolGrad<S>& job, const int32_t* map, const W* winner, int64_t begin, int64_t end) {
   using A = Compute<S>;
-  const int64_t channels = job.channels;
-  Present present(job.taps + 1);
-  for (int64_t row = begin; row < end; ++row) {
-    present.visit(job.map + row * job.taps, job.taps);
+  const int64_t channels = job.channels, taps = job.map.taps;
+  Present present(taps + 1);
+  for (int64_t row = begin; row < end; ++row, map += taps) {
+    present.visit(map, taps);
     for_channel_blocks<S>(channels, [&](auto block) {
       constexpr int R = block.kRegisters;
       Vec<A> sum[R];
@@ -127,53 +127,65 @@ void max_gradient(const MaxPoolGrad<S>& job, const W* winner, int64_t begin, int
   }
 }
 
-// The sum is its own gradient, on the inverse map.
-template <class S>
-bool sum_pool(const SumPool<S>& job, int64_t begin, int64_t end) {
-  using A = Compute<S>;
-  const int64_t channels = job.channels;
-  if (!all_rows(job.map + begin * job.taps, (end - begin) * job.taps, job.rows_in)) return false;
-  Present present(job.taps + 1);
-  for (int64_t o = begin; o < end; ++o) {
-    present.visit(job.map + o * job.taps, job.taps);
-    for_channel_blocks<S>(channels, [&](auto block) {
-      constexpr int R = block.kRegisters;
-      Vec<A> sum[R];
-      for (int j = 0; j < R; ++j) sum[j] = Vec<A>{};
-      for (int64_t i = 0; i < present.count(); ++i) {
-        const S* at = job.x + present.row(i) * channels;
-        for (int j = 0; j < R; ++j) sum[j] += block.get(at, j);
-      }
-      for (int j = 0; j < R; ++j) block.put(job.out + o * channels, j, sum[j] * job.factor);
-    });
+// Calls f(entries, first row, last row) for blocks of rows of a map, until it returns false. Returns whether it never did.
+template <class F>
+bool for_blocks_of_rows(const KernelMap& map, int64_t begin, int64_t end, const F& f) {
+  std::vector<int32_t> room;
+  for (int64_t row = begin; row < end; row += kBlock) {
+    const int64_t last = std::min(row + kBlock, end);
+    if (!f(map.rows(row, last, room), row, last)) return false;
   }
   return true;
 }
 
+// The sum is its own gradient, on the inverse map.
 template <class S>
-bool max_pool(const MaxPool<S>& job, int64_t begin, int64_t end) {
-  if (!all_rows(job.map + begin * job.taps, (end - begin) * job.taps, job.rows_in)) return false;
-  if (job.taps <= kMostShortTaps) {
-    max_rows<S>(job, static_cast<uint8_t*>(job.winner), begin, end);
-  } else {
-    max_rows<S>(job, static_cast<int32_t*>(job.winner), begin, end);
-  }
-  return true;
+void sum_pool(const SumPool<S>& job, int64_t begin, int64_t end) {
+  using A = Compute<S>;
+  const int64_t channels = job.channels, taps = job.map.taps;
+  Present present(taps + 1);
+  for_blocks_of_rows(job.map, begin, end, [&](const int32_t* map, int64_t first, int64_t last) {
+    for (int64_t o = first; o < last; ++o, map += taps) {
+      present.visit(map, taps);
+      for_channel_blocks<S>(channels, [&](auto block) {
+        constexpr int R = block.kRegisters;
+        Vec<A> sum[R];
+        for (int j = 0; j < R; ++j) sum[j] = Vec<A>{};
+        for (int64_t i = 0; i < present.count(); ++i) {
+          const S* at = job.x + present.row(i) * channels;
+          for (int j = 0; j < R; ++j) sum[j] += block.get(at, j);
+        }
+        for (int j = 0; j < R; ++j) block.put(job.out + o * channels, j, sum[j] * job.factor);
+      });
+    }
+    return true;
+  });
+}
+
+template <class S>
+void max_pool(const MaxPool<S>& job, int64_t begin, int64_t end) {
+  for_blocks_of_rows(job.map, begin, end, [&](const int32_t* map, int64_t first, int64_t last) {
+    if (job.map.taps <= kMostShortTaps) {
+      max_rows<S>(job, map, static_cast<uint8_t*>(job.winner), first, last);
+    } else {
+      max_rows<S>(job, map, static_cast<int32_t*>(job.winner), first, last);
+    }
+    return true;
+  });
 }
 
 template <class S>
 bool max_pool_grad(const MaxPoolGrad<S>& job, int64_t begin, int64_t end) {
-  const Entries entries(job.rows_out > 0 ? std::min(kBlock, end - begin) : 0, job.taps);
-  for (int64_t row = begin; row < end; row += kBlock) {
-    const int64_t last = std::min(row + kBlock, end);
-    if (!readable(job.map, job.inverse, entries, row, last, job.taps, job.rows_out)) return false;
-    if (job.taps <= kMostShortTaps) {
-      max_gradient<S>(job, static_cast<const uint8_t*>(job.winner), row, last);
+  const Entries entries(job.inverse != nullptr ? std::min(kBlock, end - begin) : 0, job.map.taps);
+  return for_blocks_of_rows(job.map, begin, end, [&](const int32_t* map, int64_t first, int64_t last) {
+    if (!agrees(job.map, map, job.inverse, entries, first, last)) return false;
+    if (job.map.taps <= kMostShortTaps) {
+      max_gradient<S>(job, map, static_cast<const uint8_t*>(job.winner), first, last);
     } else {
-      max_gradient<S>(job, static_cast<const int32_t*>(job.winner), row, last);
+      max_gradient<S>(job, map, static_cast<const int32_t*>(job.winner), first, last);
     }
-  }
-  return true;
+    return true;
+  });
 }
 
 }  // namespace sparsecnx::SPARSECNX_ISA

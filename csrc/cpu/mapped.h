@@ -1,23 +1,24 @@
-// Explicit kernel maps, as all operators on them take one.
+// What operators on kernel maps share.
 #pragma once
 
-#include "op.h"
+#include "kernel_map.h"
+#include "tiles.h"
 
 namespace sparsecnx {
 
-// The sizes of an operator on an explicit kernel map.
-struct Mapped {
-  int64_t rows_in, channels, rows_out, taps;
-  const int32_t* map;  // (rows_out, taps): row of x, -1 for none
-};
+// Checks the `map` of an operator, called `name`, for x of `rows_in` rows: a kernel map (rows_out, taps), of which the
+// range of the entries is not checked, or with a window the index of visible tiles. A window is
+// (inverse, batch, *grid, *tile, *kernel, *stride, *padding, *dilation).
+std::unique_ptr<const KernelMap> make_map(const Tensor& map, const Sizes& window, int64_t rows_in,
+                                          const char* name = "kernel_map");
 
-// Checks features and a kernel map, but for the range of its entries.
-Mapped check_map(const Tensor& x, const Tensor& kernel_map);
+// Returns the window of the map the other way.
+Sizes inverted(Sizes window);
 
 // Returns how many entries of a map are not -1.
 int64_t count_reads(const int32_t* map, int64_t count);
 
-// Raises and says how an inverse map (rows_in, taps) differs from that of `shape`. The entries of both are in range.
-void contradict(const Mapped& shape, const int32_t* inverse);
+// Raises and says how an inverse map (rows_in, taps) differs from that of a given map. The entries of both are in range.
+void contradict(const KernelMap& map, const int32_t* inverse);
 
 }  // namespace sparsecnx

@@ -91,13 +91,11 @@ std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name) {
   return {x.size(0), x.size(1)};
 }
 
-void check_range(const Tensor& table, const char* name, int64_t count) {
-  const int32_t* at = data<int32_t>(table);
-  const int64_t entries = table.numel();
+void check_range(const int32_t* table, int64_t entries, const char* name, int64_t count) {
   int32_t low = -1, high = -1;
   for (int64_t i = 0; i < entries; ++i) {
-    low = std::min(low, at[i]);
-    high = std::max(high, at[i]);
+    low = std::min(low, table[i]);
+    high = std::max(high, table[i]);
   }
   STD_TORCH_CHECK(low == -1 && high < count, "sparsecnx: ", name, " has entries from ", low, " to ", high,
                   ", expected -1 to ", count - 1);

@@ -72,7 +72,10 @@ void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t colum
 std::array<int64_t, 2> feature_shape(const Tensor& x, const char* name);
 
 // Raises unless all entries of an int32 table are -1 or positions below `count`.
-void check_range(const Tensor& table, const char* name, int64_t count);
+void check_range(const int32_t* table, int64_t entries, const char* name, int64_t count);
+inline void check_range(const Tensor& table, const char* name, int64_t count) {
+  check_range(data<int32_t>(table), table.numel(), name, count);
+}
 
 // Returns the dtype of per-channel parameters and statistics.
 inline ScalarType compute_dtype(const Tensor& x) {

@@ -46,7 +46,7 @@ Images check(int64_t batch, int64_t channels, const Sizes& shape, const Tensor& 
   images.cells = product(images.grid);
   images.sites = product(tile);
   images.tiles = index.numel();
-  images.index = check_index(index, batch, images.cells);
+  images.index = check_index(index, "index", batch, images.cells);
   return images;
 }
 

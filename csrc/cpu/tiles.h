@@ -21,12 +21,12 @@ inline void check_sizes(const Sizes& sizes, const char* what, size_t axes, int64
 }
 
 // Checks the visible tiles of a batch, `image * cells + raster position` ascending, and returns them.
-inline const int64_t* check_index(const Tensor& index, int64_t batch, int64_t cells) {
-  STD_TORCH_CHECK(index.dim() == 1, "sparsecnx: index must be (tiles,), it has ", index.dim(), " dimensions");
-  check_dense(index, "index", index.numel(), ScalarType::Long);
+inline const int64_t* check_index(const Tensor& index, const char* name, int64_t batch, int64_t cells) {
+  STD_TORCH_CHECK(index.dim() == 1, "sparsecnx: ", name, " must be (tiles,), it has ", index.dim(), " dimensions");
+  check_dense(index, name, index.numel(), ScalarType::Long);
   const int64_t *first = data<int64_t>(index), *end = first + index.numel();
   STD_TORCH_CHECK(std::is_sorted(first, end) && (first == end || (*first >= 0 && end[-1] < batch * cells)),
-                  "sparsecnx: index must ascend within ", batch, " images of ", cells, " tiles");
+                  "sparsecnx: ", name, " must ascend within ", batch, " images of ", cells, " tiles");
   return first;
 }
 

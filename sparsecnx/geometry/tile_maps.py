@@ -2,11 +2,13 @@
 
 A tap takes a site of a tile to a site of a neighbouring tile, and where in that tile does not depend on the tile. So
 both maps are sums of two small tables: the first row of each neighbour of each tile, and the place in it of what each
-site and tap reach. `csrc/cpu/tile_maps.cpp` builds them on a CPU, torch elsewhere without waiting for the device.
+site and tap reach. `csrc/cpu/kernel_map.cpp` lists them on a CPU, where operators compute the entries as they read
+them; torch does elsewhere, without waiting for the device.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -43,10 +45,35 @@ class Reach(NamedTuple):
     high: int
 
 
+def numbers(tiles: TileSet, tile: tuple[int, ...], window: Window, inverse: bool = False) -> list[int]:
+    """Return a window on tiles as the compiled operators take it (csrc/cpu/mapped.h)."""
+    return [int(inverse), tiles.batch, *tiles.grid, *tile, *itertools.chain.from_iterable(window)]
+
+
+def inverted(window: Sequence[int]) -> list[int]:
+    """Return these numbers for the inverse map; none where there is no window."""
+    return [1 - window[0], *window[1:]] if window else []
+
+
+def rows_out(kernel_map: Tensor, window: Sequence[int]) -> int:
+    """Return the rows of a kernel map in the form that the compiled operators take."""
+    if not window:
+        return kernel_map.shape[0]
+    axes = (len(window) - 2) // 6
+    tile, stride = window[2 + axes : 2 + 2 * axes], window[2 + 3 * axes : 2 + 4 * axes]
+    return kernel_map.shape[0] * math.prod(tile if window[0] else _coarse(tile, stride))
+
+
+def taps(kernel_map: Tensor, window: Sequence[int]) -> int:
+    """Return the taps of a kernel map in the form that the compiled operators take."""
+    axes = (len(window) - 2) // 6
+    return math.prod(window[2 + 2 * axes : 2 + 3 * axes]) if window else kernel_map.shape[1]
+
+
 def kernel_map(tiles: TileSet, tile: tuple[int, ...], window: Window) -> Tensor:
     """Return the row of tiles of `tile` sites that each output row and tap read, int32 `(rows_out, prod(kernel))`."""
     if compiled.loaded and tiles.device.type == "cpu":
-        return torch.ops.sparsecnx.kernel_map(tiles.index, tiles.batch, tiles.grid, tile, *window)
+        return torch.ops.sparsecnx.kernel_map(tiles.index, numbers(tiles, tile, window))
     coarse = _coarse(tile, window.stride)
     sites, taps = tile_sites(coarse, tiles.device), _taps(window.kernel, tiles.device)
     reaches = []
@@ -59,7 +86,7 @@ def kernel_map(tiles: TileSet, tile: tuple[int, ...], window: Window) -> Tensor:
 def inverse_map(tiles: TileSet, tile: tuple[int, ...], window: Window) -> Tensor:
     """Return the output row that reads each row through each tap, int32 `(rows_in, prod(kernel))`, else -1."""
     if compiled.loaded and tiles.device.type == "cpu":
-        return torch.ops.sparsecnx.inverse_map(tiles.index, tiles.batch, tiles.grid, tile, *window)
+        return torch.ops.sparsecnx.kernel_map(tiles.index, numbers(tiles, tile, window, inverse=True))
     sites, taps = tile_sites(tile, tiles.device), _taps(window.kernel, tiles.device)
     reaches, read = [], torch.ones(sites.shape[0], taps.shape[0], dtype=torch.bool, device=tiles.device)
     for axis, (side, kernel, stride, padding, dilation) in enumerate(zip(tile, *window, strict=True)):
@@ -70,7 +97,7 @@ def inverse_map(tiles: TileSet, tile: tuple[int, ...], window: Window) -> Tensor
     return _rows_at(tiles, _coarse(tile, window.stride), reaches, read)
 
 
-def _coarse(tile: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
+def _coarse(tile: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
     return tuple(side // step for side, step in zip(tile, stride, strict=True))
 
 
@@ -111,20 +138,9 @@ def _nested(tile: tuple[int, ...], device: torch.device) -> Tensor:
     return raster.argsort()
 
 
-def _fake(sites: tuple[int, ...], index: Tensor, kernel: Sequence[int]) -> Tensor:
-    return index.new_empty(index.shape[0] * math.prod(sites), math.prod(kernel), dtype=torch.int32)
-
-
 if compiled.loaded:
     register(
         "sparsecnx::kernel_map",
         public="Layout.kernel_map",
-        fake=lambda index, batch, grid, tile, kernel, stride, padding, dilation: _fake(
-            _coarse(tile, stride), index, kernel
-        ),
-    )
-    register(
-        "sparsecnx::inverse_map",
-        public="Layout.inverse_map",
-        fake=lambda index, batch, grid, tile, kernel, stride, padding, dilation: _fake(tile, index, kernel),
+        fake=lambda index, window: index.new_empty(rows_out(index, window), taps(index, window), dtype=torch.int32),
     )

@@ -21,11 +21,6 @@ def conv(x: Shape, weight: Shape, *_: Any, out_shape: Shape) -> int:
     return 2 * min(x[0], out_shape[0]) * math.prod(weight)
 
 
-def conv_input_grad(grad: Shape, weight: Shape, *_: Any, out_shape: Shape) -> int:
-    """Return the count of the gradient of x: that of the convolution."""
-    return 2 * min(grad[0], out_shape[0]) * math.prod(weight)
-
-
 def conv_weight_grad(grad: Shape, x: Shape, weight: Shape, *_: Any, out_shape: Any) -> int:
     """Return the count of the gradient of the weight: that of the convolution."""
     return 2 * min(grad[0], x[0]) * math.prod(weight)
@@ -51,14 +46,15 @@ def depthwise_conv_weight_grad(grad: Shape, x: Shape, table: Shape, tile: Shape,
     return 2 * math.prod(x) * math.prod(kernel)
 
 
-def mapped_depthwise_conv(x: Shape, weight: Shape, bias: Any, kernel_map: Shape, *_: Any, out_shape: Any) -> int:
-    """Return the count of output rows with K taps `(rows_out, K)` of C channels."""
-    return 2 * math.prod(kernel_map) * x[1]
+def mapped_depthwise_conv(x: Shape, weight: Shape, *_: Any, out_shape: Shape) -> int:
+    """Return the count of a kernel `(K, C)` at each row of the coarser side."""
+    return 2 * min(x[0], out_shape[0]) * math.prod(weight)
 
 
-def mapped_depthwise_conv_weight_grad(grad: Shape, x: Shape, kernel_map: Shape, out_shape: Any) -> int:
-    """Return the count of the gradient of `(K, C)`: that of the convolution."""
-    return 2 * math.prod(kernel_map) * x[1]
+def mapped_depthwise_conv_weight_grad(grad: Shape, x: Shape, *_: Any, out_shape: Any) -> int:
+    """Return the count of the gradient of `(K, C)`, with or without that of a bias: that of the convolution."""
+    weight: Shape = out_shape if isinstance(out_shape[0], int) else out_shape[0]
+    return 2 * min(grad[0], x[0]) * math.prod(weight)
 
 
 def block(x: Shape, dwconv_weight: Shape, *rest: Any, out_shape: Any) -> int:

@@ -287,3 +287,26 @@ def test_numbers_that_do_not_fit(function, arguments, message):
 def test_outputs_that_groups_do_not_divide():
     with pytest.raises(ValueError, match=r"groups is 2: it must divide C_out, 5 channels"):
         ops.conv(random_sparse(example_layout(), 4), torch.zeros(5, 2, 3, 3).double(), groups=2)
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: ops.conv(x, torch.randn(4, 4, 3, 3, 3)),
+        lambda x: ops.conv_transpose(x, torch.randn(4, 4, 3, 3, 3), padding=1),
+        lambda x: ops.conv(x, torch.randn(4, 1, 3, 3, 3), stride=2, padding=1, groups=4),
+        lambda x: ops.max_pool(x, 3, 2, 1),
+        lambda x: ops.avg_pool(x, 3, 1, 1),
+    ],
+    ids=["conv", "conv_transpose", "strided depthwise conv", "max_pool", "avg_pool"],
+)
+def test_no_kernel_map_is_kept_on_a_cpu(run):
+    x = random_sparse(example_layout(2, (2, 3, 2), tile=4), 4, torch.float32)
+    x = x.with_features(x.features.requires_grad_())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: kept.append(value) or value, lambda value: value):
+        out = run(x)
+    assert torch.autograd.grad(out.features.sum(), x.features)[0].any()
+    assert all(value.dtype != torch.int32 for value in kept)
+    assert not any("map" in str(key) for key in x.layout.tiles.tables)

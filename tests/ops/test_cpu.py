@@ -49,6 +49,7 @@ def calls() -> dict[str, list[tuple[Any, ...]]]:
     with use_backend("cpu"), recorder:
         layout = example_layout(2, (2, 2), tile=2)
         mask = layout.tiles.mask()
+        layout.kernel_map((3, 3), (1, 1), (1, 1), (1, 1))
         dense = torch.randn(2, 4, 4, 4, requires_grad=True)
         fill = torch.randn(4, requires_grad=True)
         SparseTensor.from_dense(dense, mask).dense(fill).sum().backward()
@@ -237,7 +238,7 @@ def test_bfloat16_rounds_like_torch():
         ("depthwise_conv", {"weight": lambda w: w[:-1].contiguous()}, "weight must be"),
         ("depthwise_conv", {"table": lambda t: t[:, :-1].contiguous()}, "table has .* elements, expected"),
         ("depthwise_conv", {"table": lambda t: t.long()}, "table is Long, expected Int"),
-        ("conv", {"kernel_map": lambda m: m.long()}, "kernel_map is Long, expected Int"),
+        ("conv", {"kernel_map": lambda m: m.int()}, "kernel_map is Int, expected Long"),
         ("conv", {"weight": lambda w: w[:, :, :-1].contiguous()}, r"weight is \(1, 9, 3, 5\), expected \(groups, K"),
         ("grn", {"gamma": lambda g: g[:-1].contiguous()}, "gamma has 3 elements, expected 4"),
         ("grn", {"splits": lambda s: s[:-1].contiguous()}, "splits must ascend from 0 to the number of rows"),
@@ -271,23 +272,23 @@ BOUNDLESS = {
         r"the images are \(1, 1, -4, 4\), expected no negative size",
     ),
     "kernel_map, a grid without an end": (
-        lambda o: o.kernel_map(E(0, dtype=torch.long), 2**31, (2**31, 2**31), (1, 1), (3, 3), (1, 1), (1, 1), (1, 1)),
+        lambda o: o.kernel_map(E(0, dtype=torch.long), [0, 2**31, 2**31, 2**31, 1, 1, 3, 3, 1, 1, 1, 1, 1, 1]),
         r"the sizes of the grid multiply to 2\^63 or more",
     ),
-    "inverse_map, a stride that does not divide the tile": (
-        lambda o: o.inverse_map(E(0, dtype=torch.long), 1, (2,), (6,), (3,), (4,), (1,), (1,)),
+    "kernel_map, a stride that does not divide the tile": (
+        lambda o: o.kernel_map(E(0, dtype=torch.long), [1, 1, 2, 6, 3, 4, 1, 1]),
         "stride is 4, expected a divisor of the tile's 6 sites",
     ),
     "kernel_map, an axis that is missing": (
-        lambda o: o.kernel_map(E(0, dtype=torch.long), 1, (2, 2), (6, 6), (3,), (2, 2), (1, 1), (1, 1)),
-        "kernel has 1 entries, expected one for each of 2 axes",
+        lambda o: o.kernel_map(E(0, dtype=torch.long), [0, 1, 2, 2, 6, 6, 3, 2, 2, 1, 1, 1, 1]),
+        "window has 13 entries, expected inverse, batch, and grid, tile",
     ),
     "conv, channels without memory": (
-        lambda o: o.conv(E(0, 2**60), E(1, 1, 2**60, 0), None, E(0, 1).int()),
+        lambda o: o.conv(E(0, 2**60), E(1, 1, 2**60, 0), None, E(0, 1).int(), []),
         "weight has 0 elements, expected at least one, and memory of its own for each",
     ),
     "conv, taps without memory": (
-        lambda o: o.conv(E(0, 4), E(1, 2**60, 4, 0), None, E(0, 2**60).int()),
+        lambda o: o.conv(E(0, 4), E(1, 2**60, 4, 0), None, E(0, 2**60).int(), []),
         "weight has 0 elements, expected at least one, and memory of its own for each",
     ),
     "layer_norm, rows without memory": (

@@ -31,6 +31,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop beca
 # These are torch's own matrix product, mean or batch normalization.
 OF_TORCH = ("conv-1x1", "conv-2x2-stride2", "avg_pool-2x2-stride2", "batch_norm-frozen")
 LINEAR = ("stochastic_depth", "from_dense", "dense", "mapped_pool-sum", "avg_pool-3x3")
+# Their gradient of x is the operator itself on the inverse map.
+GATHERING = (
+    "conv-3x3",
+    "conv-3x3-stride2",
+    "conv_transpose-4x4-stride2",
+    "depthwise_conv-7x7",
+    "mapped_conv",
+    "mapped_depthwise_conv",
+)
 MAPPED = ("mapped_conv", "mapped_depthwise_conv", "mapped_pool-sum", "mapped_pool-max")
 OPERATORS = (*(name for name in CASES if not name.endswith("drawn")), "from_dense", "dense", *MAPPED)
 NORMS = ("batch_norm", "group_norm", "instance_norm")
@@ -182,7 +191,7 @@ REFUSED = {
     by_jvp_of_grad: OF_TORCH,
     by_gradients_of_gradients: (*OF_TORCH, *LINEAR),
     by_grad_of_grad: (*OF_TORCH, *LINEAR),
-    by_hessian: (*OF_TORCH, *LINEAR, "depthwise_conv-7x7", "mapped_depthwise_conv"),
+    by_hessian: (*OF_TORCH, *LINEAR, *GATHERING),
 }
 KINDS = {kind.__name__.removeprefix("by_"): kind for kind in (*RIGHT, *REFUSED)}
 

@@ -8,12 +8,12 @@ from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import minkowski as minkowski_backend
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import Implementation, Operator
-from sparsecnx.ops.checks import autocast, check_device, check_same_dtype, check_sparse, check_vector
+from sparsecnx.geometry.window_rows import WindowRows
+from sparsecnx.ops.checks import as_statistics, autocast, check_device, check_same_dtype, check_sparse, check_vector
 from sparsecnx.ops.convolution import cpu, minkowski, products, reference
-from sparsecnx.ops.convolution.maps import maps
 from sparsecnx.ops.convolution.window import Window, make_window
 from sparsecnx.ops.depthwise_convolution import depthwise_conv
-from sparsecnx.ops.mapped import mapped_depthwise_conv
+from sparsecnx.ops.mapped import depthwise_operator
 from sparsecnx.tensor import SparseTensor
 
 operator = Operator(
@@ -145,8 +145,11 @@ def _depthwise(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Win
         x = x.with_features(x.features.repeat_interleave(copies, 1))
     if window.centred:
         return depthwise_conv(x, weight, bias)
-    features = mapped_depthwise_conv(x.features, weight.flatten(1).t(), *maps(x.layout, window, x.features), bias)
-    return x.with_features(features, x.layout.coarsen(window.stride))
+    x, weight = _checked(x, weight, bias, weight.shape[0])
+    if bias is not None:
+        bias = as_statistics(bias.reshape(-1), x)
+    rows = WindowRows(x.features, x.layout, window)
+    return x.with_features(depthwise_operator(rows, weight.flatten(1).t(), bias), x.layout.coarsen(window.stride))
 
 
 def _checked(x: SparseTensor, weight: Tensor, bias: Tensor | None, out: int) -> tuple[SparseTensor, Tensor]:

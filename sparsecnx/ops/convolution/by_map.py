@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from sparsecnx.geometry.window_rows import WindowRows
 from sparsecnx.ops.convolution.window import Window
 from sparsecnx.tensor import SparseTensor
 
-Convolve = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+Convolve = Callable[[WindowRows, Tensor, Tensor | None], Tensor]
 
 
 def conv(
@@ -18,7 +19,7 @@ def conv(
 ) -> Tensor:
     """Return features `(rows_out, C_out)`; `weight (C_out, C_in / groups, *kernel)`."""
     by_group = _by_group(weight, groups).permute(0, 3, 2, 1)  # (groups, K, C_in / groups, C_out / groups)
-    return convolve(x.features, by_group, bias, x.layout.kernel_map(*window))
+    return convolve(WindowRows(x.features, x.layout, window), by_group, bias)
 
 
 def conv_transpose(
@@ -26,7 +27,7 @@ def conv_transpose(
 ) -> Tensor:
     """Return features `(rows_out, C_out)`; `weight (C_in, C_out / groups, *kernel)`."""
     by_group = _by_group(weight, groups).permute(0, 3, 1, 2)
-    return convolve(x.features, by_group, bias, x.layout.refine(window.stride).inverse_map(*window))
+    return convolve(WindowRows(x.features, x.layout.refine(window.stride), window, transposed=True), by_group, bias)
 
 
 def _by_group(weight: Tensor, groups: int) -> Tensor:

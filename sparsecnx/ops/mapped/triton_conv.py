@@ -26,6 +26,7 @@ from sparsecnx.backends.triton_functions import aligned, load, row_block, store
 from sparsecnx.backends.triton_launch import alignment, blocks, launch, processors
 from sparsecnx.common.dtypes import statistics_dtype
 from sparsecnx.geometry.kernel_map import MappedRows, invert_kernel_map
+from sparsecnx.geometry.window_rows import WindowRows
 from sparsecnx.ops import flops
 
 COLUMN_VALUES = 2**28  # of a chunk of gathered rows
@@ -246,31 +247,26 @@ def _narrow_sizes(x: Tensor, weight: tuple[int, ...], block_r: int, block_c: int
     }
 
 
-def convolve(features: Tensor, weight: Tensor, bias: Tensor | None, kernel_map: Tensor) -> Tensor:
-    """Return features `(rows_out, C_out)`; `weight (groups, K, C_in / groups, C_out / groups)`, `bias (C_out,)`."""
-    if bias is not None:
-        bias = bias.to(statistics_dtype(features.dtype)).contiguous()
-    return torch.ops.sparsecnx_triton.conv(features.contiguous(), weight, bias, kernel_map.contiguous())
-
-
-def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return features `(rows_out, C_out)`; `weight (K, C_in, C_out)`, `bias (C_out,)`.
+def convolve(x: MappedRows | WindowRows, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return features `(rows_out, C_out)`; `weight (groups, K, C_in / groups, C_out / groups)`, `bias (C_out,)`.
 
     The inverse map is not used: comparing it costs as much as inverting the kernel map.
     """
-    return convolve(x.features, weight[None], bias, x.kernel_map)
+    if bias is not None:
+        bias = bias.to(statistics_dtype(x.dtype)).contiguous()
+    return torch.ops.sparsecnx_triton.conv(x.features.contiguous(), weight, bias, x.kernel_map.contiguous())
 
 
-def _conv_input_grad(grad: Tensor, weight: Tensor, kernel_map: Tensor, rows_in: int) -> Tensor:
-    return convolve_rows(grad, weight.mT, None, invert_kernel_map(kernel_map, rows_in))
+def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return features `(rows_out, C_out)`; `weight (K, C_in, C_out)`, `bias (C_out,)`."""
+    return convolve(x, weight[None], bias)
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     grads: dict[str, Tensor | None] = {}
     if "x" in saved.needs:
-        grads["x"] = torch.ops.sparsecnx_triton.conv_input_grad(
-            grad, saved.weight, saved.kernel_map, saved.shapes["x"][0]
-        )
+        inverse_map = invert_kernel_map(saved.kernel_map, saved.shapes["x"][0])
+        grads["x"] = torch.ops.sparsecnx_triton.conv(grad, saved.weight.mT, None, inverse_map)
     if "weight" in saved.needs:
         found = torch.ops.sparsecnx_triton.conv_weight_grad(grad, saved.x, saved.weight, saved.kernel_map)
         grads["weight"] = found.permute(0, 3, 2, 1)
@@ -287,14 +283,6 @@ register(
     saves=("x", "weight", "bias", "kernel_map"),
     backward=_backward,
     flops=flops.conv,
-)
-register(
-    "sparsecnx_triton::conv_input_grad",
-    public="conv",
-    sizes={"grad": "rows_out C", "kernel_map": "rows_out K", "weight": "groups K width out"},
-    function=_conv_input_grad,
-    fake=lambda grad, weight, kernel_map, rows_in: grad.new_empty(rows_in, weight.shape[0] * weight.shape[2]),
-    flops=flops.conv_input_grad,
 )
 register(
     "sparsecnx_triton::conv_weight_grad",

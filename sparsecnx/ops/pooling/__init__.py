@@ -10,11 +10,10 @@ from sparsecnx.backends import cpu as cpu_backend
 from sparsecnx.backends import triton_launch
 from sparsecnx.backends.dispatch import Implementation, Operator
 from sparsecnx.common.dtypes import statistics_dtype
-from sparsecnx.geometry.kernel_map import MappedRows
 from sparsecnx.geometry.layout import Layout
 from sparsecnx.geometry.nested_order import children_are_consecutive
+from sparsecnx.geometry.window_rows import WindowRows
 from sparsecnx.ops.checks import check_sparse
-from sparsecnx.ops.convolution.maps import maps
 from sparsecnx.ops.convolution.window import Window
 from sparsecnx.ops.mapped import cpu_pooling
 from sparsecnx.ops.pooling import reference
@@ -22,16 +21,11 @@ from sparsecnx.ops.pooling.windows import Axes, divisors, pooling_window
 from sparsecnx.tensor import SparseTensor, packed
 
 
-def _rows(x: SparseTensor, window: Window) -> MappedRows:
-    """Return the rows of `x` under a window."""
-    return MappedRows(x.features, *maps(x.layout, window, x.features))
-
-
 def _by_map(implementation: Implementation) -> Implementation:
     """Return the implementation of a function of rows under a kernel map for a SparseTensor, a window and a layout."""
 
     def run(x: SparseTensor, window: Window, _: Layout, *rest: float) -> Tensor:
-        features: Tensor = implementation.function(_rows(x, window), *rest)
+        features: Tensor = implementation.function(WindowRows(x.features, x.layout, window), *rest)
         return features
 
     return Implementation(run, implementation.refusal)
