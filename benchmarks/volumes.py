@@ -23,7 +23,8 @@ Each runs forward and backward in training mode, to the gradients of all paramet
     compiled      `dense` through torch.compile
     *_contiguous  with contiguous volumes and weights; those of the others are channels_last_3d
 
-Before anything is timed, outputs and gradients of `sparse` and `dense` are compared in float64.
+Before anything is timed, outputs and gradients of `sparse` and `dense` are compared in float64. The geometry is the list
+of the visible tiles and their neighbours; convolutions and poolings keep nothing else (tests/ops/test_conv.py).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from measure import Results, say
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from sparsecnx import SparseTensor
+from sparsecnx import SparseTensor, TileSet
 from sparsecnx.geometry.masks import random_mask, visible_count
 from sparsecnx.models import FCMAE, create_fcmae, masked_dense
 from sparsecnx.nn import ConvNeXtV2Block
@@ -318,7 +319,8 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         Mismatch: the variants differ; nothing was timed.
     """
-    small = replace(case, side=2 * case.patch) if case.name.startswith("depthwise") else case  # where torch unfolds
+    unfolds = case.name.startswith("depthwise") or case.side > 96  # torch does, in float64
+    small = replace(case, side=2 * case.patch) if unfolds else case
     found = Workload(small, ["sparse", "dense"], torch.float64).outputs()
     errors = measure.compare(f"sparse {case.key}", found["sparse"], found["dense"], DOUBLE_LIMIT, LEAST)
     say(f"  float64: output {errors['output']:.1e}, gradients {errors['gradient']:.1e} ({errors['parameter']})")
@@ -334,7 +336,22 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     settings = {"visible": case.visible, "patches": math.prod(case.grid), "clock": options.clock}
     settings |= {"load": round(os.getloadavg()[0], 2), "errors": errors}
     times = workload.time(options.repeats, options.clock)
-    return {**asdict(case), **settings, "ms": times, "saved_bytes": workload.saved_bytes()}
+    saved = {"saved_bytes": workload.saved_bytes(), "geometry": geometry(workload.mask, options.repeats)}
+    return {**asdict(case), **settings, "ms": times, **saved}
+
+
+def geometry(mask: Tensor, repeats: int) -> dict[str, float]:
+    """Return the milliseconds to list the visible tiles and their neighbours, and the bytes of these tables."""
+
+    def build() -> TileSet:
+        tiles = TileSet.from_mask(mask.flatten(1), tuple(mask.shape[1:]))
+        tiles.neighbours((1, 1, 1))
+        return tiles
+
+    times = measure.interleaved({"geometry": build}, repeats, torch.device("cpu"))
+    tiles = build()
+    tables = (tiles.index, tiles.splits, *tiles.tables.values())
+    return {"ms": times["geometry"]["median"], "bytes": sum(table.nbytes for table in tables)}
 
 
 def print_tables(cases: Sequence[dict[str, Any]]) -> None:
@@ -350,6 +367,7 @@ def print_tables(cases: Sequence[dict[str, Any]]) -> None:
             ratios = [value / best if best else "", case["goal"] if sparse else ""]
             memory = [kept / 2**20, kept / least if least else "", MEMORY_GOAL * visible if sparse else ""]
             lines.append([case["name"], name, value, *ratios, *memory])
+        say(f"{case['name']}: geometry {case['geometry']['ms']:.2f} ms, {case['geometry']['bytes'] / 2**10:.0f} KiB")
     head = ("case", "variant", "ms", "of the best dense", "goal", "kept, MiB", "of the least", "goal")
     measure.print_table(head, lines)
 
