@@ -271,9 +271,11 @@ def _open_nifti(path: str, ndim: int | None, max_voxels: int) -> Volume:
         raise UnsupportedVolume(f"is {len(shape)}-D, {_by(shape)}: a time series or several channels; {remedy}")
     _expect_numbers(image.dataobj.dtype)
     codes = [int(image.header[f"{form}_code"]) for form in ("qform", "sform")]
-    orientation = nibabel.io_orientation(image.affine)
+    finite = np.isfinite(image.affine).all()
+    orientation = nibabel.io_orientation(image.affine if finite else np.zeros((4, 4)))
     if codes == [0, 0] or np.isnan(orientation).any():
         what = "no affine (qform_code and sform_code are 0)" if codes == [0, 0] else "an affine without inverse"
+        what = what if finite else "an affine with values that are not finite"
         remedy = "set it (nibabel.Nifti1Image(data, affine)), or save the array as .npy"
         raise UnsupportedVolume(f"has {what}, so that nobody knows how its axes lie; {remedy}")
     compressed = path.lower().endswith(".gz")

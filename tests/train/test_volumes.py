@@ -2,8 +2,10 @@
 
 import errno
 import gzip
+import math
 import os
 import re
+import struct
 
 import numpy as np
 import pytest
@@ -208,9 +210,13 @@ def test_an_array_that_is_no_volume_is_refused(name, tmp_path):
         find_data(tmp_path / "data")
 
 
-def nifti(nibabel, path, shape, dtype=np.float32, coded=True):
+def nifti(nibabel, path, shape, dtype=np.float32, coded=True, corner=0.0):
     image = nibabel.Nifti1Image(np.zeros(shape, dtype), np.eye(4) if coded else None)
     nibabel.save(image, path)
+    if math.isnan(corner):  # which nibabel would not write
+        contents = bytearray(path.read_bytes())
+        contents[280:284] = struct.pack("f", corner)  # srow_x[0]
+        path.write_bytes(contents)
 
 
 def test_a_nifti_file_that_is_no_volume_is_refused(nibabel, tmp_path, monkeypatch):
@@ -219,6 +225,7 @@ def test_a_nifti_file_that_is_no_volume_is_refused(nibabel, tmp_path, monkeypatc
         ("vectors.nii.gz", (8, 8, 8, 1, 3), {}, "is 5-D, 8 x 8 x 8 x 1 x 3: a time series"),
         ("slice.nii", (8, 8), {}, "has the sides 8 x 8: expected three"),
         ("bare.nii", (8, 8, 8), {"coded": False}, r"has no affine \(qform_code and sform_code are 0\)"),
+        ("nan.nii", (8, 8, 8), {"corner": math.nan}, "has an affine with values that are not finite, so"),
         ("waves.nii", (8, 8, 8), {"dtype": np.complex64}, "holds values of type complex64"),
     ):
         nifti(nibabel, tmp_path / name, shape, **options)
