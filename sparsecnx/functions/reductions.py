@@ -29,7 +29,10 @@ def per_image(x: Tensor, layout: Any, kind: str) -> Tensor:
     place = image.long().view(-1, *([1] * (x.ndim - 1))).expand_as(x)
     if x.dtype == torch.bool:  # torch has no scatter of these.
         return blank.byte().scatter_reduce(0, place, x.byte(), kind, include_self=False).bool()
-    return blank.scatter_reduce(0, place, x, kind, include_self=False)
+    if x.is_floating_point():  # Its gradient takes a value in the blank that equals the extremum for one of the rows.
+        blank = torch.full_like(blank, math.nan)
+    found = blank.scatter_reduce(0, place, x, kind, include_self=False)
+    return found.masked_fill((layout.row_splits.diff() == 0).view(-1, *([1] * (x.ndim - 1))), 0)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -337,6 +337,8 @@ OF_IMAGES: dict[str, Callable[[Any], Any]] = {
     "sum of channels too": lambda x: x.sum((1, 2, 3)),
     "amax": lambda x: torch.amax(x, (2, 3)),
     "amin": lambda x: x.amin((2, 3), keepdim=True),
+    "amax of zero": lambda x: (x - x.detach().amax((2, 3), keepdim=True)).amax((2, 3)),
+    "amin of zero": lambda x: (x - x.detach().amin((2, 3), keepdim=True)).amin((2, 3)),
     "var": lambda x: x.var((2, 3)),
     "var keepdim": lambda x: torch.var(x, (1, 2, 3), correction=0, keepdim=True),
     "std": lambda x: torch.std(x, (2, 3), unbiased=False),
