@@ -175,7 +175,13 @@ def _variance(x: Tensor, layout: Any, dims: list[int], correction: float, root: 
     squares = _mean_of_images((x - rows).square(), layout, dims)
     count = rows_of_images(layout, center) * math.prod([x.shape[d] for d in dims])
     variance = squares * count / (count - correction)
-    return (variance.sqrt() if root else variance).to(dtype)
+    return (_root(variance, 2) if root else variance).to(dtype)
+
+
+def _root(x: Tensor, p: float) -> Tensor:
+    """Return the p-th root, whose gradient at 0 is 0, as in torch's std and norm."""
+    zero = x == 0
+    return torch.where(zero, 0, torch.where(zero, 1, x).pow(1 / p))
 
 
 def _spread(name: str) -> Handler:
@@ -225,11 +231,10 @@ def _norm_of_images(x: Tensor, layout: Any, dims: list[int], p: float) -> Tensor
         kind = "amax" if p > 0 else "amin"
         return per_image(getattr(x, kind)(dims) if dims else x, layout, kind)
     rows = wide(x).abs()
-    total = _sum_of_images(rows.pow(p) if p else (rows != 0).to(rows.dtype), layout, dims)
-    if not p:
-        return total.to(x.dtype)
-    some = total > 0  # The gradient of a norm of zeros is zero.
-    return torch.where(some, torch.where(some, total, 1).pow(1 / p), 0).to(x.dtype)
+    zero = rows == 0  # torch gives it no gradient for any p.
+    powers = torch.where(zero, math.inf if p < 0 else 0, torch.where(zero, 1, rows).pow(p))
+    total = _sum_of_images(powers, layout, dims)
+    return (_root(total, p) if p else total).to(x.dtype)
 
 
 @answers("norm", "linalg.vector_norm", meaning="as mean", limits="as mean")
