@@ -174,7 +174,10 @@ def _variance(x: Tensor, layout: Any, dims: list[int], correction: float, root: 
     rows = full.index_select(0, layout.row_image())
     squares = _mean_of_images((x - rows).square(), layout, dims)
     count = rows_of_images(layout, center) * math.prod([x.shape[d] for d in dims])
-    variance = squares * count / (count - correction)
+    freedom = count - correction
+    if not layout.rows_per_image:  # An image without any has the variance 0.
+        freedom = torch.where(layout.row_splits.diff().view(-1, *([1] * (center.ndim - 1))) == 0, 1, freedom)
+    variance = squares * count / freedom
     return (_root(variance, 2) if root else variance).to(dtype)
 
 
@@ -223,7 +226,7 @@ for _name in ("var", "std"):
 
 
 def _norm_of_images(x: Tensor, layout: Any, dims: list[int], p: float) -> Tensor:
-    if layout.rows_per_image is not None:
+    if layout.rows_per_image:
         split = x.reshape(layout.batch, layout.rows_per_image, *x.shape[1:])
         return torch.linalg.vector_norm(split, p, [1, *(d + 1 for d in dims)])
     if math.isinf(p):

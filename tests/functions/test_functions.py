@@ -442,6 +442,22 @@ def test_statistics_are_of_the_visible_sites_of_each_image(name: str, counts: st
 
 
 @each_mask
+@pytest.mark.parametrize("name", [name for name in OF_IMAGES if "half" not in name])
+def test_an_image_without_visible_sites_has_the_statistics_0(name: str, counts: str) -> None:
+    mask = torch.ones(BATCH, *GRID, dtype=torch.bool)
+    if counts == "random counts":
+        mask[1:, 0, 0] = False
+    layout = make_layout(mask, TILE)
+    x = SparseTensor(values(layout.rows, CHANNELS).requires_grad_(), layout)
+    with torch.autograd.set_detect_anomaly(True):
+        found = OF_IMAGES[name](x)
+        out = found.dense() if isinstance(found, SparseTensor) else found
+        assert not out[0].any() and out.isfinite().all()
+        if out.requires_grad:
+            assert torch.autograd.grad(out.sum(), x.features)[0].isfinite().all()
+
+
+@each_mask
 @pytest.mark.parametrize("name", OF_THE_BATCH)
 def test_statistics_are_of_the_visible_sites_of_the_batch(name: str, counts: str) -> None:
     x, function = example(counts), OF_THE_BATCH[name]
