@@ -346,7 +346,7 @@ def refuse_reentrant_checkpoint() -> None:
 
 
 def _refuse_transforms(x: SparseTensor) -> None:
-    """Raise TypeError where a transform of torch.func maps over `x`, or asks for the gradient of every leaf."""
+    """Raise TypeError where a transform of torch.func maps over `x`, returns it, or asks for the gradient of leaves."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename in (__file__, pytree.__file__):
         frame = frame.f_back
@@ -355,6 +355,11 @@ def _refuse_transforms(x: SparseTensor) -> None:
         raise TypeError(
             "torch.func got a SparseTensor to differentiate with respect to, whose layout is of integers: "
             "differentiate with respect to x.features, and call x.with_features(features) in the function"
+        )
+    if frame is not None and caller == "_unwrap_batched" and frame.f_locals["out_dims"] is not None:  # of vmap
+        raise TypeError(
+            "torch.vmap got a SparseTensor to return, whose rows would be those of one sample: return x.features, or "
+            "x.dense()"
         )
     if frame is not None and caller == "_process_batched_inputs":  # of vmap
         dims, args = frame.f_locals["in_dims"], frame.f_locals["args"]

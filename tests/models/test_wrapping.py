@@ -293,6 +293,10 @@ def test_vmap_over_a_sparse_tensor_names_the_remedy():
             vmap(lambda x, *_: x.features, in_dims=in_dims)(*args)
     found = vmap(lambda x, factor: (x * factor).features, in_dims=(None, 0))(x, factors)
     assert torch.equal(found, torch.stack([x.features * 2, x.features * 3]))
+    with pytest.raises(TypeError, match=r"^torch.vmap got a SparseTensor to return.* return x\.features, or x\.dense"):
+        vmap(lambda x, factor: [x * factor], in_dims=(None, 0))(x, factors)
+    with pytest.raises(TypeError, match=r"^torch.vmap got a SparseTensor to return"):
+        vmap(lambda x, factor: x * factor, in_dims=(None, 0))(x, factors)
     stacked = pytree.tree_map(lambda *leaves: torch.stack(leaves), x, x * 2)
     assert torch.equal(vmap(lambda x: (x * 3).features)(stacked), torch.stack([x.features * 3, x.features * 6]))
 
