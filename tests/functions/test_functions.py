@@ -490,6 +490,13 @@ def test_batches_of_other_masks_and_sizes_leave_nothing_in_memory(monkeypatch: p
     assert max(len(windows._plans), len(convolutions._prepared)) <= once.MOST_KEPT
 
 
+def test_transposed_convolution_of_one_channel_by_blocks_that_are_not_powers_of_two() -> None:
+    layout = make_layout(draw_mask("random counts", BATCH, GRID, seed=2), 1)
+    x = SparseTensor(values(layout.rows, 1).requires_grad_(), layout)
+    layer = nn.ConvTranspose2d(1, 2, 3, 3, dtype=torch.float64)
+    check(x, layer(x), dense_and_mask(layer, x))
+
+
 @pytest.mark.parametrize("layer", [
     nn.Conv2d(CHANNELS, 6, 3, padding=1), nn.Conv2d(CHANNELS, 6, 3, 2, 1, groups=2), nn.Conv2d(CHANNELS, 6, 2, 2),
     nn.Conv2d(CHANNELS, 6, 1, 2), nn.Conv2d(CHANNELS, 8, 4, 4, groups=4), nn.ConvTranspose2d(CHANNELS, 6, 2, 2),

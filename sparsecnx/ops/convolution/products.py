@@ -63,5 +63,5 @@ def _matrix(weight: Tensor) -> Tensor:
     if longest > 1:
         weight = weight.movedim(1, -1)
     if longest > 2:  # Up to 2 sites along each axis are in raster order.
-        weight = tile_to_rows(weight).view(weight.shape[0], -1)
+        weight = tile_to_rows(weight).reshape(weight.shape[0], -1)
     return weight.flatten(1)
