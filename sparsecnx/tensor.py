@@ -146,10 +146,12 @@ class SparseTensor:
             mask: which tiles are masked, on the device of `dense`: bool, or integers or floats of zeros and ones. It is
                 `(B, L)`, L tiles in raster order, `(B, *grid)` or `(B, 1, *grid)`, on any grid that divides the
                 spatial shape. With 1 for B, or without B, it is for all images. L tiles are taken as squares where
-                these fit. A mask on the grid of single sites, such as pixels `(B, H, W)`, is cut into the largest tiles
-                that it consists of, square ones if there are any; which strides fit then depends on its values. With
-                `visible` or `count`, and where torch.compile compiles, no values are read and it stays one of single
-                sites, which no stride divides: pass every p-th pixel, `mask[:, ::p, ::p]`.
+                these fit. `(B, 1, L)` and `(B, L, 1)` are an error where L squares fit, because they may be a grid, or
+                `(B, L)` with an axis more; `(B, 1, *grid)` says the grid. A mask on the grid of single sites, such as
+                pixels `(B, H, W)`, is cut into the largest tiles that it consists of, square ones if there are any;
+                which strides fit then depends on its values. With `visible` or `count`, and where torch.compile
+                compiles, no values are read and it stays one of single sites, which no stride divides: pass every p-th
+                pixel, `mask[:, ::p, ::p]`.
             visible: visible tiles per image, where known and equal: then nothing is read back from the
                 device and no shape depends on data.
             count: visible tiles of the whole batch, where known: the same for images that differ.
