@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from sparsecnx import SparseTensor
 from sparsecnx.tensor import UnsupportedFunctionError
 
-# Networks of timm at 64x96 pixels, some with fewer layers. `benchmarks/networks.py --check` goes through all of timm.
+# Networks of timm at 64x96 pixels, some with fewer layers. `benchmarks/check_networks.py` goes through all of timm.
 SHALLOW = {"layers": (1, 1, 1, 1)}
 NARROW = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)}
 NETWORKS: dict[str, dict[str, Any]] = {
