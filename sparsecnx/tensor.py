@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import sys
@@ -187,6 +188,8 @@ class SparseTensor:
         Raises:
             ValueError: `fill` is a tensor of another shape than `(C,)`, or on another device.
         """
+        if not torch.is_grad_enabled():
+            refuse_custom_function((self,))
         features, layout = self.features, self.layout
         rows = features if features.ndim == 2 else features.reshape(layout.rows, math.prod(features.shape[1:]))
         channels = rows.shape[1]
@@ -263,6 +266,8 @@ ALIASES = {"axis": "dim", "keepdims": "keepdim", "axis0": "dim0", "axis1": "dim1
 def answer(function: Any, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """Call a handler. An error of whatever it calls says which function of torch it was, and the line."""
     try:
+        if not torch.is_grad_enabled():
+            refuse_custom_function(args, kwargs)
         if not kwargs:
             return handler(*args)
         args, kwargs = by_name(function, args, kwargs)
@@ -281,6 +286,43 @@ def by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
         if not args and name in kwargs and "condition" not in kwargs:
             args = (kwargs.pop(name),)
     return args, kwargs
+
+
+def _need_gradients(values: Iterable[Any]) -> bool:
+    """Return whether one is a SparseTensor, or x.as_tensor(), whose features require a gradient. Lists may hold it."""
+    for value in values:
+        x = getattr(value, "sparse", None) if isinstance(value, Tensor) else value
+        if isinstance(x, SparseTensor):
+            if x.features.requires_grad:
+                return True
+        elif isinstance(x, (list, tuple)) and _need_gradients(x):
+            return True
+    return False
+
+
+def refuse_custom_function(args: Iterable[Any], kwargs: dict[str, Any] | None = None) -> None:
+    """Raise where an autograd.Function got a SparseTensor that needs a gradient, which it gives to tensors alone.
+
+    Args:
+        args, kwargs: those of an operator in its forward method. Nothing is sought where none of them needs a gradient.
+    """
+    if torch.compiler.is_compiling() or not (_need_gradients(args) or (kwargs and _need_gradients(kwargs.values()))):
+        return
+    functions, forwards = [torch.autograd.Function], set()
+    for function in functions:
+        functions += function.__subclasses__()
+        forwards.add(getattr(function.forward, "__code__", None))
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code, values = frame.f_code, frame.f_locals
+        if code in forwards:  # forward(ctx, x, ...), or forward(x, ...) beside setup_context
+            names = code.co_varnames[: code.co_argcount + bool(code.co_flags & inspect.CO_VARARGS)]
+            if _need_gradients(values.get(name) for name in names):
+                if code is checkpoint.CheckpointFunction.forward.__code__:
+                    _refuse_reentrant_checkpoint()
+                refuse("autograd.Function", "it would lose its gradient", "apply the Function to x.features, and "
+                       "x.with_features(...) makes a SparseTensor of the result")  # fmt: skip
+        frame = frame.f_back
 
 
 def packed(features: Any, layout: Layout, channels_last: bool = False) -> SparseTensor:
@@ -341,10 +383,14 @@ def refuse_reentrant_checkpoint() -> None:
         frame = frame.f_back
     caller = None if frame is None else frame.f_back
     if caller is not None and caller.f_code is checkpoint.CheckpointFunction.forward.__code__:
-        raise RuntimeError(
-            "checkpoint(..., use_reentrant=True) got a SparseTensor: it would lose its gradient; "
-            "use checkpoint(..., use_reentrant=False), or set_grad_checkpointing() of the model"
-        )
+        _refuse_reentrant_checkpoint()
+
+
+def _refuse_reentrant_checkpoint() -> NoReturn:
+    raise RuntimeError(
+        "checkpoint(..., use_reentrant=True) got a SparseTensor: it would lose its gradient; "
+        "use checkpoint(..., use_reentrant=False), or set_grad_checkpointing() of the model"
+    )
 
 
 def _refuse_transforms(x: SparseTensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -95,25 +94,7 @@ def _method(name: str, handler: Handler) -> Handler:
 
 def like(x: SparseTensor, features: Tensor) -> SparseTensor:
     """Return other features on the sites of `x`, without checks."""
-    if x.features.requires_grad and not features.requires_grad:
-        refuse_custom_function(x)
     return packed(features, x.layout, x.channels_last)
-
-
-def refuse_custom_function(x: SparseTensor) -> None:
-    """Raise where `x` is an argument of an autograd.Function, which gives gradients to tensors alone."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:  # forward(ctx, x, ...)
-        code, values = frame.f_code, frame.f_locals
-        first, *rest = code.co_varnames[: code.co_argcount + bool(code.co_flags & inspect.CO_VARARGS)] or ("",)
-        if isinstance(values.get(first), torch.autograd.function.FunctionCtx):
-            given = [arg for name in rest for arg in (values[name] if type(values[name]) is tuple else [values[name]])]
-            if any(isinstance(arg, SparseTensor) and arg.features is x.features for arg in given):
-                refuse("autograd.Function", "it would lose its gradient", "apply the Function to x.features, and "
-                       "x.with_features(...) makes a SparseTensor of the result")  # fmt: skip
-        frame = frame.f_back
 
 
 # Files of torch that take the items of what they hold for a tuple, and what they are to say of a SparseTensor.

@@ -11,7 +11,7 @@ from sparsecnx.backends.dispatch import Rows
 from sparsecnx.common.dtypes import FLOATING, statistics_dtype
 from sparsecnx.common.memory import check_memory
 from sparsecnx.geometry.kernel_map import MappedRows
-from sparsecnx.tensor import SparseTensor
+from sparsecnx.tensor import SparseTensor, refuse_custom_function
 
 X = TypeVar("X", SparseTensor, MappedRows)
 
@@ -20,6 +20,8 @@ def check_sparse(x: object, name: str = "x") -> None:
     """Raise TypeError unless `x` is a `SparseTensor` of a floating dtype."""
     if not isinstance(x, SparseTensor):
         raise TypeError(f"{name} is a {type(x).__name__}: expected a SparseTensor")
+    if not torch.is_grad_enabled():
+        refuse_custom_function((x,))
     _check_floating(x.dtype, name)
     check_memory(**{name: x.features})
 

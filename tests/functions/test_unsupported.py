@@ -374,7 +374,7 @@ def test_in_place_functions_raise_where_those_of_torch_do() -> None:
         x.mul_(2)
 
 
-def test_gradients_are_not_lost_in_an_autograd_function() -> None:
+def test_gradients_are_not_lost_in_an_autograd_function(monkeypatch: pytest.MonkeyPatch) -> None:
     class Doubled(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Any) -> Any:
@@ -391,6 +391,29 @@ def test_gradients_are_not_lost_in_an_autograd_function() -> None:
         Doubled.apply(x)
     with torch.no_grad():
         assert not (x * 2).requires_grad
+
+    class WithSetup(Doubled):
+        @staticmethod
+        def forward(x: Any) -> Any:
+            return x.mean((2, 3))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+    weight = torch.ones(CHANNELS, CHANNELS, 1, 1, dtype=x.dtype)
+    operators: list[Callable[[Any], Any]] = [
+        lambda x: x.sum(), lambda x: F.conv2d(x, weight), lambda x: F.batch_norm(x, None, None, training=True),
+        lambda x: F.max_pool2d(x, 2), lambda x: torch.cat([x, x], 1), lambda x: torch.mul(weight[:, :1, 0], other=x),
+        lambda x: x.dense(), lambda x: sparsecnx.ops.conv(getattr(x, "sparse", x), weight),
+    ]  # fmt: skip
+    for given in (x, x.as_tensor()):
+        with pytest.raises(UnsupportedFunctionError, match=r"autograd\.Function .*would lose its gradient"):
+            WithSetup.apply(given)
+        for operator in operators:
+            monkeypatch.setattr(Doubled, "forward", lambda ctx, x, operator=operator: operator(x))
+            with pytest.raises(UnsupportedFunctionError, match=r"autograd\.Function .*would lose its gradient"):
+                Doubled.apply(given)
 
     class OfFeatures(Doubled):
         @staticmethod

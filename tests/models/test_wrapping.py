@@ -135,6 +135,8 @@ def test_reentrant_checkpointing_of_a_sparse_tensor_is_refused():
     block, x = sparsecnx.nn.ConvNeXtV2Block(CHANNELS).double(), sparse()
     with pytest.raises(RuntimeError, match=r"use_reentrant=True.* got a SparseTensor: .* use_reentrant=False"):
         checkpoint(block, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match=r"use_reentrant=True.* got a SparseTensor: .* use_reentrant=False"):
+        checkpoint(torch.nn.Conv2d(CHANNELS, 2, 1).double(), x.as_tensor(), use_reentrant=True)
     expected = torch.autograd.grad(block(x).features.sum(), x.features)
     found = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).features.sum(), x.features)
     assert torch.equal(found[0], expected[0])
