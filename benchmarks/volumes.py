@@ -23,8 +23,8 @@ Each runs forward and backward in training mode, to the gradients of all paramet
     compiled      `dense` through torch.compile
     *_contiguous  with contiguous volumes and weights; those of the others are channels_last_3d
 
-Before anything is timed, outputs and gradients of `sparse` and `dense` are compared in float64. The geometry is the list
-of the visible tiles and their neighbours; convolutions and poolings keep nothing else (tests/ops/test_conv.py).
+Before anything is timed, outputs and gradients of `sparse` and `dense` are compared in float64. The geometry is the
+list of the visible tiles and their neighbours; convolutions and poolings keep nothing else (tests/ops/test_conv.py).
 """
 
 from __future__ import annotations

@@ -9,23 +9,31 @@ STABLE_TORCH_LIBRARY(sparsecnx, m) {
   m.def("cpu_isa() -> str");
   m.def("gather_tiles(Tensor dense, Tensor index, int[] tile) -> Tensor");
   m.def("scatter_tiles(Tensor rows, Tensor fill, Tensor index, SymInt batch, SymInt[] shape, int[] tile) -> Tensor");
-  m.def("kernel_map(Tensor index, SymInt[] window) -> Tensor");
+  m.def("kernel_map(Tensor index, SymInt[] grid, int[] window) -> Tensor");
   m.def("depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor table, int[] tile) -> Tensor");
   m.def("depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor table, int[] tile, int[] kernel) -> Tensor");
-  // A window stands for its kernel map: `kernel_map` is then the index of the visible tiles (csrc/cpu/mapped.h).
-  m.def("conv(Tensor x, Tensor weight, Tensor? bias, Tensor kernel_map, SymInt[] window) -> Tensor");
-  m.def("conv_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor kernel_map, SymInt[] window) -> Tensor");
+  // A window on a grid of tiles stands for its kernel map: `kernel_map` is then the index of the visible tiles
+  // (csrc/cpu/mapped.h).
+  m.def("conv(Tensor x, Tensor weight, Tensor? bias, Tensor kernel_map, SymInt[] grid, int[] window) -> Tensor");
+  m.def(
+      "conv_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor kernel_map, SymInt[] grid, int[] window) -> "
+      "Tensor");
   m.def(
       "mapped_depthwise_conv(Tensor x, Tensor weight, Tensor? bias, Tensor kernel_map, Tensor? inverse_map, "
-      "SymInt[] window) -> Tensor");
-  m.def("mapped_depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor kernel_map, SymInt[] window) -> Tensor");
+      "SymInt[] grid, int[] window) -> Tensor");
+  m.def(
+      "mapped_depthwise_conv_weight_grad(Tensor grad, Tensor x, Tensor kernel_map, SymInt[] grid, int[] window) -> "
+      "Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_weight_grad(Tensor grad, Tensor x) -> Tensor");
-  m.def("max_pool(Tensor x, Tensor kernel_map, Tensor? inverse_map, SymInt[] window) -> (Tensor, Tensor)");
+  m.def("max_pool(Tensor x, Tensor kernel_map, Tensor? inverse_map, SymInt[] grid, int[] window) -> (Tensor, Tensor)");
   m.def(
-      "max_pool_backward(Tensor grad, Tensor winner, Tensor kernel_map, Tensor? inverse_map, SymInt[] window) -> "
+      "max_pool_backward(Tensor grad, Tensor winner, Tensor kernel_map, Tensor? inverse_map, SymInt[] grid, int[] "
+      "window) -> "
       "Tensor");
-  m.def("sum_pool(Tensor x, Tensor kernel_map, Tensor? inverse_map, float factor, SymInt[] window) -> Tensor");
+  m.def(
+      "sum_pool(Tensor x, Tensor kernel_map, Tensor? inverse_map, float factor, SymInt[] grid, int[] window) -> "
+      "Tensor");
   m.def("grn(Tensor x, Tensor gamma, Tensor beta, Tensor splits, float eps) -> (Tensor, Tensor)");
   m.def(
       "grn_backward(Tensor grad, Tensor x, Tensor gamma, Tensor splits, Tensor energy, float eps) -> "

@@ -288,9 +288,14 @@ def by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     return args, kwargs
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, int, float, bool, str, type(None)}
+
+
 def _need_gradients(values: Iterable[Any]) -> bool:
     """Return whether one is a SparseTensor, or x.as_tensor(), whose features require a gradient. Lists may hold it."""
     for value in values:
+        if type(value) in _PLAIN:  # To ask a tensor for an attribute that it lacks takes a microsecond.
+            continue
         x = getattr(value, "sparse", None) if isinstance(value, Tensor) else value
         if isinstance(x, SparseTensor):
             if x.features.requires_grad:

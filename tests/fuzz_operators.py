@@ -119,10 +119,10 @@ def rows_at(
     return torch.where(there, slot * len(sites) + order.argsort()[raster], -1).flatten(0, 1).int()
 
 
-def listed(index: Tensor, window: Sequence[int]) -> Tensor:
+def listed(index: Tensor, grid: Sequence[int], window: Sequence[int]) -> Tensor:
     """Return the kernel map of a window on tiles (csrc/cpu/mapped.h), site by site."""
-    axes = (len(window) - 2) // 6
-    grid, tile, kernel, stride, padding, dilation = (window[i : i + axes] for i in range(2, len(window), axes))
+    axes, grid = len(window) // 5, grid[1:]
+    tile, kernel, stride, padding, dilation = (window[i : i + axes] for i in range(1, len(window), axes))
     coarse = [side // step for side, step in zip(tile, stride, strict=True)]
     sides, reached = (tile, coarse) if window[0] else (coarse, tile)
     if index.numel() == 0:
@@ -144,12 +144,12 @@ def listed(index: Tensor, window: Sequence[int]) -> Tensor:
 def on_window(reference: Callable[..., Any]) -> Callable[..., Any]:
     """Return a reference on kernel maps for an operator that also takes the index of tiles and a window."""
 
-    def run(window: Sequence[int], **a: Any) -> Any:
+    def run(grid: Sequence[int], window: Sequence[int], **a: Any) -> Any:
         if window:
             index = a["kernel_map"]
-            a["kernel_map"] = listed(index, window)
+            a["kernel_map"] = listed(index, grid, window)
             if "inverse_map" in a:
-                a["inverse_map"] = listed(index, [1 - window[0], *window[1:]])
+                a["inverse_map"] = listed(index, grid, [1 - window[0], *window[1:]])
         return reference(**a)
 
     return run
@@ -398,15 +398,16 @@ def valid(operator: str, rng: random.Random) -> Arguments:
     if "pool" in operator or ("conv" in operator and "block" not in operator) or operator == "kernel_map":
         outputs = rng.choice((1, 5, 16))
         no_window = operator == "depthwise_conv_kept"
-        window: list[int] = []
+        on: Arguments = {"grid": [], "window": []}
         if operator == "kernel_map" or (rng.random() < 0.5 and not no_window):
             inverse, sizes = rng.randint(0, 1), [rng.randint(1, 4) for _ in range(ndim)]
             strides = [rng.choice([step for step in range(1, side + 1) if side % step == 0]) for side in tile]
             paddings = [rng.randint(-2, 4) for _ in range(ndim)]
             dilations = [rng.choice((1, 1, 2, 5)) for _ in range(ndim)]
-            window = [inverse, batch, *grid, *tile, *sizes, *strides, *paddings, *dilations]
+            window = [inverse, *tile, *sizes, *strides, *paddings, *dilations]
+            on = {"grid": [batch, *grid], "window": window}
             if operator == "kernel_map":
-                return {"index": index, "window": window}
+                return {"index": index, **on}
             kernel_map, taps, coarse = index, math.prod(sizes), rows // math.prod(strides)
             rows, rows_out = (coarse, rows) if inverse else (rows, coarse)
             x = normal(rows, channels)
@@ -414,21 +415,21 @@ def valid(operator: str, rng: random.Random) -> Arguments:
             rows_out, taps = rng.randint(0, 9), rng.randint(1, 9)
             kernel_map = torch.stack([torch.randperm(rows + 9)[:rows_out] for _ in range(taps)], 1).int()
             kernel_map[kernel_map >= rows] = -1
-        keeps_inverse = not window and (optional or operator in ("max_pool_backward", "depthwise_conv_kept"))
+        keeps_inverse = not on["window"] and (optional or operator in ("max_pool_backward", "depthwise_conv_kept"))
         maps = {"kernel_map": kernel_map, "inverse_map": invert_kernel_map(kernel_map, rows) if keeps_inverse else None}
         if operator == "sum_pool":
-            return {"x": x, **maps, "factor": 0.25, "window": window}
+            return {"x": x, **maps, "factor": 0.25, **on}
         if operator == "max_pool":
-            return {"x": x, **maps, "window": window}
+            return {"x": x, **maps, **on}
         if operator == "max_pool_backward":
             winner = torch.randint(-1, taps, (rows_out, channels)).to(torch.uint8)
-            return {"grad": normal(rows_out, channels), "winner": winner, **maps, "window": window}
+            return {"grad": normal(rows_out, channels), "winner": winner, **maps, **on}
         if operator in ("mapped_depthwise_conv", "depthwise_conv_kept"):
             bias = vector() if rng.random() < 0.5 else None
             given = {"x": x, "weight": normal(taps, channels), "bias": bias, **maps}
-            return given if no_window else {**given, "window": window}
+            return given if no_window else {**given, **on}
         if operator == "mapped_depthwise_conv_weight_grad":
-            return {"grad": normal(rows_out, channels), "x": x, "kernel_map": kernel_map, "window": window}
+            return {"grad": normal(rows_out, channels), "x": x, "kernel_map": kernel_map, **on}
         groups = rng.choice([size for size in (1, 2, 3, 4, 8) if channels % size == 0])
         width, outputs = channels // groups, rng.choice((channels // groups, outputs))
         # The order of the axes in memory is torch's, MinkowskiEngine's, or that of channels last.
@@ -437,9 +438,9 @@ def valid(operator: str, rng: random.Random) -> Arguments:
         weight = normal(*shape).permute([order.index(axis) for axis in range(4)])
         grad = normal(rows_out, groups * outputs)
         if operator == "conv_weight_grad":
-            return {"grad": grad, "x": x, "weight": weight, "kernel_map": kernel_map, "window": window}
+            return {"grad": grad, "x": x, "weight": weight, "kernel_map": kernel_map, **on}
         bias = rng.choice((None, vector(groups * outputs)))
-        return {"x": x, "weight": weight, "bias": bias, "kernel_map": kernel_map, "window": window}
+        return {"x": x, "weight": weight, "bias": bias, "kernel_map": kernel_map, **on}
     if operator in ("linear", "linear_weight_grad"):
         rows, outputs = rng.choice((rows, rows, 4200)), rng.choice((1, 5, 16, 64))  # the last: by oneDNN
         x, grad = normal(rows, channels), normal(rows, outputs)

@@ -28,7 +28,7 @@ struct Shape {
   int64_t rows_out, taps, groups, in, out;  // in and out: channels of a group
 };
 
-Shape check_shape(const Tensor& x, const char* name, const Tensor& kernel_map, const Sizes& window,
+Shape check_shape(const Tensor& x, const char* name, const Tensor& kernel_map, const Sizes& grid, const Sizes& window,
                   std::array<int64_t, 4> weight) {
   const auto [rows, channels] = feature_shape(x, name);
   const auto [groups, taps, in, out] = weight;
@@ -38,7 +38,7 @@ Shape check_shape(const Tensor& x, const char* name, const Tensor& kernel_map, c
                   "), expected (groups, K, C_in / groups, C_out / groups) with C_in = ", channels);
   STD_TORCH_CHECK(1 <= taps && taps <= kMostTaps, "sparsecnx: weight has ", taps, " taps, expected 1 to ", kMostTaps);
   check_product({groups, taps, in + 64, out + 64}, "weight");
-  auto map = make_map(kernel_map, window, rows);
+  auto map = make_map(kernel_map, grid, window, rows);
   STD_TORCH_CHECK(map->taps == taps, "sparsecnx: kernel_map must be (rows_out, ", taps, ")");
   const int64_t rows_out = map->rows_out;
   return {std::move(map), rows_out, taps, groups, in, out};
@@ -386,9 +386,9 @@ Tensor run(const Shape& shape, const Tensor& x, const Tensor& weight, const std:
 }
 
 Tensor conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& kernel_map,
-            Sizes window) {
+            Sizes grid, Sizes window) {
   const Strides strides = check_weight(weight, x);
-  return run(check_shape(x, "x", kernel_map, window, sizes(weight)), x, weight, bias, strides);
+  return run(check_shape(x, "x", kernel_map, grid, window, sizes(weight)), x, weight, bias, strides);
 }
 
 // Stores sums, packed as the weight, in torch's layout (channels out, channels in, taps).
@@ -502,10 +502,10 @@ void sum_narrow(const Shape& shape, const Tensor& x, const Tensor& grad, S* out)
 }
 
 // Returns the gradient of the weight in torch's layout, (groups, channels out, channels in, taps).
-Tensor conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& kernel_map,
+Tensor conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& kernel_map, Sizes grid,
                         Sizes window) {
   check_weight(weight, x);
-  const Shape shape = check_shape(x, "x", kernel_map, window, sizes(weight));
+  const Shape shape = check_shape(x, "x", kernel_map, grid, window, sizes(weight));
   check_matrix(grad, "grad", shape.rows_out, shape.groups * shape.out, x.scalar_type());
   const int64_t groups = shape.groups;
   Tensor out = empty({groups, shape.out, shape.in, shape.taps}, x.scalar_type());

@@ -3,6 +3,9 @@
 // A tap takes a site of a tile to a site of a neighbouring tile, and where in that tile does not depend on the tile. So
 // an entry of the map is the first row of one of a tile's few neighbours plus the place in it, and both the number of the
 // neighbour and the place are sums over the axes.
+#include <map>
+#include <mutex>
+
 #include "mapped.h"
 
 namespace sparsecnx {
@@ -10,41 +13,146 @@ namespace sparsecnx {
 namespace {
 
 constexpr int32_t kNone = INT32_MIN;  // the first row of a tile that is masked or outside: no place makes it positive
+constexpr size_t kKept = 64;          // reaches, which are kept
+constexpr int64_t kMostKeptSites = 1 << 16;  // of a tile of them
 
 int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
-// A convolution of a layout, with one entry for each axis.
+// Fewer than three axes have sides of 1 in front.
+constexpr size_t kAxes = 3;
+
+// A convolution of a layout, or the way back.
 struct Window {
-  bool inverse;  // the other way: from the rows that are read to those that read them
-  int64_t batch;
-  Sizes grid, tile, kernel, stride, padding, dilation;
+  bool inverse;
+  Box tile, kernel, stride, padding, dilation;
+
+  explicit Window(const Sizes& numbers);
+
+  Box coarse() const { return {tile[0] / stride[0], tile[1] / stride[1], tile[2] / stride[2]}; }
+  Box from() const { return inverse ? tile : coarse(); }  // sides of an output tile, and of one that is read
+  Box to() const { return inverse ? coarse() : tile; }
 };
 
-Window read_window(const Sizes& numbers) {
-  const size_t axes = (std::max<size_t>(numbers.size(), 2) - 2) / 6;
-  STD_TORCH_CHECK(
-      axes >= 1 && axes <= 3 && numbers.size() == 2 + 6 * axes, "sparsecnx: window has ", numbers.size(),
-      " entries, expected inverse, batch, and grid, tile, kernel, stride, padding and dilation of 1 to 3 axes");
-  const auto part = [&](size_t i) {
-    const auto begin = numbers.begin() + static_cast<int64_t>(2 + i * axes);
-    return Sizes(begin, begin + static_cast<int64_t>(axes));
-  };
-  const Window window{numbers[0] != 0, numbers[1], part(0), part(1), part(2), part(3), part(4), part(5)};
+Window::Window(const Sizes& numbers) {
+  const size_t axes = numbers.size() / 5;
+  STD_TORCH_CHECK(axes >= 1 && axes <= kAxes && numbers.size() == 1 + 5 * axes, "sparsecnx: window has ",
+                  numbers.size(), " entries, expected inverse, and tile, kernel, stride, padding and dilation of 1 to ",
+                  kAxes, " axes");
   constexpr int64_t kMostSteps = 1 << 20;
-  check_size(window.batch, "batch", 0, int64_t{1} << 40);
-  check_sizes(window.grid, "grid", axes, 0, int64_t{1} << 40);
-  check_sizes(window.tile, "tile", axes, 1, kMostTile);
-  check_sizes(window.kernel, "kernel", axes, 1, kMostKernel);
-  check_sizes(window.stride, "stride", axes, 1, kMostTile);
-  check_sizes(window.padding, "padding", axes, -kMostSteps, kMostSteps);
-  check_sizes(window.dilation, "dilation", axes, 1, kMostSteps);
-  for (size_t axis = 0; axis < axes; ++axis)
-    STD_TORCH_CHECK(window.tile[axis] % window.stride[axis] == 0, "sparsecnx: stride is ", window.stride[axis],
-                    ", expected a divisor of the tile's ", window.tile[axis], " sites");
-  Sizes cells = window.grid;
-  cells.push_back(window.batch);
-  check_product(cells, "the grid");
-  return window;
+  const int64_t* at = numbers.data() + 1;
+  const auto next = [&](const char* what, int64_t missing, int64_t low, int64_t high) {
+    Box box{missing, missing, missing};
+    for (size_t axis = kAxes - axes; axis < kAxes; ++axis) check_size(box[axis] = *at++, what, low, high);
+    return box;
+  };
+  inverse = numbers[0] != 0;
+  tile = next("tile", 1, 1, kMostTile);
+  kernel = next("kernel", 1, 1, kMostKernel);
+  stride = next("stride", 1, 1, kMostTile);
+  padding = next("padding", 0, -kMostSteps, kMostSteps);
+  dilation = next("dilation", 1, 1, kMostSteps);
+  for (size_t axis = 0; axis < kAxes; ++axis)
+    STD_TORCH_CHECK(tile[axis] % stride[axis] == 0, "sparsecnx: stride is ", stride[axis],
+                    ", expected a divisor of the tile's ", tile[axis], " sites");
+  check_size(volume(kernel), "the number of taps", 1, kMostTaps);
+  check_size(volume(tile), "the sites of a tile", 1, INT32_MAX);
+}
+
+// Where the taps lead along an axis or in a slice of a tile: for each place and tap, what it adds to the number of the
+// neighbouring tile, and to the place in that tile.
+struct Taps {
+  int64_t count;
+  std::vector<int32_t> step, inside;  // (places, count)
+};
+
+// Where the taps lead from the sites of a tile, whichever tiles are visible.
+struct Reach {
+  // A site's place along depth and in the slice, times the taps of each. Where all taps of the slice lead to one tile, as
+  // they do from most sites, `only` is their step, otherwise -1.
+  struct Place {
+    int32_t depth, slice, only;
+  };
+
+  Taps depth, slice;
+  std::array<Sizes, 3> steps;  // in tiles, those that occur along each axis
+  Box weight;                  // of a step's position there in the number of the neighbour
+  int64_t numbers = 1;         // of neighbours
+  std::vector<Place> places;   // in nested order
+
+  explicit Reach(const Window& window);
+
+ private:
+  Taps along(const Window& window, size_t axis, const Sizes& parts);
+};
+
+// A step that leads nowhere has the position after the others.
+Taps Reach::along(const Window& window, size_t axis, const Sizes& parts) {
+  const int64_t side = window.to()[axis], stride = window.stride[axis], padding = window.padding[axis];
+  Taps taps{window.kernel[axis], {}, {}};
+  Sizes& known = steps[axis];
+  bool everywhere = true;
+  for (int64_t site = 0; site < window.from()[axis]; ++site) {
+    for (int64_t tap = 0; tap < taps.count; ++tap) {
+      const int64_t move = tap * window.dilation[axis];
+      const int64_t place = window.inverse ? site + padding - move : site * stride - padding + move;
+      const bool exists = !window.inverse || place % stride == 0;
+      const int64_t position = window.inverse ? floor_divide(place, stride) : place;
+      const int64_t step = floor_divide(position, side);
+      const auto found = std::find(known.begin(), known.end(), step);
+      taps.step.push_back(exists ? static_cast<int32_t>(found - known.begin()) : -1);
+      taps.inside.push_back(exists ? static_cast<int32_t>(parts[position - step * side]) : 0);
+      if (exists && found == known.end()) known.push_back(step);
+      everywhere &= exists;
+    }
+  }
+  const int64_t count = static_cast<int64_t>(known.size());
+  weight[axis] = numbers;
+  for (int32_t& step : taps.step) step = static_cast<int32_t>((step < 0 ? count : step) * numbers);
+  numbers *= everywhere ? count : count + 1;
+  check_size(numbers, "the number of neighbouring tiles", 0, INT32_MAX);
+  return taps;
+}
+
+Reach::Reach(const Window& window) {
+  const Box to = window.to(), from = window.from();
+  const std::vector<Sizes> parts = nested_parts(Sizes(to.begin(), to.end()));
+  const Taps columns = along(window, 2, parts[2]), rows = along(window, 1, parts[1]);
+  depth = along(window, 0, parts[0]);
+  slice.count = rows.count * columns.count;
+  for (int64_t y = 0; y < from[1]; ++y) {
+    for (int64_t x = 0; x < from[2]; ++x) {
+      for (int64_t i = y * rows.count; i < (y + 1) * rows.count; ++i) {
+        for (int64_t j = x * columns.count; j < (x + 1) * columns.count; ++j) {
+          slice.step.push_back(rows.step[i] + columns.step[j]);
+          slice.inside.push_back(rows.inside[i] + columns.inside[j]);
+        }
+      }
+    }
+  }
+  places.resize(volume(from));
+  for_sites(Sizes(from.begin(), from.end()), [&](int64_t nested, const Sizes& site) {
+    const int64_t place = (site[1] * from[2] + site[2]) * slice.count;
+    const int32_t* step = slice.step.data() + place;
+    const bool one = std::all_of(step, step + slice.count, [&](int32_t other) { return other == *step; });
+    places[nested] = {static_cast<int32_t>(site[0] * depth.count), static_cast<int32_t>(place), one ? *step : -1};
+  });
+}
+
+// Returns the reach of a window. A network has few of them, and asks for them at every step.
+std::shared_ptr<const Reach> reach_of(const Sizes& numbers, const Window& window) {
+  static std::mutex mutex;
+  static std::map<Sizes, std::shared_ptr<const Reach>> kept;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (const auto found = kept.find(numbers); found != kept.end()) return found->second;
+  }
+  auto reach = std::make_shared<const Reach>(window);
+  if (volume(window.tile) <= kMostKeptSites) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (kept.size() == kKept) kept.clear();
+    kept.emplace(numbers, reach);
+  }
+  return reach;
 }
 
 }  // namespace
@@ -53,24 +161,12 @@ class TileMap {
  public:
   int64_t count, sites, sites_read, taps;  // sites of an output tile and of one that is read
 
-  TileMap(const Tensor& index, const char* name, const Window& window);
+  TileMap(const Tensor& index, const char* name, const Sizes& batch_and_grid, const Sizes& numbers);
 
   // Writes the entries of output rows [begin, end).
   void write(int64_t begin, int64_t end, int32_t* out) const;
 
  private:
-  // Where the taps lead along an axis or in a slice, for each place in a tile and tap.
-  struct Axis {
-    int64_t kernel = 1;
-    Sizes steps = {};  // distinct, in tiles
-    std::vector<int32_t> step,
-        inside;  // (places, kernel): what it adds to the number of the neighbour, and in that tile
-  };
-  // A site's place along depth and in the slice, times the taps of each. Where all taps of the slice lead to one tile, as
-  // they do from most sites, `only` is their step, otherwise -1.
-  struct Place {
-    int32_t depth, slice, only;
-  };
   // The sum of the steps of a neighbour, and its number.
   struct Neighbour {
     int64_t shift, number;
@@ -83,145 +179,93 @@ class TileMap {
     return static_cast<int32_t>((after - centre_.begin() - 1) * sites_read);
   }
 
-  std::array<Axis, 3> axes_;  // those in front of the window's have one place
-  Axis slice_;                // the last two together
-  int64_t numbers_ = 1;       // of neighbours
+  std::shared_ptr<const Reach> reach_;
   std::vector<Neighbour> neighbours_;
-  std::vector<Place> places_;   // of the sites, in nested order
   Sizes centre_;                // the visible tiles, in a grid with masked margins
   std::vector<int32_t> first_;  // the first row of each of its cells; a large grid has none and is searched
 };
 
-TileMap::TileMap(const Tensor& index, const char* name, const Window& window) {
-  const auto& [inverse, batch, grid, tile, kernel, stride, padding, dilation] = window;
-  const size_t ndim = grid.size(), front = 3 - ndim;
-  const int64_t* tiles = check_index(index, name, batch, product(grid));
+TileMap::TileMap(const Tensor& index, const char* name, const Sizes& batch_and_grid, const Sizes& numbers) {
+  const Window window(numbers);
+  STD_TORCH_CHECK(batch_and_grid.size() == 1 + numbers.size() / 5, "sparsecnx: grid has ", batch_and_grid.size(),
+                  " entries, expected the batch, and one for each of ", numbers.size() / 5, " axes");
+  for (const int64_t size : batch_and_grid) check_size(size, "grid", 0, int64_t{1} << 40);
+  check_product(batch_and_grid, "the grid");
+  const int64_t batch = batch_and_grid[0];
+  Box grid{1, 1, 1};
+  std::copy(batch_and_grid.begin() + 1, batch_and_grid.end(), grid.end() - (batch_and_grid.size() - 1));
+  const int64_t* tiles = check_index(index, name, batch, volume(grid));
   count = index.numel();
-  Sizes coarse = tile;
-  for (size_t axis = 0; axis < ndim; ++axis) coarse[axis] /= stride[axis];
-  const Sizes &from = inverse ? tile : coarse, &to = inverse ? coarse : tile;
-  for (const Sizes& side : {from, to}) {
-    Sizes rows = side;
-    rows.push_back(count);
-    check_product(rows, "the rows");
-    check_size(product(rows), "the number of rows", 0, INT32_MAX);
+  sites = volume(window.from());
+  sites_read = volume(window.to());
+  taps = volume(window.kernel);
+  for (const int64_t side : {sites, sites_read}) {
+    check_product({side, count}, "the rows");
+    check_size(side * count, "the number of rows", 0, INT32_MAX);
   }
-  sites = product(from);
-  sites_read = product(to);
-  taps = product(kernel);
-  check_size(taps, "the number of taps", 1, kMostTaps);
+  reach_ = reach_of(numbers, window);
 
-  // A step that leads nowhere has the number after the others. The neighbours are numbered with the last axis fastest.
-  const std::vector<Sizes> parts = nested_parts(to);
-  std::array<int64_t, 3> weight = {};
-  for (size_t axis = ndim; axis-- > 0;) {
-    Axis& at = axes_[front + axis];
-    at.kernel = kernel[axis];
-    const int64_t side = to[axis];
-    bool everywhere = true;
-    for (int64_t site = 0; site < from[axis]; ++site) {
-      for (int64_t tap = 0; tap < kernel[axis]; ++tap) {
-        const int64_t place = inverse ? site + padding[axis] - tap * dilation[axis]
-                                      : site * stride[axis] - padding[axis] + tap * dilation[axis];
-        const bool exists = !inverse || place % stride[axis] == 0;
-        const int64_t position = inverse ? floor_divide(place, stride[axis]) : place;
-        const int64_t step = floor_divide(position, side);
-        const auto known = std::find(at.steps.begin(), at.steps.end(), step);
-        at.step.push_back(exists ? static_cast<int32_t>(known - at.steps.begin()) : -1);
-        at.inside.push_back(exists ? static_cast<int32_t>(parts[axis][position - step * side]) : 0);
-        if (exists && known == at.steps.end()) at.steps.push_back(step);
-        everywhere &= exists;
-      }
+  // The tiles lie in a grid with masked margins, so wide that no step leaves its image. A step as long as the image leads
+  // outside from everywhere.
+  Box low{}, padded = grid;
+  int64_t neighbours = 1;
+  for (size_t axis = 0; axis < kAxes; ++axis) {
+    int64_t least = 0, most = 0;
+    for (const int64_t step : reach_->steps[axis]) {
+      least = std::min(least, step);
+      most = std::max(most, step);
     }
-    const int64_t steps = static_cast<int64_t>(at.steps.size());
-    weight[front + axis] = numbers_;
-    for (int32_t& step : at.step) step = static_cast<int32_t>((step < 0 ? steps : step) * numbers_);
-    numbers_ *= everywhere ? steps : steps + 1;
-    check_size(numbers_, "the number of neighbouring tiles", 0, INT32_MAX);
+    low[axis] = std::min(-least, grid[axis]);
+    padded[axis] += low[axis] + std::min(most, grid[axis]);
+    neighbours *= static_cast<int64_t>(reach_->steps[axis].size());
   }
-  for (size_t axis = 0; axis < front; ++axis) axes_[axis] = {1, {}, {0}, {0}};
-
-  // The tiles lie in a grid with masked margins, so wide that no step leaves its image.
-  Sizes low(ndim, 0), padded = grid;
-  for (size_t axis = 0; axis < ndim; ++axis) {
-    Sizes& steps = axes_[front + axis].steps;
-    // A step as long as the image leads outside from everywhere.
-    for (int64_t& step : steps) step = std::clamp(step, -grid[axis], grid[axis]);
-    if (steps.empty()) continue;
-    const auto [least, most] = std::minmax_element(steps.begin(), steps.end());
-    low[axis] = std::max<int64_t>(0, -*least);
-    padded[axis] += low[axis] + std::max<int64_t>(0, *most);
-  }
-  padded.push_back(batch);
-  check_product(padded, "the grid with its margins");
-  neighbours_ = {{0, 0}};
-  int64_t along = 1;  // cells from one to the next along the axis
-  for (size_t axis = ndim; axis-- > 0; along *= padded[axis]) {
-    const Sizes& steps = axes_[front + axis].steps;
-    std::vector<Neighbour> longer;
-    for (const auto [shift, number] : neighbours_) {
-      for (size_t i = 0; i < steps.size(); ++i)
-        longer.push_back({shift + steps[i] * along, number + static_cast<int64_t>(i) * weight[front + axis]});
-    }
-    neighbours_ = longer;
-  }
-  centre_.assign(count, 0);
+  check_product({batch, padded[0], padded[1], padded[2]}, "the grid with its margins");
+  neighbours_.reserve(neighbours);
+  const auto for_steps = [&](size_t axis, const auto& f) {
+    for (size_t i = 0; i < reach_->steps[axis].size(); ++i)
+      f(std::clamp(reach_->steps[axis][i], -grid[axis], grid[axis]), static_cast<int64_t>(i) * reach_->weight[axis]);
+  };
+  for_steps(0, [&](int64_t z, int64_t of_z) {
+    for_steps(1, [&](int64_t y, int64_t of_y) {
+      for_steps(2, [&](int64_t x, int64_t of_x) {
+        neighbours_.push_back({(z * padded[1] + y) * padded[2] + x, of_z + of_y + of_x});
+      });
+    });
+  });
+  centre_.resize(count);
   for (int64_t t = 0; t < count; ++t) {
-    int64_t rest = tiles[t], step = 1;
-    for (size_t axis = ndim; axis-- > 0; rest /= grid[axis], step *= padded[axis])
-      centre_[t] += (rest % grid[axis] + low[axis]) * step;
-    centre_[t] += rest * step;
+    const int64_t x = tiles[t] % grid[2], rest = tiles[t] / grid[2], y = rest % grid[1], image = rest / grid[1];
+    const int64_t z = image % grid[0] + low[0] + image / grid[0] * padded[0];
+    centre_[t] = (z * padded[1] + y + low[1]) * padded[2] + x + low[2];
   }
-  const int64_t cells = product(padded);
+  const int64_t cells = batch * volume(padded);
   if (cells <= std::max<int64_t>(1 << 20, 64 * count)) {
     first_.assign(cells, kNone);
     for (int64_t t = 0; t < count; ++t) first_[centre_[t]] = static_cast<int32_t>(t * sites_read);
   }
-  if (count == 0) return;
-  const Axis &rows = axes_[1], &columns = axes_[2];
-  const int64_t height = static_cast<int64_t>(rows.step.size()), width = static_cast<int64_t>(columns.step.size());
-  slice_.kernel = rows.kernel * columns.kernel;
-  for (int64_t y = 0; y < height; y += rows.kernel) {
-    for (int64_t x = 0; x < width; x += columns.kernel) {
-      for (int64_t i = y; i < y + rows.kernel; ++i) {
-        for (int64_t j = x; j < x + columns.kernel; ++j) {
-          slice_.step.push_back(rows.step[i] + columns.step[j]);
-          slice_.inside.push_back(rows.inside[i] + columns.inside[j]);
-        }
-      }
-    }
-  }
-  places_.resize(sites);
-  for_sites(from, [&](int64_t nested, const Sizes& site) {
-    const int64_t z = ndim == 3 ? site[0] : 0, y = ndim >= 2 ? site[ndim - 2] : 0, x = site[ndim - 1];
-    const int64_t place = (y * width / columns.kernel + x) * slice_.kernel;
-    const int32_t* step = slice_.step.data() + place;
-    const bool one = std::all_of(step, step + slice_.kernel, [&](int32_t other) { return other == *step; });
-    places_[nested] = {static_cast<int32_t>(z * axes_[0].kernel), static_cast<int32_t>(place), one ? *step : -1};
-  });
 }
 
 void TileMap::write(int64_t begin, int64_t end, int32_t* out) const {
-  const Axis& depth = axes_[0];
-  std::vector<int32_t> near(numbers_, kNone);  // the first row of each neighbour
+  const Taps &depth = reach_->depth, &slice = reach_->slice;
+  std::vector<int32_t> near(reach_->numbers, kNone);  // the first row of each neighbour
   int64_t tile = -1;
   for (int64_t row = begin; row < end; ++row) {
     if (row / sites != tile) {
       tile = row / sites;
       for (const auto [shift, number] : neighbours_) near[number] = first_row(centre_[tile] + shift);
     }
-    const auto [z, in_slice, only] = places_[row - tile * sites];
-    const int32_t *step = slice_.step.data() + in_slice, *inside = slice_.inside.data() + in_slice;
-    for (int64_t i = z; i < z + depth.kernel; ++i, out += slice_.kernel) {
+    const auto [z, in_slice, only] = reach_->places[row - tile * sites];
+    const int32_t *step = slice.step.data() + in_slice, *inside = slice.inside.data() + in_slice;
+    for (int64_t i = z; i < z + depth.count; ++i, out += slice.count) {
       const int32_t* first = near.data() + depth.step[i];
       const int32_t start = depth.inside[i];
       if (only < 0) {
-        for (int64_t k = 0; k < slice_.kernel; ++k) out[k] = std::max(first[step[k]] + start + inside[k], -1);
+        for (int64_t k = 0; k < slice.count; ++k) out[k] = std::max(first[step[k]] + start + inside[k], -1);
       } else if (first[only] < 0) {
-        std::fill_n(out, slice_.kernel, -1);
+        std::fill_n(out, slice.count, -1);
       } else {
         const int32_t from = first[only] + start;
-        for (int64_t k = 0; k < slice_.kernel; ++k) out[k] = from + inside[k];
+        for (int64_t k = 0; k < slice.count; ++k) out[k] = from + inside[k];
       }
     }
   }
@@ -256,9 +300,10 @@ void KernelMap::check() const {
   if (!good_) check_range(entries_, rows_out * taps, name_, rows_in);
 }
 
-std::unique_ptr<const KernelMap> make_map(const Tensor& map, const Sizes& window, int64_t rows_in, const char* name) {
+std::unique_ptr<const KernelMap> make_map(const Tensor& map, const Sizes& grid, const Sizes& window, int64_t rows_in,
+                                          const char* name) {
   if (!window.empty()) {
-    auto found = std::make_unique<KernelMap>(std::make_unique<const TileMap>(map, name, read_window(window)));
+    auto found = std::make_unique<KernelMap>(std::make_unique<const TileMap>(map, name, grid, window));
     STD_TORCH_CHECK(rows_in == found->rows_in, "sparsecnx: x has ", rows_in, " rows, expected ", found->rows_in,
                     " of the visible tiles");
     return found;
@@ -278,8 +323,8 @@ Sizes inverted(Sizes window) {
 namespace {
 
 // Returns the map of a window on visible tiles.
-Tensor kernel_map(const Tensor& index, Sizes window) {
-  const TileMap tiles(index, "index", read_window(window));
+Tensor kernel_map(const Tensor& index, Sizes grid, Sizes window) {
+  const TileMap tiles(index, "index", grid, window);
   const int64_t rows = tiles.count * tiles.sites;
   check_product({rows, tiles.taps, 4}, "the map");
   Tensor out = empty({rows, tiles.taps}, ScalarType::Int);

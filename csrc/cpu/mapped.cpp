@@ -34,12 +34,13 @@ namespace {
 constexpr int64_t kRows = 64;  // A thread takes at least this many.
 
 Tensor mapped_depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                             const Tensor& kernel_map, const std::optional<Tensor>& inverse_map, Sizes window) {
+                             const Tensor& kernel_map, const std::optional<Tensor>& inverse_map, Sizes grid,
+                             Sizes window) {
   const auto [rows, channels] = feature_shape(x, "x");
-  const auto map = make_map(kernel_map, window, rows);
+  const auto map = make_map(kernel_map, grid, window, rows);
   check_matrix(weight, "weight", map->taps, channels, x.scalar_type());
   const int32_t* inverse = nullptr;  // of a given map: the gradient gathers through it
-  if (inverse_map && map->given() != nullptr) {
+  if (inverse_map && window.empty()) {
     check_matrix(*inverse_map, "inverse_map", rows, map->taps, ScalarType::Int);
     inverse = data<int32_t>(*inverse_map);
   }
@@ -62,9 +63,10 @@ Tensor mapped_depthwise_conv(const Tensor& x, const Tensor& weight, const std::o
   return out;
 }
 
-Tensor mapped_depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& kernel_map, Sizes window) {
+Tensor mapped_depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& kernel_map, Sizes grid,
+                                         Sizes window) {
   const auto [rows, channels] = feature_shape(x, "x");
-  const auto map = make_map(kernel_map, window, rows);
+  const auto map = make_map(kernel_map, grid, window, rows);
   check_matrix(grad, "grad", map->rows_out, channels, x.scalar_type());
   Tensor out = empty({map->taps, channels}, x.scalar_type());
   for_dtype(x, [&, channels = channels]<class S, class A>(Types<S, A>) {

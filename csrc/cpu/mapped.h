@@ -7,9 +7,10 @@
 namespace sparsecnx {
 
 // Checks the `map` of an operator, called `name`, for x of `rows_in` rows: a kernel map (rows_out, taps), of which the
-// range of the entries is not checked, or with a window the index of visible tiles. A window is
-// (inverse, batch, *grid, *tile, *kernel, *stride, *padding, *dilation).
-std::unique_ptr<const KernelMap> make_map(const Tensor& map, const Sizes& window, int64_t rows_in,
+// range of the entries is not checked, or with a window the index of visible tiles. Then `grid` is (batch, *grid), and
+// `window` (inverse, *tile, *kernel, *stride, *padding, *dilation). The inverse leads from the rows that are read to those
+// that read them.
+std::unique_ptr<const KernelMap> make_map(const Tensor& map, const Sizes& grid, const Sizes& window, int64_t rows_in,
                                           const char* name = "kernel_map");
 
 // Returns the window of the map the other way.

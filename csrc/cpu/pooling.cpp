@@ -16,9 +16,9 @@ void check_inverse(const std::optional<Tensor>& inverse_map, const KernelMap& ma
 }
 
 std::tuple<Tensor, Tensor> max_pool(const Tensor& x, const Tensor& kernel_map, const std::optional<Tensor>& inverse_map,
-                                    Sizes window) {
+                                    Sizes grid, Sizes window) {
   const auto [rows, channels] = feature_shape(x, "x");
-  const auto map = make_map(kernel_map, window, rows);
+  const auto map = make_map(kernel_map, grid, window, rows);
   check_inverse(inverse_map, *map);
   Tensor out = empty({map->rows_out, channels}, x.scalar_type());
   Tensor winner = empty({map->rows_out, channels}, winner_dtype(map->taps));
@@ -32,12 +32,12 @@ std::tuple<Tensor, Tensor> max_pool(const Tensor& x, const Tensor& kernel_map, c
 
 // The window is that of max_pool. A given kernel map needs its inverse.
 Tensor max_pool_backward(const Tensor& grad, const Tensor& winner, const Tensor& kernel_map,
-                         const std::optional<Tensor>& inverse_map, Sizes window) {
+                         const std::optional<Tensor>& inverse_map, Sizes grid, Sizes window) {
   const auto [rows_out, channels] = feature_shape(grad, "grad");
   const bool given = window.empty();
   STD_TORCH_CHECK(!given || inverse_map, "sparsecnx: inverse_map is missing");
-  const auto map = given ? make_map(*inverse_map, window, rows_out, "inverse_map")
-                         : make_map(kernel_map, inverted(window), rows_out);
+  const auto map = given ? make_map(*inverse_map, grid, window, rows_out, "inverse_map")
+                         : make_map(kernel_map, grid, inverted(window), rows_out);
   if (given) check_matrix(kernel_map, "kernel_map", rows_out, map->taps, ScalarType::Int);
   check_matrix(winner, "winner", rows_out, channels, winner_dtype(map->taps));
   const int32_t* inverse = given ? data<int32_t>(kernel_map) : nullptr;
@@ -61,9 +61,9 @@ Tensor max_pool_backward(const Tensor& grad, const Tensor& winner, const Tensor&
 
 // Its gradient is this operator with the maps exchanged.
 Tensor sum_pool(const Tensor& x, const Tensor& kernel_map, const std::optional<Tensor>& inverse_map, double factor,
-                Sizes window) {
+                Sizes grid, Sizes window) {
   const auto [rows, channels] = feature_shape(x, "x");
-  const auto map = make_map(kernel_map, window, rows);
+  const auto map = make_map(kernel_map, grid, window, rows);
   check_inverse(inverse_map, *map);
   Tensor out = empty({map->rows_out, channels}, x.scalar_type());
   for_dtype(x, [&, channels = channels]<class S, class A>(Types<S, A>) {

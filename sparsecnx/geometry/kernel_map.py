@@ -30,9 +30,9 @@ class MappedRows:
     inverse_map: Tensor | None = None
 
     @property
-    def compiled_map(self) -> tuple[Tensor, list[int]]:
-        """Return the map as the compiled operators take it: the table, and no window."""
-        return self.kernel_map.contiguous(), []
+    def compiled_map(self) -> tuple[Tensor, list[int], list[int]]:
+        """Return the map as the compiled operators take it: the table, and neither grid nor window."""
+        return self.kernel_map.contiguous(), [], []
 
     @property
     def dtype(self) -> torch.dtype:

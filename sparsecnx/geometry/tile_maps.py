@@ -45,9 +45,11 @@ class Reach(NamedTuple):
     high: int
 
 
-def numbers(tiles: TileSet, tile: tuple[int, ...], window: Window, inverse: bool = False) -> list[int]:
-    """Return a window on tiles as the compiled operators take it (csrc/cpu/mapped.h)."""
-    return [int(inverse), tiles.batch, *tiles.grid, *tile, *itertools.chain.from_iterable(window)]
+def numbers(
+    tiles: TileSet, tile: tuple[int, ...], window: Window, inverse: bool = False
+) -> tuple[list[int], list[int]]:
+    """Return a grid and a window on its tiles as the compiled operators take them (csrc/cpu/mapped.h)."""
+    return [tiles.batch, *tiles.grid], [int(inverse), *tile, *itertools.chain.from_iterable(window)]
 
 
 def inverted(window: Sequence[int]) -> list[int]:
@@ -59,21 +61,21 @@ def rows_out(kernel_map: Tensor, window: Sequence[int]) -> int:
     """Return the rows of a kernel map in the form that the compiled operators take."""
     if not window:
         return kernel_map.shape[0]
-    axes = (len(window) - 2) // 6
-    tile, stride = window[2 + axes : 2 + 2 * axes], window[2 + 3 * axes : 2 + 4 * axes]
+    axes = len(window) // 5
+    tile, stride = window[1 : 1 + axes], window[1 + 2 * axes : 1 + 3 * axes]
     return kernel_map.shape[0] * math.prod(tile if window[0] else _coarse(tile, stride))
 
 
 def taps(kernel_map: Tensor, window: Sequence[int]) -> int:
     """Return the taps of a kernel map in the form that the compiled operators take."""
-    axes = (len(window) - 2) // 6
-    return math.prod(window[2 + 2 * axes : 2 + 3 * axes]) if window else kernel_map.shape[1]
+    axes = len(window) // 5
+    return math.prod(window[1 + axes : 1 + 2 * axes]) if window else kernel_map.shape[1]
 
 
 def kernel_map(tiles: TileSet, tile: tuple[int, ...], window: Window) -> Tensor:
     """Return the row of tiles of `tile` sites that each output row and tap read, int32 `(rows_out, prod(kernel))`."""
     if compiled.loaded and tiles.device.type == "cpu":
-        return torch.ops.sparsecnx.kernel_map(tiles.index, numbers(tiles, tile, window))
+        return torch.ops.sparsecnx.kernel_map(tiles.index, *numbers(tiles, tile, window))
     coarse = _coarse(tile, window.stride)
     sites, taps = tile_sites(coarse, tiles.device), _taps(window.kernel, tiles.device)
     reaches = []
@@ -86,7 +88,7 @@ def kernel_map(tiles: TileSet, tile: tuple[int, ...], window: Window) -> Tensor:
 def inverse_map(tiles: TileSet, tile: tuple[int, ...], window: Window) -> Tensor:
     """Return the output row that reads each row through each tap, int32 `(rows_in, prod(kernel))`, else -1."""
     if compiled.loaded and tiles.device.type == "cpu":
-        return torch.ops.sparsecnx.kernel_map(tiles.index, numbers(tiles, tile, window, inverse=True))
+        return torch.ops.sparsecnx.kernel_map(tiles.index, *numbers(tiles, tile, window, inverse=True))
     sites, taps = tile_sites(tile, tiles.device), _taps(window.kernel, tiles.device)
     reaches, read = [], torch.ones(sites.shape[0], taps.shape[0], dtype=torch.bool, device=tiles.device)
     for axis, (side, kernel, stride, padding, dilation) in enumerate(zip(tile, *window, strict=True)):
@@ -142,5 +144,7 @@ if compiled.loaded:
     register(
         "sparsecnx::kernel_map",
         public="Layout.kernel_map",
-        fake=lambda index, window: index.new_empty(rows_out(index, window), taps(index, window), dtype=torch.int32),
+        fake=lambda index, grid, window: index.new_empty(
+            rows_out(index, window), taps(index, window), dtype=torch.int32
+        ),
     )

@@ -50,10 +50,10 @@ class WindowRows:
         return self._map(not self.transposed) if needed else None
 
     @property
-    def compiled_map(self) -> tuple[Tensor, list[int]]:
-        """Return the map as the compiled operators take it: the index of the visible tiles, and the window."""
+    def compiled_map(self) -> tuple[Tensor, list[int], list[int]]:
+        """Return the map as the compiled operators take it: the index of the visible tiles, the grid and the window."""
         tiles = self.layout.tiles
-        return tiles.index, tile_maps.numbers(tiles, self.layout.tile, self.window, self.transposed)
+        return tiles.index, *tile_maps.numbers(tiles, self.layout.tile, self.window, self.transposed)
 
     def to(self, dtype: torch.dtype) -> WindowRows:
         """Return the same rows with features of another dtype."""

@@ -272,23 +272,23 @@ BOUNDLESS = {
         r"the images are \(1, 1, -4, 4\), expected no negative size",
     ),
     "kernel_map, a grid without an end": (
-        lambda o: o.kernel_map(E(0, dtype=torch.long), [0, 2**31, 2**31, 2**31, 1, 1, 3, 3, 1, 1, 1, 1, 1, 1]),
+        lambda o: o.kernel_map(E(0, dtype=torch.long), [2**31] * 3, [0, 1, 1, 3, 3, 1, 1, 1, 1, 1, 1]),
         r"the sizes of the grid multiply to 2\^63 or more",
     ),
     "kernel_map, a stride that does not divide the tile": (
-        lambda o: o.kernel_map(E(0, dtype=torch.long), [1, 1, 2, 6, 3, 4, 1, 1]),
+        lambda o: o.kernel_map(E(0, dtype=torch.long), [1, 2], [1, 6, 3, 4, 1, 1]),
         "stride is 4, expected a divisor of the tile's 6 sites",
     ),
     "kernel_map, an axis that is missing": (
-        lambda o: o.kernel_map(E(0, dtype=torch.long), [0, 1, 2, 2, 6, 6, 3, 2, 2, 1, 1, 1, 1]),
-        "window has 13 entries, expected inverse, batch, and grid, tile",
+        lambda o: o.kernel_map(E(0, dtype=torch.long), [1, 2, 2], [0, 6, 6, 3, 2, 2, 1, 1, 1, 1]),
+        "window has 10 entries, expected inverse, and tile",
     ),
     "conv, channels without memory": (
-        lambda o: o.conv(E(0, 2**60), E(1, 1, 2**60, 0), None, E(0, 1).int(), []),
+        lambda o: o.conv(E(0, 2**60), E(1, 1, 2**60, 0), None, E(0, 1).int(), [], []),
         "weight has 0 elements, expected at least one, and memory of its own for each",
     ),
     "conv, taps without memory": (
-        lambda o: o.conv(E(0, 4), E(1, 2**60, 4, 0), None, E(0, 2**60).int(), []),
+        lambda o: o.conv(E(0, 4), E(1, 2**60, 4, 0), None, E(0, 2**60).int(), [], []),
         "weight has 0 elements, expected at least one, and memory of its own for each",
     ),
     "layer_norm, rows without memory": (

@@ -257,7 +257,7 @@ def test_opcheck(backend, operator, given):
     x, weight, bias = (value.requires_grad_() for value in values.values())
     grad = torch.randn(15, x.shape[1], device=x.device)
     namespace = torch.ops.sparsecnx if backend == "cpu" else torch.ops.sparsecnx_triton
-    window: list[list[int]] = [[]] if backend == "cpu" else []
+    window: list[list[int]] = [[], []] if backend == "cpu" else []
     if operator == "mapped_depthwise_conv":
         arguments = (x, weight, bias, kernel_map, inverse_map, *window)
         torch.library.opcheck(namespace.mapped_depthwise_conv.default, arguments)
@@ -354,9 +354,9 @@ def test_a_gradient_refuses_an_entry_that_is_no_row():
     kernel_map[150, 2] = 6
     x, grad = torch.randn(6, 3), torch.randn(200, 5)
     with pytest.raises(RuntimeError, match=r"kernel_map has entries from .*, expected -1 to 5"):
-        torch.ops.sparsecnx.mapped_depthwise_conv_weight_grad(grad[:, :3].contiguous(), x, kernel_map, [])
+        torch.ops.sparsecnx.mapped_depthwise_conv_weight_grad(grad[:, :3].contiguous(), x, kernel_map, [], [])
     with pytest.raises(RuntimeError, match=r"kernel_map has entries from .*, expected -1 to 5"):
-        torch.ops.sparsecnx.conv_weight_grad(grad, x, torch.randn(1, 4, 3, 5), kernel_map, [])
+        torch.ops.sparsecnx.conv_weight_grad(grad, x, torch.randn(1, 4, 3, 5), kernel_map, [], [])
 
 
 @on_backends(("triton",))
@@ -442,7 +442,7 @@ def test_a_gradient_refuses_an_inverse_map_that_contradicts_the_kernel_map():
     x, weight = torch.randn(20, 3, requires_grad=True), torch.randn(4, 3)
     wrong = inverse(kernel_map, 20).flip(0)
     with pytest.raises(RuntimeError, match="inverse_map contradicts kernel_map"):
-        torch.ops.sparsecnx.mapped_depthwise_conv(x, weight, None, kernel_map, wrong, [])
+        torch.ops.sparsecnx.mapped_depthwise_conv(x, weight, None, kernel_map, wrong, [], [])
     out = ops.mapped_depthwise_conv(x, weight, kernel_map, wrong)
     with pytest.raises(RuntimeError, match="inverse_map contradicts kernel_map"):
         out.sum().backward()

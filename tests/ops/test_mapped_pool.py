@@ -118,9 +118,9 @@ def test_opcheck(taps):
     operators = torch.ops.sparsecnx
     inverse_map = inverse(kernel_map, 20)
     for given in (None, inverse_map):
-        torch.library.opcheck(operators.max_pool.default, (x, kernel_map, given, []))
-    _, winner = operators.max_pool(x, kernel_map, None, [])
-    arguments = (torch.randn(15, 8), winner, kernel_map, inverse_map, [])
+        torch.library.opcheck(operators.max_pool.default, (x, kernel_map, given, [], []))
+    _, winner = operators.max_pool(x, kernel_map, None, [], [])
+    arguments = (torch.randn(15, 8), winner, kernel_map, inverse_map, [], [])
     torch.library.opcheck(operators.max_pool_backward.default, arguments)
 
 

@@ -16,11 +16,11 @@ from sparsecnx.ops import flops
 
 def mapped_depthwise_conv(x: MappedRows | WindowRows, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return features `(rows_out, C)`; `weight (K, C)`, `bias (C,)`."""
-    kernel_map, window = x.compiled_map
+    kernel_map, *window = x.compiled_map
     arguments = x.features.contiguous(), weight.contiguous(), bias, kernel_map
     if isinstance(x, MappedRows) and x.inverse_map is not None:
         return torch.ops.sparsecnx_mapped.depthwise_conv_kept(*arguments, x.inverse_map.contiguous())
-    return torch.ops.sparsecnx.mapped_depthwise_conv(*arguments, None, window)
+    return torch.ops.sparsecnx.mapped_depthwise_conv(*arguments, None, *window)
 
 
 def _depthwise_conv_kept(
@@ -30,22 +30,23 @@ def _depthwise_conv_kept(
     if inverse_map.dtype != torch.int32 or inverse_map.shape != (x.shape[0], kernel_map.shape[1]):
         raise ValueError(f"inverse_map is {inverse_map.dtype} {tuple(inverse_map.shape)}: expected int32 (rows_in, K)")
     check_memory(inverse_map=inverse_map)
-    out: Tensor = torch.ops.sparsecnx.mapped_depthwise_conv(x, weight, bias, kernel_map, None, [])
+    out: Tensor = torch.ops.sparsecnx.mapped_depthwise_conv(x, weight, bias, kernel_map, None, [], [])
     return out
 
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
-    window = saved.window
+    grid, window = saved.grid, saved.window
     grads: dict[str, Tensor | None] = {}
     if "x" in saved.needs:
         if window:
-            weight, index = saved.weight, saved.kernel_map
-            grads["x"] = torch.ops.sparsecnx.mapped_depthwise_conv(grad, weight, None, index, None, inverted(window))
+            grads["x"] = torch.ops.sparsecnx.mapped_depthwise_conv(
+                grad, saved.weight, None, saved.kernel_map, None, grid, inverted(window)
+            )
         else:
             grads["x"] = _input_grad(saved, grad)
     if "weight" in saved.needs:
         weight_grad = torch.ops.sparsecnx.mapped_depthwise_conv_weight_grad
-        grads["weight"] = weight_grad(grad, saved.x, saved.kernel_map, window)
+        grads["weight"] = weight_grad(grad, saved.x, saved.kernel_map, grid, window)
     if "bias" in saved.needs:
         grads["bias"] = grad.sum(0, dtype=saved.bias.dtype)
     return grads
@@ -62,7 +63,7 @@ def _input_grad(saved: Saved, grad: Tensor) -> Tensor:
     else:
         given = kernel_map
     try:
-        return torch.ops.sparsecnx.mapped_depthwise_conv(grad, saved.weight, None, inverse_map, given, [])
+        return torch.ops.sparsecnx.mapped_depthwise_conv(grad, saved.weight, None, inverse_map, given, [], [])
     except RuntimeError:
         if given is not None:
             check_inverse_map(kernel_map, inverse_map)  # which calls the maps by their names
@@ -70,7 +71,7 @@ def _input_grad(saved: Saved, grad: Tensor) -> Tensor:
 
 
 def _kept_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
-    saved.window = []
+    saved.grid, saved.window = [], []
     return _backward(saved, grad)
 
 
@@ -78,10 +79,10 @@ if compiled.loaded:
     register(
         "sparsecnx::mapped_depthwise_conv",
         sizes={"x": "rows C", "weight": "K C", "bias": "C"},
-        fake=lambda x, weight, bias, kernel_map, inverse_map, window: x.new_empty(
+        fake=lambda x, weight, bias, kernel_map, inverse_map, grid, window: x.new_empty(
             rows_out(kernel_map, window), x.shape[1]
         ),
-        saves=("x", "weight", "bias", "kernel_map", "inverse_map", "window"),
+        saves=("x", "weight", "bias", "kernel_map", "inverse_map", "grid", "window"),
         backward=_backward,
         flops=flops.mapped_depthwise_conv,
     )
@@ -98,5 +99,5 @@ if compiled.loaded:
         "sparsecnx::mapped_depthwise_conv_weight_grad",
         public="mapped_depthwise_conv",
         flops=flops.mapped_depthwise_conv_weight_grad,
-        fake=lambda grad, x, kernel_map, window: x.new_empty(taps(kernel_map, window), x.shape[1]),
+        fake=lambda grad, x, kernel_map, grid, window: x.new_empty(taps(kernel_map, window), x.shape[1]),
     )

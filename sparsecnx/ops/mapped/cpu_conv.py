@@ -35,13 +35,13 @@ def mapped_conv(x: MappedRows, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     grads: dict[str, Tensor | None] = {}
-    kernel_map, window = saved.kernel_map, saved.window
+    kernel_map, grid, window = saved.kernel_map, saved.grid, saved.window
     if "x" in saved.needs:
         check_memory(weight=saved.weight)
         inverse = kernel_map if window else invert_kernel_map(kernel_map, saved.shapes["x"][0])
-        grads["x"] = torch.ops.sparsecnx.conv(grad, saved.weight.mT, None, inverse, inverted(window))
+        grads["x"] = torch.ops.sparsecnx.conv(grad, saved.weight.mT, None, inverse, grid, inverted(window))
     if "weight" in saved.needs:
-        found = torch.ops.sparsecnx.conv_weight_grad(grad, saved.x, saved.weight, kernel_map, window)
+        found = torch.ops.sparsecnx.conv_weight_grad(grad, saved.x, saved.weight, kernel_map, grid, window)
         grads["weight"] = found.permute(0, 3, 2, 1)
     if "bias" in saved.needs:
         grads["bias"] = grad.sum(0, dtype=saved.bias.dtype)
@@ -52,10 +52,10 @@ if compiled.loaded:
     register(
         "sparsecnx::conv",
         sizes={"x": "rows C", "weight": "groups K width out", "bias": "groups*out"},
-        fake=lambda x, weight, bias, kernel_map, window: x.new_empty(
+        fake=lambda x, weight, bias, kernel_map, grid, window: x.new_empty(
             rows_out(kernel_map, window), weight.shape[0] * weight.shape[3]
         ),
-        saves=("x", "weight", "bias", "kernel_map", "window"),
+        saves=("x", "weight", "bias", "kernel_map", "grid", "window"),
         backward=_backward,
         flops=flops.conv,
     )
@@ -63,7 +63,7 @@ if compiled.loaded:
         "sparsecnx::conv_weight_grad",
         public="conv",
         sizes={"grad": "rows_out C_out", "x": "rows C", "weight": "groups K width out"},
-        fake=lambda grad, x, weight, kernel_map, window: weight.new_empty(
+        fake=lambda grad, x, weight, kernel_map, grid, window: weight.new_empty(
             [weight.shape[axis] for axis in (0, 3, 2, 1)]
         ),
         flops=flops.conv_weight_grad,

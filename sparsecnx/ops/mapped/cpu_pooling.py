@@ -20,15 +20,15 @@ MOST_SHORT_TAPS = 255  # whose numbers are kept in 8 bits, as in csrc/cpu/kernel
 
 def mapped_max_pool(x: MappedRows | WindowRows) -> Tensor:
     """Return the maximum of the rows under each output row, `(rows_out, C)`, 0 without any input."""
-    kernel_map, window = x.compiled_map
-    out, _ = torch.ops.sparsecnx.max_pool(x.features.contiguous(), kernel_map, _inverse_map(x), window)
+    kernel_map, *window = x.compiled_map
+    out, _ = torch.ops.sparsecnx.max_pool(x.features.contiguous(), kernel_map, _inverse_map(x), *window)
     return out
 
 
 def mapped_sum_pool(x: MappedRows | WindowRows, factor: float) -> Tensor:
     """Return the sum of the rows under each output row times a number, `(rows_out, C)`."""
-    kernel_map, window = x.compiled_map
-    return torch.ops.sparsecnx.sum_pool(x.features.contiguous(), kernel_map, _inverse_map(x), factor, window)
+    kernel_map, *window = x.compiled_map
+    return torch.ops.sparsecnx.sum_pool(x.features.contiguous(), kernel_map, _inverse_map(x), factor, *window)
 
 
 def _inverse_map(x: MappedRows | WindowRows) -> Tensor | None:
@@ -42,20 +42,20 @@ def winner_dtype(taps: int) -> torch.dtype:
 
 
 def _max_pool_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
-    (winner,), kernel_map, inverse_map = saved.outputs, saved.kernel_map, saved.inverse_map
-    if inverse_map is None and not saved.window:
+    (winner,), kernel_map, inverse_map, window = saved.outputs, saved.kernel_map, saved.inverse_map, saved.window
+    if inverse_map is None and not window:
         inverse_map = invert_kernel_map(kernel_map, saved.shapes["x"][0])
-    return {"x": torch.ops.sparsecnx.max_pool_backward(grad, winner, kernel_map, inverse_map, saved.window)}
+    return {"x": torch.ops.sparsecnx.max_pool_backward(grad, winner, kernel_map, inverse_map, saved.grid, window)}
 
 
 def _sum_pool_backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     kernel_map, inverse_map, factor = saved.kernel_map, saved.inverse_map, saved.factor
     if saved.window:
-        return {"x": torch.ops.sparsecnx.sum_pool(grad, kernel_map, None, factor, inverted(saved.window))}
+        return {"x": torch.ops.sparsecnx.sum_pool(grad, kernel_map, None, factor, saved.grid, inverted(saved.window))}
     if inverse_map is None:
         inverse_map = invert_kernel_map(kernel_map, saved.shapes["x"][0])
     check_memory(kernel_map=kernel_map, inverse_map=inverse_map)  # by these names: the operator exchanges them
-    return {"x": torch.ops.sparsecnx.sum_pool(grad, inverse_map, kernel_map, factor, [])}
+    return {"x": torch.ops.sparsecnx.sum_pool(grad, inverse_map, kernel_map, factor, [], [])}
 
 
 if compiled.loaded:
@@ -63,24 +63,26 @@ if compiled.loaded:
         "sparsecnx::sum_pool",
         public="avg_pool",
         sizes={"x": "rows C", "inverse_map": "rows K"},
-        fake=lambda x, kernel_map, inverse_map, factor, window: x.new_empty(rows_out(kernel_map, window), x.shape[1]),
-        saves=("kernel_map", "inverse_map", "factor", "window"),
+        fake=lambda x, kernel_map, inverse_map, factor, grid, window: x.new_empty(
+            rows_out(kernel_map, window), x.shape[1]
+        ),
+        saves=("kernel_map", "inverse_map", "factor", "grid", "window"),
         backward=_sum_pool_backward,
     )
     register(
         "sparsecnx::max_pool",
         sizes={"x": "rows C", "inverse_map": "rows K"},
-        fake=lambda x, kernel_map, inverse_map, window: (
+        fake=lambda x, kernel_map, inverse_map, grid, window: (
             x.new_empty(rows_out(kernel_map, window), x.shape[1]),
             x.new_empty(rows_out(kernel_map, window), x.shape[1], dtype=winner_dtype(taps(kernel_map, window))),
         ),
-        saves=("kernel_map", "inverse_map", "window"),
+        saves=("kernel_map", "inverse_map", "grid", "window"),
         backward=_max_pool_backward,
     )
     register(
         "sparsecnx::max_pool_backward",
         public="max_pool",
-        fake=lambda grad, winner, kernel_map, inverse_map, window: grad.new_empty(
+        fake=lambda grad, winner, kernel_map, inverse_map, grid, window: grad.new_empty(
             rows_out(kernel_map, inverted(window)) if window else inverse_map.shape[0], grad.shape[1]
         ),
     )
