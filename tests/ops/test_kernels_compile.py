@@ -25,6 +25,7 @@ from torch import Tensor
 from sparsecnx import Layout, SparseTensor, TileSet, ops, random_mask, use_backend
 from sparsecnx.backends import compiled, triton_launch
 from sparsecnx.models import SIZES
+from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that a block may have
@@ -36,6 +37,13 @@ SELECTIONS = [
     *(("bfloat16", size, (1, 2, 3, 4), tuple(SHARED)) for size in SIZES),
     ("bfloat16", "base", (5,), tuple(SHARED)),
     ("float32", "atto", (1,), (80,)),
+]
+# And so are the depthwise convolutions of these tiles and kernels: dtype, tile, kernel, architectures.
+CONVOLUTIONS = [
+    ("float32", (2, 2, 2), (1, 7, 7), (100,)),
+    ("float32", (4, 4, 4), (5, 5, 5), (80,)),
+    ("float16", (8, 8, 8), (3, 3, 3), (90,)),
+    ("float16", (4,), (7,), (90,)),
 ]
 
 
@@ -113,7 +121,21 @@ def programs(channels: int, tile: int, ratio: float, dtype: torch.dtype) -> Iter
         yield program(lambda x, fill: SparseTensor.from_dense(x, cells).dense(fill), thin, leaf(channels))
 
 
-def main(selections: list[Any]) -> None:
+def convolutions(tile: tuple[int, ...], kernel: tuple[int, ...], dtype: torch.dtype) -> Iterator[Callable[[], object]]:
+    """Yield the depthwise convolution of 64 channels: forward, also normalised as in the block, and its gradients."""
+    from sparsecnx.ops.depthwise_convolution.triton_kernels import convolve, weight_grad
+
+    visible = torch.zeros(16, *[1] * len(tile), dtype=torch.bool)
+    layout = Layout(TileSet.from_mask(visible, tuple(visible.shape[1:])), tile)
+    x, weight = torch.zeros(layout.rows, 64, dtype=dtype), torch.zeros(64, 1, *kernel, dtype=dtype)
+    table, bias = neighbour_table(layout, kernel), torch.zeros(64)
+    yield lambda: convolve(x, weight, bias, table, tile)
+    yield lambda: convolve(x, weight, bias, table, tile, normalise=1e-6)
+    yield lambda: convolve(x, weight, None, table, tile, flip=True)
+    yield lambda: weight_grad(x, x, table, tile, kernel)
+
+
+def main(selections: list[Any], others: list[Any]) -> None:
     """Compile what the programs launch, each specialisation once, and print as JSON what each kernel needs."""
     # Triton is imported here, because kernels are compiled and not interpreted only in this process.
     from triton import compile as triton_compile
@@ -153,6 +175,10 @@ def main(selections: list[Any]) -> None:
                 for run in programs(*place, getattr(torch, dtype)):
                     with triton_launch.observing(observe):
                         run()
+    for dtype, tile, kernel, arches in others:  # noqa: B007 - `observe` reads arches
+        for run in convolutions(tile, kernel, getattr(torch, dtype)):
+            with triton_launch.observing(observe):
+                run()
     found = []
     for key, (source, target, flags) in sources.items():
         kernel = triton_compile(source, target, flags)
@@ -182,7 +208,7 @@ def resource_usage(cuobjdump: str, binary: Path) -> dict[tuple[str, str], tuple[
 @pytest.mark.skipif(not triton_launch.available, reason="needs Triton")
 def test_triton_kernels() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", __file__, json.dumps(SELECTIONS)]
+    command = [sys.executable, "-W", "ignore", __file__, json.dumps([SELECTIONS, CONVOLUTIONS])]
     done = subprocess.run(command, capture_output=True, text=True, env={**environment, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-5000:]
     found = json.loads(done.stdout)
@@ -204,4 +230,4 @@ def test_cuda_kernels() -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(*json.loads(sys.argv[1]))

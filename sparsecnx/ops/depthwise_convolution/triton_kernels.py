@@ -40,7 +40,9 @@ WARPS = 4
 CHANNEL_BLOCKS = (128, 64, 32)
 # The registers that ptxas may use for a thread, by STRIP. Without this number it decides on fewer and spills one.
 REGISTERS = {1: 96, 4: 168, 5: 255, 6: 255, 7: 255, 8: 255}
-REGISTERS_OF_SLICES = {1: 168, 2: 128, 4: 128}  # of a kernel of several slices, in any dtype
+REGISTERS_OF_VOLUMES = {2: 80}  # of the convolution with one slice on tiles of several, in float32
+REGISTERS_OF_SLICES = {1: 168, 2: 128, 4: 128}  # of the convolution with several slices, in any dtype
+REGISTERS_OF_COLUMNS = {4: 255}  # of the normalised convolution with a single column of taps, as in one dimension
 
 
 @triton.jit
@@ -315,11 +317,15 @@ def convolve(
     if normalise is None:
         grid = (high, strips, blocks(channels, options["BLOCK_C"]))
         limits = REGISTERS if x.dtype == torch.float32 else {}
-        limits = limits | REGISTERS_OF_SLICES if options["KERNEL"][0] > 1 else limits
+        if options["KERNEL"][0] > 1:
+            limits = limits | REGISTERS_OF_SLICES
+        elif options["TILE"][0] > 1 and x.dtype == torch.float32:
+            limits = limits | REGISTERS_OF_VOLUMES
         registers = _registers(options["STRIP"], limits)
         launch(depthwise_conv_kernel, grid, **tensors, residual=residual, **options, **registers)
     else:
-        registers = _registers(options["STRIP"], REGISTERS)
+        limits = REGISTERS | REGISTERS_OF_COLUMNS if options["KERNEL"][2] == 1 else REGISTERS
+        registers = _registers(options["STRIP"], limits)
         launch(depthwise_conv_norm_kernel, (high, strips), **tensors, rstd=rstd, eps=normalise, **options, **registers)
     return out, rstd
 
