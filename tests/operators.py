@@ -21,6 +21,15 @@ def conv_parameters(out: int, channels: int, *kernel: int) -> Parameters:
     return {"weight": weight / weight[0].numel() ** 0.5, "bias": torch.randn(out, dtype=torch.float64)}
 
 
+def in_dimensions(parameters: Parameters, ndim: int, kernel: tuple[int, ...] | None = None) -> Parameters:
+    """Return the parameters with kernels, by default of the same side along every axis, in so many dimensions."""
+
+    def weight(value: Tensor) -> Tensor:
+        return conv_parameters(*value.shape[:2], *kernel or value.shape[-1:] * ndim)["weight"]
+
+    return {name: weight(value) if value.ndim == 4 else value for name, value in parameters.items()}
+
+
 def channel_parameters(channels: int, *names: str) -> Parameters:
     return {name: torch.randn(channels, dtype=torch.float64) for name in names}
 

@@ -23,7 +23,7 @@ from cases import (
     suit,
     threads,
 )
-from operators import CASES
+from operators import CASES, in_dimensions
 from torch._subclasses import FakeTensorMode
 
 from sparsecnx import Layout, SparseTensor, ops, use_backend
@@ -343,10 +343,7 @@ def test_other_dimensions(ndim, case):
     case = CASES[case]
     mask = torch.rand(2, *(3, 2, 2)[:ndim]) < 0.4
     x, p = arguments(case, torch.float64, Layout.from_mask(mask, tuple(4 * size for size in mask.shape[1:])))
-    for name, value in p.items():
-        if value.ndim == 4:
-            size = value.shape[-1]
-            p[name] = torch.randn(*value.shape[:2], *[size] * ndim, dtype=torch.float64)
+    p = in_dimensions(p, ndim)
     with use_backend("reference"):
         expected = outputs_and_gradients(seeded(case), x, p)
     assert_same(outputs_and_gradients(seeded(case), x, p), expected, 1e-11)

@@ -21,6 +21,7 @@ from cases import (
     assert_matches_reference,
     assert_same,
     backends,
+    boxes,
     draw_mask,
     dtypes_of,
     example_layout,
@@ -38,7 +39,7 @@ from cases import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mapped import run_mapped_depthwise_conv
-from operators import BLOCK_VECTORS, CASES, block, block_parameters, conv_parameters, scaled_images
+from operators import BLOCK_VECTORS, CASES, block, block_parameters, conv_parameters, in_dimensions, scaled_images
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -100,11 +101,17 @@ def run_seeded(case: str) -> Callable[..., SparseTensor]:
     return run
 
 
-def assert_case_matches(case: str, layout: Any, channels: int, dtype: torch.dtype = torch.float32) -> None:
+def assert_case_matches(
+    case: str,
+    layout: Any,
+    channels: int,
+    dtype: torch.dtype = torch.float32,
+    kernel: tuple[int, ...] | None = None,
+) -> None:
     run, statistics = LIGHT[case].run, LIGHT[case].statistics
     if LIGHT[case].operator == "stochastic_depth":
         run = scaled_images
-    x, p = random_sparse(layout, channels), LIGHT[case].parameters(channels)
+    x, p = random_sparse(layout, channels), in_dimensions(LIGHT[case].parameters(channels), layout.ndim, kernel)
     assert_matches_reference(run, x, p, dtype, statistics=statistics, backend="triton")
 
 
@@ -158,15 +165,29 @@ def test_depthwise_convolution_along_any_axes(tile, grid, kernel, dtype):
     assert_matches_reference(ops.depthwise_conv, x, p, dtype, statistics=("bias",), backend="triton")
 
 
-@EVERY
-def test_volumes_of_tiles_whose_sides_differ(case):
-    layout, p = make_layout(draw_mask("equal counts", 2, (1, 2, 2), seed=1), (2, 4, 2)), LIGHT[case].parameters(8)
-    for name, value in p.items():
-        if value.ndim == 4:
-            p[name] = torch.randn(*value.shape, value.shape[-1], dtype=torch.float64) / value[0].numel()
-    run = scaled_images if LIGHT[case].operator == "stochastic_depth" else LIGHT[case].run
-    x, statistics = random_sparse(layout, 8), LIGHT[case].statistics
-    assert_matches_reference(run, x, p, torch.float32, statistics=statistics, backend="triton")
+# The other operators have such tests on every backend: test_conv.py, test_pool.py, test_site_norm.py.
+@pytest.mark.parametrize(
+    "case",
+    [
+        "depthwise_conv-7x7",
+        "grn-sample",
+        "grn-batch",
+        "layer_norm",
+        "stochastic_depth",
+        "block-keep-survival",
+        "block-batch",
+    ],
+)
+@pytest.mark.parametrize("ndim", [1, 3])
+@settings(max_examples=3)
+@given(data=st.data())
+def test_one_and_three_dimensions(ndim, case, data):
+    """Tiles have another side along each axis, and so have the kernels of the depthwise convolution and the block."""
+    layout = data.draw(boxes(ndim, sites=(24, 8, 4)))
+    assume(layout.tiles.count > 2)  # tiles with neighbours
+    sizes = [1, 3] if ndim == 3 and case.startswith("block") else [1, 3, 5, 7]  # The interpreter is slow.
+    kernel = data.draw(st.tuples(*[st.sampled_from(sizes)] * ndim))
+    assert_case_matches(case, layout, data.draw(st.sampled_from(FEW_CHANNELS)), kernel=kernel)
 
 
 @pytest.mark.parametrize(("kernel", "padding"), [((3, 1), (2, 0)), ((4, 4), 1)], ids=str)
