@@ -223,6 +223,8 @@ def grids_of(cells: int, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         first = cells // each  # torch.compile traces no divmod of sizes that vary.
         if cells % each == 0 and first > 0 and shape[0] % first == 0:
             found.append((first, *rest))
+    if len(found) < 2:  # torch.compile sorts by no sizes that vary.
+        return found
     return sorted(found, key=lambda grid: (sum(size // n for size, n in zip(shape, grid, strict=True)), grid))
 
 
