@@ -177,7 +177,7 @@ class SparseTensor:
         check_same_device(mask, dense, "dense")
         batch = dense.shape[0]
         layout = Layout.from_mask(mask, shape, visible, count, batch=batch, ones=ones, below_tile=below_tile)
-        return cls(gather_rows(dense, layout), layout)
+        return packed(gather_rows(dense, layout), layout)
 
     def dense(self, fill: float | Tensor = 0.0) -> Tensor:
         """Scatter the rows into a dense tensor of `shape`, `(B, C, *spatial)`.

@@ -13,8 +13,8 @@ namespace sparsecnx {
 namespace {
 
 constexpr int32_t kNone = INT32_MIN;  // the first row of a tile that is masked or outside: no place makes it positive
-constexpr size_t kKept = 64;          // reaches, which are kept
-constexpr int64_t kMostKeptSites = 1 << 16;  // of a tile of them
+constexpr size_t kKept = 32;          // reaches, which are kept: 6 MB at most
+constexpr int64_t kMostKeptSites = 1 << 15;  // of a tile of them
 
 int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
@@ -58,26 +58,21 @@ Window::Window(const Sizes& numbers) {
   check_size(volume(tile), "the sites of a tile", 1, INT32_MAX);
 }
 
-// Where the taps lead along an axis or in a slice of a tile: for each place and tap, what it adds to the number of the
-// neighbouring tile, and to the place in that tile.
+// Where the taps lead along an axis of a tile: for each place and tap, what it adds to the number of the neighbouring
+// tile, and to the place in that tile.
 struct Taps {
   int64_t count;
   std::vector<int32_t> step, inside;  // (places, count)
+  std::vector<int32_t> only;          // (places): the step of all taps, as most places have it, or kNone
 };
 
 // Where the taps lead from the sites of a tile, whichever tiles are visible.
 struct Reach {
-  // A site's place along depth and in the slice, times the taps of each. Where all taps of the slice lead to one tile, as
-  // they do from most sites, `only` is their step, otherwise -1.
-  struct Place {
-    int32_t depth, slice, only;
-  };
-
-  Taps depth, slice;
-  std::array<Sizes, 3> steps;  // in tiles, those that occur along each axis
-  Box weight;                  // of a step's position there in the number of the neighbour
-  int64_t numbers = 1;         // of neighbours
-  std::vector<Place> places;   // in nested order
+  std::array<Taps, kAxes> taps;
+  std::array<Sizes, kAxes> steps;                  // in tiles, those that occur along each axis
+  Box weight;                                      // of a step's position there in the number of the neighbour
+  int64_t numbers = 1;                             // of neighbours
+  std::vector<std::array<int16_t, kAxes>> places;  // of the sites along each axis, in nested order
 
   explicit Reach(const Window& window);
 
@@ -88,7 +83,7 @@ struct Reach {
 // A step that leads nowhere has the position after the others.
 Taps Reach::along(const Window& window, size_t axis, const Sizes& parts) {
   const int64_t side = window.to()[axis], stride = window.stride[axis], padding = window.padding[axis];
-  Taps taps{window.kernel[axis], {}, {}};
+  Taps taps{window.kernel[axis], {}, {}, {}};
   Sizes& known = steps[axis];
   bool everywhere = true;
   for (int64_t site = 0; site < window.from()[axis]; ++site) {
@@ -108,6 +103,10 @@ Taps Reach::along(const Window& window, size_t axis, const Sizes& parts) {
   const int64_t count = static_cast<int64_t>(known.size());
   weight[axis] = numbers;
   for (int32_t& step : taps.step) step = static_cast<int32_t>((step < 0 ? count : step) * numbers);
+  for (auto step = taps.step.begin(); step != taps.step.end(); step += taps.count) {
+    const bool one = std::all_of(step, step + taps.count, [&](int32_t other) { return other == *step; });
+    taps.only.push_back(one ? *step : kNone);
+  }
   numbers *= everywhere ? count : count + 1;
   check_size(numbers, "the number of neighbouring tiles", 0, INT32_MAX);
   return taps;
@@ -116,25 +115,10 @@ Taps Reach::along(const Window& window, size_t axis, const Sizes& parts) {
 Reach::Reach(const Window& window) {
   const Box to = window.to(), from = window.from();
   const std::vector<Sizes> parts = nested_parts(Sizes(to.begin(), to.end()));
-  const Taps columns = along(window, 2, parts[2]), rows = along(window, 1, parts[1]);
-  depth = along(window, 0, parts[0]);
-  slice.count = rows.count * columns.count;
-  for (int64_t y = 0; y < from[1]; ++y) {
-    for (int64_t x = 0; x < from[2]; ++x) {
-      for (int64_t i = y * rows.count; i < (y + 1) * rows.count; ++i) {
-        for (int64_t j = x * columns.count; j < (x + 1) * columns.count; ++j) {
-          slice.step.push_back(rows.step[i] + columns.step[j]);
-          slice.inside.push_back(rows.inside[i] + columns.inside[j]);
-        }
-      }
-    }
-  }
+  for (size_t axis = kAxes; axis-- > 0;) taps[axis] = along(window, axis, parts[axis]);
   places.resize(volume(from));
   for_sites(Sizes(from.begin(), from.end()), [&](int64_t nested, const Sizes& site) {
-    const int64_t place = (site[1] * from[2] + site[2]) * slice.count;
-    const int32_t* step = slice.step.data() + place;
-    const bool one = std::all_of(step, step + slice.count, [&](int32_t other) { return other == *step; });
-    places[nested] = {static_cast<int32_t>(site[0] * depth.count), static_cast<int32_t>(place), one ? *step : -1};
+    for (size_t axis = 0; axis < kAxes; ++axis) places[nested][axis] = static_cast<int16_t>(site[axis]);
   });
 }
 
@@ -167,6 +151,9 @@ class TileMap {
   void write(int64_t begin, int64_t end, int32_t* out) const;
 
  private:
+  template <int WIDTH>  // of the kernel along the last axis, as a constant, or 0
+  void write_rows(int64_t begin, int64_t end, int32_t* out) const;
+
   // The sum of the steps of a neighbour, and its number.
   struct Neighbour {
     int64_t shift, number;
@@ -203,6 +190,7 @@ TileMap::TileMap(const Tensor& index, const char* name, const Sizes& batch_and_g
     check_product({side, count}, "the rows");
     check_size(side * count, "the number of rows", 0, INT32_MAX);
   }
+  if (count == 0) return;
   reach_ = reach_of(numbers, window);
 
   // The tiles lie in a grid with masked margins, so wide that no step leaves its image. A step as long as the image leads
@@ -246,26 +234,42 @@ TileMap::TileMap(const Tensor& index, const char* name, const Sizes& batch_and_g
 }
 
 void TileMap::write(int64_t begin, int64_t end, int32_t* out) const {
-  const Taps &depth = reach_->depth, &slice = reach_->slice;
+  if (begin == end) return;
+  reach_->taps[2].count == 3 ? write_rows<3>(begin, end, out) : write_rows<0>(begin, end, out);
+}
+
+template <int WIDTH>
+void TileMap::write_rows(int64_t begin, int64_t end, int32_t* out) const {
+  const auto& [depth, rows, columns] = reach_->taps;
   std::vector<int32_t> near(reach_->numbers, kNone);  // the first row of each neighbour
+  const int64_t width = WIDTH > 0 ? WIDTH : columns.count;
   int64_t tile = -1;
   for (int64_t row = begin; row < end; ++row) {
     if (row / sites != tile) {
       tile = row / sites;
       for (const auto [shift, number] : neighbours_) near[number] = first_row(centre_[tile] + shift);
     }
-    const auto [z, in_slice, only] = reach_->places[row - tile * sites];
-    const int32_t *step = slice.step.data() + in_slice, *inside = slice.inside.data() + in_slice;
-    for (int64_t i = z; i < z + depth.count; ++i, out += slice.count) {
-      const int32_t* first = near.data() + depth.step[i];
-      const int32_t start = depth.inside[i];
-      if (only < 0) {
-        for (int64_t k = 0; k < slice.count; ++k) out[k] = std::max(first[step[k]] + start + inside[k], -1);
-      } else if (first[only] < 0) {
-        std::fill_n(out, slice.count, -1);
-      } else {
-        const int32_t from = first[only] + start;
-        for (int64_t k = 0; k < slice.count; ++k) out[k] = from + inside[k];
+    const auto [z, y, x] = reach_->places[row - tile * sites];
+    const int32_t *z_step = depth.step.data() + z * depth.count, *z_inside = depth.inside.data() + z * depth.count;
+    const int32_t *y_step = rows.step.data() + y * rows.count, *y_inside = rows.inside.data() + y * rows.count;
+    const int32_t* x_step = columns.step.data() + x * width;
+    const int32_t* x_inside = columns.inside.data() + x * width;
+    const bool one = rows.only[y] != kNone && columns.only[x] != kNone;  // tile for all taps of a slice
+    const int32_t only = one ? rows.only[y] + columns.only[x] : 0;
+    for (int64_t i = 0; i < depth.count; ++i) {
+      const int32_t* slice = near.data() + z_step[i];
+      if (one && slice[only] < 0) {
+        out = std::fill_n(out, rows.count * width, -1);
+        continue;
+      }
+      for (int64_t j = 0; j < rows.count; ++j, out += width) {
+        const int32_t start = z_inside[i] + y_inside[j], *line = slice + y_step[j];
+        if (one) {
+          const int32_t first = slice[only] + start;
+          for (int64_t k = 0; k < width; ++k) out[k] = first + x_inside[k];
+        } else {
+          for (int64_t k = 0; k < width; ++k) out[k] = std::max(line[x_step[k]] + start + x_inside[k], -1);
+        }
       }
     }
   }

@@ -73,6 +73,12 @@ def read_mask(
     readings = _readings(given, shape, images, grid)
     if not readings:
         raise ValueError(_misfit(given, shape, images, name, grid))
+    if grid is None and 2 < len(given) == len(shape) and 1 < given[0] == batch and given != shape:
+        raise ValueError(
+            f"mask is {given}, which can be a grid of {format_shape(given)} tiles, one for all images, or a grid of "
+            f"{format_shape(given[1:])} tiles for each of {batch} images, an axis short for {format_shape(shape)} "
+            "sites: give it as (B, *grid), for example mask[None] or mask[:, None]"
+        )
     reading = _only(readings, given, shape, images)
     masked = as_masked(mask, ones).reshape(reading.images, *reading.grids[0])
     if grid is not None and reading.grids[0] != grid:

@@ -113,6 +113,12 @@ AMBIGUOUS = [
         "one for all images: give it as (B, *grid), for example mask.view(16, 4, 4) or mask.view(1, 16, 16)",
     ),
     (
+        torch.zeros(4, 1, 8, 8, 8),
+        torch.zeros(4, 2, 2),
+        "mask is (4, 2, 2), which can be a grid of 4x2x2 tiles, one for all images, or a grid of 2x2 tiles for each of "
+        "4 images, an axis short for 8x8x8 sites: give it as (B, *grid), for example mask[None] or mask[:, None]",
+    ),
+    (
         torch.zeros(2, 1, 8, 6),
         torch.zeros(2, 8),
         "mask is (2, 8): its tiles can be a grid of 4x2 or 8x1, on 8x6 sites none of them square; give the mask "
@@ -130,7 +136,14 @@ AMBIGUOUS = [
 @pytest.mark.parametrize(
     ("images", "mask", "message"),
     AMBIGUOUS,
-    ids=["B or one grid", "B or one grid of several", "both square", "two grids", "a mask of MAE with an axis more"],
+    ids=[
+        "B or one grid",
+        "B or one grid of several",
+        "both square",
+        "an axis short",
+        "two grids",
+        "a mask of MAE with an axis more",
+    ],
 )
 def test_two_meanings_are_an_error_that_shows_both(images: Tensor, mask: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):

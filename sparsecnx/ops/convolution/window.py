@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from sparsecnx.geometry import tile_maps
 
+MOST_KERNEL, MOST_EXTENT = 1023, 2**20  # as the compiled operators have it
+
 
 class Window(tile_maps.Window):
     """Output site `o` reads input sites `o * stride - padding + tap * dilation`: one number of each for every axis."""
@@ -38,13 +40,26 @@ def make_window(
     """Return the window of these numbers, one for every axis or one for all. The default padding is that of `ops.conv`.
 
     Raises:
-        ValueError: there are not as many as axes, or dilation or padding is out of range. Layouts refuse strides.
+        ValueError: there are not as many as axes, or these are more than 3, or kernel, dilation or padding is out of
+            range. Layouts refuse strides.
     """
     ndim = len(kernel)
+    if not 1 <= ndim <= 3:
+        raise ValueError(
+            f"kernel is {tuple(kernel)}: expected 1 to 3 axes; `ops.mapped_conv` takes sites of any dimension"
+        )
+    if max(kernel) > MOST_KERNEL:
+        most = f"at most {MOST_KERNEL} sites along an axis; divide it into several convolutions, or use dilation"
+        raise ValueError(f"kernel is {tuple(kernel)}: expected {most}")
     steps, spread = per_axis(stride, ndim, "stride"), per_axis(dilation, ndim, "dilation")
     if min(spread) < 1:
         raise ValueError(f"dilation is {dilation}: expected 1 or more")
     window = Window(tuple(kernel), steps, (0,) * ndim, spread)
+    if max(window.extent) > MOST_EXTENT:
+        raise ValueError(
+            f"dilation is {dilation}: a kernel {window.kernel} reaches over {max(window.extent)} sites, expected "
+            f"at most {MOST_EXTENT}"
+        )
     if padding is None:
         return window._replace(padding=_default_padding(window))
     before = per_axis(padding, ndim, "padding")
