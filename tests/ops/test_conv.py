@@ -274,6 +274,10 @@ def test_padding_that_does_not_fit_the_kernel(padding):
         ({"dilation": (1, 1, 1)}, r"dilation is \(1, 1, 1\): expected a number, or one for each of 2 axes"),
         ({"dilation": 0}, r"dilation is 0: expected 1 or more"),
         ({"dilation": 2, "padding": 5}, r"padding is 5: expected 0 to dilation \* \(k - 1\) for each axis"),
+        (
+            {"dilation": 2**19},
+            r"dilation is 524288: a kernel \(3, 3\) reaches over 1048577 sites, expected",
+        ),
         ({"groups": 3}, r"groups is 3: it must divide C_in, 4 channels"),
         ({"groups": 0}, r"groups is 0: it must divide C_in"),
     ],
@@ -282,6 +286,12 @@ def test_padding_that_does_not_fit_the_kernel(padding):
 def test_numbers_that_do_not_fit(function, arguments, message):
     with pytest.raises(ValueError, match=message):
         function(random_sparse(example_layout(), 4), torch.zeros(4, 4, 3, 3).double(), **arguments)
+
+
+@pytest.mark.parametrize("function", [ops.conv, ops.conv_transpose])
+def test_kernel_that_is_too_large(function):
+    with pytest.raises(ValueError, match=r"kernel is \(1, 1025\): expected at most 1023 sites along an axis"):
+        function(random_sparse(example_layout(), 4), torch.zeros(4, 4, 1, 1025).double())
 
 
 def test_outputs_that_groups_do_not_divide():
