@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -305,6 +305,18 @@ def _need_gradients(values: Iterable[Any]) -> bool:
     return False
 
 
+# Names of the functions that autograd.Function calls: to list all Functions at every call would take 100 us.
+_FORWARD_NAMES = ("forward", "<lambda>", "decorate_fwd")
+
+
+def _is_forward(code: CodeType) -> bool:
+    """Return whether this is the forward method of an autograd.Function."""
+    functions = [torch.autograd.Function]
+    for function in functions:
+        functions += function.__subclasses__()
+    return any(getattr(function.forward, "__code__", None) is code for function in functions)
+
+
 def refuse_custom_function(args: Iterable[Any], kwargs: dict[str, Any] | None = None) -> None:
     """Raise where an autograd.Function got a SparseTensor that needs a gradient, which it gives to tensors alone.
 
@@ -313,16 +325,14 @@ def refuse_custom_function(args: Iterable[Any], kwargs: dict[str, Any] | None = 
     """
     if torch.compiler.is_compiling() or not (_need_gradients(args) or (kwargs and _need_gradients(kwargs.values()))):
         return
-    functions, forwards = [torch.autograd.Function], set()
-    for function in functions:
-        functions += function.__subclasses__()
-        forwards.add(getattr(function.forward, "__code__", None))
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        code, values = frame.f_code, frame.f_locals
-        if code in forwards:  # forward(ctx, x, ...), or forward(x, ...) beside setup_context
+        code = frame.f_code
+        if code.co_name in _FORWARD_NAMES:  # forward(ctx, x, ...), or forward(x, ...) beside setup_context
+            values = frame.f_locals
             names = code.co_varnames[: code.co_argcount + bool(code.co_flags & inspect.CO_VARARGS)]
-            if _need_gradients(values.get(name) for name in names):
+            of_module = names and isinstance(values.get(names[0]), torch.nn.Module)
+            if not of_module and _need_gradients(values.get(name) for name in names) and _is_forward(code):
                 if code is checkpoint.CheckpointFunction.forward.__code__:
                     _refuse_reentrant_checkpoint()
                 refuse("autograd.Function", "it would lose its gradient", "apply the Function to x.features, and "
