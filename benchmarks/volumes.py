@@ -319,7 +319,7 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         Mismatch: the variants differ; nothing was timed.
     """
-    unfolds = case.name.startswith("depthwise") or case.side > 96  # torch does, in float64
+    unfolds = case.name.startswith(("depthwise", "block")) or case.side > 96  # torch does, in float64
     small = replace(case, side=2 * case.patch) if unfolds else case
     found = Workload(small, ["sparse", "dense"], torch.float64).outputs()
     errors = measure.compare(f"sparse {case.key}", found["sparse"], found["dense"], DOUBLE_LIMIT, LEAST)
