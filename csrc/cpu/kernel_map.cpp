@@ -13,8 +13,8 @@ namespace sparsecnx {
 namespace {
 
 constexpr int32_t kNone = INT32_MIN;  // the first row of a tile that is masked or outside: no place makes it positive
-constexpr size_t kKept = 32;          // reaches, which are kept: 6 MB at most
-constexpr int64_t kMostKeptSites = 1 << 15;  // of a tile of them
+constexpr size_t kKept = 32;          // reaches, which are kept: 16 MB at most
+constexpr int64_t kMostKeptEntries = 1 << 16;  // of one of them, of 6 or 8 bytes
 
 int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
@@ -131,7 +131,9 @@ std::shared_ptr<const Reach> reach_of(const Sizes& numbers, const Window& window
     if (const auto found = kept.find(numbers); found != kept.end()) return found->second;
   }
   auto reach = std::make_shared<const Reach>(window);
-  if (volume(window.tile) <= kMostKeptSites) {
+  int64_t entries = volume(window.tile);
+  for (size_t axis = 0; axis < kAxes; ++axis) entries += window.tile[axis] * window.kernel[axis];
+  if (entries <= kMostKeptEntries) {
     const std::lock_guard<std::mutex> lock(mutex);
     if (kept.size() == kKept) kept.clear();
     kept.emplace(numbers, reach);
