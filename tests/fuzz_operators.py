@@ -442,7 +442,7 @@ def valid(operator: str, rng: random.Random) -> Arguments:
         bias = rng.choice((None, vector(groups * outputs)))
         return {"x": x, "weight": weight, "bias": bias, "kernel_map": kernel_map, **on}
     if operator in ("linear", "linear_weight_grad"):
-        rows, outputs = rng.choice((rows, rows, 4200)), rng.choice((1, 5, 16, 64))  # the last: by oneDNN
+        rows, outputs = rng.choice((rows, rows, 4200)), rng.choice((1, 5, 16, 64))  # the last: by our own product
         x, grad = normal(rows, channels), normal(rows, outputs)
         if operator == "linear_weight_grad":
             return {"grad": grad, "x": x}

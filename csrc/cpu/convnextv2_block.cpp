@@ -4,10 +4,12 @@
 //   energy[n] = sum over rows of group n of h^2,  s[n] = 1 + gamma N(energy[n])
 //   y = x + d ((h s[n] + beta) W2' + b2)                                 d: stochastic depth of the row's image
 //
-// Rows pass through all of it in chunks of whole groups. A chunk's hidden layer (rows, H) stays in cache between the
-// GEMMs and the elementwise passes around them. If there are groups for every thread, each thread takes its own groups
-// through the whole block without waiting for the others. Otherwise the threads share every step of one chunk after
-// another. The gradient needs x, u, the moments of u, the energies, and a unless it is computed again.
+// Rows pass through all of it in chunks of whole groups, since GRN needs the sums over a group before any of its rows can
+// go on. A chunk passes in pieces, whose hidden layer (rows, H) stays in cache between the products and the elementwise
+// passes around them. If there are groups for every thread and the matrices are small, each thread takes its own groups
+// through the whole block without waiting for the others, and has gradients of the matrices of its own. Otherwise the
+// threads share the pieces of one chunk after another, and divide the matrices' gradients. The gradient needs x, u, the
+// moments of u, the energies, and a unless it is computed again.
 //
 // Gradient, with g = dL/dy, per chunk:
 //   t = g W2                                   scale_grad[n] = sum d t h        beta_grad += d t
@@ -16,38 +18,86 @@
 //   dv = da W1                                 du = LN'(dv)                     dx = g + dwconv'(du)
 #include "depthwise_conv.h"
 #include "grn.h"
-#include "op.h"
+#include "products.h"
 
 namespace sparsecnx {
 namespace {
 
-// Hidden values of a chunk: 2^18 floats are 1 MiB, and a backward chunk holds four such matrices.
-constexpr int64_t kChunkValues = int64_t{1} << 18;
+// Hidden values of a chunk: 2^18 floats are 1 MiB, and a backward chunk holds two or three such matrices. Those of a piece.
+constexpr int64_t kChunkValues = int64_t{1} << 18, kPieceValues = int64_t{1} << 16;
+// The bytes that all workers together may hold in addition to the chunks: their sums of the matrices' gradients.
+constexpr int64_t kWorkerBytes = int64_t{3} << 20;
+
+// Rows that one thread takes through a few steps, and their parts in each group.
+struct Piece {
+  int64_t begin, end, first_part, last_part;
+
+  int64_t rows() const { return end - begin; }
+};
 
 struct Chunk {
   int64_t first_group, last_group, begin, end;  // groups and rows
+  std::vector<Piece> pieces;
+  std::vector<RowBlock> parts;
+
+  int64_t rows() const { return end - begin; }
+  int64_t groups() const { return last_group - first_group; }
 };
 
-// Divides groups [first, last) into runs of at most `rows` rows, or of a single group.
-std::vector<Chunk> split_chunks(const int64_t* splits, int64_t first, int64_t last, int64_t rows) {
-  std::vector<Chunk> chunks;
-  while (first < last) {
-    int64_t next = first + 1;
-    while (next < last && splits[next + 1] - splits[first] <= rows) ++next;
-    if (splits[next] > splits[first]) chunks.push_back({first, next, splits[first], splits[next]});
-    first = next;
+// Describes how the rows of a block are divided.
+struct Division {
+  const int64_t* splits;  // of the groups
+  int64_t chunk_rows;     // at most, unless a group has more
+  int64_t piece_rows;     // at most, unless a tile has more
+  int64_t sites;          // of a tile: pieces are whole tiles
+  int64_t threads;        // that share a chunk
+
+  // Divides groups [first, last) into chunks.
+  std::vector<Chunk> chunks(int64_t first, int64_t last) const {
+    std::vector<Chunk> chunks;
+    while (first < last) {
+      int64_t next = first + 1;
+      while (next < last && splits[next + 1] - splits[first] <= chunk_rows * threads) ++next;
+      if (splits[next] > splits[first]) chunks.push_back(divided({first, next, splits[first], splits[next], {}, {}}));
+      first = next;
+    }
+    return chunks;
   }
-  return chunks;
-}
 
-// The bytes that all workers together may hold in addition to the chunks: their sums of the matrices' gradients.
-constexpr int64_t kWorkerBytes = int64_t{64} << 20;
+ private:
+  Chunk divided(Chunk chunk) const {
+    const int64_t tiles = chunk.rows() / sites, each = piece_rows * threads;
+    const int64_t pieces = threads * ((chunk.rows() + each - 1) / each);
+    int64_t group = chunk.first_group;
+    for (int64_t i = 0; i < pieces; ++i) {
+      const int64_t begin = chunk.begin + tiles * i / pieces * sites,
+                    end = chunk.begin + tiles * (i + 1) / pieces * sites;
+      if (begin == end) continue;
+      const int64_t first_part = static_cast<int64_t>(chunk.parts.size());
+      for (int64_t row = begin; row < end; row = chunk.parts.back().end) {
+        while (splits[group + 1] <= row) ++group;
+        chunk.parts.push_back({group, row, std::min(end, splits[group + 1])});
+      }
+      chunk.pieces.push_back({begin, end, first_part, static_cast<int64_t>(chunk.parts.size())});
+    }
+    return chunk;
+  }
+};
 
-// Returns the chunks of each worker. If there is one worker, the threads share its chunks. If there are several, each
-// is a thread and needs `bytes` of memory in addition to its chunks.
-std::vector<std::vector<Chunk>> split_work(const int64_t* splits, int64_t groups, int64_t hidden, int64_t bytes) {
-  const int64_t threads = torch::stable::get_num_threads(), rows = splits[groups];
-  const int64_t chunk_rows = std::max<int64_t>(1, kChunkValues / std::max<int64_t>(hidden, 1));
+// The chunks of each worker. If there is one worker, the threads share its chunks; otherwise each worker is a thread.
+struct Work {
+  std::vector<std::vector<Chunk>> workers;
+  bool wide = false;  // the threads share a product by its columns, for all rows of a chunk
+
+  int64_t count() const { return static_cast<int64_t>(workers.size()); }
+};
+
+// A worker that is a thread needs `bytes` of memory in addition to its chunks.
+template <class S>
+Work split_work(const int64_t* splits, int64_t groups, int64_t hidden, int64_t sites, int64_t bytes) {
+  const int64_t threads = torch::stable::get_num_threads(), rows = splits[groups], width = std::max<int64_t>(hidden, 1);
+  Division division{splits, std::max<int64_t>(1, kChunkValues / width),
+                    std::clamp<int64_t>(kPieceValues / width, 96, 512), sites, threads};
   std::vector<int64_t> bounds{0};  // groups where a worker begins: nearest to an equal share of the rows
   int64_t largest = 0;
   for (int64_t worker = 1; worker <= threads; ++worker) {
@@ -59,18 +109,23 @@ std::vector<std::vector<Chunk>> split_work(const int64_t* splits, int64_t groups
     bounds.push_back(at);
   }
   // With uneven shares threads wait at the end. Sharing every step costs a fifth.
-  const bool uneven = 5 * rows < 4 * largest * threads;
-  if (threads == 1 || uneven || (threads - 1) * bytes > kWorkerBytes)
-    return {split_chunks(splits, 0, groups, chunk_rows * threads)};
-  std::vector<std::vector<Chunk>> work;
+  const bool uneven = 5 * rows < 4 * largest * threads, few = rows <= hidden;
+  if (threads == 1 || uneven || (threads - 1) * bytes > kWorkerBytes) {
+    if (few) division.chunk_rows = rows;
+    return {{division.chunks(0, groups)}, few || by_torch<S>()};
+  }
+  // A product by torch costs microseconds beside its work, so that pieces are as large as they can be.
+  if (by_torch<S>()) division.piece_rows = rows;
+  division.threads = 1;
+  Work work;
   for (int64_t worker = 0; worker < threads; ++worker)
-    work.push_back(split_chunks(splits, bounds[worker], bounds[worker + 1], chunk_rows));
+    work.workers.push_back(division.chunks(bounds[worker], bounds[worker + 1]));
   return work;
 }
 
 int64_t longest(const std::vector<Chunk>& chunks) {
   int64_t rows = 0;
-  for (const Chunk& chunk : chunks) rows = std::max(rows, chunk.end - chunk.begin);
+  for (const Chunk& chunk : chunks) rows = std::max(rows, chunk.rows());
   return rows;
 }
 
@@ -87,7 +142,7 @@ struct Block {
   Matrix<S> w1, w2;  // (hidden, channels), (channels, hidden)
   const int32_t* table;
   const int64_t* splits;
-  std::vector<std::vector<Chunk>> work;
+  Work work;
 
   Block(const Tensor& x_, const Tensor& dwconv_weight, const Tensor& dwconv_bias_, const Tensor& norm_weight_,
         const Tensor& norm_bias_, const Tensor& pwconv1_weight, const Tensor& pwconv1_bias_, const Tensor& gamma_,
@@ -115,7 +170,7 @@ struct Block {
         w2{data<S>(pwconv2_weight), channels, hidden},
         table(data<int32_t>(table_)),
         splits(check_groups(splits_, "splits", rows)),
-        work(split_work(splits, groups, hidden, worker_bytes)) {
+        work(split_work<S>(splits, groups, hidden, halo.sites, worker_bytes)) {
     check_matrix(pwconv1_weight, "pwconv1_weight", hidden, channels, x_.scalar_type());
     check_matrix(pwconv2_weight, "pwconv2_weight", channels, hidden, x_.scalar_type());
     for (int64_t n = 0; n <= groups; ++n)
@@ -127,21 +182,47 @@ struct Block {
   // Calls f(worker) for every worker, each in its own thread. A single worker has all threads.
   template <class F>
   void for_workers(const F& f) const {
-    if (work.size() == 1) return f(0);
-    parallel_for(0, static_cast<int64_t>(work.size()), 1, [&](int64_t begin, int64_t end) {
+    if (work.count() == 1) return f(0);
+    parallel_for(0, work.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t worker = begin; worker < end; ++worker) f(worker);
     });
   }
 
-  // Calls f(first tile, last tile) over the tiles of a chunk, in parallel, with so few tiles that their rows stay in
-  // L1.
+  // Calls f(piece) for every piece of a chunk, in parallel.
   template <class F>
-  void for_tiles(const Chunk& chunk, const F& f) const {
-    const int64_t sites = halo.sites, step = tiles_per_call(sites);
-    const int64_t first = chunk.begin / sites, last = chunk.end / sites;
-    parallel_for(0, (last - first + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(first + i * step, std::min(first + (i + 1) * step, last));
+  void for_pieces(const Chunk& chunk, const F& f) const {
+    parallel_for(0, static_cast<int64_t>(chunk.pieces.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(chunk.pieces[i]);
     });
+  }
+
+  // Calls before(piece), multiply(piece) and after(piece) for every piece of a chunk, in parallel. If the work is wide,
+  // multiply is called once for the whole chunk instead.
+  template <class Before, class Multiply, class After>
+  void for_pieces(const Chunk& chunk, const Before& before, const Multiply& multiply, const After& after) const {
+    if (work.wide) {
+      for_pieces(chunk, before);
+      multiply(Piece{chunk.begin, chunk.end, 0, static_cast<int64_t>(chunk.parts.size())});
+      return for_pieces(chunk, after);
+    }
+    for_pieces(chunk, [&](const Piece& piece) {
+      before(piece);
+      multiply(piece);
+      after(piece);
+    });
+  }
+
+  // Calls f(number, part) for every part of a piece.
+  template <class F>
+  void for_parts(const Chunk& chunk, const Piece& piece, const F& f) const {
+    for (int64_t i = piece.first_part; i < piece.last_part; ++i) f(i, chunk.parts[i]);
+  }
+
+  // Calls f(first tile, last tile) over the tiles of a piece, so few at a time that their rows stay in L1.
+  template <class F>
+  void for_tiles(const Piece& piece, const F& f) const {
+    const int64_t step = tiles_per_call(halo.sites), last = piece.end / halo.sites;
+    for (int64_t tile = piece.begin / halo.sites; tile < last; tile += step) f(tile, std::min(tile + step, last));
   }
 };
 
@@ -154,41 +235,53 @@ struct Outputs {
 };
 
 template <class S>
-void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>& conv, const Outputs<S>& out, S* v,
-                   S* h) {
+void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>& conv, const Factor<S>& w1,
+                   const Factor<S>& w2, const Outputs<S>& out, S* v, S* h) {
   using A = Compute<S>;
   const Kernels<S>& k = kernels<S>();
   const int64_t C = block.channels, H = block.hidden, sites = block.halo.sites;
-  const int64_t rows = chunk.end - chunk.begin;
-  S* hidden = out.hidden != nullptr ? out.hidden + chunk.begin * H : h;
-  block.for_tiles(chunk, [&](int64_t first, int64_t last) {
-    k.depthwise(conv, first, last);
-    const int64_t row = first * sites, count = (last - first) * sites;
-    A* moments = out.moments + 2 * row;
-    k.moments(out.u + row * C, count, C, static_cast<A>(block.eps), moments);
-    k.normalise(out.u + row * C, moments, block.norm_weight, block.norm_bias, count, C, v + (row - chunk.begin) * C);
-  });
-  gemm<S>(hidden, {v, rows, C}, block.w1.t());
+  S* const hidden = out.hidden != nullptr ? out.hidden + chunk.begin * H : h;
+  BlockSums<A> sums(chunk.parts.size(), H);
+  const auto normalise = [&](const Piece& piece) {
+    block.for_tiles(piece, [&](int64_t first, int64_t last) {
+      k.depthwise(conv, first, last);
+      const int64_t row = first * sites, count = (last - first) * sites;
+      A* moments = out.moments + 2 * row;
+      k.moments(out.u + row * C, count, C, static_cast<A>(block.eps), moments);
+      k.normalise(out.u + row * C, moments, block.norm_weight, block.norm_bias, count, C, v + (row - chunk.begin) * C);
+    });
+  };
+  const auto expand = [&](const Piece& piece) {
+    const int64_t row = piece.begin - chunk.begin;
+    w1.multiply({v + row * C, piece.rows(), C}, hidden + row * H);
+  };
+  const auto activate = [&](const Piece& piece) {
+    block.for_parts(chunk, piece, [&](int64_t i, RowBlock part) {
+      const int64_t at = (part.begin - chunk.begin) * H;
+      k.gelu_energy(hidden + at, block.pwconv1_bias, part.rows(), H, h + at, sums.at(i));
+    });
+  };
+  block.for_pieces(chunk, normalise, expand, activate);
 
-  const std::vector<RowBlock> blocks = split_rows(block.splits, chunk.first_group, chunk.last_group, H);
-  BlockSums<A> sums(blocks.size(), H);
-  for_blocks(blocks, [&](int64_t i, RowBlock b) {
-    const int64_t at = (b.begin - chunk.begin) * H;
-    k.gelu_energy(hidden + at, block.pwconv1_bias, b.rows(), H, h + at, sums.at(i));
-  });
-  std::vector<std::vector<A>> scale(chunk.last_group - chunk.first_group);
-  for_groups(blocks, [&](int64_t group, int64_t first, int64_t last) {
+  std::vector<std::vector<A>> scale(chunk.groups());
+  for_groups(chunk.parts, [&](int64_t group, int64_t first, int64_t last) {
     A* energy = out.energy + group * H;
     sums.add_to(energy, first, last);
     scale[group - chunk.first_group] = GrnResponse<A>(energy, block.gamma, H, block.grn_eps).scale;
   });
-  for_blocks(blocks, [&](int64_t i, RowBlock b) {
-    const A* d = block.row_scale_at(b.begin);
-    S* at = h + (b.begin - chunk.begin) * H;
-    k.affine(at, scale[b.group - chunk.first_group].data(), block.beta, d, b.rows(), H, at);
-    k.add_shift(block.x + b.begin * C, block.pwconv2_bias, d, b.rows(), C, out.y + b.begin * C);
-  });
-  gemm<S>(out.y + chunk.begin * C, {h, rows, H}, block.w2.t(), true);
+
+  const auto respond = [&](const Piece& piece) {
+    block.for_parts(chunk, piece, [&](int64_t, RowBlock part) {
+      const A* d = block.row_scale_at(part.begin);
+      S* at = h + (part.begin - chunk.begin) * H;
+      k.affine(at, scale[part.group - chunk.first_group].data(), block.beta, d, part.rows(), H, at);
+      k.add_shift(block.x + part.begin * C, block.pwconv2_bias, d, part.rows(), C, out.y + part.begin * C);
+    });
+  };
+  const auto contract = [&](const Piece& piece) {
+    w2.multiply({h + (piece.begin - chunk.begin) * H, piece.rows(), H}, out.y + piece.begin * C, true);
+  };
+  block.for_pieces(chunk, respond, contract, [](const Piece&) {});
 }
 
 template <class S>
@@ -198,10 +291,11 @@ void forward(const Block<S>& block, const Tensor& dwconv_weight, const Outputs<S
   const Depthwise<S> conv{block.halo,  block.table,       block.channels, block.x, 0,
                           taps.data(), block.dwconv_bias, nullptr,        out.u,   0};
   std::fill_n(out.energy, block.groups * block.hidden, A(0));
+  const Factor<S> w1(block.w1.t(), !block.work.wide), w2(block.w2.t(), !block.work.wide);
   block.for_workers([&](int64_t worker) {
-    const int64_t rows = longest(block.work[worker]);
-    const Scratch<S> v(rows * block.channels), h(rows * block.hidden);
-    for (const Chunk& chunk : block.work[worker]) forward_chunk(block, chunk, conv, out, v.data(), h.data());
+    const std::vector<Chunk>& chunks = block.work.workers[worker];
+    const Scratch<S> v(longest(chunks) * block.channels), h(longest(chunks) * block.hidden);
+    for (const Chunk& chunk : chunks) forward_chunk(block, chunk, conv, w1, w2, out, v.data(), h.data());
   });
 }
 
@@ -221,96 +315,118 @@ template <class S>
 struct BackwardWorker {
   using A = Compute<S>;
 
-  GemmSum<S> w1, w2;
+  A *w1, *w2;
+  bool added = false;  // whether w1 and w2 hold anything
   WeightGradSum<S> taps;
   std::array<std::vector<A>, kVectors> vectors;
-  Scratch<S> v, du, t, h, slope, scaled;
+  Scratch<S> v, du, t, hidden;  // the last if it is computed again
   int64_t slabs;
 
-  BackwardWorker(const Block<S>& block, int64_t rows, A* w1_grad, A* w2_grad)
-      : w1(w1_grad, block.hidden, block.channels),
-        w2(w2_grad, block.channels, block.hidden),
+  BackwardWorker(const Block<S>& block, int64_t rows, bool again, A* w1_grad, A* w2_grad)
+      : w1(w1_grad),
+        w2(w2_grad),
         taps(block.halo, block.channels),
         v(rows * block.channels),
         du(rows * block.channels),
         t(rows * block.hidden),
-        h(rows * block.hidden),
-        slope(rows * block.hidden),
-        scaled(rows * block.hidden),
-        slabs(block.work.size() == 1 ? torch::stable::get_num_threads() : 1) {
+        hidden(again ? rows * block.hidden : 0),
+        slabs(block.work.count() == 1 ? torch::stable::get_num_threads() : 1) {
     for (int i : {kDwconvBias, kNormWeight, kNormBias, kPwconv2Bias}) vectors[i].resize(block.channels);
     for (int i : {kPwconv1Bias, kGamma, kBeta}) vectors[i].resize(block.hidden);
   }
 };
 
+// The matrices as backward reads them.
 template <class S>
-void backward_chunk(const Block<S>& block, const Chunk& chunk, const std::vector<Compute<S>>& adjoint_taps,
-                    const Kept<S>& kept, S* x_grad, BackwardWorker<S>& worker) {
+struct BackwardFactors {
+  Factor<S> w2, w1, w1_again;  // the last computes the hidden layer again
+};
+
+template <class S>
+void backward_chunk(const Block<S>& block, const Chunk& chunk, const BackwardFactors<S>& factors,
+                    const std::vector<Compute<S>>& adjoint_taps, const Kept<S>& kept, S* x_grad,
+                    BackwardWorker<S>& worker) {
   using A = Compute<S>;
   const Kernels<S>& k = kernels<S>();
-  const int64_t C = block.channels, H = block.hidden, sites = block.halo.sites;
-  const int64_t rows = chunk.end - chunk.begin, groups = chunk.last_group - chunk.first_group;
-  const std::vector<RowBlock> blocks = split_rows(block.splits, chunk.first_group, chunk.last_group, H);
-  const Matrix<S> g{const_cast<S*>(kept.grad) + chunk.begin * C, rows, C};
-  const Matrix<S> v{worker.v.data(), rows, C}, t{worker.t.data(), rows, H}, scaled{worker.scaled.data(), rows, H};
-  S* du = worker.du.data();
-
-  for_blocks(blocks, [&](int64_t i, RowBlock b) {
-    k.normalise(kept.u + b.begin * C, kept.moments + 2 * b.begin, block.norm_weight, block.norm_bias, b.rows(), C,
-                v.at + (b.begin - chunk.begin) * C);
-  });
-  S *h = worker.h.data(), *slope = worker.slope.data();
-  const S* hidden = kept.hidden != nullptr ? kept.hidden + chunk.begin * H : h;
-  if (kept.hidden == nullptr) gemm<S>(h, v, block.w1.t());
-  gemm<S>(t.at, g, block.w2);
+  const int64_t C = block.channels, H = block.hidden, sites = block.halo.sites, parts = chunk.parts.size();
+  const Matrix<S> g{kept.grad + chunk.begin * C, chunk.rows(), C};
+  S *v = worker.v.data(), *du = worker.du.data(), *t = worker.t.data();
+  const S* hidden = kept.hidden != nullptr ? kept.hidden + chunk.begin * H : worker.hidden.data();
+  Factor<S> right_v(chunk.rows(), C), right_scaled(chunk.rows(), H);
 
   std::vector<GrnResponse<A>> response;
-  for (int64_t n = 0; n < groups; ++n)
-    response.emplace_back(kept.energy + (chunk.first_group + n) * H, block.gamma, H, block.grn_eps);
-  BlockSums<A> scale_sums(blocks.size(), H), beta_sums(blocks.size(), H), bias2_sums(blocks.size(), C);
-  for_blocks(blocks, [&](int64_t i, RowBlock b) {
-    const int64_t at = (b.begin - chunk.begin) * H, count = b.rows();
-    const A* d = block.row_scale_at(b.begin);
-    k.gelu_grn_sums(hidden + at, block.pwconv1_bias, t.at + at, response[b.group - chunk.first_group].scale.data(),
-                    block.beta, d, count, H, h + at, slope + at, scaled.at + at, scale_sums.at(i), beta_sums.at(i));
-    k.column_sum(kept.grad + b.begin * C, d, count, C, bias2_sums.at(i));
-  });
+  for (int64_t n = chunk.first_group; n < chunk.last_group; ++n)
+    response.emplace_back(kept.energy + n * H, block.gamma, H, block.grn_eps);
+  BlockSums<A> scale_sums(parts, H), beta_sums(parts, H), bias2_sums(parts, C);
+  const auto normalise = [&](const Piece& piece) {
+    const int64_t row = piece.begin - chunk.begin;
+    k.normalise(kept.u + piece.begin * C, kept.moments + 2 * piece.begin, block.norm_weight, block.norm_bias,
+                piece.rows(), C, v + row * C);
+    right_v.put(row, v + row * C, piece.rows());
+  };
+  const auto expand = [&](const Piece& piece) {
+    const int64_t row = piece.begin - chunk.begin, rows = piece.rows();
+    if (kept.hidden == nullptr) factors.w1_again.multiply({v + row * C, rows, C}, worker.hidden.data() + row * H);
+    factors.w2.multiply({g.at + row * C, rows, C}, t + row * H);
+  };
+  const auto sum = [&](const Piece& piece) {
+    block.for_parts(chunk, piece, [&](int64_t i, RowBlock part) {
+      const int64_t at = (part.begin - chunk.begin) * H;
+      const A* d = block.row_scale_at(part.begin);
+      k.gelu_grn_sums(hidden + at, block.pwconv1_bias, t + at, d, part.rows(), H, scale_sums.at(i), beta_sums.at(i));
+      k.column_sum(kept.grad + part.begin * C, d, part.rows(), C, bias2_sums.at(i));
+    });
+  };
+  block.for_pieces(chunk, normalise, expand, sum);
   beta_sums.add_to(worker.vectors[kBeta].data());
   bias2_sums.add_to(worker.vectors[kPwconv2Bias].data());
-  std::vector<std::vector<A>> p(groups);
-  for_groups(blocks, [&](int64_t group, int64_t first, int64_t last) {
+  std::vector<std::vector<A>> p(chunk.groups());
+  for_groups(chunk.parts, [&](int64_t group, int64_t first, int64_t last) {
     std::vector<A> scale_grad(H, A(0));
     scale_sums.add_to(scale_grad.data(), first, last);
     const int64_t n = group - chunk.first_group;
     p[n] = response[n].backward(scale_grad.data(), block.gamma, worker.vectors[kGamma].data());
   });
-  worker.w2.add(g.t(), scaled);
 
-  BlockSums<A> bias1_sums(blocks.size(), H);
-  for_blocks(blocks, [&](int64_t i, RowBlock b) {
-    const int64_t at = (b.begin - chunk.begin) * H, n = b.group - chunk.first_group;
-    k.gelu_grn_backward(h + at, slope + at, t.at + at, response[n].scale.data(), p[n].data(),
-                        block.row_scale_at(b.begin), b.rows(), H, bias1_sums.at(i));
-  });
+  BlockSums<A> bias1_sums(parts, H), weight_sums(parts, C), norm_bias_sums(parts, C), bias_sums(parts, C);
+  const auto activate = [&](const Piece& piece) {
+    const Scratch<S> scaled(piece.rows() * H);
+    block.for_parts(chunk, piece, [&](int64_t i, RowBlock part) {
+      const int64_t at = (part.begin - chunk.begin) * H, n = part.group - chunk.first_group;
+      k.gelu_grn_backward(hidden + at, block.pwconv1_bias, t + at, response[n].scale.data(), block.beta, p[n].data(),
+                          block.row_scale_at(part.begin), part.rows(), H,
+                          scaled.data() + (part.begin - piece.begin) * H, bias1_sums.at(i));
+    });
+    right_scaled.put(piece.begin - chunk.begin, scaled.data(), piece.rows());
+  };
+  const auto contract = [&](const Piece& piece) {
+    const int64_t row = piece.begin - chunk.begin;
+    factors.w1.multiply({t + row * H, piece.rows(), H}, du + row * C);
+  };
+  const auto unnormalise = [&](const Piece& piece) {
+    block.for_parts(chunk, piece, [&](int64_t i, RowBlock part) {
+      S* at = du + (part.begin - chunk.begin) * C;
+      k.layer_norm_backward(at, kept.u + part.begin * C, kept.moments + 2 * part.begin, block.norm_weight, part.rows(),
+                            C, at, weight_sums.at(i), norm_bias_sums.at(i));
+      k.column_sum(at, nullptr, part.rows(), C, bias_sums.at(i));
+    });
+  };
+  block.for_pieces(chunk, activate, contract, unnormalise);
   bias1_sums.add_to(worker.vectors[kPwconv1Bias].data());
-  worker.w1.add(t.t(), v);
-  gemm<S>(du, t, block.w1);
-
-  BlockSums<A> weight_sums(blocks.size(), C), norm_bias_sums(blocks.size(), C), bias_sums(blocks.size(), C);
-  for_blocks(blocks, [&](int64_t i, RowBlock b) {
-    S* at = du + (b.begin - chunk.begin) * C;
-    k.layer_norm_backward(at, kept.u + b.begin * C, kept.moments + 2 * b.begin, block.norm_weight, b.rows(), C, at,
-                          weight_sums.at(i), norm_bias_sums.at(i));
-    k.column_sum(at, nullptr, b.rows(), C, bias_sums.at(i));
-  });
   weight_sums.add_to(worker.vectors[kNormWeight].data());
   norm_bias_sums.add_to(worker.vectors[kNormBias].data());
   bias_sums.add_to(worker.vectors[kDwconvBias].data());
 
+  right_scaled.accumulate(g.t(), worker.w2, worker.added);
+  right_v.accumulate(Matrix<S>{t, chunk.rows(), H}.t(), worker.w1, worker.added);
+  worker.added = true;
+
   const int64_t first_tile = chunk.begin / sites;
   const Depthwise<S> adjoint{block.halo,          block.table, C,         du,     first_tile,
                              adjoint_taps.data(), nullptr,     kept.grad, x_grad, 0};
-  block.for_tiles(chunk, [&](int64_t first, int64_t last) { k.depthwise(adjoint, first, last); });
+  block.for_pieces(chunk, [&](const Piece& piece) {
+    block.for_tiles(piece, [&](int64_t first, int64_t last) { k.depthwise(adjoint, first, last); });
+  });
   worker.taps.add({block.halo, block.table, C, block.x, du, first_tile}, first_tile, chunk.end / sites, worker.slabs);
 }
 
@@ -325,7 +441,7 @@ template <class S>
 void backward(const Block<S>& block, const Tensor& dwconv_weight, const Kept<S>& kept, const Grads<S>& out) {
   using A = Compute<S>;
   const std::vector<A> adjoint_taps = taps_first<S>(dwconv_weight, true);
-  const int64_t workers = static_cast<int64_t>(block.work.size()), matrix = block.hidden * block.channels;
+  const int64_t workers = block.work.count(), matrix = block.hidden * block.channels;
   std::vector<Scratch<A>> sums;
   std::vector<A*> w1, w2;
   for (int64_t i = 0; i < workers; ++i) {
@@ -336,13 +452,17 @@ void backward(const Block<S>& block, const Tensor& dwconv_weight, const Kept<S>&
     w2.push_back(in_place ? reinterpret_cast<A*>(out.w2) : sums[i].data() + matrix);
   }
 
+  const Matrix<S> again = kept.hidden == nullptr ? block.w1.t() : Matrix<S>{nullptr, 0, 0};
+  const bool once = !block.work.wide;
+  const BackwardFactors<S> factors{{block.w2, once}, {block.w1, once}, {again, once}};
   std::vector<BackwardWorker<S>> states;
   states.reserve(workers);
-  for (int64_t i = 0; i < workers; ++i) states.emplace_back(block, longest(block.work[i]), w1[i], w2[i]);
+  for (int64_t i = 0; i < workers; ++i)
+    states.emplace_back(block, longest(block.work.workers[i]), kept.hidden == nullptr, w1[i], w2[i]);
   block.for_workers([&](int64_t i) {
-    for (const Chunk& chunk : block.work[i]) backward_chunk(block, chunk, adjoint_taps, kept, out.x, states[i]);
-    states[i].w1.finish();
-    states[i].w2.finish();
+    for (const Chunk& chunk : block.work.workers[i])
+      backward_chunk(block, chunk, factors, adjoint_taps, kept, out.x, states[i]);
+    for (A* sum : {w1[i], w2[i]}) std::fill_n(sum, states[i].added ? 0 : matrix, A(0));
   });
 
   add_up<S>(w1[0], {w1.begin() + 1, w1.end()}, matrix, out.w1);
@@ -367,8 +487,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> convnextv2_block(
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const Block<S> block(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, pwconv1_weight, pwconv1_bias, grn_gamma,
                          grn_beta, pwconv2_weight, pwconv2_bias, row_scale, table, splits, tile, eps, grn_eps, 0);
-    y = torch::stable::empty_like(x);  // Outputs are allocated once their sizes are checked.
-    u = torch::stable::empty_like(x);
+    y = fresh_like(x);  // Outputs are allocated once their sizes are checked.
+    u = fresh_like(x);
     moments = empty({block.rows, 2}, compute_dtype(x));
     energy = empty({block.groups, block.hidden}, compute_dtype(x));
     hidden = empty({keep_hidden ? block.rows : 0, block.hidden}, x.scalar_type());
@@ -386,7 +506,6 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
                           const std::optional<Tensor>& row_scale, const Tensor& table, const Tensor& splits, Sizes tile,
                           double eps, double grn_eps, const Tensor& u, const Tensor& moments, const Tensor& energy,
                           const Tensor& hidden) {
-  using torch::stable::empty_like;
   Tensor x_grad, dwconv_weight_grad, w1_grad, w2_grad;
   std::array<Tensor, kVectors> vectors;
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
@@ -399,12 +518,12 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
     check_dense(energy, "energy", block.groups * block.hidden, compute_dtype(x));
     const bool kept = block.rows == 0 || hidden.numel() > 0;
     check_dense(hidden, "hidden", kept ? block.rows * block.hidden : 0, x.scalar_type());
-    x_grad = empty_like(x);  // Outputs are allocated once their sizes are checked.
-    dwconv_weight_grad = empty_like(dwconv_weight);
-    w1_grad = empty_like(pwconv1_weight);
-    w2_grad = empty_like(pwconv2_weight);
-    vectors = {empty_like(dwconv_bias), empty_like(norm_weight), empty_like(norm_bias),   empty_like(pwconv1_bias),
-               empty_like(grn_gamma),   empty_like(grn_beta),    empty_like(pwconv2_bias)};
+    x_grad = fresh_like(x);  // Outputs are allocated once their sizes are checked.
+    dwconv_weight_grad = fresh_like(dwconv_weight);
+    w1_grad = fresh_like(pwconv1_weight);
+    w2_grad = fresh_like(pwconv2_weight);
+    vectors = {fresh_like(dwconv_bias), fresh_like(norm_weight), fresh_like(norm_bias),   fresh_like(pwconv1_bias),
+               fresh_like(grn_gamma),   fresh_like(grn_beta),    fresh_like(pwconv2_bias)};
     Grads<S> grads{data<S>(x_grad), data<S>(dwconv_weight_grad), data<S>(w1_grad), data<S>(w2_grad), {}};
     for (size_t i = 0; i < vectors.size(); ++i) grads.vectors[i] = data<A>(vectors[i]);
     backward<S>(block, dwconv_weight,

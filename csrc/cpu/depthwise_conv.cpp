@@ -81,7 +81,7 @@ Tensor depthwise_conv(const Tensor& x, const Tensor& weight, const std::optional
                       Sizes tile) {
   const auto [rows, channels] = feature_shape(x, "x");
   const Halo halo = check_geometry(table, rows, tile, check_kernel(weight, "weight", channels, x.scalar_type()));
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = fresh_like(x);
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const std::vector<A> taps = taps_first<S>(weight, false);
     const A* offset = bias ? parameter<A>(*bias, "bias", channels, x) : nullptr;

@@ -34,6 +34,15 @@ int isa() {
   return chosen;
 }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  static const bool there = isa() == 2 && __builtin_cpu_supports("avx512bf16");
+  return there;
+#else
+  return false;
+#endif
+}
+
 std::string cpu_isa() { return kNames[isa()]; }
 
 }  // namespace sparsecnx

@@ -151,6 +151,18 @@ struct ConvPairs {
   int64_t channels;  // of the panel
 };
 
+// A matrix product (rows, columns) = a b. Value (r, k) of a is at r * a_row_step + k * a_depth_step. b is packed into panels
+// of kernels().product_panel columns; the last may have fewer.
+template <class A>
+struct Product {
+  const A* a;
+  int64_t a_row_step, a_depth_step, depth;
+  const A* b;
+  A* out;
+  int64_t out_step;
+  bool add;  // to what is in out
+};
+
 // A grouped convolution with as many outputs as inputs, `width` to a group.
 template <class S>
 struct NarrowConv {
@@ -219,13 +231,19 @@ struct Kernels {
   // The elementwise parts of the fused block, see convnextv2_block.cpp; `hidden` is before bias and activation.
   // h = gelu(hidden + bias), energy (channels) += h^2
   void (*gelu_energy)(const S* hidden, const A* bias, int64_t rows, int64_t channels, S* h, A* energy);
-  // h = gelu(hidden + bias), slope = gelu'(hidden + bias), scaled = d (h s + beta); scale_grad += d t h and
-  // beta_grad += d t, with d = row_scale (1 if null). h may be hidden.
-  void (*gelu_grn_sums)(const S* hidden, const A* bias, const S* t, const A* s, const A* beta, const A* row_scale,
-                        int64_t rows, int64_t channels, S* h, S* slope, S* scaled, A* scale_grad, A* beta_grad);
-  // t <- slope (d t s + h p), bias_grad += t
-  void (*gelu_grn_backward)(const S* h, const S* slope, S* t, const A* s, const A* p, const A* row_scale, int64_t rows,
-                            int64_t channels, A* bias_grad);
+  // With h = gelu(hidden + bias) and d = row_scale (1 if null): scale_grad += d t h and beta_grad += d t
+  void (*gelu_grn_sums)(const S* hidden, const A* bias, const S* t, const A* row_scale, int64_t rows, int64_t channels,
+                        A* scale_grad, A* beta_grad);
+  // scaled = d (h s + beta), t <- gelu'(hidden + bias) (d t s + h p), bias_grad += t
+  void (*gelu_grn_backward)(const S* hidden, const A* bias, S* t, const A* s, const A* beta, const A* p,
+                            const A* row_scale, int64_t rows, int64_t channels, S* scaled, A* bias_grad);
+
+  // The columns of a panel of the right-hand matrix of a product.
+  int64_t product_panel;
+  // Packs at most a panel of columns of a matrix (depth, columns) or, if it is transposed, (columns, depth). The panel
+  // has room for whole registers of them.
+  void (*pack_panel)(const S* from, int64_t step, bool transposed, int64_t depth, int64_t columns, A* panel);
+  void (*product)(const Product<A>&, int64_t rows, int64_t columns);
 
   // columns (count, channels) = x[map], 0 where -1.
   void (*gather_columns)(const A* x, const int32_t* map, int64_t count, int64_t channels, A* columns);
@@ -273,6 +291,9 @@ Kernels<S> make_kernels();
 // environment variable SPARSECNX_CPU_ISA=avx512|avx2|baseline, which is read once, asks for less.
 int isa();
 std::string cpu_isa();
+
+// Returns whether the processor has products of bfloat16 (AVX512-BF16; every one with AMX has that too).
+bool multiplies_bfloat16();
 
 // Returns the kernels for this machine.
 template <class S>

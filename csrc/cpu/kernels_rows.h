@@ -128,36 +128,64 @@ void scale_rows(const S* x, A scale, int64_t rows, int64_t channels, S* out) {
   for_columns<S>(rows * channels, [&](int64_t i, int64_t n) { store(out + i, load(x + i, n) * scale, n); });
 }
 
+// Calls f(first row, last row, c, n) for every register of channels [c, c + n) of a few rows: what it needs of the channels
+// is loaded once for all of them.
+template <class S, class F>
+inline void for_strips(int64_t rows, int64_t channels, const F& f) {
+  constexpr int64_t kStrip = 4;
+  for (int64_t r = 0; r < rows; r += kStrip)
+    for_columns<S>(channels, [&](int64_t c, int64_t n) { f(r, std::min(r + kStrip, rows), c, n); });
+}
+
 template <class S, class A = Compute<S>>
 void gelu_energy(const S* hidden, const A* bias, int64_t rows, int64_t channels, S* h, A* energy) {
-  for_values<S>(nullptr, rows, channels, [&](A, int64_t at, int64_t c, int64_t n) {
-    const Vec<A> value = gelu(load(hidden + at, n) + load(bias + c, n)).value;
-    store(h + at, value, n);
-    accumulate(energy + c, value * value, n);
+  for_strips<S>(rows, channels, [&](int64_t first, int64_t last, int64_t c, int64_t n) {
+    const Vec<A> offset = load(bias + c, n);
+    Vec<A> total = load(energy + c, n);
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t at = r * channels + c;
+      const Vec<A> value = gelu(load(hidden + at, n) + offset).value;
+      store(h + at, value, n);
+      total += value * value;
+    }
+    store(energy + c, total, n);
   });
 }
 
 template <class S, class A = Compute<S>>
-void gelu_grn_sums(const S* hidden, const A* bias, const S* t, const A* s, const A* beta, const A* row_scale,
-                   int64_t rows, int64_t channels, S* h, S* slope, S* scaled, A* scale_grad, A* beta_grad) {
-  for_values<S>(row_scale, rows, channels, [&](A d, int64_t at, int64_t c, int64_t n) {
-    const Gelu<A> activation = gelu(load(hidden + at, n) + load(bias + c, n));
-    const Vec<A> g = load(t + at, n) * d;
-    store(h + at, activation.value, n);
-    store(slope + at, activation.slope, n);
-    store(scaled + at, (activation.value * load(s + c, n) + load(beta + c, n)) * d, n);
-    accumulate(scale_grad + c, g * activation.value, n);
-    accumulate(beta_grad + c, g, n);
+void gelu_grn_sums(const S* hidden, const A* bias, const S* t, const A* row_scale, int64_t rows, int64_t channels,
+                   A* scale_grad, A* beta_grad) {
+  for_strips<S>(rows, channels, [&](int64_t first, int64_t last, int64_t c, int64_t n) {
+    const Vec<A> offset = load(bias + c, n);
+    Vec<A> scale_total = load(scale_grad + c, n), total = load(beta_grad + c, n);
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t at = r * channels + c;
+      const Vec<A> g = load(t + at, n) * (row_scale != nullptr ? row_scale[r] : A(1));
+      scale_total += g * gelu(load(hidden + at, n) + offset).value;
+      total += g;
+    }
+    store(scale_grad + c, scale_total, n);
+    store(beta_grad + c, total, n);
   });
 }
 
 template <class S, class A = Compute<S>>
-void gelu_grn_backward(const S* h, const S* slope, S* t, const A* s, const A* p, const A* row_scale, int64_t rows,
-                       int64_t channels, A* bias_grad) {
-  for_values<S>(row_scale, rows, channels, [&](A d, int64_t at, int64_t c, int64_t n) {
-    const Vec<A> g = load(slope + at, n) * (load(t + at, n) * (load(s + c, n) * d) + load(h + at, n) * load(p + c, n));
-    store(t + at, g, n);
-    accumulate(bias_grad + c, g, n);
+void gelu_grn_backward(const S* hidden, const A* bias, S* t, const A* s, const A* beta, const A* p, const A* row_scale,
+                       int64_t rows, int64_t channels, S* scaled, A* bias_grad) {
+  for_strips<S>(rows, channels, [&](int64_t first, int64_t last, int64_t c, int64_t n) {
+    const Vec<A> offset = load(bias + c, n), shift = load(beta + c, n);
+    const Vec<A> scale = load(s + c, n), response = load(p + c, n);
+    Vec<A> total = load(bias_grad + c, n);
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t at = r * channels + c;
+      const A d = row_scale != nullptr ? row_scale[r] : A(1);
+      const Gelu<A> h = gelu(load(hidden + at, n) + offset);
+      const Vec<A> g = h.slope * (load(t + at, n) * (scale * d) + h.value * response);
+      store(scaled + at, (h.value * scale + shift) * d, n);
+      store(t + at, g, n);
+      total += g;
+    }
+    store(bias_grad + c, total, n);
   });
 }
 

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor> grn(const Tensor& x, const Tensor& gamma, const Tenso
   const auto [rows, channels] = feature_shape(x, "x");
   const int64_t* bounds = check_groups(splits, "splits", rows);
   const int64_t count = splits.numel() - 1;
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = fresh_like(x);
   Tensor energy = empty({count, channels}, compute_dtype(x));
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* g = parameter<A>(gamma, "gamma", channels, x);
@@ -44,8 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor
   const int64_t count = splits.numel() - 1;
   check_dense(energy, "energy", count * channels, compute_dtype(x));
   check_dense(gamma, "gamma", channels, compute_dtype(x));
-  Tensor x_grad = torch::stable::empty_like(x);
-  Tensor gamma_grad = torch::stable::empty_like(gamma), beta_grad = torch::stable::empty_like(gamma);
+  Tensor x_grad = fresh_like(x);
+  Tensor gamma_grad = fresh_like(gamma), beta_grad = fresh_like(gamma);
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* g = data<A>(gamma);
     const std::vector<RowBlock> blocks = split_rows(bounds, 0, count, channels);
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor
 
 std::tuple<Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
   const auto [rows, channels] = feature_shape(x, "x");
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = fresh_like(x);
   Tensor moments = empty({rows, 2}, compute_dtype(x));
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* w = parameter<A>(weight, "weight", channels, x);
@@ -97,8 +97,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
   check_dense(grad, "grad", x.numel(), x.scalar_type());
   check_dense(moments, "moments", 2 * rows, compute_dtype(x));
   check_dense(weight, "weight", channels, compute_dtype(x));
-  Tensor x_grad = torch::stable::empty_like(x);
-  Tensor weight_grad = torch::stable::empty_like(weight), bias_grad = torch::stable::empty_like(weight);
+  Tensor x_grad = fresh_like(x);
+  Tensor weight_grad = fresh_like(weight), bias_grad = fresh_like(weight);
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* w = data<A>(weight);
     const std::array<int64_t, 2> all{0, rows};
@@ -120,7 +120,7 @@ Tensor scale_rows(const Tensor& x, const Tensor& scale, const Tensor& splits) {
   const auto [rows, channels] = feature_shape(x, "x");
   const int64_t* bounds = check_groups(splits, "splits", rows);
   const int64_t images = splits.numel() - 1;
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = fresh_like(x);
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* factor = parameter<A>(scale, "scale", images, x);
     const std::vector<RowBlock> blocks = split_rows(bounds, 0, images, channels);

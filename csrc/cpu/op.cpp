@@ -1,5 +1,9 @@
 #include "op.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 
 namespace sparsecnx {
@@ -38,6 +42,7 @@ class ScratchStack {
       std::free(base_);
       base_ = static_cast<char*>(std::aligned_alloc(kAlignment, highest_));
       capacity_ = base_ == nullptr ? 0 : highest_;
+      ask_for_large_pages(base_, capacity_);
     }
     if (wanted_ == 0) highest_ = 0;
   }
@@ -57,6 +62,15 @@ int64_t whole_lines(int64_t bytes) { return (std::max<int64_t>(bytes, 1) + kAlig
 void* push_scratch(int64_t bytes) { return scratch_stack.push(whole_lines(bytes)); }
 
 void pop_scratch(void* at, int64_t bytes) { scratch_stack.pop(at, whole_lines(bytes)); }
+
+void ask_for_large_pages(void* at, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(at) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(at) + bytes) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: it may be refused
+#endif
+}
 
 void check_size(int64_t value, const char* what, int64_t low, int64_t high) {
   STD_TORCH_CHECK(low <= value && value <= high, "sparsecnx: ", what, " is ", value, ", expected ", low, " to ", high);

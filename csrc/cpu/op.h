@@ -89,9 +89,20 @@ const A* parameter(const Tensor& value, const char* name, int64_t channels, cons
   return data<A>(value);
 }
 
-inline Tensor empty(std::vector<int64_t> shape, ScalarType dtype) {
-  return torch::stable::empty(shape, dtype, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+// Asks the kernel for large pages of memory that was just allocated, if it is large itself: one fault then maps 2 MiB.
+// Otherwise a training step takes a fault for every 4 KiB of its gradients.
+void ask_for_large_pages(void* at, int64_t bytes);
+
+inline Tensor with_large_pages(Tensor x) {
+  ask_for_large_pages(x.mutable_data_ptr(), x.numel() * x.element_size());
+  return x;
 }
+
+inline Tensor empty(std::vector<int64_t> shape, ScalarType dtype) {
+  return with_large_pages(torch::stable::empty(shape, dtype, std::nullopt, std::nullopt, std::nullopt, std::nullopt));
+}
+
+inline Tensor fresh_like(const Tensor& x) { return with_large_pages(torch::stable::empty_like(x)); }
 
 // --- division of work between threads --------------------------------------------------------------------------------
 
@@ -151,80 +162,6 @@ void for_groups(const std::vector<RowBlock>& blocks, const F& f) {
     first = last;
   }
 }
-
-// --- matrix products (products.cpp) ----------------------------------------------------------------------------------
-
-// A row-major matrix in memory that it does not own, or the transpose of one.
-template <class T>
-struct Matrix {
-  T* at;
-  int64_t rows, columns;
-  bool transposed = false;  // `at` holds (columns, rows)
-
-  Matrix t() const { return {at, columns, rows, !transposed}; }
-};
-
-template <class T>
-constexpr ScalarType kDtype = std::is_same_v<T, float>      ? ScalarType::Float
-                              : std::is_same_v<T, double>   ? ScalarType::Double
-                              : std::is_same_v<T, bfloat16> ? ScalarType::BFloat16
-                                                            : ScalarType::Half;
-
-void gemm_raw(void* out, Matrix<void> a, Matrix<void> b, ScalarType dtype, bool add);
-
-// out = a b or, with `add`, out += a b
-template <class T>
-void gemm(T* out, Matrix<T> a, Matrix<T> b, bool add = false) {
-  gemm_raw(out, {a.at, a.rows, a.columns, a.transposed}, {b.at, b.rows, b.columns, b.transposed}, kDtype<T>, add);
-}
-
-// out (columns, rows) = the transpose of a matrix (rows, columns), in one thread
-void transpose(const float* from, int64_t rows, int64_t columns, float* out);
-
-// out (rows, columns) = a sum of products in the computing type. Each 16-bit product is rounded once, their sum never.
-// The memory belongs to the caller and need not be cleared.
-template <class S>
-class GemmSum {
-  using A = Compute<S>;
-
- public:
-  GemmSum(A* out, int64_t rows, int64_t columns) : out_(out), rows_(rows), columns_(columns), count_(rows * columns) {}
-  void add(Matrix<S> a, Matrix<S> b) {
-    if constexpr (!std::is_same_v<S, A>) {
-      product_.resize(count_);
-      widened_.resize(count_);
-      gemm(product_.data(), a, b);
-      kernels<S>().widen(product_.data(), count_, empty_ ? out_ : widened_.data());
-      for (int64_t i = 0; !empty_ && i < count_; ++i) out_[i] += widened_[i];
-    } else if (turned()) {
-      gemm(out_, b.t(), a.t(), !empty_);
-    } else {
-      gemm(out_, a, b, !empty_);
-    }
-    empty_ = false;
-  }
-  // Completes the sum, which is zero if nothing was added.
-  void finish() {
-    if (empty_) std::fill_n(out_, count_, A(0));
-    if constexpr (std::is_same_v<S, float>) {
-      if (!empty_ && turned()) {
-        const std::vector<float> sum(out_, out_ + count_);
-        transpose(sum.data(), columns_, rows_, out_);
-      }
-    }
-    empty_ = false;
-  }
-
- private:
-  // Whether the sum is kept transposed: oneDNN is quicker where the first matrix is the smaller one (products.cpp).
-  bool turned() const { return std::is_same_v<S, float> && rows_ > columns_; }
-
-  A* out_;
-  int64_t rows_, columns_, count_;
-  bool empty_ = true;
-  std::vector<S> product_;
-  std::vector<A> widened_;
-};
 
 void* push_scratch(int64_t bytes);
 void pop_scratch(void* at, int64_t bytes);

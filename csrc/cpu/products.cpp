@@ -1,78 +1,33 @@
-// Matrix products. Those in float32 that are large enough go to oneDNN, the others to torch's BLAS.
-//
-// On AMD's processors MKL, torch's BLAS, uses AVX2 where there is AVX-512, and oneDNN is more than twice as fast
-// (docs/dev/kernels.md). Torch takes oneDNN itself for 16 bits, and for convolutions.
+// Matrix products. Torch's libraries reach 97 to 107 GFLOP/s where the kernel here reaches 115 (kernels_product.h; one thread of
+// an AMD EPYC with AVX-512, the shapes of ConvNeXt V2 Tiny), write to memory of their own, and pack a weight for every call.
+#include "products.h"
+
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>  // C functions, ABI-stable like the rest
 #include <torch/headeronly/util/shim_utils.h>
-
-#include "op.h"
-
-// From shim_cpu.h, which includes what is not stable. Torch lacks the function where it was built without oneDNN.
-extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
-aoti_torch_cpu__linear_pointwise(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*, const char*, const double**,
-                                 int64_t, const char**, AtenTensorHandle*);
 
 namespace sparsecnx {
 namespace {
 
-// The least rows * depth * columns of a product by oneDNN. Below it a call costs more than it saves: 64^3 takes 13 us,
-// 7 through MKL; 128^3 takes 28 us, 40 through MKL. A size that is new costs oneDNN 0.3 ms once.
-constexpr int64_t kLeastProduct = int64_t{1} << 21;
-// A product into memory that is there already is copied to it, which short sums do not repay: their product goes to
-// oneDNN where it has at most so many values, long sums always.
-constexpr int64_t kMostCopied = int64_t{1} << 20, kLongSum = 512;
-// Rows of a step of a weight gradient. With 1024 the transposed step would have all its rows in the same set of L1.
-constexpr int64_t kGradRows = 1008;
-
-bool by_onednn(int64_t rows, int64_t depth, int64_t columns, ScalarType dtype) {
-  static const bool there = &aoti_torch_cpu__linear_pointwise != nullptr && isa() == 2;
-  return there && dtype == ScalarType::Float && rows * columns >= (kLeastProduct + depth - 1) / depth;
-}
+template <class S>
+constexpr ScalarType kDtype = std::is_same_v<S, float>      ? ScalarType::Float
+                              : std::is_same_v<S, double>   ? ScalarType::Double
+                              : std::is_same_v<S, bfloat16> ? ScalarType::BFloat16
+                                                            : ScalarType::Half;
 
 // Returns memory as a tensor.
-Tensor view(Matrix<void> matrix, ScalarType dtype) {
+template <class S>
+Tensor view(Matrix<S> matrix) {
   const std::array<int64_t, 2> shape{matrix.rows, matrix.columns};
   const int64_t stride = std::max<int64_t>(matrix.transposed ? matrix.rows : matrix.columns, 1);
   const std::array<int64_t, 2> along_rows{stride, 1}, along_columns{1, stride};
-  return torch::stable::from_blob(matrix.at, shape, matrix.transposed ? along_columns : along_rows,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+  return torch::stable::from_blob(const_cast<S*>(matrix.at), shape, matrix.transposed ? along_columns : along_rows,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), kDtype<S>);
 }
 
-// Returns x weight' + bias by oneDNN. The rows of x are contiguous; weight may be the transpose of a matrix.
-Tensor onednn_linear(const Tensor& x, const Tensor& weight, const Tensor* bias) {
-  AtenTensorHandle out = nullptr, offset = bias == nullptr ? nullptr : bias->get();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), weight.get(), bias == nullptr ? nullptr : &offset,
-                                                          "none", nullptr, 0, nullptr, &out));
-  return Tensor(out);
-}
-
-}  // namespace
-
-void transpose(const float* from, int64_t rows, int64_t columns, float* out) {
-  const int64_t lanes = kernels<float>().lanes;
-  for (int64_t c = 0; c < columns; c += lanes)
-    kernels<float>().lanes_to_columns(from + c, columns, std::min(lanes, columns - c), rows, out + c * rows, rows);
-}
-
-void gemm_raw(void* out, Matrix<void> a, Matrix<void> b, ScalarType dtype, bool add) {
+template <class S>
+void torch_product(Matrix<S> a, Matrix<S> b, S* out, bool add) {
   if (a.rows == 0 || b.columns == 0) return;
-  const bool repaid = a.columns >= kLongSum || a.rows * b.columns <= kMostCopied;
-  if (a.columns > 0 && repaid && by_onednn(a.rows, a.columns, b.columns, dtype)) {
-    const Scratch<float> packed(a.transposed ? a.rows * a.columns : 0);
-    if (a.transposed) {
-      transpose(static_cast<const float*>(a.at), a.columns, a.rows, packed.data());
-      a = {packed.data(), a.rows, a.columns};
-    }
-    const Tensor product = onednn_linear(view(a, dtype), view(b.t(), dtype), nullptr);
-    const float* from = data<float>(product);
-    float* to = static_cast<float*>(out);
-    parallel_for(0, product.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
-      if (!add) return static_cast<void>(std::copy(from + begin, from + end, to + begin));
-      for (int64_t i = begin; i < end; ++i) to[i] += from[i];
-    });
-    return;
-  }
-  const Tensor result = view({out, a.rows, b.columns}, dtype), left = view(a, dtype), right = view(b, dtype);
+  const Tensor result = view(Matrix<S>{out, a.rows, b.columns}), left = view(a), right = view(b);
   if (add) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
   } else {
@@ -80,10 +35,147 @@ void gemm_raw(void* out, Matrix<void> a, Matrix<void> b, ScalarType dtype, bool 
   }
 }
 
+// Rows that are worth a pass over the panels, rows that fill registers, and the depth of a panel that stays in L2.
+constexpr int64_t kRows = 64, kFewRows = 8, kDepth = 1024;
+
+// Calls f(first row, last row, first panel, last panel) in parallel, for parts that cover all rows and panels: by rows before
+// panels, or by panels before rows.
+template <class F>
+void for_parts(int64_t rows, int64_t panels, bool by_rows, const F& f) {
+  const int64_t threads = torch::stable::get_num_threads(), many = std::max<int64_t>(panels, 1);
+  const auto needed = [&](int64_t parts) { return (threads + parts - 1) / parts; };
+  int64_t down = by_rows ? std::clamp<int64_t>(rows / kRows, 1, threads) : 1;
+  const int64_t across = std::min(needed(down), many);
+  down = std::max(down, std::min(needed(across), rows / kFewRows));
+  parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t r = i / across, c = i % across;
+      f(rows * r / down, rows * (r + 1) / down, panels * c / across, panels * (c + 1) / across);
+    }
+  });
+}
+
+}  // namespace
+
+template <class S>
+bool by_torch() {
+  if constexpr (std::is_same_v<S, bfloat16>) return multiplies_bfloat16();
+  return false;
+}
+
+template <class S>
+Factor<S>::Factor(Matrix<S> b, bool once)
+    : b_(b),
+      packed_(once && !by_torch<S>()),
+      rows_(0),
+      panels_(packed_ ? b.rows * (b.columns + kernels<S>().lanes) : 0) {
+  const int64_t width = kernels<S>().product_panel, panels = packed_ ? (b.columns + width - 1) / width : 0;
+  parallel_for(0, panels, 1 + (1 << 14) / std::max<int64_t>(b.rows * width, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) pack(i, 0, b.rows, panels_.data() + i * width * b.rows);
+  });
+}
+
+template <class S>
+Factor<S>::Factor(int64_t rows, int64_t columns)
+    : b_{nullptr, rows, columns},
+      packed_(!by_torch<S>()),
+      rows_(packed_ ? 0 : rows * columns),
+      panels_(packed_ ? rows * (columns + kernels<S>().lanes) : 0) {
+  b_.at = rows_.data();
+}
+
+template <class S>
+void Factor<S>::pack(int64_t panel, int64_t first, int64_t rows, A* to) const {
+  const int64_t width = kernels<S>().product_panel, column = panel * width;
+  const S* from = b_.at + (b_.transposed ? column * b_.rows + first : first * b_.columns + column);
+  kernels<S>().pack_panel(from, b_.transposed ? b_.rows : b_.columns, b_.transposed, rows,
+                          std::min(width, b_.columns - column), to);
+}
+
+template <class S>
+void Factor<S>::put(int64_t first, const S* from, int64_t rows) {
+  const int64_t columns = b_.columns, width = kernels<S>().product_panel, lanes = kernels<S>().lanes;
+  if (!packed_) {
+    std::copy_n(from, rows * columns, rows_.data() + first * columns);
+    return;
+  }
+  for (int64_t c = 0; c < columns; c += width) {
+    const int64_t count = std::min(width, columns - c), whole = (count + lanes - 1) / lanes * lanes;
+    kernels<S>().pack_panel(from + c, columns, false, rows, count, panels_.data() + c * b_.rows + first * whole);
+  }
+}
+
+template <class S>
+void Factor<S>::part(Matrix<S> a, A* out, bool add, int64_t first, int64_t last, int64_t from, int64_t to) const {
+  const Kernels<S>& k = kernels<S>();
+  const int64_t rows = last - first, depth = a.columns, columns = b_.columns, width = k.product_panel;
+  Product<A> job{nullptr, depth, 1, depth, nullptr, out + first * columns + from * width, columns, add};
+  const Scratch<A> wide(std::is_same_v<S, A> ? 0 : rows * depth);
+  if constexpr (std::is_same_v<S, A>) {
+    job.a = a.at + first * (a.transposed ? 1 : depth);
+    if (a.transposed) job.a_row_step = 1, job.a_depth_step = a.rows;
+  } else {
+    job.a = wide.data();
+    if (a.transposed) {
+      for (int64_t d = 0; d < depth; ++d) k.widen(a.at + d * a.rows + first, rows, wide.data() + d * rows);
+      job.a_row_step = 1, job.a_depth_step = rows;
+    } else {
+      k.widen(a.at + first * depth, rows * depth, wide.data());
+    }
+  }
+  if (packed_) {
+    job.b = panels_.data() + from * width * depth;
+    return k.product(job, rows, std::min(to * width, columns) - from * width);
+  }
+  const Scratch<A> panel(std::min(depth, kDepth) * width);
+  job.b = panel.data();
+  const A* const left = job.a;
+  for (int64_t i = from; i < to; ++i, job.out += width) {
+    for (int64_t d = 0; d == 0 || d < depth; d += kDepth) {
+      job.depth = std::min(kDepth, depth - d);
+      pack(i, d, job.depth, panel.data());
+      job.a = left + d * job.a_depth_step;
+      job.add = add || d > 0;
+      k.product(job, rows, std::min(width, columns - i * width));
+    }
+  }
+}
+
+template <class S>
+void Factor<S>::accumulate(Matrix<S> a, A* out, bool add) const {
+  const Kernels<S>& k = kernels<S>();
+  if (by_torch<S>()) {
+    const int64_t count = a.rows * b_.columns;
+    const Scratch<S> product(count);
+    const Scratch<A> wide(add ? count : 0);
+    torch_product(a, b_, product.data(), false);
+    k.widen(product.data(), count, add ? wide.data() : out);
+    parallel_for(0, add ? count : 0, 1 << 14, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) out[i] += wide.data()[i];
+    });
+    return;
+  }
+  const int64_t panels = (b_.columns + k.product_panel - 1) / k.product_panel;
+  for_parts(a.rows, panels, packed_,
+            [&](int64_t first, int64_t last, int64_t from, int64_t to) { part(a, out, add, first, last, from, to); });
+}
+
+template <class S>
+void Factor<S>::multiply(Matrix<S> a, S* out, bool add) const {
+  if constexpr (std::is_same_v<S, A>) return accumulate(a, out, add);
+  if (by_torch<S>()) return torch_product(a, b_, out, add);
+  const int64_t count = a.rows * b_.columns;
+  const Scratch<A> wide(count);
+  if (add) kernels<S>().widen(out, count, wide.data());
+  accumulate(a, wide.data(), add);
+  kernels<S>().narrow(wide.data(), count, out);
+}
+
 namespace {
 
 // Returns a weight (rows, columns), which may be the transpose of a matrix, as one.
-Matrix<void> check_weight(const Tensor& weight, const Tensor& x) {
+template <class S>
+Matrix<S> check_weight(const Tensor& weight, const Tensor& x) {
   STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.size(1) == x.size(1) && 1 <= weight.size(0) &&
                       weight.size(0) <= kMostChannels,
                   "sparsecnx: weight must be a CPU tensor (C_out, C) with C = ", x.size(1));
@@ -95,7 +187,7 @@ Matrix<void> check_weight(const Tensor& weight, const Tensor& x) {
   STD_TORCH_CHECK(transposed || weight.is_contiguous(),
                   "sparsecnx: weight must be contiguous or the transpose of a contiguous matrix");
   check_storage(weight, "weight");
-  return {weight.mutable_data_ptr(), rows, columns, transposed};
+  return {data<S>(weight), rows, columns, transposed};
 }
 
 // Returns rows of any strides as contiguous ones. A gradient may so keep a part of every few rows without a copy.
@@ -110,23 +202,21 @@ Tensor contiguous_rows(const Tensor& x) {
 Tensor linear(const Tensor& given, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Tensor x = contiguous_rows(given);
   const auto [rows, channels] = feature_shape(x, "x");
-  const Matrix<void> matrix = check_weight(weight, x);
-  const ScalarType dtype = x.scalar_type();
-  if (bias) check_dense(*bias, "bias", matrix.rows, dtype);
-  if (by_onednn(rows, channels, matrix.rows, dtype))
-    return onednn_linear(x, view(matrix, dtype), bias ? &*bias : nullptr);
-  Tensor out = empty({rows, matrix.rows}, dtype);
-  const Tensor right = view(matrix.t(), dtype);
-  if (rows == 0) return out;
-  if (bias) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias->get(), x.get(), right.get(), 1.0, 1.0));
-  } else {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), x.get(), right.get()));
-  }
+  Tensor out;
+  for_dtype(x, [&]<class S, class A>(Types<S, A>) {
+    const Matrix<S> matrix = check_weight<S>(weight, x);
+    if (bias) check_dense(*bias, "bias", matrix.rows, x.scalar_type());
+    out = empty({rows, matrix.rows}, x.scalar_type());
+    S* const to = data<S>(out);
+    parallel_for(0, bias ? rows : 0, 1 + (1 << 14) / matrix.rows, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) std::copy_n(data<S>(*bias), matrix.rows, to + row * matrix.rows);
+    });
+    Factor<S>(matrix.t(), rows > matrix.rows).multiply({data<S>(x), rows, channels}, to, bias.has_value());
+  });
   return out;
 }
 
-// The gradient of weight: grad' x. Each thread sums a slab of rows step by step, and slabs are added up in order.
+// The gradient of weight: grad' x.
 Tensor linear_weight_grad(const Tensor& grad, const Tensor& given) {
   const Tensor x = contiguous_rows(given);
   const auto [rows, columns] = feature_shape(x, "x");
@@ -134,35 +224,8 @@ Tensor linear_weight_grad(const Tensor& grad, const Tensor& given) {
   check_matrix(grad, "grad", rows, channels, x.scalar_type());
   const Tensor out = empty({channels, columns}, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
-    const int64_t count = channels * columns;
-    if (rows < kLongSum && count > kMostCopied)
-      return gemm(data<S>(out), Matrix<S>{data<S>(grad), rows, channels}.t(), Matrix<S>{data<S>(x), rows, columns});
-    const int64_t slabs = std::clamp<int64_t>(rows / kGradRows, 1, torch::stable::get_num_threads());
-    std::vector<Scratch<A>> memory;
-    std::vector<A*> sums;
-    for (int64_t slab = 0; slab < slabs; ++slab) {
-      const bool in_place = slab == 0 && std::is_same_v<S, A>;
-      memory.emplace_back(in_place ? 0 : count);
-      sums.push_back(in_place ? data<A>(out) : memory.back().data());
-    }
-    const auto sum = [&](int64_t slab) {
-      GemmSum<S> total(sums[slab], channels, columns);
-      const int64_t end = rows * (slab + 1) / slabs;
-      for (int64_t row = rows * slab / slabs; row < end; row += kGradRows) {
-        const int64_t step = std::min(kGradRows, end - row);
-        total.add(Matrix<S>{data<S>(grad) + row * channels, step, channels}.t(),
-                  Matrix<S>{data<S>(x) + row * columns, step, columns});
-      }
-      total.finish();
-    };
-    if (slabs == 1) {
-      sum(0);  // A single slab has all threads.
-    } else {
-      parallel_for(0, slabs, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t slab = begin; slab < end; ++slab) sum(slab);
-      });
-    }
-    add_up<S>(sums[0], {sums.begin() + 1, sums.end()}, count, data<S>(out));
+    const Factor<S> right({data<S>(x), rows, columns}, false);
+    right.multiply(Matrix<S>{data<S>(grad), rows, channels}.t(), data<S>(out));
   });
   return out;
 }
@@ -173,4 +236,14 @@ STABLE_TORCH_LIBRARY_IMPL(sparsecnx, CPU, m) {
 }
 
 }  // namespace
+
+template bool by_torch<float>();
+template bool by_torch<double>();
+template bool by_torch<bfloat16>();
+template bool by_torch<half>();
+template class Factor<float>;
+template class Factor<double>;
+template class Factor<bfloat16>;
+template class Factor<half>;
+
 }  // namespace sparsecnx

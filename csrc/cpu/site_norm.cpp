@@ -91,9 +91,9 @@ std::tuple<Tensor, Tensor, Tensor> site_norm(const Tensor& x, const std::optiona
                                              const std::optional<Tensor>& bias, const Tensor& splits, int64_t groups,
                                              double eps, int64_t activation, double slope) {
   const Sizes sizes = check_sizes(x, splits, groups, activation);
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = fresh_like(x);
   Tensor mean = empty({sizes.segments, groups}, compute_dtype(x));
-  Tensor variance = torch::stable::empty_like(mean);
+  Tensor variance = fresh_like(mean);
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const std::vector<RowBlock> blocks = split_rows(sizes.bounds, 0, sizes.segments, sizes.channels);
     moments(sizes, blocks, data<S>(x), data<A>(mean), data<A>(variance));
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> site_norm_backward(const Tensor& grad, const 
   const int64_t channels = sizes.channels, count = sizes.segments * groups;
   check_dense(grad, "grad", x.numel(), x.scalar_type());
   Tensor x_grad = empty({needs_x ? sizes.rows : 0, channels}, x.scalar_type());
-  Tensor weight_grad = empty({channels}, compute_dtype(x)), bias_grad = torch::stable::empty_like(weight_grad);
+  Tensor weight_grad = empty({channels}, compute_dtype(x)), bias_grad = fresh_like(weight_grad);
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     const A* w = optional_parameter<A>(weight, "weight", channels, x);
     const Affine<A> affine(sizes, parameter<A>(mean, "mean", count, x), parameter<A>(variance, "variance", count, x), w,

@@ -172,25 +172,41 @@ inline Vec<double> exp(Vec<double> x) {
   return x;
 }
 
-// exp(x) = 2^n exp(r), |r| <= ln(2) / 2, by its Taylor polynomial; below the smallest normal float it is 0.
-inline Vec<float> exp(Vec<float> x) {
-  const Ints vanishes = x < -87.0f;
-  const Ints too_large = x > 88.0f;
-  x = too_large ? splat<Vec<float>>(88.0f) : x;
+// Returns 1 / x to 2^-23, for x in [2^-100, 2^100].
+inline Vec<float> reciprocal(Vec<float> x) {
+#if defined(SPARSECNX_AVX512)
+  const Vec<float> y = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+  return y + y * (1.0f - x * y);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// exp(x) = 2^n exp(r), |r| <= ln(2) / 2, for |x| <= 128: exp(r) = 1 + r + r^2 Q(r), a minimax fit with relative error 3e-9.
+inline Vec<float> exp_bounded(Vec<float> x) {
   const Vec<float> shift = splat<Vec<float>>(12582912.0f);  // 1.5 * 2^23 rounds to an integer
   const Vec<float> n = (x * 1.44269504f + shift) - shift;
   const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec<float> y = splat<Vec<float>>(1.0f / 5040);
-  y = y * r + 1.0f / 720;
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
+  Vec<float> y = splat<Vec<float>>(1.381453826e-3f);
+  y = y * r + 8.368745446e-3f;
+  y = y * r + 4.166838899e-2f;
+  y = y * r + 1.666652113e-1f;
+  y = y * r + 4.999999404e-1f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
-  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-  y = y * (Vec<float>)power;
-  return vanishes ? Vec<float>{} : y;
+#if defined(SPARSECNX_AVX512)
+  return (Vec<float>)_mm512_scalef_ps((__m512)y, (__m512)n);
+#else
+  // Two factors, since 2^n itself may be too large or too small.
+  const Ints power = __builtin_convertvector(n, Ints), half = power >> 1;
+  return y * (Vec<float>)((half + 127) << 23) * (Vec<float>)((power - half + 127) << 23);
+#endif
+}
+
+// From -104 down it rounds to 0, from 89 up to infinity. A NaN fails both comparisons and stays.
+inline Vec<float> exp(Vec<float> x) {
+  x = x < -104.0f ? splat<Vec<float>>(-104.0f) : x;
+  return exp_bounded(x > 89.0f ? splat<Vec<float>>(89.0f) : x);
 }
 
 // The exact GELU x Phi(x) and its derivative Phi(x) + x phi(x).
@@ -210,20 +226,21 @@ inline Gelu<double> gelu(Vec<double> x) {
 }
 
 // erfc(z) = exp(-z^2) t P(t), t = 1 / (1 + 0.33 z), z = |x| / sqrt(2): P is a minimax fit on 0 <= z <= 9.6 with
-// relative error 8e-8. One exponential serves the value and the slope.
+// relative error 8e-8. One exponential serves the value and the slope. From |x| = 15 on it is 0.
 inline Gelu<float> gelu(Vec<float> x) {
-  const Vec<float> magnitude = (Vec<float>)((Ints)x & 0x7fffffff);
-  const Vec<float> t = 1.0f / (1.0f + (0.33f * 0.70710678f) * magnitude);
-  const Vec<float> e = exp(-0.5f * x * x);
-  Vec<float> p = splat<Vec<float>>(-1.359294056e-01f);
-  p = p * t + 4.626909441e-01f;
-  p = p * t - 3.554439919e-01f;
-  p = p * t + 4.125466753e-01f;
-  p = p * t + 4.500768980e-02f;
-  p = p * t + 2.019248218e-01f;
-  p = p * t + 1.828370617e-01f;
-  p = p * t + 1.863661232e-01f;
-  const Vec<float> tail = 0.5f * p * t * e;
+  Vec<float> magnitude = (Vec<float>)((Ints)x & 0x7fffffff);
+  magnitude = magnitude > 15.0f ? splat<Vec<float>>(15.0f) : magnitude;
+  const Vec<float> t = reciprocal(1.0f + (0.33f * 0.70710678f) * magnitude);
+  const Vec<float> e = exp_bounded(magnitude * magnitude * -0.5f);
+  Vec<float> p = splat<Vec<float>>(0.5f * -1.359294056e-01f);
+  p = p * t + 0.5f * 4.626909441e-01f;
+  p = p * t - 0.5f * 3.554439919e-01f;
+  p = p * t + 0.5f * 4.125466753e-01f;
+  p = p * t + 0.5f * 4.500768980e-02f;
+  p = p * t + 0.5f * 2.019248218e-01f;
+  p = p * t + 0.5f * 1.828370617e-01f;
+  p = p * t + 0.5f * 1.863661232e-01f;
+  const Vec<float> tail = p * (t * e);
   const Vec<float> cdf = x < 0.0f ? tail : 1.0f - tail;
   return {x * cdf, cdf + x * e * 0.39894228f};
 }

@@ -1,4 +1,4 @@
-"""Large float32 products of rows and a matrix on a CPU, which oneDNN computes: `sparsecnx.ops.linear`."""
+"""Large float32 products of rows and a matrix on a CPU, by the compiled operator: `sparsecnx.ops.linear`."""
 
 from __future__ import annotations
 
@@ -50,16 +50,6 @@ def test_values_and_gradients_of_gradients(size, count):
         found, again = (results(linear, values(*size)) for _ in range(2))
     assert_same(found, expected, BOUNDS[torch.float32])
     assert all(torch.equal(found[name], again[name]) for name in found)
-
-
-@pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or torch.ops.sparsecnx.cpu_isa() != "avx512",
-    reason="products go to oneDNN where torch has it and the CPU has AVX-512",
-)
-def test_it_is_onednn():
-    x, weight, bias = (value.detach() for value in values(*SIZES[0]))
-    by_onednn = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    assert torch.equal(linear(x, weight, bias), by_onednn)
 
 
 @pytest.mark.parametrize("layout", ["matrix", "transposed", "strided"])
