@@ -310,21 +310,59 @@ struct Kept {
 // The per-channel parameters.
 enum Vector { kDwconvBias, kNormWeight, kNormBias, kPwconv1Bias, kGamma, kBeta, kPwconv2Bias, kVectors };
 
+// One worker's gradient of a matrix, a sum of products.
+template <class S>
+class MatrixSum {
+  using A = Compute<S>;
+
+ public:
+  // Without `own` memory it is in `out`, which takes one product, or a sum of them if it has the computing type.
+  MatrixSum(S* out, int64_t count, bool own) : out_(out), count_(count), own_(own ? count : 0), in_place_(!own) {}
+
+  void add(Matrix<S> a, const Factor<S>& b) {
+    if (in_place_ && !added_) {
+      b.multiply(a, out_);
+    } else {
+      b.accumulate(a, sum(), added_);
+    }
+    added_ = true;
+  }
+
+  // Completes the sum, which is zero if nothing was added.
+  void finish() {
+    if (added_) return;
+    if (in_place_) std::fill_n(out_, count_, S{});
+    if (!in_place_) std::fill_n(sum(), count_, A(0));
+  }
+
+  // Stores the sum of this and the others, all of them complete.
+  void store_total(const std::vector<const A*>& others) {
+    if (!in_place_ || !others.empty()) add_up<S>(sum(), others, count_, out_);
+  }
+
+  A* sum() { return in_place_ ? reinterpret_cast<A*>(out_) : own_.data(); }
+
+ private:
+  S* out_;
+  int64_t count_;
+  Scratch<A> own_;
+  bool in_place_, added_ = false;
+};
+
 // One worker's gradients of the parameters, and the memory for its chunks.
 template <class S>
 struct BackwardWorker {
   using A = Compute<S>;
 
-  A *w1, *w2;
-  bool added = false;  // whether w1 and w2 hold anything
+  std::array<MatrixSum<S>, 2> matrices;  // of pwconv1 and pwconv2
   WeightGradSum<S> taps;
   std::array<std::vector<A>, kVectors> vectors;
   Scratch<S> v, du, t, hidden;  // the last if it is computed again
   int64_t slabs;
 
-  BackwardWorker(const Block<S>& block, int64_t rows, bool again, A* w1_grad, A* w2_grad)
-      : w1(w1_grad),
-        w2(w2_grad),
+  BackwardWorker(const Block<S>& block, int64_t rows, bool again, const std::array<S*, 2>& out, bool own)
+      : matrices{MatrixSum<S>{out[0], block.hidden * block.channels, own},
+                 MatrixSum<S>{out[1], block.hidden * block.channels, own}},
         taps(block.halo, block.channels),
         v(rows * block.channels),
         du(rows * block.channels),
@@ -417,9 +455,8 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const BackwardFac
   norm_bias_sums.add_to(worker.vectors[kNormBias].data());
   bias_sums.add_to(worker.vectors[kDwconvBias].data());
 
-  right_scaled.accumulate(g.t(), worker.w2, worker.added);
-  right_v.accumulate(Matrix<S>{t, chunk.rows(), H}.t(), worker.w1, worker.added);
-  worker.added = true;
+  worker.matrices[0].add(Matrix<S>{t, chunk.rows(), H}.t(), right_v);
+  worker.matrices[1].add(g.t(), right_scaled);
 
   const int64_t first_tile = chunk.begin / sites;
   const Depthwise<S> adjoint{block.halo,          block.table, C,         du,     first_tile,
@@ -433,7 +470,8 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const BackwardFac
 // The outputs of backward, in the order of the block's parameters.
 template <class S>
 struct Grads {
-  S *x, *dwconv_weight, *w1, *w2;
+  S *x, *dwconv_weight;
+  std::array<S*, 2> matrices;  // of pwconv1 and pwconv2
   std::array<Compute<S>*, kVectors> vectors;
 };
 
@@ -441,32 +479,28 @@ template <class S>
 void backward(const Block<S>& block, const Tensor& dwconv_weight, const Kept<S>& kept, const Grads<S>& out) {
   using A = Compute<S>;
   const std::vector<A> adjoint_taps = taps_first<S>(dwconv_weight, true);
-  const int64_t workers = block.work.count(), matrix = block.hidden * block.channels;
-  std::vector<Scratch<A>> sums;
-  std::vector<A*> w1, w2;
-  for (int64_t i = 0; i < workers; ++i) {
-    // If the result has the computing type, the first worker sums into it directly.
-    const bool in_place = i == 0 && std::is_same_v<S, A>;
-    sums.emplace_back(in_place ? 0 : 2 * matrix);
-    w1.push_back(in_place ? reinterpret_cast<A*>(out.w1) : sums[i].data());
-    w2.push_back(in_place ? reinterpret_cast<A*>(out.w2) : sums[i].data() + matrix);
-  }
-
+  const int64_t workers = block.work.count();
   const Matrix<S> again = kept.hidden == nullptr ? block.w1.t() : Matrix<S>{nullptr, 0, 0};
   const bool once = !block.work.wide;
   const BackwardFactors<S> factors{{block.w2, once}, {block.w1, once}, {again, once}};
+  const bool one_product = workers == 1 && block.work.workers[0].size() <= 1;
   std::vector<BackwardWorker<S>> states;
   states.reserve(workers);
-  for (int64_t i = 0; i < workers; ++i)
-    states.emplace_back(block, longest(block.work.workers[i]), kept.hidden == nullptr, w1[i], w2[i]);
+  for (int64_t i = 0; i < workers; ++i) {
+    const bool own = i > 0 || !(std::is_same_v<S, A> || one_product);
+    states.emplace_back(block, longest(block.work.workers[i]), kept.hidden == nullptr, out.matrices, own);
+  }
   block.for_workers([&](int64_t i) {
     for (const Chunk& chunk : block.work.workers[i])
       backward_chunk(block, chunk, factors, adjoint_taps, kept, out.x, states[i]);
-    for (A* sum : {w1[i], w2[i]}) std::fill_n(sum, states[i].added ? 0 : matrix, A(0));
+    for (MatrixSum<S>& sum : states[i].matrices) sum.finish();
   });
 
-  add_up<S>(w1[0], {w1.begin() + 1, w1.end()}, matrix, out.w1);
-  add_up<S>(w2[0], {w2.begin() + 1, w2.end()}, matrix, out.w2);
+  for (int64_t m = 0; m < 2; ++m) {
+    std::vector<const A*> others;
+    for (int64_t i = 1; i < workers; ++i) others.push_back(states[i].matrices[m].sum());
+    states[0].matrices[m].store_total(others);
+  }
   for (int64_t i = 0; i < workers; ++i) {
     if (i > 0) states[0].taps.add(states[i].taps);
     for (int j = 0; j < kVectors; ++j) {
@@ -524,7 +558,7 @@ convnextv2_block_backward(const Tensor& grad, const Tensor& x, const Tensor& dwc
     w2_grad = fresh_like(pwconv2_weight);
     vectors = {fresh_like(dwconv_bias), fresh_like(norm_weight), fresh_like(norm_bias),   fresh_like(pwconv1_bias),
                fresh_like(grn_gamma),   fresh_like(grn_beta),    fresh_like(pwconv2_bias)};
-    Grads<S> grads{data<S>(x_grad), data<S>(dwconv_weight_grad), data<S>(w1_grad), data<S>(w2_grad), {}};
+    Grads<S> grads{data<S>(x_grad), data<S>(dwconv_weight_grad), {data<S>(w1_grad), data<S>(w2_grad)}, {}};
     for (size_t i = 0; i < vectors.size(); ++i) grads.vectors[i] = data<A>(vectors[i]);
     backward<S>(block, dwconv_weight,
                 {data<S>(grad), data<S>(u), data<A>(moments), data<A>(energy), kept ? data<S>(hidden) : nullptr},

@@ -97,6 +97,31 @@ def test_activations_are_those_of_torch(backend, activation):
 
 
 @needs_cpu
+@pytest.mark.parametrize(("activation", "value_error", "slope_error"), [("gelu", 6, 6), ("silu", 3, 20)])
+def test_activations_over_the_whole_range(activation, value_error, slope_error):
+    """Errors are multiples of 2^-24 |z| and 2^-24: those of torch's own, or less. Infinity, NaN and 0 are exact."""
+    powers = torch.exp2(torch.linspace(-140, 126, 20000, dtype=torch.float64))
+    around = torch.linspace(-100, 100, 50001, dtype=torch.float64)
+    z = torch.cat([powers, -powers, around]).float()
+    for special in (float("inf"), float("nan"), 0.0):
+        z = torch.cat([z, torch.tensor([special])])
+    x = SparseTensor.from_dense(torch.zeros(1, len(z), 1, 2), torch.zeros(1, 1, 2, dtype=torch.bool))
+    bias, exact = z.clone().requires_grad_(), z.double().requires_grad_()
+    with use_backend("cpu"):  # x and the weight are zero, so that the bias is what is activated
+        value = ops.batch_norm(x, None, None, torch.zeros_like(z), bias, training=True, activation=activation).features[
+            0
+        ]
+    expected = ACTIVATIONS[activation](exact, 0.0)
+    value.sum().backward()
+    expected.sum().backward()
+    finite, magnitude = slice(0, -3), z[:-3].abs().double()
+    assert ((value - expected).abs()[finite] <= value_error * 2**-24 * magnitude + 2**-149).all()
+    assert ((bias.grad - exact.grad).abs()[finite] <= slope_error * 2**-24).all()
+    assert value[-3:].tolist()[::2] == [float("inf"), 0.0] and value[-2].isnan()
+    assert bias.grad[-1] == 0.5 and bias.grad[-2].isnan()
+
+
+@needs_cpu
 @EVERY
 @DTYPES
 @settings(max_examples=8)
