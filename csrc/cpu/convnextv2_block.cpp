@@ -87,7 +87,7 @@ struct Division {
 // The chunks of each worker. If there is one worker, the threads share its chunks; otherwise each worker is a thread.
 struct Work {
   std::vector<std::vector<Chunk>> workers;
-  bool wide = false;  // the threads share a product by its columns, for all rows of a chunk
+  bool whole = false;  // a product is of a whole chunk, and the threads share it: few rows, or by torch
 
   int64_t count() const { return static_cast<int64_t>(workers.size()); }
 };
@@ -196,11 +196,12 @@ struct Block {
     });
   }
 
-  // Calls before(piece), multiply(piece) and after(piece) for every piece of a chunk, in parallel. If the work is wide,
+  // Calls before(piece), multiply(piece) and after(piece) for every piece of a chunk, in parallel. If products are of whole
+  // chunks,
   // multiply is called once for the whole chunk instead.
   template <class Before, class Multiply, class After>
   void for_pieces(const Chunk& chunk, const Before& before, const Multiply& multiply, const After& after) const {
-    if (work.wide) {
+    if (work.whole) {
       for_pieces(chunk, before);
       multiply(Piece{chunk.begin, chunk.end, 0, static_cast<int64_t>(chunk.parts.size())});
       return for_pieces(chunk, after);
@@ -291,7 +292,8 @@ void forward(const Block<S>& block, const Tensor& dwconv_weight, const Outputs<S
   const Depthwise<S> conv{block.halo,  block.table,       block.channels, block.x, 0,
                           taps.data(), block.dwconv_bias, nullptr,        out.u,   0};
   std::fill_n(out.energy, block.groups * block.hidden, A(0));
-  const Factor<S> w1(block.w1.t(), !block.work.wide), w2(block.w2.t(), !block.work.wide);
+  const bool many_rows = !block.work.whole;
+  const Factor<S> w1(block.w1.t(), many_rows), w2(block.w2.t(), many_rows);
   block.for_workers([&](int64_t worker) {
     const std::vector<Chunk>& chunks = block.work.workers[worker];
     const Scratch<S> v(longest(chunks) * block.channels), h(longest(chunks) * block.hidden);
@@ -481,8 +483,8 @@ void backward(const Block<S>& block, const Tensor& dwconv_weight, const Kept<S>&
   const std::vector<A> adjoint_taps = taps_first<S>(dwconv_weight, true);
   const int64_t workers = block.work.count();
   const Matrix<S> again = kept.hidden == nullptr ? block.w1.t() : Matrix<S>{nullptr, 0, 0};
-  const bool once = !block.work.wide;
-  const BackwardFactors<S> factors{{block.w2, once}, {block.w1, once}, {again, once}};
+  const bool many_rows = !block.work.whole;
+  const BackwardFactors<S> factors{{block.w2, many_rows}, {block.w1, many_rows}, {again, many_rows}};
   const bool one_product = workers == 1 && block.work.workers[0].size() <= 1;
   std::vector<BackwardWorker<S>> states;
   states.reserve(workers);

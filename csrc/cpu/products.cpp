@@ -35,16 +35,17 @@ void torch_product(Matrix<S> a, Matrix<S> b, S* out, bool add) {
   }
 }
 
-// Rows that are worth a pass over the panels, rows that fill registers, and the depth of a panel that stays in L2.
-constexpr int64_t kRows = 64, kFewRows = 8, kDepth = 1024;
+// Rows that are worth a pass over the panels, and rows that fill registers.
+constexpr int64_t kRows = 64, kFewRows = 8;
+// The depth of a sum over rows, which are packed for it, and the columns that few rows take at a time.
+constexpr int64_t kDepth = 1024, kColumns = 64;
 
-// Calls f(first row, last row, first panel, last panel) in parallel, for parts that cover all rows and panels: by rows before
-// panels, or by panels before rows.
+// Calls f(first row, last row, first panel, last panel) in parallel, for parts that cover all rows and panels.
 template <class F>
-void for_parts(int64_t rows, int64_t panels, bool by_rows, const F& f) {
+void for_parts(int64_t rows, int64_t panels, const F& f) {
   const int64_t threads = torch::stable::get_num_threads(), many = std::max<int64_t>(panels, 1);
   const auto needed = [&](int64_t parts) { return (threads + parts - 1) / parts; };
-  int64_t down = by_rows ? std::clamp<int64_t>(rows / kRows, 1, threads) : 1;
+  int64_t down = std::clamp<int64_t>(rows / kRows, 1, threads);
   const int64_t across = std::min(needed(down), many);
   down = std::max(down, std::min(needed(across), rows / kFewRows));
   parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
@@ -64,14 +65,18 @@ bool by_torch() {
 }
 
 template <class S>
-Factor<S>::Factor(Matrix<S> b, bool once)
+Factor<S>::Factor(Matrix<S> b, bool many_rows)
     : b_(b),
-      packed_(once && !by_torch<S>()),
+      packed_(many_rows && !by_torch<S>()),
       rows_(0),
       panels_(packed_ ? b.rows * (b.columns + kernels<S>().lanes) : 0) {
-  const int64_t width = kernels<S>().product_panel, panels = packed_ ? (b.columns + width - 1) / width : 0;
+  const Kernels<S>& k = kernels<S>();
+  const int64_t width = k.product_panel, step = b.transposed ? b.rows : b.columns;
+  const int64_t panels = packed_ ? (b.columns + width - 1) / width : 0;
   parallel_for(0, panels, 1 + (1 << 14) / std::max<int64_t>(b.rows * width, 1), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pack(i, 0, b.rows, panels_.data() + i * width * b.rows);
+    for (int64_t c = begin * width; c < std::min(end * width, b.columns); c += width)
+      k.pack_panel(b.at + (b.transposed ? c * step : c), step, b.transposed, b.rows, std::min(width, b.columns - c),
+                   panels_.data() + c * b.rows);
   });
 }
 
@@ -82,14 +87,6 @@ Factor<S>::Factor(int64_t rows, int64_t columns)
       rows_(packed_ ? 0 : rows * columns),
       panels_(packed_ ? rows * (columns + kernels<S>().lanes) : 0) {
   b_.at = rows_.data();
-}
-
-template <class S>
-void Factor<S>::pack(int64_t panel, int64_t first, int64_t rows, A* to) const {
-  const int64_t width = kernels<S>().product_panel, column = panel * width;
-  const S* from = b_.at + (b_.transposed ? column * b_.rows + first : first * b_.columns + column);
-  kernels<S>().pack_panel(from, b_.transposed ? b_.rows : b_.columns, b_.transposed, rows,
-                          std::min(width, b_.columns - column), to);
 }
 
 template <class S>
@@ -106,46 +103,53 @@ void Factor<S>::put(int64_t first, const S* from, int64_t rows) {
 }
 
 template <class S>
-void Factor<S>::part(Matrix<S> a, A* out, bool add, int64_t first, int64_t last, int64_t from, int64_t to) const {
+void Factor<S>::part(Matrix<S> a, int64_t first, int64_t last, int64_t from, int64_t to, A* out, int64_t out_step,
+                     bool add) const {
   const Kernels<S>& k = kernels<S>();
-  const int64_t rows = last - first, depth = a.columns, columns = b_.columns, width = k.product_panel;
-  Product<A> job{nullptr, depth, 1, depth, nullptr, out + first * columns + from * width, columns, add};
+  const int64_t rows = last - first, depth = a.columns, width = k.product_panel;
+  Product<A> job{nullptr, depth, 1, depth, panels_.data() + from * width * depth, out, out_step, add};
   const Scratch<A> wide(std::is_same_v<S, A> ? 0 : rows * depth);
   if constexpr (std::is_same_v<S, A>) {
     job.a = a.at + first * (a.transposed ? 1 : depth);
     if (a.transposed) job.a_row_step = 1, job.a_depth_step = a.rows;
+  } else if (a.transposed) {
+    for (int64_t d = 0; d < depth; ++d) k.widen(a.at + d * a.rows + first, rows, wide.data() + d * rows);
+    job.a = wide.data(), job.a_row_step = 1, job.a_depth_step = rows;
   } else {
+    k.widen(a.at + first * depth, rows * depth, wide.data());
     job.a = wide.data();
-    if (a.transposed) {
-      for (int64_t d = 0; d < depth; ++d) k.widen(a.at + d * a.rows + first, rows, wide.data() + d * rows);
-      job.a_row_step = 1, job.a_depth_step = rows;
-    } else {
-      k.widen(a.at + first * depth, rows * depth, wide.data());
+  }
+  k.product(job, rows, std::min(to * width, b_.columns) - from * width);
+}
+
+// Computes the transpose of out, b' a', some columns at a time, so that b is read once.
+template <class S>
+void Factor<S>::few_rows(Matrix<S> a, A* out, bool add) const {
+  const Kernels<A>& k = kernels<A>();
+  const int64_t rows = a.rows, columns = b_.columns, step = (rows + k.lanes - 1) / k.lanes * k.lanes;
+  const int64_t panels = (rows + k.product_panel - 1) / k.product_panel;
+  const Factor<S> right(a.t(), true);
+  parallel_for(0, (columns + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<A> turned(kColumns * step);
+    for (int64_t first = begin * kColumns; first < std::min(end * kColumns, columns); first += kColumns) {
+      const int64_t last = std::min(first + kColumns, columns);
+      for (int64_t r = 0; add && r < rows; r += k.lanes)
+        k.columns_to_lanes(out + r * columns + first, columns, std::min(k.lanes, rows - r), last - first,
+                           turned.data() + r, step);
+      right.part(b_.t(), first, last, 0, panels, turned.data(), step, add);
+      for (int64_t r = 0; r < rows; r += k.lanes)
+        k.lanes_to_columns(turned.data() + r, step, std::min(k.lanes, rows - r), last - first,
+                           out + r * columns + first, columns);
     }
-  }
-  if (packed_) {
-    job.b = panels_.data() + from * width * depth;
-    return k.product(job, rows, std::min(to * width, columns) - from * width);
-  }
-  const Scratch<A> panel(std::min(depth, kDepth) * width);
-  job.b = panel.data();
-  const A* const left = job.a;
-  for (int64_t i = from; i < to; ++i, job.out += width) {
-    for (int64_t d = 0; d == 0 || d < depth; d += kDepth) {
-      job.depth = std::min(kDepth, depth - d);
-      pack(i, d, job.depth, panel.data());
-      job.a = left + d * job.a_depth_step;
-      job.add = add || d > 0;
-      k.product(job, rows, std::min(width, columns - i * width));
-    }
-  }
+  });
 }
 
 template <class S>
 void Factor<S>::accumulate(Matrix<S> a, A* out, bool add) const {
   const Kernels<S>& k = kernels<S>();
+  const int64_t columns = b_.columns, width = k.product_panel;
   if (by_torch<S>()) {
-    const int64_t count = a.rows * b_.columns;
+    const int64_t count = a.rows * columns;
     const Scratch<S> product(count);
     const Scratch<A> wide(add ? count : 0);
     torch_product(a, b_, product.data(), false);
@@ -155,9 +159,10 @@ void Factor<S>::accumulate(Matrix<S> a, A* out, bool add) const {
     });
     return;
   }
-  const int64_t panels = (b_.columns + k.product_panel - 1) / k.product_panel;
-  for_parts(a.rows, panels, packed_,
-            [&](int64_t first, int64_t last, int64_t from, int64_t to) { part(a, out, add, first, last, from, to); });
+  if (!packed_) return few_rows(a, out, add);
+  for_parts(a.rows, (columns + width - 1) / width, [&](int64_t first, int64_t last, int64_t from, int64_t to) {
+    part(a, first, last, from, to, out + first * columns + from * width, columns, add);
+  });
 }
 
 template <class S>
@@ -224,8 +229,17 @@ Tensor linear_weight_grad(const Tensor& grad, const Tensor& given) {
   check_matrix(grad, "grad", rows, channels, x.scalar_type());
   const Tensor out = empty({channels, columns}, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
-    const Factor<S> right({data<S>(x), rows, columns}, false);
-    right.multiply(Matrix<S>{data<S>(grad), rows, channels}.t(), data<S>(out));
+    S* const to = data<S>(out);
+    const Matrix<S> left{data<S>(grad), rows, channels}, right{data<S>(x), rows, columns};
+    if (rows <= kDepth || by_torch<S>()) return Factor<S>(right, true).multiply(left.t(), to);
+    const Scratch<A> wide(std::is_same_v<S, A> ? 0 : out.numel());
+    A* const sum = std::is_same_v<S, A> ? reinterpret_cast<A*>(to) : wide.data();
+    for (int64_t row = 0; row < rows; row += kDepth) {
+      const int64_t count = std::min(kDepth, rows - row);
+      const Matrix<S> part{left.at + row * channels, count, channels};
+      Factor<S>({right.at + row * columns, count, columns}, true).accumulate(part.t(), sum, row > 0);
+    }
+    if (!std::is_same_v<S, A>) kernels<S>().narrow(sum, out.numel(), to);
   });
   return out;
 }

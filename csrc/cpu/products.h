@@ -19,15 +19,15 @@ struct Matrix {
 template <class S>
 bool by_torch();
 
-// The right-hand matrix of products. It is packed once, or at every product, panel by panel: what is packed for few rows should
-// not leave the cache. All threads share the work of a member function, but for `put`; in a parallel region the calling
-// thread does it alone.
+// The right-hand matrix of products. For many rows it is packed once. For few rows they are packed instead, at every product,
+// and the matrix is read where it lies. All threads share the work of a member function, but for `put`; in a parallel region
+// the calling thread does it alone.
 template <class S>
 class Factor {
   using A = Compute<S>;
 
  public:
-  Factor(Matrix<S> b, bool once);
+  Factor(Matrix<S> b, bool many_rows);
   // A matrix whose rows are put one after another.
   Factor(int64_t rows, int64_t columns);
 
@@ -41,9 +41,9 @@ class Factor {
 
  private:
   // Multiplies rows [first, last) of a by panels [from, to).
-  void part(Matrix<S> a, A* out, bool add, int64_t first, int64_t last, int64_t from, int64_t to) const;
-  // Packs rows [first, first + rows) of one panel.
-  void pack(int64_t panel, int64_t first, int64_t rows, A* to) const;
+  void part(Matrix<S> a, int64_t first, int64_t last, int64_t from, int64_t to, A* out, int64_t out_step,
+            bool add) const;
+  void few_rows(Matrix<S> a, A* out, bool add) const;
 
   Matrix<S> b_;
   bool packed_;
