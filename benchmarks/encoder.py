@@ -12,8 +12,8 @@ Variants:
     compiled       the same through torch.compile: as a whole, or with --by-block block by block, which compiles faster
     dense_nchw     eager, images and weights contiguous; those of the two above are channels_last
     compiled_nchw  likewise, compiled
-    floor          no encoder, only the matrix products of its blocks at the visible rows, by the library that takes
-                   them in the encoder: two a block, with backward six
+    floor          no encoder, only the matrix products of its blocks at the visible rows: two a block, with backward
+                   six; in float32 on a CPU by our own kernel, as in the encoder, otherwise by torch's
 
 Before anything is timed, outputs and all parameter gradients are compared with the dense encoder in float32. In 16 bits
 an encoder may be as far off as the eager dense one is under the same autocast, see `Workload.limit`. Forward alone is
