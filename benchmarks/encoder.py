@@ -2,6 +2,7 @@
 
     python benchmarks/encoder.py --out benchmarks/results/encoder-cpu.json
     python benchmarks/encoder.py --sweep all --out benchmarks/results/encoder-cpu.json --plot benchmarks/results
+    python benchmarks/encoder.py --variants sparse --ratio 0.6 0.9 --anatomy
     python benchmarks/encoder.py --device cuda --dtype bfloat16 --size tiny base --batch 64 --by-block --out gpu.json
 
 Variants:
@@ -12,15 +13,18 @@ Variants:
     compiled       the same through torch.compile: as a whole, or with --by-block block by block, which compiles faster
     dense_nchw     eager, images and weights contiguous; those of the two above are channels_last
     compiled_nchw  likewise, compiled
-    floor          no encoder, only the matrix products of its blocks at the visible rows, by the library that takes
-                   them in the encoder: two a block, with backward six
+    floor          no encoder, only the matrix products of its blocks at the visible rows: two a block, with backward
+                   six; in float32 on a CPU by our own kernel, as in the encoder, otherwise by torch's
 
-Before anything is timed, outputs and all parameter gradients are compared with the dense encoder in float32. Forward
-alone is timed without gradients. Forward + backward is timed with gradients of all parameters, which start out as None.
+Before anything is timed, outputs and all parameter gradients are compared with the dense encoder in float32. In 16 bits
+an encoder may be as far off as the eager dense one is under the same autocast, see `Workload.limit`. Forward alone is
+timed without gradients. Forward + backward is timed with gradients of all parameters, which start out as None.
 
 Memory, for each encoder: `saved_bytes` is what autograd keeps for backward, without parameters and images. `peak_bytes`
 is the peak of forward + backward, gradients included, beyond weights and images; on the CPU it is measured in a fresh
 process, for the compiled encoder after its first steps, since compiling needs more than running.
+
+--anatomy also says where the time of `sparse` goes on a CPU, see `Workload.anatomy`.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -133,13 +138,10 @@ class Workload:
         """Compare every encoder with the dense one in float32.
 
         Raises:
-            Mismatch: outputs or gradients differ by more than the tolerance of the dtype.
+            Mismatch: outputs or gradients differ by more than `limit`.
         """
-        reference, limit = self.reference, measure.TOLERANCE[self.case.dtype]
-        reference.zero_grad(set_to_none=True)
-        out = masked_encoder(reference, self.images, self.mask)
-        out.backward(self.output_grad)
-        expected = {"output": self.rows(out.detach()), **measure.gradients(reference)}
+        expected = self.eager_dense(self.reference, self.images, "float32")
+        limit = self.limit(expected)
         errors = {}
         for name, model in self.models.items():
             self.drop_grads()
@@ -147,8 +149,34 @@ class Workload:
             found = {"output": out if name.startswith("sparse") else self.rows(out), **measure.gradients(model)}
             errors[name] = measure.compare(f"{name} in {self.case.key}", found, expected, limit)
         self.drop_grads()
-        reference.zero_grad(set_to_none=True)
         return errors
+
+    def limit(self, expected: dict[str, Tensor]) -> float:
+        """Return the largest error that an output or a gradient may have.
+
+        In float32 that is `measure.TOLERANCE`. In 16 bits it is the larger of the tolerance and the worst error of the
+        eager dense encoder under the same autocast: rounding alone may bring that above the tolerance, and a sparse
+        encoder has to be no worse than the dense one.
+
+        Args:
+            expected: output and gradients of the dense encoder in float32.
+        """
+        dtype, tolerance = self.case.dtype, measure.TOLERANCE[self.case.dtype]
+        if dtype == "float32":
+            return tolerance
+        dense = copy.deepcopy(self.reference).to(memory_format=torch.channels_last)
+        found = self.eager_dense(dense, self.dense_images[False], dtype)
+        error = measure.compare(f"dense in {self.case.key}", found, expected, math.inf)
+        return max(tolerance, error["output"], error["gradient"])
+
+    def eager_dense(self, model: ConvNeXtV2Encoder, images: Tensor, dtype: str) -> dict[str, Tensor]:
+        """Return output rows and gradients of a dense encoder under autocast to `dtype`, by name."""
+        with measure.autocast(self.case.device, dtype):
+            out = masked_encoder(model, images, self.mask)
+        out.backward(self.output_grad.to(out.dtype))
+        found = {"output": self.rows(out.detach().float()), **measure.gradients(model)}
+        model.zero_grad(set_to_none=True)
+        return found
 
     def rows(self, dense: Tensor) -> Tensor:
         """Return the visible sites of the last stage as rows."""
@@ -162,6 +190,64 @@ class Workload:
             calls["floor"] = functools.partial(self.floor, mode == "forward_backward")
             result[mode] = measure.interleaved(calls, repeats, self.device, before=self.drop_grads)
         return result
+
+    def anatomy(self, repeats: int) -> dict[str, Any]:
+        """Return where forward + backward of the sparse encoder spend their time, on a CPU.
+
+        A block is one operator, so its parts are timed alone: for each stage the `products` of its blocks, and their
+        `depthwise` convolutions as modules. What is left of the blocks, `rest`, is elementwise work, Python and
+        autograd. A difference of two times that comes out below 0 counts as 0.
+
+        Returns:
+            `measure.anatomy`, and in milliseconds, without the profiler, `encoder`: the whole; `stages`: of each all
+            blocks together, and their parts; `downsampling`: the stem and the layers between stages; `outside`: what
+            the encoder takes beside these, such as packing images.
+        """
+        model: Any = self.models["sparse"]
+        case = self.case
+        images = SparseTensor.from_dense(self.images, self.mask, case.visible)
+        with torch.no_grad(), measure.autocast(case.device, case.dtype):
+            stages = model.forward_features(images)
+        for x in stages:  # Images alone need no gradient.
+            x.features.requires_grad_()
+        step = functools.partial(self.forward_backward, "sparse")
+        down = self.alone(list(zip(model.downsample_layers, [images, *stages[:-1]], strict=True)))
+        calls: dict[str, measure.Call] = {"encoder": step, "downsampling": down}
+        for index, (stage, x) in enumerate(zip(model.stages, stages, strict=True)):
+            calls[f"ms {index}"] = self.alone([(stage, x)])
+            calls[f"products {index}"] = functools.partial(block_products(model, case, [index]), True)
+            calls[f"depthwise {index}"] = self.alone([(block.dwconv, x) for block in stage])
+        times = measure.interleaved(calls, repeats, self.device, before=self.drop_grads)
+        ms = {name: found["median"] for name, found in times.items()}
+        rows = []
+        for index, (stage, x) in enumerate(zip(model.stages, stages, strict=True)):
+            shape = {"channels": x.features.shape[1], "tile": x.layout.tile[0], "rows": x.layout.rows}
+            parts = {name: ms[f"{name} {index}"] for name in ("ms", "products", "depthwise")}
+            rest = max(0.0, round(parts["ms"] - parts["products"] - parts["depthwise"], 4))
+            rows.append({**shape, "blocks": len(stage), **parts, "rest": rest})
+        inside = ms["downsampling"] + sum(row["ms"] for row in rows)
+        return {
+            **measure.anatomy(step, repeats, before=self.drop_grads),
+            "encoder": ms["encoder"],
+            "stages": rows,
+            "downsampling": ms["downsampling"],
+            "outside": max(0.0, round(ms["encoder"] - inside, 4)),
+        }
+
+    def alone(self, layers: Sequence[tuple[torch.nn.Module, SparseTensor]]) -> Callable[[], None]:
+        """Return a function that runs forward and backward of layers, each on an input of its own."""
+        grads: list[Tensor] = []
+
+        def run() -> None:
+            for index, (layer, x) in enumerate(layers):
+                leaf = x.features.detach().requires_grad_(x.features.requires_grad)
+                with measure.autocast(self.case.device, self.case.dtype):
+                    out = layer(SparseTensor(leaf, x.layout)).features
+                if index == len(grads):  # in the first run, which is not timed
+                    grads.append(torch.randn_like(out))
+                out.backward(grads[index])
+
+        return run
 
     def saved_bytes(self) -> dict[str, int]:
         """Return what autograd keeps for backward, by encoder."""
@@ -178,8 +264,8 @@ class Workload:
         cases = {name: self.case if name == "sparse" else fixed for name in self.eager}
         return {name: measure.in_fresh_process(cpu_peak_bytes, cases[name], name, self.by_block) for name in self.eager}
 
-    def measured(self, repeats: int) -> dict[str, Any]:
-        """Return the case with its errors, times and memory.
+    def measured(self, repeats: int, anatomy: bool) -> dict[str, Any]:
+        """Return the case with its errors, times and memory, and with the anatomy of the sparse encoder.
 
         Raises:
             Mismatch: the encoders differ; nothing was timed.
@@ -192,7 +278,8 @@ class Workload:
         say(f"  timing, {repeats} repeats, then measuring memory")
         sites = {"visible": self.case.visible, "patches": self.case.grid[0] * self.case.grid[1]}
         found = {**asdict(self.case), **sites, "load": round(os.getloadavg()[0], 2), "errors": errors}
-        return {**found, "ms": self.time(repeats), "saved_bytes": self.saved_bytes(), "peak_bytes": self.peak_bytes()}
+        found |= {"ms": self.time(repeats), "saved_bytes": self.saved_bytes(), "peak_bytes": self.peak_bytes()}
+        return {**found, "anatomy": self.anatomy(repeats)} if anatomy else found
 
 
 def masked_encoder(model: ConvNeXtV2Encoder, images: Tensor, mask: Tensor) -> Tensor:
@@ -229,15 +316,17 @@ def randomize(model: torch.nn.Module) -> None:
                 parameter.add_(0.2 * torch.randn_like(parameter))
 
 
-def block_products(model: ConvNeXtV2Encoder, case: Case) -> Callable[[bool], None]:
+def block_products(
+    model: ConvNeXtV2Encoder, case: Case, stages: Sequence[int] = (0, 1, 2, 3)
+) -> Callable[[bool], None]:
     """Return a function that computes the matrix products of all blocks: with True six a block, else two of forward."""
     dtype, blocks = getattr(torch, case.dtype), []
-    stage: Any
-    for index, stage in enumerate(model.stages):
+    for index in stages:
         rows = case.batch * case.visible * (8 >> index) ** 2
         channels = model.dims[index]
         v, g = torch.randn(2, rows, channels, device=case.device).to(dtype)
         h, dh = torch.randn(2, rows, 4 * channels, device=case.device).to(dtype)
+        stage: Any = model.stages[index]
         for block in stage:
             w1, w2 = block.pwconv1.weight.detach().to(dtype), block.pwconv2.weight.detach().to(dtype)
             forward = [(linear, v, w1), (linear, h, w2)]
@@ -288,10 +377,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     sweeps = "; ".join(f"{axis}: {' '.join(map(str, values))}" for axis, values in SWEEPS.items())
     help = f"these values in place of the option's own: {sweeps}"
     parser.add_argument("--sweep", choices=[*SWEEPS, "all"], help=help)
+    parser.add_argument("--anatomy", action="store_true", help="also say where the sparse encoder spends its time")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw all of --out into this folder")
     options = measure.parse(parser, arguments)
     if options.plot and not options.out:
         parser.error("--plot draws what --out holds: give both")
+    if options.anatomy and ("sparse" not in options.variants or torch.device(options.device).type != "cpu"):
+        parser.error(
+            f"--variants has {' '.join(options.variants)}, on {options.device}: --anatomy needs sparse, on a CPU"
+        )
     return options
 
 
@@ -304,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workloads[0].set_ratio(case)
         else:
             workloads[:] = [Workload(case, options.variants, options.by_block)]
-        return workloads[0].measured(options.repeats)
+        return workloads[0].measured(options.repeats, options.anatomy)
 
     results = Results(options.out)
     failed = measure.run_cases(selected_cases(options), run, results, plots.print_tables)

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 import sparsecnx
 from sparsecnx.common.files import write_atomically
@@ -44,9 +45,20 @@ from sparsecnx.models.convnextv2 import STRIDE
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3
 QUEUED = 5  # calls that a GPU is given at once, so that it never waits for the host as long as the host is faster
-# Largest ||got - expected|| / ||expected|| of an output or a gradient. In bfloat16 the gradients of the eager dense
-# encoder itself are off by 2e-2 at Atto.
+# Largest ||got - expected|| / ||expected|| of an output or a gradient. In 16 bits rounding alone may bring the eager
+# dense encoder's own gradients above it, which encoder.py allows for.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
+
+# Kinds of operators, by what their names start with after `aten::` or another namespace. The first that fits counts.
+PARTS = {
+    "fused block": "convnextv2_block",
+    "products": "(linear|linear_weight_grad|addmm|mm|baddbmm|bmm)$",
+    "depthwise": "(mapped_)?depthwise",
+    "convolution": "_?(slow_|thnn_|mkldnn_)?conv",
+    "pooling": r"\w*pool",
+    "elementwise": r"\w*(norm|grn|elu|silu|hard|sigmoid|tanh|softmax|threshold|clamp|scale_rows"
+    r"|add|sub_?$|mul|div_?$|sum|mean|sqrt|pow|square|lerp|masked_fill|where)",
+}
 
 Call = Callable[[], object]
 
@@ -112,6 +124,57 @@ def spread(times: Sequence[float]) -> dict[str, Any]:
     repeats = [round(time, 4) for time in times]
     q1, median, q3 = statistics.quantiles(repeats, n=4, method="inclusive") if len(times) > 1 else repeats * 3
     return {"median": round(median, 4), "min": min(repeats), "q1": round(q1, 4), "q3": round(q3, 4), "repeats": repeats}
+
+
+def anatomy(step: Call, repeats: int, before: Call = nothing) -> dict[str, Any]:
+    """Return where a step spends its time on a CPU, by operators as torch's profiler sees them.
+
+    Args:
+        before: see `interleaved`.
+
+    Returns:
+        Of the repeat of median time, in milliseconds: `ms`, its time, which the profiler lengthens a little; `parts`,
+        whose sum that is: the operators of each of `PARTS`, `rest`: all other operators, which pack, copy and allocate,
+        and `python`: what is outside of operators, such as autograd; `operators`: the 20 that take most, each without
+        the operators that it calls.
+    """
+    runs = []
+    for _ in range(1 + repeats):  # the first starts the profiler
+        before()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            ms = milliseconds(step, torch.device("cpu"))
+        runs.append((ms, profiler.key_averages()))
+    ms, events = sorted(runs[1:], key=lambda run: run[0])[repeats // 2]
+    # What autograd does between operators is profiled too, under names such as `MmBackward0`.
+    times = {event.key: event.self_cpu_time_total / 1e3 for event in events if re.fullmatch(r"\w+::\w+", event.key)}
+    parts = dict.fromkeys([*PARTS, "rest"], 0.0)
+    for name, time_of_one in times.items():
+        parts[part_of(name)] += time_of_one
+    parts["python"] = max(0.0, ms - sum(times.values()))
+    largest = sorted(times, key=lambda name: -times[name])[:20]
+    return {
+        "ms": round(ms, 4),
+        "parts": {part: round(value, 4) for part, value in parts.items()},
+        "operators": {name: round(times[name], 4) for name in largest},
+    }
+
+
+def part_of(operator: str) -> str:
+    """Return which of `PARTS` an operator belongs to, or "rest"."""
+    name = operator.partition("::")[2]
+    return next((part for part, pattern in PARTS.items() if re.match(pattern, name)), "rest")
+
+
+def print_anatomies(anatomies: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the parts of each `anatomy`, by case, with the operators that take most of them."""
+    rows = []
+    for case, found in anatomies.items():
+        for part, ms in found["parts"].items():
+            operators = [f"{name} {one:.3g}" for name, one in found["operators"].items() if part_of(name) == part]
+            if ms:
+                rows.append([case, part, ms, ms / found["ms"], ", ".join(operators[:4])])
+    if rows:
+        print_table(["forward + backward", "part", "ms", "of the step", "its largest operators, ms"], rows)
 
 
 def captured(step: Callable[[], Any], reset: Call, device: torch.device) -> Callable[[], Any]:

@@ -2,7 +2,7 @@
 
     python benchmarks/networks.py --out benchmarks/results/networks-cpu.json
     python benchmarks/networks.py --models resnet50 --threads 1 --repeats 3 --clock process --variants sparse dense
-    python benchmarks/networks.py --models resnet50 --profile
+    python benchmarks/networks.py --models resnet50 --variants sparse --anatomy
 
 Each network gets images and a mask and runs `forward_features` in training mode, forward and backward to the gradients
 of all parameters. Variants:
@@ -17,6 +17,8 @@ of all parameters. Variants:
 
 Before anything is timed, outputs and gradients of `sparse` and `dense` are compared in float64, and outputs of all in
 float32. Two orders of summation give gradients that differ by 1e-2 in float32, with BatchNorm and ReLU.
+
+--anatomy also says where the time of `sparse` goes, in wall time: see `measure.anatomy`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,6 @@ import timm
 import torch
 from measure import Results, say
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from sparsecnx import SparseTensor
 from sparsecnx.geometry.masks import random_mask, visible_count
@@ -230,6 +231,11 @@ class Workload:
         calls = {name: functools.partial(self.step, name) for name in self.variants}
         return measure.interleaved(calls, repeats, torch.device("cpu"), before=self.drop_grads, clock=clock)
 
+    def anatomy(self, repeats: int) -> dict[str, Any]:
+        """Return where forward and backward of the sparse network spend their time, see `measure.anatomy`."""
+        step = functools.partial(self.step, "sparse")
+        return measure.anatomy(step, repeats, before=self.drop_grads)
+
     def saved_bytes(self) -> dict[str, int]:
         """Return what autograd keeps for backward, by variant."""
         inputs = [*self.layouts.values(), self.mask]
@@ -273,7 +279,8 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     say(f"  timing, {options.repeats} repeats")
     settings = {"visible": case.visible, "patches": case.grid[0] * case.grid[1], "clock": options.clock}
     found = {**asdict(case), **settings, "load": round(os.getloadavg()[0], 2), "errors": errors}
-    return {**found, "ms": workload.time(options.repeats, options.clock), "saved_bytes": workload.saved_bytes()}
+    found |= {"ms": workload.time(options.repeats, options.clock), "saved_bytes": workload.saved_bytes()}
+    return {**found, "anatomy": workload.anatomy(options.repeats)} if options.anatomy else found
 
 
 def print_tables(cases: Sequence[dict[str, Any]]) -> None:
@@ -289,18 +296,7 @@ def print_tables(cases: Sequence[dict[str, Any]]) -> None:
             ratios = [value / best if best else "", goal, kept / 2**20, kept / least if least else ""]
             lines.append([case["model"], name, value, *ratios])
     measure.print_table(("network", "variant", "ms", "of the best dense", "goal", "kept, MiB", "of the least"), lines)
-
-
-def print_profile(case: Case) -> None:
-    """Print where forward and backward of the sparse network spend their time, by operator and shapes."""
-    workload = Workload(case, ["sparse"])
-    for _ in range(2):
-        workload.step("sparse")
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
-        workload.step("sparse")
-    print(found.key_averages().table("self_cpu_time_total", row_limit=25, max_name_column_width=60))
-    averages = found.key_averages(group_by_input_shape=True)
-    print(averages.table("self_cpu_time_total", row_limit=25, max_name_column_width=50, max_shapes_column_width=90))
+    measure.print_anatomies({case["model"]: case["anatomy"] for case in cases if "anatomy" in case})
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -313,12 +309,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--clock", choices=("wall", "process"), default="wall", help="process: on a busy machine")
-    parser.add_argument("--profile", action="store_true", help="print where the sparse network spends its time")
+    parser.add_argument("--anatomy", action="store_true", help="also say where the sparse network spends its time")
     parser.add_argument("--out", type=Path, help="results file (JSON); cases that it already holds are replaced")
     options = parser.parse_args(arguments)
     if options.image % PATCH:
         parser.error(f"--image is {options.image}: expected a multiple of {PATCH}")
     unknown = [name for name in options.models if not timm.is_model(name)]
+    if options.anatomy and "sparse" not in options.variants:
+        parser.error(f"--variants has {' '.join(options.variants)}: --anatomy needs sparse")
     if unknown:
         parser.error(f"--models has {' '.join(unknown)}: timm {timm.__version__} has no such model")
     return options
@@ -328,10 +326,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     setting = (options.batch, options.image, options.ratio, options.threads)
     cases = [Case(model, *setting) for model in options.models]
-    if options.profile:
-        for case in cases:
-            print_profile(case)
-        return 0
     return measure.run_cases(cases, lambda case: measured(case, options), Results(options.out), print_tables)
 
 

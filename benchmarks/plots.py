@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import print_table
+from measure import print_anatomies, print_table
 
 Case = dict[str, Any]
 
@@ -28,6 +28,7 @@ VARIANTS = {
     "sparse_graph": ("sparse, CUDA graph", "#8d2a3a"),
     "floor": ("its matrix products alone", "#edae49"),
 }
+STAGE = ("channels", "tile", "rows", "blocks", "ms", "products", "depthwise", "rest")
 # Cases are comparable if these are equal, except the one that a plot varies.
 SETTING = ("size", "ratio", "batch", "image", "dtype", "device", "threads")
 
@@ -46,6 +47,24 @@ def print_tables(cases: Sequence[Case]) -> None:
             memory.append([title(case), name, saved / 2**20, case["peak_bytes"][name] / 2**20])
     print_table(["case", "pass", "variant", "ms", "of the best dense", "images/s"], times)
     print_table(["case", "variant", "kept for backward, MiB", "peak, MiB"], memory)
+    anatomies = {title(case): case["anatomy"] for case in cases if "anatomy" in case}
+    print_stages(anatomies)
+    print_anatomies(anatomies)
+
+
+def print_stages(anatomies: dict[str, dict[str, Any]]) -> None:
+    """Print the blocks of every stage in sum with their parts, and what the encoder takes beside them."""
+    rows: list[list[object]] = []
+    for case, found in anatomies.items():
+        for stage in found["stages"]:
+            rows.append([case, "blocks", *stage.values(), stage["ms"] / stage["products"]])
+        total = {name: sum(stage[name] for stage in found["stages"]) for name in STAGE[3:]}
+        rows.append([case, "all blocks", "", "", "", *total.values(), total["ms"] / total["products"]])
+        for name in ("downsampling", "outside"):
+            rows.append([case, name, *[""] * 4, found[name], *[""] * 4])
+        rows.append([case, "encoder", *[""] * 4, found["encoder"], *[""] * 3, found["encoder"] / total["products"]])
+    if rows:
+        print_table(["forward + backward", "of", *STAGE, "ms / products"], rows)
 
 
 def medians(case: Case, mode: str) -> dict[str, float]:

@@ -57,7 +57,7 @@ def test_encoder_writes_what_it_measured(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "results" / "encoder.json"
     command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "encoder.py"), *SMALL, "--ratio", "0", "0.5"]
-    options = ["--variants", "sparse", "dense", "--out", str(out), "--plot", str(tmp_path)]
+    options = ["--variants", "sparse", "dense", "--anatomy", "--out", str(out), "--plot", str(tmp_path)]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -75,9 +75,38 @@ def test_encoder_writes_what_it_measured(tmp_path: Path) -> None:
     for memory in (case["saved_bytes"], case["peak_bytes"]):
         assert 0 < memory["sparse"] < memory["dense"]
     assert case["saved_bytes"]["dense"] < case["peak_bytes"]["dense"]
-    assert "atto, mask 0.5, batch 2, 64 px" in done.stdout
+    anatomy = case["anatomy"]
+    check_parts(anatomy)
+    assert anatomy["parts"]["fused block"] > 0 and anatomy["parts"]["products"] > 0
+    stages = [(stage["channels"], stage["tile"], stage["rows"], stage["blocks"]) for stage in anatomy["stages"]]
+    assert stages == [(40, 8, 256, 2), (80, 4, 64, 2), (160, 2, 16, 6), (320, 1, 4, 2)]
+    for stage in anatomy["stages"]:
+        assert min(stage["ms"], stage["products"], stage["depthwise"]) > 0 and stage["rest"] >= 0
+    assert anatomy["downsampling"] > 0 and anatomy["outside"] >= 0
+    assert "atto, mask 0.5, batch 2, 64 px" in done.stdout and "all blocks" in done.stdout
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == {"encoder-ratio.png", "encoder-size.png", "encoder-memory.png"}
+
+
+def check_parts(anatomy: dict[str, Any]) -> None:
+    """Check that parts are times, and that they leave out nothing of the whole."""
+    parts = anatomy["parts"].values()
+    assert min(parts) >= 0 and sum(parts) > anatomy["ms"] - 0.01 > 0
+    assert all(ms > 0 for ms in anatomy["operators"].values())
+
+
+def test_an_operator_belongs_to_one_part(load: Callable[[str], Any]) -> None:
+    parts = {
+        "fused block": "sparsecnx::convnextv2_block_backward",
+        "products": "sparsecnx::linear sparsecnx::linear_weight_grad aten::mm aten::addmm",
+        "depthwise": "sparsecnx::depthwise_conv sparsecnx::mapped_depthwise_conv_weight_grad",
+        "convolution": "sparsecnx::conv aten::convolution_backward aten::_slow_conv2d_forward",
+        "pooling": "sparsecnx::max_pool_backward aten::avg_pool2d",
+        "elementwise": "aten::native_batch_norm sparsecnx::site_norm sparsecnx::grn aten::gelu_backward aten::add_",
+        "rest": "aten::copy_ aten::empty sparsecnx::gather_tiles aten::floor_divide",
+    }
+    for part, names in parts.items():
+        assert {load("measure").part_of(name) for name in names.split()} == {part}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +117,7 @@ def test_encoder_writes_what_it_measured(tmp_path: Path) -> None:
         f"training_step {' '.join(SMALL)} --variants sparse",
         f"minkowski_encoder {' '.join(SMALL)}",
         "networks --models convnext_atto --image 64 --ratio 0.5 --batch 2 --threads 1 --repeats 2 "
-        "--variants sparse dense",
+        "--variants sparse dense --anatomy",
         "volumes --cases depthwise_3 fcmae_16 --side 32 --threads 1 --repeats 2 --variants sparse dense",
         pytest.param(
             f"kernels {' '.join(SMALL)} --device cpu --dtype float32 --stage 4 --backend triton "
@@ -105,6 +134,9 @@ def test_others_run(command: str, load: Callable[[str], Any], tmp_path: Path) ->
     code = load(name).main([*options, "--out", str(tmp_path / "out.json")])
     cases = json.loads((tmp_path / "out.json").read_text())["cases"]
     assert cases
+    for case in cases.values():
+        if name == "networks":
+            check_parts(case["anatomy"])
     assert code == 0 or name == "overhead"  # which misses its goal on a busy machine
 
 
@@ -171,6 +203,24 @@ def test_a_wrong_model_is_refused(
     assert "not timed: sparse in atto" in capsys.readouterr().err
 
 
+def test_in_bfloat16_sparse_may_be_as_far_off_as_eager_dense(
+    encoder: ModuleType, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tolerance = encoder.measure.TOLERANCE
+    workload = encoder.Workload(encoder.replace(small, dtype="bfloat16"))
+    expected = workload.eager_dense(workload.reference, workload.images, "float32")
+    monkeypatch.setitem(tolerance, "bfloat16", 1.0)
+    dense = workload.check()["dense"]
+    assert workload.limit(expected) == 1.0
+    monkeypatch.setitem(tolerance, "bfloat16", 1e-9)
+    limit = workload.limit(expected)
+    assert limit == max(dense["output"], dense["gradient"]) > 1e-3
+    workload.models["sparse"].stages[0][0].dwconv.bias.register_hook(lambda grad: (1 + 2 * limit) * grad)
+    with pytest.raises(encoder.measure.Mismatch, match=r"sparse in .* differs"):
+        workload.check()
+    assert encoder.Workload(small).limit(expected) == tolerance["float32"]
+
+
 def test_saved_bytes_are_what_forward_allocates_and_does_not_free(
     encoder: ModuleType, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +276,7 @@ def test_dense_encoders_compile_whole_or_by_block(
         (["--batch", "0"], "--batch is [0]: expected 1 or more"),
         (["--size", "small"], "invalid choice: 'small'"),
         (["--plot", "plots"], "--plot draws what --out holds: give both"),
+        (["--anatomy", "--variants", "dense"], "--variants has dense, on cpu: --anatomy needs sparse, on a CPU"),
     ],
 )
 def test_bad_options(
