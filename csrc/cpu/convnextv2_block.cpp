@@ -196,9 +196,8 @@ struct Block {
     });
   }
 
-  // Calls before(piece), multiply(piece) and after(piece) for every piece of a chunk, in parallel. If products are of whole
-  // chunks,
-  // multiply is called once for the whole chunk instead.
+  // Calls before(piece), multiply(piece) and after(piece) for every piece of a chunk, in parallel. If a product is of a
+  // whole chunk, multiply is called once.
   template <class Before, class Multiply, class After>
   void for_pieces(const Chunk& chunk, const Before& before, const Multiply& multiply, const After& after) const {
     if (work.whole) {

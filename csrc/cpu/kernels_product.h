@@ -10,8 +10,8 @@
 namespace sparsecnx::SPARSECNX_ISA {
 
 // Rows of a block, and registers of a panel: with the sums, a row of the panel and a value of the left-hand matrix they
-// fill 32 (AVX-512) or 16 registers.
-#if defined(SPARSECNX_AVX512)
+// fill 32 (AVX-512, ARM) or 16 registers.
+#if defined(SPARSECNX_AVX512) || defined(__aarch64__)
 constexpr int kProductRows = 8;
 #else
 constexpr int kProductRows = 4;
