@@ -35,10 +35,20 @@ struct Piece {
   int64_t rows() const { return end - begin; }
 };
 
+// Consecutive pieces, whose rows are summed together in the gradients of the matrices.
+struct Run {
+  int64_t first_piece, last_piece, begin, end;
+
+  int64_t rows() const { return end - begin; }
+};
+
 struct Chunk {
   int64_t first_group, last_group, begin, end;  // groups and rows
+  std::vector<Run> runs;
   std::vector<Piece> pieces;
   std::vector<RowBlock> parts;
+
+  Run all() const { return {0, static_cast<int64_t>(pieces.size()), begin, end}; }
 
   int64_t rows() const { return end - begin; }
   int64_t groups() const { return last_group - first_group; }
@@ -47,10 +57,11 @@ struct Chunk {
 // Describes how the rows of a block are divided.
 struct Division {
   const int64_t* splits;  // of the groups
-  int64_t chunk_rows;     // at most, unless a group has more
-  int64_t piece_rows;     // at most, unless a tile has more
   int64_t sites;          // of a tile: pieces are whole tiles
   int64_t threads;        // that share a chunk
+  int64_t chunk_rows;     // of each thread, at most, unless a group has more
+  int64_t run_rows;       // of each thread, at most, unless a piece has more
+  int64_t piece_rows;     // at most, unless a tile has more
 
   // Divides groups [first, last) into chunks.
   std::vector<Chunk> chunks(int64_t first, int64_t last) const {
@@ -58,7 +69,8 @@ struct Division {
     while (first < last) {
       int64_t next = first + 1;
       while (next < last && splits[next + 1] - splits[first] <= chunk_rows * threads) ++next;
-      if (splits[next] > splits[first]) chunks.push_back(divided({first, next, splits[first], splits[next], {}, {}}));
+      if (splits[next] > splits[first])
+        chunks.push_back(divided({first, next, splits[first], splits[next], {}, {}, {}}));
       first = next;
     }
     return chunks;
@@ -80,6 +92,13 @@ struct Division {
       }
       chunk.pieces.push_back({begin, end, first_part, static_cast<int64_t>(chunk.parts.size())});
     }
+    for (int64_t i = 0; i < static_cast<int64_t>(chunk.pieces.size()); ++i) {
+      const Piece& piece = chunk.pieces[i];
+      if (chunk.runs.empty() || piece.end - chunk.runs.back().begin > run_rows * threads)
+        chunk.runs.push_back({i, i, piece.begin, piece.begin});
+      chunk.runs.back().last_piece = i + 1;
+      chunk.runs.back().end = piece.end;
+    }
     return chunk;
   }
 };
@@ -96,8 +115,8 @@ struct Work {
 template <class S>
 Work split_work(const int64_t* splits, int64_t groups, int64_t hidden, int64_t sites, int64_t bytes) {
   const int64_t threads = torch::stable::get_num_threads(), rows = splits[groups], width = std::max<int64_t>(hidden, 1);
-  Division division{splits, std::max<int64_t>(1, kChunkValues / width),
-                    std::clamp<int64_t>(kPieceValues / width, 96, 512), sites, threads};
+  const int64_t chunk_rows = std::max<int64_t>(1, kChunkValues / width);
+  const int64_t piece_rows = std::clamp<int64_t>(kPieceValues / width, 96, 512);
   std::vector<int64_t> bounds{0};  // groups where a worker begins: nearest to an equal share of the rows
   int64_t largest = 0;
   for (int64_t worker = 1; worker <= threads; ++worker) {
@@ -108,15 +127,15 @@ Work split_work(const int64_t* splits, int64_t groups, int64_t hidden, int64_t s
     largest = std::max(largest, splits[at] - splits[bounds.back()]);
     bounds.push_back(at);
   }
-  // With uneven shares threads wait at the end. Sharing every step costs a fifth.
-  const bool uneven = 5 * rows < 4 * largest * threads, few = rows <= hidden;
+  // With uneven shares threads wait at the end. Sharing every step costs a fifth. A product by torch costs microseconds
+  // beside its work, so that it is as large as it can be.
+  const bool uneven = 5 * rows < 4 * largest * threads, few = rows <= hidden, large = few || by_torch<S>();
   if (threads == 1 || uneven || (threads - 1) * bytes > kWorkerBytes) {
-    if (few) division.chunk_rows = rows;
-    return {{division.chunks(0, groups)}, few || by_torch<S>()};
+    const Division division{splits, sites, threads, few ? rows : chunk_rows, large ? rows : chunk_rows, piece_rows};
+    return {{division.chunks(0, groups)}, large};
   }
-  // A product by torch costs microseconds beside its work, so that pieces are as large as they can be.
-  if (by_torch<S>()) division.piece_rows = rows;
-  division.threads = 1;
+  const Division division{
+      splits, sites, 1, chunk_rows, by_torch<S>() ? rows : chunk_rows, by_torch<S>() ? rows : piece_rows};
   Work work;
   for (int64_t worker = 0; worker < threads; ++worker)
     work.workers.push_back(division.chunks(bounds[worker], bounds[worker + 1]));
@@ -188,24 +207,25 @@ struct Block {
     });
   }
 
-  // Calls f(piece) for every piece of a chunk, in parallel.
+  // Calls f(piece) for every piece of a run, in parallel.
   template <class F>
-  void for_pieces(const Chunk& chunk, const F& f) const {
-    parallel_for(0, static_cast<int64_t>(chunk.pieces.size()), 1, [&](int64_t begin, int64_t end) {
+  void for_pieces(const Chunk& chunk, const Run& run, const F& f) const {
+    parallel_for(run.first_piece, run.last_piece, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) f(chunk.pieces[i]);
     });
   }
 
-  // Calls before(piece), multiply(piece) and after(piece) for every piece of a chunk, in parallel. If a product is of a
-  // whole chunk, multiply is called once.
+  // Calls before(piece), multiply(rows) and after(piece) for every piece of a run, in parallel. If products are of whole
+  // runs, multiply is called once.
   template <class Before, class Multiply, class After>
-  void for_pieces(const Chunk& chunk, const Before& before, const Multiply& multiply, const After& after) const {
+  void for_pieces(const Chunk& chunk, const Run& run, const Before& before, const Multiply& multiply,
+                  const After& after) const {
     if (work.whole) {
-      for_pieces(chunk, before);
-      multiply(Piece{chunk.begin, chunk.end, 0, static_cast<int64_t>(chunk.parts.size())});
-      return for_pieces(chunk, after);
+      for_pieces(chunk, run, before);
+      multiply(run);
+      return for_pieces(chunk, run, after);
     }
-    for_pieces(chunk, [&](const Piece& piece) {
+    for_pieces(chunk, run, [&](const Piece& piece) {
       before(piece);
       multiply(piece);
       after(piece);
@@ -251,9 +271,9 @@ void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>
       k.normalise(out.u + row * C, moments, block.norm_weight, block.norm_bias, count, C, v + (row - chunk.begin) * C);
     });
   };
-  const auto expand = [&](const Piece& piece) {
-    const int64_t row = piece.begin - chunk.begin;
-    w1.multiply({v + row * C, piece.rows(), C}, hidden + row * H);
+  const auto expand = [&](const auto& rows) {
+    const int64_t row = rows.begin - chunk.begin;
+    w1.multiply({v + row * C, rows.rows(), C}, hidden + row * H);
   };
   const auto activate = [&](const Piece& piece) {
     block.for_parts(chunk, piece, [&](int64_t i, RowBlock part) {
@@ -261,7 +281,7 @@ void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>
       k.gelu_energy(hidden + at, block.pwconv1_bias, part.rows(), H, h + at, sums.at(i));
     });
   };
-  block.for_pieces(chunk, normalise, expand, activate);
+  block.for_pieces(chunk, chunk.all(), normalise, expand, activate);
 
   std::vector<std::vector<A>> scale(chunk.groups());
   for_groups(chunk.parts, [&](int64_t group, int64_t first, int64_t last) {
@@ -278,10 +298,10 @@ void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>
       k.add_shift(block.x + part.begin * C, block.pwconv2_bias, d, part.rows(), C, out.y + part.begin * C);
     });
   };
-  const auto contract = [&](const Piece& piece) {
-    w2.multiply({h + (piece.begin - chunk.begin) * H, piece.rows(), H}, out.y + piece.begin * C, true);
+  const auto contract = [&](const auto& rows) {
+    w2.multiply({h + (rows.begin - chunk.begin) * H, rows.rows(), H}, out.y + rows.begin * C, true);
   };
-  block.for_pieces(chunk, respond, contract, [](const Piece&) {});
+  block.for_pieces(chunk, chunk.all(), respond, contract, [](const Piece&) {});
 }
 
 template <class S>
@@ -388,10 +408,9 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const BackwardFac
   using A = Compute<S>;
   const Kernels<S>& k = kernels<S>();
   const int64_t C = block.channels, H = block.hidden, sites = block.halo.sites, parts = chunk.parts.size();
-  const Matrix<S> g{kept.grad + chunk.begin * C, chunk.rows(), C};
+  const S* const g = kept.grad + chunk.begin * C;
   S *v = worker.v.data(), *du = worker.du.data(), *t = worker.t.data();
   const S* hidden = kept.hidden != nullptr ? kept.hidden + chunk.begin * H : worker.hidden.data();
-  Factor<S> right_v(chunk.rows(), C), right_scaled(chunk.rows(), H);
 
   std::vector<GrnResponse<A>> response;
   for (int64_t n = chunk.first_group; n < chunk.last_group; ++n)
@@ -401,12 +420,11 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const BackwardFac
     const int64_t row = piece.begin - chunk.begin;
     k.normalise(kept.u + piece.begin * C, kept.moments + 2 * piece.begin, block.norm_weight, block.norm_bias,
                 piece.rows(), C, v + row * C);
-    right_v.put(row, v + row * C, piece.rows());
   };
-  const auto expand = [&](const Piece& piece) {
-    const int64_t row = piece.begin - chunk.begin, rows = piece.rows();
-    if (kept.hidden == nullptr) factors.w1_again.multiply({v + row * C, rows, C}, worker.hidden.data() + row * H);
-    factors.w2.multiply({g.at + row * C, rows, C}, t + row * H);
+  const auto expand = [&](const auto& rows) {
+    const int64_t row = rows.begin - chunk.begin, count = rows.rows();
+    if (kept.hidden == nullptr) factors.w1_again.multiply({v + row * C, count, C}, worker.hidden.data() + row * H);
+    factors.w2.multiply({g + row * C, count, C}, t + row * H);
   };
   const auto sum = [&](const Piece& piece) {
     block.for_parts(chunk, piece, [&](int64_t i, RowBlock part) {
@@ -416,7 +434,7 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const BackwardFac
       k.column_sum(kept.grad + part.begin * C, d, part.rows(), C, bias2_sums.at(i));
     });
   };
-  block.for_pieces(chunk, normalise, expand, sum);
+  block.for_pieces(chunk, chunk.all(), normalise, expand, sum);
   beta_sums.add_to(worker.vectors[kBeta].data());
   bias2_sums.add_to(worker.vectors[kPwconv2Bias].data());
   std::vector<std::vector<A>> p(chunk.groups());
@@ -428,19 +446,9 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const BackwardFac
   });
 
   BlockSums<A> bias1_sums(parts, H), weight_sums(parts, C), norm_bias_sums(parts, C), bias_sums(parts, C);
-  const auto activate = [&](const Piece& piece) {
-    const Scratch<S> scaled(piece.rows() * H);
-    block.for_parts(chunk, piece, [&](int64_t i, RowBlock part) {
-      const int64_t at = (part.begin - chunk.begin) * H, n = part.group - chunk.first_group;
-      k.gelu_grn_backward(hidden + at, block.pwconv1_bias, t + at, response[n].scale.data(), block.beta, p[n].data(),
-                          block.row_scale_at(part.begin), part.rows(), H,
-                          scaled.data() + (part.begin - piece.begin) * H, bias1_sums.at(i));
-    });
-    right_scaled.put(piece.begin - chunk.begin, scaled.data(), piece.rows());
-  };
-  const auto contract = [&](const Piece& piece) {
-    const int64_t row = piece.begin - chunk.begin;
-    factors.w1.multiply({t + row * H, piece.rows(), H}, du + row * C);
+  const auto contract = [&](const auto& rows) {
+    const int64_t row = rows.begin - chunk.begin;
+    factors.w1.multiply({t + row * H, rows.rows(), H}, du + row * C);
   };
   const auto unnormalise = [&](const Piece& piece) {
     block.for_parts(chunk, piece, [&](int64_t i, RowBlock part) {
@@ -450,19 +458,34 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const BackwardFac
       k.column_sum(at, nullptr, part.rows(), C, bias_sums.at(i));
     });
   };
-  block.for_pieces(chunk, activate, contract, unnormalise);
+  for (const Run& run : chunk.runs) {
+    Factor<S> right_v(run.rows(), C), right_scaled(run.rows(), H);
+    const auto activate = [&](const Piece& piece) {
+      const Scratch<S> scaled(piece.rows() * H);
+      block.for_parts(chunk, piece, [&](int64_t i, RowBlock part) {
+        const int64_t at = (part.begin - chunk.begin) * H, n = part.group - chunk.first_group;
+        k.gelu_grn_backward(hidden + at, block.pwconv1_bias, t + at, response[n].scale.data(), block.beta, p[n].data(),
+                            block.row_scale_at(part.begin), part.rows(), H,
+                            scaled.data() + (part.begin - piece.begin) * H, bias1_sums.at(i));
+      });
+      right_scaled.put(piece.begin - run.begin, scaled.data(), piece.rows());
+      right_v.put(piece.begin - run.begin, v + (piece.begin - chunk.begin) * C, piece.rows());
+    };
+    block.for_pieces(chunk, run, activate, contract, unnormalise);
+    const Matrix<S> a_grad{t + (run.begin - chunk.begin) * H, run.rows(), H};
+    const Matrix<S> y_grad{kept.grad + run.begin * C, run.rows(), C};
+    worker.matrices[0].add(a_grad.t(), right_v);
+    worker.matrices[1].add(y_grad.t(), right_scaled);
+  }
   bias1_sums.add_to(worker.vectors[kPwconv1Bias].data());
   weight_sums.add_to(worker.vectors[kNormWeight].data());
   norm_bias_sums.add_to(worker.vectors[kNormBias].data());
   bias_sums.add_to(worker.vectors[kDwconvBias].data());
 
-  worker.matrices[0].add(Matrix<S>{t, chunk.rows(), H}.t(), right_v);
-  worker.matrices[1].add(g.t(), right_scaled);
-
   const int64_t first_tile = chunk.begin / sites;
   const Depthwise<S> adjoint{block.halo,          block.table, C,         du,     first_tile,
                              adjoint_taps.data(), nullptr,     kept.grad, x_grad, 0};
-  block.for_pieces(chunk, [&](const Piece& piece) {
+  block.for_pieces(chunk, chunk.all(), [&](const Piece& piece) {
     block.for_tiles(piece, [&](int64_t first, int64_t last) { k.depthwise(adjoint, first, last); });
   });
   worker.taps.add({block.halo, block.table, C, block.x, du, first_tile}, first_tile, chunk.end / sites, worker.slabs);
@@ -484,7 +507,8 @@ void backward(const Block<S>& block, const Tensor& dwconv_weight, const Kept<S>&
   const Matrix<S> again = kept.hidden == nullptr ? block.w1.t() : Matrix<S>{nullptr, 0, 0};
   const bool many_rows = !block.work.whole;
   const BackwardFactors<S> factors{{block.w2, many_rows}, {block.w1, many_rows}, {again, many_rows}};
-  const bool one_product = workers == 1 && block.work.workers[0].size() <= 1;
+  const std::vector<Chunk>& chunks = block.work.workers[0];
+  const bool one_product = workers == 1 && chunks.size() <= 1 && (chunks.empty() || chunks[0].runs.size() == 1);
   std::vector<BackwardWorker<S>> states;
   states.reserve(workers);
   for (int64_t i = 0; i < workers; ++i) {
