@@ -92,12 +92,13 @@ struct Division {
       }
       chunk.pieces.push_back({begin, end, first_part, static_cast<int64_t>(chunk.parts.size())});
     }
-    for (int64_t i = 0; i < static_cast<int64_t>(chunk.pieces.size()); ++i) {
-      const Piece& piece = chunk.pieces[i];
-      if (chunk.runs.empty() || piece.end - chunk.runs.back().begin > run_rows * threads)
-        chunk.runs.push_back({i, i, piece.begin, piece.begin});
-      chunk.runs.back().last_piece = i + 1;
-      chunk.runs.back().end = piece.end;
+    const int64_t count = static_cast<int64_t>(chunk.pieces.size());
+    const int64_t runs = (chunk.rows() + run_rows * threads - 1) / (run_rows * threads);
+    const int64_t rounds = (count + threads - 1) / threads;  // in which every thread takes a piece
+    for (int64_t i = 0; i < std::min(runs, rounds); ++i) {
+      const int64_t first = rounds * i / std::min(runs, rounds) * threads;
+      const int64_t last = std::min(rounds * (i + 1) / std::min(runs, rounds) * threads, count);
+      chunk.runs.push_back({first, last, chunk.pieces[first].begin, chunk.pieces[last - 1].end});
     }
     return chunk;
   }
@@ -113,8 +114,8 @@ struct Work {
 
 // A worker that is a thread needs `bytes` of memory in addition to its chunks.
 template <class S>
-Work split_work(const int64_t* splits, int64_t groups, int64_t hidden, int64_t sites, int64_t bytes) {
-  const int64_t threads = torch::stable::get_num_threads(), rows = splits[groups], width = std::max<int64_t>(hidden, 1);
+Work split_work(const int64_t* splits, int64_t groups, int64_t channels, int64_t hidden, int64_t sites, int64_t bytes) {
+  const int64_t threads = thread_count(), rows = splits[groups], width = std::max<int64_t>(hidden, 1);
   const int64_t chunk_rows = std::max<int64_t>(1, kChunkValues / width);
   const int64_t piece_rows = std::clamp<int64_t>(kPieceValues / width, 96, 512);
   std::vector<int64_t> bounds{0};  // groups where a worker begins: nearest to an equal share of the rows
@@ -127,15 +128,18 @@ Work split_work(const int64_t* splits, int64_t groups, int64_t hidden, int64_t s
     largest = std::max(largest, splits[at] - splits[bounds.back()]);
     bounds.push_back(at);
   }
-  // With uneven shares threads wait at the end. Sharing every step costs a fifth. A product by torch costs microseconds
-  // beside its work, so that it is as large as it can be.
-  const bool uneven = 5 * rows < 4 * largest * threads, few = rows <= hidden, large = few || by_torch<S>();
-  if (threads == 1 || uneven || (threads - 1) * bytes > kWorkerBytes) {
-    const Division division{splits, sites, threads, few ? rows : chunk_rows, large ? rows : chunk_rows, piece_rows};
-    return {{division.chunks(0, groups)}, large};
+  // With uneven shares threads wait at the end. Sharing every step costs a fifth.
+  const bool uneven = 5 * rows < 4 * largest * threads, shared = threads == 1 || uneven;
+  Division division{splits, sites, threads, chunk_rows, chunk_rows, piece_rows};
+  if (shared || (threads - 1) * bytes > kWorkerBytes) {
+    // Few rows are one product. A product by torch costs microseconds beside its work, so that it is as large as can be.
+    const bool few = rows <= channels;
+    if (few) division.chunk_rows = rows;
+    if (few || by_torch<S>()) division.run_rows = rows;
+    return {{division.chunks(0, groups)}, few || by_torch<S>()};
   }
-  const Division division{
-      splits, sites, 1, chunk_rows, by_torch<S>() ? rows : chunk_rows, by_torch<S>() ? rows : piece_rows};
+  if (by_torch<S>()) division.run_rows = division.piece_rows = rows;
+  division.threads = 1;
   Work work;
   for (int64_t worker = 0; worker < threads; ++worker)
     work.workers.push_back(division.chunks(bounds[worker], bounds[worker + 1]));
@@ -189,11 +193,23 @@ struct Block {
         w2{data<S>(pwconv2_weight), channels, hidden},
         table(data<int32_t>(table_)),
         splits(check_groups(splits_, "splits", rows)),
-        work(split_work<S>(splits, groups, hidden, halo.sites, worker_bytes)) {
+        work(split_work<S>(splits, groups, channels, hidden, halo.sites, worker_bytes)) {
     check_matrix(pwconv1_weight, "pwconv1_weight", hidden, channels, x_.scalar_type());
     check_matrix(pwconv2_weight, "pwconv2_weight", channels, hidden, x_.scalar_type());
     for (int64_t n = 0; n <= groups; ++n)
       STD_TORCH_CHECK(splits[n] % halo.sites == 0, "sparsecnx: groups must be whole tiles of ", halo.sites, " rows");
+    for (int64_t n = 0; n < groups; ++n) check_neighbours(splits[n] / halo.sites, splits[n + 1] / halo.sites);
+  }
+
+  // Raises unless the neighbours of tiles [first, last), which are a group, are among them.
+  void check_neighbours(int64_t first, int64_t last) const {
+    int32_t low = static_cast<int32_t>(last), high = -1;
+    for (int64_t i = first * halo.table_width; i < last * halo.table_width; ++i) {
+      low = std::min(low, table[i] < 0 ? low : table[i]);
+      high = std::max(high, table[i]);
+    }
+    STD_TORCH_CHECK(low >= first && high < last, "sparsecnx: table has neighbours from ", low, " to ", high,
+                    " for the tiles of a group, expected ", first, " to ", last - 1);
   }
 
   const A* row_scale_at(int64_t row) const { return row_scale == nullptr ? nullptr : row_scale + row; }
@@ -271,9 +287,9 @@ void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>
       k.normalise(out.u + row * C, moments, block.norm_weight, block.norm_bias, count, C, v + (row - chunk.begin) * C);
     });
   };
-  const auto expand = [&](const auto& rows) {
-    const int64_t row = rows.begin - chunk.begin;
-    w1.multiply({v + row * C, rows.rows(), C}, hidden + row * H);
+  const auto expand = [&](const auto& span) {
+    const int64_t row = span.begin - chunk.begin;
+    w1.multiply({v + row * C, span.rows(), C}, hidden + row * H);
   };
   const auto activate = [&](const Piece& piece) {
     block.for_parts(chunk, piece, [&](int64_t i, RowBlock part) {
@@ -298,8 +314,8 @@ void forward_chunk(const Block<S>& block, const Chunk& chunk, const Depthwise<S>
       k.add_shift(block.x + part.begin * C, block.pwconv2_bias, d, part.rows(), C, out.y + part.begin * C);
     });
   };
-  const auto contract = [&](const auto& rows) {
-    w2.multiply({h + (rows.begin - chunk.begin) * H, rows.rows(), H}, out.y + rows.begin * C, true);
+  const auto contract = [&](const auto& span) {
+    w2.multiply({h + (span.begin - chunk.begin) * H, span.rows(), H}, out.y + span.begin * C, true);
   };
   block.for_pieces(chunk, chunk.all(), respond, contract, [](const Piece&) {});
 }
@@ -389,7 +405,7 @@ struct BackwardWorker {
         du(rows * block.channels),
         t(rows * block.hidden),
         hidden(again ? rows * block.hidden : 0),
-        slabs(block.work.count() == 1 ? torch::stable::get_num_threads() : 1) {
+        slabs(block.work.count() == 1 ? thread_count() : 1) {
     for (int i : {kDwconvBias, kNormWeight, kNormBias, kPwconv2Bias}) vectors[i].resize(block.channels);
     for (int i : {kPwconv1Bias, kGamma, kBeta}) vectors[i].resize(block.hidden);
   }
@@ -398,7 +414,8 @@ struct BackwardWorker {
 // The matrices as backward reads them.
 template <class S>
 struct BackwardFactors {
-  Factor<S> w2, w1, w1_again;  // the last computes the hidden layer again
+  Factor<S> w2, w1;
+  std::optional<Factor<S>> w1_again;  // if the hidden layer is computed again
 };
 
 template <class S>
@@ -408,7 +425,6 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const BackwardFac
   using A = Compute<S>;
   const Kernels<S>& k = kernels<S>();
   const int64_t C = block.channels, H = block.hidden, sites = block.halo.sites, parts = chunk.parts.size();
-  const S* const g = kept.grad + chunk.begin * C;
   S *v = worker.v.data(), *du = worker.du.data(), *t = worker.t.data();
   const S* hidden = kept.hidden != nullptr ? kept.hidden + chunk.begin * H : worker.hidden.data();
 
@@ -421,10 +437,10 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const BackwardFac
     k.normalise(kept.u + piece.begin * C, kept.moments + 2 * piece.begin, block.norm_weight, block.norm_bias,
                 piece.rows(), C, v + row * C);
   };
-  const auto expand = [&](const auto& rows) {
-    const int64_t row = rows.begin - chunk.begin, count = rows.rows();
-    if (kept.hidden == nullptr) factors.w1_again.multiply({v + row * C, count, C}, worker.hidden.data() + row * H);
-    factors.w2.multiply({g + row * C, count, C}, t + row * H);
+  const auto expand = [&](const auto& span) {
+    const int64_t row = span.begin - chunk.begin, rows = span.rows();
+    if (factors.w1_again) factors.w1_again->multiply({v + row * C, rows, C}, worker.hidden.data() + row * H);
+    factors.w2.multiply({kept.grad + span.begin * C, rows, C}, t + row * H);
   };
   const auto sum = [&](const Piece& piece) {
     block.for_parts(chunk, piece, [&](int64_t i, RowBlock part) {
@@ -446,9 +462,9 @@ void backward_chunk(const Block<S>& block, const Chunk& chunk, const BackwardFac
   });
 
   BlockSums<A> bias1_sums(parts, H), weight_sums(parts, C), norm_bias_sums(parts, C), bias_sums(parts, C);
-  const auto contract = [&](const auto& rows) {
-    const int64_t row = rows.begin - chunk.begin;
-    factors.w1.multiply({t + row * H, rows.rows(), H}, du + row * C);
+  const auto contract = [&](const auto& span) {
+    const int64_t row = span.begin - chunk.begin;
+    factors.w1.multiply({t + row * H, span.rows(), H}, du + row * C);
   };
   const auto unnormalise = [&](const Piece& piece) {
     block.for_parts(chunk, piece, [&](int64_t i, RowBlock part) {
@@ -504,9 +520,9 @@ void backward(const Block<S>& block, const Tensor& dwconv_weight, const Kept<S>&
   using A = Compute<S>;
   const std::vector<A> adjoint_taps = taps_first<S>(dwconv_weight, true);
   const int64_t workers = block.work.count();
-  const Matrix<S> again = kept.hidden == nullptr ? block.w1.t() : Matrix<S>{nullptr, 0, 0};
   const bool many_rows = !block.work.whole;
-  const BackwardFactors<S> factors{{block.w2, many_rows}, {block.w1, many_rows}, {again, many_rows}};
+  BackwardFactors<S> factors{{block.w2, many_rows}, {block.w1, many_rows}, {}};
+  if (kept.hidden == nullptr) factors.w1_again.emplace(block.w1.t(), many_rows);
   const std::vector<Chunk>& chunks = block.work.workers[0];
   const bool one_product = workers == 1 && chunks.size() <= 1 && (chunks.empty() || chunks[0].runs.size() == 1);
   std::vector<BackwardWorker<S>> states;

@@ -102,8 +102,7 @@ Tensor depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, const Ten
   Tensor out = empty(shape, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
     WeightGradSum<S> sum(halo, channels);
-    sum.add({halo, data<int32_t>(table), channels, data<S>(x), data<S>(grad), 0}, 0, rows / halo.sites,
-            torch::stable::get_num_threads());
+    sum.add({halo, data<int32_t>(table), channels, data<S>(x), data<S>(grad), 0}, 0, rows / halo.sites, thread_count());
     sum.store(data<S>(out));
   });
   return out;

@@ -1,8 +1,9 @@
 // Matrix products. A block of rows by a panel of columns fills the registers with sums, and the loop goes over the depth.
 //
 // The right-hand matrix is packed into panels, (panels, depth, whole registers of the panel), so that a panel is read in the
-// order of memory. The left-hand matrix is read where it lies, transposed or not. A few rows of it stay in L1 while
-// panels that fit L2 pass. A block does rows * registers multiply-adds for rows + registers loads.
+// order of memory. The left-hand matrix is read where it lies, transposed or not: a few rows of it stay in L1 while
+// panels that fit L2 pass. If it is transposed and its lines lie in a few sets of the cache, two blocks of rows are copied
+// first, which fill whole lines. A block does rows * registers multiply-adds for rows + registers loads.
 #pragma once
 
 #include "kernels_conv.h"
@@ -18,7 +19,7 @@ constexpr int kProductRows = 4;
 #endif
 constexpr int kProductPanel = 3;
 
-constexpr int64_t kDepthBlock = 1024;
+constexpr int64_t kDepthBlock = 1024, kCopiedDepth = 256;
 constexpr int64_t kPassingBytes = int64_t{1} << 18;  // of panels that pass over all rows before the next ones do
 
 // Packs at most a panel of columns of a matrix (depth, columns), or of the transpose of one.
@@ -74,24 +75,50 @@ constexpr std::array<ProductBlock<A>, sizeof...(I)> product_blocks(std::integer_
   return {product_block<A, I / kProductPanel + 1, I % kProductPanel + 1>...};
 }
 
+// Whether the lines of a transposed left-hand matrix fall on each other in the cache.
+template <class A>
+bool collides(const Product<A>& job) {
+  constexpr int64_t kBytes = 1024;
+  return job.a_row_step == 1 && job.depth > 1 && job.a_depth_step * sizeof(A) % kBytes == 0;
+}
+
+// Copies at most two blocks of rows of a transposed matrix, (blocks, depth, kProductRows).
+template <class A>
+void copy_blocks(const A* a, int64_t depth_step, int64_t depth, int64_t rows, A* to) {
+  for (int64_t k = 0; k < depth; ++k, a += depth_step, to += kProductRows) {
+    std::copy_n(a, std::min<int64_t>(rows, kProductRows), to);
+    if (rows > kProductRows) std::copy_n(a + kProductRows, rows - kProductRows, to + depth * kProductRows);
+  }
+}
+
 template <class A>
 void product(const Product<A>& job, int64_t rows, int64_t columns) {
   constexpr auto kBlocks = product_blocks<A>(std::make_integer_sequence<int, kProductRows * kProductPanel>());
-  constexpr int64_t W = kLanes<A>, panel = kProductPanel * W;
+  constexpr int64_t W = kLanes<A>, panel = kProductPanel * W, together = 2 * kProductRows;
+  const bool copies = collides(job);
+  const int64_t depth = copies ? kCopiedDepth : kDepthBlock;
+  std::vector<A> copied(copies ? depth * together : 0);
   Product<A> part = job;
-  for (int64_t k = 0; k == 0 || k < job.depth;
-       k += kDepthBlock, part.a += kDepthBlock * job.a_depth_step, part.add = true) {
-    part.depth = std::min(kDepthBlock, job.depth - k);
+  for (int64_t k = 0; k == 0 || k < job.depth; k += depth, part.add = true) {
+    part.depth = std::min(depth, job.depth - k);
+    if (copies) part.a_row_step = 1, part.a_depth_step = kProductRows;
     const int64_t bytes = std::max<int64_t>(part.depth, 1) * panel * sizeof(A);
     const int64_t passing = std::max<int64_t>(1, kPassingBytes / bytes) * panel;
     for (int64_t begin = 0; begin < columns; begin += passing) {
+      const int64_t end = std::min(begin + passing, columns);
       for (int64_t row = 0; row < rows; row += kProductRows) {
         const int64_t count = std::min<int64_t>(kProductRows, rows - row);
-        for (int64_t c = begin; c < std::min(begin + passing, columns); c += panel) {
-          const int64_t width = std::min(panel, columns - c), registers = (width + W - 1) / W;
-          kBlocks[(count - 1) * kProductPanel + registers - 1](
-              part, part.a + row * job.a_row_step, job.b + c * job.depth + k * registers * W,
-              job.out + row * job.out_step + c, width - (registers - 1) * W);
+        const A* a = job.a + row * job.a_row_step + k * job.a_depth_step;
+        if (copies) {
+          const int64_t block = row / kProductRows % 2;
+          if (block == 0) copy_blocks(a, job.a_depth_step, part.depth, std::min(together, rows - row), copied.data());
+          a = copied.data() + block * part.depth * kProductRows;
+        }
+        for (int64_t c = begin; c < end; c += panel) {
+          const int64_t width = std::min(panel, end - c), registers = (width + W - 1) / W;
+          kBlocks[(count - 1) * kProductPanel + registers - 1](part, a, job.b + c * job.depth + k * registers * W,
+                                                               job.out + row * job.out_step + c,
+                                                               width - (registers - 1) * W);
         }
       }
     }

@@ -73,7 +73,7 @@ Tensor mapped_depthwise_conv_weight_grad(const Tensor& grad, const Tensor& x, co
     const MappedDepthwiseWeightGrad<S> job{*map, channels, data<S>(x), data<S>(grad)};
     // One thread sums each slab of rows, and slabs are added up in order, so the result does not depend on timing.
     const int64_t width = map->taps * channels;
-    const int64_t slabs = std::clamp<int64_t>(map->rows_out / kRows, 1, torch::stable::get_num_threads());
+    const int64_t slabs = std::clamp<int64_t>(map->rows_out / kRows, 1, thread_count());
     BlockSums<A> sums(slabs, width);
     parallel_for(0, slabs, 1, [&](int64_t first, int64_t last) {
       for (int64_t slab = first; slab < last; ++slab) {

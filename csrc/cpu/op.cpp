@@ -59,6 +59,13 @@ int64_t whole_lines(int64_t bytes) { return (std::max<int64_t>(bytes, 1) + kAlig
 
 }  // namespace
 
+bool& in_parallel() {
+  thread_local bool inside = false;
+  return inside;
+}
+
+int64_t thread_count() { return in_parallel() ? 1 : torch::stable::get_num_threads(); }
+
 void* push_scratch(int64_t bytes) { return scratch_stack.push(whole_lines(bytes)); }
 
 void pop_scratch(void* at, int64_t bytes) { scratch_stack.pop(at, whole_lines(bytes)); }

@@ -21,7 +21,6 @@
 namespace sparsecnx {
 
 using torch::headeronly::ScalarType;
-using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
 // The storage type of a floating dtype, and the type that it is computed in.
@@ -44,6 +43,28 @@ void for_dtype(const Tensor& x, const F& f) {
       STD_TORCH_CHECK(false, "sparsecnx: dtype ", torch::headeronly::toString(x.scalar_type()),
                       " is not supported; expected float32, float64, bfloat16 or float16");
   }
+}
+
+// Returns how many threads parallel_for has: 1 within a call of it.
+int64_t thread_count();
+
+// Whether the calling thread is in a call of parallel_for.
+bool& in_parallel();
+
+struct InParallel {
+  InParallel() { in_parallel() = true; }
+  ~InParallel() { in_parallel() = false; }
+};
+
+// Calls f(begin, end) for parts of a range, of at least `grain`, in several threads. Within a call of itself it is one call.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  if (begin >= end) return;
+  if (in_parallel() || end - begin <= grain) return f(begin, end);
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+    const InParallel inside;
+    f(first, last);
+  });
 }
 
 // Returns the data of a contiguous CPU tensor. T is the storage type and is not checked against the dtype.

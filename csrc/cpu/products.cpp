@@ -37,13 +37,15 @@ void torch_product(Matrix<S> a, Matrix<S> b, S* out, bool add) {
 
 // Rows that are worth a pass over the panels, and rows that fill registers.
 constexpr int64_t kRows = 64, kFewRows = 8;
-// The depth of a sum over rows, which are packed for it, and the columns that few rows take at a time.
-constexpr int64_t kDepth = 1024, kColumns = 64;
+// The depth of a sum over rows, which are packed for it, and the columns that few rows take at a time. Fewer than
+// kLeastRows would fill a register to less than a half; torch's library is quicker then.
+constexpr int64_t kDepth = 1024, kColumns = 64, kLeastRows = 10;
 
-// Calls f(first row, last row, first panel, last panel) in parallel, for parts that cover all rows and panels.
+// Calls f(first row, last row, first panel, last panel) in parallel, for parts that cover all rows and panels. Rows are
+// divided first: threads that share panels read them from a common cache.
 template <class F>
-void for_parts(int64_t rows, int64_t panels, const F& f) {
-  const int64_t threads = torch::stable::get_num_threads(), many = std::max<int64_t>(panels, 1);
+void for_rectangles(int64_t rows, int64_t panels, const F& f) {
+  const int64_t threads = thread_count(), many = std::max<int64_t>(panels, 1);
   const auto needed = [&](int64_t parts) { return (threads + parts - 1) / parts; };
   int64_t down = std::clamp<int64_t>(rows / kRows, 1, threads);
   const int64_t across = std::min(needed(down), many);
@@ -159,8 +161,11 @@ void Factor<S>::accumulate(Matrix<S> a, A* out, bool add) const {
     });
     return;
   }
+  if constexpr (std::is_same_v<S, A>) {
+    if (!packed_ && a.rows < kLeastRows) return torch_product(a, b_, out, add);
+  }
   if (!packed_) return few_rows(a, out, add);
-  for_parts(a.rows, (columns + width - 1) / width, [&](int64_t first, int64_t last, int64_t from, int64_t to) {
+  for_rectangles(a.rows, (columns + width - 1) / width, [&](int64_t first, int64_t last, int64_t from, int64_t to) {
     part(a, first, last, from, to, out + first * columns + from * width, columns, add);
   });
 }
