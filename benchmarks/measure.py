@@ -52,12 +52,12 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
 # Kinds of operators, by what their names start with after `aten::` or another namespace. The first that fits counts.
 PARTS = {
     "fused block": "convnextv2_block",
-    "products": "(linear|linear_weight_grad|addmm|mm|baddbmm|bmm)$",
-    "depthwise": "(mapped_)?depthwise",
+    "products": "(linear|linear_weight_grad|_linear_pointwise|addmm|_?mm|mv|addmv|baddbmm|bmm)$",
+    "depthwise": "(mapped_)?depthwise|_conv_depthwise",
     "convolution": "_?(slow_|thnn_|mkldnn_)?conv",
     "pooling": r"\w*pool",
     "elementwise": r"\w*(norm|grn|elu|silu|hard|sigmoid|tanh|softmax|threshold|clamp|scale_rows"
-    r"|add|sub_?$|mul|div_?$|sum|mean|sqrt|pow|square|lerp|masked_fill|where)",
+    r"|(add|sub|mul|div|sum|mean|sqrt|pow|square|lerp|masked_fill|where)_?$)",
 }
 
 Call = Callable[[], object]
@@ -305,11 +305,16 @@ def relative_error(got: Tensor, expected: Tensor, least: float = 1e-30) -> float
 
 
 def compare(
-    who: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float, least: float = 0.0
+    who: str,
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    limit: float | tuple[float, float],
+    least: float = 0.0,
 ) -> dict[str, Any]:
     """Compare an output and gradients by name with the expected ones.
 
     Args:
+        limit: the largest error, or that of the output and that of a gradient.
         least: a gradient counts as at least this fraction of the largest one. A bias before a convolution and a
             BatchNorm has the gradient zero, of which any rounding is a large fraction.
 
@@ -325,11 +330,12 @@ def compare(
         name: relative_error(found[name], value, 1e-30 if name == "output" else floor)
         for name, value in expected.items()
     }
-    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
-    if not errors[worst] <= limit:
-        raise Mismatch(f"{who} differs from the expected result: {worst} by {errors[worst]:.1e}, at most {limit:g}")
     output = errors.pop("output")
-    parameter = max(errors, key=lambda name: errors[name])
+    parameter = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+    limits = limit if isinstance(limit, tuple) else (limit, limit)
+    for name, error, most in (("output", output, limits[0]), (parameter, errors[parameter], limits[1])):
+        if not error <= most:
+            raise Mismatch(f"{who} differs from the expected result: {name} by {error:.1e}, at most {most:g}")
     return {"output": output, "gradient": errors[parameter], "parameter": parameter}
 
 

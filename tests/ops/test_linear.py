@@ -23,14 +23,14 @@ from sparsecnx.ops.linear import LEAST_PRODUCT, linear
 
 pytestmark = needs_cpu
 
-# Rows, C and C_out: the gradient of the weight takes one step of rows and several, and either order of its factors.
-SIZES = [(3001, 40, 72), (1500, 96, 33), (300, 64, 512)]
+# Rows, C and C_out: many rows, few and very few, sums of more than 1024 products, and a power of two.
+SIZES = [(3001, 40, 72), (1500, 96, 33), (300, 64, 512), (40, 2050, 64), (5, 1100, 900), (70, 256, 1024)]
 
 
 def values(rows, channels, out, dtype=torch.float32):
     torch.manual_seed(0)
-    shapes = ((rows, channels), (out, channels), (out,))
-    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64) for shape in ((rows, channels), (out, channels), (out,)))
+    return [value.to(dtype).requires_grad_() for value in (x, weight / channels**0.5, bias)]
 
 
 def results(function, leaves):
