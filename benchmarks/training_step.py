@@ -10,9 +10,10 @@ Variants, with float32 weights, under autocast where --dtype is not float32:
                   --by-block block by block, which compiles faster
     vit           transformers' ViTMAEForPreTraining, ViT-B/16, mask ratio 0.75, scaled_dot_product_attention, eager
 
-One batch of random images and one mask serve all steps: loading data and drawing masks are not timed. First the loss
-of `sparse` and `dense` is compared with the dense model's in float32, on the same weights. On a GPU, `peak_bytes` is
-the peak of a step beyond weights, images and optimizer state.
+As in `sparsecnx pretrain`, the process keeps the memory that it frees on a CPU. One batch of random images and one mask
+serve all steps: loading data and drawing masks are not timed. First the loss of `sparse` and `dense` is compared with
+the dense model's in float32, on the same weights. On a GPU, `peak_bytes` is the peak of a step beyond weights, images
+and optimizer state.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from measure import Case, Mismatch, Results, say
 from torch import Tensor
 
+from sparsecnx.common.memory import keep_freed_memory
 from sparsecnx.models import FCMAE, create_fcmae
 from sparsecnx.train.recipe import BETAS, param_groups
 
@@ -118,6 +120,7 @@ def measured(case: Case, variant: str, by_block: bool, repeats: int) -> dict[str
 def main(arguments: Sequence[str] | None = None) -> int:
     options = measure.parse(measure.parser(__doc__, VARIANTS), arguments)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     results, rows, failed = Results(options.out), [], False
     for case in measure.cases(options):
         found: dict[str, Any] = {}

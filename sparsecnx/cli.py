@@ -26,6 +26,7 @@ from sparsecnx import doctor
 from sparsecnx.common.dtypes import DTYPES
 from sparsecnx.common.errors import CheckpointError, InputError, MissingExtra, TrainingStopped
 from sparsecnx.common.files import escape, printable
+from sparsecnx.common.memory import keep_freed_memory
 from sparsecnx.compat import checkpoints
 from sparsecnx.models import SIZES
 from sparsecnx.train.recipe import MAX_PIXELS, METHODS, TRAINING_DTYPES, Recipe
@@ -149,6 +150,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
     values = vars(arguments)
     options = Options(**{f: values[f] for f in Options.__dataclass_fields__})
+    keep_freed_memory()
     return pretrain(options, {f: values[f] for f in Recipe.__dataclass_fields__ if f in values})
 
 

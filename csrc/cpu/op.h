@@ -1,4 +1,4 @@
-// Shared by the operators: dispatch on dtype, typed access to tensors, GEMMs, division of work between threads.
+// Shared by the operators: dispatch on dtype, typed access to tensors, division of work between threads.
 // Only PyTorch's ABI-stable headers are used, so that one build serves every torch from 2.11 on.
 #pragma once
 

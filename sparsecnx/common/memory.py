@@ -1,6 +1,12 @@
-"""The check of a tensor's memory for what is plain torch; csrc/storage.h has that of the compiled operators."""
+"""The check of a tensor's memory for what is plain torch, and what a process does with freed memory.
+
+csrc/storage.h has the check of the compiled operators.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import ctypes
 
 import torch
 from torch import Tensor
@@ -27,3 +33,17 @@ def check_memory(**tensors: Tensor | None) -> None:
                 f"{name} has {x.numel()} elements, but its storage holds {bytes_there} bytes: it was freed or never"
                 f" allocated; call the operator, and its gradient, while {name} has its memory"
             )
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep what is freed: gradients that are dropped at every step are given back, and fault in again.
+
+    It holds for the process, so that commands ask for it and the library does not. Elsewhere than on glibc it does
+    nothing.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # from malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 2**25)  # the most that it takes
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**26)

@@ -1,4 +1,4 @@
-"""The product of rows and a matrix: `torch.nn.functional.linear`, by the fastest library that torch has."""
+"""The product of rows and a matrix: `torch.nn.functional.linear`, by the compiled kernel where it is quicker."""
 
 from __future__ import annotations
 
