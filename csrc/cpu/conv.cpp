@@ -19,7 +19,7 @@ constexpr int64_t kMostChunk = 1024;        // rows
 constexpr int64_t kPackedValues = 1 << 18;  // of a panel of the weight: it stays in L2, or nearly
 constexpr int64_t kMostDepth = 256;         // input channels of it, for which output rows are read and written once
 constexpr int64_t kWeightGradRows = 128;    // of a chunk of the gradient of the weight: a panel of them stays in L1
-constexpr int64_t kGradValues = 160 << 10;  // of the rows of a few chunks of it, which stay in L2
+constexpr int64_t kGradValues = 160 << 10;  // of so few rows that all of them stay in L2
 constexpr int64_t kNarrowRows = 256;        // of a chunk where groups are narrow
 constexpr int64_t kListedPairs = 1 << 21;   // 16 MB
 constexpr int64_t kThin = 8;                // input channels up to which columns are gathered
@@ -390,29 +390,33 @@ Tensor conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
   return run(check_shape(x, "x", kernel_map, grid, window, sizes(weight)), x, weight, bias, strides);
 }
 
-// Stores sums of a panel, packed as the weight, for `in` input channels of the gradient (channels out, channels in, taps).
+// Stores sums of a panel, packed as the weight, for `in` input channels.
 template <class S>
-void unpack(const Shape& shape, const Compute<S>* sums, int64_t in, int64_t channels, int64_t lanes, S* to) {
-  const int64_t width = (channels + lanes - 1) / lanes * lanes, step = shape.in * shape.taps;
+void unpack(const Compute<S>* sums, int64_t taps, int64_t in, int64_t channels, int64_t lanes, S* to,
+            const Strides& strides) {
+  const int64_t width = (channels + lanes - 1) / lanes * lanes;
+  const bool taps_last = strides.tap == 1;
   for (int64_t c = 0; c < channels; c += lanes) {
-    for (int64_t i = 0; i < in; ++i)
-      kernels<S>().lanes_to_columns(sums + i * width + c, in * width, std::min(lanes, channels - c), shape.taps,
-                                    to + c * step + i * shape.taps, step);
+    const int64_t rows = std::min(lanes, channels - c);
+    for (int64_t i = 0; i < (taps_last ? in : taps); ++i) {
+      kernels<S>().lanes_to_columns(sums + i * (taps_last ? width : in * width) + c, taps_last ? in * width : width,
+                                    rows, taps_last ? taps : in,
+                                    to + c * strides.out + i * (taps_last ? strides.in : strides.tap), strides.out);
+    }
   }
 }
 
-// Divides the input channels of every panel into tasks. A thread goes over all chunks for its own tasks, a few chunks at a
-// time whose rows stay in cache, and no sum is shared. Where these are all, sums stay in cache too.
+// Divides the input channels of every panel into tasks. A thread goes over the chunks for its own tasks, and no sum is shared.
+// Few rows stay in cache, and each task then takes all of them before the next, so that its sums stay there too.
 template <class S, class A>
-void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& panels, S* out) {
-  constexpr int64_t kSlice = 24;  // input channels of a task
+void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& panels, S* out, const Strides& strides) {
+  constexpr int64_t kSlice = 48;  // input channels of a task: whole cache lines of the gradient
   const int64_t in_step = shape.groups * shape.in, out_step = shape.groups * shape.out;
   Rulebook rules(shape, kWeightGradRows);
   const int64_t slices = (shape.in + kSlice - 1) / kSlice, tasks = shape.groups * panels.count * slices;
   const int64_t each = shape.taps * kSlice * panels.widest();
-  const int64_t rows = kGradValues / (in_step + out_step);  // of the chunks that are taken together
-  const int64_t together = std::max<int64_t>(rows * rules.chunks() / std::max<int64_t>(shape.rows_out, 1), 1);
-  const bool once = rules.lists_all() && rules.chunks() <= together;
+  const bool once = rules.lists_all() && shape.rows_out * (in_step + out_step) <= kGradValues;
+  const int64_t together = once ? std::max<int64_t>(rules.chunks(), 1) : 1;
   const Scratch<A> kept(once ? 0 : tasks * each);
   const auto run_task = [&](int64_t task, int64_t first_chunk, int64_t last_chunk, A* sums) {
     const int64_t group = task / slices / panels.count, panel = task / slices % panels.count;
@@ -428,7 +432,7 @@ void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& pane
       }
     }
     if (last_chunk == rules.chunks())
-      unpack(shape, sums, depth, channels, panels.lanes, out + (channel * shape.in + from) * shape.taps);
+      unpack(sums, shape.taps, depth, channels, panels.lanes, out + channel * strides.out + from * strides.in, strides);
   };
   rules.for_listed([&](int64_t first_chunk, int64_t last_chunk) {
     parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -447,7 +451,7 @@ void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& pane
 
 // One thread sums each slab of rows, and slabs are added up in order.
 template <class S, class A>
-void sum_columns(const Shape& shape, const A* x, const A* grad, const Panels& panels, S* out) {
+void sum_columns(const Shape& shape, const A* x, const A* grad, const Panels& panels, S* out, const Strides& strides) {
   const int64_t depth = shape.taps * shape.in;
   const int64_t slabs = std::clamp<int64_t>(shape.rows_out / 256, 1, torch::stable::get_num_threads());
   const std::vector<int32_t> rows_of = ascending(kMostColumns);
@@ -471,13 +475,13 @@ void sum_columns(const Shape& shape, const A* x, const A* grad, const Panels& pa
   partial.store(sums.data());
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const int64_t channel = panels.begin(panel);
-    unpack(shape, sums.data() + channel * depth, shape.in, std::min(panels.width(panel), shape.out - channel),
-           panels.lanes, out + channel * depth);
+    unpack(sums.data() + channel * depth, shape.taps, shape.in, std::min(panels.width(panel), shape.out - channel),
+           panels.lanes, out + channel * depth, strides);
   }
 }
 
 template <class S>
-void sum_narrow(const Shape& shape, const Tensor& x, const Tensor& grad, S* out) {
+void sum_narrow(const Shape& shape, const Tensor& x, const Tensor& grad, S* out, const Strides& strides) {
   using A = Compute<S>;
   const int64_t channels = shape.groups * shape.in, width = shape.in, lanes = kernels<S>().lanes;
   Rulebook rules(shape, kNarrowRows);
@@ -500,31 +504,34 @@ void sum_narrow(const Shape& shape, const Tensor& x, const Tensor& grad, S* out)
       }
     });
   });
-  std::vector<A> ordered(sums.size());  // (channels, width, taps)
-  auto* at = ordered.data();
-  for (int64_t c = 0; c < channels; ++c) {
+  std::vector<A> ordered(sums.size());
+  const A* at = sums.data();
+  for (int64_t k = 0; k < shape.taps; ++k) {
     for (int64_t j = 0; j < width; ++j) {
-      for (int64_t k = 0; k < shape.taps; ++k) *at++ = sums[(k * width + j) * channels + c];
+      for (int64_t c = 0; c < channels; ++c) ordered[c * strides.out + j * strides.in + k * strides.tap] = *at++;
     }
   }
   kernels<S>().narrow(ordered.data(), ordered.size(), out);
 }
 
-// Returns the gradient of the weight in torch's layout, (groups, channels out, channels in, taps).
+// Returns the gradient of the weight as (groups, channels out, channels in, taps), torch's layout. If the weight's input
+// channels follow each other in memory, as in torch.channels_last, so do the gradient's: autograd would copy another layout.
 Tensor conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& kernel_map, Sizes grid,
                         Sizes window) {
-  check_weight(weight, x);
+  const bool channels_last = check_weight(weight, x).in == 1;
   const Shape shape = check_shape(x, "x", kernel_map, grid, window, sizes(weight));
   check_matrix(grad, "grad", shape.rows_out, shape.groups * shape.out, x.scalar_type());
-  const int64_t groups = shape.groups;
-  Tensor out = empty({groups, shape.out, shape.in, shape.taps}, x.scalar_type());
+  const auto [groups, taps, in, channels] = sizes(weight);
+  const Strides strides{channels * in * taps, channels_last ? in : 1, channels_last ? 1 : taps, in * taps};
+  Tensor out = channels_last ? torch::stable::transpose(empty({groups, channels, taps, in}, x.scalar_type()), 2, 3)
+                             : empty({groups, channels, in, taps}, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
-    if (is_narrow_conv(shape, kernels<S>().is_narrow)) return sum_narrow<S>(shape, x, grad, data<S>(out));
+    if (is_narrow_conv(shape, kernels<S>().is_narrow)) return sum_narrow<S>(shape, x, grad, data<S>(out), strides);
     const Panels panels = Panels::of<A>(shape.out);
     if (shape.rows_out == 0) std::fill_n(data<S>(out), out.numel(), S{});
     const Wide<S> wide(x), wide_grad(grad);
-    const auto how = groups == 1 && shape.in <= kThin ? sum_columns<S, A> : sum_pairs<S, A>;
-    how(shape, wide.data_at(), wide_grad.data_at(), panels, data<S>(out));
+    const auto how = shape.groups == 1 && shape.in <= kThin ? sum_columns<S, A> : sum_pairs<S, A>;
+    how(shape, wide.data_at(), wide_grad.data_at(), panels, data<S>(out), strides);
   });
   return out;
 }
