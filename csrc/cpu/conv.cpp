@@ -14,9 +14,12 @@
 namespace sparsecnx {
 namespace {
 
-constexpr int64_t kChunkValues = 1 << 17;   // of the input and output rows of a chunk: they share L2 with the weight
+constexpr int64_t kChunkValues = 1 << 18;   // of the input and output rows of a chunk
 constexpr int64_t kMostChunk = 1024;        // rows
+constexpr int64_t kPackedValues = 1 << 18;  // of a panel of the weight: it stays in L2, or nearly
+constexpr int64_t kMostDepth = 256;         // input channels of it, for which output rows are read and written once
 constexpr int64_t kWeightGradRows = 128;    // of a chunk of the gradient of the weight: a panel of them stays in L1
+constexpr int64_t kGradValues = 160 << 10;  // of so few rows that all of them stay in L2
 constexpr int64_t kNarrowRows = 256;        // of a chunk where groups are narrow
 constexpr int64_t kListedPairs = 1 << 21;   // 16 MB
 constexpr int64_t kThin = 8;                // input channels up to which columns are gathered
@@ -81,12 +84,7 @@ struct Panels {
   int64_t begin(int64_t panel) const { return registers * panel / count * lanes; }
   int64_t width(int64_t panel) const { return begin(panel + 1) - begin(panel); }
   int64_t padded() const { return registers * lanes; }  // channels
-  int64_t of_register(int64_t number) const {
-    int64_t panel = number * count / registers;  // or a neighbour
-    while (begin(panel) > number * lanes) --panel;
-    while (begin(panel + 1) <= number * lanes) ++panel;
-    return panel;
-  }
+  int64_t widest() const { return (registers + count - 1) / count * lanes; }
 };
 
 inline float wide(float x) { return x; }
@@ -99,53 +97,38 @@ inline float wide(bfloat16 x) {
   return out;
 }
 
-// Packs a register of output channels for input channels [begin, end). `to` is where the panel has the register.
+// Packs a panel of a weight for some input channels: (taps, channels in, channels of the panel), with zeros at the end. It is
+// read in the order of memory, or nearly.
 template <class S>
-void pack_register(const Shape& shape, const Panels& panels, const S* from, const Strides& strides, int64_t rows,
-                   int64_t begin, int64_t end, int64_t step, Compute<S>* to) {
-  const int64_t taps = shape.taps, in = shape.in, lanes = panels.lanes;
-  if (strides.tap == 1 && taps > 1) {
-    for (int64_t i = begin; i < end; ++i)
-      kernels<S>().columns_to_lanes(from + i * strides.in, strides.out, rows, taps, to + i * step, in * step);
-    return;
-  }
-  for (int64_t k = 0; k < taps; ++k) {
-    const S* tap = from + k * strides.tap;
-    auto* at = to + k * in * step;
-    if (strides.in == 1) {
-      kernels<S>().columns_to_lanes(tap + begin, strides.out, rows, end - begin, at + begin * step, step);
+void pack(const S* from, const Strides& strides, int64_t taps, int64_t in, int64_t channels, int64_t lanes,
+          Compute<S>* to) {
+  const Kernels<S>& k = kernels<S>();
+  const int64_t width = (channels + lanes - 1) / lanes * lanes;
+  const bool whole = strides.out == 1 && channels == width;
+  for (int64_t c = 0; c < channels; c += whole ? width : lanes) {
+    const S* first = from + c * strides.out;
+    const int64_t rows = std::min(lanes, channels - c);
+    if (strides.tap == 1 && taps > 1) {
+      for (int64_t i = 0; i < in; ++i)
+        k.columns_to_lanes(first + i * strides.in, strides.out, rows, taps, to + i * width + c, in * width);
       continue;
     }
-    for (int64_t i = begin; i < end; ++i) {
-      const S* row = tap + i * strides.in;
-      if (strides.out == 1 && rows == lanes) {
-        kernels<S>().widen(row, lanes, at + i * step);
-      } else {
-        for (int64_t r = 0; r < lanes; ++r) at[i * step + r] = r < rows ? wide(row[r * strides.out]) : Compute<S>(0);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const S* at = first + tap * strides.tap;
+      auto* row = to + tap * in * width + c;
+      if (strides.in == 1 && !whole) {
+        k.columns_to_lanes(at, strides.out, rows, in, row, width);
+        continue;
+      }
+      for (int64_t i = 0; i < in; ++i, at += strides.in, row += width) {
+        if (whole) {
+          k.widen(at, width, row);
+        } else {
+          for (int64_t r = 0; r < lanes; ++r) row[r] = r < rows ? wide(at[r * strides.out]) : Compute<S>(0);
+        }
       }
     }
   }
-}
-
-// Packs the weight of all groups: for each panel (taps, channels in, channels of the panel), with zeros at the end.
-// It is read in the order of memory, or nearly.
-template <class S>
-void pack(const Shape& shape, const Panels& panels, const S* weight, const Strides& strides, Compute<S>* packed) {
-  constexpr int64_t kSlice = 16;  // input channels
-  const int64_t slices = (shape.in + kSlice - 1) / kSlice, per_group = slices * panels.registers;
-  const bool registers_inside = strides.in > strides.out;
-  parallel_for(0, shape.groups * per_group, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / per_group, rest = task % per_group;
-      const int64_t slice = registers_inside ? rest / panels.registers : rest % slices;
-      const int64_t place = registers_inside ? rest % panels.registers : rest / slices;
-      const int64_t first = place * panels.lanes, panel = panels.of_register(place), start = panels.begin(panel);
-      pack_register(shape, panels, weight + group * strides.group + first * strides.out, strides,
-                    std::min(panels.lanes, shape.out - first), slice * kSlice, std::min((slice + 1) * kSlice, shape.in),
-                    panels.width(panel),
-                    packed + (group * panels.padded() + start) * shape.taps * shape.in + first - start);
-    }
-  });
 }
 
 // The pairs of rows under each tap, for chunks of output rows. Rows of out ascend. The pairs of a few chunks are listed at
@@ -176,6 +159,8 @@ class Rulebook {
     }
   }
 
+  bool lists_all() const { return most_ == chunks_; }
+  int64_t chunks() const { return chunks_; }
   int64_t first(int64_t chunk) const { return shape_.rows_out * chunk / chunks_; }
   int64_t count(int64_t chunk, int64_t tap) const { return count_[(chunk - listed_) * shape_.taps + tap]; }
   const int32_t* from(int64_t chunk, int64_t tap) const { return from_.data() + at(chunk, tap); }
@@ -243,8 +228,6 @@ void prefetch(const S* rows, int64_t channels, const int32_t* which, int64_t ste
   }
 }
 
-int64_t chunk_rows(int64_t channels) { return std::clamp<int64_t>(kChunkValues / channels, 64, kMostChunk); }
-
 bool is_narrow_conv(const Shape& shape, bool (*is_narrow)(int64_t)) {
   return shape.groups > 1 && shape.in == shape.out && is_narrow(shape.in);
 }
@@ -290,29 +273,40 @@ void start_rows(A* out, int64_t step, int64_t rows, int64_t channels, const A* b
   }
 }
 
-template <class A>
-void run_pairs(const Shape& shape, const A* x, const Panels& panels, const A* packed, const A* bias, A* out) {
+// A task packs a panel of the weight for itself, slice by slice of the input channels, and uses it for a chunk at once:
+// of a weight with few rows, packing and reading it again from memory would take as long as the products.
+template <class S, class A>
+void run_pairs(const Shape& shape, const A* x, const Panels& panels, const S* weight, const Strides& strides,
+               const A* bias, A* out) {
   const int64_t in_step = shape.groups * shape.in, out_step = shape.groups * shape.out;
-  Rulebook rules(shape, chunk_rows(in_step + out_step));
-  const int64_t per_chunk = shape.groups * panels.count;
-  const auto run_task = [&](int64_t task, bool fetch) {
+  const int64_t per_chunk = shape.groups * panels.count, threads = torch::stable::get_num_threads();
+  const int64_t rows = std::min(kChunkValues / (in_step + out_step), shape.rows_out * per_chunk / threads);
+  Rulebook rules(shape, std::clamp<int64_t>(rows, 64, kMostChunk));
+  const int64_t most = std::clamp<int64_t>(kPackedValues / (shape.taps * panels.widest()), 16, kMostDepth);
+  const int64_t slices = (shape.in + most - 1) / most;
+  const auto run_task = [&](int64_t task, bool fetch, A* packed) {
     const int64_t chunk = task / per_chunk, group = task % per_chunk / panels.count, panel = task % panels.count;
     const int64_t first = panels.begin(panel), width = panels.width(panel);
     const int64_t channels = std::min(width, shape.out - first), channel = group * shape.out + first;
     if (fetch || task % per_chunk == 0)
       prefetch(x, in_step, rules.from(chunk, shape.taps / 2), 1, rules.count(chunk, shape.taps / 2));
-    const A* weight = packed + (group * panels.padded() + first) * shape.taps * shape.in;
     start_rows(out + rules.first(chunk) * out_step + channel, out_step, rules.first(chunk + 1) - rules.first(chunk),
                channels, bias == nullptr ? nullptr : bias + channel);
-    for (int64_t tap = 0; tap < shape.taps; ++tap) {
-      kernels<A>().conv_pairs({rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap),
-                               x + group * shape.in, in_step, out + channel, out_step, channels},
-                              weight + tap * shape.in * width, shape.in);
+    for (int64_t slice = 0; slice < slices; ++slice) {
+      const int64_t from = shape.in * slice / slices, depth = shape.in * (slice + 1) / slices - from;
+      pack(weight + group * strides.group + first * strides.out + from * strides.in, strides, shape.taps, depth,
+           channels, panels.lanes, packed);
+      for (int64_t tap = 0; tap < shape.taps; ++tap) {
+        kernels<A>().conv_pairs({rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap),
+                                 x + group * shape.in + from, in_step, out + channel, out_step, channels},
+                                packed + tap * depth * width, depth);
+      }
     }
   };
   rules.for_listed([&](int64_t first_chunk, int64_t last_chunk) {
     parallel_for(first_chunk * per_chunk, last_chunk * per_chunk, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) run_task(task, task == begin);
+      const Scratch<A> packed(shape.taps * std::min(shape.in, most) * panels.widest());
+      for (int64_t task = begin; task < end; ++task) run_task(task, task == begin, packed.data());
     });
   });
 }
@@ -337,9 +331,16 @@ std::vector<int32_t> ascending(int64_t count) {
   return out;
 }
 
-template <class A>
-void run_columns(const Shape& shape, const A* x, const Panels& panels, const A* packed, const A* bias, A* out) {
+template <class S, class A>
+void run_columns(const Shape& shape, const A* x, const Panels& panels, const S* weight, const Strides& strides,
+                 const A* bias, A* out) {
   const int64_t depth = shape.taps * shape.in;
+  const Scratch<A> packed(depth * panels.padded());
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    const int64_t channel = panels.begin(panel);
+    pack(weight + channel * strides.out, strides, shape.taps, shape.in,
+         std::min(panels.width(panel), shape.out - channel), panels.lanes, packed.data() + channel * depth);
+  }
   const std::vector<int32_t> rows_of = ascending(kMostColumns);
   parallel_for(0, shape.rows_out, 64, [&](int64_t begin, int64_t end) {
     for_columns(shape, x, begin, end, [&](int64_t first, int64_t rows, A* columns) {
@@ -349,7 +350,7 @@ void run_columns(const Shape& shape, const A* x, const Panels& panels, const A* 
         A* at = out + first * shape.out + channel;
         start_rows(at, shape.out, rows, channels, bias == nullptr ? nullptr : bias + channel);
         kernels<A>().conv_pairs({rows_of.data(), rows_of.data(), rows, columns, depth, at, shape.out, channels},
-                                packed + channel * depth, depth);
+                                packed.data() + channel * depth, depth);
       }
     });
   });
@@ -365,12 +366,10 @@ Tensor run(const Shape& shape, const Tensor& x, const Tensor& weight, const std:
     if (is_narrow_conv(shape, kernels<S>().is_narrow))
       return run_narrow<S>(shape, x, data<S>(weight), strides, offset, data<S>(out));
     const Panels panels = Panels::of<A>(shape.out);
-    const Scratch<A> packed(shape.groups * shape.taps * shape.in * panels.padded());
-    pack<S>(shape, panels, data<S>(weight), strides, packed.data());
     const Wide<S> wide(x);
     const auto compute = [&](A* to) {
-      const auto how = shape.groups == 1 && shape.in <= kThin ? run_columns<A> : run_pairs<A>;
-      how(shape, wide.data_at(), panels, packed.data(), offset, to);
+      const auto how = shape.groups == 1 && shape.in <= kThin ? run_columns<S, A> : run_pairs<S, A>;
+      how(shape, wide.data_at(), panels, data<S>(weight), strides, offset, to);
     };
     if constexpr (std::is_same_v<S, A>) {
       compute(data<A>(out));
@@ -391,60 +390,68 @@ Tensor conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
   return run(check_shape(x, "x", kernel_map, grid, window, sizes(weight)), x, weight, bias, strides);
 }
 
-// Stores sums, packed as the weight, in torch's layout (channels out, channels in, taps).
+// Stores sums of a panel, packed as the weight, for `in` input channels.
 template <class S>
-void unpack(const Shape& shape, const Panels& panels, const Compute<S>* packed, S* weight) {
-  const int64_t taps = shape.taps, in = shape.in, lanes = panels.lanes;
-  parallel_for(0, shape.groups * panels.registers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / panels.registers, first = task % panels.registers * lanes;
-      const int64_t panel = panels.of_register(task % panels.registers);
-      const int64_t step = panels.width(panel), rows = std::min(lanes, shape.out - first);
-      const auto* from =
-          packed + (group * panels.padded() + panels.begin(panel)) * taps * in + first - panels.begin(panel);
-      S* to = weight + (group * shape.out + first) * in * taps;
-      for (int64_t i = 0; i < in; ++i)
-        kernels<S>().lanes_to_columns(from + i * step, in * step, rows, taps, to + i * taps, in * taps);
+void unpack(const Compute<S>* sums, int64_t taps, int64_t in, int64_t channels, int64_t lanes, S* to,
+            const Strides& strides) {
+  const int64_t width = (channels + lanes - 1) / lanes * lanes;
+  const bool taps_last = strides.tap == 1;
+  for (int64_t c = 0; c < channels; c += lanes) {
+    const int64_t rows = std::min(lanes, channels - c);
+    for (int64_t i = 0; i < (taps_last ? in : taps); ++i) {
+      kernels<S>().lanes_to_columns(sums + i * (taps_last ? width : in * width) + c, taps_last ? in * width : width,
+                                    rows, taps_last ? taps : in,
+                                    to + c * strides.out + i * (taps_last ? strides.in : strides.tap), strides.out);
     }
-  });
+  }
 }
 
-// Divides the input channels of every panel into tasks. A thread goes over all chunks for its own tasks, and no sum is
-// shared.
-template <class A>
-void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& panels, A* sums) {
-  constexpr int64_t kSlice = 24;  // input channels of a task
+// Divides the input channels of every panel into tasks. A thread goes over the chunks for its own tasks, and no sum is shared.
+// Few rows stay in cache, and each task then takes all of them before the next, so that its sums stay there too.
+template <class S, class A>
+void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& panels, S* out, const Strides& strides) {
+  constexpr int64_t kSlice = 48;  // input channels of a task: whole cache lines of the gradient
   const int64_t in_step = shape.groups * shape.in, out_step = shape.groups * shape.out;
   Rulebook rules(shape, kWeightGradRows);
-  const int64_t slices = (shape.in + kSlice - 1) / kSlice;
-  const auto run_task = [&](int64_t task, int64_t chunk) {
+  const int64_t slices = (shape.in + kSlice - 1) / kSlice, tasks = shape.groups * panels.count * slices;
+  const int64_t each = shape.taps * kSlice * panels.widest();
+  const bool once = rules.lists_all() && shape.rows_out * (in_step + out_step) <= kGradValues;
+  const int64_t together = once ? std::max<int64_t>(rules.chunks(), 1) : 1;
+  const Scratch<A> kept(once ? 0 : tasks * each);
+  const auto run_task = [&](int64_t task, int64_t first_chunk, int64_t last_chunk, A* sums) {
     const int64_t group = task / slices / panels.count, panel = task / slices % panels.count;
-    const int64_t from = task % slices * kSlice, to = std::min(from + kSlice, shape.in);
+    const int64_t from = task % slices * kSlice, depth = std::min(kSlice, shape.in - from);
     const int64_t first = panels.begin(panel), width = panels.width(panel);
-    const int64_t channels = std::min(width, shape.out - first);
-    A* at = sums + (group * panels.padded() + first) * shape.taps * shape.in;
-    for (int64_t tap = 0; tap < shape.taps; ++tap) {
-      kernels<A>().conv_pairs_weight_grad(
-          {rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap), x + group * shape.in, in_step,
-           const_cast<A*>(grad) + group * shape.out + first, out_step, channels},
-          from, to, chunk == 0, at + tap * shape.in * width);
+    const int64_t channels = std::min(width, shape.out - first), channel = group * shape.out + first;
+    for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+      for (int64_t tap = 0; tap < shape.taps; ++tap) {
+        kernels<A>().conv_pairs_weight_grad(
+            {rules.from(chunk, tap), rules.to(chunk, tap), rules.count(chunk, tap), x + group * shape.in + from,
+             in_step, const_cast<A*>(grad) + channel, out_step, channels},
+            0, depth, chunk == 0, sums + tap * depth * width);
+      }
     }
+    if (last_chunk == rules.chunks())
+      unpack(sums, shape.taps, depth, channels, panels.lanes, out + channel * strides.out + from * strides.in, strides);
   };
   rules.for_listed([&](int64_t first_chunk, int64_t last_chunk) {
-    parallel_for(0, shape.groups * panels.count * slices, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
-        prefetch(x, in_step, rules.from(chunk, shape.taps / 2), 1, rules.count(chunk, shape.taps / 2));
-        prefetch<A>(grad + rules.first(chunk) * out_step, out_step, nullptr, 0,
-                    rules.first(chunk + 1) - rules.first(chunk));
-        for (int64_t task = begin; task < end; ++task) run_task(task, chunk);
+    parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<A> own(once ? each : 0);
+      for (int64_t chunk = first_chunk; chunk < last_chunk; chunk += together) {
+        const int64_t last = std::min(chunk + together, last_chunk);
+        for (int64_t i = chunk; i < last; ++i)
+          prefetch(x, in_step, rules.from(i, shape.taps / 2), 1, rules.count(i, shape.taps / 2));
+        prefetch<A>(grad + rules.first(chunk) * out_step, out_step, nullptr, 0, rules.first(last) - rules.first(chunk));
+        for (int64_t task = begin; task < end; ++task)
+          run_task(task, chunk, last, once ? own.data() : kept.data() + task * each);
       }
     });
   });
 }
 
 // One thread sums each slab of rows, and slabs are added up in order.
-template <class A>
-void sum_columns(const Shape& shape, const A* x, const A* grad, const Panels& panels, A* sums) {
+template <class S, class A>
+void sum_columns(const Shape& shape, const A* x, const A* grad, const Panels& panels, S* out, const Strides& strides) {
   const int64_t depth = shape.taps * shape.in;
   const int64_t slabs = std::clamp<int64_t>(shape.rows_out / 256, 1, torch::stable::get_num_threads());
   const std::vector<int32_t> rows_of = ascending(kMostColumns);
@@ -464,11 +471,17 @@ void sum_columns(const Shape& shape, const A* x, const A* grad, const Panels& pa
     }
   });
   shape.map->check();
-  partial.store(sums);
+  const Scratch<A> sums(panels.padded() * depth);
+  partial.store(sums.data());
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    const int64_t channel = panels.begin(panel);
+    unpack(sums.data() + channel * depth, shape.taps, shape.in, std::min(panels.width(panel), shape.out - channel),
+           panels.lanes, out + channel * depth, strides);
+  }
 }
 
 template <class S>
-void sum_narrow(const Shape& shape, const Tensor& x, const Tensor& grad, S* out) {
+void sum_narrow(const Shape& shape, const Tensor& x, const Tensor& grad, S* out, const Strides& strides) {
   using A = Compute<S>;
   const int64_t channels = shape.groups * shape.in, width = shape.in, lanes = kernels<S>().lanes;
   Rulebook rules(shape, kNarrowRows);
@@ -491,34 +504,34 @@ void sum_narrow(const Shape& shape, const Tensor& x, const Tensor& grad, S* out)
       }
     });
   });
-  std::vector<A> ordered(sums.size());  // (channels, width, taps)
-  auto* at = ordered.data();
-  for (int64_t c = 0; c < channels; ++c) {
+  std::vector<A> ordered(sums.size());
+  const A* at = sums.data();
+  for (int64_t k = 0; k < shape.taps; ++k) {
     for (int64_t j = 0; j < width; ++j) {
-      for (int64_t k = 0; k < shape.taps; ++k) *at++ = sums[(k * width + j) * channels + c];
+      for (int64_t c = 0; c < channels; ++c) ordered[c * strides.out + j * strides.in + k * strides.tap] = *at++;
     }
   }
   kernels<S>().narrow(ordered.data(), ordered.size(), out);
 }
 
-// Returns the gradient of the weight in torch's layout, (groups, channels out, channels in, taps).
+// Returns the gradient of the weight as (groups, channels out, channels in, taps), torch's layout. If the weight's input
+// channels follow each other in memory, as in torch.channels_last, so do the gradient's: autograd would copy another layout.
 Tensor conv_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& kernel_map, Sizes grid,
                         Sizes window) {
-  check_weight(weight, x);
+  const bool channels_last = check_weight(weight, x).in == 1;
   const Shape shape = check_shape(x, "x", kernel_map, grid, window, sizes(weight));
   check_matrix(grad, "grad", shape.rows_out, shape.groups * shape.out, x.scalar_type());
-  const int64_t groups = shape.groups;
-  Tensor out = empty({groups, shape.out, shape.in, shape.taps}, x.scalar_type());
+  const auto [groups, taps, in, channels] = sizes(weight);
+  const Strides strides{channels * in * taps, channels_last ? in : 1, channels_last ? 1 : taps, in * taps};
+  Tensor out = channels_last ? torch::stable::transpose(empty({groups, channels, taps, in}, x.scalar_type()), 2, 3)
+                             : empty({groups, channels, in, taps}, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
-    if (is_narrow_conv(shape, kernels<S>().is_narrow)) return sum_narrow<S>(shape, x, grad, data<S>(out));
+    if (is_narrow_conv(shape, kernels<S>().is_narrow)) return sum_narrow<S>(shape, x, grad, data<S>(out), strides);
     const Panels panels = Panels::of<A>(shape.out);
-    const int64_t count = groups * shape.taps * shape.in * panels.padded();
-    const Scratch<A> sums(count);
-    if (shape.rows_out == 0) std::fill_n(sums.data(), count, A(0));
+    if (shape.rows_out == 0) std::fill_n(data<S>(out), out.numel(), S{});
     const Wide<S> wide(x), wide_grad(grad);
-    const auto how = groups == 1 && shape.in <= kThin ? sum_columns<A> : sum_pairs<A>;
-    how(shape, wide.data_at(), wide_grad.data_at(), panels, sums.data());
-    unpack<S>(shape, panels, sums.data(), data<S>(out));
+    const auto how = shape.groups == 1 && shape.in <= kThin ? sum_columns<S, A> : sum_pairs<S, A>;
+    how(shape, wide.data_at(), wide_grad.data_at(), panels, data<S>(out), strides);
   });
   return out;
 }

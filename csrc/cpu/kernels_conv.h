@@ -27,8 +27,6 @@ constexpr int kPanel = 2, kSums = 12;
 template <int V>
 constexpr int kMostRows = kSums / V < 12 ? kSums / V : 12;
 
-constexpr int64_t kDepth = 64;  // Input channels of the weight that are used for all pairs before the next: 16 KiB.
-
 // Holds V registers of channels of a row, of which the last may be partial.
 template <class A, int V>
 struct PanelRow {
@@ -128,12 +126,8 @@ template <class A>
 void conv_pairs(const ConvPairs<A>& job, const A* weight, int64_t width) {
   with_panel<A>(job.channels, [&](auto registers) {
     constexpr int V = registers;
-    for (int64_t k = 0; k < width; k += kDepth) {
-      const int64_t depth = std::min(kDepth, width - k);
-      for_blocks_of<kMostRows<V>>(job.count, [&](int64_t first, auto rows) {
-        multiply_pairs<A, V, rows>(job, first, job.x + k, weight + k * V * kLanes<A>, depth);
-      });
-    }
+    for_blocks_of<kMostRows<V>>(
+        job.count, [&](int64_t first, auto rows) { multiply_pairs<A, V, rows>(job, first, job.x, weight, width); });
   });
 }
 

@@ -220,6 +220,18 @@ def test_more_output_rows_than_one_chunk(groups, channels, dtype):
 
 @needs_cpu
 @pytest.mark.parametrize(("groups", "channels"), [(1, 24), (1, 3), (6, 24)], ids=["pairs", "columns", "narrow groups"])
+def test_gradient_has_the_layout_of_the_weight(groups, channels):
+    x = random_sparse(make_layout(draw_mask("random counts", 2, (5, 5), seed=2), 4), channels)
+    weight = conv_parameters(24, channels // groups, 3, 3)["weight"].detach()
+    last = weight.to(memory_format=torch.channels_last).requires_grad_()
+    for parameter in (weight.requires_grad_(), last):
+        ops.conv(x, parameter, groups=groups).features.square().sum().backward()
+        assert parameter.grad.stride() == parameter.stride()
+    assert_close(last.grad, weight.grad)
+
+
+@needs_cpu
+@pytest.mark.parametrize(("groups", "channels"), [(1, 24), (1, 3), (6, 24)], ids=["pairs", "columns", "narrow groups"])
 def test_same_bits_twice(groups, channels):
     layout = make_layout(draw_mask("random counts", 2, (5, 5), seed=2), 8)
     x, p = random_sparse(layout, channels, torch.float32), conv_parameters(24, channels // groups, 3, 3)

@@ -48,6 +48,15 @@ def _backward(saved: Saved, grad: Tensor) -> dict[str, Tensor | None]:
     return grads
 
 
+def _fake_weight_grad(  # type: ignore[no-untyped-def]
+    grad, x, weight: Tensor, kernel_map, grid, window
+) -> Tensor:
+    groups, taps, width, out = weight.shape
+    if weight.stride(2) == 1:
+        return weight.new_empty(groups, out, taps, width).mT
+    return weight.new_empty(groups, out, width, taps)
+
+
 if compiled.loaded:
     register(
         "sparsecnx::conv",
@@ -63,8 +72,6 @@ if compiled.loaded:
         "sparsecnx::conv_weight_grad",
         public="conv",
         sizes={"grad": "rows_out C_out", "x": "rows C", "weight": "groups K width out"},
-        fake=lambda grad, x, weight, kernel_map, grid, window: weight.new_empty(
-            [weight.shape[axis] for axis in (0, 3, 2, 1)]
-        ),
+        fake=_fake_weight_grad,
         flops=flops.conv_weight_grad,
     )
