@@ -138,8 +138,7 @@ class Rulebook {
   Rulebook(const Shape& shape, int64_t rows)
       : shape_(shape),
         chunks_((shape.rows_out + rows - 1) / rows),
-        most_(std::min(std::max<int64_t>(kListedPairs / (rows * shape.taps), 2 * torch::stable::get_num_threads()),
-                       chunks_)),
+        most_(std::min(std::max<int64_t>(kListedPairs / (rows * shape.taps), 2 * thread_count()), chunks_)),
         from_(most_ * rows * shape.taps),
         to_(most_ * rows * shape.taps),
         count_(most_ * shape.taps) {}
@@ -279,7 +278,7 @@ template <class S, class A>
 void run_pairs(const Shape& shape, const A* x, const Panels& panels, const S* weight, const Strides& strides,
                const A* bias, A* out) {
   const int64_t in_step = shape.groups * shape.in, out_step = shape.groups * shape.out;
-  const int64_t per_chunk = shape.groups * panels.count, threads = torch::stable::get_num_threads();
+  const int64_t per_chunk = shape.groups * panels.count, threads = thread_count();
   const int64_t rows = std::min(kChunkValues / (in_step + out_step), shape.rows_out * per_chunk / threads);
   Rulebook rules(shape, std::clamp<int64_t>(rows, 64, kMostChunk));
   const int64_t most = std::clamp<int64_t>(kPackedValues / (shape.taps * panels.widest()), 16, kMostDepth);
@@ -453,7 +452,7 @@ void sum_pairs(const Shape& shape, const A* x, const A* grad, const Panels& pane
 template <class S, class A>
 void sum_columns(const Shape& shape, const A* x, const A* grad, const Panels& panels, S* out, const Strides& strides) {
   const int64_t depth = shape.taps * shape.in;
-  const int64_t slabs = std::clamp<int64_t>(shape.rows_out / 256, 1, torch::stable::get_num_threads());
+  const int64_t slabs = std::clamp<int64_t>(shape.rows_out / 256, 1, thread_count());
   const std::vector<int32_t> rows_of = ascending(kMostColumns);
   BlockSums<A> partial(slabs, panels.padded() * depth);
   parallel_for(0, slabs, 1, [&](int64_t first_slab, int64_t last_slab) {
