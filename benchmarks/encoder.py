@@ -18,7 +18,8 @@ Variants:
 
 Before anything is timed, outputs and all parameter gradients are compared with the dense encoder in float32. In 16 bits
 an encoder may be as far off as the eager dense one is under the same autocast, see `Workload.limit`. Forward alone is
-timed without gradients. Forward + backward is timed with gradients of all parameters, which start out as None.
+timed without gradients. Forward + backward is timed with gradients of all parameters, which start out as None. On a
+CPU the process keeps the memory that it frees, as `sparsecnx pretrain` does, but where its peak is measured.
 
 Memory, for each encoder: `saved_bytes` is what autograd keeps for backward, without parameters and images. `peak_bytes`
 is the peak of forward + backward, gradients included, beyond weights and images; on the CPU it is measured in a fresh
@@ -48,6 +49,7 @@ from measure import Case, Results, say
 from torch import Tensor
 
 from sparsecnx import SparseTensor
+from sparsecnx.common.memory import keep_freed_memory
 from sparsecnx.models import SIZES, ConvNeXtV2Encoder, masked_dense
 from sparsecnx.models.convnextv2 import STRIDE
 from sparsecnx.ops.linear import linear
@@ -391,6 +393,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    keep_freed_memory()
     workloads: list[Workload] = []
 
     def run(case: Case) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 // The kernels, which are compiled once per instruction set, and the choice between them.
 //
 // A kernel works on raw rows in one thread. The operators (depthwise_conv.cpp, ...) divide work between threads, call
-// products and allocate memory. S is the storage type of features; A = Compute<S> is the type of sums, statistics and
+// multiply matrices and allocate memory. S is the storage type of features; A = Compute<S> is the type of sums, statistics and
 // per-channel parameters.
 #pragma once
 

@@ -128,22 +128,31 @@ void scale_rows(const S* x, A scale, int64_t rows, int64_t channels, S* out) {
   for_columns<S>(rows * channels, [&](int64_t i, int64_t n) { store(out + i, load(x + i, n) * scale, n); });
 }
 
-// Calls f(first row, last row, c, n) for every register of channels [c, c + n) of a few rows: what it needs of the channels
-// is loaded once for all of them.
+// Calls f(count, row, c, n) for every register of `count()` rows from `row` on, 4 or 1, and of n channels from c on: what it
+// needs of the channels is loaded once for all of these rows.
+template <class S, int COUNT, class F>
+inline void for_these_rows(int64_t row, int64_t channels, const F& f) {
+  constexpr int64_t W = kLanes<S>;
+  constexpr std::integral_constant<int, COUNT> count;
+  int64_t c = 0;
+  for (; c + W <= channels; c += W) f(count, row, c, std::integral_constant<int64_t, W>());
+  if (c < channels) f(count, row, c, channels - c);
+}
+
 template <class S, class F>
-inline void for_strips(int64_t rows, int64_t channels, const F& f) {
-  constexpr int64_t kStrip = 4;
-  for (int64_t r = 0; r < rows; r += kStrip)
-    for_columns<S>(channels, [&](int64_t c, int64_t n) { f(r, std::min(r + kStrip, rows), c, n); });
+inline void for_four_rows(int64_t rows, int64_t channels, const F& f) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) for_these_rows<S, 4>(r, channels, f);
+  for (; r < rows; ++r) for_these_rows<S, 1>(r, channels, f);
 }
 
 template <class S, class A = Compute<S>>
 void gelu_energy(const S* hidden, const A* bias, int64_t rows, int64_t channels, S* h, A* energy) {
-  for_strips<S>(rows, channels, [&](int64_t first, int64_t last, int64_t c, int64_t n) {
+  for_four_rows<S>(rows, channels, [&](auto count, int64_t row, int64_t c, auto n) {
     const Vec<A> offset = load(bias + c, n);
     Vec<A> total = load(energy + c, n);
-    for (int64_t r = first; r < last; ++r) {
-      const int64_t at = r * channels + c;
+    for (int r = 0; r < count(); ++r) {
+      const int64_t at = (row + r) * channels + c;
       const Vec<A> value = gelu(load(hidden + at, n) + offset).value;
       store(h + at, value, n);
       total += value * value;
@@ -155,12 +164,12 @@ void gelu_energy(const S* hidden, const A* bias, int64_t rows, int64_t channels,
 template <class S, class A = Compute<S>>
 void gelu_grn_sums(const S* hidden, const A* bias, const S* t, const A* row_scale, int64_t rows, int64_t channels,
                    A* scale_grad, A* beta_grad) {
-  for_strips<S>(rows, channels, [&](int64_t first, int64_t last, int64_t c, int64_t n) {
+  for_four_rows<S>(rows, channels, [&](auto count, int64_t row, int64_t c, auto n) {
     const Vec<A> offset = load(bias + c, n);
     Vec<A> scale_total = load(scale_grad + c, n), total = load(beta_grad + c, n);
-    for (int64_t r = first; r < last; ++r) {
-      const int64_t at = r * channels + c;
-      const Vec<A> g = load(t + at, n) * (row_scale != nullptr ? row_scale[r] : A(1));
+    for (int r = 0; r < count(); ++r) {
+      const int64_t at = (row + r) * channels + c;
+      const Vec<A> g = load(t + at, n) * (row_scale != nullptr ? row_scale[row + r] : A(1));
       scale_total += g * gelu(load(hidden + at, n) + offset).value;
       total += g;
     }
@@ -172,13 +181,13 @@ void gelu_grn_sums(const S* hidden, const A* bias, const S* t, const A* row_scal
 template <class S, class A = Compute<S>>
 void gelu_grn_backward(const S* hidden, const A* bias, S* t, const A* s, const A* beta, const A* p, const A* row_scale,
                        int64_t rows, int64_t channels, S* scaled, A* bias_grad) {
-  for_strips<S>(rows, channels, [&](int64_t first, int64_t last, int64_t c, int64_t n) {
+  for_four_rows<S>(rows, channels, [&](auto count, int64_t row, int64_t c, auto n) {
     const Vec<A> offset = load(bias + c, n), shift = load(beta + c, n);
     const Vec<A> scale = load(s + c, n), response = load(p + c, n);
     Vec<A> total = load(bias_grad + c, n);
-    for (int64_t r = first; r < last; ++r) {
-      const int64_t at = r * channels + c;
-      const A d = row_scale != nullptr ? row_scale[r] : A(1);
+    for (int r = 0; r < count(); ++r) {
+      const int64_t at = (row + r) * channels + c;
+      const A d = row_scale != nullptr ? row_scale[row + r] : A(1);
       const Gelu<A> h = gelu(load(hidden + at, n) + offset);
       const Vec<A> g = h.slope * (load(t + at, n) * (scale * d) + h.value * response);
       store(scaled + at, (h.value * scale + shift) * d, n);

@@ -1,29 +1,9 @@
 // Batch, group and instance normalization: moments of columns, and the scale, shift and activation of rows, with gradients.
-//
-// Four rows are taken together, so that the values of a channel are loaded once for all four.
 #pragma once
 
 #include "kernels_rows.h"
 
 namespace sparsecnx::SPARSECNX_ISA {
-
-// Calls f(count, at, c, n) for every register of a block of `count()` rows, 4 or 1: register r holds n values from offset
-// at + r * channels and channel c on.
-template <class S, int COUNT, class F>
-inline void for_these_rows(int64_t row, int64_t channels, const F& f) {
-  constexpr int64_t W = kLanes<S>;
-  constexpr std::integral_constant<int, COUNT> count;
-  int64_t c = 0;
-  for (; c + W <= channels; c += W) f(count, row * channels + c, c, std::integral_constant<int64_t, W>());
-  if (c < channels) f(count, row * channels + c, c, channels - c);
-}
-
-template <class S, class F>
-inline void for_four_rows(int64_t rows, int64_t channels, const F& f) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) for_these_rows<S, 4>(r, channels, f);
-  for (; r < rows; ++r) for_these_rows<S, 1>(r, channels, f);
-}
 
 // An activation and its derivative at z, as torch defines them. A NaN stays one.
 template <class A>
@@ -90,10 +70,10 @@ inline void for_activation(Activation activation, const F& f) {
 template <class S, class A = Compute<S>>
 void column_moments(const S* x, int64_t rows, int64_t channels, double* mean, double* square) {
   std::vector<A> total(channels, A(0)), centre(channels);
-  for_four_rows<S>(rows, channels, [&](auto count, int64_t at, int64_t c, auto n) {
+  for_four_rows<S>(rows, channels, [&](auto count, int64_t row, int64_t c, auto n) {
     const Vec<A> first = load(x + c, n);
     Vec<A> sum = load(total.data() + c, n);
-    for (int r = 0; r < count(); ++r) sum += load(x + at + r * channels, n) - first;
+    for (int r = 0; r < count(); ++r) sum += load(x + (row + r) * channels + c, n) - first;
     store(total.data() + c, sum, n);
   });
   for_columns<S>(channels, [&](int64_t c, int64_t n) { store(centre.data() + c, load(x + c, n), n); });
@@ -102,11 +82,11 @@ void column_moments(const S* x, int64_t rows, int64_t channels, double* mean, do
     centre[c] = static_cast<A>(mean[c]);
     total[c] = A(0);
   }
-  for_four_rows<S>(rows, channels, [&](auto count, int64_t at, int64_t c, auto n) {
+  for_four_rows<S>(rows, channels, [&](auto count, int64_t row, int64_t c, auto n) {
     const Vec<A> middle = load(centre.data() + c, n);
     Vec<A> sum = load(total.data() + c, n);
     for (int r = 0; r < count(); ++r) {
-      const Vec<A> centred = load(x + at + r * channels, n) - middle;
+      const Vec<A> centred = load(x + (row + r) * channels + c, n) - middle;
       sum += centred * centred;
     }
     store(total.data() + c, sum, n);
@@ -118,10 +98,10 @@ template <class S>
 void site_norm(const SiteNorm<S>& norm, const S* x, int64_t rows, S* out) {
   using A = Compute<S>;
   for_activation(norm.activation, [&](auto activation) {
-    for_four_rows<S>(rows, norm.channels, [&](auto count, int64_t at, int64_t c, auto n) {
+    for_four_rows<S>(rows, norm.channels, [&](auto count, int64_t row, int64_t c, auto n) {
       const Vec<A> mean = load(norm.mean + c, n), scale = load(norm.scale + c, n), bias = load(norm.bias + c, n);
       for (int r = 0; r < count(); ++r) {
-        const int64_t i = at + r * norm.channels;
+        const int64_t i = (row + r) * norm.channels + c;
         store(out + i, activated<activation(), A>((load(x + i, n) - mean) * scale + bias, norm.slope).value, n);
       }
     });
@@ -133,11 +113,11 @@ void site_norm_sums(const SiteNorm<S>& norm, const S* grad, const S* x, int64_t 
                     Compute<S>* total) {
   using A = Compute<S>;
   for_activation(norm.activation, [&](auto activation) {
-    for_four_rows<S>(rows, norm.channels, [&](auto count, int64_t at, int64_t c, auto n) {
+    for_four_rows<S>(rows, norm.channels, [&](auto count, int64_t row, int64_t c, auto n) {
       const Vec<A> mean = load(norm.mean + c, n), scale = load(norm.scale + c, n), bias = load(norm.bias + c, n);
       Vec<A> along = load(dot + c, n), sum = load(total + c, n);
       for (int r = 0; r < count(); ++r) {
-        const int64_t i = at + r * norm.channels;
+        const int64_t i = (row + r) * norm.channels + c;
         const Vec<A> centred = load(x + i, n) - mean;
         const Vec<A> g = load(grad + i, n) * activated<activation(), A>(centred * scale + bias, norm.slope).slope;
         along += g * centred;
@@ -153,11 +133,11 @@ template <class S>
 void site_norm_grad(const SiteNorm<S>& norm, const S* grad, const S* x, int64_t rows, S* out) {
   using A = Compute<S>;
   for_activation(norm.activation, [&](auto activation) {
-    for_four_rows<S>(rows, norm.channels, [&](auto count, int64_t at, int64_t c, auto n) {
+    for_four_rows<S>(rows, norm.channels, [&](auto count, int64_t row, int64_t c, auto n) {
       const Vec<A> mean = load(norm.mean + c, n), scale = load(norm.scale + c, n), bias = load(norm.bias + c, n);
       const Vec<A> along = load(norm.along + c, n), constant = load(norm.constant + c, n);
       for (int r = 0; r < count(); ++r) {
-        const int64_t i = at + r * norm.channels;
+        const int64_t i = (row + r) * norm.channels + c;
         const Vec<A> centred = load(x + i, n) - mean;
         const Vec<A> g = load(grad + i, n) * activated<activation(), A>(centred * scale + bias, norm.slope).slope;
         store(out + i, g * scale + (centred * along + constant), n);

@@ -37,9 +37,10 @@ void torch_product(Matrix<S> a, Matrix<S> b, S* out, bool add) {
 
 // Rows that are worth a pass over the panels, and rows that fill registers.
 constexpr int64_t kRows = 64, kFewRows = 8;
-// The depth of a sum over rows, which are packed for it, and the columns that few rows take at a time. Fewer than
+// The most rows of a sum over rows that are packed at a time, the values that they should have, which stay in L2, and the
+// columns that few rows take at a time. Fewer than
 // kLeastRows would fill a register to less than a half; torch's library is quicker then.
-constexpr int64_t kDepth = 1024, kColumns = 64, kLeastRows = 10;
+constexpr int64_t kDepth = 1024, kPacked = int64_t{1} << 16, kColumns = 64, kLeastRows = 10;
 
 // Calls f(first row, last row, first panel, last panel) in parallel, for parts that cover all rows and panels. Rows are
 // divided first: threads that share panels read them from a common cache.
@@ -226,7 +227,8 @@ Tensor linear(const Tensor& given, const Tensor& weight, const std::optional<Ten
   return out;
 }
 
-// The gradient of weight: grad' x.
+// The gradient of weight, grad' x: a sum over rows, some of them at a time. If the weight has more rows than columns its
+// transpose is computed, whose panels have fewer columns left over.
 Tensor linear_weight_grad(const Tensor& grad, const Tensor& given) {
   const Tensor x = contiguous_rows(given);
   const auto [rows, columns] = feature_shape(x, "x");
@@ -234,17 +236,26 @@ Tensor linear_weight_grad(const Tensor& grad, const Tensor& given) {
   check_matrix(grad, "grad", rows, channels, x.scalar_type());
   const Tensor out = empty({channels, columns}, x.scalar_type());
   for_dtype(x, [&]<class S, class A>(Types<S, A>) {
+    const Kernels<S>& k = kernels<S>();
     S* const to = data<S>(out);
-    const Matrix<S> left{data<S>(grad), rows, channels}, right{data<S>(x), rows, columns};
-    if (rows <= kDepth || by_torch<S>()) return Factor<S>(right, true).multiply(left.t(), to);
-    const Scratch<A> wide(std::is_same_v<S, A> ? 0 : out.numel());
-    A* const sum = std::is_same_v<S, A> ? reinterpret_cast<A*>(to) : wide.data();
-    for (int64_t row = 0; row < rows; row += kDepth) {
-      const int64_t count = std::min(kDepth, rows - row);
-      const Matrix<S> part{left.at + row * channels, count, channels};
-      Factor<S>({right.at + row * columns, count, columns}, true).accumulate(part.t(), sum, row > 0);
+    Matrix<S> left{data<S>(grad), rows, channels}, right{data<S>(x), rows, columns};
+    if (by_torch<S>()) return torch_product(left.t(), right, to, false);
+    const bool turned = channels > columns;
+    if (turned) std::swap(left, right);
+    const Scratch<A> own(turned || !std::is_same_v<S, A> ? out.numel() : 0);
+    A* const sum = turned || !std::is_same_v<S, A> ? own.data() : reinterpret_cast<A*>(to);
+    const int64_t step = std::clamp<int64_t>(kPacked / right.columns, kRows, kDepth);
+    for (int64_t row = 0; row == 0 || row < rows; row += step) {
+      const int64_t count = std::min(step, rows - row);
+      const Matrix<S> a{left.at + row * left.columns, count, left.columns};
+      Factor<S>({right.at + row * right.columns, count, right.columns}, true).accumulate(a.t(), sum, row > 0);
     }
-    if (!std::is_same_v<S, A>) kernels<S>().narrow(sum, out.numel(), to);
+    if (turned) {
+      for (int64_t r = 0; r < channels; r += k.lanes)
+        k.lanes_to_columns(sum + r, channels, std::min(k.lanes, channels - r), columns, to + r * columns, columns);
+    } else if (!std::is_same_v<S, A>) {
+      k.narrow(sum, out.numel(), to);
+    }
   });
   return out;
 }

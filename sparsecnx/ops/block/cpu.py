@@ -19,8 +19,9 @@ from sparsecnx.ops.depthwise_convolution.neighbours import neighbour_table
 from sparsecnx.ops.global_response_norm.groups import group_splits
 from sparsecnx.tensor import SparseTensor
 
-# Recomputing the hidden layer costs one matrix product in seven. It is done up to this width, the first stage of Atto to Pico:
-# without it they would keep a fifth of what the compiled dense encoder keeps (saved_bytes of benchmarks/encoder.py).
+# Recomputing the hidden layer costs one matrix product in seven. It is done up to this width, the first stage of Atto
+# to Pico: without it they would keep a fifth of what the compiled dense encoder keeps (saved_bytes of
+# benchmarks/encoder.py).
 RECOMPUTE_CHANNELS = 64
 
 
