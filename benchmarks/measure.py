@@ -145,7 +145,7 @@ def anatomy(step: Call, repeats: int, before: Call = nothing) -> dict[str, Any]:
             ms = milliseconds(step, torch.device("cpu"))
         runs.append((ms, profiler.key_averages()))
     ms, events = sorted(runs[1:], key=lambda run: run[0])[repeats // 2]
-    # What autograd does between operators is profiled too, under names such as `MmBackward0`.
+    # Leave out what autograd does between operators, which is profiled under names such as `MmBackward0`.
     times = {event.key: event.self_cpu_time_total / 1e3 for event in events if re.fullmatch(r"\w+::\w+", event.key)}
     parts = dict.fromkeys([*PARTS, "rest"], 0.0)
     for name, time_of_one in times.items():

@@ -11,7 +11,8 @@
 
 namespace sparsecnx {
 
-// Hidden values of a chunk: 2^18 floats are 1 MiB, and a backward chunk holds two or three such matrices. Those of a piece.
+// Hidden values of a chunk and of a run (2^18 floats are 1 MiB, and a backward chunk holds two or three such matrices), and
+// of a piece.
 constexpr int64_t kChunkValues = int64_t{1} << 18, kPieceValues = int64_t{1} << 16;
 // The bytes that all workers together may hold in addition to the chunks: their sums of the matrices' gradients.
 constexpr int64_t kWorkerBytes = int64_t{3} << 20;
@@ -95,7 +96,7 @@ struct Division {
 // The chunks of each worker. If there is one worker, the threads share its chunks; otherwise each worker is a thread.
 struct Work {
   std::vector<std::vector<Chunk>> workers;
-  bool whole = false;  // a product is of a whole chunk, and the threads share it: few rows, or by torch
+  bool whole = false;  // a product is of a whole run, and the threads share it: few rows, or by torch
 
   int64_t count() const { return static_cast<int64_t>(workers.size()); }
 };
@@ -117,9 +118,9 @@ Work split_work(const int64_t* splits, int64_t groups, int64_t channels, int64_t
     bounds.push_back(at);
   }
   // With uneven shares threads wait at the end. Sharing every step costs a fifth.
-  const bool uneven = 5 * rows < 4 * largest * threads, shared = threads == 1 || uneven;
+  const bool uneven = 5 * rows < 4 * largest * threads;
   Division division{splits, sites, threads, chunk_rows, chunk_rows, piece_rows};
-  if (shared || (threads - 1) * bytes > kWorkerBytes) {
+  if (threads == 1 || uneven || (threads - 1) * bytes > kWorkerBytes) {
     // Few rows are one product. A product by torch costs microseconds beside its work, so that it is as large as can be.
     const bool few = rows <= channels;
     if (few) division.chunk_rows = rows;

@@ -1,8 +1,8 @@
 // The kernels, which are compiled once per instruction set, and the choice between them.
 //
-// A kernel works on raw rows in one thread. The operators (depthwise_conv.cpp, ...) divide work between threads, call
-// multiply matrices and allocate memory. S is the storage type of features; A = Compute<S> is the type of sums, statistics and
-// per-channel parameters.
+// A kernel works on raw rows in one thread. The operators (depthwise_conv.cpp, ...) divide work between threads,
+// multiply matrices and allocate memory. S is the storage type of features; A = Compute<S> is the type of sums,
+// statistics and per-channel parameters.
 #pragma once
 
 #include <array>

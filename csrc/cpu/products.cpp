@@ -1,5 +1,4 @@
-// Matrix products. Torch's libraries reach 97 to 107 GFLOP/s where the kernel here reaches 115 (kernels_product.h; one thread of
-// an AMD EPYC with AVX-512, the shapes of ConvNeXt V2 Tiny), write to memory of their own, and pack a weight for every call.
+// Matrix products, by the kernel of kernels_product.h. docs/dev/kernels.md says why not by torch's libraries, with times.
 #include "products.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>  // C functions, ABI-stable like the rest
@@ -37,10 +36,11 @@ void torch_product(Matrix<S> a, Matrix<S> b, S* out, bool add) {
 
 // Rows that are worth a pass over the panels, and rows that fill registers.
 constexpr int64_t kRows = 64, kFewRows = 8;
-// The most rows of a sum over rows that are packed at a time, the values that they should have, which stay in L2, and the
-// columns that few rows take at a time. Fewer than
-// kLeastRows would fill a register to less than a half; torch's library is quicker then.
-constexpr int64_t kDepth = 1024, kPacked = int64_t{1} << 16, kColumns = 64, kLeastRows = 10;
+// A sum over rows packs about kPacked values at a time, which stay in L2, and at most kDepth rows.
+constexpr int64_t kDepth = 1024, kPacked = int64_t{1} << 16;
+// Few rows take so many columns at a time. Fewer than kLeastRows would leave most of a register empty, and torch's library is
+// quicker then.
+constexpr int64_t kColumns = 64, kLeastRows = 10;
 
 // Calls f(first row, last row, first panel, last panel) in parallel, for parts that cover all rows and panels. Rows are
 // divided first: threads that share panels read them from a common cache.

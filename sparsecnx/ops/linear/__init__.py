@@ -12,7 +12,7 @@ from sparsecnx.backends.transforms import levels, transforms_active
 from sparsecnx.ops.linear import cpu
 
 # The least rows * C * C_out for the compiled operator, whose gradient passes through Python. On one thread of an AMD
-# EPYC with AVX-512, with gradients, 64 to 64 channels take 180 us in torch and 192 here for 512 rows, 328 and 277 for
+# EPYC with AVX-512, with gradients, 64 to 64 channels take 185 us in torch and 218 here for 512 rows, 326 and 334 for
 # 1024 rows.
 LEAST_PRODUCT = 1 << 22
 
