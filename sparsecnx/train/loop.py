@@ -25,10 +25,11 @@ from sparsecnx.models import SIZES
 from sparsecnx.train import contents
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.contents import Contents, Data
-from sparsecnx.train.data import Batch, Crops, mix, normalize
-from sparsecnx.train.files import Fingerprint
-from sparsecnx.train.images import PHOTOGRAPH_REPEATS, ImageSet, wheel_photographs
-from sparsecnx.train.loader import WorkersError, load_batches
+from sparsecnx.train.data.crops import Batch, Crops, mix, normalize
+from sparsecnx.train.data.files import Fingerprint
+from sparsecnx.train.data.images import PHOTOGRAPH_REPEATS, ImageSet, wheel_photographs
+from sparsecnx.train.data.loader import WorkersError, load_batches
+from sparsecnx.train.data.volumes import VolumeCrops, VolumeSet, find_data
 from sparsecnx.train.lock import locked
 from sparsecnx.train.log import LOG, LogError, RunLog, StepRecord
 from sparsecnx.train.networks import build_model
@@ -42,7 +43,6 @@ from sparsecnx.train.recipe import (
     param_groups,
     small_data,
 )
-from sparsecnx.train.volumes import VolumeCrops, VolumeSet, find_data
 
 # Steps times the peak learning rate of a run that learns little. `make demo` has 0.7, the published runs have 600.
 LEAST_TRAINING = 0.2
@@ -293,7 +293,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return the contents of a checkpoint, see `checkpoint.read`.
 
-        It needs no state of a generator: every random choice is a function of the seed and the step, see data.py.
+        It needs no state of a generator: every random choice is a function of the seed and the step, see data/crops.py.
         """
         return {
             "model": self.model.state_dict(),

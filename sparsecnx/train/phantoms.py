@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecnx.train.data import mix
+from sparsecnx.train.data.crops import mix
 
 ELLIPSOIDS = 20
 SOFTNESS = 0.04

@@ -21,7 +21,7 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import SIZES
 from sparsecnx.ops.global_response_norm.groups import SCOPES
-from sparsecnx.train.augment import SMALLEST_AREA
+from sparsecnx.train.data.augment import SMALLEST_AREA
 from sparsecnx.train.networks import unknown_network
 
 BETAS = (0.9, 0.95)

@@ -23,14 +23,14 @@ from sparsecnx.common.files import not_regular, open_atomically
 from sparsecnx.geometry.masks import random_mask
 from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
 from sparsecnx.train import contents
-from sparsecnx.train.augment import central_crop
 from sparsecnx.train.contents import Data
-from sparsecnx.train.data import IMAGENET_MEAN, IMAGENET_STD, normalize
-from sparsecnx.train.files import FileSet
-from sparsecnx.train.images import UnsupportedImage, read_image, wheel_photographs
+from sparsecnx.train.data.augment import central_crop
+from sparsecnx.train.data.crops import IMAGENET_MEAN, IMAGENET_STD, normalize
+from sparsecnx.train.data.files import FileSet
+from sparsecnx.train.data.images import UnsupportedImage, read_image, wheel_photographs
+from sparsecnx.train.data.volumes import MAX_VOXELS, UnsupportedVolume, VolumeCrops, VolumeSet, find_data
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import MAX_PIXELS, METHODS, Recipe
-from sparsecnx.train.volumes import MAX_VOXELS, UnsupportedVolume, VolumeCrops, VolumeSet, find_data
 
 SHOWN_PHOTOGRAPHS = 6
 SHOWN_VOLUMES = 2

@@ -23,7 +23,7 @@ from PIL import Image
 from small_runs import train, use_tiny_models
 
 from sparsecnx import cli
-from sparsecnx.train import loader
+from sparsecnx.train.data import loader
 from sparsecnx.train.log import LogError, RunLog
 
 SECONDS = 60  # a run takes less than one; this tells a slow machine from a run that hangs

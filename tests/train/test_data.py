@@ -5,17 +5,17 @@ import pytest
 import torch
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.train import augment, data
-from sparsecnx.train.data import Crops, Draw, normalize
-from sparsecnx.train.images import find_images, read_image
-from sparsecnx.train.loader import load_batches
+from sparsecnx.train.data import augment, crops
+from sparsecnx.train.data.crops import Crops, Draw, normalize
+from sparsecnx.train.data.images import find_images, read_image
+from sparsecnx.train.data.loader import load_batches
 from sparsecnx.train.recipe import Recipe
 
 SMALL = Recipe(image_size=64, epochs=2, batch_size=2, seed=5)
 
 
 def draws(start=0, images=8, **fields):
-    return list(data.draws(replace(SMALL, **fields), images, start=start))
+    return list(crops.draws(replace(SMALL, **fields), images, start=start))
 
 
 def test_normalize_is_imagenets():

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.train.images import ImageSet, UnsupportedImage, find_images, read_image, wheel_photographs
+from sparsecnx.train.data.images import ImageSet, UnsupportedImage, find_images, read_image, wheel_photographs
 from sparsecnx.train.recipe import Recipe
 
 

@@ -14,12 +14,12 @@ from sparsecnx.cli import main
 from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.models import ConvNeXtV2
 from sparsecnx.train import contents, phantoms
-from sparsecnx.train.data import Draw
+from sparsecnx.train.data.crops import Draw
+from sparsecnx.train.data.volumes import VolumeCrops, find_data
 from sparsecnx.train.log import RunLog
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.reconstruct import reconstruct
-from sparsecnx.train.volumes import VolumeCrops, find_data
 
 RUN = {"image_size": (8, 32, 32), "patch_size": (4, 16, 16), "base_lr": 0.05}
 NETWORK = """

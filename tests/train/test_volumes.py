@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from sparsecnx.common.errors import InputError, MissingExtra
-from sparsecnx.train import volumes
-from sparsecnx.train.data import Draw
+from sparsecnx.train.data import volumes
+from sparsecnx.train.data.crops import Draw
+from sparsecnx.train.data.volumes import UnsupportedVolume, VolumeCrops, find_data, open_volume, scale_of
 from sparsecnx.train.recipe import Recipe
-from sparsecnx.train.volumes import UnsupportedVolume, VolumeCrops, find_data, open_volume, scale_of
 
 VALUES = np.random.default_rng(5).normal(100, 20, (10, 12, 14)).astype(np.float32)
 

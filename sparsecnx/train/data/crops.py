@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.train.augment import SMALLEST_AREA, random_flip, random_resized_crop
-from sparsecnx.train.files import FileSet
-from sparsecnx.train.images import read_image
+from sparsecnx.train.data.augment import SMALLEST_AREA, random_flip, random_resized_crop
+from sparsecnx.train.data.files import FileSet
+from sparsecnx.train.data.images import read_image
 from sparsecnx.train.recipe import MAX_PIXELS, Recipe
 
 T = TypeVar("T")

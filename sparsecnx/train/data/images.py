@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsecnx.common.errors import InputError, MissingExtra
 from sparsecnx.common.files import not_regular
-from sparsecnx.train.files import ENDINGS, FileSet, find_files
+from sparsecnx.train.data.files import ENDINGS, FileSet, find_files
 from sparsecnx.train.recipe import MAX_PIXELS, Recipe
 
 # These are the photographs (no drawings, no masks) inside the wheels, colourful ones first.

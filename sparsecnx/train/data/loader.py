@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from sparsecnx.train.data import Batch, Crops, collate, draws
+from sparsecnx.train.data.crops import Batch, Crops, collate, draws
 from sparsecnx.train.recipe import Recipe
 
 # Reading processes that are in the middle of a file get so many seconds at the end of a run.

@@ -26,9 +26,9 @@ from torch import Tensor
 from sparsecnx.common.errors import InputError, MissingExtra
 from sparsecnx.common.files import not_regular
 from sparsecnx.train.code import load_code
-from sparsecnx.train.data import Crops
-from sparsecnx.train.files import ENDINGS, FileSet, find_files, multiscales
-from sparsecnx.train.images import ImageSet
+from sparsecnx.train.data.crops import Crops
+from sparsecnx.train.data.files import ENDINGS, FileSet, find_files, multiscales
+from sparsecnx.train.data.images import ImageSet
 from sparsecnx.train.recipe import Recipe
 
 # A compressed file of so many voxels takes 4 GB where its values are scaled.
