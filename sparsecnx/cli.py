@@ -29,7 +29,7 @@ from sparsecnx.common.files import escape, printable
 from sparsecnx.common.memory import keep_freed_memory
 from sparsecnx.compat import checkpoints
 from sparsecnx.models import SIZES
-from sparsecnx.train.recipe import MAX_PIXELS, METHODS, TRAINING_DTYPES, Recipe
+from sparsecnx.train.recipe import MAX_PIXELS
 
 # These are the choices of `doctor --explain`. The first is the default.
 EXPLAINED = {
@@ -50,10 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    arguments = build_parser().parse_args(argv)
+    typed = sys.argv[1:] if argv is None else list(argv)
+    pretraining = typed[:1] == ["pretrain"]  # its options come from the recipe, and need the extra [train]
+    arguments = argparse.Namespace(command="pretrain") if pretraining else build_parser().parse_args(typed)
     command = f"sparsecnx {arguments.command}"
     try:
-        return int(arguments.run(arguments))
+        return _pretrain(typed[1:]) if pretraining else int(arguments.run(arguments))
     except (InputError, MissingExtra) as error:
         text = f"{_as_typed(error.argument)} {error.problem}" if isinstance(error, InputError) else str(error)
         print(printable(f"{command}: error: {text}"), file=sys.stderr)
@@ -73,85 +75,21 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = _Parser(prog="sparsecnx", description="Masked-autoencoder pretraining at the cost of the visible pixels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_pretrain(commands.add_parser("pretrain", help="pretrain a ConvNet as a masked autoencoder"))
+    commands.add_parser("pretrain", help="pretrain a ConvNet as a masked autoencoder")
     _add_reconstruct(commands.add_parser("reconstruct", help="draw how a checkpoint reconstructs masked images"))
     _add_convert(commands.add_parser("convert", help="convert a checkpoint to the format of another library"))
     _add_doctor(commands.add_parser("doctor", help="print what is available, and why the rest is missing"))
     return parser
 
 
-def _add_pretrain(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Pretrain on any folder of images or volumes (.nii, .nii.gz, .npy, Zarr), in sub-folders or not, with the "
-        "published recipe of FCMAE or SparK. Ctrl-C and SIGTERM save a checkpoint and exit with 130 and 143; --resume "
-        "goes on from it with the same losses."
-    )
-    parser.set_defaults(run=_pretrain)
-    add = parser.add_argument_group("data and output").add_argument
-    add("--data", metavar="FOLDER", help="images or volumes (default: photographs in scikit-image and scikit-learn)")
-    add("--output", metavar="FOLDER", help="of checkpoints and logs (default: runs/pretrain)")
-    resume = "go on from a checkpoint, without a name from the newest in --output; 'auto' starts a run if there is none"
-    add("--resume", nargs="?", const="newest", metavar="CHECKPOINT", help=resume)
-    add("--extend", type=int, metavar="EPOCHS", help="with --resume: train a finished run on, with a new schedule")
-    add("--save-every", type=int, default=1, metavar="EPOCHS", help="between checkpoints (default: 1)")
-    add("--keep", type=int, default=3, metavar="K", help="checkpoints kept (default: 3)")
-
-    recipe = parser.add_argument_group("recipe (defaults as published)")
-    add = recipe.add_argument
-    add("--method", metavar="NAME", help=f"{' or '.join(METHODS)} (default: {Recipe.method})")
-    names = f"{', '.join(SIZES)} of ConvNeXt V2; a ConvNet of timm, such as timm:resnet50; or module:factory"
-    add("--model", metavar="NAME", help=f"{names} (default: {Recipe.model})")
-    size = "side of the training crop, or DEPTHxHEIGHTxWIDTH (default: 224, volumes 96)"
-    add("--image-size", type=_size, metavar="PIXELS", help=size)
-    patch = "side of a patch, or one for each axis, such as 16x32x32 (default: 32, volumes 16)"
-    add("--patch-size", type=_size, metavar="PIXELS", help=patch)
-    add("--mask-ratio", type=float, metavar="R", help="fraction of patches removed (default: 0.6, volumes 0.75)")
-    normalize = "volumes by zscore, percentiles or none (default: zscore; photographs always by imagenet)"
-    add("--normalize", metavar="NAME", help=normalize)
-    normalised = "predict pixels normalised per patch (default: yes)"
-    add("--norm-pix-loss", action=argparse.BooleanOptionalAction, help=normalised)
-    add("--epochs", type=int, metavar="N", help="passes over the data (default: 800, spark 1600)")
-    add("--batch-size", type=int, metavar="N", help="images per forward pass (default: 64)")
-    add("--grad-accum-steps", type=int, metavar="N", help="forward passes per optimizer step (default: 1)")
-    add("--base-lr", type=float, metavar="LR", help="per 256 images of a step (default: 1.5e-4)")
-    add("--weight-decay", type=float, metavar="WD", help="not on biases and vectors (default: 0.05, spark 0.04)")
-    add("--warmup-epochs", type=float, metavar="N", help="of warm-up (default: 40, at most a tenth of --epochs)")
-    add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm (default: no clipping, spark 5)")
-    add("--dtype", metavar="DTYPE", help=f"{' or '.join(TRAINING_DTYPES)} autocast (default: float32)")
-    add("--seed", type=int, metavar="N", help="of weights, order, crops and masks (default: 0)")
-    add("--epoch-repeats", type=int, metavar="N", help="times an epoch shows an image (default: 1, without --data 20)")
-    area = "smallest part of an image's area that a crop shows (default: 0.2, spark 0.67)"
-    add("--crop-area", type=float, metavar="R", help=area)
-    transform = "module:function of Python, for a crop of a volume (C, *size), such as transforms of MONAI or TorchIO"
-    add("--transform", metavar="NAME", help=transform)
-    most = f"largest image, width x height, or compressed volume (default: {MAX_PIXELS}, volumes 10^9)"
-    add("--max-pixels", type=int, metavar="N", help=most)
-    below = "of spark: raise, or dense for networks whose stride exceeds the patch (default: raise)"
-    add("--below-tile", metavar="NAME", help=below)
-    add("--decoder-dim", type=int, metavar="N", help="channels of the decoder (default: 512, spark 768)")
-    scope = "GRN over the sites of one image (sample, the paper) or of all (batch, the published sparse code)"
-    add("--grn-scope", metavar="SCOPE", help=f"{scope} (default: sample)")
-    for action in recipe._group_actions:
-        action.default = argparse.SUPPRESS  # absent unless given, because a resumed run has its own values
-
-    small = "for a few hundred images or fewer: other defaults of batch, learning rate, epochs and repeats"
-    recipe.add_argument("--small-data", action="store_true", help=small)
-
-    add = parser.add_argument_group("machine (the losses do not depend on the workers)").add_argument
-    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    add("--workers", type=int, metavar="N", help="reading processes (default: one per 2 cores, at most 8)")
-    add("--compile", action="store_true", help="use torch.compile")
-    add("--grad-checkpointing", action="store_true", help="keep less for backward, which computes it again")
-
-
-def _pretrain(arguments: argparse.Namespace) -> int:
+def _pretrain(arguments: Sequence[str]) -> int:
     _require_train_extra()
-    from sparsecnx.train.loop import Options, pretrain
+    from sparsecnx.train.command import parse
+    from sparsecnx.train.loop import pretrain
 
-    values = vars(arguments)
-    options = Options(**{f: values[f] for f in Options.__dataclass_fields__})
+    options, given = parse(arguments)
     keep_freed_memory()
-    return pretrain(options, {f: values[f] for f in Recipe.__dataclass_fields__ if f in values})
+    return pretrain(options, given)
 
 
 def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
@@ -307,15 +245,6 @@ def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             yield from action.choices.values()
-
-
-def _size(text: str) -> int | tuple[int, ...]:
-    """Read `224`, `192x320` or `96x96x96`."""
-    sides = text.split("x")
-    if not all(side.isdecimal() for side in sides) or len(sides) > 3:
-        form = "a side such as 224, 192x320 for height and width, or 96x96x96 for volumes"
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {form}")
-    return int(text) if len(sides) == 1 else tuple(map(int, sides))
 
 
 def _require_train_extra() -> None:

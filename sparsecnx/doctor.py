@@ -38,7 +38,7 @@ INSTALL_MINKOWSKI = (
 )
 
 # These are the distributions of the extra `[train]`, and those modules that have another name than their distribution.
-TRAIN = ("tensorboard", "tqdm", "matplotlib", "pillow", "scikit-image", "scikit-learn", "safetensors")
+TRAIN = ("jsonargparse", "tensorboard", "tqdm", "matplotlib", "pillow", "scikit-image", "scikit-learn", "safetensors")
 MODULES = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn"}
 
 VOLUMES = {"nibabel": "volumes in NIfTI", "zarr": "volumes in Zarr"}  # the extra `[volumes]`

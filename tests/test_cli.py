@@ -13,7 +13,11 @@ pytest.importorskip("tensorboard", reason="needs the extra [train]")
 from PIL import Image
 
 from sparsecnx.cli import main
+from sparsecnx.models import SIZES
 from sparsecnx.train import checkpoint
+from sparsecnx.train.command import parse
+from sparsecnx.train.options import Options
+from sparsecnx.train.recipe import Recipe
 
 PHOTOS = 6
 
@@ -60,7 +64,7 @@ def refused(arguments, capsys):
         (["--data", ""], "--data is '': expected a name"),
         (["--device", "cuda:99999999999999999999"], "--device is cuda:99999999999999999999: this torch sees "),
         (["--resume"], "run: holds no checkpoint to resume; leave out --resume for a new run, or --resume auto"),
-        (["--base-lr", "nan"], "--base-lr is nan: expected more than 0"),
+        (["--base-lr", "nan"], "--base-lr is nan: expected a number"),
         (["--batch-size", 7, "--epochs", 1], "--batch-size is 7: expected at most the 6 images of an epoch"),
         (["--data", "{tmp}/none"], "--data is {tmp}/none: no such folder"),
         (["--data", "{tmp}/empty"], "--data is {tmp}/empty: holds no images"),
@@ -142,12 +146,33 @@ def test_doctor_explains(monkeypatch, capsys):
     ("typed", "meant"), [("--dta", "--data"), ("--lr", "--base-lr"), ("--epoch", "--epochs"), ("--zebra", None)]
 )
 def test_the_nearest_option_is_named(typed, meant, capsys):
-    with pytest.raises(SystemExit) as leaving:
-        main(["pretrain", typed, "1"])
-    assert leaving.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"sparsecnx: error: unrecognized arguments: {typed} 1")
-    assert last.endswith(f"did you mean {meant}?" if meant else "1")
+    line = refused(["pretrain", typed, "1"], capsys)
+    hint = f"; did you mean {meant}?" if meant else ""
+    assert line == f"sparsecnx pretrain: error: {typed} is unknown: expected an option of --help{hint}\n"
+
+
+def test_a_configuration_is_a_file_and_arguments_have_the_last_word(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("model: tiny\nimage_size: [64, 96]\nclip_grad: null\nbase_lr: 1e-3\n")
+    options, given = parse(
+        ["--config", str(tmp_path / "mine.yaml"), "--model", "atto", "--resume", "--no-norm-pix-loss"]
+    )
+    assert options == Options(resume="newest")
+    chosen = {"model": "atto", "image_size": (64, 96), "clip_grad": None, "base_lr": 1e-3, "norm_pix_loss": False}
+    assert given == chosen
+    (tmp_path / "wrong.yaml").write_text("modell: tiny\n")
+    line = refused(["pretrain", "--config", tmp_path / "wrong.yaml"], capsys)
+    assert "--modell is unknown: expected an option of --help; did you mean --model?" in line
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--config", str(tmp_path / "mine.yaml"), "--print_config"])
+    assert "image_size:\n- 64\n- 96\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_published_recipes_are_files(size):
+    options, given = parse(["--config", size])
+    recipe = Recipe(**given)
+    assert (recipe.model, recipe.effective_batch, recipe.epochs, recipe.peak_lr) == (size, 4096, 1600, 2.4e-3)
+    assert options == Options()
 
 
 def test_help_lists_the_commands(capsys):

@@ -21,15 +21,10 @@ from sparsecnx.train import checkpoint
 from sparsecnx.train.networks import build_model, is_code
 from sparsecnx.train.recipe import BETAS, Recipe, param_groups, shown
 
-# Checkpoints that were written before these existed do not have them.
-LATER_RECIPE_FIELDS = {"max_pixels", "grn_scope", "first_epoch", "method", "crop_area"} | {
-    "patch_size",
-    "ndim",
-    "in_chans",
-    "normalize",
-    "below_tile",
-    "decoder_dim",
-    "transform",
+# The fields that every checkpoint has. Those that came later have the values that runs had before them.
+FIRST_RECIPE_FIELDS = {
+    *("model", "image_size", "mask_ratio", "norm_pix_loss", "epochs", "batch_size", "grad_accum_steps", "base_lr"),
+    *("weight_decay", "warmup_epochs", "clip_grad", "dtype", "seed", "epoch_repeats"),
 }
 # AdamW counts its steps in float32, which holds whole numbers up to this one.
 LARGEST_OPTIMIZER_STEP = 2**24
@@ -119,7 +114,7 @@ def check(state: Mapping[str, Any], model: str | None = None) -> Contents:
 
 def _recipe(saved: Any, model: str | None) -> Recipe:
     known = {field.name for field in fields(Recipe)}
-    _names("recipe", saved, known, optional=LATER_RECIPE_FIELDS)
+    _names("recipe", saved, known, optional=known - FIRST_RECIPE_FIELDS)
     if is_code(name := saved["model"]) and name != model:
         raise CheckpointError(
             f"recipe.model is {shown(name)}: it names Python code, which runs only with --model {name}"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, harmonic_mean
 from types import FrameType
@@ -33,10 +32,10 @@ from sparsecnx.train.data.volumes import VolumeCrops, VolumeSet, find_data
 from sparsecnx.train.lock import locked
 from sparsecnx.train.log import LOG, LogError, RunLog, StepRecord
 from sparsecnx.train.networks import build_model
+from sparsecnx.train.options import Options
 from sparsecnx.train.recipe import (
     BETAS,
     DEFAULTS,
-    MANY,
     METHODS,
     Recipe,
     learning_rate,
@@ -46,60 +45,6 @@ from sparsecnx.train.recipe import (
 
 # Steps times the peak learning rate of a run that learns little. `make demo` has 0.7, the published runs have 600.
 LEAST_TRAINING = 0.2
-
-
-@dataclass(frozen=True)
-class Options:
-    """Data, output folder and device of a run; the recipe decides everything else.
-
-    Attributes:
-        data: folder of images or volumes; None for that of the resumed run, or for the photographs inside the wheels.
-        output: folder of checkpoints and logs; None for that of the resumed checkpoint, or `runs/pretrain`.
-        resume: a checkpoint; "newest" for the newest in `output`; "auto" for the same, or a new run if there is none.
-        extend: epochs that a finished run is to be trained on, with a warm-up and a schedule of their own.
-        small_data: take the defaults of `recipe.small_data` in place of the published ones.
-        device: auto, cpu, cuda or one GPU such as cuda:1.
-        workers: processes that read images; None for one per two cores, at most 8.
-        compile: run the model through `torch.compile`.
-        grad_checkpointing: keep less for backward, which computes it again.
-        save_every: epochs between checkpoints.
-        keep: checkpoints kept.
-
-    Raises:
-        InputError: a field is out of range, or there is no CUDA device.
-    """
-
-    data: str | None = None
-    output: str | None = None
-    resume: str | None = None
-    extend: int | None = None
-    small_data: bool = False
-    device: str = "auto"
-    workers: int | None = None
-    compile: bool = False
-    grad_checkpointing: bool = False
-    save_every: int = 1
-    keep: int = 3
-
-    def __post_init__(self) -> None:
-        for field in ("save_every", "keep"):
-            if getattr(self, field) < 1:
-                raise InputError(field, getattr(self, field), "expected 1 or more")
-        if self.workers is not None and self.workers < 0:
-            raise InputError("workers", self.workers, "expected 0 or more")
-        for field in ("data", "output", "resume"):
-            if getattr(self, field) == "":
-                raise InputError(field, "''", "expected a name")
-        if self.extend is not None and (not 1 <= self.extend <= MANY or self.resume is None):
-            raise InputError("extend", self.extend, f"expected 1 to {MANY} epochs, together with --resume")
-        if re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is None:
-            raise InputError("device", self.device, "expected auto, cpu, cuda or one GPU such as cuda:1")
-        if self.device.startswith("cuda"):
-            seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-            if seen == 0:
-                raise InputError("device", self.device, "this torch sees no CUDA device; expected auto or cpu")
-            if int(self.device.partition(":")[2] or 0) >= seen:
-                raise InputError("device", self.device, f"this torch sees cuda:0 to cuda:{seen - 1}")
 
 
 def pretrain(options: Options, given: Mapping[str, Any]) -> int:

@@ -50,6 +50,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "float": ((int, float), "a number"),
     "int | tuple[int, ...]": ((int, tuple), "a whole number, or"),
 }
+INTERNAL = {"first_epoch"}  # fields that a run sets itself
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 
 
@@ -61,8 +62,10 @@ class Recipe:
         model: size, a name in `sparsecnx.models.SIZES`; `timm:` and the name of a network of timm; or
             `module:factory`, a Python function that returns a network.
         method: `"fcmae"` or `"spark"`.
-        image_size: side of the square or cubic training crop, or its side on each axis, pixels; multiples of the patch.
-        mask_ratio: fraction of patches removed, in [0, 1); at least one patch stays and at least one goes.
+        image_size: side of the square or cubic training crop, or its side on each axis, such as 192x320, pixels;
+            multiples of the patch. Volumes: 96.
+        mask_ratio: fraction of patches removed, in [0, 1); at least one patch stays and at least one goes. Volumes:
+            0.75.
         norm_pix_loss: predict pixels normalised per patch.
         epochs: passes over the images, warm-up included.
         batch_size: images per forward pass.
@@ -79,7 +82,7 @@ class Recipe:
         grn_scope: groups of GRN in the encoder, `"sample"` as in the paper and the published JAX code, or `"batch"` as
             in the published sparse PyTorch code; of our own networks alone.
         first_epoch: epoch in which the learning rate begins its schedule: 0, or the end of the run that was extended.
-        patch_size: side of a patch, or its side on each axis, pixels.
+        patch_size: side of a patch, or its side on each axis, such as 16x32x32, pixels. Volumes: 16.
         ndim: spatial dimensions of the data, 1 to 3.
         in_chans: channels of the data.
         normalize: `"imagenet"` for images. For volumes, per volume and channel: `"zscore"`, mean 0 and variance 1;

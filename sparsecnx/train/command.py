@@ -1,0 +1,154 @@
+"""The command `sparsecnx pretrain`: its options are the fields of `Recipe` and `Options`, from arguments or YAML.
+
+sparsecnx pretrain --config tiny --data FOLDER --output runs/tiny
+sparsecnx pretrain --config runs/tiny/config.yaml --output runs/again
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import Field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from docstring_parser import parse as parse_docstring
+from jsonargparse import SUPPRESS, ActionYesNo, ArgumentParser
+
+from sparsecnx.common.errors import InputError
+from sparsecnx.common.files import write_atomically
+from sparsecnx.train.options import Options
+from sparsecnx.train.recipe import DEFAULTS, INTERNAL, Recipe
+
+CONFIG = "config.yaml"
+RECIPES = files("sparsecnx.train") / "recipes"
+DESCRIPTION = (
+    "Pretrain a ConvNet on images or volumes with the published recipe of FCMAE or SparK. Ctrl-C and SIGTERM save a "
+    "checkpoint and exit with 130 and 143; --resume goes on from it with the same losses. Under torchrun all processes "
+    "train one network."
+)
+
+
+def parse(arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
+    """Return the options of a run, and the fields of its recipe that the user gave, in arguments or in a file.
+
+    Raises:
+        InputError: an argument is unknown, or of another type; or a configuration cannot be read.
+    """
+    parser = build_parser()
+    try:
+        found = parser.parse_args([*_with_paths(arguments)], defaults=False)
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise _named(error, parser) from error
+    given = {name: value for name, value in found.items() if value is not None or name in _optional(Recipe)}
+    options = Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given})
+    return options, {f.name: given[f.name] for f in fields(Recipe) if f.name in given}
+
+
+def build_parser() -> ArgumentParser:
+    """Return the parser, with an option for every field of `Options` and `Recipe`."""
+    parser = ArgumentParser(
+        prog="sparsecnx pretrain",
+        description=DESCRIPTION,
+        exit_on_error=False,
+        allow_abbrev=False,
+        default_env=False,
+        formatter_class=argparse.HelpFormatter,
+    )
+    known = ", ".join(sorted(path.name.removesuffix(".yaml") for path in RECIPES.iterdir()))
+    parser.add_argument("--config", action="config", help=f"YAML file of options, or a published recipe: {known}")
+    _add_fields(parser.add_argument_group("run (the losses do not depend on it)"), Options)
+    _add_fields(parser.add_argument_group("recipe (defaults as published)"), Recipe)
+    return parser
+
+
+def _add_fields(group: Any, kind: type) -> None:
+    """Add an option for every field of a dataclass, with the help of its docstring. Absent ones have no value."""
+    types = get_type_hints(kind)
+    docstring = parse_docstring(kind.__doc__ or "")
+    texts = {entry.arg_name: re.sub(r'[`"]', "", entry.description or "").rstrip(".") for entry in docstring.params}
+    for field in fields(kind):
+        if field.name in INTERNAL:
+            continue
+        options: dict[str, Any] = {"default": SUPPRESS, "help": f"{texts[field.name]} (default: {_default(field)})"}
+        sides = types[field.name] == int | tuple[int, ...]
+        if types[field.name] is bool:
+            options |= {"action": ActionYesNo(no_prefix="no-")}
+        else:
+            options |= {"type": _sides if sides else types[field.name], "metavar": _metavar(str(field.type), sides)}
+        if field.name == "resume":
+            options |= {"nargs": "?", "const": "newest", "type": str}
+        group.add_argument(f"--{field.name.replace('_', '-')}", **options)
+
+
+def _default(field: Field[Any]) -> str:
+    """Return a default in words, with those of the methods that have another."""
+    words = {"None": "none", "True": "yes", "False": "no"}
+    others = [f"{name} {values[field.name]:g}" for name, values in DEFAULTS.items() if field.name in values]
+    return ", ".join([words.get(str(field.default), str(field.default)), *others])
+
+
+def _metavar(kind: str, sides: bool) -> str:
+    if sides:
+        return "PIXELS"
+    return {"int": "N", "float": "X", "str": "NAME"}.get(kind.removesuffix(" | None"), "VALUES")
+
+
+def _sides(value: Any) -> int | tuple[int, ...]:
+    """Read `224`, `192x320`, `96x96x96` or a list."""
+    text = str(value)
+    if re.fullmatch(r"[\[(]?\d+(\s*[x,]\s*\d+){0,2}[\])]?", text) is None:
+        form = "a side such as 224, 192x320 for height and width, or 96x96x96 for volumes"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {form}")
+    sides = tuple(map(int, re.findall(r"\d+", text)))
+    return sides[0] if len(sides) == 1 else sides
+
+
+def _with_paths(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with the path of a published recipe in place of its name."""
+    found = list(arguments)
+    for i, name in enumerate(found[1:], 1):
+        if found[i - 1] == "--config" and not Path(name).exists() and (RECIPES / f"{name}.yaml").is_file():
+            found[i] = str(RECIPES / f"{name}.yaml")
+    return found
+
+
+def _optional(kind: type) -> set[str]:
+    """Return the fields that may be None."""
+    return {field.name for field in fields(kind) if str(field.type).endswith("| None")}
+
+
+def _named(error: Exception, parser: ArgumentParser) -> InputError:
+    """Return an error of jsonargparse as one of ours, in one line that names the argument."""
+    text = str(error)
+    known = [option for action in parser._actions for option in action.option_strings]
+    if unknown := re.search(r"unrecognized arguments: (\S+)|Option '(\w+)' is not accepted", text):
+        name = (unknown[1] or f"--{unknown[2].replace('_', '-')}").partition("=")[0]
+        ends = [option for option in known if option.endswith(name.removeprefix("-"))]  # --lr is --base-lr
+        near = ends or difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return InputError(name.removeprefix("--").replace("-", "_"), "unknown", f"expected an option of --help{hint}")
+    key = re.search(r'Parser key "(\w+)"|argument --([\w-]+)', text)
+    value = re.search(r"(?:Given value|Got value): (.*)", text)
+    kinds = re.search(r"Expected an? <class '(\w+)'>", text)
+    if key is None:
+        return InputError("config", "unreadable", " ".join(text.split()))
+    name = (key[1] or key[2]).replace("-", "_")
+    if value is None or kinds is None:
+        return InputError(name, "not valid", " ".join(text.partition(": ")[2].split()))
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list"}
+    return InputError(name, value[1], f"expected {words.get(kinds[1], kinds[1])}")
+
+
+def write_config(folder: Path, recipe: Recipe, data: str | None) -> None:
+    """Write everything that decides the losses of a run as a file for `--config`."""
+    values: dict[str, Any] = {"data": data} if data is not None else {}
+    for field in fields(Recipe):
+        value = getattr(recipe, field.name)
+        if field.name not in INTERNAL:
+            values[field.name] = list(value) if isinstance(value, tuple) else value
+    write_atomically(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
