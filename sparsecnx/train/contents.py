@@ -119,6 +119,8 @@ def _recipe(saved: Any, model: str | None) -> Recipe:
         raise CheckpointError(
             f"recipe.model is {shown(name)}: it names Python code, which runs only with --model {name}"
         )
+    if saved.get("normalize", Recipe.normalize) != Recipe.normalize and "value_range" not in saved:
+        saved = {**saved, "crop_area": None}  # earlier versions resized crops of photographs alone
     try:
         return Recipe(**saved)
     except InputError as error:

@@ -24,11 +24,11 @@ from sparsecnx.models import SIZES
 from sparsecnx.train import contents
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.contents import Contents, Data
-from sparsecnx.train.data.crops import Batch, Crops, mix, normalize
-from sparsecnx.train.data.files import Fingerprint
-from sparsecnx.train.data.images import PHOTOGRAPH_REPEATS, ImageSet, wheel_photographs
+from sparsecnx.train.data.crops import Batch, Crops, mix
+from sparsecnx.train.data.find import find_source
 from sparsecnx.train.data.loader import WorkersError, load_batches
-from sparsecnx.train.data.volumes import VolumeCrops, VolumeSet, find_data
+from sparsecnx.train.data.scale import normalize
+from sparsecnx.train.data.source import Fingerprint, Source
 from sparsecnx.train.lock import locked
 from sparsecnx.train.log import LOG, LogError, RunLog, StepRecord
 from sparsecnx.train.networks import build_model
@@ -66,45 +66,40 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
     folder, resume = _place(options)
     with locked(folder.folder) as problem:
         notes = [] if problem is None else [f"cannot lock the output ({problem}): start no other run in it"]
-        source = _source(folder, resume)
-        if source is None:
+        checkpoint = _checkpoint(folder, resume)
+        if checkpoint is None:
             if options.extend is not None:
                 raise InputError(
                     "extend", options.extend, f"there is no run in {folder.folder}; expected a finished one"
                 )
             size = given.get("image_size")
             ndim = len(size) if isinstance(size, tuple) else None
-            images = wheel_photographs() if options.data is None else find_data(options.data, ndim)
-            defaults = dict(DEFAULTS.get(given.get("method", Recipe.method), {}))
-            if options.data is None:
-                defaults["epoch_repeats"] = PHOTOGRAPH_REPEATS
-            if isinstance(images, VolumeSet):
-                defaults |= images.defaults()
-                if "crop_area" in given:
-                    what = "expected together with images; crops of volumes are not resized"
-                    raise InputError("crop_area", given["crop_area"], what)
+            source = find_source(options.data, ndim)
+            defaults = DEFAULTS.get(given.get("method", Recipe.method), {}) | source.defaults(given)
             if options.small_data:
-                defaults |= small_data(len(images.names))
+                defaults |= small_data(len(source))
             recipe = Recipe(**{**defaults, **given})
-            return Trainer(recipe, images, images.fingerprint(), folder, options, notes).run()
+            return Trainer(recipe, source, source.fingerprint(), folder, options, notes).run()
 
-        saved = _read_resumed(source, given.get("model"))
+        saved = _read_resumed(checkpoint, given.get("model"))
         where = saved.data.folder if options.data is None else options.data
         recipe = saved.recipe
         if (code := recipe.transform) is not None and code != given.get("transform"):  # a file alone runs no code
             problem = f"its recipe names Python code, {code}, which runs only with --transform {code}"
-            raise InputError("resume", source, problem)
-        images = wheel_photographs() if where is None else find_data(where, recipe.ndim, recipe.photographs)
-        fingerprint = images.fingerprint()
-        _expect_same_images(saved.data, images, fingerprint, "resume" if options.data is None else "data")
+            raise InputError("resume", checkpoint, problem)
+        source = find_source(where, recipe.ndim, recipe.photographs)
+        fingerprint = source.fingerprint()
+        _expect_same_images(saved.data, source, fingerprint, "resume" if options.data is None else "data")
         if options.extend is not None:
             saved = saved._replace(recipe=_extended(saved, options.extend, given.get("warmup_epochs")))
         saved.recipe.refuse_change(given)
         if saved.data.sizes is None or saved.data.contents is None:
-            notes.append(f"{source.name} is of an earlier version: changed images under the same names are not noticed")
-        if not has_checksums(source):
-            notes.append(f"{source.name} holds no checksums: damage to it is not noticed")
-        trainer = Trainer(saved.recipe, images, fingerprint, folder, options, notes)
+            notes.append(
+                f"{checkpoint.name} is of an earlier version: changed images under the same names are not noticed"
+            )
+        if not has_checksums(checkpoint):
+            notes.append(f"{checkpoint.name} holds no checksums: damage to it is not noticed")
+        trainer = Trainer(saved.recipe, source, fingerprint, folder, options, notes)
         trainer.load(saved)
         return trainer.run()
 
@@ -132,7 +127,7 @@ def _place(options: Options) -> tuple[CheckpointFolder, Path | str | None]:
     return CheckpointFolder(output, options.keep), resume
 
 
-def _source(folder: CheckpointFolder, resume: Path | str | None) -> Path | None:
+def _checkpoint(folder: CheckpointFolder, resume: Path | str | None) -> Path | None:
     """Return the checkpoint to go on from, or None for a new run; refuse to write over another run."""
     newest, output = folder.newest(), folder.folder
     if isinstance(resume, Path):
@@ -157,20 +152,18 @@ def _read_resumed(path: Path, model: str | None) -> Contents:
         raise InputError("resume", path, f"{error}{hint}") from error
 
 
-def _expect_same_images(data: Data, images: ImageSet | VolumeSet, found: Fingerprint, argument: str) -> None:
+def _expect_same_images(data: Data, source: Source, found: Fingerprint, argument: str) -> None:
     """Raise InputError that blames `argument` unless the images are those of a checkpoint."""
     problem = None
     if data.fingerprint != found.names:
-        count = len(images.names)
-        problem = (
-            f"{count} {images.noun} files, not the {data.images} that the run was started with (or under other names)"
-        )
+        count = f"{len(source)} {source.noun} files"
+        problem = f"{count}, not the {data.images} that the run was started with (or under other names)"
     elif data.sizes not in (None, found.sizes):
         problem = "the same names, but files of other sizes than the run was started with"
     elif data.contents not in (None, found.contents):
         problem = "the same names and sizes, but files with other contents than the run was started with"
     if problem is not None:
-        where = "the installed photographs" if images.small else images.root
+        where = "the installed photographs" if source.place is None else source.root
         raise InputError(argument, where, f"{problem}; the losses could not continue")
 
 
@@ -179,36 +172,32 @@ class Trainer:
 
     Args:
         recipe: decides the losses.
-        images: the data set.
+        source: what it reads.
         fingerprint: its hashes.
         folder: folder of the checkpoints and logs.
         options: only device, workers, compile, grad_checkpointing and save_every are read.
         notes: lines to print when the run begins.
 
     Raises:
-        InputError: an epoch is smaller than the effective batch, no image can be read, or one of a sample is of a kind
-            that is not read, see `images.open_image` and `volumes.open_volume`.
+        InputError: an epoch is smaller than the effective batch, nothing can be read, or the data do not fit the
+            recipe, see `Source.check`.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        images: ImageSet | VolumeSet,
+        source: Source,
         fingerprint: Fingerprint,
         folder: CheckpointFolder,
         options: Options,
         notes: Sequence[str] = (),
     ) -> None:
-        self.recipe, self.images, self.fingerprint = recipe, images, fingerprint
+        self.recipe, self.source, self.fingerprint = recipe, source, fingerprint
         self.folder, self.options, self.notes = folder, options, notes
-        images.refuse_unsupported(recipe)
-        self.crops = (
-            VolumeCrops(images, recipe)
-            if isinstance(images, VolumeSet)
-            else Crops(images, recipe.size, recipe.max_pixels, recipe.crop_area)
-        )
+        source.check(recipe)
+        self.crops = Crops(source, recipe)
         self.crops.read(0)  # raises unless there is a readable image
-        self.steps_per_epoch = recipe.steps_per_epoch(len(images.names))
+        self.steps_per_epoch = recipe.steps_per_epoch(len(source))
         self.total_steps = self.steps_per_epoch * recipe.epochs
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(automatic if options.device == "auto" else options.device)
@@ -247,8 +236,8 @@ class Trainer:
             "epoch": self.step / self.steps_per_epoch,
             "recipe": asdict(self.recipe),
             "data": {
-                "folder": None if self.images.small else os.path.abspath(self.images.root),
-                "images": len(self.images.names),
+                "folder": self.source.place,
+                "images": len(self.source),
                 "fingerprint": self.fingerprint.names,
                 "sizes": self.fingerprint.sizes,
                 "contents": self.fingerprint.contents,
@@ -294,7 +283,7 @@ class Trainer:
                         self.save()
             if self.unreadable:
                 names = ", ".join(sorted(self.unreadable))
-                log.say(f"skipped {len(self.unreadable)} unreadable {self.images.noun}s: {names}")
+                log.say(f"skipped {len(self.unreadable)} unreadable {self.source.noun}s: {names}")
             log.say(f"done: {self.folder.newest()}")
         return 0
 
@@ -325,7 +314,7 @@ class Trainer:
                 raise TrainingStopped(f"step {self.step + 1}: {batch.problem}, {self._last_good()}")
             for name, reason in batch.unreadable.items():
                 if name not in self.unreadable:
-                    log.say(f"skipped unreadable {self.images.noun} {name} ({reason})")
+                    log.say(f"skipped unreadable {self.source.noun} {name} ({reason})")
             self.unreadable |= batch.unreadable
             loss = self._loss(batch.images, self.step * recipe.grad_accum_steps + i)
             (loss / recipe.grad_accum_steps).backward()
@@ -380,7 +369,7 @@ class Trainer:
         return [
             f"{METHODS[r.method]} {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.device}, "
             f"mask ratio {r.mask_ratio:g}",
-            f"{len(self.images.names)} {self.images.noun}s{repeats} {self._crops()} from {self.images.root}",
+            f"{len(self.source)} {self.source.noun}s{repeats} {self._crops()} from {self.source.root}",
             f"batch {r.batch_size}{accumulated}, steps per epoch {self.steps_per_epoch}, epochs {r.epochs}",
             f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}{grn}",
             f"writes to {self.folder.folder}{start}",
@@ -395,8 +384,7 @@ class Trainer:
         size, patch = ("x".join(map(str, sides)) for sides in (r.size, r.patch))
         if r.photographs:
             return f"of {size} px in patches of {patch}"
-        dimensions, channels = (_counted(*n) for n in ((r.ndim, "dimension"), (r.in_chans, "channel")))
-        return f"of {dimensions} and {channels}, normalised by {r.normalize}, crops of {size} in patches of {patch},"
+        return f"of {', '.join(self.source.describe(r))}, crops of {size} in patches of {patch},"
 
     def _hints(self) -> list[str]:
         """Return what the user of a small data set should know."""
@@ -425,10 +413,6 @@ def default_workers() -> int:
     """Return one process per two cores that this process may use, at most 8; the other cores compute."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // 2))
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def _epoch_line(epoch: int, epochs: int, records: list[StepRecord]) -> str:

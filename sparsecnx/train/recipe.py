@@ -77,7 +77,8 @@ class Recipe:
         dtype: float32, or bfloat16 for autocast (parameters and loss stay float32).
         seed: seed of the initial weights, the order of images, crops, flips and masks.
         epoch_repeats: times an epoch shows each image; for small data sets.
-        crop_area: smallest part of an image's area that a crop shows.
+        crop_area: smallest part of an image's area that a crop shows, which is resized; None cuts out boxes of
+            `image_size`, which are not.
         max_pixels: size of the largest image that is read, width x height; of volumes the largest compressed one.
         grn_scope: groups of GRN in the encoder, `"sample"` as in the paper and the published JAX code, or `"batch"` as
             in the published sparse PyTorch code; of our own networks alone.
@@ -110,7 +111,7 @@ class Recipe:
     dtype: str = "float32"
     seed: int = 0
     epoch_repeats: int = 1
-    crop_area: float = SMALLEST_AREA
+    crop_area: float | None = SMALLEST_AREA
     max_pixels: int = MAX_PIXELS
     grn_scope: str = "sample"
     first_epoch: int = 0
@@ -141,7 +142,9 @@ class Recipe:
         for field in ("epochs", "batch_size", "grad_accum_steps", "epoch_repeats", "max_pixels"):
             self._expect(field, 1 <= getattr(self, field) <= MANY, f"1 or more, at most {MANY}")
         self._expect("seed", 0 <= self.seed < 2**63, "0 or more, less than 2**63")
-        self._expect("crop_area", 0 < self.crop_area <= 1, "more than 0, at most 1")
+        if self.crop_area is not None:
+            self._expect("crop_area", self.ndim == 2, "none, since crops of volumes and signals are not resized")
+            self._expect("crop_area", 0 < self.crop_area <= 1, "more than 0, at most 1")
         self._expect("base_lr", 0 < self.base_lr <= MANY, f"more than 0, at most {MANY}")
         self._expect("weight_decay", 0 <= self.weight_decay <= MANY, f"0 or more, at most {MANY}")
         if self.clip_grad is not None:

@@ -24,11 +24,12 @@ from sparsecnx.geometry.masks import random_mask
 from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
 from sparsecnx.train import contents
 from sparsecnx.train.contents import Data
-from sparsecnx.train.data.augment import central_crop
-from sparsecnx.train.data.crops import IMAGENET_MEAN, IMAGENET_STD, normalize
+from sparsecnx.train.data.crops import Crops
 from sparsecnx.train.data.files import FileSet
-from sparsecnx.train.data.images import UnsupportedImage, read_image, wheel_photographs
-from sparsecnx.train.data.volumes import MAX_VOXELS, UnsupportedVolume, VolumeCrops, VolumeSet, find_data
+from sparsecnx.train.data.find import find_data, named_files
+from sparsecnx.train.data.images import UnsupportedImage, wheel_photographs
+from sparsecnx.train.data.scale import IMAGENET_MEAN, IMAGENET_STD, UnsupportedValues, normalize
+from sparsecnx.train.data.volumes import MAX_VOXELS, UnsupportedVolume
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import MAX_PIXELS, METHODS, Recipe
 
@@ -97,17 +98,14 @@ def reconstruct(
         raise InputError("seed", seed, "expected 0 or more, less than 2**63")
     if max_pixels is None:
         max_pixels = MAX_PIXELS if recipe.photographs else MAX_VOXELS
-    if max_pixels < 1:
-        raise InputError("max_pixels", max_pixels, "expected 1 or more")
+    if max_pixels < (least := math.prod(recipe.size)):
+        raise InputError("max_pixels", max_pixels, f"expected {least} or more, the pixels of a crop")
     if os.path.exists(out) and (problem := not_regular(out)) is not None:
         raise InputError("out", out, problem)
 
     files = [str(image) for image in images] or _shown(saved.data, recipe)
-    if recipe.photographs:
-        inputs = normalize(torch.stack([_read_centre(file, recipe.size, max_pixels) for file in files]))
-    else:
-        crops = VolumeCrops(VolumeSet("", tuple(files)), replace(recipe, max_pixels=max_pixels, transform=None))
-        inputs = torch.stack([_central(crops, place) for place in range(len(files))])
+    crops = Crops(named_files(files, recipe.photographs), replace(recipe, max_pixels=max_pixels, transform=None))
+    inputs = normalize(torch.stack([_central(crops, place) for place in range(len(files))]))
     generator = torch.Generator().manual_seed(seed)
     mask = random_mask(len(inputs), recipe.grid, recipe.mask_ratio, generator=generator)
     network.eval()
@@ -134,7 +132,7 @@ def _shown(data: Data, recipe: Recipe) -> list[str]:
         raise InputError("images", "''", "expected the names of volumes")
     else:
         files, number = find_data(data.folder, recipe.ndim, False), SHOWN_VOLUMES
-    return [files.path(i) for i in range(min(number, len(files.names)))]
+    return [files.path(i) for i in range(min(number, len(files)))]
 
 
 def _to_unit_range(values: Tensor, images: Tensor) -> Tensor:
@@ -237,25 +235,14 @@ def draw_arrays(result: Reconstruction, title: str) -> Figure:
     return figure
 
 
-def _central(crops: VolumeCrops, place: int) -> Tensor:
-    """Return the centre of a volume, normalised."""
-    path = crops.images.path(place)
+def _central(crops: Crops, place: int) -> Tensor:
+    """Return the centre of an image or a volume."""
+    path = crops.source.name(place)
     try:
         return crops.central(place)
-    except UnsupportedVolume as error:
+    except (UnsupportedImage, UnsupportedVolume, UnsupportedValues) as error:
         raise InputError("images", path, str(error)) from error
     except MissingExtra:
         raise
     except Exception as error:  # libraries raise many kinds of errors
         raise InputError("images", path, f"cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _read_centre(path: str | Path, size: tuple[int, ...], max_pixels: int) -> Tensor:
-    """Return the centre of an image file, uint8 `(3, *size)`."""
-    try:
-        pixels = read_image(str(path), max_pixels)
-    except UnsupportedImage as error:
-        raise InputError("images", path, str(error)) from error
-    except Exception as error:  # decoders raise many kinds of errors
-        raise InputError("images", path, f"cannot be read ({type(error).__name__}: {error})") from error
-    return central_crop(pixels, size)

@@ -6,9 +6,10 @@ import torch
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.data import augment, crops
-from sparsecnx.train.data.crops import Crops, Draw, normalize
+from sparsecnx.train.data.crops import Crops, Draw
 from sparsecnx.train.data.images import find_images, read_image
 from sparsecnx.train.data.loader import load_batches
+from sparsecnx.train.data.scale import normalize
 from sparsecnx.train.recipe import Recipe
 
 SMALL = Recipe(image_size=64, epochs=2, batch_size=2, seed=5)
@@ -45,7 +46,7 @@ def test_draws_go_on_where_they_stopped(start):
 
 
 def test_a_crop_depends_on_its_draw_alone(photos):
-    crops = Crops(find_images(photos), (64, 64))
+    crops = Crops(find_images(photos), SMALL)
     first, _ = crops[Draw(2, seed=1)]
     state = torch.get_rng_state()
     other, _ = crops[Draw(2, seed=2)]
@@ -63,7 +64,7 @@ def read_all(crops, **options):
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(photos):
-    crops = Crops(find_images(photos), (64, 64))
+    crops = Crops(find_images(photos), SMALL)
     none, two = ([batch.images for batch in read_all(crops, start=1, workers=n)] for n in (0, 2))
     assert len(none) == len(two) == 7
     assert all(torch.equal(a, b) for a, b in zip(none, two, strict=True))
@@ -73,11 +74,11 @@ def test_unreadable_files_give_their_place_to_the_next(photos):
     whole = (photos / "6.png").read_bytes()
     (photos / "3.png").write_bytes(whole[: len(whole) // 2])
     (photos / "cat" / "1.png").write_bytes(b"not an image")
-    crops = Crops(find_images(photos), (64, 64))
-    assert crops.images.names[1:4] == ("3.png", "6.png", "cat/1.png")
+    crops = Crops(find_images(photos), SMALL)
+    assert crops.source.names[1:4] == ("3.png", "6.png", "cat/1.png")
 
-    pixels, unreadable = crops.read(1)
-    assert torch.equal(pixels, read_image(str(photos / "6.png")))
+    entry, unreadable = crops.read(1)
+    assert torch.equal(entry.pixels.values, read_image(str(photos / "6.png")))
     assert list(unreadable) == ["3.png"]
     assert "truncated" in unreadable["3.png"]
 
@@ -90,7 +91,7 @@ def test_no_readable_file_at_all(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"")
     (tmp_path / "b.jpg").write_bytes(b"")
     with pytest.raises(InputError, match=r"none of its 2 image files can be read, first b\.jpg"):
-        Crops(find_images(tmp_path), (64, 64)).read(1)
+        Crops(find_images(tmp_path), SMALL).read(1)
 
 
 def test_an_input_error_survives_pickling():
@@ -112,7 +113,9 @@ def test_crops_are_those_of_torchvision(size):
         torch.manual_seed(seed)
         expected = theirs(pixels)
         torch.manual_seed(seed)
-        assert torch.equal(augment.random_flip(augment.random_resized_crop(pixels, size)), expected)
+        (top, left), (height, width) = augment.random_box(sides, size, 0.2)
+        crop = augment.resize(pixels[:, top : top + height, left : left + width], size)
+        assert torch.equal(augment.random_mirror(crop), expected)
 
 
 def test_the_centre_is_that_of_torchvision():

@@ -39,8 +39,8 @@ def test_fingerprints_follow_names_sizes_and_contents_and_not_the_place(photos, 
 
 
 def test_a_sample_is_spread_over_all_images():
-    assert ImageSet("", tuple("abcd"), False).sample() == [0, 1, 2, 3]
-    sample = ImageSet("", ("a",) * 1000, False).sample()
+    assert ImageSet("", tuple("abcd")).sample() == [0, 1, 2, 3]
+    sample = ImageSet("", ("a",) * 1000).sample()
     assert len(set(sample)) == 256 and sample[0] == 0 and sample[-1] > 990
 
 
@@ -126,7 +126,7 @@ def test_an_image_that_would_be_cut_or_clipped_is_refused(name, photos):
     with pytest.raises(UnsupportedImage, match=reason):
         read_image(str(photos / name))
     with pytest.raises(InputError, match=rf"data is .*photos: holds {name}, which .*{reason}"):
-        find_images(photos).refuse_unsupported(Recipe())
+        find_images(photos).check(Recipe())
 
 
 def test_a_larger_limit_of_pixels_lets_an_image_in(tmp_path):

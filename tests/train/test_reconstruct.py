@@ -103,7 +103,9 @@ def test_what_cannot_be_drawn_is_named(photos, tmp_path):
     Image.new("F", (4, 4)).save(photos / "float.tif")
     with pytest.raises(InputError, match=r"images is .*float.tif: has channels of more than 8 bits"):
         reconstruct(last, [photos / "float.tif"], out)
-    with pytest.raises(InputError, match=r"images is .*3.png: has 84 x 79 pixels, more than --max-pixels, 99"):
+    with pytest.raises(InputError, match=r"images is .*3.png: has 84 x 79 pixels, more than --max-pixels, 5000"):
+        reconstruct(last, [photos / "3.png"], out, max_pixels=5000)
+    with pytest.raises(InputError, match=r"max_pixels is 99: expected 4096 or more, the pixels of a crop"):
         reconstruct(last, [photos / "3.png"], out, max_pixels=99)
     os.mkfifo(tmp_path / "fifo.png")
     with pytest.raises(InputError, match=r"images is .*fifo.png: is a FIFO; expected a regular file"):

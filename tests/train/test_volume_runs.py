@@ -14,8 +14,8 @@ from sparsecnx.cli import main
 from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.models import ConvNeXtV2
 from sparsecnx.train import contents, phantoms
-from sparsecnx.train.data.crops import Draw
-from sparsecnx.train.data.volumes import VolumeCrops, find_data
+from sparsecnx.train.data.crops import Crops, Draw
+from sparsecnx.train.data.find import find_data
 from sparsecnx.train.log import RunLog
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import Recipe
@@ -181,9 +181,10 @@ def test_transforms_of_the_user_are_seeded(scans, tmp_path, monkeypatch):
         "    return crop[:, ::2]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    fields = {**RUN, "ndim": 3, "in_chans": 2, "normalize": "zscore", "transform": "my_transforms:noise"}
+    fields = {**RUN, "ndim": 3, "in_chans": 2, "normalize": "zscore", "crop_area": None}
+    fields["transform"] = "my_transforms:noise"
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    crops = [VolumeCrops(find_data(scans), Recipe(**fields)) for _ in range(2)]
+    crops = [Crops(find_data(scans), Recipe(**fields)) for _ in range(2)]
     first, other, again = crops[0][Draw(0, 1)][0], crops[0][Draw(0, 2)][0], crops[1][Draw(0, 1)][0]
     assert torch.equal(first, again) and all((first[c] != other[c]).all() for c in range(2))
     assert torch.equal(states[0], torch.get_rng_state())
@@ -213,7 +214,8 @@ def test_transforms_of_the_user_are_seeded(scans, tmp_path, monkeypatch):
     ],
 )
 def test_a_network_that_does_not_fit_the_volumes(fields, message, network):
-    base = {"ndim": 3, "in_chans": 2, "normalize": "zscore", "method": "spark", "image_size": 16, "patch_size": 8}
+    base = {"ndim": 3, "in_chans": 2, "normalize": "zscore", "crop_area": None}
+    base |= {"method": "spark", "image_size": 16, "patch_size": 8}
     with pytest.raises(InputError, match=f"model is {network}: .*{message}"):
         build_model(Recipe(model=network, **{**base, **fields}))
     build_model(Recipe(model=network, **{**base, "patch_size": 4}, below_tile="dense"))

@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from sparsecnx.common.errors import InputError, MissingExtra
-from sparsecnx.train.data import volumes
-from sparsecnx.train.data.crops import Draw
-from sparsecnx.train.data.volumes import UnsupportedVolume, VolumeCrops, find_data, open_volume, scale_of
+from sparsecnx.train.data import crops as crops_module
+from sparsecnx.train.data import scale, volumes
+from sparsecnx.train.data.crops import Crops, Draw
+from sparsecnx.train.data.find import find_data
+from sparsecnx.train.data.scale import UnsupportedValues, scale_of, scaled
+from sparsecnx.train.data.volumes import UnsupportedVolume, open_volume
 from sparsecnx.train.recipe import Recipe
 
 VALUES = np.random.default_rng(5).normal(100, 20, (10, 12, 14)).astype(np.float32)
@@ -31,7 +34,7 @@ def zarr():
 
 
 def recipe(size=8, patch=4, ndim=3, **fields):
-    fields = {"in_chans": 1, "normalize": "zscore", "mask_ratio": 0.5, **fields}
+    fields = {"in_chans": 1, "normalize": "zscore", "mask_ratio": 0.5, "crop_area": None, **fields}
     return Recipe(ndim=ndim, image_size=size, patch_size=patch, **fields)
 
 
@@ -130,7 +133,7 @@ def test_values_are_normalised_per_volume_and_channel(tmp_path):
     full = (volume, (0, 0, 0), VALUES.shape)
 
     def normalized(how):
-        return volumes.normalized(volume, scale_of(volume, how), *full[1:]).numpy()
+        return scaled(volume.read(*full[1:]), scale_of(volume, how)).numpy()
 
     mean, std = (part(two, axis=(1, 2, 3), keepdims=True) for part in (np.mean, np.std))
     np.testing.assert_allclose(normalized("zscore"), (two - mean) / std, atol=1e-5)
@@ -144,15 +147,15 @@ def test_statistics_of_a_large_volume_are_of_parts_over_its_whole_length(tmp_pat
     np.save(tmp_path / "a.npy", ramp)
     volume = open_volume(str(tmp_path / "a.npy"))
     exact = scale_of(volume, "zscore")
-    monkeypatch.setattr(volumes, "SAMPLED_VALUES", 16 * 3 * 25)
+    monkeypatch.setattr(scale, "SAMPLED_VALUES", 16 * 3 * 25)
     sampled = scale_of(volume, "zscore")
-    assert volumes._sample(volume).shape == (1, 48, 5, 5)
+    assert scale._sample(volume).shape == (1, 48, 5, 5)
     assert sampled.shift.item() == pytest.approx(exact.shift.item(), rel=0.01)
     assert sampled.scale.item() == pytest.approx(exact.scale.item(), rel=0.1)
 
 
 def crops_of(folder, **fields):
-    return VolumeCrops(find_data(folder), recipe(**fields))
+    return Crops(find_data(folder), recipe(**fields))
 
 
 def test_a_crop_depends_on_its_draw_alone(tmp_path):
@@ -185,10 +188,10 @@ def test_decompressed_volumes_are_kept_while_there_is_room(nibabel, tmp_path, mo
     for name in "abc":
         nibabel.save(nibabel.Nifti1Image(VALUES, np.eye(4)), tmp_path / f"{name}.nii.gz")
     crops = crops_of(tmp_path)
-    monkeypatch.setattr(volumes, "CACHED_BYTES", 2 * VALUES.nbytes)
+    monkeypatch.setattr(crops_module, "HELD_BYTES", 2 * VALUES.nbytes)
     for place in (0, 1, 0, 2):
         crops[Draw(place, seed=0)]
-    assert list(crops.cached) == [0, 2]
+    assert list(crops.held) == [0, 2]
 
 
 UNSUPPORTED = {
@@ -264,11 +267,11 @@ def test_a_volume_smaller_than_the_crop(tmp_path):
     with pytest.raises(
         InputError, match=r"holds b.npy, which is 1 x 12 x 14, smaller than the crop of 8 x 8 x 8; .*--im"
     ):
-        find_data(folder).refuse_unsupported(recipe())
+        find_data(folder).check(recipe())
     (folder / "b.npy").unlink()
     with pytest.raises(InputError, match=r"c.npy, which is 10 x 5 x 14, smaller than .*; a smaller --image-size takes"):
-        find_data(folder).refuse_unsupported(recipe())
-    find_data(folder).refuse_unsupported(recipe(size=4, patch=2))
+        find_data(folder).check(recipe())
+    find_data(folder).check(recipe(size=4, patch=2))
 
 
 def write_damaged(folder):
@@ -290,7 +293,7 @@ def write_damaged(folder):
 def test_damaged_volumes_are_named_and_give_their_place_to_the_next(tmp_path):
     expected = write_damaged(tmp_path / "data")
     crops = crops_of(tmp_path / "data")
-    names = crops.images.names
+    names = crops.source.names
     good = crops[Draw(names.index("good.npy"), seed=3)][0]
     for name, reason in expected.items():
         crop, unreadable = crops[Draw(names.index(name), seed=3)]
@@ -305,7 +308,7 @@ def test_constant_percentiles_are_named(tmp_path):
     mostly = np.zeros((20, 20, 20))
     mostly[0, 0, :5] = 1
     np.save(tmp_path / "a.npy", mostly)
-    with pytest.raises(UnsupportedVolume, match=r"has equal percentiles \(0.5, 99.5\), 0; --normalize zscore"):
+    with pytest.raises(UnsupportedValues, match=r"has equal percentiles \(0.5, 99.5\), 0; --normalize zscore"):
         scale_of(open_volume(str(tmp_path / "a.npy")), "percentiles")
 
 

@@ -1,11 +1,12 @@
 """Crops of images in torch alone, so that training needs no torchvision, which fits one torch only.
 
-The functions return bit for bit what torchvision's transforms return, from the same random numbers.
+On uint8 the functions return bit for bit what torchvision's transforms return, from the same random numbers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,23 +14,32 @@ from torch import Tensor
 SMALLEST_AREA = 0.2  # part of the image's area
 RATIO = (3 / 4, 4 / 3)  # width / height
 ATTEMPTS = 10
+# Axes of a crop `(C, *size)` along which it is mirrored, by the number of dimensions: images left and right alone.
+MIRRORED = {1: (), 2: (-1,), 3: (-3, -2, -1)}
 
 
 def resize(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Resize uint8 `(C, H, W)` to `(C, *size)`, bicubic and antialiased."""
+    """Resize `(C, H, W)` to `(C, *size)`, bicubic and antialiased."""
     if tuple(pixels.shape[1:]) == size:
         return pixels
     return torch.nn.functional.interpolate(pixels[None], size, mode="bicubic", antialias=True, align_corners=False)[0]
 
 
-def random_resized_crop(pixels: Tensor, size: tuple[int, ...], smallest: float = SMALLEST_AREA) -> Tensor:
-    """Cut a random box out of uint8 `(C, H, W)` and resize it to `(C, *size)`, as `RandomResizedCrop` of torchvision.
+def random_box(
+    sides: Sequence[int], size: Sequence[int], smallest: float | None
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Return start and sides of a random box in an image or volume, drawn from torch's default generator.
 
-    The box has `smallest` to 1 of the area, and sides of a ratio of 3/4 to 4/3, drawn from torch's default generator.
+    Args:
+        sides: of the whole.
+        size: of the crop.
+        smallest: part of the area of an image, `(H, W)`, that the box has at least, as `RandomResizedCrop` of
+            torchvision draws it, with sides of a ratio of 3/4 to 4/3; None for a box of `size`, which is not resized.
     """
-    height, width = pixels.shape[1:]
-    top, left, height, width = _draw_box(height, width, smallest)
-    return resize(pixels[:, top : top + height, left : left + width], size)
+    if smallest is not None:
+        top, left, height, width = _draw_box(sides[0], sides[1], smallest)
+        return (top, left), (height, width)
+    return [int(torch.randint(side - part + 1, (1,))) for side, part in zip(sides, size, strict=True)], size
 
 
 def _draw_box(height: int, width: int, smallest: float) -> tuple[int, int, int, int]:
@@ -49,7 +59,7 @@ def _draw_box(height: int, width: int, smallest: float) -> tuple[int, int, int, 
 
 
 def central_crop(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Resize uint8 `(C, H, W)` until it just covers `size`, and cut out the centre, `(C, *size)`."""
+    """Resize `(C, H, W)` until it just covers `size`, and cut out the centre, `(C, *size)`."""
     sides = pixels.shape[1:]
     scale = max(wanted / side for wanted, side in zip(size, sides, strict=True))
     height, width = (max(wanted, int(side * scale)) for wanted, side in zip(size, sides, strict=True))
@@ -57,6 +67,6 @@ def central_crop(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
     return resize(pixels, (height, width))[:, top : top + size[0], left : left + size[1]]
 
 
-def random_flip(pixels: Tensor) -> Tensor:
-    """Mirror left and right with probability 1/2."""
-    return pixels.flip(-1) if torch.rand(1) < 0.5 else pixels
+def random_mirror(crop: Tensor) -> Tensor:
+    """Mirror a crop `(C, *size)` along each axis in `MIRRORED` with probability 1/2."""
+    return crop.flip([axis for axis in MIRRORED[crop.ndim - 1] if torch.rand(1) < 0.5])

@@ -11,7 +11,8 @@ exactly as it would have, with any number of workers:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,26 +20,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.train.data.augment import SMALLEST_AREA, random_flip, random_resized_crop
-from sparsecnx.train.data.files import FileSet
-from sparsecnx.train.data.images import read_image
-from sparsecnx.train.recipe import MAX_PIXELS, Recipe
+from sparsecnx.train.data.augment import central_crop, random_box, random_mirror, resize
+from sparsecnx.train.data.scale import Scale, finite, scale_of, scaled
+from sparsecnx.train.data.source import Decoded, Pixels, Source
+from sparsecnx.train.data.transform import checked_transform, transformed
+from sparsecnx.train.recipe import Recipe
 
 T = TypeVar("T")
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def normalize(images: Tensor) -> Tensor:
-    """Return uint8 images `(B, 3, H, W)` as float32, normalised by ImageNet's mean and standard deviation.
-
-    Volumes, which are floating, are normalised one by one when they are read, and are returned as they are.
-    """
-    if images.is_floating_point():
-        return images
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.float() / 255 - mean) / std
+# Decoded entries that a reading process keeps take this much memory at most, but for the one in use.
+HELD_BYTES = 2**30
 
 
 def mix(*parts: int | str) -> int:
@@ -68,24 +59,27 @@ class Batch(NamedTuple):
     problem: InputError | None = None
 
 
-class Crops(Dataset[Any]):
-    """Augmented crops of an image set, indexed by `Draw`; equal draws give equal crops.
+class Entry(NamedTuple):
+    """An entry of a source, and how its values are normalised; None leaves that to the device, see `normalize`."""
 
-    The next readable file takes the place of an unreadable one, so that batches stay full.
+    pixels: Pixels
+    scale: Scale | None
+
+
+class Crops(Dataset[Any]):
+    """Augmented crops of a source, indexed by `Draw`; equal draws give equal crops.
+
+    The next readable entry takes the place of an unreadable one, so that batches stay full.
+
+    Raises:
+        InputError: the transform of the recipe cannot be used.
     """
 
-    def __init__(
-        self,
-        images: FileSet,
-        size: tuple[int, ...],
-        max_pixels: int = MAX_PIXELS,
-        smallest: float = SMALLEST_AREA,
-    ) -> None:
-        self.images = images
-        self.size = size
-        self.max_pixels = max_pixels
-        self.smallest = smallest
-        self.decoded: dict[int, Tensor] = {}
+    def __init__(self, source: Source, recipe: Recipe) -> None:
+        self.source, self.recipe = source, recipe
+        self.transform = None if recipe.transform is None else checked_transform(recipe)
+        self.scales: dict[int, Scale] = {}
+        self.held: OrderedDict[int, Pixels] = OrderedDict()
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, dict[str, str]] | InputError:
         try:
@@ -94,42 +88,70 @@ class Crops(Dataset[Any]):
             return error
 
     def crop(self, place: int, seed: int) -> Tensor:
-        """Return a crop of image `place`, drawn from a seed."""
-        pixels = self.whole(place)
+        """Return a crop of entry `place`, drawn from a seed: a box, resized or not, mirrored and transformed."""
+        entry, size = self.whole(place), self.recipe.size
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return random_flip(random_resized_crop(pixels, self.size, self.smallest))
+            start, sides = random_box(entry.pixels.size, size, self.recipe.crop_area)
+            crop = random_mirror(cut(entry, start, sides, size))
+        return crop if self.transform is None else transformed(self.transform, crop, seed)
 
-    def read(self, index: int) -> tuple[Any, dict[str, str]]:
-        """Return image `index`, or the first readable one after it, and the files that were skipped with the reasons.
+    def central(self, place: int) -> Tensor:
+        """Return the centre of entry `place`, resized until it just covers the crop where crops are resized."""
+        entry, size = self.whole(place), self.recipe.size
+        if self.recipe.crop_area is not None:
+            values = entry.pixels.read((0,) * len(size), entry.pixels.size)
+            return scaled(central_crop(values, size), entry.scale)
+        start = [(side - part) // 2 for side, part in zip(entry.pixels.size, size, strict=True)]
+        return cut(entry, start, size, size)
+
+    def read(self, index: int) -> tuple[Entry, dict[str, str]]:
+        """Return entry `index`, or the first readable one after it, and those that were skipped with the reasons.
 
         Raises:
-            InputError: no file can be read.
+            InputError: no entry can be read.
         """
         return self._readable(index, self.whole)
 
-    def whole(self, place: int) -> Any:
-        """Return image `place`. A small one is decoded once."""
-        if place in self.decoded:
-            return self.decoded[place]
-        pixels = read_image(self.images.path(place), self.max_pixels)
-        if self.images.small:
-            self.decoded[place] = pixels
+    def whole(self, place: int) -> Entry:
+        """Return entry `place`. Its statistics are computed once in each process."""
+        pixels = self._pixels(place)
+        scale = self.scales.get(place) or scale_of(pixels, self.recipe.normalize)
+        if scale is not None:
+            self.scales[place] = scale
+        return Entry(pixels, scale)
+
+    def _pixels(self, place: int) -> Pixels:
+        """Return entry `place`, which is kept where the source is small, or where no part of it can be read alone."""
+        if place in self.held:
+            self.held.move_to_end(place)
+            return self.held[place]
+        read = self.source.read(place, self.recipe)
+        pixels: Pixels = Decoded(read) if isinstance(read, Tensor) else read
+        if self.source.small or pixels.bytes_held:
+            self.held[place] = pixels
+            while len(self.held) > 1 and sum(held.bytes_held for held in self.held.values()) > HELD_BYTES:
+                self.held.popitem(last=False)
         return pixels
 
     def _readable(self, index: int, make: Callable[[int], T]) -> tuple[T, dict[str, str]]:
-        """Return what `make` returns for file `index` or the first one after it for which it raises nothing."""
+        """Return what `make` returns for entry `index` or the first one after it for which it raises nothing."""
         unreadable: dict[str, str] = {}
-        for place in range(index, index + len(self.images.names)):
-            place %= len(self.images.names)
+        for place in range(index, index + len(self.source)):
+            place %= len(self.source)
             try:
                 return make(place), unreadable
             except Exception as error:  # decoders raise many kinds of errors, and none may end a long run
-                unreadable[self.images.names[place]] = f"{type(error).__name__}: {error}"
+                unreadable[self.source.name(place)] = f"{type(error).__name__}: {error}"
         name, reason = next(iter(unreadable.items()))
-        noun = self.images.noun
+        noun = self.source.noun
         problem = f"none of its {len(unreadable)} {noun} files can be read, first {name} ({reason})"
-        raise InputError("data", self.images.root, problem)
+        raise InputError("data", self.source.root, problem)
+
+
+def cut(entry: Entry, start: Sequence[int], sides: Sequence[int], size: tuple[int, ...]) -> Tensor:
+    """Return a box of an entry, resized to `(C, *size)` and normalised."""
+    return scaled(resize(finite(entry.pixels.read(start, sides), start), size), entry.scale)
 
 
 def draws(recipe: Recipe, images: int, *, start: int = 0) -> Iterator[list[Draw]]:

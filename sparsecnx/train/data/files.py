@@ -8,57 +8,43 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.common.files import not_regular
+from sparsecnx.train.data.source import Fingerprint, Source
 
 ENDINGS = {
     "images": (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     "volumes": (".npy", ".nii", ".nii.gz"),
 }
-# This many files, spread evenly over the list, are looked at before a run begins.
-SAMPLED_FILES = 256
 SAMPLED_BYTES = 4096
 
 
-class Fingerprint(NamedTuple):
-    """Hashes that tell one data set from another, wherever its folder is.
-
-    Attributes:
-        names: of the names and their order.
-        sizes: of the sizes of all files, in bytes.
-        contents: of the first, middle and last 4096 bytes of up to 256 files, spread evenly over the list. Of a Zarr
-            array, which is a folder, it takes the first, middle and last file in this way.
-    """
-
-    names: str
-    sizes: str
-    contents: str
-
-
 @dataclass(frozen=True)
-class FileSet:
+class FileSet(Source):
     """Files of one kind, in a fixed order.
 
     Attributes:
         root: folder that `names` are relative to.
         names: paths below `root`, with forward slashes.
-        small: True if the decoded images are kept in memory.
     """
 
     root: str
     names: tuple[str, ...]
-    small: bool = False
-    noun = "image"
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.names[index])
 
-    def sample(self) -> list[int]:
-        """Return the numbers of up to `SAMPLED_FILES` files, spread evenly."""
-        count = min(len(self.names), SAMPLED_FILES)
-        return [i * len(self.names) // count for i in range(count)]
+    @property
+    def place(self) -> str | None:
+        return os.path.abspath(self.root)
 
     def fingerprint(self) -> Fingerprint:
         """Return hashes of names, sizes and a sample of the contents. A million files take about 6 seconds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,11 @@ class UnsupportedImage(ValueError):
 class ImageSet(FileSet):
     """Image files, in a fixed order."""
 
-    def refuse_unsupported(self, recipe: Recipe) -> None:
-        """Look at the headers of a sample, and raise InputError if an image is of a kind that cannot be trained on.
+    def read(self, index: int, recipe: Recipe) -> Tensor:
+        return read_image(self.path(index), recipe.max_pixels)
 
-        Files that are damaged or no images are not refused here: a run skips them and names them.
-        """
+    def check(self, recipe: Recipe) -> None:
+        """Look at the headers of a sample. Files that are damaged or no images are not refused here."""
         for index in self.sample():
             try:
                 open_image(self.path(index), recipe.max_pixels).close()
@@ -60,6 +61,16 @@ class ImageSet(FileSet):
                 raise InputError("data", self.root, f"holds {self.names[index]}, which {error}") from error
             except Exception:  # decoders raise many kinds of errors
                 continue
+
+
+class WheelPhotographs(ImageSet):
+    """The photographs inside the installed scikit-image and scikit-learn."""
+
+    small = True
+    place = None
+
+    def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {"epoch_repeats": PHOTOGRAPH_REPEATS}
 
 
 def find_images(folder: str | Path) -> ImageSet:
@@ -74,7 +85,7 @@ def find_images(folder: str | Path) -> ImageSet:
     return ImageSet(str(Path(folder)), names)
 
 
-def wheel_photographs() -> ImageSet:
+def wheel_photographs() -> WheelPhotographs:
     """Return the photographs inside the installed scikit-image and scikit-learn. Nothing is downloaded.
 
     Raises:
@@ -89,7 +100,7 @@ def wheel_photographs() -> ImageSet:
     if not present:
         raise MissingExtra("scikit-image and scikit-learn not installed: pip install sparsecnx[train]")
     root = Path(os.path.commonpath([path.parent for path in present]))
-    return ImageSet(str(root), tuple(p.relative_to(root).as_posix() for p in present), small=True)
+    return WheelPhotographs(str(root), tuple(p.relative_to(root).as_posix() for p in present))
 
 
 def open_image(path: str, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:

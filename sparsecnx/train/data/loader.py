@@ -35,7 +35,7 @@ def load_batches(
     """
     loader = DataLoader(
         crops,
-        batch_sampler=draws(recipe, len(crops.images.names), start=start),
+        batch_sampler=draws(recipe, len(crops.source), start=start),
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=leave_signals_to_parent,

@@ -12,12 +12,9 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import random
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,23 +22,11 @@ from torch import Tensor
 
 from sparsecnx.common.errors import InputError, MissingExtra
 from sparsecnx.common.files import not_regular
-from sparsecnx.train.code import load_code
-from sparsecnx.train.data.crops import Crops
-from sparsecnx.train.data.files import ENDINGS, FileSet, find_files, multiscales
-from sparsecnx.train.data.images import ImageSet
+from sparsecnx.train.data.files import FileSet, multiscales
 from sparsecnx.train.recipe import Recipe
 
 # A compressed file of so many voxels takes 4 GB where its values are scaled.
 MAX_VOXELS = 1_000_000_000
-# Statistics are of the whole array up to this many values. Of a larger one they are of 16 parts, spread evenly over
-# its first axis, that have as many: 128 MB in float32.
-SAMPLED_VALUES = 2**25
-PARTS = 16
-PERCENTILES = (0.5, 99.5)
-# Decompressed volumes that a reading process keeps take this much memory at most, but for the one in use.
-CACHED_BYTES = 2**30
-# Axes of a crop `(C, *size)` along which it is mirrored, by the number of dimensions.
-MIRRORED = {1: (), 2: (-1,), 3: (-3, -2, -1)}
 FORMS = {1: "(L,) or (C, L)", 2: "(H, W) or (C, H, W)", 3: "(D, H, W) or (C, D, H, W)"}
 # Where these differ from those of images, by the number of dimensions.
 DEFAULTS: dict[int, dict[str, Any]] = {
@@ -55,14 +40,6 @@ class UnsupportedVolume(ValueError):
     """A whole file of a kind that the command does not read; the message says why."""
 
 
-class Scale(NamedTuple):
-    """How the values of a volume are normalised: `(x - shift) / scale`, clipped to 0 and 1 or not."""
-
-    shift: Tensor
-    scale: Tensor
-    clip: bool
-
-
 @dataclass(frozen=True)
 class Volume:
     """An array in a file, seen as `(C, *size)`.
@@ -72,12 +49,14 @@ class Volume:
         channel: its axis of channels, or None.
         axes: the axis of `array` of each axis of space, and whether it is read backwards.
         compressed: True if every reading of a part reads the whole.
+        bytes_held: of an array in memory.
     """
 
     array: Any
     channel: int | None
     axes: tuple[tuple[int, bool], ...]
     compressed: bool = False
+    bytes_held: int = 0
 
     @property
     def channels(self) -> int:
@@ -106,7 +85,8 @@ class Volume:
     def decompressed(self) -> Volume:
         """Return the same volume in memory, in the type of the file, or in float32 where that is scaled."""
         values = np.asanyarray(self.array)
-        return replace(self, array=values.astype(np.float32) if values.dtype.itemsize > 4 else values, compressed=False)
+        values = values.astype(np.float32) if values.dtype.itemsize > 4 else values
+        return replace(self, array=values, compressed=False, bytes_held=values.nbytes)
 
 
 @dataclass(frozen=True)
@@ -124,12 +104,30 @@ class VolumeSet(FileSet):
     sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     noun = "volume"
 
-    def defaults(self) -> dict[str, Any]:
-        """Return the fields of a recipe that follow from the data, and defaults that differ from those of images."""
-        found = {"ndim": self.ndim, "in_chans": self.channels, "normalize": "zscore", "max_pixels": MAX_VOXELS}
-        return found | DEFAULTS[self.ndim]
+    def read(self, index: int, recipe: Recipe) -> Volume:
+        volume = open_volume(self.path(index), recipe.ndim, recipe.max_pixels)
+        if volume.channels != recipe.in_chans:
+            problem = f"has {volume.channels} channels: expected {recipe.in_chans}, as the others"
+            raise UnsupportedVolume(f"{problem}; move it elsewhere")
+        if (too := too_small(volume.size, recipe.size)) is not None:
+            raise UnsupportedVolume(too)
+        return volume.decompressed() if volume.compressed else volume
 
-    def refuse_unsupported(self, recipe: Recipe) -> None:
+    def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        if "crop_area" in given:
+            what = "expected together with images; crops of volumes are not resized"
+            raise InputError("crop_area", given["crop_area"], what)
+        found = {"ndim": self.ndim, "in_chans": self.channels, "normalize": "zscore", "max_pixels": MAX_VOXELS}
+        return found | {"crop_area": None} | DEFAULTS[self.ndim]
+
+    def describe(self, recipe: Recipe) -> list[str]:
+        dimensions, channels = (
+            f"{number} {noun}{'s' if number > 1 else ''}"
+            for number, noun in ((recipe.ndim, "dimension"), (recipe.in_chans, "channel"))
+        )
+        return [f"{dimensions} and {channels}, normalised by {recipe.normalize}"]
+
+    def check(self, recipe: Recipe) -> None:
         """Raise InputError if the crop does not fit a volume of the sample, or they are not those of the recipe."""
         if (self.ndim, self.channels) != (recipe.ndim, recipe.in_chans):
             expected = f"{recipe.ndim} dimensions and {recipe.in_chans} channels, as the run was started with"
@@ -149,35 +147,9 @@ def too_small(size: Sequence[int], crop: Sequence[int]) -> str | None:
     return f"is {_by(size)}, smaller than the crop of {_by(crop)}; {remedy}"
 
 
-def find_data(folder: str | Path, ndim: int | None = None, photographs: bool | None = None) -> ImageSet | VolumeSet:
-    """Return the images or the volumes below a folder.
-
-    Args:
-        folder: see `find_files`.
-        ndim: spatial dimensions of arrays; None decides by their axes, see `open_volume`.
-        photographs: True for images alone, False for volumes alone; None for what is there.
-
-    Raises:
-        InputError: the folder cannot be listed, holds neither or both, or its volumes differ in dimensions or channels
-            or are of a kind that is not read.
-        MissingExtra: a library that reads the files is not installed.
-    """
-    found = find_files(folder)
-    images, volumes = found["images"] * (photographs is not False), found["volumes"] * (not photographs)
-    if images and volumes:
-        both = f"holds images, such as {images[0]}, and volumes, such as {volumes[0]}"
-        raise InputError("data", folder, f"{both}; expected one kind of them, move the other to another folder")
-    if images:
-        return ImageSet(str(Path(folder)), images)
-    if not volumes:
-        endings = ", ".join(ending for kind in ENDINGS.values() for ending in kind)
-        what = {True: "images", False: "volumes", None: "images and no volumes"}[photographs]
-        raise InputError("data", folder, f"holds no {what}; expected files ending in {endings}, or Zarr arrays")
-    return _survey(VolumeSet(str(Path(folder)), volumes), ndim)
-
-
-def _survey(files: VolumeSet, ndim: int | None) -> VolumeSet:
-    """Return the files with their dimensions, channels and sizes, of which the headers of a sample tell."""
+def survey(root: str, names: tuple[str, ...], ndim: int | None) -> VolumeSet:
+    """Return files with their dimensions, channels and sizes, of which the headers of a sample tell."""
+    files = VolumeSet(root, names)
     first: tuple[str, int, int] | None = None
     sizes: list[tuple[str, tuple[int, ...]]] = []
     for index in files.sample():
@@ -298,161 +270,6 @@ def _expect_numbers(dtype: Any) -> None:
     if dtype.kind not in "biuf":
         expected = "expected whole or floating-point numbers, such as parts of a complex one as channels"
         raise UnsupportedVolume(f"holds values of type {dtype}: {expected}")
-
-
-def scale_of(volume: Volume, normalize: str) -> Scale:
-    """Return how a volume is normalised, see `Recipe.normalize`.
-
-    Raises:
-        UnsupportedVolume: values are not finite, or a channel is constant.
-    """
-    ones = (volume.channels, *(1,) * len(volume.size))
-    if normalize == "none":
-        return Scale(torch.zeros(ones), torch.ones(ones), False)
-    values = _sample(volume).flatten(1).numpy()
-    if normalize == "zscore":
-        low, high = values.mean(1, dtype=np.float64), values.std(1, dtype=np.float64)
-    else:
-        low, high = np.percentile(values, PERCENTILES, axis=1)
-        high = high - low
-    constant = values.min(1) == values.max(1)
-    for channel in np.flatnonzero(constant | ~(high > 0)).tolist():
-        where = f" in channel {channel}" if volume.channels > 1 else ""
-        if constant[channel]:
-            problem = f"is constant{where}, {values[channel, 0]:g}: it cannot be normalised; move it elsewhere"
-        else:
-            problem = f"has equal percentiles {PERCENTILES}{where}, {low[channel]:g}; --normalize zscore takes it"
-        raise UnsupportedVolume(problem)
-    shift, scale = (torch.from_numpy(part).float().view(ones) for part in (low, high))
-    return Scale(shift, scale, normalize == "percentiles")
-
-
-def _sample(volume: Volume) -> Tensor:
-    """Return the values of a volume, or of parts of a large one, `(C, *)`; refuse some that are not finite."""
-    size = volume.size
-    thickness = max(SAMPLED_VALUES // (PARTS * volume.channels * math.prod(size[1:])), 1)
-    starts = [0]
-    if thickness * PARTS >= size[0]:
-        thickness = size[0]
-    else:
-        starts = [i * (size[0] - thickness) // (PARTS - 1) for i in range(PARTS)]
-    parts = [read_finite(volume, (start, *(0,) * len(size[1:])), (thickness, *size[1:])) for start in starts]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def read_finite(volume: Volume, start: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Return the values of a box as float32 `(C, *size)`.
-
-    Raises:
-        UnsupportedVolume: one is not finite in float32.
-    """
-    values = volume.read(start, size)
-    finite = values.isfinite()
-    if not finite.all():
-        channel, *place = (~finite).nonzero()[0].tolist()
-        voxel = tuple(first + i for first, i in zip(start, place, strict=True))
-        problem = f"holds {values[~finite][0].item()} in channel {channel} at {voxel}"
-        raise UnsupportedVolume(f"{problem}: expected finite values; numpy.nan_to_num replaces them")
-    return values
-
-
-class VolumeCrops(Crops):
-    """Normalised crops of volumes, float32 `(C, *size)`, indexed by `Draw`; equal draws give equal crops."""
-
-    def __init__(self, images: FileSet, recipe: Recipe) -> None:
-        super().__init__(images, recipe.size, recipe.max_pixels)
-        self.recipe = recipe
-        self.transform = None if recipe.transform is None else _checked_transform(recipe)
-        self.scales: dict[int, Scale] = {}
-        self.cached: OrderedDict[int, Volume] = OrderedDict()
-
-    def crop(self, place: int, seed: int) -> Tensor:
-        """Return a random box of volume `place`, mirrored at random along the axes in `MIRRORED`, and transformed."""
-        volume, scale = self.whole(place)
-        generator = torch.Generator().manual_seed(seed)
-        rooms = [side - part + 1 for side, part in zip(volume.size, self.size, strict=True)]
-        start = [int(torch.randint(room, (1,), generator=generator)) for room in rooms]
-        mirrored = [axis for axis in MIRRORED[len(rooms)] if torch.rand(1, generator=generator) < 0.5]
-        crop = normalized(volume, scale, start, self.size).flip(mirrored)
-        return crop if self.transform is None else transformed(self.transform, crop, seed)
-
-    def central(self, place: int) -> Tensor:
-        """Return the centre of volume `place`."""
-        volume, scale = self.whole(place)
-        start = [(side - part) // 2 for side, part in zip(volume.size, self.size, strict=True)]
-        return normalized(volume, scale, start, self.size)
-
-    def whole(self, place: int) -> tuple[Volume, Scale]:
-        """Return volume `place`, and how it is normalised. The statistics are computed once in each process."""
-        volume = self._open(place)
-        if place not in self.scales:
-            self.scales[place] = scale_of(volume, self.recipe.normalize)
-        return volume, self.scales[place]
-
-    def _open(self, place: int) -> Volume:
-        if place in self.cached:
-            self.cached.move_to_end(place)
-            return self.cached[place]
-        recipe = self.recipe
-        volume = open_volume(self.images.path(place), recipe.ndim, self.max_pixels)
-        if volume.channels != recipe.in_chans:
-            problem = f"has {volume.channels} channels: expected {recipe.in_chans}, as the others"
-            raise UnsupportedVolume(f"{problem}; move it elsewhere")
-        if (too := too_small(volume.size, recipe.size)) is not None:
-            raise UnsupportedVolume(too)
-        if volume.compressed:
-            volume = volume.decompressed()
-            self.cached[place] = volume
-            while len(self.cached) > 1 and sum(held.array.nbytes for held in self.cached.values()) > CACHED_BYTES:
-                self.cached.popitem(last=False)
-        return volume
-
-
-def _checked_transform(recipe: Recipe) -> Callable[[Tensor], Any]:
-    """Return the transform of a recipe, after it was tried.
-
-    Raises:
-        InputError: it cannot be loaded or called, or returns something else than a crop.
-    """
-    try:
-        transform = load_code(str(recipe.transform))
-        transformed(transform, torch.rand(recipe.in_chans, *recipe.size, generator=torch.Generator()), recipe.seed)
-    except Exception as error:  # code of the user can raise anything
-        problem = f"{type(error).__name__}: {error}; expected a function that takes and returns a tensor (C, *size)"
-        raise InputError("transform", recipe.transform, problem) from error
-    return transform
-
-
-def transformed(transform: Callable[[Tensor], Any], crop: Tensor, seed: int) -> Tensor:
-    """Return a transformed crop, which depends on the seed alone.
-
-    The transform may draw from the generators of torch, numpy and Python, or have one of its own that
-    `set_random_state` sets, as MONAI's transforms have.
-
-    Raises:
-        ValueError: it returned another shape, or values that are not finite.
-    """
-    small, states = seed % 2**32, (np.random.get_state(), random.getstate())
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            np.random.seed(small)
-            random.seed(seed)
-            if hasattr(transform, "set_random_state"):
-                transform.set_random_state(small)
-            found = torch.as_tensor(transform(crop)).as_subclass(Tensor).float()
-    finally:
-        np.random.set_state(states[0])
-        random.setstate(states[1])
-    if found.shape != crop.shape or not found.isfinite().all():
-        raise ValueError(f"it returned {tuple(found.shape)} for {tuple(crop.shape)}, or values that are not finite")
-    return found
-
-
-def normalized(volume: Volume, scale: Scale, start: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Return the normalised values of a box, float32 `(C, *size)`."""
-    values = (read_finite(volume, start, size) - scale.shift) / scale.scale
-    return values.clamp(0, 1) if scale.clip else values
 
 
 def _by(sides: Sequence[int]) -> str:

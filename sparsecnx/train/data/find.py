@@ -1,0 +1,58 @@
+"""The source of a run: what lies below a folder, named files, or the photographs inside the wheels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsecnx.common.errors import InputError
+from sparsecnx.train.data.files import ENDINGS, FileSet, find_files
+from sparsecnx.train.data.images import ImageSet, wheel_photographs
+from sparsecnx.train.data.source import Source
+from sparsecnx.train.data.volumes import VolumeSet, survey
+
+
+def find_source(data: str | None, ndim: int | None = None, photographs: bool | None = None) -> Source:
+    """Return what a run reads.
+
+    Args:
+        data: a folder; None for the photographs inside the wheels.
+        ndim: spatial dimensions of arrays; None decides by their axes, see `open_volume`.
+        photographs: True for images alone, False for arrays alone; None for what is there.
+
+    Raises:
+        InputError, MissingExtra: as `find_data` and `wheel_photographs` raise them.
+    """
+    return wheel_photographs() if data is None else find_data(data, ndim, photographs)
+
+
+def named_files(paths: Sequence[str], photographs: bool) -> FileSet:
+    """Return files that a user names, as images or as volumes."""
+    return (ImageSet if photographs else VolumeSet)("", tuple(paths))
+
+
+def find_data(folder: str | Path, ndim: int | None = None, photographs: bool | None = None) -> FileSet:
+    """Return the images or the volumes below a folder.
+
+    Args:
+        folder: see `find_files`.
+        ndim: spatial dimensions of arrays; None decides by their axes, see `open_volume`.
+        photographs: True for images alone, False for volumes alone; None for what is there.
+
+    Raises:
+        InputError: the folder cannot be listed, holds neither or both, or its volumes differ in dimensions or channels
+            or are of a kind that is not read.
+        MissingExtra: a library that reads the files is not installed.
+    """
+    found = find_files(folder)
+    images, volumes = found["images"] * (photographs is not False), found["volumes"] * (not photographs)
+    if images and volumes:
+        both = f"holds images, such as {images[0]}, and volumes, such as {volumes[0]}"
+        raise InputError("data", folder, f"{both}; expected one kind of them, move the other to another folder")
+    if images:
+        return ImageSet(str(Path(folder)), images)
+    if not volumes:
+        endings = ", ".join(ending for kind in ENDINGS.values() for ending in kind)
+        what = {True: "images", False: "volumes", None: "images and no volumes"}[photographs]
+        raise InputError("data", folder, f"holds no {what}; expected files ending in {endings}, or Zarr arrays")
+    return survey(str(Path(folder)), volumes, ndim)

@@ -1,0 +1,150 @@
+"""What a run reads: the interface of every source of images or volumes.
+
+A source has entries, numbered from 0 in an order that never changes. It says what they are and reads one of them. The
+crops, the order and the masks are not its business: they are made by `Crops` and by the loop, from the numbers alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from sparsecnx.train.recipe import Recipe
+
+# This many entries, spread evenly over all, are looked at before a run begins.
+SAMPLED_ENTRIES = 256
+
+
+class Fingerprint(NamedTuple):
+    """Hashes that tell one data set from another, wherever it lies.
+
+    Attributes:
+        names: of the names and their order.
+        sizes: of the sizes of all files, in bytes.
+        contents: of the first, middle and last 4096 bytes of up to 256 files, spread evenly over the list. Of a Zarr
+            array, which is a folder, it takes the first, middle and last file in this way.
+    """
+
+    names: str
+    sizes: str
+    contents: str
+
+
+class Pixels(Protocol):
+    """An entry of which boxes are read: a decoded image, or an array in a file."""
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Return the side on each axis of space."""
+        ...
+
+    @property
+    def bytes_held(self) -> int:
+        """Return the memory that a reading process holds to read no second time, 0 where it reads boxes from disk."""
+        ...
+
+    def read(self, start: Sequence[int], size: Sequence[int]) -> Tensor:
+        """Return the values of a box, uint8 or float32 `(C, *size)`, in the units of the file."""
+        ...
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image in memory.
+
+    Attributes:
+        values: uint8 or float32 `(C, *size)`.
+    """
+
+    values: Tensor
+    bytes_held: int = 0
+
+    @property
+    def channels(self) -> int:
+        return len(self.values)
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return tuple(self.values.shape[1:])
+
+    def read(self, start: Sequence[int], size: Sequence[int]) -> Tensor:
+        box = (slice(first, first + side) for first, side in zip(start, size, strict=True))
+        return self.values[tuple([slice(None), *box])]
+
+
+class Source(ABC):
+    """Images or volumes in a fixed order.
+
+    Attributes:
+        root: what messages call it, such as its folder.
+        place: what `find_source` finds it by again, which checkpoints keep; None for the photographs in the wheels.
+        noun: what messages call an entry.
+        small: True if the decoded entries are kept in memory.
+    """
+
+    root: str
+    noun: str = "image"
+    small: bool = False
+
+    @property
+    def place(self) -> str | None:
+        return self.root
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of entries."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Return the name of an entry, which messages about it begin with."""
+
+    @abstractmethod
+    def read(self, index: int, recipe: Recipe) -> Tensor | Pixels:
+        """Return an entry, of the channels of the recipe.
+
+        An image is uint8 or float32 `(C, *size)`, in the units of the file. What is large may be an object that reads
+        boxes.
+
+        Raises:
+            Exception: anything, where the entry cannot be read. A run skips it and names it with the error's words.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> Fingerprint:
+        """Return hashes by which a resumed run knows its data."""
+
+    def sample(self) -> list[int]:
+        """Return the numbers of up to `SAMPLED_ENTRIES` entries, spread evenly."""
+        count = min(len(self), SAMPLED_ENTRIES)
+        return [i * len(self) // count for i in range(count)]
+
+    def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields of a recipe that follow from the data, where they differ from those of photographs.
+
+        Args:
+            given: the fields that the user chose.
+
+        Raises:
+            InputError: the entries do not fit together, or not what was chosen.
+        """
+        return {}
+
+    def check(self, recipe: Recipe) -> None:
+        """Look at a sample before the first step.
+
+        Raises:
+            InputError: an entry is of a kind that cannot be trained on, or does not fit the recipe. What is damaged is
+                not refused: a run skips it and names it.
+        """
+        return
+
+    def describe(self, recipe: Recipe) -> list[str]:
+        """Return what was understood of the data, for the first lines of a run, without the number and the crops."""
+        return []
