@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _pretrain(arguments: Sequence[str]) -> int:
     _require_train_extra()
     from sparsecnx.train.command import parse
-    from sparsecnx.train.loop import pretrain
+    from sparsecnx.train.start import pretrain
 
     options, given = parse(arguments)
     keep_freed_memory()

@@ -3,19 +3,23 @@
     runs/demo/checkpoint-00000540.pt     state after 540 optimizer steps; the newest K are kept
     runs/demo/last.pt                    link to the newest
 
-Each file is written whole or not at all, and reading it runs no code, see `sparsecnx.common.torch_files`.
+Each is written whole or not at all, and reading it runs no code, see `sparsecnx.common.torch_files`. A run whose
+parameters are sharded writes folders under these names, see sharding.py.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from sparsecnx.common.errors import CheckpointError
 from sparsecnx.common.files import sync
 from sparsecnx.common.torch_files import load_torch, save_torch
+from sparsecnx.train import sharding
+from sparsecnx.train.processes import Processes
 
 LAST = "last.pt"
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")
@@ -51,19 +55,42 @@ class CheckpointFolder:
         """
         path = self.folder / f"checkpoint-{state['step']:08d}.pt"
         save_torch(path, state)
+        self._point_at(path)
+        return path
+
+    def save_sharded(self, state: dict[str, Any], processes: Processes) -> None:
+        """Write the state of several processes, which all call this, as `save` does.
+
+        Raises:
+            OSError: it could not be written; earlier checkpoints are untouched.
+        """
+        path = self.folder / f"checkpoint-{state['step']:08d}.pt"
+        sharding.save(path, state, processes)
+        if processes.main:
+            self._point_at(path)
+
+    def _point_at(self, path: Path) -> None:
+        """Point `last.pt` at the newest checkpoint, and delete old ones."""
         link = self.folder / f".{LAST}.tmp"
         link.unlink(missing_ok=True)
         link.symlink_to(path.name)
         os.replace(link, self.folder / LAST)
         for old in self.all()[: -self.keep]:
-            old.unlink()
+            _remove(old)
         sync(self.folder)
-        return path
 
     def drop_leftovers(self) -> None:
         """Delete half-written files of a run that was killed while saving."""
         for leftover in [*self.folder.glob(".checkpoint-*.pt.tmp"), self.folder / f".{LAST}.tmp"]:
-            leftover.unlink(missing_ok=True)
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint, a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -77,7 +104,7 @@ def read(path: str | Path) -> dict[str, Any]:
         CheckpointError: there is no such file, it is truncated or damaged, or it is not a checkpoint of
             `sparsecnx pretrain`.
     """
-    state = load_torch(path)
+    state = sharding.read(Path(path)) if os.path.isdir(path) else load_torch(path)
     missing = sorted(_PARTS - state.keys() if isinstance(state, dict) else _PARTS)
     if missing:
         raise CheckpointError(f"not a checkpoint of sparsecnx pretrain: it lacks {', '.join(missing)}")

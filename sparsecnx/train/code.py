@@ -8,6 +8,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+TIMM = "timm:"  # begins the names of timm's networks
+
+
+def is_code(name: object) -> bool:
+    """Return whether a name is a Python path, `module:function`, and no network of timm."""
+    return isinstance(name, str) and ":" in name and not name.startswith(TIMM)
+
 
 def load_code(name: str) -> Callable[..., Any]:
     """Return the function of `module:function`. The module may lie in the current folder.

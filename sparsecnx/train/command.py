@@ -11,21 +11,17 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import Field, fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import SUPPRESS, ActionYesNo, ArgumentParser
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.common.files import write_atomically
+from sparsecnx.train.config import PUBLISHED
 from sparsecnx.train.options import Options
 from sparsecnx.train.recipe import DEFAULTS, INTERNAL, Recipe
 
-CONFIG = "config.yaml"
-RECIPES = files("sparsecnx.train") / "recipes"
 DESCRIPTION = (
     "Pretrain a ConvNet on images or volumes with the published recipe of FCMAE or SparK. Ctrl-C and SIGTERM save a "
     "checkpoint and exit with 130 and 143; --resume goes on from it with the same losses. Under torchrun all processes "
@@ -59,7 +55,7 @@ def build_parser() -> ArgumentParser:
         default_env=False,
         formatter_class=argparse.HelpFormatter,
     )
-    known = ", ".join(sorted(path.name.removesuffix(".yaml") for path in RECIPES.iterdir()))
+    known = ", ".join(sorted(path.name.removesuffix(".yaml") for path in PUBLISHED.iterdir()))
     parser.add_argument("--config", action="config", help=f"YAML file of options, or a published recipe: {known}")
     _add_fields(parser.add_argument_group("run (the losses do not depend on it)"), Options)
     _add_fields(parser.add_argument_group("recipe (defaults as published)"), Recipe)
@@ -112,8 +108,8 @@ def _with_paths(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with the path of a published recipe in place of its name."""
     found = list(arguments)
     for i, name in enumerate(found[1:], 1):
-        if found[i - 1] == "--config" and not Path(name).exists() and (RECIPES / f"{name}.yaml").is_file():
-            found[i] = str(RECIPES / f"{name}.yaml")
+        if found[i - 1] == "--config" and not Path(name).exists() and (PUBLISHED / f"{name}.yaml").is_file():
+            found[i] = str(PUBLISHED / f"{name}.yaml")
     return found
 
 
@@ -142,13 +138,3 @@ def _named(error: Exception, parser: ArgumentParser) -> InputError:
         return InputError(name, "not valid", " ".join(text.partition(": ")[2].split()))
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "tuple": "a list"}
     return InputError(name, value[1], f"expected {words.get(kinds[1], kinds[1])}")
-
-
-def write_config(folder: Path, recipe: Recipe, data: str | None) -> None:
-    """Write everything that decides the losses of a run as a file for `--config`."""
-    values: dict[str, Any] = {"data": data} if data is not None else {}
-    for field in fields(Recipe):
-        value = getattr(recipe, field.name)
-        if field.name not in INTERNAL:
-            values[field.name] = list(value) if isinstance(value, tuple) else value
-    write_atomically(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.train import checkpoint
-from sparsecnx.train.networks import build_model, is_code
+from sparsecnx.train.code import is_code
+from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import BETAS, Recipe, param_groups, shown
+from sparsecnx.train.sharding import LARGEST_STEP
 
 # The fields that every checkpoint has. Those that came later have the values that runs had before them.
 FIRST_RECIPE_FIELDS = {
     *("model", "image_size", "mask_ratio", "norm_pix_loss", "epochs", "batch_size", "grad_accum_steps", "base_lr"),
     *("weight_decay", "warmup_epochs", "clip_grad", "dtype", "seed", "epoch_repeats"),
 }
-# AdamW counts its steps in float32, which holds whole numbers up to this one.
-LARGEST_OPTIMIZER_STEP = 2**24
 
 
 class Data(NamedTuple):
@@ -57,6 +57,8 @@ class Contents(NamedTuple):
         step: optimizer steps done, 1 or more.
         recipe: the recipe of the run.
         data: its images.
+        processes: how many wrote it.
+        ema: state dict of the moving average of the weights, empty if its recipe has none.
     """
 
     model: dict[str, Tensor]
@@ -64,6 +66,8 @@ class Contents(NamedTuple):
     step: int
     recipe: Recipe
     data: Data
+    processes: int
+    ema: dict[str, Tensor]
 
 
 def load(path: str | Path, model: str | None = None) -> Contents:
@@ -105,11 +109,15 @@ def check(state: Mapping[str, Any], model: str | None = None) -> Contents:
     except InputError as error:
         raise CheckpointError(f"recipe.{error}") from error
     entries = network.state_dict()
-    _names("model", state["model"], entries)
-    for name, entry in entries.items():
-        _tensor(f"model.{name}", state["model"][name], tuple(entry.shape), f" in {recipe.model}", entry.dtype)
+    for part in ("model", "ema")[: 1 if recipe.ema_decay is None else 2]:
+        held: Any = state.get(part)
+        _names(part, held, entries)
+        for name, entry in entries.items():
+            _tensor(f"{part}.{name}", held[name], tuple(entry.shape), f" in {recipe.model}", entry.dtype)
+    processes = state.get("processes", 1)
+    _expect("processes", processes, _is_whole(processes) and processes >= 1, "a whole number, 1 or more")
     optimizer = _optimizer(state["optimizer"], param_groups(network, recipe.weight_decay), step)
-    return Contents(state["model"], optimizer, step, recipe, data)
+    return Contents(state["model"], optimizer, step, recipe, data, processes, state.get("ema", {}))
 
 
 def _recipe(saved: Any, model: str | None) -> Recipe:
@@ -158,7 +166,7 @@ def _optimizer(saved: Any, groups: list[dict[str, Any]], step: int) -> dict[int,
 
     state = saved["state"]
     _names("optimizer.state", state, range(len(parameters)))
-    counted = float(min(step, LARGEST_OPTIMIZER_STEP))
+    counted = float(min(step, LARGEST_STEP))
     for number, parameter in enumerate(parameters):
         field, held = f"optimizer.state[{number}]", state[number]
         _names(field, held, ("step", "exp_avg", "exp_avg_sq"))

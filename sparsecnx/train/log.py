@@ -36,7 +36,9 @@ class StepRecord(NamedTuple):
         loss: mean over the images of the step, before its update.
         lr: learning rate of the update.
         grad_norm: norm of all gradients, before clipping.
-        images_per_s: over this step, including the wait for data.
+        images_per_s: over this step, of all processes, including the wait for data.
+        each_images_per_s: the same of each process.
+        each_wait_s: seconds that each process waited for data.
     """
 
     step: int
@@ -45,6 +47,38 @@ class StepRecord(NamedTuple):
     lr: float
     grad_norm: float
     images_per_s: float
+    each_images_per_s: list[float]
+    each_wait_s: list[float]
+
+    def numbers(self) -> dict[str, float]:
+        """Return all but the step by name, those of each process with its number, such as `each_wait_s/0`."""
+        found: dict[str, float] = {}
+        for name, value in self._asdict().items():
+            if isinstance(value, list):
+                found |= {f"{name}/{rank}": one for rank, one in enumerate(value)}
+            elif name != "step":
+                found[name] = value
+        return found
+
+
+class SilentLog:
+    """What the processes other than the first log: nothing, but for lines about their files on standard output."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        return
+
+    def write(self, record: StepRecord) -> None:
+        return
+
+    def say(self, line: str) -> None:
+        if line.startswith("skipped unreadable"):
+            print(printable(f"process {self.rank}: {line}"), flush=True)
 
 
 class RunLog:
@@ -102,8 +136,8 @@ class RunLog:
         self.expect_files()
         with _writing(self.path):
             self.lines.write(json.dumps(record._asdict()) + "\n")
-        values = {f"pretrain/{name}": value for name, value in record._asdict().items() if name != "step"}
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+        values = [Summary.Value(tag=f"pretrain/{name}", simple_value=value) for name, value in record.numbers().items()]
+        summary = Summary(value=values)
         with _writing(self.events_path):
             self._write_event(step=record.step, summary=summary)
         with _writing("standard error"):

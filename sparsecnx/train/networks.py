@@ -14,19 +14,13 @@ from torch.nn.modules.conv import _ConvNd
 from sparsecnx.common.errors import InputError
 from sparsecnx.models import FCMAE, SIZES, ConvNeXtV2Encoder, SparK
 from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
-from sparsecnx.train.code import load_code
+from sparsecnx.train.code import TIMM, is_code, load_code
 
 if TYPE_CHECKING:
     from sparsecnx.train.recipe import Recipe
 
-TIMM = "timm:"
 # The halvings of our networks after the stem. Their last three are these, the stem has the others.
 DOWNSAMPLINGS = 3
-
-
-def is_code(name: object) -> bool:
-    """Return whether the name of a network is a Python path, `module:factory`, and no network of timm."""
-    return isinstance(name, str) and ":" in name and not name.startswith(TIMM)
 
 
 def unknown_network(name: str) -> str | None:

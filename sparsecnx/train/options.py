@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ class Options:
         device: auto, cpu, cuda or one GPU such as cuda:1.
         workers: processes that read images; None for one per two cores, at most 8.
         compile: run the model through `torch.compile`.
+        cuda_graphs: compile, and replay the kernels of a step as CUDA graphs (`mode="reduce-overhead"`), on a GPU.
+        shard: divide parameters, gradients and optimizer between the processes of torchrun, by FSDP2.
         grad_checkpointing: keep less for backward, which computes it again.
         save_every: epochs between checkpoints.
         keep: checkpoints kept.
@@ -40,6 +43,8 @@ class Options:
     device: str = "auto"
     workers: int | None = None
     compile: bool = False
+    cuda_graphs: bool = False
+    shard: bool = False
     grad_checkpointing: bool = False
     save_every: int = 1
     keep: int = 3
@@ -63,3 +68,7 @@ class Options:
                 raise InputError("device", self.device, "this torch sees no CUDA device; expected auto or cpu")
             if int(self.device.partition(":")[2] or 0) >= seen:
                 raise InputError("device", self.device, f"this torch sees cuda:0 to cuda:{seen - 1}")
+        if self.cuda_graphs and (self.device == "cpu" or not torch.cuda.is_available()):
+            raise InputError("cuda_graphs", True, "expected together with a CUDA device")
+        if self.shard and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise InputError("shard", True, "expected several processes, started by torchrun")

@@ -66,6 +66,9 @@ class Recipe:
             multiples of the patch. Volumes: 96.
         mask_ratio: fraction of patches removed, in [0, 1); at least one patch stays and at least one goes. Volumes:
             0.75.
+        masks: an array of masks in a .npy file, `(N, patches)` or `(N, *grid)`, 1 = masked, one of which is drawn for
+            each image; or `module:function`, a Python function of images `(B, C, *size)` and a torch.Generator that
+            returns masks `(B, patches)`. None draws random masks of `mask_ratio`.
         norm_pix_loss: predict pixels normalised per patch.
         epochs: passes over the images, warm-up included.
         batch_size: images per forward pass.
@@ -90,6 +93,8 @@ class Recipe:
             `"percentiles"`, the percentiles 0.5 and 99.5 become 0 and 1, and values beyond are clipped; `"none"`.
         below_tile: `"dense"` lets the stride of the network exceed the patch, see `SparK`; of SparK alone.
         decoder_dim: channels of the decoder; None is the published number, 512 for FCMAE and 768 for SparK.
+        ema_decay: decay of a moving average of the weights, such as 0.9999, that is trained beside the network as its
+            teacher and kept in the checkpoints; None keeps none.
         transform: `module:function`, a Python function that takes and returns a crop of a volume; None for none.
 
     Raises:
@@ -122,6 +127,8 @@ class Recipe:
     below_tile: str = "raise"
     decoder_dim: int | None = None
     transform: str | None = None
+    masks: str | None = None
+    ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         self._expect_types()
@@ -149,6 +156,8 @@ class Recipe:
         self._expect("weight_decay", 0 <= self.weight_decay <= MANY, f"0 or more, at most {MANY}")
         if self.clip_grad is not None:
             self._expect("clip_grad", 0 < self.clip_grad <= MANY, f"more than 0, at most {MANY}")
+        if self.ema_decay is not None:
+            self._expect("ema_decay", 0 < self.ema_decay < 1, "more than 0, less than 1")
         if self.decoder_dim is not None:
             self._expect("decoder_dim", 1 <= self.decoder_dim <= 2**16, f"1 to {2**16}")
         if self.warmup_epochs is not None:

@@ -12,7 +12,8 @@ import pytest
 from sparsecnx.models import FCMAE, SIZES, SparK
 from sparsecnx.models.convnextv2 import Size
 from sparsecnx.train import networks
-from sparsecnx.train.loop import Options, pretrain
+from sparsecnx.train.options import Options
+from sparsecnx.train.start import pretrain
 
 SMALL: dict[str, Any] = {"image_size": 64, "epochs": 2, "batch_size": 2, "base_lr": 0.05}
 
@@ -43,4 +44,4 @@ def train(
 def logged(output: Path) -> list[dict[str, float]]:
     """Return the log of a run without its times."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if not k.endswith("_s")} for line in lines]

@@ -58,8 +58,8 @@ def test_a_crop_depends_on_its_draw_alone(photos):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def read_all(crops, **options):
-    with load_batches(crops, SMALL, pin_memory=False, **options) as batches:
+def read_all(images, start, workers):
+    with load_batches(images, draws(start=start), pin_memory=False, workers=workers) as batches:
         return list(batches)
 
 

@@ -13,11 +13,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sparsecnx.common.errors import InputError, TrainingStopped
 from sparsecnx.common.torch_files import save_torch
-from sparsecnx.train import checkpoint, loop
+from sparsecnx.train import checkpoint, loop, masks
 from sparsecnx.train.checkpoint import CheckpointFolder
+from sparsecnx.train.learner import Learner
 from sparsecnx.train.log import RunLog
-from sparsecnx.train.loop import Options, Trainer, pretrain
+from sparsecnx.train.loop import Trainer
+from sparsecnx.train.options import Options
 from sparsecnx.train.recipe import learning_rate
+from sparsecnx.train.start import pretrain
 
 
 def signal_after(step, monkeypatch, number=signal.SIGTERM):
@@ -59,7 +62,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(photos, tmp_path, 
 
 def test_accumulated_batches_give_the_gradient_of_one_large_batch(photos, tmp_path, monkeypatch):
     mask = torch.tensor([[True, False, False, True]])
-    monkeypatch.setattr(loop, "random_mask", lambda batch, *args, **kwargs: mask.expand(batch, -1))
+    monkeypatch.setattr(masks, "random_mask", lambda batch, *args, **kwargs: mask.expand(batch, -1))
     train(photos, tmp_path / "large", batch_size=8, epochs=1, mask_ratio=0.5)
     train(photos, tmp_path / "small", batch_size=2, grad_accum_steps=4, epochs=1, mask_ratio=0.5)
     large, small = logged(tmp_path / "large"), logged(tmp_path / "small")
@@ -141,13 +144,13 @@ def test_unreadable_images_are_named_once_and_counted(photos, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypatch):
-    loss = Trainer._loss
+    loss, calls = Learner.loss, iter(range(8))
 
-    def broken(trainer, images, forward_pass):
-        value = loss(trainer, images, forward_pass)
-        return value * float("nan") if forward_pass == 6 else value
+    def broken(learner, images, drawn):
+        value = loss(learner, images, drawn)
+        return value * float("nan") if next(calls) == 6 else value
 
-    monkeypatch.setattr(Trainer, "_loss", broken)
+    monkeypatch.setattr(Learner, "loss", broken)
     good = "last good checkpoint: .*checkpoint-00000004.pt"
     with pytest.raises(TrainingStopped, match=f"step 7: loss is nan.*{good}"):
         train(photos, tmp_path / "run")
@@ -157,14 +160,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(phot
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: pytest.fail("updated"))
-    loss = Trainer._loss
+    loss = Learner.loss
 
-    def broken(trainer, images, forward_pass):
-        value = loss(trainer, images, forward_pass)
+    def broken(learner, images, drawn):
+        value = loss(learner, images, drawn)
         value.register_hook(lambda gradient: gradient * float("inf"))
         return value
 
-    monkeypatch.setattr(Trainer, "_loss", broken)
+    monkeypatch.setattr(Learner, "loss", broken)
     with pytest.raises(TrainingStopped, match=r"gradient norm (nan|inf).*no checkpoint yet"):
         train(photos, tmp_path / "run")
 

@@ -14,8 +14,10 @@ from sparsecnx.cli import main
 from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.models import SparK
 from sparsecnx.train import contents, networks
-from sparsecnx.train.loop import Options, Trainer, pretrain
+from sparsecnx.train.loop import Trainer
+from sparsecnx.train.options import Options
 from sparsecnx.train.recipe import Recipe, param_groups
+from sparsecnx.train.start import pretrain
 
 timm = pytest.importorskip("timm")
 RUN = {"method": "spark", "model": "timm:test_resnet", "base_lr": 0.01}

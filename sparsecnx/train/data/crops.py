@@ -5,7 +5,7 @@ exactly as it would have, with any number of workers:
 
     order of an epoch    (seed, epoch)
     crop and flip        (seed, epoch, position in the epoch)
-    mask                 (seed, forward pass), drawn in loop.py
+    mask                 (seed, forward pass), drawn in masks.py
 """
 
 from __future__ import annotations
@@ -154,10 +154,18 @@ def cut(entry: Entry, start: Sequence[int], sides: Sequence[int], size: tuple[in
     return scaled(resize(finite(entry.pixels.read(start, sides), start), size), entry.scale)
 
 
-def draws(recipe: Recipe, images: int, *, start: int = 0) -> Iterator[list[Draw]]:
+def draws(
+    recipe: Recipe, images: int, part: Callable[[Sequence[int]], Sequence[int]] = lambda batch: batch, *, start: int = 0
+) -> Iterator[list[Draw]]:
     """Yield the draws of every batch of a run, from batch `start` to the end of the last epoch.
 
     An epoch shows each image `epoch_repeats` times, shuffled.
+
+    Args:
+        recipe: its seed, epochs and sizes count.
+        images: entries of the source.
+        part: returns of the positions of a batch in its epoch those that are wanted, such as those of one process.
+        start: number of the first batch.
     """
     batches_per_epoch = recipe.steps_per_epoch(images) * recipe.grad_accum_steps
     for number in range(start, recipe.epochs * batches_per_epoch):
@@ -165,7 +173,7 @@ def draws(recipe: Recipe, images: int, *, start: int = 0) -> Iterator[list[Draw]
         if batch == 0 or number == start:
             generator = torch.Generator().manual_seed(mix(recipe.seed, "order", epoch))
             order = (torch.randperm(images * recipe.epoch_repeats, generator=generator) % images).tolist()
-        positions = range(batch * recipe.batch_size, (batch + 1) * recipe.batch_size)
+        positions = part(range(batch * recipe.batch_size, (batch + 1) * recipe.batch_size))
         yield [Draw(order[position], mix(recipe.seed, "crop", epoch, position)) for position in positions]
 
 

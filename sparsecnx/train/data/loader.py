@@ -5,14 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader
 
-from sparsecnx.train.data.crops import Batch, Crops, collate, draws
-from sparsecnx.train.recipe import Recipe
+from sparsecnx.train.data.crops import Batch, Crops, Draw, collate
 
 # Reading processes that are in the middle of a file get so many seconds at the end of a run.
 SECONDS_TO_END = 3.0
@@ -24,9 +23,9 @@ class WorkersError(Exception):
 
 @contextmanager
 def load_batches(
-    crops: Crops, recipe: Recipe, *, start: int, workers: int, pin_memory: bool
+    crops: Crops, order: Iterable[list[Draw]], *, workers: int, pin_memory: bool
 ) -> Iterator[Iterator[Batch]]:
-    """Yield the batches of a run from number `start` on, which do not depend on the number of workers.
+    """Yield the batches of these draws, which do not depend on the number of workers.
 
     Afterwards no reading process is left, however the run ended.
 
@@ -35,7 +34,7 @@ def load_batches(
     """
     loader = DataLoader(
         crops,
-        batch_sampler=draws(recipe, len(crops.source), start=start),
+        batch_sampler=order,
         num_workers=workers,
         collate_fn=collate,
         worker_init_fn=leave_signals_to_parent,

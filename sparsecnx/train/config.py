@@ -1,0 +1,30 @@
+"""Runs as files: the published recipes, and `config.yaml` in the folder of a run, for `--config`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sparsecnx.common.files import write_atomically
+from sparsecnx.train.recipe import INTERNAL, Recipe
+
+CONFIG = "config.yaml"
+PUBLISHED = files("sparsecnx.train") / "recipes"
+
+
+def write_config(folder: Path, recipe: Recipe, data: str | None) -> None:
+    """Write the data and the recipe of a run into its folder.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    values: dict[str, Any] = {} if data is None else {"data": data}
+    for field in fields(Recipe):
+        value = getattr(recipe, field.name)
+        if field.name not in INTERNAL:
+            values[field.name] = list(value) if isinstance(value, tuple) else value
+    write_atomically(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))

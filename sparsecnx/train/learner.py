@@ -1,0 +1,166 @@
+"""What a run trains: the network, its optimizer and its moving average, whole in every process or sharded."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sparsecnx.common.dtypes import DTYPES
+from sparsecnx.common.errors import InputError
+from sparsecnx.models import SIZES
+from sparsecnx.train.contents import Contents
+from sparsecnx.train.masks import Drawn
+from sparsecnx.train.networks import build_model
+from sparsecnx.train.options import Options
+from sparsecnx.train.processes import Processes
+from sparsecnx.train.recipe import BETAS, Recipe, param_groups
+from sparsecnx.train.sharding import MOMENTS, shard, sharded_like
+
+
+class Learner:
+    """The network of a run, on the device of its process.
+
+    Attributes:
+        model: the masked autoencoder, not wrapped or compiled.
+        average: its moving average, the teacher of `Recipe.ema_decay`, or None.
+
+    Args:
+        recipe: decides the losses.
+        options: only device, shard, compile, cuda_graphs and grad_checkpointing are read.
+        processes: those that train the network together.
+        saved: weights and optimizer to go on from; None for new ones.
+
+    Raises:
+        InputError: the network does not fit the recipe, or an option does not fit the network.
+    """
+
+    def __init__(self, recipe: Recipe, options: Options, processes: Processes, saved: Contents | None) -> None:
+        self.recipe, self.options, self.processes = recipe, options, processes
+        self.device = _device(options.device, processes)
+        torch.manual_seed(recipe.seed)
+        self.model: Any = build_model(recipe)
+        if saved is not None:
+            self.model.load_state_dict(saved.model)
+        self.model.to(self.device)
+        if options.grad_checkpointing:
+            try:
+                self.model.set_grad_checkpointing()
+            except (TypeError, AssertionError) as error:  # timm's networks that have none assert
+                raise InputError("grad_checkpointing", True, f"{recipe.model} has none ({error})") from error
+        self.average: AveragedModel | None = None
+        if recipe.ema_decay is not None:
+            average = get_ema_multi_avg_fn(recipe.ema_decay)
+            self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+            if saved is not None:
+                self.average.module.load_state_dict(saved.ema)
+                self.average.n_averaged.fill_(saved.step)
+        if options.shard:
+            for network in (self.model, self.average.module if self.average is not None else None):
+                if network is not None:
+                    shard(network)
+        groups = param_groups(self.model, recipe.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=BETAS, fused=True)
+        if saved is not None:
+            self._load_optimizer(saved.optimizer)
+        self.forward = self._wrapped()
+
+    def _load_optimizer(self, saved: dict[int, dict[str, Tensor]]) -> None:
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        state = {
+            number: held | {key: sharded_like(held[key], parameters[number]) for key in MOMENTS}
+            for number, held in saved.items()
+        }
+        # The rest of AdamW's state is the recipe's, so nothing else in the file has a say in it.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _wrapped(self) -> Any:
+        """Return what is called for a loss: the model, compiled and with averaged gradients where that is asked for."""
+        mode = "reduce-overhead" if self.options.cuda_graphs else "default"
+        compiled = torch.compile(self.model, mode=mode) if self.options.compile or self.options.cuda_graphs else None
+        called: Any = self.model if compiled is None else compiled
+        if self.processes.world == 1 or self.options.shard:
+            return called
+        return DistributedDataParallel(called, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def backward(self, images: Tensor, drawn: Drawn, share: float, last: bool) -> Tensor:
+        """Compute the loss of a batch and add its gradients, and return the loss, detached.
+
+        Args:
+            images: normalised, `(B, C, *size)`.
+            drawn: their masks.
+            share: factor on the gradients, one over the number of batches of a step.
+            last: whether it is the last batch of the step, after which gradients are averaged over the processes.
+        """
+        if self.options.shard:
+            self.model.set_requires_gradient_sync(last)
+        waits = isinstance(self.forward, DistributedDataParallel) and not last
+        with self.forward.no_sync() if waits else nullcontext():
+            loss = self.loss(images, drawn)
+            (loss * share).backward()
+        return loss.detach()
+
+    def loss(self, images: Tensor, drawn: Drawn) -> Tensor:
+        """Return the loss of a batch, see `backward`."""
+        dtype = DTYPES[self.recipe.dtype]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            loss: Tensor = self.forward(images, mask=drawn.mask, visible=drawn.visible)[0]
+        return loss
+
+    def gradient_norm(self) -> Tensor:
+        """Return the norm of all gradients, a DTensor where they are sharded."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def update(self, lr: float, norm: Tensor) -> None:
+        """Take an optimizer step with the gradients that are there, of norm `norm`, and clear them."""
+        if self.recipe.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.recipe.clip_grad, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+    def state(self) -> dict[str, Any]:
+        """Return model, optimizer and average for a checkpoint, with DTensors where they are sharded."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.average is not None:
+            state["ema"] = self.average.module.state_dict()
+        return state
+
+    def describe(self) -> str:
+        """Return the processes and what depends on their number, for the first lines of a run; empty for one."""
+        world = self.processes.world
+        if world == 1:
+            return ""
+        each = self.recipe.batch_size // world
+        line = f"{world} processes with {each} of the {self.recipe.batch_size} images of a batch each"
+        line += ", parameters sharded" if self.options.shard else ""
+        if any(isinstance(part, _BatchNorm) for part in self.model.modules()):
+            line += "; batch norm over the images of a process"
+        if self.recipe.model in SIZES and self.recipe.grn_scope == "batch":
+            line += "; GRN over the images of a process"
+        return line
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a tensor that may be sharded as a plain one."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _device(name: str, processes: Processes) -> torch.device:
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(automatic if name == "auto" else name)
+    if device.type == "cuda" and processes.world > 1:
+        device = torch.device("cuda", processes.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device

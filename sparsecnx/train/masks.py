@@ -1,0 +1,132 @@
+"""The masks of a run: random ones, ones given in a file, or those of a function of the user.
+
+The masks of forward pass `n` are drawn for the whole batch from the seed and `n`, and each process takes its part, so
+that they do not depend on the number of processes. A function is called with the images of its process.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsecnx.common.errors import InputError
+from sparsecnx.common.files import not_regular
+from sparsecnx.geometry.mask_reading import read_mask
+from sparsecnx.geometry.masks import random_mask
+from sparsecnx.train.code import is_code, load_code
+from sparsecnx.train.data.crops import mix
+from sparsecnx.train.processes import Processes
+from sparsecnx.train.recipe import Recipe
+
+
+class Drawn(NamedTuple):
+    """The masks of one forward pass.
+
+    Attributes:
+        mask: bool `(B, L)`, True = masked.
+        visible: visible patches of every image; None where they differ.
+    """
+
+    mask: Tensor
+    visible: int | None
+
+
+class Masks:
+    """Draw the masks of every forward pass of a run, see `Recipe.masks`.
+
+    Raises:
+        InputError: the file cannot be read, or its masks do not fit the patches; or the function cannot be called, or
+            returns no masks.
+    """
+
+    def __init__(self, recipe: Recipe, processes: Processes) -> None:
+        self.recipe, self.processes = recipe, processes
+        self.given = self.function = None
+        if recipe.masks is None:
+            return
+        if is_code(recipe.masks):
+            self.function = load_code(recipe.masks)
+            self._tried()
+        else:
+            self.given = _read(recipe)
+
+    def draw(self, images: Tensor, forward_pass: int) -> Drawn:
+        """Return the masks for a process's part of a batch, images `(B, C, *size)` with NaN where they have no value.
+
+        Random masks mask patches without any value before all others: they have nothing to show.
+        """
+        recipe, batch = self.recipe, range(self.recipe.batch_size)
+        part, generator = list(self.processes.part(batch)), torch.Generator()
+        if self.function is not None:
+            generator.manual_seed(mix(recipe.seed, "mask", forward_pass, self.processes.rank))
+            return Drawn(self._of_function(images, generator), None)
+        generator.manual_seed(mix(recipe.seed, "mask", forward_pass))
+        if self.given is not None:
+            chosen = torch.randint(len(self.given), (len(batch),), generator=generator)
+            return Drawn(self.given[chosen[part]].to(images.device), None)
+        mask = random_mask(len(batch), recipe.grid, recipe.mask_ratio, generator=generator)[part].to(images.device)
+        empty = _patches_without_values(images, recipe)
+        if empty is not None:
+            others = torch.rand(len(batch), mask.shape[1], generator=generator)[part].to(images.device)
+            order = (2 * empty + mask.float() * (0.5 + others / 2)).argsort(dim=1)
+            mask = torch.ones_like(mask).scatter(1, order[:, : recipe.visible], False)
+        return Drawn(mask, recipe.visible)
+
+    def _of_function(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        assert self.function is not None
+        mask = torch.as_tensor(self.function(images, generator), device=images.device)
+        return read_mask(mask, tuple(images.shape[2:]), len(images), name="images", grid=self.recipe.grid).flatten(1)
+
+    def _tried(self) -> None:
+        images = torch.zeros(2, self.recipe.in_chans, *self.recipe.size)
+        try:
+            mask = self._of_function(images, torch.Generator().manual_seed(0))
+        except Exception as error:  # code of the user can raise anything
+            form = "expected a function of images (B, C, *size) and a generator that returns masks (B, patches)"
+            raise InputError("masks", self.recipe.masks, f"{type(error).__name__}: {error}; {form}") from error
+        _check(self.recipe, mask)
+
+
+def _read(recipe: Recipe) -> Tensor:
+    """Return the masks in a file as bool `(N, L)`."""
+    path, cells = str(recipe.masks), math.prod(recipe.grid)
+    if (problem := not_regular(path)) is not None:
+        raise InputError("masks", path, f"{problem}; expected an array in a .npy file, or module:function")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except Exception as error:  # numpy raises many kinds of errors for damaged files
+        raise InputError("masks", path, f"cannot be read ({error}); expected an array in a .npy file") from error
+    ones = np.isin(array, (0, 1)).all() if array.dtype.kind in "biuf" else False
+    grids = {(cells,), recipe.grid}
+    fits = any(array.shape[-len(grid) :] == grid and array.ndim - len(grid) in (0, 1) for grid in grids)
+    if not ones or not fits or array.size == 0:
+        grid = " x ".join(map(str, recipe.grid))
+        form = f"an array (N, {cells}) or (N, {grid}) of 0 and 1, 1 = masked, or one mask without N"
+        raise InputError("masks", path, f"an array {array.shape} of {array.dtype}; expected {form}")
+    masks = torch.from_numpy(array.astype(bool)).view(-1, cells)
+    _check(recipe, masks)
+    return masks
+
+
+def _check(recipe: Recipe, masks: Tensor) -> None:
+    """Refuse masks that leave an image without a visible patch, or without a masked one."""
+    counts = masks.sum(1)
+    for number in ((counts == 0) | (counts == masks.shape[1])).nonzero().flatten().tolist()[:1]:
+        what = "masks nothing" if counts[number] == 0 else "masks everything"
+        problem = f"mask {number} {what}; expected a masked and a visible patch in each"
+        raise InputError("masks", recipe.masks, problem)
+
+
+def _patches_without_values(images: Tensor, recipe: Recipe) -> Tensor | None:
+    """Return which patches hold nothing but NaN, bool `(B, L)`; None if all images are complete."""
+    missing = images.isnan()
+    if not missing.any():
+        return None
+    missing = missing.all(dim=1)
+    for axis, (cells, side) in enumerate(zip(recipe.grid, recipe.patch, strict=True), 1):
+        missing = missing.unflatten(axis, (cells, side)).all(dim=axis + 1)
+    return missing.flatten(1)

@@ -1,0 +1,115 @@
+"""The processes that train one network together: one, or those that torchrun starts.
+
+Every process computes its part of each batch. Process 0 writes checkpoints and logs. What must not differ between them,
+such as an error before the first step, is agreed on here, so that no process waits for one that is gone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparsecnx.common.errors import InputError, MissingExtra, TrainingStopped
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The place of this process among those of a run.
+
+    Attributes:
+        rank: its number, from 0.
+        world: how many there are, on all machines.
+        local_rank: its number on this machine, which is that of its GPU.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @property
+    def main(self) -> bool:
+        """Return whether this process writes."""
+        return self.rank == 0
+
+    def part(self, batch: Sequence[T]) -> Sequence[T]:
+        """Return the part of a batch that this process computes."""
+        size = len(batch) // self.world
+        return batch[self.rank * size : (self.rank + 1) * size]
+
+    def gathered(self, value: T) -> list[T]:
+        """Return the values of all processes, which may be any that can be pickled."""
+        values: list[Any] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of a tensor over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values = values / self.world
+        return values
+
+    def lost(self, error: RuntimeError) -> bool:
+        """Return whether an error says that another process is gone."""
+        if self.world == 1:
+            return False
+        return isinstance(error, dist.DistError) or "closed by peer" in str(error) or "Connection reset" in str(error)
+
+    def together(self, call: Callable[[], T]) -> T:
+        """Return what a function returns, or raise in every process what it raises in one of them.
+
+        Raises:
+            InputError, MissingExtra, TrainingStopped: that of the first process that has one.
+        """
+        found, error = None, None
+        try:
+            found = call()
+        except (InputError, MissingExtra, TrainingStopped) as raised:
+            error = raised
+        others = [one for one in self.gathered(error) if one is not None]
+        if error is not None:
+            raise error
+        if others:
+            raise others[0]
+        return found  # type: ignore[return-value]
+
+    def of_main(self, call: Callable[[], T]) -> T:
+        """Return what a function returns in process 0, in all of them. It is not called in the others."""
+        found = self.together(lambda: call() if self.main else None)
+        return self.gathered(found)[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Processes]:
+    """Join the processes of torchrun, if it started this one, until the end of the context.
+
+    Raises:
+        InputError: there are fewer GPUs on this machine than processes, or the other processes cannot be reached.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Processes()
+        return
+    processes = Processes(int(os.environ["RANK"]), world, int(os.environ["LOCAL_RANK"]))
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    if on_gpu and processes.local_rank >= torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise InputError("device", device, f"this machine has {there} GPUs; expected one for each of its processes")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise InputError("device", device, f"the {world} processes cannot reach each other ({error})") from error
+    try:
+        yield processes
+    finally:
+        dist.destroy_process_group()

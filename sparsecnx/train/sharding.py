@@ -1,0 +1,137 @@
+"""A model whose parameters are divided between processes, and its checkpoints.
+
+Parameters, gradients and the state of the optimizer are sharded by FSDP2 (`torch.distributed.fsdp.fully_shard`). A
+checkpoint of them is a folder that every process writes its part into, by `torch.distributed.checkpoint`, as files of
+safetensors, so that reading one runs no code:
+
+    checkpoint-00000540.pt/shard-00001-model-00001-of-00001.safetensors      tensors of process 0
+    checkpoint-00000540.pt/run.pt                                            step, recipe, data, checksums of the others
+
+It is read whole, and so by any number of processes, sharded or not.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from sparsecnx.common.errors import CheckpointError
+from sparsecnx.common.files import sync
+from sparsecnx.common.torch_files import load_torch, save_torch
+from sparsecnx.nn import ConvNeXtV2Block
+from sparsecnx.train.processes import Processes
+
+RUN = "run.pt"
+CHECKSUMS = "checksums"
+LARGEST_STEP = 2**24  # AdamW counts its steps in float32, which holds whole numbers up to this one
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def shard(model: nn.Module) -> None:
+    """Divide the parameters of a model between all processes: each block by itself, and what is left together."""
+    for part in _blocks(model):
+        fully_shard(part)
+    fully_shard(model)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a network: ours, or else the elements of its lists and sequences of modules."""
+    ours: list[nn.Module] = [part for part in model.modules() if isinstance(part, ConvNeXtV2Block)]
+    if ours:
+        return ours
+    sequences = [part for part in model.modules() if isinstance(part, (nn.Sequential, nn.ModuleList))]
+    innermost = [part for part in sequences if not any(s is not part and s in set(part.modules()) for s in sequences)]
+    return [part for part in innermost if any(True for _ in part.parameters())]
+
+
+def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return this process's part of a tensor that all processes have, as a parameter is divided."""
+    if not isinstance(parameter, DTensor):
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def save(path: Path, state: dict[str, Any], processes: Processes) -> None:
+    """Write a checkpoint as a folder. Every process calls this.
+
+    Raises:
+        OSError: it could not be written; nothing is there under this name.
+    """
+    part = path.with_name(f".{path.name}.tmp")
+    if processes.main:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+    processes.gathered(None)  # waits until the folder is there
+    tensors = {f"{name}.{entry}": value for name in ("model", "ema") for entry, value in state.get(name, {}).items()}
+    for number, held in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{number}.{key}": held[key] for key in MOMENTS}
+    writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
+    try:
+        dcp.save(tensors, storage_writer=writer)
+    except dcp.api.CheckpointException as error:
+        raise OSError(str(error).strip().splitlines()[-1]) from error
+    own = [file for file in part.iterdir() if file.name.startswith(f"shard-{processes.rank + 1:05d}-")]
+    for file in own:
+        sync(file)
+    checksums: dict[str, int] = {}
+    for found in processes.gathered({file.name: _checksum(file) for file in own}):
+        checksums |= found
+    if processes.main:
+        rest = {name: value for name, value in state.items() if name not in ("model", "ema")}
+        groups = {"param_groups": state["optimizer"]["param_groups"]}
+        save_torch(part / RUN, rest | {"optimizer": groups, CHECKSUMS: checksums})
+        os.replace(part, path)
+
+
+def _checksum(file: Path) -> int:
+    """Return the CRC-32 of a file."""
+    found = 0
+    with open(file, "rb") as opened:
+        while part := opened.read(2**22):
+            found = zlib.crc32(part, found)
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the contents of a folder that `save` wrote, whole and on the CPU, as those of a checkpoint in one file.
+
+    Raises:
+        CheckpointError: a part is missing or damaged.
+    """
+    if not (path / RUN).is_file():
+        raise CheckpointError(f"a folder without {RUN}; expected a checkpoint")
+    state: dict[str, Any] = load_torch(path / RUN)
+    for name, checksum in state.pop(CHECKSUMS).items():
+        if not (path / name).is_file() or _checksum(path / name) != checksum:
+            raise CheckpointError(f"{path.name}: {name} is missing or damaged")
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        found: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in found.items()}
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except Exception as error:  # safetensors and torch raise many kinds of errors
+        raise CheckpointError(f"{path.name}: damaged ({error})") from error
+    for name in ("model", "ema"):
+        entries = {
+            key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")
+        }
+        if entries:
+            state[name] = entries
+    count = torch.tensor(float(min(state["step"], LARGEST_STEP)))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".")
+            moments.setdefault(int(number), {"step": count.clone()})[name] = tensor
+    state["optimizer"]["state"] = moments
+    return state

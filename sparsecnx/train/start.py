@@ -1,0 +1,176 @@
+"""The beginning of a run: a new one, or one that goes on from a checkpoint, in one process or in several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsecnx.common.errors import CheckpointError, InputError
+from sparsecnx.common.torch_files import has_checksums
+from sparsecnx.train import contents
+from sparsecnx.train.checkpoint import CheckpointFolder
+from sparsecnx.train.code import is_code
+from sparsecnx.train.contents import Contents, Data
+from sparsecnx.train.data.find import find_source
+from sparsecnx.train.data.source import Fingerprint, Source
+from sparsecnx.train.lock import locked
+from sparsecnx.train.log import LOG
+from sparsecnx.train.loop import Trainer
+from sparsecnx.train.options import Options
+from sparsecnx.train.processes import Processes, joined
+from sparsecnx.train.recipe import DEFAULTS, Recipe, small_data
+
+
+def pretrain(options: Options, given: Mapping[str, Any]) -> int:
+    """Start or resume a run and train to its end.
+
+    Args:
+        options: data, output folder and device.
+        given: recipe fields that the user chose; the others are the published ones, or those of the resumed run.
+
+    Returns:
+        0 if the run is complete; 128 + the number of the signal if Ctrl-C (130) or SIGTERM (143) stopped it. It saves
+        a checkpoint first.
+
+    Raises:
+        InputError: an argument cannot work, or another run has the output folder; nothing was changed on disk.
+        TrainingStopped: the loss is not finite, no image can be read any more, a reading process died, the output
+            folder is gone, or a checkpoint or a log could not be written.
+    """
+    folder, resume = _place(options)
+    with ExitStack() as stack:
+        processes = stack.enter_context(joined(options.device))
+        problem = processes.of_main(lambda: stack.enter_context(locked(folder.folder)))
+        checkpoint = processes.of_main(lambda: _checkpoint(folder, resume))
+        start = Start(options, given, folder, processes)
+        trainer = processes.together(lambda: start.new() if checkpoint is None else start.resumed(checkpoint))
+        if problem is not None:
+            trainer.notes.append(f"cannot lock the output ({problem}): start no other run in it")
+        return trainer.run()
+
+
+class Start(NamedTuple):
+    """What a run begins with in each of its processes, see `pretrain`."""
+
+    options: Options
+    given: Mapping[str, Any]
+    folder: CheckpointFolder
+    processes: Processes
+
+    def new(self) -> Trainer:
+        """Return a new run."""
+        options, given = self.options, self.given
+        if options.extend is not None:
+            raise InputError(
+                "extend", options.extend, f"there is no run in {self.folder.folder}; expected a finished one"
+            )
+        size = given.get("image_size")
+        source = find_source(options.data, given.get("ndim", len(size) if isinstance(size, tuple) else None))
+        defaults = DEFAULTS.get(given.get("method", Recipe.method), {}) | source.defaults(given)
+        if options.small_data:
+            defaults |= small_data(len(source))
+        return Trainer(Recipe(**{**defaults, **given}), source, source.fingerprint(), *self._place())
+
+    def resumed(self, checkpoint: Path) -> Trainer:
+        """Return the run of a checkpoint."""
+        options, given, notes = self.options, self.given, []
+        saved = _read_resumed(checkpoint, given.get("model"))
+        where = saved.data.folder if options.data is None else options.data
+        _expect_same_code(saved.recipe, given, checkpoint)
+        source = find_source(where, saved.recipe.ndim, saved.recipe.photographs)
+        fingerprint = source.fingerprint()
+        _expect_same_images(saved.data, source, fingerprint, "resume" if options.data is None else "data")
+        if options.extend is not None:
+            saved = saved._replace(recipe=_extended(saved, options.extend, given.get("warmup_epochs")))
+        saved.recipe.refuse_change(given)
+        if saved.data.sizes is None or saved.data.contents is None:
+            notes.append(
+                f"{checkpoint.name} is of an earlier version: changed images under the same names are not noticed"
+            )
+        if checkpoint.is_file() and not has_checksums(checkpoint):
+            notes.append(f"{checkpoint.name} holds no checksums: damage to it is not noticed")
+        if saved.processes != self.processes.world:
+            change = (
+                f"{checkpoint.name} was written by {saved.processes} processes, this run has {self.processes.world}"
+            )
+            notes.append(f"{change}: the same images and masks, losses equal to rounding")
+        return Trainer(saved.recipe, source, fingerprint, *self._place(), saved=saved, notes=notes)
+
+    def _place(self) -> tuple[CheckpointFolder, Options, Processes]:
+        return self.folder, self.options, self.processes
+
+
+def _expect_same_code(recipe: Recipe, given: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise InputError if a recipe names Python code that the user did not name: a file alone runs no code."""
+    for field in ("transform", "masks"):
+        code = getattr(recipe, field)
+        if is_code(code) and code != given.get(field):
+            problem = f"its recipe names Python code, {code}, which runs only with --{field} {code}"
+            raise InputError("resume", checkpoint, problem)
+
+
+def _extended(saved: Contents, epochs: int, warmup_epochs: float | None) -> Recipe:
+    """Return the recipe of a finished run with so many more epochs, in which the schedule begins again."""
+    recipe, last = saved.recipe, saved.recipe.steps_per_epoch(saved.data.images) * saved.recipe.epochs
+    if saved.step < last:
+        raise InputError(
+            "extend", epochs, f"the run is at step {saved.step} of {last}; --resume without it finishes it"
+        )
+    if warmup_epochs is not None and not 0 <= warmup_epochs <= epochs:
+        raise InputError("warmup_epochs", warmup_epochs, f"expected 0 to --extend, {epochs}")
+    last_epoch = recipe.epochs + epochs
+    return replace(recipe, first_epoch=recipe.epochs, epochs=last_epoch, warmup_epochs=warmup_epochs)
+
+
+def _place(options: Options) -> tuple[CheckpointFolder, Path | str | None]:
+    """Return the folder of the run, and the checkpoint to go on from, "newest", "auto" or None."""
+    resume = options.resume if options.resume in (None, "auto", "newest") else Path(str(options.resume))
+    beside = resume.parent if isinstance(resume, Path) else "runs/pretrain"
+    output = Path(options.output or beside)
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise InputError("output", output, "not a folder; expected one, or a name for a new one")
+    return CheckpointFolder(output, options.keep), resume
+
+
+def _checkpoint(folder: CheckpointFolder, resume: Path | str | None) -> Path | None:
+    """Return the checkpoint to go on from, or None for a new run; refuse to write over another run."""
+    newest, output = folder.newest(), folder.folder
+    if isinstance(resume, Path):
+        if newest is not None and resume.resolve() != newest.resolve() and resume.exists():
+            problem = f"{output} goes on to {newest.name}; resume that, or name another output"
+            raise InputError("resume", resume, problem)
+        return resume
+    if resume is None and (newest is not None or os.path.lexists(output / LOG)):
+        raise InputError("output", output, "holds a run already; --resume goes on with it, or name another folder")
+    if resume == "newest" and newest is None:
+        problem = "holds no checkpoint to resume; leave out --resume for a new run, or --resume auto for either"
+        raise InputError("output", output, problem)
+    return newest
+
+
+def _read_resumed(path: Path, model: str | None) -> Contents:
+    try:
+        return contents.load(path, model)
+    except CheckpointError as error:
+        others = [p.name for p in CheckpointFolder(path.parent).all() if p.resolve() != path.resolve()]
+        hint = f"; there are also {', '.join(others)}" if others else ""
+        raise InputError("resume", path, f"{error}{hint}") from error
+
+
+def _expect_same_images(data: Data, source: Source, found: Fingerprint, argument: str) -> None:
+    """Raise InputError that blames `argument` unless the images are those of a checkpoint."""
+    problem = None
+    if data.fingerprint != found.names:
+        count = f"{len(source)} {source.noun} files"
+        problem = f"{count}, not the {data.images} that the run was started with (or under other names)"
+    elif data.sizes not in (None, found.sizes):
+        problem = "the same names, but files of other sizes than the run was started with"
+    elif data.contents not in (None, found.contents):
+        problem = "the same names and sizes, but files with other contents than the run was started with"
+    if problem is not None:
+        where = "the installed photographs" if source.place is None else source.root
+        raise InputError(argument, where, f"{problem}; the losses could not continue")
