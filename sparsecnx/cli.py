@@ -58,10 +58,12 @@ def _run(argv: Sequence[str] | None) -> int:
         return _pretrain(typed[1:]) if pretraining else int(arguments.run(arguments))
     except (InputError, MissingExtra) as error:
         text = f"{_as_typed(error.argument)} {error.problem}" if isinstance(error, InputError) else str(error)
-        print(printable(f"{command}: error: {text}"), file=sys.stderr)
+        if not error.elsewhere:
+            print(printable(f"{command}: error: {text}"), file=sys.stderr)
         return 2
     except TrainingStopped as error:
-        print(printable(f"{command}: stopped: {error}"), file=sys.stderr)
+        if not error.elsewhere:
+            print(printable(f"{command}: stopped: {error}"), file=sys.stderr)
         return 1
     except _OutputError as error:
         print(f"{command}: stopped: standard output could not be written ({error})", file=sys.stderr)
@@ -87,7 +89,11 @@ def _pretrain(arguments: Sequence[str]) -> int:
     from sparsecnx.train.command import parse
     from sparsecnx.train.start import pretrain
 
-    options, given = parse(arguments)
+    try:
+        options, given = parse(arguments)
+    except InputError as error:
+        error.elsewhere = os.environ.get("RANK", "0") != "0"  # of torchrun, whose processes have the same arguments
+        raise
     keep_freed_memory()
     return pretrain(options, given)
 

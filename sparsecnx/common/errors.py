@@ -1,5 +1,7 @@
 """Errors that more than one package raises or catches.
 
+Where several processes have the same error, all but one of them set `elsewhere`: another says it.
+
 Text from files gets into their messages. What does not print is escaped, so that it cannot steer a terminal.
 """
 
@@ -18,6 +20,8 @@ class InputError(ValueError):
         problem: what it was, what is wrong with it and what would be right.
     """
 
+    elsewhere = False
+
     def __init__(self, argument: str, value: object, problem: str) -> None:
         self.argument = argument
         self.problem = escape(f"is {value}: {problem}")
@@ -30,6 +34,8 @@ class InputError(ValueError):
 class MissingExtra(ImportError):
     """An optional library is not installed; the message says how to install it."""
 
+    elsewhere = False
+
 
 class CheckpointError(Exception):
     """A file is not a whole checkpoint; the message says why."""
@@ -41,6 +47,8 @@ class CheckpointError(Exception):
 
 class TrainingStopped(RuntimeError):
     """A run could not go on. Its last good checkpoint is still there, and the message names it."""
+
+    elsewhere = False
 
     def __str__(self) -> str:
         return escape(super().__str__())

@@ -101,7 +101,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end of the recipe; returns and raises as `pretrain` does."""
-        self._expect_same_data()
+        self.processes.together(self._expect_same_data)
         self.processes.of_main(self._prepare_folder)
         try:
             return self._run()
@@ -121,9 +121,7 @@ class Trainer:
         found = self.processes.gathered((self.fingerprint, len(self.source)))
         for rank, other in enumerate(found):
             if other != found[0]:
-                problem = (
-                    f"process {rank} sees {other[1]} {self.source.noun}s, others than the {found[0][1]} of process 0"
-                )
+                problem = f"process {rank} sees {other[1]} {self.source.noun}s, others than process 0, {found[0][1]}"
                 raise InputError("data", self.source.root, f"{problem}; expected the same on every machine")
 
     def _prepare_folder(self) -> None:
@@ -216,13 +214,15 @@ class Trainer:
 
     def _note_unreadable(self, batch: Batch, log: RunLog | SilentLog) -> None:
         """Name the files that were skipped, or stop all processes if one of them can read none."""
-        problem = next((one for one in self.processes.gathered(batch.problem) if one is not None), None)
-        if problem is not None:
-            raise TrainingStopped(f"step {self.step + 1}: {problem}, {self._last_good()}")
+        self.processes.together(lambda: self._expect_images(batch))
         for name, reason in batch.unreadable.items():
             if name not in self.unreadable:
                 log.say(f"skipped unreadable {self.source.noun} {name} ({reason})")
         self.unreadable |= batch.unreadable
+
+    def _expect_images(self, batch: Batch) -> None:
+        if batch.problem is not None:
+            raise TrainingStopped(f"step {self.step + 1}: {batch.problem}, {self._last_good()}")
 
     def _backward(self, batch: Batch, number: int) -> torch.Tensor:
         """Add the gradients of a batch, number `number` of the step, and return its loss."""
@@ -267,6 +267,7 @@ class Trainer:
             f"batch {r.batch_size}{accumulated}, steps per epoch {self.steps_per_epoch}, epochs {r.epochs}",
             f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}{grn}",
             f"writes to {self.folder.folder}{start}",
+            *([together] if (together := self.learner.describe()) else []),
             *self._hints(),
         ]
 

@@ -69,19 +69,22 @@ class Processes:
         """Return what a function returns, or raise in every process what it raises in one of them.
 
         Raises:
-            InputError, MissingExtra, TrainingStopped: that of the first process that has one.
+            InputError, MissingExtra, TrainingStopped: that of the first process that has one, which says it.
         """
         found, error = None, None
         try:
             found = call()
         except (InputError, MissingExtra, TrainingStopped) as raised:
             error = raised
-        others = [one for one in self.gathered(error) if one is not None]
-        if error is not None:
+        errors = self.gathered(error)
+        first = next((rank for rank, one in enumerate(errors) if one is not None), None)
+        if first is None:
+            return found  # type: ignore[return-value]
+        if first == self.rank and error is not None:
             raise error
-        if others:
-            raise others[0]
-        return found  # type: ignore[return-value]
+        said: Any = errors[first]
+        said.elsewhere = True
+        raise said from error
 
     def of_main(self, call: Callable[[], T]) -> T:
         """Return what a function returns in process 0, in all of them. It is not called in the others."""
@@ -106,7 +109,11 @@ def joined(device: str) -> Iterator[Processes]:
         there = torch.cuda.device_count()
         raise InputError("device", device, f"this machine has {there} GPUs; expected one for each of its processes")
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        store, _, _ = next(iter(dist.rendezvous("env://")))
+        # After a restart the store still holds the addresses of the processes that are gone.
+        attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=attempt, rank=processes.rank, world_size=world)
     except (RuntimeError, ValueError) as error:
         raise InputError("device", device, f"the {world} processes cannot reach each other ({error})") from error
     try:

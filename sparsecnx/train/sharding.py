@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def shard(model: nn.Module) -> None:
     """Divide the parameters of a model between all processes: each block by itself, and what is left together."""
+    # The prediction is a view, and nothing is written into it.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in _blocks(model):
         fully_shard(part)
     fully_shard(model)

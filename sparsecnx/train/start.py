@@ -94,9 +94,7 @@ class Start(NamedTuple):
         if checkpoint.is_file() and not has_checksums(checkpoint):
             notes.append(f"{checkpoint.name} holds no checksums: damage to it is not noticed")
         if saved.processes != self.processes.world:
-            change = (
-                f"{checkpoint.name} was written by {saved.processes} processes, this run has {self.processes.world}"
-            )
+            change = f"{self.processes.world} processes go on from {checkpoint.name} of {saved.processes}"
             notes.append(f"{change}: the same images and masks, losses equal to rounding")
         return Trainer(saved.recipe, source, fingerprint, *self._place(), saved=saved, notes=notes)
 
