@@ -1,6 +1,7 @@
 """ConvNeXt V2 and its masked autoencoder."""
 
-from sparsecnx.models.convnextv2 import SIZES, ConvNeXtV2, ConvNeXtV2Encoder
+from sparsecnx.models.classifier import ConvNeXtV2
+from sparsecnx.models.convnextv2 import SIZES, ConvNeXtV2Encoder
 from sparsecnx.models.factories import (
     convnextv2_atto,
     convnextv2_base,

@@ -22,8 +22,8 @@ from sparsecnx.tensor import SparseTensor
 class FCMAE(MaskedAutoencoder):
     """An encoder on the visible patches, a light decoder on all, and the loss on the masked ones.
 
-    It has the dimensions of its encoder: images, volumes or signals. The decoder has the kernel of a ConvNeXt V2
-    encoder, and kernels of 7 sites for any other.
+    It has the dimensions of its encoder: images, volumes or signals. The decoder has ConvNeXt V2 blocks with the
+    kernel, epsilons and biases of a `ConvNeXtV2Encoder`, and for any other encoder with the published ones.
 
     Args:
         encoder: `ConvNeXtV2Encoder`, any ConvNet of timm, or a module that returns a feature map for a SparseTensor of
@@ -48,10 +48,11 @@ class FCMAE(MaskedAutoencoder):
     ) -> None:
         stages = stages_of(encoder, patch_size)
         super().__init__(encoder, stages, patch_size, norm_pix_loss)
-        conv, kernel = CONVOLUTIONS[self.ndim], encoder.kernel_size if isinstance(encoder, ConvNeXtV2Encoder) else 7
+        conv = CONVOLUTIONS[self.ndim]
         self.proj = conv(stages.channels[-1], decoder_dim, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, *(1,) * self.ndim))
-        blocks = (ConvNeXtV2Block(decoder_dim, kernel_size=kernel, ndim=self.ndim) for _ in range(decoder_depth))
+        same = encoder.block_options if isinstance(encoder, ConvNeXtV2Encoder) else {"ndim": self.ndim}
+        blocks = (ConvNeXtV2Block(decoder_dim, **same) for _ in range(decoder_depth))
         self.decoder = Layers(*blocks)
         # The kernel is 1x1 for the published 32-pixel patch. A larger patch is predicted from all its sites.
         sites = tuple(p // step for p, step in zip(self.patch, stages.strides[-1], strict=True))
