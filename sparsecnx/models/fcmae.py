@@ -20,7 +20,7 @@ from sparsecnx.tensor import SparseTensor
 
 
 class FCMAE(MaskedAutoencoder):
-    """An encoder on the visible patches, a light decoder on all, and the loss on the masked ones.
+    """An encoder on the visible patches, a light decoder on all, and by default the loss on the masked ones.
 
     It has the dimensions of its encoder: images, volumes or signals. The decoder has ConvNeXt V2 blocks with the
     kernel, epsilons and biases of a `ConvNeXtV2Encoder`, and for any other encoder with the published ones.
@@ -33,6 +33,7 @@ class FCMAE(MaskedAutoencoder):
         decoder_depth: blocks of the decoder.
         decoder_dim: channels of the decoder.
         norm_pix_loss: True normalises the target pixels of every patch to zero mean and unit variance.
+        loss_on: the patches that the loss counts, `"masked"`, `"all"` or `"visible"`.
 
     Raises:
         TypeError, ValueError: the encoder has no feature maps of images, or `patch_size` does not fit its stride.
@@ -45,9 +46,10 @@ class FCMAE(MaskedAutoencoder):
         decoder_depth: int = 1,
         decoder_dim: int = 512,
         norm_pix_loss: bool = True,
+        loss_on: str = "masked",
     ) -> None:
         stages = stages_of(encoder, patch_size)
-        super().__init__(encoder, stages, patch_size, norm_pix_loss)
+        super().__init__(encoder, stages, patch_size, norm_pix_loss, loss_on=loss_on)
         conv = CONVOLUTIONS[self.ndim]
         self.proj = conv(stages.channels[-1], decoder_dim, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, *(1,) * self.ndim))
