@@ -8,13 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sparsecnx.geometry.layout import Layout
-from sparsecnx.geometry.packing import gather_rows
-from sparsecnx.geometry.tiles import TileSet
-from sparsecnx.models.convnextv2 import ConvNeXtV2Encoder, Layers, init_weights
+from sparsecnx.models.convnextv2 import init_weights
+from sparsecnx.models.decoder import decoder_blocks, every_site, to_grid
 from sparsecnx.models.encoders import stages_of
 from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
-from sparsecnx.nn import ConvNeXtV2Block
 from sparsecnx.nn.layers import CONVOLUTIONS
 from sparsecnx.tensor import SparseTensor
 
@@ -53,9 +50,7 @@ class FCMAE(MaskedAutoencoder):
         conv = CONVOLUTIONS[self.ndim]
         self.proj = conv(stages.channels[-1], decoder_dim, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, *(1,) * self.ndim))
-        same = encoder.block_options if isinstance(encoder, ConvNeXtV2Encoder) else {"ndim": self.ndim}
-        blocks = (ConvNeXtV2Block(decoder_dim, **same) for _ in range(decoder_depth))
-        self.decoder = Layers(*blocks)
+        self.decoder = decoder_blocks(encoder, decoder_depth, decoder_dim, self.ndim)
         # The kernel is 1x1 for the published 32-pixel patch. A larger patch is predicted from all its sites.
         sites = tuple(p // step for p, step in zip(self.patch, stages.strides[-1], strict=True))
         self.pred = conv(decoder_dim, math.prod(self.patch) * self.in_chans, sites, stride=sites)
@@ -74,11 +69,4 @@ class FCMAE(MaskedAutoencoder):
 
     def forward_decoder(self, encoded: SparseTensor) -> Tensor:
         """Return predictions `(B, prod(patch) * C, *grid)` for the SparseTensor of the last stage."""
-        x = self.proj(encoded).dense(fill=self.mask_token.flatten())
-        # The decoder sees every site. It runs on a SparseTensor without a mask: the fused operator is faster than the
-        # dense sequence and keeps less for backward, and a matrix product than torch's dense convolution of volumes.
-        batch, sites = x.shape[0], self.pred.kernel_size
-        grid = tuple(side // site for side, site in zip(x.shape[2:], sites, strict=True))
-        layout = Layout(TileSet.all_visible(batch, grid, x.device), sites, encoded.layout.stride)
-        patches = self.pred(self.decoder(SparseTensor(gather_rows(x, layout), layout)))
-        return patches.features.unflatten(0, (batch, *grid)).movedim(-1, 1)  # A patch is a row, in raster order.
+        return to_grid(self.pred(self.decoder(every_site(encoded, self.proj, self.mask_token, self.pred.kernel_size))))
