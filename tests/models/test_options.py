@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from cases import assert_close, assert_same, draw_mask
+from cases import EVERY_MODEL_BACKEND, assert_close, assert_same, bound, device_of, draw_mask, widest
 
-from sparsecnx import SparseTensor, models
+from sparsecnx import SparseTensor, models, use_backend
 from sparsecnx.models import masked_dense
 from sparsecnx.nn import ConvNeXtBlock, ConvNeXtV2Block, LayerNorm
 
@@ -106,6 +108,25 @@ def test_names_of_parameters():
     assert stem == {f"downsample_layers.0.{layer}" for layer in (0, 1, 3, 4)}
     published = {"gamma"} | {f"{a}.{b}" for a in ("dwconv", "norm", "pwconv1", "pwconv2") for b in ("weight", "bias")}
     assert {name.removeprefix("stages.0.0.") for name in names if name.startswith("stages.0.0.")} == published
+
+
+@pytest.mark.parametrize("backend", EVERY_MODEL_BACKEND)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no depthwise bias"])
+def test_block_v1_and_its_gradients_are_the_masked_dense_ones(bias, backend):
+    block, mask = drawn(ConvNeXtBlock(4, dwconv_bias=bias)), draw_mask("random counts", 2, (2, 2), seed=2)
+    dense = torch.randn(2, 4, 8, 8).double()
+    active = (~mask)[:, None].double().repeat_interleave(4, 2).repeat_interleave(4, 3)
+    expected = masked_dense.masked_block(block, dense * active, active)
+    names, parameters = zip(*block.named_parameters(), strict=True)
+    place = {"device": device_of(backend), "dtype": widest(backend)}
+    there = copy.deepcopy(block).to(**place)
+    with use_backend(backend):
+        found = there(SparseTensor.from_dense(dense.to(**place), mask.to(place["device"]))).dense()
+        gradients = torch.autograd.grad(found.square().sum(), list(there.parameters()))
+    assert_close(found, expected, bound(backend))
+    references = torch.autograd.grad(expected.square().sum(), list(parameters))
+    limit = 1e-9 if place["dtype"] == torch.float64 else bound(backend)
+    assert_same(dict(zip(names, gradients, strict=True)), dict(zip(names, references, strict=True)), limit)
 
 
 def test_blocks_v1_are_fused_until_a_layer_is_replaced():
