@@ -148,9 +148,11 @@ def test_fields_of_our_own_networks_reach_the_model():
     assert spark.loss_on == "visible" and isinstance(spark.encoder.stages[0][0], ConvNeXtBlock)
 
 
-def test_a_run_of_another_network_of_the_family(photos, tmp_path):
+def test_a_run_of_another_network_of_the_family(photos, tmp_path, capsys):
     given = {"block": "v1", "stem_type": "conv3x3", "norm_eps": 1e-5, "dwconv_bias": False, "decoder_depth": 2}
     assert train(photos, tmp_path / "run", epochs=1, patch_size=16, loss_on="all", **given) == 0
+    said = capsys.readouterr().out
+    assert "peak learning rate" in said and "GRN" not in said
     recipe = contents.load(tmp_path / "run/last.pt").recipe
     assert {field: getattr(recipe, field) for field in given} == given
     network = networks.build_model(recipe).encoder
