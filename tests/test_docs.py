@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 PAGES: dict[str, tuple[str, ...]] = {
     "README.md": ("timm",),
     "docs/training-loop.md": (),
+    "docs/targets.md": (),
     "docs/networks.md": ("timm", "torchvision"),
     "docs/volumes.md": (),
     "docs/backends.md": (),

@@ -1,6 +1,7 @@
-"""ConvNeXt V2 and its masked autoencoder."""
+"""ConvNeXt V2, and masked autoencoders around it and around other networks."""
 
-from sparsecnx.models.convnextv2 import SIZES, ConvNeXtV2, ConvNeXtV2Encoder
+from sparsecnx.models.classifier import ConvNeXtV2
+from sparsecnx.models.convnextv2 import SIZES, ConvNeXtV2Encoder
 from sparsecnx.models.factories import (
     convnextv2_atto,
     convnextv2_base,
@@ -22,14 +23,22 @@ from sparsecnx.models.factories import (
     fcmae_convnextv2_tiny,
 )
 from sparsecnx.models.fcmae import FCMAE
+from sparsecnx.models.mpmae import MPMAE, MPMAEOutput
 from sparsecnx.models.spark import SparK
+from sparsecnx.models.targets import ClassificationTarget, ClassMapTarget, ImageTarget, RegressionTarget
 from sparsecnx.models.timm_hook import register_with_timm
 
 __all__ = [
     "FCMAE",
+    "MPMAE",
     "SIZES",
+    "ClassMapTarget",
+    "ClassificationTarget",
     "ConvNeXtV2",
     "ConvNeXtV2Encoder",
+    "ImageTarget",
+    "MPMAEOutput",
+    "RegressionTarget",
     "SparK",
     "convnextv2_atto",
     "convnextv2_base",

@@ -1,7 +1,11 @@
-"""ConvNeXt V2 (arXiv 2301.00808) in its eight sizes, dense and sparse with the same weights."""
+"""ConvNeXt V2 (arXiv 2301.00808) in its eight sizes, dense and sparse with the same weights.
+
+Its options make other networks of the family: ConvNeXt (arXiv 2201.03545), and that of MP-MAE (arXiv 2405.02771).
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Sequence
@@ -13,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
-from sparsecnx.nn import ConvNeXtV2Block, LayerNorm2d
+from sparsecnx.nn import ConvNeXtBlock, ConvNeXtV2Block, LayerNorm2d
 from sparsecnx.nn.layers import CONVOLUTIONS, axis_sizes
 from sparsecnx.tensor import SparseTensor
 
 STRIDE = 32  # pixels per site after the last stage, as published
+BLOCKS = ("v2", "v1")
+STEMS = ("patchify", "conv3x3")
 
 
 @dataclass(frozen=True)
@@ -75,11 +81,12 @@ class ConvNeXtV2Encoder(nn.Module):
     """The four stages: dense on images, sparse on images with a mask, with the same weights.
 
     State-dict names are the published ones: `downsample_layers.{0..3}.{0,1}` and
-    `stages.{i}.{j}.{dwconv,norm,pwconv1,grn,pwconv2}`. Volumes and signals have other shapes of kernels under the same
-    names.
+    `stages.{i}.{j}.{dwconv,norm,pwconv1,grn,pwconv2}`, of blocks v1 `gamma` instead of `grn`. Volumes and signals have
+    other shapes of kernels under the same names.
 
     Attributes:
         num_features: channels of the last stage.
+        block_options: arguments of every block beside its channels and rates.
         stride: pixels per site after the last stage, along each axis.
         feature_info: channels, stride and name of every stage, as timm's models have it: the largest stride of an axis
             is its `reduction`, `strides` holds that of each.
@@ -94,9 +101,17 @@ class ConvNeXtV2Encoder(nn.Module):
         stem: pixels per site of the first stage, likewise, such as `(2, 4, 4)`.
         strides: of the convolution before each later stage; one number for all, or for each one number or one for each
             axis, such as `((1, 2, 2), 2, 2)`.
+        stem_type: `"patchify"`, as published: a convolution whose kernel and stride are `stem`, and LayerNorm. Or
+            `"conv3x3"`, that of MP-MAE: a convolution of 3 pixels (1 on an axis whose `kernel_size` is 1), LayerNorm
+            and GELU at every pixel; then a depthwise convolution whose kernel and stride are `stem`, and LayerNorm.
+        block: `"v2"`, or `"v1"` for the block of the first ConvNeXt, `nn.ConvNeXtBlock`, which has LayerScale, no GRN.
+        norm_eps: epsilon of every LayerNorm, added to the variance.
+        grn_eps: epsilon of GRN, added to the mean over channels.
+        dwconv_bias: False leaves out the bias of the depthwise convolutions of the blocks.
 
     Raises:
-        ValueError: sizes do not fit `ndim`, a kernel is even, or the stages have not as many strides between them.
+        ValueError: sizes do not fit `ndim`, a kernel is even, the stages have not as many strides between them,
+            `stem_type` or `block` is another one, or an option of GRN is given to blocks without one.
     """
 
     def __init__(
@@ -111,8 +126,20 @@ class ConvNeXtV2Encoder(nn.Module):
         kernel_size: int | Sequence[int] = 7,
         stem: int | Sequence[int] = 4,
         strides: int | Sequence[int | Sequence[int]] = 2,
+        stem_type: str = "patchify",
+        block: str = "v2",
+        norm_eps: float = 1e-6,
+        grn_eps: float = 1e-6,
+        dwconv_bias: bool = True,
     ) -> None:
         super().__init__()
+        if stem_type not in STEMS:
+            raise ValueError(f"stem_type is {stem_type!r}: expected one of {', '.join(STEMS)}")
+        if block not in BLOCKS:
+            raise ValueError(f"block is {block!r}: expected one of {', '.join(BLOCKS)}")
+        for name, value, default in (("grn_scope", grn_scope, "sample"), ("grn_eps", grn_eps, 1e-6)):
+            if block == "v1" and value != default:
+                raise ValueError(f"{name} is {value!r}: expected {default!r}, since the blocks v1 have no GRN")
         self.in_chans, self.ndim = in_chans, ndim
         self.dims = tuple(dims)
         self.num_features = self.dims[-1]
@@ -128,17 +155,39 @@ class ConvNeXtV2Encoder(nn.Module):
             for stage, (dim, total) in enumerate(zip(dims, totals, strict=True))
         ]
         conv = CONVOLUTIONS[ndim]
-        first = Layers(conv(in_chans, dims[0], steps[0], stride=steps[0]), LayerNorm2d(dims[0]))
-        self.downsample_layers = nn.ModuleList([first])
+        self.downsample_layers = nn.ModuleList([self._stem(stem_type, steps[0], norm_eps)])
         for (dim, wider), step in zip(itertools.pairwise(dims), steps[1:], strict=True):
-            self.downsample_layers.append(Layers(LayerNorm2d(dim), conv(dim, wider, step, stride=step)))
+            self.downsample_layers.append(Layers(LayerNorm2d(dim, norm_eps), conv(dim, wider, step, stride=step)))
+        self.block_options: dict[str, Any] = {
+            "kernel_size": kernel_size,
+            "ndim": ndim,
+            "norm_eps": norm_eps,
+            "dwconv_bias": dwconv_bias,
+        }
+        make: Any = ConvNeXtBlock
+        if block == "v2":
+            self.block_options["grn_eps"] = grn_eps
+            make = functools.partial(ConvNeXtV2Block, grn_scope=grn_scope)
         last = max(sum(depths) - 1, 1)
         rates = (drop_path_rate * index / last for index in itertools.count())
         self.stages = nn.ModuleList(
-            Layers(*(ConvNeXtV2Block(dim, next(rates), grn_scope, kernel_size, ndim) for _ in range(depth)))
+            Layers(*(make(dim, next(rates), **self.block_options) for _ in range(depth)))
             for depth, dim in zip(depths, dims, strict=True)
         )
         self.apply(init_weights)
+
+    def _stem(self, kind: str, step: tuple[int, ...], eps: float) -> Layers:
+        conv, dim = CONVOLUTIONS[self.ndim], self.dims[0]
+        if kind == "patchify":
+            return Layers(conv(self.in_chans, dim, step, stride=step), LayerNorm2d(dim, eps))
+        kernel = tuple(min(size, 3) for size in self.kernel_size)
+        return Layers(
+            conv(self.in_chans, dim, kernel, padding=tuple(size // 2 for size in kernel)),
+            LayerNorm2d(dim, eps),
+            nn.GELU(),
+            conv(dim, dim, step, stride=step, groups=dim),
+            LayerNorm2d(dim, eps),
+        )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the input of each block for backward, which computes the block again: less memory, more time.
@@ -274,101 +323,6 @@ class ConvNeXtV2Encoder(nn.Module):
             "stem": r"^downsample_layers\.0",
             "blocks": r"^(?:downsample_layers|stages)\.(\d+)" if coarse else blocks,
         }
-
-
-class ConvNeXtV2(ConvNeXtV2Encoder):
-    """The classifier: stages, mean over space, LayerNorm, Linear. It has the methods of timm's models.
-
-    Args:
-        num_classes: outputs of the head; 0 leaves out its Linear.
-        head_init_scale: factor on the initial head weights.
-        drop_rate: dropout before the Linear of the head.
-        global_pool: `"avg"`, or `""` for a head that runs at every site.
-        **encoder: arguments of `ConvNeXtV2Encoder`.
-
-    Raises:
-        ValueError: `global_pool` is another one.
-    """
-
-    head: nn.Module
-    global_pool: str
-
-    def __init__(
-        self,
-        num_classes: int = 1000,
-        head_init_scale: float = 1.0,
-        drop_rate: float = 0.0,
-        global_pool: str = "avg",
-        **encoder: Any,
-    ) -> None:
-        super().__init__(**encoder)
-        self.drop_rate = drop_rate
-        self.head_hidden_size = self.num_features
-        self.norm: nn.Module = nn.LayerNorm(self.num_features, eps=1e-6)
-        self.reset_classifier(num_classes, global_pool)
-        with torch.no_grad():
-            for weight in self.head.parameters():  # the bias is 0
-                weight.mul_(head_init_scale)
-
-    def forward(self, images: Tensor | SparseTensor) -> Tensor:  # type: ignore[override]
-        """Return logits `(B, num_classes)` for images `(B, in_chans, *spatial)` or for their visible pixels."""
-        return self.forward_head(self.forward_features(images))
-
-    def forward_features(
-        self, images: Tensor | SparseTensor, mask: Tensor | None = None, visible: int | None = None
-    ) -> Any:
-        """Return the output of the last stage alone, as timm's classifiers do; `ConvNeXtV2Encoder` has the arguments.
-
-        `forward_intermediates` returns those of all stages.
-        """
-        return self._outputs(images, mask, visible)[-1]
-
-    def forward_head(self, x: Any, pre_logits: bool = False) -> Any:
-        """Return logits for the output of the last stage; with `pre_logits` the features that the Linear takes."""
-        pooled = self.global_pool == "avg"
-        y = x.mean(dim=tuple(range(2, 2 + self.ndim))) if pooled else x.movedim(1, -1)
-        y = nn.functional.dropout(self.norm(y), self.drop_rate, self.training)
-        if not pre_logits:
-            y = self.head(y)
-        return y if pooled else y.movedim(-1, 1)
-
-    def get_classifier(self) -> nn.Module:
-        """Return the last layer, a Linear, or an Identity if `num_classes` is 0."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the last layer by a new one.
-
-        Args:
-            num_classes: outputs; 0 leaves it out.
-            global_pool: as in the constructor; None keeps the present one.
-        """
-        if global_pool not in (None, "avg", ""):
-            raise ValueError(f"global_pool is {global_pool!r}: expected 'avg' or ''")
-        self.global_pool = self.global_pool if global_pool is None else global_pool
-        self.num_classes = num_classes
-        where = next(self.parameters())
-        self.head = nn.Identity()
-        if num_classes:
-            self.head = nn.Linear(self.num_features, num_classes, device=where.device, dtype=where.dtype)
-            init_weights(self.head)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the stages after the last of `indices`, and with `prune_norm` and `prune_head` parts of the head.
-
-        Without its last stages a network loses its norm and head in any case.
-        """
-        stages = len(self.stages)
-        taken = super().prune_intermediate_layers(indices)
-        cut = len(self.stages) < stages
-        if prune_norm or cut:
-            self.norm = nn.Identity()
-        if prune_head or cut:
-            self.reset_classifier(0, "")
-        self.head_hidden_size = self.num_features
-        return taken
 
 
 def init_weights(module: nn.Module) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sparsecnx.models.convnextv2 import ConvNeXtV2, ConvNeXtV2Encoder, get_size
+from sparsecnx.models.classifier import ConvNeXtV2
+from sparsecnx.models.convnextv2 import ConvNeXtV2Encoder, get_size
 from sparsecnx.models.fcmae import FCMAE
 
 
@@ -38,6 +39,11 @@ def create_fcmae(
     kernel_size: int | Sequence[int] = 7,
     stem: int | Sequence[int] = 4,
     strides: int | Sequence[int | Sequence[int]] = 2,
+    stem_type: str = "patchify",
+    block: str = "v2",
+    norm_eps: float = 1e-6,
+    grn_eps: float = 1e-6,
+    dwconv_bias: bool = True,
     **options: Any,
 ) -> FCMAE:
     """Build an FCMAE with the `ConvNeXtV2Encoder` of a named size; other options are those of `FCMAE`.
@@ -46,8 +52,22 @@ def create_fcmae(
         ValueError: there is no such size, or an argument does not fit the encoder or FCMAE.
     """
     config = get_size(size)
-    geometry: dict[str, Any] = {"ndim": ndim, "kernel_size": kernel_size, "stem": stem, "strides": strides}
-    encoder = ConvNeXtV2Encoder(config.depths, config.dims, in_chans, drop_path_rate, grn_scope, **geometry)
+    encoder = ConvNeXtV2Encoder(
+        config.depths,
+        config.dims,
+        in_chans,
+        drop_path_rate,
+        grn_scope,
+        ndim=ndim,
+        kernel_size=kernel_size,
+        stem=stem,
+        strides=strides,
+        stem_type=stem_type,
+        block=block,
+        norm_eps=norm_eps,
+        grn_eps=grn_eps,
+        dwconv_bias=dwconv_bias,
+    )
     return FCMAE(encoder, **options)
 
 

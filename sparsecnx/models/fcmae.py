@@ -8,22 +8,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sparsecnx.geometry.layout import Layout
-from sparsecnx.geometry.packing import gather_rows
-from sparsecnx.geometry.tiles import TileSet
-from sparsecnx.models.convnextv2 import ConvNeXtV2Encoder, Layers, init_weights
+from sparsecnx.models.convnextv2 import init_weights
+from sparsecnx.models.decoder import decoder_blocks, every_site, to_grid
 from sparsecnx.models.encoders import stages_of
 from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
-from sparsecnx.nn import ConvNeXtV2Block
 from sparsecnx.nn.layers import CONVOLUTIONS
 from sparsecnx.tensor import SparseTensor
 
 
 class FCMAE(MaskedAutoencoder):
-    """An encoder on the visible patches, a light decoder on all, and the loss on the masked ones.
+    """An encoder on the visible patches, a light decoder on all, and by default the loss on the masked ones.
 
-    It has the dimensions of its encoder: images, volumes or signals. The decoder has the kernel of a ConvNeXt V2
-    encoder, and kernels of 7 sites for any other.
+    It has the dimensions of its encoder: images, volumes or signals. The decoder has ConvNeXt V2 blocks with the
+    kernel, epsilons and biases of a `ConvNeXtV2Encoder`, and for any other encoder with the published ones.
 
     Args:
         encoder: `ConvNeXtV2Encoder`, any ConvNet of timm, or a module that returns a feature map for a SparseTensor of
@@ -33,6 +30,7 @@ class FCMAE(MaskedAutoencoder):
         decoder_depth: blocks of the decoder.
         decoder_dim: channels of the decoder.
         norm_pix_loss: True normalises the target pixels of every patch to zero mean and unit variance.
+        loss_on: the patches that the loss counts, `"masked"`, `"all"` or `"visible"`.
 
     Raises:
         TypeError, ValueError: the encoder has no feature maps of images, or `patch_size` does not fit its stride.
@@ -45,14 +43,14 @@ class FCMAE(MaskedAutoencoder):
         decoder_depth: int = 1,
         decoder_dim: int = 512,
         norm_pix_loss: bool = True,
+        loss_on: str = "masked",
     ) -> None:
         stages = stages_of(encoder, patch_size)
-        super().__init__(encoder, stages, patch_size, norm_pix_loss)
-        conv, kernel = CONVOLUTIONS[self.ndim], encoder.kernel_size if isinstance(encoder, ConvNeXtV2Encoder) else 7
+        super().__init__(encoder, stages, patch_size, norm_pix_loss, loss_on=loss_on)
+        conv = CONVOLUTIONS[self.ndim]
         self.proj = conv(stages.channels[-1], decoder_dim, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, *(1,) * self.ndim))
-        blocks = (ConvNeXtV2Block(decoder_dim, kernel_size=kernel, ndim=self.ndim) for _ in range(decoder_depth))
-        self.decoder = Layers(*blocks)
+        self.decoder = decoder_blocks(encoder, decoder_depth, decoder_dim, self.ndim)
         # The kernel is 1x1 for the published 32-pixel patch. A larger patch is predicted from all its sites.
         sites = tuple(p // step for p, step in zip(self.patch, stages.strides[-1], strict=True))
         self.pred = conv(decoder_dim, math.prod(self.patch) * self.in_chans, sites, stride=sites)
@@ -71,11 +69,4 @@ class FCMAE(MaskedAutoencoder):
 
     def forward_decoder(self, encoded: SparseTensor) -> Tensor:
         """Return predictions `(B, prod(patch) * C, *grid)` for the SparseTensor of the last stage."""
-        x = self.proj(encoded).dense(fill=self.mask_token.flatten())
-        # The decoder sees every site. It runs on a SparseTensor without a mask: the fused operator is faster than the
-        # dense sequence and keeps less for backward, and a matrix product than torch's dense convolution of volumes.
-        batch, sites = x.shape[0], self.pred.kernel_size
-        grid = tuple(side // site for side, site in zip(x.shape[2:], sites, strict=True))
-        layout = Layout(TileSet.all_visible(batch, grid, x.device), sites, encoded.layout.stride)
-        patches = self.pred(self.decoder(SparseTensor(gather_rows(x, layout), layout)))
-        return patches.features.unflatten(0, (batch, *grid)).movedim(-1, 1)  # A patch is a row, in raster order.
+        return to_grid(self.pred(self.decoder(every_site(encoded, self.proj, self.mask_token, self.pred.kernel_size))))

@@ -1,42 +1,30 @@
-"""Share what masked autoencoders have in common: masks, patches, and the loss on masked pixels."""
+"""Share what masked autoencoders of one image have in common: patches, and the loss on them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsecnx.geometry.mask_reading import check_same_device, read_mask
-from sparsecnx.geometry.masks import random_mask, visible_count
-from sparsecnx.models.convnextv2 import one_if_equal, shape_of
-from sparsecnx.models.encoders import Stages, fits
+from sparsecnx.models.encoders import Stages
+from sparsecnx.models.masked_encoder import MaskedEncoder, without_invalid
+from sparsecnx.models.patches import check_loss_on, counted_patches, patchify, squared_errors
 from sparsecnx.tensor import SparseTensor
 
 
-class MaskedAutoencoder(nn.Module):
-    """Mask images, predict the masked patches from the visible ones, and compare. A subclass defines `predict`.
+class MaskedAutoencoder(MaskedEncoder):
+    """Mask images, predict all patches from the visible ones, and compare. A subclass defines `predict`.
 
     Args:
-        encoder: the network that is trained.
-        stages: its feature maps.
-        patch_size: pixels per patch side, one number or one for each axis; None is the stride of the encoder.
+        encoder, stages, patch_size, below_tile: see `MaskedEncoder`.
         norm_pix_loss: True normalises the target pixels of every patch to zero mean and unit variance.
-        below_tile: see `SparseTensor.from_dense`.
-
-    Attributes:
-        ndim: spatial dimensions, those of the encoder.
-        patch: pixels per patch along each axis.
-        patch_size, stride: pixels per patch and per site of the last map; a tuple where axes differ.
+        loss_on: the patches that the loss counts, `"masked"`, `"all"` or `"visible"`.
 
     Raises:
-        ValueError: `patch_size` is no multiple of the stride of the encoder; with `below_tile="dense"` it may also
-            divide the stride.
+        ValueError: `patch_size` does not fit the encoder, see `MaskedEncoder`, or `loss_on` is another one.
     """
-
-    _remedy = ""  # where patch size and stride do not fit
 
     def __init__(
         self,
@@ -45,34 +33,12 @@ class MaskedAutoencoder(nn.Module):
         patch_size: int | Sequence[int] | None,
         norm_pix_loss: bool = True,
         below_tile: str = "raise",
+        loss_on: str = "masked",
     ) -> None:
-        super().__init__()
-        stride = stages.strides[-1]
-        given = stride if patch_size is None else patch_size
-        patch = (given,) * stages.ndim if isinstance(given, int) else tuple(given)
-        if len(patch) != stages.ndim or not fits(patch, stride, below_tile):
-            raise ValueError(
-                f"patch_size is {patch_size}: expected a multiple of {one_if_equal(stride)} pixels on {stages.ndim} "
-                f"axes, the stride of the encoder, a {type(encoder).__name__}{self._remedy}"
-            )
-        self.encoder = encoder
-        self.ndim, self.in_chans = stages.ndim, stages.in_chans
-        self.patch, self.patch_size = patch, one_if_equal(patch)
-        self.norm_pix_loss = norm_pix_loss
-        self.below_tile = below_tile
-        self.stride = one_if_equal(stride)
-        self._stages = stages
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep little of the encoder for backward, which computes it again: less memory, more time.
-
-        Raises:
-            TypeError: the encoder has no such method.
-        """
-        method: Any = getattr(self.encoder, "set_grad_checkpointing", None)
-        if method is None:
-            raise TypeError(f"encoder is a {type(self.encoder).__name__}: it has no set_grad_checkpointing")
-        method(enable)
+        super().__init__(encoder, stages, patch_size, below_tile)
+        check_loss_on(loss_on)
+        self.norm_pix_loss, self.loss_on = norm_pix_loss, loss_on
+        self._needs_masked = loss_on == "masked"
 
     def forward(
         self,
@@ -80,6 +46,7 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: float = 0.6,
         mask: Tensor | None = None,
         *,
+        valid: Tensor | None = None,
         visible: int | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,6 +58,8 @@ class MaskedAutoencoder(nn.Module):
                 L patches stay visible.
             mask: `(B, L)`, `(B, *grid)` or `(B, 1, *grid)`, or a mask of pixels, True or 1 = masked; the same without B
                 for all images. See `SparseTensor.from_dense`.
+            valid: bool of the shape of `images`, or `(B, 1, *spatial)` for all channels; False = the pixel has no
+                value, such as NaN or nodata. It enters the network as 0 and has no part in the loss.
             visible: number of visible patches of `mask`, if it is known and equal in all images, see
                 `SparseTensor.from_dense`.
             generator: source of the random mask, on the device of `images` or on the CPU.
@@ -103,52 +72,50 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit; the message names it.
         """
-        grid = self.grid(images)
-        cells = math.prod(grid)
-        if not isinstance(mask_ratio, (int, float)):
-            raise TypeError(f"mask_ratio is a {type(mask_ratio).__name__}: expected a number; a mask is given as mask=")
-        if mask is None:
-            visible = visible_count(cells, mask_ratio, "mask_ratio")
-            if visible == cells:
-                raise ValueError(f"mask_ratio is {mask_ratio}: it leaves no patch to reconstruct")
-            device = images.device if generator is None else generator.device
-            mask = random_mask(images.shape[0], grid, mask_ratio, generator=generator, device=device)
-            mask = mask.to(images.device)
-        check_same_device(mask, images, "images")
-        mask = read_mask(mask, tuple(images.shape[2:]), images.shape[0], name="images", grid=grid)
-        pred = self.predict(SparseTensor.from_dense(images, mask, visible, below_tile=self.below_tile))
-        mask = mask.flatten(1)
-        return self._loss(images, pred, mask, grid), pred, mask
+        x, mask = self.mask_images(images, mask_ratio, mask, valid=valid, visible=visible, generator=generator)
+        pred = self.predict(x)
+        return self.reconstruction_loss(images, pred, mask, valid), pred, mask
 
     def predict(self, x: SparseTensor) -> Tensor:
         """Return the pixels of all patches, `(B, prod(patch) * C, *grid)`, from the visible ones."""
         raise NotImplementedError
 
-    def reconstruction_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Return the mean squared error of the pixels of the masked patches, 0 if none is masked.
+    def reconstruction_loss(self, images: Tensor, pred: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Return the mean error of the patches that count, 0 if there is none.
 
-        With `norm_pix_loss` the target of a patch is `(t - mean) / sqrt(var + 1e-6)`, var unbiased.
+        The error of a patch is the mean squared error of its valid pixels. With `norm_pix_loss` the target of a patch
+        is `(t - mean) / sqrt(var + 1e-6)`, of its valid pixels, var unbiased. Patches count as `loss_on` says; those
+        without a valid pixel do not.
+
+        Args:
+            images, valid: see `forward`.
+            pred, mask: as `forward` returns them.
         """
-        return self._loss(images, pred, mask, self.grid(images))
+        total, count = self.summed_error(images, pred, mask, valid)
+        return total / count.clamp(min=1)
 
-    def _loss(self, images: Tensor, pred: Tensor, mask: Tensor, grid: tuple[int, ...]) -> Tensor:
-        target = self._patches(images.to(torch.promote_types(images.dtype, torch.float32)), grid)
-        if self.norm_pix_loss:
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (variance + 1e-6).sqrt()
-        error = (pred.flatten(2).mT.to(target.dtype) - target).square().mean(dim=-1)
-        return (error * mask).sum() / mask.sum().clamp(min=1)
+    def summed_error(
+        self, images: Tensor, pred: Tensor, mask: Tensor, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum of the errors of the patches that count, and their number, whose quotient is the loss.
+
+        Processes that hold different numbers of such patches have the loss of all of them if each adds up both.
+
+        Args:
+            images, pred, mask, valid: see `reconstruction_loss`.
+        """
+        self.grid(images)
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        target = patchify(without_invalid(images, valid), self.patch)
+        there = None if valid is None else patchify(valid.expand_as(images), self.patch)
+        error = squared_errors(pred.flatten(2).mT.to(target.dtype), target, there, self.norm_pix_loss)
+        counted = counted_patches(mask, self.loss_on, there)
+        return (error * counted).sum(), counted.sum()
 
     def patchify(self, images: Tensor) -> Tensor:
         """Cut images `(B, C, *spatial)` into patches `(B, L, prod(patch) * C)`, pixels as (row, column, colour)."""
-        return self._patches(images, self.grid(images))
-
-    def _patches(self, images: Tensor, grid: tuple[int, ...]) -> Tensor:
-        n = len(grid)
-        sides = [side for cells, p in zip(grid, self.patch, strict=True) for side in (cells, p)]
-        patches = images.reshape(images.shape[0], self.in_chans, *sides)
-        order = [*range(2, 2 + 2 * n, 2), *range(3, 3 + 2 * n, 2), 1]  # cells, pixels, colour
-        return patches.permute(0, *order).reshape(images.shape[0], math.prod(grid), -1)
+        self.grid(images)
+        return patchify(images, self.patch)
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         """Join patches to images `(B, C, *spatial)`; undoes `patchify`.
@@ -174,23 +141,3 @@ class MaskedAutoencoder(nn.Module):
         order = [axis for i in range(n) for axis in (1 + i, 1 + n + i)]  # cell and pixel of each axis in turn
         sides = [cells * p for cells, p in zip(grid, self.patch, strict=True)]
         return images.permute(0, 1 + 2 * n, *order).reshape(-1, self.in_chans, *sides)
-
-    def grid(self, images: Tensor) -> tuple[int, ...]:
-        """Return the patches per axis of images `(B, C, *spatial)`.
-
-        Raises:
-            TypeError, ValueError: `images` is not floating, or a side is not a multiple of patch size and stride.
-        """
-        expected = shape_of(self.in_chans, self.ndim)
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images is {kind}: expected a floating tensor {expected}")
-        if images.ndim != 2 + self.ndim or images.shape[1] != self.in_chans or images.shape[0] == 0:
-            raise ValueError(f"images is {tuple(images.shape)}: expected {expected} with B >= 1")
-        sides = tuple(map(math.lcm, self.patch, self._stages.strides[-1]))
-        if 0 in images.shape or any(size % side for size, side in zip(images.shape[2:], sides, strict=True)):
-            name = "patch size" if sides == self.patch else "stride of the encoder"
-            raise ValueError(
-                f"images is {tuple(images.shape)}: its sides must be multiples of the {name}, {one_if_equal(sides)}"
-            )
-        return tuple(size // p for size, p in zip(images.shape[2:], self.patch, strict=True))

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from sparsecnx.models.convnextv2 import one_if_equal
 from sparsecnx.models.encoders import stages_of
 from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
+from sparsecnx.models.patches import patchify
 from sparsecnx.nn import LayerNorm2d
 from sparsecnx.tensor import SparseTensor
 
@@ -43,6 +44,7 @@ class SparK(MaskedAutoencoder):
         norm_pix_loss: True normalises the target pixels of every patch to zero mean and unit variance.
         below_tile: `"dense"` lets the stride of the encoder exceed the patch, see `SparseTensor.from_dense`. Maps of
             larger strides are dense, and take no mask token.
+        loss_on: the patches that the loss counts, `"masked"`, `"all"` or `"visible"`.
 
     Raises:
         TypeError, ValueError: the encoder has no feature maps of images, no side of one or another side than its half
@@ -61,9 +63,10 @@ class SparK(MaskedAutoencoder):
         densify_norm: str | None = None,
         norm_pix_loss: bool = True,
         below_tile: str = "raise",
+        loss_on: str = "masked",
     ) -> None:
         stages = stages_of(encoder, patch_size, below_tile)
-        super().__init__(encoder, stages, patch_size, norm_pix_loss, below_tile)
+        super().__init__(encoder, stages, patch_size, norm_pix_loss, below_tile, loss_on)
         if levels < 1:
             raise ValueError(f"levels is {levels}: expected 1 or more")
         taken = stages.strides[: -levels - 1 : -1]  # the coarsest first
@@ -112,7 +115,7 @@ class SparK(MaskedAutoencoder):
                 strict=True,
             )
         ]
-        return self._patches(self.decoder(maps), grid).mT.unflatten(2, grid)
+        return patchify(self.decoder(maps), self.patch).mT.unflatten(2, grid)
 
 
 class Decoder(nn.Module):

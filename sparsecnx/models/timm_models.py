@@ -11,7 +11,8 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
-from sparsecnx.models.convnextv2 import SIZES, ConvNeXtV2
+from sparsecnx.models.classifier import ConvNeXtV2
+from sparsecnx.models.convnextv2 import SIZES
 
 PREFIX = "sparsecnx_convnextv2_"
 # Images are normalised as in pretraining. There are no weights to download.

@@ -6,13 +6,14 @@ Each also takes a dense tensor, as the torch module it derives from, so that one
 serves both. State dicts are interchangeable.
 """
 
-from sparsecnx.nn.block import ConvNeXtV2Block
+from sparsecnx.nn.block import ConvNeXtBlock, ConvNeXtV2Block
 from sparsecnx.nn.layers import GELU, GRN, Conv2d, LayerNorm, LayerNorm2d, Linear, StochasticDepth
 
 __all__ = [
     "GELU",
     "GRN",
     "Conv2d",
+    "ConvNeXtBlock",
     "ConvNeXtV2Block",
     "LayerNorm",
     "LayerNorm2d",

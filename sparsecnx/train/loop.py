@@ -258,7 +258,7 @@ class Trainer:
         millions = sum(p.numel() for p in self.learner.model.parameters()) / 1e6
         repeats = f" x {r.epoch_repeats}" if r.epoch_repeats > 1 else ""
         accumulated = f" x {r.grad_accum_steps}" if r.grad_accum_steps > 1 else ""
-        grn = f", GRN per {r.grn_scope}" if r.model in SIZES else ""
+        grn = f", GRN per {r.grn_scope}" if r.model in SIZES and r.block == "v2" else ""
         start = f", going on from step {self.step}" if self.step else ""
         return [
             f"{METHODS[r.method]} {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.learner.device}, "

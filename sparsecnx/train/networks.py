@@ -75,7 +75,7 @@ def build_model(recipe: Recipe) -> MaskedAutoencoder:
 
 
 def _own_encoder(recipe: Recipe) -> nn.Module:
-    """Return ConvNeXt V2 whose stride is the patch, at most 32 on an axis.
+    """Return a network of ours whose stride is the patch, at most 32 on an axis.
 
     A patch of 32 has the published stem of 4 and three halvings. A smaller one has a smaller stem; below 8 the first
     downsamplings do not halve that axis, as those of networks for volumes with few slices.
@@ -92,6 +92,11 @@ def _own_encoder(recipe: Recipe) -> nn.Module:
         ndim=recipe.ndim,
         stem=stem,
         strides=strides,
+        stem_type=recipe.stem_type,
+        block=recipe.block,
+        norm_eps=recipe.norm_eps,
+        grn_eps=recipe.grn_eps,
+        dwconv_bias=recipe.dwconv_bias,
     )
 
 
@@ -115,9 +120,10 @@ def _foreign_encoder(recipe: Recipe) -> nn.Module:
 
 
 def _autoencoder(recipe: Recipe, encoder: nn.Module) -> MaskedAutoencoder:
-    options: dict[str, Any] = {"patch_size": recipe.patch_size, "norm_pix_loss": recipe.norm_pix_loss}
-    if recipe.decoder_dim is not None:
-        options["decoder_dim"] = recipe.decoder_dim
+    options: dict[str, Any] = {field: getattr(recipe, field) for field in ("patch_size", "norm_pix_loss", "loss_on")}
+    for field in ("decoder_dim", "decoder_depth"):
+        if getattr(recipe, field) is not None:
+            options[field] = getattr(recipe, field)
     if recipe.method == "spark":
         return SparK(encoder, below_tile=recipe.below_tile, **options)
     return FCMAE(encoder, **options)

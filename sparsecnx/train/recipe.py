@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from sparsecnx.common.errors import InputError
 from sparsecnx.geometry.masks import visible_count
 from sparsecnx.models import SIZES
+from sparsecnx.models.convnextv2 import BLOCKS, STEMS
+from sparsecnx.models.patches import LOSS_ON
 from sparsecnx.ops.global_response_norm.groups import SCOPES
 from sparsecnx.train.data.augment import SMALLEST_AREA
 from sparsecnx.train.networks import unknown_network
@@ -50,6 +52,8 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "float": ((int, float), "a number"),
     "int | tuple[int, ...]": ((int, tuple), "a whole number, or"),
 }
+# These are options of our own networks alone.
+OWN = ("grn_scope", "block", "stem_type", "norm_eps", "grn_eps", "dwconv_bias")
 INTERNAL = {"first_epoch"}  # fields that a run sets itself
 NUMBERS = {1: "one", 2: "two", 3: "three"}
 
@@ -93,6 +97,14 @@ class Recipe:
             `"percentiles"`, the percentiles 0.5 and 99.5 become 0 and 1, and values beyond are clipped; `"none"`.
         below_tile: `"dense"` lets the stride of the network exceed the patch, see `SparK`; of SparK alone.
         decoder_dim: channels of the decoder; None is the published number, 512 for FCMAE and 768 for SparK.
+        decoder_depth: blocks of the decoder; None is the published number, 1; of FCMAE alone.
+        loss_on: the patches that the loss counts, `"masked"`, `"all"` or `"visible"`.
+        block: `"v2"`, or `"v1"` for the block of the first ConvNeXt, without GRN; of our own networks alone.
+        stem_type: `"patchify"` as published, or `"conv3x3"`, a convolution of every pixel before the strided one; of
+            our own networks alone.
+        norm_eps: epsilon of LayerNorm; of our own networks alone.
+        grn_eps: epsilon of GRN; of our own networks with blocks v2 alone.
+        dwconv_bias: biases of the depthwise convolutions of the blocks; of our own networks alone.
         ema_decay: decay of a moving average of the weights, such as 0.9999, that is trained beside the network as its
             teacher and kept in the checkpoints; None keeps none.
         transform: `module:function`, a Python function that takes and returns a crop of a volume; None for none.
@@ -126,6 +138,13 @@ class Recipe:
     normalize: str = "imagenet"
     below_tile: str = "raise"
     decoder_dim: int | None = None
+    decoder_depth: int | None = None
+    loss_on: str = "masked"
+    block: str = "v2"
+    stem_type: str = "patchify"
+    norm_eps: float = 1e-6
+    grn_eps: float = 1e-6
+    dwconv_bias: bool = True
     transform: str | None = None
     masks: str | None = None
     ema_decay: float | None = None
@@ -142,9 +161,7 @@ class Recipe:
         self._expect("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
         if (problem := unknown_network(self.model)) is not None:
             raise InputError("model", _typed(self.model), problem)
-        self._expect("grn_scope", self.grn_scope in SCOPES, f"one of {', '.join(SCOPES)}")
-        own = self.grn_scope == "sample" or self.model in SIZES
-        self._expect("grn_scope", own, f"sample, since {self.model} is no network of sparsecnx")
+        self._expect_network()
         self._expect("dtype", self.dtype in TRAINING_DTYPES, f"one of {', '.join(TRAINING_DTYPES)}")
         for field in ("epochs", "batch_size", "grad_accum_steps", "epoch_repeats", "max_pixels"):
             self._expect(field, 1 <= getattr(self, field) <= MANY, f"1 or more, at most {MANY}")
@@ -160,6 +177,10 @@ class Recipe:
             self._expect("ema_decay", 0 < self.ema_decay < 1, "more than 0, less than 1")
         if self.decoder_dim is not None:
             self._expect("decoder_dim", 1 <= self.decoder_dim <= 2**16, f"1 to {2**16}")
+        if self.decoder_depth is not None:
+            self._expect("decoder_depth", self.method == "fcmae", f"none, since {self.method} has a decoder of its own")
+            self._expect("decoder_depth", 1 <= self.decoder_depth <= 2**8, f"1 to {2**8}")
+        self._expect("loss_on", self.loss_on in LOSS_ON, f"one of {', '.join(LOSS_ON)}")
         if self.warmup_epochs is not None:
             self._expect("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"0 to epochs, {self.epochs}")
         self._expect("first_epoch", 0 <= self.first_epoch < self.epochs, f"0 to {self.epochs - 1}")
@@ -187,6 +208,19 @@ class Recipe:
         self._expect("mask_ratio", 0 <= self.mask_ratio < 1, "0 <= ratio < 1")
         some = f"a ratio that masks some of the {patches} patches of an image of {self.pixels} pixels, not all"
         self._expect("mask_ratio", 0 < int(patches * (1 - self.mask_ratio)) < patches, some)
+
+    def _expect_network(self) -> None:
+        """Refuse options of our own networks that are none, or that a network or its blocks do not have."""
+        for field, choices in {"grn_scope": SCOPES, "block": BLOCKS, "stem_type": STEMS}.items():
+            self._expect(field, getattr(self, field) in choices, f"one of {', '.join(choices)}")
+        for field in ("norm_eps", "grn_eps"):
+            self._expect(field, 0 < getattr(self, field) <= 1, "more than 0, at most 1")
+        for field in OWN:
+            default = getattr(type(self), field)
+            same, wanted = getattr(self, field) == default, _typed(default)
+            self._expect(field, same or self.model in SIZES, f"{wanted}, since {self.model} is no network of sparsecnx")
+            if field in ("grn_scope", "grn_eps"):
+                self._expect(field, same or self.block == "v2", f"{wanted}, since blocks {self.block} have no GRN")
 
     def _expect_types(self) -> None:
         """Refuse what Python would compute with for a while, such as a `batch_size` of 2.5 or of True."""

@@ -150,13 +150,18 @@ def timm_name(name: str) -> str:
     return re.sub(r"^norm\.", "head.norm.", re.sub(r"^head\.", "head.fc.", name))
 
 
-def test_classifier_is_that_of_timm():
+@pytest.mark.parametrize(("name", "block"), [("convnextv2_atto", "v2"), ("convnext_tiny", "v1")])
+def test_classifier_is_that_of_timm(name, block):
     timm = pytest.importorskip("timm")
-    theirs = randomise_grn(timm.create_model("convnextv2_atto", num_classes=5)).double().eval()
-    ours = models.convnextv2_atto(num_classes=5).double().eval()
+    size = {"depths": (2, 1, 1, 1), "dims": (40, 80, 160, 320)}
+    theirs = randomise_grn(timm.create_model(name, num_classes=5, **size)).double().eval()
+    ours = models.ConvNeXtV2(num_classes=5, block=block, **size).double().eval()
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("gamma"):  # LayerScale starts so small that it would hide the block
+            torch.nn.init.normal_(parameter)
     state = theirs.state_dict()
     assert sorted(map(timm_name, ours.state_dict())) == sorted(state)
-    # timm keeps the linear layers as 1x1 convolutions and GRN as vectors.
+    # timm keeps the linear layers of V2 as 1x1 convolutions and GRN as vectors.
     ours.load_state_dict({name: state[timm_name(name)].view_as(p) for name, p in ours.state_dict().items()})
     x = images(2)
     with torch.no_grad():

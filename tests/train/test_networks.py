@@ -13,6 +13,7 @@ from sparsecnx import load_encoder
 from sparsecnx.cli import main
 from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.models import SparK
+from sparsecnx.nn import ConvNeXtBlock
 from sparsecnx.train import contents, networks
 from sparsecnx.train.loop import Trainer
 from sparsecnx.train.options import Options
@@ -134,6 +135,30 @@ def test_spark_of_our_own_networks(photos, tmp_path):
     assert kept == ["head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"]
     out = tmp_path / "encoder.safetensors"
     assert main(["convert", str(tmp_path / "run/last.pt"), str(out), "--to", "timm"]) == 0
+
+
+def test_fields_of_our_own_networks_reach_the_model():
+    given = {"stem_type": "conv3x3", "norm_eps": 1e-5, "grn_eps": 1e-4, "dwconv_bias": False, "grn_scope": "batch"}
+    model = networks.build_model(Recipe(patch_size=8, image_size=56, decoder_depth=2, loss_on="all", **given))
+    assert (model.patch, model.stride, model.loss_on, len(model.decoder)) == ((8, 8), 8, "all", 2)
+    stem, block = model.encoder.downsample_layers[0], model.encoder.stages[0][0]
+    assert (stem[0].kernel_size, stem[3].stride, stem[1].eps) == ((3, 3), (1, 1), 1e-5)
+    assert (block.dwconv.bias, block.norm.eps, block.grn.eps, block.grn.scope) == (None, 1e-5, 1e-4, "batch")
+    spark = networks.build_model(Recipe(method="spark", block="v1", loss_on="visible"))
+    assert spark.loss_on == "visible" and isinstance(spark.encoder.stages[0][0], ConvNeXtBlock)
+
+
+def test_a_run_of_another_network_of_the_family(photos, tmp_path, capsys):
+    given = {"block": "v1", "stem_type": "conv3x3", "norm_eps": 1e-5, "dwconv_bias": False, "decoder_depth": 2}
+    assert train(photos, tmp_path / "run", epochs=1, patch_size=16, loss_on="all", **given) == 0
+    said = capsys.readouterr().out
+    assert "peak learning rate" in said and "GRN" not in said
+    recipe = contents.load(tmp_path / "run/last.pt").recipe
+    assert {field: getattr(recipe, field) for field in given} == given
+    network = networks.build_model(recipe).encoder
+    assert load_encoder(network, tmp_path / "run/last.pt") == []
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in encoder_of(tmp_path / "run").items())
+    assert main(["reconstruct", str(tmp_path / "run/last.pt"), "--out", str(tmp_path / "grid.png")]) == 0
 
 
 def test_fcmae_of_timm_trains_what_it_reaches(photos, tmp_path):

@@ -91,6 +91,12 @@ def test_batch_larger_than_an_epoch():
         ("seed", 2**63, "less than 2"),
         ("epochs", 10**400, "at most 1000000000"),
         ("image_size", 32_000, "at most --max-pixels, 64000000"),
+        ("block", "v3", "expected one of v2, v1"),
+        ("stem_type", "conv", "expected one of patchify, conv3x3"),
+        ("norm_eps", 0.0, "more than 0, at most 1"),
+        ("grn_eps", math.nan, "more than 0, at most 1"),
+        ("decoder_depth", 0, "1 to 256"),
+        ("loss_on", "hidden", "expected one of masked, all, visible"),
     ],
 )
 def test_a_field_out_of_range_is_named(field, value, expected):
@@ -99,6 +105,32 @@ def test_a_field_out_of_range_is_named(field, value, expected):
     assert error.value.argument == field
     shown = "x".join(map(str, value)) if isinstance(value, tuple) and 100 in value else str(value)
     assert ("1329 bits" if value == 10**400 else shown) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "given", "expected"),
+    [
+        *[
+            (field, value, {"model": "timm:resnet18"}, f"expected {default}, since timm:resnet18 is no network of")
+            for field, value, default in (
+                ("block", "v1", "v2"),
+                ("stem_type", "conv3x3", "patchify"),
+                ("norm_eps", 1e-5, "1e-06"),
+                ("grn_eps", 1e-4, "1e-06"),
+                ("dwconv_bias", False, "True"),
+            )
+        ],
+        ("grn_eps", 1e-4, {"block": "v1"}, "expected 1e-06, since blocks v1 have no GRN"),
+        ("grn_scope", "batch", {"block": "v1"}, "expected sample, since blocks v1 have no GRN"),
+        ("decoder_depth", 1, {"method": "spark"}, "expected none, since spark has a decoder of its own"),
+    ],
+)
+def test_a_field_without_a_meaning_is_named(field, value, given, expected):
+    if "model" in given:
+        pytest.importorskip("timm")
+    with pytest.raises(InputError, match=expected) as error:
+        Recipe(**given, **{field: value})
+    assert error.value.argument == field
 
 
 def test_a_resumed_run_keeps_its_recipe():

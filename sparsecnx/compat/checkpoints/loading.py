@@ -58,6 +58,8 @@ def load_encoder(
         state_dict, _, foreign = encoder_of(state_dict)
         if foreign:
             return _load_by_name(model, state_dict)
+        if (encoder := _own_encoder(state_dict)) is not None:
+            return _load_by_name(model, encoder)
         given, architecture = conversion.to_ours(state_dict, conversion.detect_format(state_dict))
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from error
@@ -102,6 +104,20 @@ def encoder_of(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[s
     if not encoder or not autoencoder:
         return state_dict, [], False
     return encoder, [name for name in state_dict if not name.startswith(prefix)], foreign
+
+
+def _own_encoder(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return the entries of an encoder of ours that no format of ConvNeXt V2 holds; None for any other state dict.
+
+    These are encoders with blocks V1, another stem or depthwise convolutions without bias, and those of `MPMAE`.
+    """
+    prefix = "encoder." if "encoder.downsample_layers.0.0.weight" in state_dict else ""
+    encoder = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    if "downsample_layers.0.0.weight" not in encoder:
+        return None
+    blocks = all(any(part in name for name in encoder) for part in (".grn.gamma", ".dwconv.bias"))
+    stem, several = "downsample_layers.0.3.weight" in encoder, any(name.startswith("decoders.") for name in state_dict)
+    return encoder if several or stem or not blocks else None
 
 
 def as_it_is(encoder: Mapping[str, Tensor]) -> conversion.Conversion:

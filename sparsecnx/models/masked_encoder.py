@@ -1,0 +1,150 @@
+"""Share what pretraining on visible patches has in common: the encoder, its patches and its masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsecnx.geometry.mask_reading import check_same_device, read_mask
+from sparsecnx.geometry.masks import random_mask, visible_count
+from sparsecnx.models.convnextv2 import one_if_equal, shape_of
+from sparsecnx.models.encoders import Stages, fits
+from sparsecnx.tensor import SparseTensor
+
+
+class MaskedEncoder(nn.Module):
+    """Mask images for an encoder of the visible patches. A subclass defines what is predicted from them.
+
+    Args:
+        encoder: the network that is trained.
+        stages: its feature maps.
+        patch_size: pixels per patch side, one number or one for each axis; None is the stride of the encoder.
+        below_tile: see `SparseTensor.from_dense`.
+
+    Attributes:
+        ndim: spatial dimensions, those of the encoder.
+        patch: pixels per patch along each axis.
+        patch_size, stride: pixels per patch and per site of the last map; a tuple where axes differ.
+
+    Raises:
+        ValueError: `patch_size` is no multiple of the stride of the encoder; with `below_tile="dense"` it may also
+            divide the stride.
+    """
+
+    _remedy = ""  # where patch size and stride do not fit
+    _needs_masked = True  # False where the loss counts visible patches, so that none need be masked
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        stages: Stages,
+        patch_size: int | Sequence[int] | None,
+        below_tile: str = "raise",
+    ) -> None:
+        super().__init__()
+        stride = stages.strides[-1]
+        given = stride if patch_size is None else patch_size
+        patch = (given,) * stages.ndim if isinstance(given, int) else tuple(given)
+        if len(patch) != stages.ndim or not fits(patch, stride, below_tile):
+            raise ValueError(
+                f"patch_size is {patch_size}: expected a multiple of {one_if_equal(stride)} pixels on {stages.ndim} "
+                f"axes, the stride of the encoder, a {type(encoder).__name__}{self._remedy}"
+            )
+        self.encoder = encoder
+        self.ndim, self.in_chans = stages.ndim, stages.in_chans
+        self.patch, self.patch_size = patch, one_if_equal(patch)
+        self.below_tile = below_tile
+        self.stride = one_if_equal(stride)
+        self._stages = stages
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep little of the encoder for backward, which computes it again: less memory, more time.
+
+        Raises:
+            TypeError: the encoder has no such method.
+        """
+        method: Any = getattr(self.encoder, "set_grad_checkpointing", None)
+        if method is None:
+            raise TypeError(f"encoder is a {type(self.encoder).__name__}: it has no set_grad_checkpointing")
+        method(enable)
+
+    def mask_images(
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.6,
+        mask: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        visible: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[SparseTensor, Tensor]:
+        """Return the visible pixels of images, and the mask, bool `(B, L)`, True = masked.
+
+        Args:
+            images, mask_ratio, mask, valid, visible, generator: see `MaskedAutoencoder.forward`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; the message names it.
+        """
+        grid = self.grid(images)
+        cells = math.prod(grid)
+        if not isinstance(mask_ratio, (int, float)):
+            raise TypeError(f"mask_ratio is a {type(mask_ratio).__name__}: expected a number; a mask is given as mask=")
+        if mask is None:
+            visible = visible_count(cells, mask_ratio, "mask_ratio")
+            if visible == cells and self._needs_masked:
+                raise ValueError(f"mask_ratio is {mask_ratio}: it leaves no patch to reconstruct")
+            device = images.device if generator is None else generator.device
+            mask = random_mask(images.shape[0], grid, mask_ratio, generator=generator, device=device)
+            mask = mask.to(images.device)
+        check_same_device(mask, images, "images")
+        mask = read_mask(mask, tuple(images.shape[2:]), images.shape[0], name="images", grid=grid)
+        x = SparseTensor.from_dense(without_invalid(images, valid), mask, visible, below_tile=self.below_tile)
+        return x, mask.flatten(1)
+
+    def grid(self, images: Tensor) -> tuple[int, ...]:
+        """Return the patches per axis of images `(B, C, *spatial)`.
+
+        Raises:
+            TypeError, ValueError: `images` is not floating, or a side is not a multiple of patch size and stride.
+        """
+        expected = shape_of(self.in_chans, self.ndim)
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images is {kind}: expected a floating tensor {expected}")
+        if images.ndim != 2 + self.ndim or images.shape[1] != self.in_chans or images.shape[0] == 0:
+            raise ValueError(f"images is {tuple(images.shape)}: expected {expected} with B >= 1")
+        sides = tuple(map(math.lcm, self.patch, self._stages.strides[-1]))
+        if 0 in images.shape or any(size % side for size, side in zip(images.shape[2:], sides, strict=True)):
+            name = "patch size" if sides == self.patch else "stride of the encoder"
+            raise ValueError(
+                f"images is {tuple(images.shape)}: its sides must be multiples of the {name}, {one_if_equal(sides)}"
+            )
+        return tuple(size // p for size, p in zip(images.shape[2:], self.patch, strict=True))
+
+
+def without_invalid(images: Tensor, valid: Tensor | None) -> Tensor:
+    """Return images whose pixels are 0 where `valid` is False.
+
+    Args:
+        images: `(B, C, *spatial)`.
+        valid: bool of that shape, or `(B, 1, *spatial)` for all channels; None leaves the images as they are.
+
+    Raises:
+        TypeError, ValueError: `valid` is not bool, of another shape or on another device.
+    """
+    if valid is None:
+        return images
+    if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+        kind = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+        raise TypeError(f"valid is {kind}: expected a bool tensor, True where a pixel has a value")
+    shapes = [(images.shape[0], channels, *images.shape[2:]) for channels in (images.shape[1], 1)]
+    if tuple(valid.shape) not in shapes:
+        raise ValueError(f"valid is {tuple(valid.shape)}: expected {shapes[0]} as images, or {shapes[1]}")
+    if valid.device != images.device:
+        raise ValueError(f"valid is on {valid.device}, images on {images.device}: pass valid.to(images.device)")
+    return images.masked_fill(~valid, 0)
