@@ -110,8 +110,9 @@ class Learner:
     def loss(self, images: Tensor, drawn: Drawn) -> Tensor:
         """Return the loss of a batch, see `backward`."""
         dtype = DTYPES[self.recipe.dtype]
+        missing = {} if drawn.valid is None else {"valid": drawn.valid}
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            loss: Tensor = self.forward(images, mask=drawn.mask, visible=drawn.visible)[0]
+            loss: Tensor = self.forward(images, mask=drawn.mask, visible=drawn.visible, **missing)[0]
         return loss
 
     def gradient_norm(self) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.data import augment, crops
 from sparsecnx.train.data.crops import Crops, Draw
-from sparsecnx.train.data.images import find_images, read_image
+from sparsecnx.train.data.formats import decode
+from sparsecnx.train.data.images import find_images
 from sparsecnx.train.data.loader import load_batches
 from sparsecnx.train.data.scale import normalize
 from sparsecnx.train.recipe import Recipe
@@ -21,7 +22,7 @@ def draws(start=0, images=8, **fields):
 
 def test_normalize_is_imagenets():
     images = torch.tensor([0, 255]).to(torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
-    black, white = normalize(images).flatten(1)
+    black, white = normalize(images, SMALL).flatten(1)
     torch.testing.assert_close(black, torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]))
     torch.testing.assert_close(white, torch.tensor([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]))
 
@@ -78,7 +79,7 @@ def test_unreadable_files_give_their_place_to_the_next(photos):
     assert crops.source.names[1:4] == ("3.png", "6.png", "cat/1.png")
 
     entry, unreadable = crops.read(1)
-    assert torch.equal(entry.pixels.values, read_image(str(photos / "6.png")))
+    assert torch.equal(entry.pixels.values, decode(str(photos / "6.png"), 3))
     assert list(unreadable) == ["3.png"]
     assert "truncated" in unreadable["3.png"]
 
