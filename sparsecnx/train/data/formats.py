@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,12 +125,12 @@ def decode(
                 colours = header.colours if len(kept) == 1 else ""
                 return with_channels(as_tensor(array, header.nodata, nodata), colours, channels)
     image = open_picture(path)
-    turn = orientation(image)
     if _is_tiff(path) or is_8_bit(image):
         with image:
             expect_one(Header("uint8", 3, "", image.height, image.width, frames(image)), None, max_pixels)
             pixels = decode_picture(image, channels)
         return pixels if nodata is None else as_tensor(pixels.numpy(), nodata)
+    turn = orientation(image)
     image.close()
     expect_one(read_header(path), None, max_pixels)
     with open(path, "rb") as file:
@@ -193,6 +194,10 @@ def _tiff_header(tiff: Any) -> Header:
     for page in pages:
         if page.dtype is None or page.dtype.kind not in "biuf":
             raise UnsupportedImage(f"holds values of {page.bitspersample} bits of type {page.dtype}: expected numbers")
+        if page.bitspersample < 8 and page.axes == "YXS":  # which tifffile 2026.3 does not unpack right
+            raise UnsupportedImage(
+                f"has {page.bitspersample} bits in a band, interleaved: expected 8 or more, or planes"
+            )
         if page.axes not in ("YX", "YXS", "SYX"):
             raise UnsupportedImage(f"has the axes {page.axes}: expected height, width and samples")
         if (page.shape, page.dtype) != (first.shape, first.dtype):
@@ -229,16 +234,23 @@ def _page_values(path: str, tiff: Any, number: int) -> np.ndarray[Any, Any]:
     try:
         values = np.asarray(page.asarray())
     except Exception as error:  # a codec that is missing or unknown raises errors of many kinds
-        try:
-            rasterio = importlib.import_module("rasterio")
-        except ImportError:
-            raise error from None
-        with rasterio.open(f"GTIFF_DIR:{page.index + 1}:{path}") as file:
-            found: np.ndarray[Any, Any] = file.read()
-        return found
+        return _by_rasterio(path, page.index, error)
     if page.axes == "YX":
         return values[None]
     return values if page.axes == "SYX" else values.transpose(2, 0, 1)
+
+
+def _by_rasterio(path: str, page: int, error: Exception) -> np.ndarray[Any, Any]:
+    """Return a page as `(C, H, W)`, or raise the error of tifffile if rasterio is not installed or fails too."""
+    try:
+        rasterio = importlib.import_module("rasterio")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of images without a place on Earth
+            with rasterio.open(f"GTIFF_DIR:{page + 1}:{path}") as file:
+                values: np.ndarray[Any, Any] = file.read()
+    except Exception:
+        raise error from None
+    return values
 
 
 def upright(values: np.ndarray[Any, Any], orientation: Any) -> np.ndarray[Any, Any]:

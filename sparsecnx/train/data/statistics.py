@@ -51,7 +51,8 @@ def measure(source: Source, given: Mapping[str, Any], dtypes: Sequence[str]) -> 
             types, remedy = " and ".join(sorted(set(dtypes))), "expected one type, or --value-range for all"
             raise InputError("data", source.root, f"holds values of the types {types}; {remedy}")
         value_range = KNOWN_RANGES.get(next(iter(dtypes), ""))
-    recipe = Recipe(**{field: given[field] for field in READING if field in given}, normalize="none")
+    reading = {field: given[field] for field in READING if field in given}
+    recipe = Recipe(**reading, normalize="dataset", value_range=value_range, mean=(0.0,), std=(1.0,))
     total: Moments | None = None
     for index in source.sample():
         try:
@@ -69,8 +70,9 @@ def measure(source: Source, given: Mapping[str, Any], dtypes: Sequence[str]) -> 
     mean, std = (total.mean - low) / (high - low), (total.squares / total.number).sqrt() / (high - low)
     for channel, value in enumerate(std.tolist()):
         if not value > 0 and given.get("std") is None:
-            what = "has no values" if math.isnan(value) else f"is constant, {total.mean[channel].item():g}"
-            raise InputError("data", source.root, f"channel {channel} {what} in the sample; expected others, or --std")
+            constant = f"is constant in the sample, {total.mean[channel].item():g}"
+            what = "has no values in the sample" if math.isnan(value) else constant
+            raise InputError("data", source.root, f"channel {channel} {what}; expected others, or --std")
     return {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())} | found
 
 
