@@ -22,8 +22,7 @@ from sparsecnx.train.config import write_config
 from sparsecnx.train.contents import Contents
 from sparsecnx.train.data.crops import Batch, Crops, draws, mix
 from sparsecnx.train.data.loader import WorkersError, load_batches
-from sparsecnx.train.data.missing import values_in
-from sparsecnx.train.data.scale import normalize
+from sparsecnx.train.data.scale import normalize, values_in
 from sparsecnx.train.data.source import Fingerprint, Source
 from sparsecnx.train.learner import Learner, whole
 from sparsecnx.train.log import LogError, RunLog, SilentLog, StepRecord

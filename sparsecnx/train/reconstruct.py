@@ -26,9 +26,8 @@ from sparsecnx.train import contents
 from sparsecnx.train.contents import Data
 from sparsecnx.train.data.crops import Crops
 from sparsecnx.train.data.find import find_source, named_files
-from sparsecnx.train.data.missing import values_in
 from sparsecnx.train.data.pictures import UnsupportedImage
-from sparsecnx.train.data.scale import IMAGENET_MEAN, IMAGENET_STD, UnsupportedValues, normalize
+from sparsecnx.train.data.scale import IMAGENET_MEAN, IMAGENET_STD, UnsupportedValues, normalize, values_in
 from sparsecnx.train.data.source import Source
 from sparsecnx.train.data.volumes import MAX_VOXELS, UnsupportedVolume
 from sparsecnx.train.networks import build_model

@@ -92,13 +92,3 @@ def test_empty_grid(grid: tuple[int, ...]) -> None:
         random_mask(2, grid)
     with pytest.raises(TypeError, match=r"grid is 7: expected the patches per axis"):
         random_mask(2, 7)  # type: ignore[arg-type]
-
-
-def test_empty_patches_are_removed_first_and_the_number_stays():
-    empty = torch.zeros(3, 16, dtype=torch.bool)
-    empty[0, :5], empty[1, :12], empty[2] = True, True, True
-    mask = random_mask(3, (4, 4), 0.5, generator=torch.Generator().manual_seed(1), empty=empty)
-    plain = random_mask(3, (4, 4), 0.5, generator=torch.Generator().manual_seed(1))
-    assert mask.sum(1).tolist() == [8, 8, 8]
-    assert mask[0, :5].all() and mask[1].masked_select(~empty[1]).sum() == 0
-    assert torch.equal(mask[2], plain[2])

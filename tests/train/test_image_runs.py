@@ -13,12 +13,13 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.train import contents
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.data import source
-from sparsecnx.train.data.crops import Crops, Draw
+from sparsecnx.train.data.crops import Batch, Crops, Draw
 from sparsecnx.train.data.find import find_data, find_source
 from sparsecnx.train.data.images import find_images
 from sparsecnx.train.log import RunLog
 from sparsecnx.train.loop import Trainer
 from sparsecnx.train.options import Options
+from sparsecnx.train.processes import Processes
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.reconstruct import reconstruct
 
@@ -297,26 +298,28 @@ def test_pixels_without_values_reach_the_model_as_invalid(holed, tmp_path):
     fields = {**RUN, "image_size": 64, "crop_area": None, "batch_size": 2, "mask_ratio": 0.5}
     files = find_source(str(holed))
     recipe = Recipe(**{**files.defaults(fields), **fields})
-    folder = CheckpointFolder(tmp_path / "run", 1)
-    trainer = Trainer(recipe, files, files.fingerprint(), folder, Options(device="cpu", workers=0))
+    processes = Processes()
+    trainer = Trainer(
+        recipe, files, files.fingerprint(), CheckpointFolder(tmp_path, 1), Options(device="cpu"), processes
+    )
     images = torch.stack([trainer.crops[Draw(i, seed=i)][0] for i in range(2)])
     seen = {}
 
-    def forward(images, mask, visible, **rest):
-        seen.update(rest, images=images, mask=mask)
-        return (images.nan_to_num(0).sum(), None, None)
+    def forward(images, **rest):
+        seen.update(rest, images=images)
+        return (images.nan_to_num(0).sum().requires_grad_(), None, None)
 
-    trainer.forward = forward
-    trainer._loss(images, 0)
+    trainer.learner.forward = forward
+    trainer._backward(Batch(images, {}), 0)
     assert torch.equal(seen["valid"], ~images.isnan()) and torch.equal(seen["images"].isnan(), images.isnan())
     empty = images.isnan().all(1).unflatten(1, (4, 16)).unflatten(3, (4, 16)).all(4).all(2).flatten(1)
     assert empty.sum() == 2 * 4 and seen["mask"][empty].all()  # of the 8 that are masked
     assert seen["mask"].sum(1).tolist() == [8, 8]
     first = seen["mask"]
-    trainer._loss(images, 0)
+    trainer._backward(Batch(images, {}), 0)
     assert torch.equal(seen["mask"], first)
     seen.clear()
-    trainer._loss(images.nan_to_num(0), 0)
+    trainer._backward(Batch(images.nan_to_num(0), {}), 0)
     assert "valid" not in seen
 
 

@@ -54,6 +54,13 @@ def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
     return torch.tensor(values, device=images.device).view(-1, *(1,) * (images.ndim - 2))
 
 
+def values_in(images: Tensor) -> Tensor | None:
+    """Return bool of the shape of images `(B, C, *size)`, False where a pixel has no value; None where all have one."""
+    if not images.is_floating_point() or not (missing := images.isnan()).any():
+        return None
+    return ~missing
+
+
 def scale_of(pixels: Pixels, normalize: str) -> Scale | None:
     """Return how an image or a volume is normalised, see `Recipe.normalize`; None where the device does it.
 
