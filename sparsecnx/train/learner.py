@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sparsecnx.common.dtypes import DTYPES
 from sparsecnx.common.errors import InputError
 from sparsecnx.models import SIZES
+from sparsecnx.models.patches import counted_patches, patchify
 from sparsecnx.train.contents import Contents
 from sparsecnx.train.masks import Drawn
 from sparsecnx.train.networks import build_model
@@ -108,11 +109,15 @@ class Learner:
         return loss.detach()
 
     def loss(self, images: Tensor, drawn: Drawn) -> Tensor:
-        """Return the loss of a batch, see `backward`."""
+        """Return the loss of a batch, see `backward`, times its share of the patches that count in all processes."""
         dtype = DTYPES[self.recipe.dtype]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            loss: Tensor = self.forward(images, mask=drawn.mask, visible=drawn.visible)[0]
-        return loss
+            loss: Tensor = self.forward(images, mask=drawn.mask, valid=drawn.valid, visible=drawn.visible)[0]
+        if self.processes.world == 1 or (self.recipe.masks is None and self.recipe.photographs):
+            return loss
+        there = None if drawn.valid is None else patchify(drawn.valid, self.model.patch)
+        count = counted_patches(drawn.mask, self.model.loss_on, there).sum().float()
+        return loss * (count / self.processes.mean(count.clone()).clamp(min=1e-6))
 
     def gradient_norm(self) -> Tensor:
         """Return the norm of all gradients, a DTensor where they are sharded."""

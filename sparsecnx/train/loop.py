@@ -22,7 +22,7 @@ from sparsecnx.train.config import write_config
 from sparsecnx.train.contents import Contents
 from sparsecnx.train.data.crops import Batch, Crops, draws, mix
 from sparsecnx.train.data.loader import WorkersError, load_batches
-from sparsecnx.train.data.scale import normalize
+from sparsecnx.train.data.scale import normalize, values_in
 from sparsecnx.train.data.source import Fingerprint, Source
 from sparsecnx.train.learner import Learner, whole
 from sparsecnx.train.log import LogError, RunLog, SilentLog, StepRecord
@@ -68,7 +68,7 @@ class Trainer:
         self.folder, self.options, self.processes, self.notes = folder, options, processes, list(notes)
         source.check(recipe)
         self.crops = Crops(source, recipe)
-        self.crops.read(0)  # raises unless there is a readable entry
+        self.crops.try_out()
         if recipe.batch_size % processes.world:
             expected = f"expected a multiple of the {processes.world} processes, which divide it"
             raise InputError("batch_size", recipe.batch_size, expected)
@@ -228,8 +228,9 @@ class Trainer:
         """Add the gradients of a batch, number `number` of the step, and return its loss."""
         passes = self.recipe.grad_accum_steps
         forward_pass = self.step * passes + number
-        images = normalize(batch.images.to(self.learner.device, non_blocking=True))
-        drawn = self.masks.draw(images, forward_pass)
+        device, valid = self.learner.device, values_in(batch.images)
+        images = normalize(batch.images.to(device, non_blocking=True), self.recipe)
+        drawn = self.masks.draw(images, forward_pass, None if valid is None else valid.to(device, non_blocking=True))
         # Dropout and the like of other networks draw from here.
         torch.manual_seed(mix(self.recipe.seed, "network", forward_pass, self.processes.rank))
         return self.learner.backward(images, drawn, 1 / passes, last=number == passes - 1)
@@ -279,7 +280,8 @@ class Trainer:
         size, patch = ("x".join(map(str, sides)) for sides in (r.size, r.patch))
         if r.photographs:
             return f"of {size} px in patches of {patch}"
-        return f"of {', '.join(self.source.describe(r))}, crops of {size} in patches of {patch},"
+        dimensions, channels = (_counted(*n) for n in ((r.ndim, "dimension"), (r.in_chans, "channel")))
+        return f"of {dimensions} and {channels}, normalised by {r.normalize}, crops of {size} in patches of {patch},"
 
     def _hints(self) -> list[str]:
         """Return what the user of a small data set should know."""
@@ -308,6 +310,10 @@ def default_workers() -> int:
     """Return one process per two cores that this process may use, at most 8; the other cores compute."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // 2))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def _epoch_line(epoch: int, epochs: int, records: list[StepRecord]) -> str:

@@ -17,6 +17,7 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.common.files import not_regular
 from sparsecnx.geometry.mask_reading import read_mask
 from sparsecnx.geometry.masks import random_mask
+from sparsecnx.models.patches import patchify
 from sparsecnx.train.code import is_code, load_code
 from sparsecnx.train.data.crops import mix
 from sparsecnx.train.processes import Processes
@@ -29,10 +30,12 @@ class Drawn(NamedTuple):
     Attributes:
         mask: bool `(B, L)`, True = masked.
         visible: visible patches of every image; None where they differ.
+        valid: bool of the shape of the images, False where a pixel has no value; None where all have one.
     """
 
     mask: Tensor
     visible: int | None
+    valid: Tensor | None = None
 
 
 class Masks:
@@ -54,27 +57,32 @@ class Masks:
         else:
             self.given = _read(recipe)
 
-    def draw(self, images: Tensor, forward_pass: int) -> Drawn:
+    def draw(self, images: Tensor, forward_pass: int, valid: Tensor | None = None) -> Drawn:
         """Return the masks for a process's part of a batch, images `(B, C, *size)` with NaN where they have no value.
 
         Random masks mask patches without any value before all others: they have nothing to show.
+
+        Args:
+            images: of the part.
+            forward_pass: its number.
+            valid: where the images have values, see `Drawn`.
         """
         recipe, batch = self.recipe, range(self.recipe.batch_size)
         part, generator = list(self.processes.part(batch)), torch.Generator()
         if self.function is not None:
             generator.manual_seed(mix(recipe.seed, "mask", forward_pass, self.processes.rank))
-            return Drawn(self._of_function(images, generator), None)
+            return Drawn(self._of_function(images, generator), None, valid)
         generator.manual_seed(mix(recipe.seed, "mask", forward_pass))
         if self.given is not None:
             chosen = torch.randint(len(self.given), (len(batch),), generator=generator)
-            return Drawn(self.given[chosen[part]].to(images.device), None)
+            return Drawn(self.given[chosen[part]].to(images.device), None, valid)
         mask = random_mask(len(batch), recipe.grid, recipe.mask_ratio, generator=generator)[part].to(images.device)
-        empty = _patches_without_values(images, recipe)
-        if empty is not None:
+        if valid is not None:
+            empty = ~patchify(valid, recipe.patch).any(dim=-1)
             others = torch.rand(len(batch), mask.shape[1], generator=generator)[part].to(images.device)
             order = (2 * empty + mask.float() * (0.5 + others / 2)).argsort(dim=1)
             mask = torch.ones_like(mask).scatter(1, order[:, : recipe.visible], False)
-        return Drawn(mask, recipe.visible)
+        return Drawn(mask, recipe.visible, valid)
 
     def _of_function(self, images: Tensor, generator: torch.Generator) -> Tensor:
         assert self.function is not None
@@ -119,14 +127,3 @@ def _check(recipe: Recipe, masks: Tensor) -> None:
         what = "masks nothing" if counts[number] == 0 else "masks everything"
         problem = f"mask {number} {what}; expected a masked and a visible patch in each"
         raise InputError("masks", recipe.masks, problem)
-
-
-def _patches_without_values(images: Tensor, recipe: Recipe) -> Tensor | None:
-    """Return which patches hold nothing but NaN, bool `(B, L)`; None if all images are complete."""
-    missing = images.isnan()
-    if not missing.any():
-        return None
-    missing = missing.all(dim=1)
-    for axis, (cells, side) in enumerate(zip(recipe.grid, recipe.patch, strict=True), 1):
-        missing = missing.unflatten(axis, (cells, side)).all(dim=axis + 1)
-    return missing.flatten(1)

@@ -37,7 +37,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 WARMUP_EPOCHS = 40
 TRAINING_DTYPES = ("float32", "bfloat16")
-NORMALIZATIONS = ("imagenet", "zscore", "percentiles", "none")
+NORMALIZATIONS = ("imagenet", "dataset", "zscore", "percentiles", "none")
+PAGES = ("channels", "images")
 BELOW_TILE = ("raise", "dense")
 # Reading and cropping an image takes up to 12 bytes per pixel for a moment: 0.8 GB at this size.
 MAX_PIXELS = 64_000_000
@@ -51,6 +52,8 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
     "int | tuple[int, ...]": ((int, tuple), "a whole number, or"),
+    "tuple[float, ...]": ((tuple,), "numbers, such as (0.5, 0.25)"),
+    "tuple[float, float]": ((tuple,), "two numbers, such as (0, 10000)"),
 }
 # These are options of our own networks alone.
 OWN = ("grn_scope", "block", "stem_type", "norm_eps", "grn_eps", "dwconv_bias")
@@ -92,9 +95,18 @@ class Recipe:
         first_epoch: epoch in which the learning rate begins its schedule: 0, or the end of the run that was extended.
         patch_size: side of a patch, or its side on each axis, such as 16x32x32, pixels. Volumes: 16.
         ndim: spatial dimensions of the data, 1 to 3.
-        in_chans: channels of the data.
-        normalize: `"imagenet"` for images. For volumes, per volume and channel: `"zscore"`, mean 0 and variance 1;
-            `"percentiles"`, the percentiles 0.5 and 99.5 become 0 and 1, and values beyond are clipped; `"none"`.
+        in_chans: channels of the data; those that the files have, of photographs 3. These become grey with 1, grey and
+            alpha with 2, RGB with 3, RGB and alpha with 4.
+        normalize: `"imagenet"` for photographs; `"dataset"`, by `value_range`, `mean` and `std`, for other images. Per
+            image or volume and channel: `"zscore"`, mean 0 and variance 1, for volumes; `"percentiles"`, the
+            percentiles 0.5 and 99.5 become 0 and 1, and values beyond are clipped; `"none"`.
+        value_range: with `"dataset"` the values that become 0 and 1. Those beyond are refused. Of 8 bits it is 0 to
+            255, of 16 bits 0 to 65535; None leaves the units of the files.
+        mean: with `"dataset"` what is subtracted then, one number or one for each channel; measured on up to 256 files.
+        std: with `"dataset"` what it is divided by then, one number or one for each channel; measured likewise.
+        nodata: value of pixels that have none, beside NaN and what a GeoTIFF says. They are 0 in the input and not in
+            the loss.
+        pages: what several pages of a TIFF are, `"channels"` or `"images"`; None refuses them.
         below_tile: `"dense"` lets the stride of the network exceed the patch, see `SparK`; of SparK alone.
         decoder_dim: channels of the decoder; None is the published number, 512 for FCMAE and 768 for SparK.
         decoder_depth: blocks of the decoder; None is the published number, 1; of FCMAE alone.
@@ -107,7 +119,7 @@ class Recipe:
         dwconv_bias: biases of the depthwise convolutions of the blocks; of our own networks alone.
         ema_decay: decay of a moving average of the weights, such as 0.9999, that is trained beside the network as its
             teacher and kept in the checkpoints; None keeps none.
-        transform: `module:function`, a Python function that takes and returns a crop of a volume; None for none.
+        transform: `module:function`, a Python function that takes and returns a crop; None for none.
 
     Raises:
         InputError: a field is out of range or of another type.
@@ -136,6 +148,11 @@ class Recipe:
     ndim: int = 2
     in_chans: int = 3
     normalize: str = "imagenet"
+    value_range: tuple[float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    nodata: float | None = None
+    pages: str | None = None
     below_tile: str = "raise"
     decoder_dim: int | None = None
     decoder_depth: int | None = None
@@ -153,11 +170,7 @@ class Recipe:
         self._expect_types()
         for field in ("image_size", "patch_size"):  # 64x64 is 64
             object.__setattr__(self, field, _shortest(getattr(self, field)))
-        self._expect("ndim", self.ndim in NUMBERS, "1, 2 or 3")
-        self._expect("in_chans", 1 <= self.in_chans <= MANY, f"1 or more, at most {MANY}")
-        self._expect("normalize", self.normalize in NORMALIZATIONS, f"one of {', '.join(NORMALIZATIONS)}")
-        volumes = (self.ndim, self.in_chans) == (2, 3) or self.normalize != "imagenet"
-        self._expect("normalize", volumes, f"one of {', '.join(NORMALIZATIONS[1:])}, since the data are no photographs")
+        self._expect_data()
         self._expect("method", self.method in METHODS, f"one of {', '.join(METHODS)}")
         if (problem := unknown_network(self.model)) is not None:
             raise InputError("model", _typed(self.model), problem)
@@ -186,7 +199,6 @@ class Recipe:
         self._expect("first_epoch", 0 <= self.first_epoch < self.epochs, f"0 to {self.epochs - 1}")
 
         if self.transform is not None:
-            self._expect("transform", not self.photographs, "none, since the data are images")
             self._expect("transform", ":" in self.transform, "module:function")
         self._expect("below_tile", self.below_tile in BELOW_TILE, f"one of {', '.join(BELOW_TILE)}")
         spark = self.below_tile == "raise" or self.method == "spark"
@@ -222,6 +234,35 @@ class Recipe:
             if field in ("grn_scope", "grn_eps"):
                 self._expect(field, same or self.block == "v2", f"{wanted}, since blocks {self.block} have no GRN")
 
+    def _expect_data(self) -> None:
+        """Refuse what does not fit together in the fields that say what the data are."""
+        self._expect("ndim", self.ndim in NUMBERS, "1, 2 or 3")
+        self._expect("in_chans", 1 <= self.in_chans <= MANY, f"1 or more, at most {MANY}")
+        self._expect("normalize", self.normalize in NORMALIZATIONS, f"one of {', '.join(NORMALIZATIONS)}")
+        others = (self.ndim, self.in_chans) == (2, 3) or self.normalize != "imagenet"
+        self._expect("normalize", others, f"one of {', '.join(NORMALIZATIONS[1:])}, since the data are no photographs")
+        self._expect("pages", self.pages in (None, *PAGES), f"one of {', '.join(PAGES)}")
+        if self.nodata is not None:
+            self._expect("nodata", self.ndim == 2, "none, since volumes and signals have a value everywhere")
+            self._expect("nodata", type(self.nodata) is float or _is_short(self.nodata), "a finite number")
+            self._expect("nodata", math.isfinite(self.nodata), "a finite number")
+        if self.normalize != "dataset":
+            for field in ("value_range", "mean", "std"):
+                self._expect(field, getattr(self, field) is None, f"none, since normalize is {self.normalize}")
+            return
+        for field in ("mean", "std"):
+            values = getattr(self, field) or ()
+            fits = len(values) in (1, self.in_chans) and all(map(math.isfinite, values))
+            self._expect(field, fits, f"one finite number, or one for each of {self.in_chans} channels")
+        self._expect("std", min(self.std or (0,)) > 0, "more than 0")
+        if self.value_range is not None:
+            ordered = len(self.value_range) == 2 and -math.inf < self.value_range[0] < self.value_range[1] < math.inf
+            self._expect("value_range", ordered, "two finite numbers, the lower one first")
+            low, high = self.value_range
+            within = all(0 <= value <= 1 for value in self.mean or ())
+            remedy = "where value_range is none, it is in the units of the files"
+            self._expect("mean", within, f"0 to 1, the share of the value range from {low:g} to {high:g}; {remedy}")
+
     def _expect_types(self) -> None:
         """Refuse what Python would compute with for a while, such as a `batch_size` of 2.5 or of True."""
         for field in fields(self):
@@ -230,6 +271,10 @@ class Recipe:
                 continue
             classes, name = KINDS[kind.removesuffix(" | None")]
             parts = value if isinstance(value, tuple) else (value,)
+            if classes == (tuple,) and all(type(part) is float or _is_short(part) for part in parts):
+                value = tuple(map(float, parts))  # one number is one for all channels
+                object.__setattr__(self, field.name, value)
+                continue
             whole = tuple not in classes or all(type(part) is int for part in parts)
             if tuple in classes:
                 axes = self.ndim if isinstance(self.ndim, int) and self.ndim in NUMBERS else 2
@@ -263,6 +308,13 @@ class Recipe:
     def photographs(self) -> bool:
         """Return whether the data are images, and not arrays of any channels and dimensions."""
         return self.normalize == "imagenet"
+
+    @property
+    def of_images(self) -> bool | None:
+        """Return True for image files alone, False for arrays alone; None where both are possible."""
+        if self.photographs:
+            return True
+        return None if self.ndim == 2 else False
 
     @property
     def pixels(self) -> str:
@@ -308,7 +360,8 @@ class Recipe:
     def refuse_change(self, given: Mapping[str, Any]) -> None:
         """Raise InputError if a field that the user gives to a resumed run differs: the losses could not continue."""
         for field, value in given.items():
-            if _shortest(value) != (before := getattr(self, field)):
+            stored = (float(value),) if field in ("mean", "std") and isinstance(value, (int, float)) else value
+            if _shortest(stored) != _shortest(before := getattr(self, field)):
                 remedy = "leave it out to continue that run, or start a new one in another output folder"
                 raise InputError(field, _typed(value), f"the run to resume was started with {_typed(before)}; {remedy}")
 
@@ -322,6 +375,11 @@ def small_data(images: int) -> dict[str, Any]:
     return {"batch_size": 8, "base_lr": 0.03, "epochs": 100, "epoch_repeats": repeats}
 
 
+def _is_short(value: Any) -> bool:
+    """Return whether a value is a whole number that floating-point numbers reach."""
+    return type(value) is int and value.bit_length() < 64
+
+
 def _shortest(value: Any) -> Any:
     """Return one number for equal sides: 64 for (64, 64)."""
     return value[0] if isinstance(value, tuple) and len(value) > 1 and len(set(value)) == 1 else value
@@ -329,7 +387,7 @@ def _shortest(value: Any) -> Any:
 
 def _typed(value: Any) -> str:
     """Return the value of a field as one types it on the command line."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and all(type(part) is int for part in value):
         return "x".join(map(str, value))
     return value if isinstance(value, str) else shown(value)
 

@@ -25,10 +25,10 @@ from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
 from sparsecnx.train import contents
 from sparsecnx.train.contents import Data
 from sparsecnx.train.data.crops import Crops
-from sparsecnx.train.data.files import FileSet
-from sparsecnx.train.data.find import find_data, named_files
-from sparsecnx.train.data.images import UnsupportedImage, wheel_photographs
-from sparsecnx.train.data.scale import IMAGENET_MEAN, IMAGENET_STD, UnsupportedValues, normalize
+from sparsecnx.train.data.find import find_source, named_files
+from sparsecnx.train.data.pictures import UnsupportedImage
+from sparsecnx.train.data.scale import IMAGENET_MEAN, IMAGENET_STD, UnsupportedValues, normalize, values_in
+from sparsecnx.train.data.source import Source
 from sparsecnx.train.data.volumes import MAX_VOXELS, UnsupportedVolume
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import MAX_PIXELS, METHODS, Recipe
@@ -65,6 +65,7 @@ def reconstruct(
     seed: int = 0,
     max_pixels: int | None = None,
     model: str | None = None,
+    channels: Sequence[int] | None = None,
 ) -> float:
     """Draw original, masked image and reconstruction side by side, one row per image, three rows per volume.
 
@@ -77,6 +78,8 @@ def reconstruct(
         max_pixels: size of the largest image that is read, width x height, or of the largest compressed volume; None
             is 64 million, of volumes a thousand million.
         model: `module:factory` of the run, where its network was one.
+        channels: one that is drawn in grey, or three as red, green and blue; None for the first three of images, if
+            they have so many, and otherwise the first one.
 
     Returns:
         The loss on these images.
@@ -103,18 +106,24 @@ def reconstruct(
     if os.path.exists(out) and (problem := not_regular(out)) is not None:
         raise InputError("out", out, problem)
 
-    files = [str(image) for image in images] or _shown(saved.data, recipe)
-    crops = Crops(named_files(files, recipe.photographs), replace(recipe, max_pixels=max_pixels, transform=None))
-    inputs = normalize(torch.stack([_central(crops, place) for place in range(len(files))]))
+    source, number = _shown(saved.data, recipe) if not images else (named_files([*map(str, images)]), len(images))
+    crops = Crops(source, replace(recipe, max_pixels=max_pixels, transform=None))
+    inputs = torch.stack([_central(crops, place) for place in range(number)])
+    valid = values_in(inputs)
+    inputs = normalize(inputs, recipe)
     generator = torch.Generator().manual_seed(seed)
-    mask = random_mask(len(inputs), recipe.grid, recipe.mask_ratio, generator=generator)
+    mask = random_mask(number, recipe.grid, recipe.mask_ratio, generator=generator)
     network.eval()
-    result = fill_in(network, inputs, mask) if recipe.photographs else fill_in(network, inputs, mask, _to_window, nan)
+    colours = _colours(recipe, channels)
+    if recipe.photographs:
+        result = fill_in(network, inputs, mask)
+    else:
+        result = fill_in(network, inputs, mask, _to_window, nan if len(colours) == 1 else 0.5, valid)
 
     if not math.isfinite(result.loss):
         raise InputError("checkpoint", path, f"its loss on these images is {result.loss}")
     title = f"{METHODS[recipe.method]} {recipe.model}, step {saved.step}, mask ratio {recipe.mask_ratio:g}"
-    figure = draw(result, title) if recipe.photographs else draw_arrays(result, title)
+    figure = draw(result, title) if recipe.photographs else draw_arrays(result, title, colours)
     try:
         with open_atomically(Path(out)) as (file,):
             figure.savefig(file, format=Path(out).suffix[1:] or "png")
@@ -123,16 +132,25 @@ def reconstruct(
     return result.loss
 
 
-def _shown(data: Data, recipe: Recipe) -> list[str]:
-    """Return the files that are drawn where none is named."""
+def _shown(data: Data, recipe: Recipe) -> tuple[Source, int]:
+    """Return the source that is drawn where no file is named, and of how many entries."""
     if recipe.photographs:
-        files: FileSet = wheel_photographs()
-        number = SHOWN_PHOTOGRAPHS
+        source, most = find_source(None), SHOWN_PHOTOGRAPHS
     elif data.folder is None:
         raise InputError("images", "''", "expected the names of volumes")
     else:
-        files, number = find_data(data.folder, recipe.ndim, False), SHOWN_VOLUMES
-    return [files.path(i) for i in range(min(number, len(files)))]
+        source = find_source(data.folder, recipe.ndim, recipe.of_images, recipe.pages)
+        most = SHOWN_PHOTOGRAPHS if recipe.ndim == 2 else SHOWN_VOLUMES
+    return source, min(most, len(source))
+
+
+def _colours(recipe: Recipe, chosen: Sequence[int] | None) -> Sequence[int]:
+    """Return the channels that are drawn: one, or three."""
+    if chosen is None:
+        return (0, 1, 2) if recipe.ndim == 2 and recipe.in_chans >= 3 else (0,)
+    if len(chosen) not in ((1, 3) if recipe.ndim == 2 else (1,)) or not all(0 <= c < recipe.in_chans for c in chosen):
+        raise InputError("channels", tuple(chosen), f"expected one or, of images, three of 0 to {recipe.in_chans - 1}")
+    return chosen
 
 
 def _to_unit_range(values: Tensor, images: Tensor) -> Tensor:
@@ -144,7 +162,8 @@ def _to_unit_range(values: Tensor, images: Tensor) -> Tensor:
 def _to_window(values: Tensor, images: Tensor) -> Tensor:
     """Return values as grey levels in [0, 1], the range of each channel of each of `images`."""
     axes = tuple(range(2, images.ndim))
-    low, high = images.amin(axes, keepdim=True), images.amax(axes, keepdim=True)
+    low = images.nan_to_num(torch.inf).amin(axes, keepdim=True)
+    high = images.nan_to_num(-torch.inf).amax(axes, keepdim=True)
     return ((values - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
 
 
@@ -155,6 +174,7 @@ def fill_in(
     mask: Tensor,
     shown: Callable[[Tensor, Tensor], Tensor] = _to_unit_range,
     hidden: float = 0.5,
+    valid: Tensor | None = None,
 ) -> Reconstruction:
     """Predict the masked patches of images and put them into the visible ones.
 
@@ -168,13 +188,18 @@ def fill_in(
         mask: bool `(B, L)`, True = masked.
         shown: brings values, the first argument, into [0, 1]; the second are the images.
         hidden: value of masked pixels in the picture of what the model sees.
+        valid: bool of the shape of `images`, False where they have no value; None where they have one everywhere.
     """
-    loss, pred, mask = model(images, mask=mask)
+    missing = {} if valid is None else {"valid": valid}
+    loss, pred, mask = model(images.nan_to_num(0), mask=mask, **missing)
     target = model.patchify(images)
     predicted = pred.flatten(2).mT
     if model.norm_pix_loss:
-        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        predicted = predicted * (variance + 1e-6).sqrt() + mean
+        there = ~target.isnan()
+        number = there.sum(-1, keepdim=True)
+        mean = target.nansum(-1, keepdim=True) / number.clamp(min=1)
+        squares = torch.where(there, target - mean, 0).square().sum(-1, keepdim=True)
+        predicted = predicted * (squares / (number - 1).clamp(min=1) + 1e-6).sqrt() + mean
     grid, masked = model.grid(images), mask.unsqueeze(-1)
     original = shown(images, images)
     grey = model.patchify(torch.full_like(images, hidden))
@@ -202,10 +227,11 @@ def draw(result: Reconstruction, title: str) -> Figure:
     return figure
 
 
-def draw_arrays(result: Reconstruction, title: str) -> Figure:
-    """Draw the first channel of volumes, images or signals, four panels in a row. Masked pixels, NaN, are blue.
+def draw_arrays(result: Reconstruction, title: str, channels: Sequence[int] = (0,)) -> Figure:
+    """Draw one channel of volumes, images or signals, or three of images, four panels in a row.
 
-    A volume has three rows, slices at right angles through its middle; each names the axis that it stands on.
+    In grey pictures NaN is blue: masked pixels, and those without a value. A volume has three rows, slices at right
+    angles through its middle; each names the axis that it stands on.
     """
     columns = {
         "original": result.original,
@@ -222,11 +248,14 @@ def draw_arrays(result: Reconstruction, title: str) -> Figure:
     for column, (name, arrays) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(name)
         for row, axis in enumerate(column):
-            array, cut = arrays[row // len(cuts), 0], cuts[row % len(cuts)]
+            array, cut = arrays[row // len(cuts), channels[0]], cuts[row % len(cuts)]
             axis.set(xticks=[], yticks=[])
             if ndim == 1:
                 axis.plot(array.numpy(), linewidth=0.7)
                 axis.set_ylim(-0.05, 1.05)
+                continue
+            if len(channels) == 3:
+                axis.imshow(arrays[row, list(channels)].nan_to_num(0).permute(1, 2, 0).numpy())
                 continue
             shown = array if cut is None else array.select(cut, array.shape[cut] // 2)
             axis.imshow(shown.numpy(), cmap=colors, vmin=0, vmax=1)

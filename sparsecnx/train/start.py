@@ -69,11 +69,14 @@ class Start(NamedTuple):
                 "extend", options.extend, f"there is no run in {self.folder.folder}; expected a finished one"
             )
         size = given.get("image_size")
-        source = find_source(options.data, given.get("ndim", len(size) if isinstance(size, tuple) else None))
+        ndim = given.get("ndim", len(size) if isinstance(size, tuple) else None)
+        source = find_source(options.data, ndim, pages=given.get("pages"))
         defaults = DEFAULTS.get(given.get("method", Recipe.method), {}) | source.defaults(given)
         if options.small_data:
             defaults |= small_data(len(source))
-        return Trainer(Recipe(**{**defaults, **given}), source, source.fingerprint(), *self._place())
+        recipe = Recipe(**{**defaults, **given})
+        notes = source.describe(recipe, given)
+        return Trainer(recipe, source, source.fingerprint(), *self._place(), notes=notes)
 
     def resumed(self, checkpoint: Path) -> Trainer:
         """Return the run of a checkpoint."""
@@ -81,7 +84,7 @@ class Start(NamedTuple):
         saved = _read_resumed(checkpoint, given.get("model"))
         where = saved.data.folder if options.data is None else options.data
         _expect_same_code(saved.recipe, given, checkpoint)
-        source = find_source(where, saved.recipe.ndim, saved.recipe.photographs)
+        source = find_source(where, saved.recipe.ndim, saved.recipe.of_images, saved.recipe.pages)
         fingerprint = source.fingerprint()
         _expect_same_images(saved.data, source, fingerprint, "resume" if options.data is None else "data")
         if options.extend is not None:
@@ -96,6 +99,7 @@ class Start(NamedTuple):
         if saved.processes != self.processes.world:
             change = f"{self.processes.world} processes go on from {checkpoint.name} of {saved.processes}"
             notes.append(f"{change}: the same images and masks, losses equal to rounding")
+        notes += source.describe(saved.recipe, None)
         return Trainer(saved.recipe, source, fingerprint, *self._place(), saved=saved, notes=notes)
 
     def _place(self) -> tuple[CheckpointFolder, Options, Processes]:

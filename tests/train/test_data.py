@@ -7,7 +7,8 @@ import torch
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.data import augment, crops
 from sparsecnx.train.data.crops import Crops, Draw
-from sparsecnx.train.data.images import find_images, read_image
+from sparsecnx.train.data.formats import decode
+from sparsecnx.train.data.images import find_images
 from sparsecnx.train.data.loader import load_batches
 from sparsecnx.train.data.scale import normalize
 from sparsecnx.train.recipe import Recipe
@@ -21,7 +22,7 @@ def draws(start=0, images=8, **fields):
 
 def test_normalize_is_imagenets():
     images = torch.tensor([0, 255]).to(torch.uint8).view(2, 1, 1, 1).expand(2, 3, 1, 1)
-    black, white = normalize(images).flatten(1)
+    black, white = normalize(images, SMALL).flatten(1)
     torch.testing.assert_close(black, torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]))
     torch.testing.assert_close(white, torch.tensor([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]))
 
@@ -78,7 +79,7 @@ def test_unreadable_files_give_their_place_to_the_next(photos):
     assert crops.source.names[1:4] == ("3.png", "6.png", "cat/1.png")
 
     entry, unreadable = crops.read(1)
-    assert torch.equal(entry.pixels.values, read_image(str(photos / "6.png")))
+    assert torch.equal(entry.pixels.values, decode(str(photos / "6.png"), 3))
     assert list(unreadable) == ["3.png"]
     assert "truncated" in unreadable["3.png"]
 
@@ -126,3 +127,20 @@ def test_the_centre_is_that_of_torchvision():
         assert torch.equal(augment.central_crop(pixels, (64, 64)), v2.functional.center_crop(resized, [64]))
     wide = augment.central_crop(torch.arange(96, dtype=torch.uint8).expand(3, 64, 96), (32, 96))
     assert wide.shape == (3, 32, 96) and torch.equal(wide[0, 0], torch.arange(96, dtype=torch.uint8))
+
+
+def test_values_do_not_spread_into_pixels_that_have_none():
+    torch.manual_seed(0)
+    pixels = torch.rand(2, 40, 60) + 5
+    whole = augment.resize(pixels, (16, 24))
+    pixels[0, :20, :30] = torch.nan
+    found = augment.resize(pixels, (16, 24))
+    torch.testing.assert_close(found[1], whole[1])
+    missing = found[0].isnan()
+    assert missing[:8, :12].all() and not missing[8:].any() and not missing[:, 12:].any()
+    assert found[0][~missing].min() > 4.5 and found[0][~missing].max() < 6.5
+    far = torch.ones(16, 24, dtype=torch.bool)
+    far[:10, :14] = False  # the filter reaches two pixels
+    torch.testing.assert_close(found[0][far], whole[0][far])
+    flat = torch.full((1, 40, 60), 300.0).masked_fill(pixels[:1].isnan(), torch.nan)
+    torch.testing.assert_close(augment.resize(flat, (100, 100)).nan_to_num(300), torch.full((1, 100, 100), 300.0))

@@ -100,9 +100,11 @@ def test_what_cannot_be_drawn_is_named(photos, tmp_path):
         reconstruct(last, [photos / "3.png"], tmp_path / "missing" / "grid.png")
     with pytest.raises(InputError, match=r"out is .*grid.txt: cannot be written"):
         reconstruct(last, [photos / "3.png"], tmp_path / "grid.txt")
-    Image.new("F", (4, 4)).save(photos / "float.tif")
-    with pytest.raises(InputError, match=r"images is .*float.tif: has channels of more than 8 bits"):
-        reconstruct(last, [photos / "float.tif"], out)
+    (photos / "deep.ppm").write_bytes(b"P6 2 1 1023\n" + bytes(12))
+    with pytest.raises(InputError, match=r"images is .*deep.ppm: has channels of more than 8 bits"):
+        reconstruct(last, [photos / "deep.ppm"], out)
+    with pytest.raises(InputError, match=r"images is .*3.png: an image beside an array, a.npy; expected one kind"):
+        reconstruct(last, [photos / "3.png", "a.npy"], out)
     with pytest.raises(InputError, match=r"images is .*3.png: has 84 x 79 pixels, more than --max-pixels, 5000"):
         reconstruct(last, [photos / "3.png"], out, max_pixels=5000)
     with pytest.raises(InputError, match=r"max_pixels is 99: expected 4096 or more, the pixels of a crop"):

@@ -195,13 +195,14 @@ def test_transforms_of_the_user_are_seeded(scans, tmp_path, monkeypatch):
         train(None, tmp_path / "run", resume="newest")
     assert train(None, tmp_path / "run", resume="newest", transform="my_transforms:noise") == 0
     reconstruct(tmp_path / "run" / "last.pt", [], tmp_path / "grid.png")
-    for name, reason in (("half", r"ValueError: it returned \(2, 4, 32, 32\) for \(2, 8"), ("no", "AttributeError: ")):
+    for name, reason in (
+        ("half", r"ValueError: it returned float32 \(2, 4, 32, 32\) for float32 \(2, 8"),
+        ("no", "AttributeError: "),
+    ):
         with pytest.raises(InputError, match=f"transform is my_transforms:{name}: {reason}"):
             train(scans, tmp_path / "bad", transform=f"my_transforms:{name}", **RUN)
     with pytest.raises(InputError, match="transform is noise: expected module:function"):
         Recipe(**{**fields, "transform": "noise"})
-    with pytest.raises(InputError, match="transform is a:b: expected none, since the data are images"):
-        Recipe(transform="a:b")
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_statistics_of_a_large_volume_are_of_parts_over_its_whole_length(tmp_pat
     exact = scale_of(volume, "zscore")
     monkeypatch.setattr(scale, "SAMPLED_VALUES", 16 * 3 * 25)
     sampled = scale_of(volume, "zscore")
-    assert scale._sample(volume).shape == (1, 48, 5, 5)
+    assert scale.sample_of(volume).shape == (1, 48, 5, 5)
     assert sampled.shift.item() == pytest.approx(exact.shift.item(), rel=0.01)
     assert sampled.scale.item() == pytest.approx(exact.scale.item(), rel=0.1)
 
@@ -347,8 +347,8 @@ def test_without_the_libraries(tmp_path, monkeypatch):
         ({"size": (8, 8, 10)}, "image_size is 8x8x10: expected a multiple of the patch size, 4, such as 8 or 12"),
         ({"size": (8, 8)}, r"image_size is \(8, 8\): expected a whole number, or three"),
         ({"patch": (4, 4, 12), "size": 24}, "patch_size is 4x4x12: expected 1, 2, 4, 8, 16 or a multiple of 32 on"),
-        ({"normalize": "imagenet"}, "normalize is imagenet: expected one of zscore, percentiles, none, since"),
-        ({"normalize": "minmax"}, "normalize is minmax: expected one of imagenet, zscore"),
+        ({"normalize": "imagenet"}, "normalize is imagenet: expected one of dataset, zscore, percentiles, none, since"),
+        ({"normalize": "minmax"}, "normalize is minmax: expected one of imagenet, dataset, zscore"),
         ({"below_tile": "dense"}, "below_tile is dense: expected raise, since fcmae takes the map of the largest"),
         ({"model": "no_such_module:net"}, "model is no_such_module:net: ModuleNotFoundError: No module named"),
         ({"model": "math:pi"}, "model is math:pi: TypeError: pi is a float; expected a Python module and a function"),

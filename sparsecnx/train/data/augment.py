@@ -14,14 +14,27 @@ from torch import Tensor
 SMALLEST_AREA = 0.2  # part of the image's area
 RATIO = (3 / 4, 4 / 3)  # width / height
 ATTEMPTS = 10
+LEAST_SHARE = 0.5  # of the pixels under a resized one, that have values
 # Axes of a crop `(C, *size)` along which it is mirrored, by the number of dimensions: images left and right alone.
 MIRRORED = {1: (), 2: (-1,), 3: (-3, -2, -1)}
 
 
 def resize(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Resize `(C, H, W)` to `(C, *size)`, bicubic and antialiased."""
+    """Resize `(C, H, W)` to `(C, *size)`, bicubic and antialiased.
+
+    Where values are missing, NaN, those around them are weighted by the share of them that is there. A pixel of the
+    result is missing where that share is below one half.
+    """
     if tuple(pixels.shape[1:]) == size:
         return pixels
+    if not pixels.is_floating_point() or not (missing := pixels.isnan()).any():
+        return _interpolate(pixels, size)
+    share = _interpolate((~missing).to(pixels.dtype), size)
+    resized = _interpolate(pixels.masked_fill(missing, 0), size) / share
+    return resized.masked_fill(share < LEAST_SHARE, torch.nan)
+
+
+def _interpolate(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
     return torch.nn.functional.interpolate(pixels[None], size, mode="bicubic", antialias=True, align_corners=False)[0]
 
 

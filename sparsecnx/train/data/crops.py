@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.data.augment import central_crop, random_box, random_mirror, resize
-from sparsecnx.train.data.scale import Scale, finite, scale_of, scaled
+from sparsecnx.train.data.scale import Scale, expect_numbers, scale_of, scaled
 from sparsecnx.train.data.source import Decoded, Pixels, Source
-from sparsecnx.train.data.transform import checked_transform, transformed
+from sparsecnx.train.data.transform import load_transform, transformed
 from sparsecnx.train.recipe import Recipe
 
 T = TypeVar("T")
@@ -49,7 +49,8 @@ class Batch(NamedTuple):
     """One batch of crops.
 
     Attributes:
-        images: uint8 `(B, 3, *size)`, of volumes float32 `(B, C, *size)`; empty if `problem` is set.
+        images: uint8 or float32 `(B, C, *size)`, see `normalize`, NaN where there is no value; empty if `problem` is
+            set.
         unreadable: the files that were skipped, and why.
         problem: the reason why there is no batch. A worker that raised it would send a traceback in words instead.
     """
@@ -77,7 +78,7 @@ class Crops(Dataset[Any]):
 
     def __init__(self, source: Source, recipe: Recipe) -> None:
         self.source, self.recipe = source, recipe
-        self.transform = None if recipe.transform is None else checked_transform(recipe)
+        self.transform = None if recipe.transform is None else load_transform(recipe.transform)
         self.scales: dict[int, Scale] = {}
         self.held: OrderedDict[int, Pixels] = OrderedDict()
 
@@ -93,17 +94,41 @@ class Crops(Dataset[Any]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             start, sides = random_box(entry.pixels.size, size, self.recipe.crop_area)
-            crop = random_mirror(cut(entry, start, sides, size))
+            crop = random_mirror(self._cut(entry, start, sides))
         return crop if self.transform is None else transformed(self.transform, crop, seed)
+
+    def _cut(self, entry: Entry, start: Sequence[int], sides: Sequence[int]) -> Tensor:
+        """Return a box of an entry, resized to the crop and normalised."""
+        values = expect_numbers(entry.pixels.read(start, sides), self.recipe.value_range, start)
+        return scaled(resize(values, self.recipe.size), entry.scale)
+
+    def try_out(self) -> None:
+        """Read an entry and make a crop of it.
+
+        Raises:
+            InputError: no entry can be read, or the transform does not take its crop.
+        """
+        place, _ = self._readable(0, lambda place: (self.whole(place), place)[1])
+        if self.transform is None:
+            return
+        transform, self.transform = self.transform, None
+        crop = self.crop(place, self.recipe.seed)
+        self.transform = transform
+        try:
+            transformed(transform, crop, self.recipe.seed)
+        except Exception as error:  # code of the user can raise anything
+            problem = f"{type(error).__name__}: {error}; expected a function that takes and returns a tensor (C, *size)"
+            raise InputError("transform", self.recipe.transform, problem) from error
 
     def central(self, place: int) -> Tensor:
         """Return the centre of entry `place`, resized until it just covers the crop where crops are resized."""
         entry, size = self.whole(place), self.recipe.size
         if self.recipe.crop_area is not None:
-            values = entry.pixels.read((0,) * len(size), entry.pixels.size)
+            start = [0] * len(size)
+            values = expect_numbers(entry.pixels.read(start, entry.pixels.size), self.recipe.value_range, start)
             return scaled(central_crop(values, size), entry.scale)
         start = [(side - part) // 2 for side, part in zip(entry.pixels.size, size, strict=True)]
-        return cut(entry, start, size, size)
+        return self._cut(entry, start, size)
 
     def read(self, index: int) -> tuple[Entry, dict[str, str]]:
         """Return entry `index`, or the first readable one after it, and those that were skipped with the reasons.
@@ -127,12 +152,15 @@ class Crops(Dataset[Any]):
             self.held.move_to_end(place)
             return self.held[place]
         read = self.source.read(place, self.recipe)
-        pixels: Pixels = Decoded(read) if isinstance(read, Tensor) else read
+        pixels: Pixels = read if not isinstance(read, Tensor) else self._decoded(read)
         if self.source.small or pixels.bytes_held:
             self.held[place] = pixels
             while len(self.held) > 1 and sum(held.bytes_held for held in self.held.values()) > HELD_BYTES:
                 self.held.popitem(last=False)
         return pixels
+
+    def _decoded(self, values: Tensor) -> Decoded:
+        return Decoded(expect_numbers(values, self.recipe.value_range, (0,) * (values.ndim - 1)))
 
     def _readable(self, index: int, make: Callable[[int], T]) -> tuple[T, dict[str, str]]:
         """Return what `make` returns for entry `index` or the first one after it for which it raises nothing."""
@@ -147,11 +175,6 @@ class Crops(Dataset[Any]):
         noun = self.source.noun
         problem = f"none of its {len(unreadable)} {noun} files can be read, first {name} ({reason})"
         raise InputError("data", self.source.root, problem)
-
-
-def cut(entry: Entry, start: Sequence[int], sides: Sequence[int], size: tuple[int, ...]) -> Tensor:
-    """Return a box of an entry, resized to `(C, *size)` and normalised."""
-    return scaled(resize(finite(entry.pixels.read(start, sides), start), size), entry.scale)
 
 
 def draws(
@@ -186,4 +209,5 @@ def collate(samples: list[tuple[Tensor, dict[str, str]] | InputError]) -> Batch:
             return Batch(torch.empty(0), {}, sample)
         images.append(sample[0])
         unreadable |= sample[1]
-    return Batch(torch.stack(images), unreadable)
+    alike = len({image.dtype for image in images}) == 1
+    return Batch(torch.stack(images if alike else [image.float() for image in images]), unreadable)

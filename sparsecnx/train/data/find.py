@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.data.files import ENDINGS, FileSet, find_files
-from sparsecnx.train.data.images import ImageSet, wheel_photographs
+from sparsecnx.train.data.images import ImageSet, wheel_photographs, with_pages
 from sparsecnx.train.data.source import Source
 from sparsecnx.train.data.volumes import VolumeSet, survey
 
 
-def find_source(data: str | None, ndim: int | None = None, photographs: bool | None = None) -> Source:
+def find_source(
+    data: str | None, ndim: int | None = None, photographs: bool | None = None, pages: str | None = None
+) -> Source:
     """Return what a run reads.
 
     Args:
         data: a folder; None for the photographs inside the wheels.
         ndim: spatial dimensions of arrays; None decides by their axes, see `open_volume`.
         photographs: True for images alone, False for arrays alone; None for what is there.
+        pages: what several pages of a TIFF are, see `Recipe.pages`.
 
     Raises:
         InputError, MissingExtra: as `find_data` and `wheel_photographs` raise them.
     """
-    return wheel_photographs() if data is None else find_data(data, ndim, photographs)
+    files = wheel_photographs() if data is None else find_data(data, ndim, photographs)
+    return with_pages(files, pages) if isinstance(files, ImageSet) else files
 
 
-def named_files(paths: Sequence[str], photographs: bool) -> FileSet:
-    """Return files that a user names, as images or as volumes."""
-    return (ImageSet if photographs else VolumeSet)("", tuple(paths))
+def named_files(paths: Sequence[str]) -> FileSet:
+    """Return files that a user names.
+
+    Raises:
+        InputError: they are images and arrays.
+    """
+    arrays = [os.path.isdir(path) or path.lower().endswith(ENDINGS["volumes"]) for path in paths]
+    if len(set(arrays)) > 1:
+        one, other = paths[arrays.index(False)], paths[arrays.index(True)]
+        raise InputError("images", one, f"an image beside an array, {other}; expected one kind of them")
+    return (VolumeSet if arrays[0] else ImageSet)("", tuple(paths))
 
 
 def find_data(folder: str | Path, ndim: int | None = None, photographs: bool | None = None) -> FileSet:

@@ -1,22 +1,24 @@
-"""Image files: which there are, and how one is read."""
+"""Image files: which there are, and what was understood of them."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import ExifTags, Image, ImageFile
-from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT
 from torch import Tensor
 
 from sparsecnx.common.errors import InputError, MissingExtra
-from sparsecnx.common.files import not_regular
 from sparsecnx.train.data.files import ENDINGS, FileSet, find_files
-from sparsecnx.train.recipe import MAX_PIXELS, Recipe
+from sparsecnx.train.data.formats import Header, decode, expect_one, read_header
+from sparsecnx.train.data.pictures import UnsupportedImage
+from sparsecnx.train.data.statistics import describe_scale, measure
+from sparsecnx.train.recipe import Recipe
 
 # These are the photographs (no drawings, no masks) inside the wheels, colourful ones first.
 PHOTOGRAPHS = {
@@ -29,38 +31,123 @@ PHOTOGRAPHS = {
 }
 # An epoch shows each of the 22 photographs this often, so that it has a few hundred images.
 PHOTOGRAPH_REPEATS = 20
-# These turns make an image upright, by the value of its EXIF orientation.
-ORIENTATION = ExifTags.Base.Orientation
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
-class UnsupportedImage(ValueError):
-    """A whole image of a kind that the command does not read; the message says why."""
-
-
+@dataclass(frozen=True)
 class ImageSet(FileSet):
-    """Image files, in a fixed order."""
+    """Image files, in a fixed order.
+
+    Attributes:
+        paged: number of the file and of the page of every image, if the pages of a file are images; None if not.
+    """
+
+    paged: tuple[tuple[int, int], ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names if self.paged is None else self.paged)
+
+    def name(self, index: int) -> str:
+        if self.paged is None:
+            return self.names[index]
+        file, page = self.paged[index]
+        return f"{self.names[file]} page {page + 1}"
+
+    def path(self, index: int) -> str:
+        return super().path(index if self.paged is None else self.paged[index][0])
 
     def read(self, index: int, recipe: Recipe) -> Tensor:
-        return read_image(self.path(index), recipe.max_pixels)
+        page = 0 if self.paged is None else self.paged[index][1]
+        return decode(self.path(index), recipe.in_chans, recipe.pages, page, recipe.nodata, recipe.max_pixels)
+
+    def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        headers = dict(self.headers)
+        own = any(given.get(field) is not None for field in ("value_range", "mean", "std", "nodata"))
+        pictures = all(header.picture for header in headers.values()) and not own
+        if pictures and given.get("in_chans", 3) == 3 and given.get("normalize", "imagenet") == "imagenet":
+            return {}
+        found: dict[str, Any] = {
+            "in_chans": given.get("in_chans") or self._channels(headers, given.get("pages")),
+            "normalize": given.get("normalize", "dataset"),
+        }
+        if found["normalize"] != "dataset":
+            return found
+        return found | measure(self, {**given, **found}, [header.dtype for header in headers.values()])
 
     def check(self, recipe: Recipe) -> None:
         """Look at the headers of a sample. Files that are damaged or no images are not refused here."""
+        for name, header in self.headers:
+            try:
+                expect_fit(header, recipe)
+            except UnsupportedImage as error:
+                raise InputError("data", self.root, f"holds {name}, which {error}") from error
+
+    @cached_property
+    def headers(self) -> list[tuple[str, Header]]:
+        """Return the names and headers of a sample, without files that cannot be read.
+
+        Raises:
+            InputError: one is of a kind that cannot be trained on.
+        """
+        found = []
         for index in self.sample():
             try:
-                open_image(self.path(index), recipe.max_pixels).close()
+                found.append((self.name(index), read_header(self.path(index))))
             except UnsupportedImage as error:
-                raise InputError("data", self.root, f"holds {self.names[index]}, which {error}") from error
-            except Exception:  # decoders raise many kinds of errors
+                raise InputError("data", self.root, f"holds {self.name(index)}, which {error}") from error
+            except MissingExtra:
+                raise
+            except Exception:  # decoders raise many kinds of errors; a run skips such files and names them
                 continue
+        return found
+
+    def _channels(self, headers: Mapping[str, Header], pages: str | None) -> int:
+        """Return the channels of the images, which must be the same in all."""
+        found: dict[int, str] = {}
+        for name, header in headers.items():
+            found.setdefault(header.channels_as(pages), name)
+        if len(found) > 1:
+            (one, first), (two, second), *_ = found.items()
+            remedy = "expected the same in all; --in-chans 1 or 3 makes grey and RGB one, other bands need own folders"
+            problem = f"holds {first} of {one} channels and {second} of {two}; {remedy}"
+            raise InputError("data", self.root, problem)
+        return next(iter(found), 3)
+
+    def describe(self, recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:
+        headers = dict(self.headers)
+        kinds = Counter(_kind(header) for header in headers.values())
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        channels = f"{recipe.in_chans} channel{'s' if recipe.in_chans > 1 else ''}"
+        imagenet = ", normalised by the numbers of ImageNet" if recipe.photographs else ""
+        lines = [f"files: {len(headers)} looked at, {told}; as {channels}{imagenet}, upright as their EXIF data say"]
+        marks = {header.nodata for header in headers.values()} | {recipe.nodata}
+        if numbers := sorted(mark for mark in marks if mark is not None):
+            lines.append(f"no value: NaN and {', '.join(f'{number:g}' for number in numbers)}")
+        small = sum(h.height < recipe.size[0] or h.width < recipe.size[1] for h in headers.values())
+        if small and recipe.crop_area is not None:
+            lines.append(f"{small} of them are smaller than the crop and are enlarged")
+        return [*lines, *describe_scale(recipe, given)]
+
+
+def expect_fit(header: Header, recipe: Recipe) -> None:
+    """Raise UnsupportedImage if an image does not fit a recipe, as far as its header says."""
+    expect_one(header, recipe.pages, recipe.max_pixels)
+    bands = header.channels * (header.pages if recipe.pages == "channels" else 1)
+    colours = "" if bands != header.channels else header.colours
+    possible = {1, 2, 3, 4} if header.picture else {bands} | ({1, 3} if colours else set())
+    if recipe.in_chans not in possible:
+        raise UnsupportedImage(f"has {bands} channels{f' ({colours})' * (colours != '')}: expected {recipe.in_chans}")
+    size = (header.height, header.width)
+    fits = all(side >= part for side, part in zip(sorted(size), sorted(recipe.size), strict=True))  # lying or not
+    if recipe.crop_area is None and not fits:
+        problem = f"is {size[0]} x {size[1]}, smaller than the crop of {recipe.pixels}"
+        raise UnsupportedImage(f"{problem}; a smaller --image-size takes it in, --crop-area enlarges it")
+
+
+def _kind(header: Header) -> str:
+    """Return what an image is, in words."""
+    pages = f" x {header.pages} pages" if header.pages > 1 else ""
+    channels = header.colours or f"{header.channels} bands"
+    return f"{header.dtype} {channels}{pages}"
 
 
 class WheelPhotographs(ImageSet):
@@ -70,7 +157,21 @@ class WheelPhotographs(ImageSet):
     place = None
 
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        return {"epoch_repeats": PHOTOGRAPH_REPEATS}
+        return {"epoch_repeats": PHOTOGRAPH_REPEATS} | super().defaults(given)
+
+
+def with_pages(files: ImageSet, pages: str | None) -> ImageSet:
+    """Return the same files, in which every page is an image if `pages` says so. It reads the headers of all."""
+    if pages != "images":
+        return files
+    paged = []
+    for number in range(len(files.names)):
+        try:
+            count = read_header(files.path(number)).pages
+        except Exception:  # it is named when it is read
+            count = 1
+        paged += [(number, page) for page in range(count)]
+    return replace(files, paged=tuple(paged))
 
 
 def find_images(folder: str | Path) -> ImageSet:
@@ -101,73 +202,3 @@ def wheel_photographs() -> WheelPhotographs:
         raise MissingExtra("scikit-image and scikit-learn not installed: pip install sparsecnx[train]")
     root = Path(os.path.commonpath([path.parent for path in present]))
     return WheelPhotographs(str(root), tuple(p.relative_to(root).as_posix() for p in present))
-
-
-def open_image(path: str, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
-    """Open an image file and read its header, but not its pixels.
-
-    Raises:
-        UnsupportedImage: it is no regular file, has more than `max_pixels` pixels, several pages, or other channels
-            than 8-bit ones. These would be cut or clipped.
-        Exception: whatever the decoder raises.
-    """
-    if os.path.exists(path) and (problem := not_regular(path)) is not None:
-        raise UnsupportedImage(f"is {problem}")
-    # Pillow has a limit of its own, from 89 million pixels on. It warns of some images and refuses others.
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        image = Image.open(path)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    if (problem := _unsupported(image, max_pixels)) is not None:
-        image.close()
-        raise UnsupportedImage(problem)
-    return image
-
-
-def _unsupported(image: ImageFile.ImageFile, max_pixels: int) -> str | None:
-    """Return why an open image would not be read as it is, or None."""
-    width, height = image.size
-    if width * height > max_pixels:
-        return f"has {width} x {height} pixels, more than --max-pixels, {max_pixels}; a larger one lets it in"
-    pages = getattr(image, "n_frames", 1)
-    if pages > 1 and image.format != "MPO":  # photographs of many phones, with a preview or a depth map behind
-        return f"has {pages} pages or frames: expected one image in a file"
-    if _is_8_bit(image):
-        return None
-    return f"has channels of more than 8 bits, or signed ones (Pillow's mode {image.mode}): expected 8-bit ones"
-
-
-def _is_8_bit(image: ImageFile.ImageFile) -> bool:
-    """Return whether 8 bits hold the values in the file. Of 16-bit colours Pillow keeps 8 bits, and does not tell."""
-    if image.mode[0] in "IF":
-        return False
-    if image.format == "TIFF":
-        tags = getattr(image, "tag_v2", {})
-        bits, formats = (tags.get(tag, ()) for tag in (BITSPERSAMPLE, SAMPLEFORMAT))
-        return all(bit <= 8 for bit in bits) and all(kind == 1 for kind in formats)
-    for tile in image.tile:  # the arguments of its decoder: the raw mode, and for PPM the largest value
-        arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
-        if any(isinstance(argument, str) and ";16" in argument for argument in arguments):
-            return False
-        if image.format == "PPM" and any(isinstance(argument, int) and argument > 255 for argument in arguments):
-            return False
-    return True
-
-
-def read_image(path: str, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode a file to RGB, uint8 `(3, H, W)`, upright as its EXIF orientation says. Raises as `open_image` does."""
-    with open_image(path, max_pixels) as file:
-        file.load()  # first, because Pillow turns TIFF upright by itself
-        turn = UPRIGHT.get(_orientation(file))
-        image: Image.Image = file if turn is None else file.transpose(turn)
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
-
-
-def _orientation(image: Image.Image) -> Any:
-    try:
-        return image.getexif().get(ORIENTATION)
-    except Exception:  # damaged EXIF data raise many kinds of errors, and say nothing about how the image lies
-        return None

@@ -1,16 +1,17 @@
-"""How values are normalised: photographs by the numbers of ImageNet, others one by one by statistics of their own."""
+"""How values are normalised: by the numbers of ImageNet or of a data set, or one by one by statistics of their own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparsecnx.train.data.source import Pixels
+from sparsecnx.train.recipe import Recipe
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -33,39 +34,64 @@ class Scale(NamedTuple):
     clip: bool
 
 
-def normalize(images: Tensor) -> Tensor:
-    """Return uint8 images `(B, 3, H, W)` as float32, normalised by ImageNet's mean and standard deviation.
+def normalize(images: Tensor, recipe: Recipe) -> Tensor:
+    """Return images `(B, C, *size)` as float32, normalised by the numbers of ImageNet or of the data set.
 
-    Volumes, which are floating, are normalised one by one when they are read, and are returned as they are.
+    What is normalised one by one is so already, and is returned as it is.
     """
-    if images.is_floating_point():
+    if recipe.normalize == "imagenet":
+        mean, std = _per_channel(IMAGENET_MEAN, images), _per_channel(IMAGENET_STD, images)
+        return (images.float() / 255 - mean) / std
+    if recipe.mean is None or recipe.std is None:
         return images
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.float() / 255 - mean) / std
+    low, high = recipe.value_range or (0.0, 1.0)
+    return ((images.float() - low) / (high - low) - _per_channel(recipe.mean, images)) / _per_channel(
+        recipe.std, images
+    )
+
+
+def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
+    return torch.tensor(values, device=images.device).view(-1, *(1,) * (images.ndim - 2))
+
+
+def values_in(images: Tensor) -> Tensor | None:
+    """Return bool of the shape of images `(B, C, *size)`, False where a pixel has no value; None where all have one."""
+    if not images.is_floating_point() or not (missing := images.isnan()).any():
+        return None
+    return ~missing
 
 
 def scale_of(pixels: Pixels, normalize: str) -> Scale | None:
     """Return how an image or a volume is normalised, see `Recipe.normalize`; None where the device does it.
 
     Raises:
-        UnsupportedValues: values are not finite, or a channel is constant.
+        UnsupportedValues: a channel is constant or has no values, or values are not finite.
     """
-    if normalize == "imagenet":
+    if normalize in ("imagenet", "dataset"):
         return None
     ones = (pixels.channels, *(1,) * len(pixels.size))
     if normalize == "none":
         return Scale(torch.zeros(ones), torch.ones(ones), False)
-    values = _sample(pixels).flatten(1).numpy()
-    if normalize == "zscore":
-        low, high = values.mean(1, dtype=np.float64), values.std(1, dtype=np.float64)
+    values = sample_of(pixels).flatten(1).numpy()
+    missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros((1, 1), bool)
+    for channel in np.flatnonzero(missing.all(1)).tolist():
+        raise UnsupportedValues(f"has no values in channel {channel}: it cannot be normalised; move it elsewhere")
+    if missing.any():
+        statistics: Any = (np.nanmin, np.nanmax, np.nanmean, np.nanstd, np.nanpercentile)
     else:
-        low, high = np.percentile(values, PERCENTILES, axis=1)
+        statistics = (np.min, np.max, np.mean, np.std, np.percentile)
+    least, most, mean, std, percentile = statistics
+    if normalize == "zscore":
+        low, high = mean(values, 1, dtype=np.float64), std(values, 1, dtype=np.float64)
+    else:
+        low, high = percentile(values, PERCENTILES, axis=1)
         high = high - low
-    constant = values.min(1) == values.max(1)
+    constant = least(values, 1) == most(values, 1)
     for channel in np.flatnonzero(constant | ~(high > 0)).tolist():
         where = f" in channel {channel}" if pixels.channels > 1 else ""
         if constant[channel]:
-            problem = f"is constant{where}, {values[channel, 0]:g}: it cannot be normalised; move it elsewhere"
+            value = least(values[channel])
+            problem = f"is constant{where}, {value:g}: it cannot be normalised; move it elsewhere"
         else:
             problem = f"has equal percentiles {PERCENTILES}{where}, {low[channel]:g}; --normalize zscore takes it"
         raise UnsupportedValues(problem)
@@ -73,8 +99,8 @@ def scale_of(pixels: Pixels, normalize: str) -> Scale | None:
     return Scale(shift, scale, normalize == "percentiles")
 
 
-def _sample(pixels: Pixels) -> Tensor:
-    """Return all values, or those of parts of what is large, `(C, *)`; refuse some that are not finite."""
+def sample_of(pixels: Pixels) -> Tensor:
+    """Return all values, or those of parts of what is large, `(C, *)`; refuse some that `expect_numbers` refuses."""
     size = pixels.size
     thickness = max(SAMPLED_VALUES // (PARTS * pixels.channels * math.prod(size[1:])), 1)
     starts = [0]
@@ -83,23 +109,39 @@ def _sample(pixels: Pixels) -> Tensor:
     else:
         starts = [i * (size[0] - thickness) // (PARTS - 1) for i in range(PARTS)]
     corners = [(start, *(0,) * len(size[1:])) for start in starts]
-    parts = [finite(pixels.read(corner, (thickness, *size[1:])), corner) for corner in corners]
+    parts = [expect_numbers(pixels.read(corner, (thickness, *size[1:])), None, corner) for corner in corners]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def finite(values: Tensor, start: Sequence[int]) -> Tensor:
+def expect_numbers(values: Tensor, value_range: tuple[float, float] | None, start: Sequence[int]) -> Tensor:
     """Return the values of a box `(C, *size)` that begins at `start`.
 
     Raises:
-        UnsupportedValues: one is not finite in float32.
+        UnsupportedValues: one is infinite in float32, or outside the range. NaN, no value, is in images alone.
     """
-    found = values.isfinite()
-    if not found.all():
-        channel, *place = (~found).nonzero()[0].tolist()
+    if not values.is_floating_point():
+        return values
+    wrong = values.isinf() if values.ndim == 3 else ~values.isfinite()
+    if wrong.any():
+        channel, *place = wrong.nonzero()[0].tolist()
         voxel = tuple(first + i for first, i in zip(start, place, strict=True))
-        problem = f"holds {values[~found][0].item()} in channel {channel} at {voxel}"
-        raise UnsupportedValues(f"{problem}: expected finite values; numpy.nan_to_num replaces them")
+        what = f"holds {values[wrong][0].item()} in channel {channel} at {voxel}"
+        raise UnsupportedValues(f"{what}: expected finite values; numpy.nan_to_num replaces them")
+    if (problem := outside(values, value_range)) is not None:
+        raise UnsupportedValues(problem)
     return values
+
+
+def outside(values: Tensor, value_range: tuple[float, float] | None) -> str | None:
+    """Return why values do not lie in a range, or None. NaN does."""
+    if value_range is None:
+        return None
+    there = values[~values.isnan()] if values.is_floating_point() else values
+    low, high = (there.amin().item(), there.amax().item()) if there.numel() else value_range
+    if low >= value_range[0] and high <= value_range[1]:
+        return None
+    least, most = value_range
+    return f"holds values from {low:g} to {high:g}: expected {least:g} to {most:g}, --value-range"
 
 
 def scaled(values: Tensor, scale: Scale | None) -> Tensor:

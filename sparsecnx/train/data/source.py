@@ -145,6 +145,11 @@ class Source(ABC):
         """
         return
 
-    def describe(self, recipe: Recipe) -> list[str]:
-        """Return what was understood of the data, for the first lines of a run, without the number and the crops."""
+    def describe(self, recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:
+        """Return what was understood of the data, for the first lines of a run, without the number and the crops.
+
+        Args:
+            recipe: that of the run.
+            given: the fields that the user chose; None for a resumed run.
+        """
         return []

@@ -12,22 +12,19 @@ from torch import Tensor
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.code import load_code
-from sparsecnx.train.recipe import Recipe
 
 
-def checked_transform(recipe: Recipe) -> Callable[[Tensor], Any]:
-    """Return the transform of a recipe, after it was tried.
+def load_transform(name: str) -> Callable[[Tensor], Any]:
+    """Return the transform of a recipe.
 
     Raises:
-        InputError: it cannot be loaded or called, or returns something else than a crop.
+        InputError: it cannot be loaded.
     """
     try:
-        transform = load_code(str(recipe.transform))
-        transformed(transform, torch.rand(recipe.in_chans, *recipe.size, generator=torch.Generator()), recipe.seed)
+        return load_code(name)
     except Exception as error:  # code of the user can raise anything
         problem = f"{type(error).__name__}: {error}; expected a function that takes and returns a tensor (C, *size)"
-        raise InputError("transform", recipe.transform, problem) from error
-    return transform
+        raise InputError("transform", name, problem) from error
 
 
 def transformed(transform: Callable[[Tensor], Any], crop: Tensor, seed: int) -> Tensor:
@@ -37,7 +34,7 @@ def transformed(transform: Callable[[Tensor], Any], crop: Tensor, seed: int) -> 
     `set_random_state` sets, as MONAI's transforms have.
 
     Raises:
-        ValueError: it returned another shape, or values that are not finite.
+        ValueError: it returned another shape or type, or other values that are not finite than it was given.
     """
     small, states = seed % 2**32, (np.random.get_state(), random.getstate())
     try:
@@ -47,10 +44,14 @@ def transformed(transform: Callable[[Tensor], Any], crop: Tensor, seed: int) -> 
             random.seed(seed)
             if hasattr(transform, "set_random_state"):
                 transform.set_random_state(small)
-            found = torch.as_tensor(transform(crop)).as_subclass(Tensor).float()
+            found = torch.as_tensor(transform(crop)).as_subclass(Tensor)
     finally:
         np.random.set_state(states[0])
         random.setstate(states[1])
-    if found.shape != crop.shape or not found.isfinite().all():
-        raise ValueError(f"it returned {tuple(found.shape)} for {tuple(crop.shape)}, or values that are not finite")
+    found = found.to(crop.dtype) if crop.is_floating_point() else found
+    if found.shape != crop.shape or found.dtype != crop.dtype:
+        had, has = (f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (crop, found))
+        raise ValueError(f"it returned {has} for {had}")
+    if not found.isfinite().all() and crop.isfinite().all():
+        raise ValueError("it returned values that are not finite")
     return found

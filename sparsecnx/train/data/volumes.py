@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from sparsecnx.common.errors import InputError, MissingExtra
 from sparsecnx.common.files import not_regular
 from sparsecnx.train.data.files import FileSet, multiscales
+from sparsecnx.train.data.statistics import describe_scale, measure
 from sparsecnx.train.recipe import Recipe
 
 # A compressed file of so many voxels takes 4 GB where its values are scaled.
@@ -50,6 +52,7 @@ class Volume:
         axes: the axis of `array` of each axis of space, and whether it is read backwards.
         compressed: True if every reading of a part reads the whole.
         bytes_held: of an array in memory.
+        nodata: value of what has none.
     """
 
     array: Any
@@ -57,6 +60,7 @@ class Volume:
     axes: tuple[tuple[int, bool], ...]
     compressed: bool = False
     bytes_held: int = 0
+    nodata: float | None = None
 
     @property
     def channels(self) -> int:
@@ -66,8 +70,14 @@ class Volume:
     def size(self) -> tuple[int, ...]:
         return tuple(int(self.array.shape[axis]) for axis, _ in self.axes)
 
+    @property
+    def dtype(self) -> str:
+        """Return the type of the values, such as uint16; of those that NIfTI scales float32."""
+        scale = getattr(self.array, "slope", 1.0), getattr(self.array, "inter", 0.0)
+        return str(self.array.dtype) if scale == (1.0, 0.0) else "float32"
+
     def read(self, start: Sequence[int], size: Sequence[int]) -> Tensor:
-        """Return the values of a box as float32 `(C, *size)`."""
+        """Return the values of a box as float32 `(C, *size)`, NaN where one is `nodata`."""
         index: list[int | slice] = [0] * len(self.array.shape)
         for (axis, backwards), first, side in zip(self.axes, start, size, strict=True):
             first = self.array.shape[axis] - first - side if backwards else first
@@ -79,8 +89,11 @@ class Volume:
         order = [*channel, *(axis for axis, _ in self.axes)]
         values = values.transpose([sorted(order).index(axis) for axis in order])
         values = np.flip(values, tuple(i for i, (_, backwards) in enumerate(self.axes, len(channel)) if backwards))
-        with np.errstate(over="ignore"):  # infinity is named by `read_finite`
-            return torch.from_numpy(np.array(values, np.float32)).view(self.channels, *size)
+        with np.errstate(over="ignore"):  # infinity is named by `expect_numbers`
+            found = np.array(values, np.float32)
+        if self.nodata is not None:  # compared in the type of the file, which float32 may round
+            found[values == self.nodata] = np.nan
+        return torch.from_numpy(found).view(self.channels, *size)
 
     def decompressed(self) -> Volume:
         """Return the same volume in memory, in the type of the file, or in float32 where that is scaled."""
@@ -97,11 +110,13 @@ class VolumeSet(FileSet):
         ndim: spatial dimensions.
         channels: channels of each array.
         sizes: sides of the arrays of a sample of the files, by their names.
+        dtypes: types of their values.
     """
 
     ndim: int = 3
     channels: int = 1
     sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    dtypes: tuple[str, ...] = ()
     noun = "volume"
 
     def read(self, index: int, recipe: Recipe) -> Volume:
@@ -109,23 +124,26 @@ class VolumeSet(FileSet):
         if volume.channels != recipe.in_chans:
             problem = f"has {volume.channels} channels: expected {recipe.in_chans}, as the others"
             raise UnsupportedVolume(f"{problem}; move it elsewhere")
-        if (too := too_small(volume.size, recipe.size)) is not None:
+        if recipe.crop_area is None and (too := too_small(volume.size, recipe.size)) is not None:
             raise UnsupportedVolume(too)
+        volume = replace(volume, nodata=recipe.nodata)
         return volume.decompressed() if volume.compressed else volume
 
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        if "crop_area" in given:
+        if self.ndim != 2 and given.get("crop_area") is not None:
             what = "expected together with images; crops of volumes are not resized"
             raise InputError("crop_area", given["crop_area"], what)
         found = {"ndim": self.ndim, "in_chans": self.channels, "normalize": "zscore", "max_pixels": MAX_VOXELS}
-        return found | {"crop_area": None} | DEFAULTS[self.ndim]
+        found |= {"crop_area": None, **DEFAULTS[self.ndim]}
+        if any(given.get(field) is not None for field in ("value_range", "mean", "std")):
+            found["normalize"] = "dataset"
+        if given.get("normalize", found["normalize"]) != "dataset":
+            return found
+        return found | measure(self, {**found, **given}, self.dtypes)
 
-    def describe(self, recipe: Recipe) -> list[str]:
-        dimensions, channels = (
-            f"{number} {noun}{'s' if number > 1 else ''}"
-            for number, noun in ((recipe.ndim, "dimension"), (recipe.in_chans, "channel"))
-        )
-        return [f"{dimensions} and {channels}, normalised by {recipe.normalize}"]
+    def describe(self, recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:
+        told = ", ".join(f"{count} {dtype}" for dtype, count in Counter(self.dtypes).most_common())
+        return [f"files: {len(self.dtypes)} looked at, {told}", *describe_scale(recipe, given)]
 
     def check(self, recipe: Recipe) -> None:
         """Raise InputError if the crop does not fit a volume of the sample, or they are not those of the recipe."""
@@ -133,7 +151,7 @@ class VolumeSet(FileSet):
             expected = f"{recipe.ndim} dimensions and {recipe.in_chans} channels, as the run was started with"
             raise InputError("data", self.root, f"{self.ndim} dimensions and {self.channels} channels: {expected}")
         for name, size in self.sizes:
-            if (problem := too_small(size, recipe.size)) is not None:
+            if recipe.crop_area is None and (problem := too_small(size, recipe.size)) is not None:
                 raise InputError("data", self.root, f"holds {name}, which {problem}")
 
 
@@ -152,6 +170,7 @@ def survey(root: str, names: tuple[str, ...], ndim: int | None) -> VolumeSet:
     files = VolumeSet(root, names)
     first: tuple[str, int, int] | None = None
     sizes: list[tuple[str, tuple[int, ...]]] = []
+    dtypes: list[str] = []
     for index in files.sample():
         name = files.names[index]
         try:
@@ -171,8 +190,9 @@ def survey(root: str, names: tuple[str, ...], ndim: int | None) -> VolumeSet:
                 remedy += ", or give --image-size as many sides as there are dimensions"
             raise InputError("data", files.root, f"holds {' and '.join(told)}; {remedy}")
         sizes.append((name, volume.size))
+        dtypes.append(volume.dtype)
     ndim, channels = first[1:] if first else (ndim or 3, 1)
-    return replace(files, ndim=ndim, channels=channels, sizes=tuple(sizes))
+    return replace(files, ndim=ndim, channels=channels, sizes=tuple(sizes), dtypes=tuple(dtypes))
 
 
 def open_volume(path: str, ndim: int | None = None, max_voxels: int = MAX_VOXELS) -> Volume:

@@ -1,0 +1,293 @@
+"""Image files of any depth and number of bands: what the header says, and the values as they are.
+
+| read by | what |
+|---|---|
+| Pillow | pictures of 8 bits |
+| tifffile | other TIFF: any type, bands interleaved or planar, pages, BigTIFF, GeoTIFF |
+| rasterio, where it is installed | what tifffile refuses |
+| imagecodecs | PNG of 16 bits |
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsecnx.common.errors import MissingExtra
+from sparsecnx.common.files import not_regular
+from sparsecnx.train.data.pictures import (
+    UnsupportedImage,
+    decode_picture,
+    expect_size,
+    frames,
+    is_8_bit,
+    open_picture,
+    orientation,
+)
+
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
+# Samples of a pixel, by the photometric interpretation of TIFF: grey, RGB, palette, CMYK and YCbCr.
+COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}
+GDAL_NODATA, ORIENTATION = 42113, 274
+WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue in grey (ITU-R BT.601), as Pillow takes them
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of an image file says.
+
+    Attributes:
+        dtype: of the values, such as uint16.
+        channels: of a page.
+        colours: L, LA, RGB or RGBA, where the channels are these, and Pillow's mode of a picture; "" for bands.
+        height, width: as they lie in the file.
+        pages: of the file.
+        nodata: value of pixels that have none.
+        picture: True for 8 bits that Pillow reads.
+    """
+
+    dtype: str
+    channels: int
+    colours: str
+    height: int
+    width: int
+    pages: int = 1
+    nodata: float | None = None
+    picture: bool = False
+
+    def channels_as(self, pages: str | None) -> int:
+        """Return the channels of an image if none are wished: of pictures 3, without transparency."""
+        if pages == "channels" and self.pages > 1:
+            return self.channels * self.pages
+        return 3 if self.picture else len(self.colours.removesuffix("A")) or self.channels
+
+
+def read_header(path: str) -> Header:
+    """Return what the header of a file says.
+
+    Raises:
+        UnsupportedImage: it is no regular file, or of a kind that is not read.
+        MissingExtra: a library that reads it is not installed.
+        Exception: whatever the decoder raises.
+    """
+    if _is_tiff(path):
+        with _open_tiff(path) as tiff:
+            return _tiff_header(tiff)
+    with open_picture(path) as image:
+        colours, found = image.mode, {"height": image.height, "width": image.width, "pages": frames(image)}
+        if is_8_bit(image):
+            return Header("uint8", len(image.getbands()), colours, picture=True, **found)
+        if image.format != "PNG":
+            problem = f"has channels of more than 8 bits, or signed ones (Pillow's mode {image.mode})"
+            raise UnsupportedImage(f"{problem}: expected 8-bit ones in {image.format}; TIFF, PNG and .npy take others")
+        colours = str(image.tile[0][3]).partition(";")[0].replace("I", "L")
+        return Header("uint16", len(colours), colours, **found)
+
+
+def decode(
+    path: str,
+    channels: int,
+    pages: str | None = None,
+    page: int = 0,
+    nodata: float | None = None,
+    max_pixels: int | None = None,
+) -> Tensor:
+    """Return an image, upright, `(channels, H, W)`: uint8 as it is, every other type as float32, NaN without a value.
+
+    Args:
+        path: the file.
+        channels: grey, RGB and transparency become one another; bands are as they are.
+        pages: what several pages are, see `Recipe.pages`.
+        page: the page that is read, if they are images.
+        nodata: value of pixels that have none, beside what a GeoTIFF says.
+        max_pixels: size of the largest image.
+
+    Raises:
+        UnsupportedImage, MissingExtra, Exception: as `read_header` does; or the image is too large, or has other
+            channels or several pages.
+    """
+    if _is_tiff(path):
+        with _open_tiff(path) as tiff:
+            header = _tiff_header(tiff)
+            expect_one(header, pages, max_pixels)
+            if not header.picture:
+                kept = [page] if pages == "images" else range(header.pages)
+                array = np.concatenate([_page_values(path, tiff, number) for number in kept])
+                array = upright(array, _tag(_pages(tiff)[kept[0]], ORIENTATION))
+                colours = header.colours if len(kept) == 1 else ""
+                return with_channels(as_tensor(array, header.nodata, nodata), colours, channels)
+    image = open_picture(path)
+    if _is_tiff(path) or is_8_bit(image):
+        with image:
+            expect_one(Header("uint8", 3, "", image.height, image.width, frames(image)), None, max_pixels)
+            pixels = decode_picture(image, channels)
+        return pixels if nodata is None else as_tensor(pixels.numpy(), nodata)
+    turn = orientation(image)
+    image.close()
+    expect_one(read_header(path), None, max_pixels)
+    with open(path, "rb") as file:
+        array = library("imagecodecs", path, "train").png_decode(file.read())
+    array = array.reshape(*array.shape[:2], -1).transpose(2, 0, 1)
+    colours = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[len(array)]  # a transparent colour makes one more than the header
+    return with_channels(as_tensor(upright(array, turn), nodata), colours, channels)
+
+
+def _is_tiff(path: str) -> bool:
+    if os.path.exists(path) and (problem := not_regular(path)) is not None:
+        raise UnsupportedImage(f"is {problem}")
+    with open(path, "rb") as file:
+        return file.read(4) in TIFF
+
+
+def expect_one(header: Header, pages: str | None, max_pixels: int | None) -> None:
+    """Raise UnsupportedImage if an image is too large, or one of several in its file without a word about them."""
+    if max_pixels is not None:
+        expect_size(header.width, header.height, max_pixels)
+    if header.pages > 1 and pages is None:
+        remedy = "; --pages channels or --pages images says what those of a TIFF are"
+        raise UnsupportedImage(f"has {header.pages} pages or frames: expected one image in a file{remedy}")
+
+
+def library(name: str, path: str, extra: str) -> Any:
+    """Return a library.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        problem = f"{os.path.basename(path)} needs {name}, which is not installed"
+        raise MissingExtra(f"{problem}: pip install sparsecnx[{extra}]") from error
+
+
+def _open_tiff(path: str) -> Any:
+    return library("tifffile", path, "train").TiffFile(path)
+
+
+def _pages(tiff: Any) -> list[Any]:
+    """Return the pages that are images, and no smaller copies or masks of others."""
+    return [page for page in tiff.pages if not page.is_reduced and not page.is_mask]
+
+
+def _tag(page: Any, code: int) -> Any:
+    tag = page.tags.get(code)
+    return None if tag is None else tag.value
+
+
+def _tiff_header(tiff: Any) -> Header:
+    """Return the header of a TIFF, whose pages must be alike."""
+    pages = _pages(tiff)
+    if any(page.is_mask for page in tiff.pages):
+        raise UnsupportedImage("holds a mask of its pixels: expected NaN or a nodata value where there is none")
+    if (tiff.is_imagej or tiff.is_shaped) and sum(math.prod(s.shape) for s in tiff.series) > sum(p.size for p in pages):
+        raise UnsupportedImage("is a stack with a header for its first page alone: expected one for each page")
+    first = pages[0]
+    for page in pages:
+        if page.dtype is None or page.dtype.kind not in "biuf":
+            raise UnsupportedImage(f"holds values of {page.bitspersample} bits of type {page.dtype}: expected numbers")
+        if page.bitspersample < 8 and page.axes == "YXS":  # which tifffile 2026.3 does not unpack right
+            raise UnsupportedImage(
+                f"has {page.bitspersample} bits in a band, interleaved: expected 8 or more, or planes"
+            )
+        if page.axes not in ("YX", "YXS", "SYX"):
+            raise UnsupportedImage(f"has the axes {page.axes}: expected height, width and samples")
+        if (page.shape, page.dtype) != (first.shape, first.dtype):
+            both = f"{first.shape} {first.dtype} and {page.shape} {page.dtype}"
+            raise UnsupportedImage(f"has pages of different kinds, {both}: expected the same in all")
+    samples, colours = first.samplesperpixel, COLOURS.get(first.photometric, 0)
+    alpha = samples == colours + 1 and tuple(first.extrasamples)[:1] in ((1,), (2,))
+    plain = colours > 0 and (samples == colours or alpha)
+    nodata = _nodata(_tag(first, GDAL_NODATA))
+    eight = str(first.dtype) in ("uint8", "bool") and first.bitspersample <= 8
+    picture = eight and plain and len(pages) == 1 and nodata is None
+    if (not picture and first.photometric in (3, 5, 8, 32845)) or (first.photometric == 6 and first.compression == 1):
+        kind = f"{first.photometric.name} in {first.bitspersample} bits" + (f", {len(pages)} pages" * (len(pages) > 1))
+        raise UnsupportedImage(f"has colours of the kind {kind}: expected grey, RGB or bands")
+    name = ("RGB" if colours == 3 else "L") + "A" * alpha if plain else ""
+    height, width = first.shape[-2:] if first.axes == "SYX" else first.shape[:2]
+    return Header(str(first.dtype), samples, name, height, width, len(pages), nodata, picture)
+
+
+def _nodata(text: Any) -> float | None:
+    """Return the number of GDAL's tag."""
+    if text is None:
+        return None
+    try:
+        number = float(str(text).strip(" \0"))
+    except ValueError as error:
+        raise UnsupportedImage(f"says that {text!r} stands for no data: expected a number") from error
+    return None if math.isnan(number) else number
+
+
+def _page_values(path: str, tiff: Any, number: int) -> np.ndarray[Any, Any]:
+    """Return a page as `(C, H, W)`."""
+    page = _pages(tiff)[number]
+    try:
+        values = np.asarray(page.asarray())
+    except Exception as error:  # a codec that is missing or unknown raises errors of many kinds
+        return _by_rasterio(path, page.index, error)
+    if page.axes == "YX":
+        return values[None]
+    return values if page.axes == "SYX" else values.transpose(2, 0, 1)
+
+
+def _by_rasterio(path: str, page: int, error: Exception) -> np.ndarray[Any, Any]:
+    """Return a page as `(C, H, W)`, or raise the error of tifffile if rasterio is not installed or fails too."""
+    try:
+        rasterio = importlib.import_module("rasterio")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of images without a place on Earth
+            with rasterio.open(f"GTIFF_DIR:{page + 1}:{path}") as file:
+                values: np.ndarray[Any, Any] = file.read()
+    except Exception:
+        raise error from None
+    return values
+
+
+def upright(values: np.ndarray[Any, Any], orientation: Any) -> np.ndarray[Any, Any]:
+    """Turn `(C, H, W)` upright, by the value of its EXIF orientation."""
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(1, 2)
+    across, down = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
+    return values[:, :: -1 if down else 1, :: -1 if across else 1]
+
+
+def as_tensor(values: np.ndarray[Any, Any], *nodata: float | None) -> Tensor:
+    """Return uint8 as it is and other types as float32, NaN where the value is one of `nodata`."""
+    missing = [number for number in nodata if number is not None]
+    if values.dtype == np.uint8 and not missing:
+        return torch.from_numpy(np.ascontiguousarray(values))
+    with np.errstate(over="ignore"):  # infinity is refused later, by name
+        found = torch.from_numpy(np.array(values, np.float32, order="C"))
+    for number in missing:
+        found[torch.from_numpy(np.ascontiguousarray(values == number))] = math.nan
+    return found
+
+
+def with_channels(values: Tensor, colours: str, channels: int) -> Tensor:
+    """Return `(channels, H, W)`: transparency dropped, grey as equal colours, colours as grey; bands as they are.
+
+    Raises:
+        UnsupportedImage: it has other channels.
+    """
+    if len(values) == channels:
+        return values
+    if colours.endswith("A") and channels in (1, 3):
+        values, colours = values[:-1], colours[:-1]
+    if colours == "L" and channels == 3:
+        return values.expand(3, -1, -1)
+    if colours == "RGB" and channels == 1:
+        weights = torch.tensor(WEIGHTS).view(3, 1, 1)
+        return (values * weights).sum(0, keepdim=True)
+    if len(values) != channels:
+        raise UnsupportedImage(f"has {len(values)} channels: expected {channels}, as the others; move it elsewhere")
+    return values

@@ -1,0 +1,121 @@
+"""Range, mean and standard deviation of a data set, measured on a sample before a run begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsecnx.common.errors import InputError
+from sparsecnx.train.data.scale import outside, sample_of
+from sparsecnx.train.data.source import Decoded, Source
+from sparsecnx.train.recipe import Recipe
+
+KNOWN_RANGES = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0)}
+MOST_VALUES = 2**20  # of a channel of an image that are summed, evenly spread
+SHOWN = 4  # channels
+# These fields of a recipe say how an entry is read.
+READING = ("ndim", "in_chans", "image_size", "patch_size", "mask_ratio", "crop_area", "max_pixels", "nodata", "pages")
+
+
+class Moments(NamedTuple):
+    """Number of values, mean and sum of squared deviations of every channel, float64 `(C,)`."""
+
+    number: Tensor
+    mean: Tensor
+    squares: Tensor
+
+
+def measure(source: Source, given: Mapping[str, Any], dtypes: Sequence[str]) -> dict[str, Any]:
+    """Return `value_range`, `mean` and `std` of a recipe, as far as the user gave none.
+
+    They are of up to 256 entries, spread evenly. The range is known for 8 and 16 bits; of other types mean and standard
+    deviation are in the units of the files.
+
+    Args:
+        source: what is measured.
+        given: the fields that the user chose, and what is known of the others.
+        dtypes: of the sample.
+
+    Raises:
+        InputError: the types differ and no range is given, values lie outside the given range, or a channel is constant
+            or has no values.
+    """
+    if "value_range" in given:
+        value_range = given["value_range"]
+    else:
+        if len(set(dtypes)) > 1:
+            types, remedy = " and ".join(sorted(set(dtypes))), "expected one type, or --value-range for all"
+            raise InputError("data", source.root, f"holds values of the types {types}; {remedy}")
+        value_range = KNOWN_RANGES.get(next(iter(dtypes), ""))
+    reading = {field: given[field] for field in READING if field in given}
+    recipe = Recipe(**reading, normalize="dataset", value_range=value_range, mean=(0.0,), std=(1.0,))
+    total: Moments | None = None
+    for index in source.sample():
+        try:
+            read = source.read(index, recipe)
+            values = sample_of(Decoded(read) if isinstance(read, Tensor) else read)
+        except Exception:  # decoders raise many kinds of errors; a run skips such files and names them
+            continue
+        if "value_range" in given and (problem := outside(values, value_range)) is not None:
+            raise InputError("data", source.root, f"holds {source.name(index)}, which {problem}")
+        total = _added(total, _moments(values))
+    found = {"value_range": value_range}
+    if total is None:  # nothing can be read, which the first reading of the run names
+        return found | {"mean": (0.0,), "std": (1.0,)}
+    low, high = value_range or (0.0, 1.0)
+    mean, std = (total.mean - low) / (high - low), (total.squares / total.number).sqrt() / (high - low)
+    for channel, value in enumerate(std.tolist()):
+        if not value > 0 and given.get("std") is None:
+            constant = f"is constant in the sample, {total.mean[channel].item():g}"
+            what = "has no values in the sample" if math.isnan(value) else constant
+            raise InputError("data", source.root, f"channel {channel} {what}; expected others, or --std")
+    return {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())} | found
+
+
+def _moments(values: Tensor) -> Moments:
+    """Return the moments of an image `(C, *size)`, of values spread evenly where it has many."""
+    flat = values.flatten(1)
+    flat = flat[:, :: max(math.ceil(flat.shape[1] / MOST_VALUES), 1)].double()
+    there = ~flat.isnan()
+    count = there.sum(1).double()
+    mean = flat.nan_to_num(0).sum(1) / count.clamp(min=1)
+    return Moments(count, mean, torch.where(there, flat - mean[:, None], 0).square().sum(1))
+
+
+def _added(one: Moments | None, other: Moments) -> Moments:
+    """Return the moments of both (Chan, Golub and LeVeque 1979)."""
+    if one is None:
+        return other
+    number = one.number + other.number
+    share, delta = other.number / number.clamp(min=1), other.mean - one.mean
+    squares = one.squares + other.squares + delta.square() * one.number * share
+    return Moments(number, one.mean + delta * share, squares)
+
+
+def describe_scale(recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:
+    """Return the numbers by which values are normalised, for the first lines of a run; none if they have their own.
+
+    Args:
+        recipe: that of the run.
+        given: the fields that the user chose; None for a resumed run.
+    """
+    if recipe.normalize != "dataset":
+        return []
+
+    def origin(field: str, found: str) -> str:
+        return "" if given is None else " (given)" if given.get(field) is not None else f" ({found})"
+
+    scale = "in the units of the files"
+    if recipe.value_range is not None:
+        low, high = recipe.value_range
+        scale = f"from {low:g} to {high:g}{origin('value_range', 'known')}"
+    mean, std = (f"{_few(getattr(recipe, field))}{origin(field, 'measured')}" for field in ("mean", "std"))
+    return [f"values {scale}, mean {mean}, standard deviation {std}"]
+
+
+def _few(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values[:SHOWN]) + " ..." * (len(values) > SHOWN)
