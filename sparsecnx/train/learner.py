@@ -71,6 +71,7 @@ class Learner:
         if saved is not None:
             self._load_optimizer(saved.optimizer)
         self.forward = self._wrapped()
+        self._complete = recipe.photographs and recipe.nodata is None  # every pixel has a value
 
     def _load_optimizer(self, saved: dict[int, dict[str, Tensor]]) -> None:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -113,7 +114,7 @@ class Learner:
         dtype = DTYPES[self.recipe.dtype]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             loss: Tensor = self.forward(images, mask=drawn.mask, valid=drawn.valid, visible=drawn.visible)[0]
-        if self.processes.world == 1 or (self.recipe.masks is None and self.recipe.photographs):
+        if self.processes.world == 1 or (self.recipe.masks is None and self._complete):
             return loss
         there = None if drawn.valid is None else patchify(drawn.valid, self.model.patch)
         count = counted_patches(drawn.mask, self.model.loss_on, there).sum().float()
