@@ -38,10 +38,18 @@ INSTALL_MINKOWSKI = (
 )
 
 # These are the distributions of the extra `[train]`, and those modules that have another name than their distribution.
-TRAIN = ("jsonargparse", "tensorboard", "tqdm", "matplotlib", "pillow", "scikit-image", "scikit-learn", "safetensors")
+TRAIN = (
+    *("jsonargparse", "tensorboard", "tqdm", "matplotlib", "pillow", "tifffile", "imagecodecs"),
+    *("scikit-image", "scikit-learn", "safetensors"),
+)
 MODULES = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn"}
 
-VOLUMES = {"nibabel": "volumes in NIfTI", "zarr": "volumes in Zarr"}  # the extra `[volumes]`
+# These read data, each with its extra.
+READERS = {
+    "nibabel": ("volumes in NIfTI", "volumes"),
+    "zarr": ("volumes in Zarr", "volumes"),
+    "rasterio": ("TIFF that tifffile refuses", "geo"),
+}
 
 # These are the operators on tiles, which the models run. Those on explicit kernel maps are not explained.
 EXPLAINED_OPERATORS = (
@@ -83,7 +91,7 @@ def checks() -> list[Check]:
     """Check everything that sparsecnx can make use of, in the order of the report."""
     python = Check("Python", True, f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
     found = [python, _torch(), _gpu(), _triton_kernels(), _cpu_operators(), _cuda_operators(), _minkowski_engine()]
-    return [*found, *_train(), _timm(), *_volumes()]
+    return [*found, *_train(), _timm(), *_readers()]
 
 
 def report() -> str:
@@ -237,13 +245,13 @@ def _timm() -> Check:
     return Check("timm", False, _import_problem("timm") or problem, "pip install --upgrade timm")
 
 
-def _volumes() -> Iterator[Check]:
-    for name, what in VOLUMES.items():
+def _readers() -> Iterator[Check]:
+    for name, (what, extra) in READERS.items():
         problem = _import_problem(name)
         if problem is None:
             yield Check(name, True, f"{_version(name, name)}, {what} for `pretrain`")
         else:
-            remedy = "pip install 'sparsecnx[volumes]'" if problem == NOT_INSTALLED else f"pip install --upgrade {name}"
+            remedy = f"pip install 'sparsecnx[{extra}]'" if problem == NOT_INSTALLED else f"pip install --upgrade {name}"
             yield Check(name, False, problem, remedy)
 
 
