@@ -47,7 +47,7 @@ class Failing(Callback):
 def number():
     return 7
 """
-RECORD = StepRecord(5, 1.25, 0.5, 1e-3, 2.0, 100.0)
+RECORD = StepRecord(5, 1.25, 0.5, 1e-3, 2.0, 100.0, [100.0], [0.1])
 
 
 @pytest.fixture
