@@ -8,6 +8,7 @@ import pty
 import re
 import struct
 import termios
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +88,17 @@ def test_a_callback_of_the_user_is_told_everything(photos, tmp_path, module):
     picture = ("figure", "reconstructions", 6)  # two images, a batch, in three panels each
     whole = [("start", 0, 8, "atto", 8), *steps[:4], (*picture, 4), *steps[4:], (*picture, 8), ("end", True)]
     assert said == whole
+
+
+def test_the_callback_of_the_documentation_runs_as_written(photos, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "pretraining.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Losses" in block)
+    (tmp_path / "my_logs.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert train(photos, tmp_path / "run", options={"log": "my_logs:Losses", "draw_every": 1}) == 0
+    lines = (tmp_path / "run" / "losses.csv").read_text().splitlines()
+    assert lines == [f"{line['step']},{line['loss']}" for line in logged(tmp_path / "run")]
 
 
 def test_a_callback_that_fails_stops_the_run_and_is_named(photos, tmp_path, module):
