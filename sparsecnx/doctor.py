@@ -44,11 +44,13 @@ TRAIN = (
 )
 MODULES = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn"}
 
-# These read data, each with its extra.
-READERS = {
-    "nibabel": ("volumes in NIfTI", "volumes"),
-    "zarr": ("volumes in Zarr", "volumes"),
-    "rasterio": ("TIFF that tifffile refuses", "geo"),
+# These are the modules of the other extras, the extra of each, and what it adds to `pretrain`.
+EXTRAS = {
+    "nibabel": ("volumes", "volumes in NIfTI"),
+    "zarr": ("volumes", "volumes in Zarr"),
+    "rasterio": ("geo", "TIFF that tifffile refuses"),
+    "wandb": ("wandb", "`--log wandb`, Weights & Biases"),
+    "mlflow": ("mlflow", "`--log mlflow`"),
 }
 
 # These are the operators on tiles, which the models run. Those on explicit kernel maps are not explained.
@@ -91,7 +93,7 @@ def checks() -> list[Check]:
     """Check everything that sparsecnx can make use of, in the order of the report."""
     python = Check("Python", True, f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
     found = [python, _torch(), _gpu(), _triton_kernels(), _cpu_operators(), _cuda_operators(), _minkowski_engine()]
-    return [*found, *_train(), _timm(), *_readers()]
+    return [*found, *_train(), _timm(), *_extras()]
 
 
 def report() -> str:
@@ -245,13 +247,15 @@ def _timm() -> Check:
     return Check("timm", False, _import_problem("timm") or problem, "pip install --upgrade timm")
 
 
-def _readers() -> Iterator[Check]:
-    for name, (what, extra) in READERS.items():
+def _extras() -> Iterator[Check]:
+    for name, (extra, what) in EXTRAS.items():
         problem = _import_problem(name)
         if problem is None:
             yield Check(name, True, f"{_version(name, name)}, {what} for `pretrain`")
         else:
-            remedy = f"pip install 'sparsecnx[{extra}]'" if problem == NOT_INSTALLED else f"pip install --upgrade {name}"
+            remedy = (
+                f"pip install 'sparsecnx[{extra}]'" if problem == NOT_INSTALLED else f"pip install --upgrade {name}"
+            )
             yield Check(name, False, problem, remedy)
 
 

@@ -1,192 +1,220 @@
-"""The log of a run: `log.jsonl`, TensorBoard, and the terminal."""
+"""The log of a run: `log.jsonl`, TensorBoard and the terminal, which every run has, and the callbacks beside them.
+
+Process 0 writes them; the others have `OtherProcess` alone.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
+import torch
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from sparsecnx.common.files import printable, write_atomically
+from sparsecnx.train.callbacks import Callback, LogError, Run, StepRecord, jpeg, naming
 from sparsecnx.train.lock import is_open_file
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 LOG = "log.jsonl"
-
-
-class LogError(Exception):
-    """A log that could not be written; the message names the file and says why."""
-
-
-class StepRecord(NamedTuple):
-    """One optimizer step.
-
-    Attributes:
-        step: steps done, this one included.
-        epoch: the same in epochs.
-        loss: mean over the images of the step, before its update.
-        lr: learning rate of the update.
-        grad_norm: norm of all gradients, before clipping.
-        images_per_s: over this step, of all processes, including the wait for data.
-        each_images_per_s: the same of each process.
-        each_wait_s: seconds that each process waited for data.
-    """
-
-    step: int
-    epoch: float
-    loss: float
-    lr: float
-    grad_norm: float
-    images_per_s: float
-    each_images_per_s: list[float]
-    each_wait_s: list[float]
-
-    def numbers(self) -> dict[str, float]:
-        """Return all but the step by name, those of each process with its number, such as `each_wait_s/0`."""
-        found: dict[str, float] = {}
-        for name, value in self._asdict().items():
-            if isinstance(value, list):
-                found |= {f"{name}/{rank}": one for rank, one in enumerate(value)}
-            elif name != "step":
-                found[name] = value
-        return found
-
-
-class SilentLog:
-    """What the processes other than the first log: nothing, but for lines about their files on standard output."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-
-    def __enter__(self) -> SilentLog:
-        return self
-
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        return
-
-    def write(self, record: StepRecord) -> None:
-        return
-
-    def say(self, line: str) -> None:
-        if line.startswith("skipped unreadable"):
-            print(printable(f"process {self.rank}: {line}"), flush=True)
+SKIPPED = "skipped unreadable"  # begins the line about a file
 
 
 class RunLog:
-    """Writes every step to `log.jsonl` and TensorBoard, and shows progress, images/s and time left.
+    """Tells callbacks what happens in a run, in their order. Without any it does nothing.
 
     Args:
-        folder: folder of the run.
-        step: steps already done; lines of later steps are deleted from `log.jsonl`.
-        total_steps: steps of the whole run.
-        images_per_step: effective batch.
+        callbacks: they are started on entering, and ended, the last one first, on leaving.
+        run: what they are told at their start.
 
     Raises:
-        LogError: no space, another failure of the file system, or a file that was removed or replaced meanwhile; also
-            raised by `write`, `say` and on leaving.
+        LogError: one of them failed; it names the file or the callback.
     """
 
-    def __init__(self, folder: Path, *, step: int, total_steps: int, images_per_step: int) -> None:
-        self.images_per_step = images_per_step
-        self.path = folder / LOG
-        with _writing(self.path):
-            _keep_steps_up_to(step, self.path)
-            self.lines = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
+    def __init__(self, callbacks: Sequence[Callback], run: Run) -> None:
+        self.callbacks, self.run, self.step = callbacks, run, run.step
+        self.stack = ExitStack()
+
+    def __enter__(self) -> RunLog:
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.enter_context(self._started(callback))
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self.stack.__exit__(kind, error, traceback)
+
+    @contextmanager
+    def _started(self, callback: Callback) -> Iterator[None]:
+        with naming(callback):
+            callback.start(self.run)
+        try:
+            yield
+        except BaseException:
+            with suppress(LogError), naming(callback):  # the error that stops the run is the one to report
+                callback.end(complete=False)
+            raise
+        with naming(callback):
+            callback.end(complete=self.step == self.run.total_steps)
+
+    def write(self, record: StepRecord) -> None:
+        """Log one step."""
+        self.step = record.step
+        for callback in self.callbacks:
+            with naming(callback):
+                callback.step(record)
+
+    def figure(self, name: str, figure: Figure) -> None:
+        """Log a picture that was drawn after the last step."""
+        for callback in self.callbacks:
+            with naming(callback):
+                callback.figure(name, figure, self.step)
+
+    def say(self, line: str) -> None:
+        """Log a line of text."""
+        for callback in self.callbacks:
+            with naming(callback):
+                callback.say(line)
+
+
+class JsonLines(Callback):
+    """Writes every step to `log.jsonl`, from which it first deletes those that an earlier attempt logged and lost."""
+
+    def start(self, run: Run) -> None:
+        self.path = run.folder / LOG
+        with naming(self.path):
+            _keep_steps_up_to(run.step, self.path)
+            self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed in end)
+
+    def step(self, record: StepRecord) -> None:
+        expect_open(self.path, self.file)
+        with naming(self.path):
+            self.file.write(json.dumps(record._asdict()) + "\n")
+
+    def end(self, complete: bool) -> None:
+        with naming(self.path):
+            self.file.close()
+
+
+class TensorBoard(Callback):
+    """Writes steps and pictures to a file of events of its own. TensorBoard shows those of earlier attempts with it."""
+
+    def start(self, run: Run) -> None:
         # TensorBoard shows the files of one folder as one run, in the order of their names.
-        self.events_path = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        with _writing(self.events_path):
-            self.events = open(self.events_path, "xb")  # noqa: SIM115
-            self._write_event(file_version="brain.Event:2")
-            self._write_event(step=step + 1, session_log=SessionLog(status=SessionLog.START))  # forget later steps
+        self.path = run.folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        with naming(self.path):
+            self.file = open(self.path, "xb")  # noqa: SIM115 (closed in end)
+            self._write(file_version="brain.Event:2")
+            self._write(step=run.step + 1, session_log=SessionLog(status=SessionLog.START))  # forget later steps
+
+    def step(self, record: StepRecord) -> None:
+        values = [Summary.Value(tag=f"pretrain/{name}", simple_value=value) for name, value in record.numbers().items()]
+        self._write(step=record.step, summary=Summary(value=values))
+
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        width, height = map(int, figure.get_size_inches() * figure.dpi)
+        image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=jpeg(figure))
+        self._write(step=step, summary=Summary(value=[Summary.Value(tag=f"pretrain/{name}", image=image)]))
+
+    def end(self, complete: bool) -> None:
+        with naming(self.path):
+            self.file.close()
+
+    def _write(self, **fields: Any) -> None:
+        """Write one record of TensorBoard, at once: its own writer does so in a thread, which fails late and loudly."""
+        expect_open(self.path, self.file)
+        with naming(self.path):
+            RecordWriter(self.file).write(Event(wall_time=time.time(), **fields).SerializeToString())
+            self.file.flush()
+
+
+class Terminal(Callback):
+    """Shows one live line with progress, time left, images/s, loss and memory, and prints lines of text above it."""
+
+    def start(self, run: Run) -> None:
+        self.images_per_step, self.device = run.images_per_step, run.device
         self.bar = tqdm(
-            total=total_steps * images_per_step,
-            initial=step * images_per_step,
+            total=run.total_steps * run.images_per_step,
+            initial=run.step * run.images_per_step,
             unit="img",
             unit_scale=True,
             dynamic_ncols=True,
             disable=None,  # no bar unless standard error is a terminal
         )
 
-    def __enter__(self) -> RunLog:
-        return self
-
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        with suppress(OSError):  # standard error may be gone
-            self.bar.close()
-        # If the run stops for another reason, that one is reported.
-        with suppress(*(() if error is None else (LogError,))):
-            try:
-                with _writing(self.events_path):
-                    self.events.close()
-            finally:
-                with _writing(self.path):
-                    self.lines.close()
-
-    def write(self, record: StepRecord) -> None:
-        """Log one step."""
-        self.expect_files()
-        with _writing(self.path):
-            self.lines.write(json.dumps(record._asdict()) + "\n")
-        values = [Summary.Value(tag=f"pretrain/{name}", simple_value=value) for name, value in record.numbers().items()]
-        summary = Summary(value=values)
-        with _writing(self.events_path):
-            self._write_event(step=record.step, summary=summary)
-        with _writing("standard error"):
-            self.bar.set_postfix(loss=f"{record.loss:.4f}", lr=f"{record.lr:.2e}", refresh=False)
-            self.bar.update(self.images_per_step)
-
-    def expect_files(self) -> None:
-        """Raise LogError unless the logs are still the files that were opened.
-
-        The system lets a process write to a file that was removed with its folder, and nobody would ever read it.
-        """
-        for path, file in ((self.path, self.lines), (self.events_path, self.events)):
-            with _writing(path):
-                same = is_open_file(path, file.fileno())
-            if not same:
-                gone = path if path.parent.is_dir() else path.parent
-                raise LogError(f"{gone} was removed, renamed or replaced while the run wrote to it")
-
-    def _write_event(self, **fields: Any) -> None:
-        """Write one record of TensorBoard, at once: its own writer does so in a thread, which fails late and loudly."""
-        RecordWriter(self.events).write(Event(wall_time=time.time(), **fields).SerializeToString())
-        self.events.flush()
-
     def say(self, line: str) -> None:
-        """Print a line above the progress bar."""
-        with _writing("standard output"):
+        with naming("standard output"):
             self.bar.write(printable(line))
             sys.stdout.flush()
 
+    def step(self, record: StepRecord) -> None:
+        with naming("standard error"):
+            memory = f"{peak_memory(self.device) / 2**30:.1f}GiB"
+            self.bar.set_postfix(loss=f"{record.loss:.4f}", lr=f"{record.lr:.2e}", memory=memory, refresh=False)
+            self.bar.update(self.images_per_step)
 
-@contextmanager
-def _writing(path: Path | str) -> Iterator[None]:
-    """Turn errors of the file system into LogErrors that name `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise LogError(f"{path} could not be written ({error})") from error
+    def end(self, complete: bool) -> None:
+        with suppress(OSError):  # standard error may be gone
+            self.bar.close()
+
+
+class OtherProcess(Callback):
+    """Prints what the processes other than the first have to say: which files they skipped."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def say(self, line: str) -> None:
+        if line.startswith(SKIPPED):
+            print(printable(f"process {self.rank}: {line}"), flush=True)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process had at a time: of tensors on a CUDA device, of everything on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def expect_open(path: Path, file: IO[Any]) -> None:
+    """Raise LogError unless `path` is still the file that was opened.
+
+    The system lets a process write to a file that was removed with its folder, and nobody would ever read it.
+    """
+    with naming(path):
+        same = is_open_file(path, file.fileno())
+    if not same:
+        gone = path if path.parent.is_dir() else path.parent
+        raise LogError(f"{gone} was removed, renamed or replaced while the run wrote to it")
 
 
 def _keep_steps_up_to(step: int, path: Path) -> None:
     """Delete the lines of steps after `step`, which an earlier attempt logged."""
     if path.exists():
         lines = path.read_text(errors="replace").splitlines(keepends=True)  # a kill can cut a letter in two
-        write_atomically(path, "".join(line for line in lines if _step(line) <= step))
+        kept = [line for line in lines if (record := read_line(line)) is not None and record["step"] <= step]
+        write_atomically(path, "".join(kept))
 
 
-def _step(line: str) -> float:
-    """Return the step of a log line, or infinity for a line that a kill cut short."""
+def read_line(line: str) -> dict[str, Any] | None:
+    """Return the fields of a line of `log.jsonl`, or None for a line that a kill cut short."""
     try:
-        return int(json.loads(line)["step"])
+        record = json.loads(line)
+        return record if isinstance(record["step"], int) else None
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return None

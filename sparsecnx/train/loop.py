@@ -17,6 +17,7 @@ import torch
 
 from sparsecnx.common.errors import InputError, TrainingStopped
 from sparsecnx.models import SIZES
+from sparsecnx.train.callbacks import READER_DIED, LogError, Run, StepRecord
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.config import write_config
 from sparsecnx.train.contents import Contents
@@ -25,11 +26,13 @@ from sparsecnx.train.data.loader import WorkersError, load_batches
 from sparsecnx.train.data.scale import normalize, values_in
 from sparsecnx.train.data.source import Fingerprint, Source
 from sparsecnx.train.learner import Learner, whole
-from sparsecnx.train.log import LogError, RunLog, SilentLog, StepRecord
+from sparsecnx.train.log import SKIPPED, JsonLines, OtherProcess, RunLog, TensorBoard, Terminal
 from sparsecnx.train.masks import Masks
 from sparsecnx.train.options import Options
+from sparsecnx.train.pictures import RECONSTRUCTIONS, Pictures, Reconstructions
 from sparsecnx.train.processes import Processes
 from sparsecnx.train.recipe import METHODS, Recipe, learning_rate
+from sparsecnx.train.services import chosen_callbacks
 
 # Steps times the peak learning rate of a run that learns little. `make demo` has 0.7, the published runs have 600.
 LEAST_TRAINING = 0.2
@@ -77,6 +80,10 @@ class Trainer:
         self.workers = default_workers() if options.workers is None else options.workers
         self.learner = Learner(recipe, options, processes, saved)
         self.masks = Masks(recipe, processes)
+        self.reconstructions = Reconstructions(self.crops, recipe, options.draw_every)
+        asked = chosen_callbacks(options.log) if processes.main else []
+        files = [JsonLines(), TensorBoard(), Pictures(), Terminal()]
+        self.callbacks = [*asked, *files] if processes.main else [OtherProcess(processes.rank)]
         self.step = 0 if saved is None else saved.step
         self.unreadable: dict[str, str] = {}
 
@@ -108,7 +115,7 @@ class Trainer:
         except (LogError, WorkersError) as error:
             raise TrainingStopped(f"step {self.step}: {error}, {self._last_good()}") from error
         except RuntimeError as error:
-            if str(error).startswith("DataLoader worker"):  # torch raises it wherever the run is at that moment
+            if str(error).startswith(READER_DIED):  # torch raises it wherever the run is at that moment
                 problem = f"step {self.step}: a process that reads images died ({str(error).strip()})"
                 raise TrainingStopped(f"{problem}, {self._last_good()}. Fewer workers need less memory") from error
             if self.processes.lost(error):
@@ -132,7 +139,7 @@ class Trainer:
             raise InputError("output", self.folder.folder, f"cannot be written ({error})") from error
 
     def _run(self) -> int:
-        with _caught_signals() as signals, self._log() as log, self.batches() as batches:
+        with _caught_signals() as signals, RunLog(self.callbacks, self.told()) as log, self.batches() as batches:
             for line in [*self.describe(), *self.notes] if self.processes.main else []:
                 log.say(line)
             records: list[StepRecord] = []
@@ -151,17 +158,19 @@ class Trainer:
                     records.clear()
                     if epoch % self.options.save_every == 0 or self.step == self.total_steps:
                         self.save()
+                    if self.reconstructions.due(epoch):  # in all processes, which may hold parts of the parameters
+                        figure = self.reconstructions.draw(self.learner.model, self.learner.device, self.step)
+                        log.figure(RECONSTRUCTIONS, figure)
             self._say_end(log)
         return 0
 
-    def _log(self) -> RunLog | SilentLog:
-        """Return what writes the log: process 0 does, the others are silent."""
-        if not self.processes.main:
-            return SilentLog(self.processes.rank)
-        images = self.recipe.effective_batch
-        return RunLog(self.folder.folder, step=self.step, total_steps=self.total_steps, images_per_step=images)
+    def told(self) -> Run:
+        """Return what callbacks are told at the start."""
+        data = {"data": self.source.root, "images": len(self.source), "processes": self.processes.world}
+        steps = {"step": self.step, "total_steps": self.total_steps, "images_per_step": self.recipe.effective_batch}
+        return Run(self.folder.folder, **steps, device=self.learner.device, config=asdict(self.recipe) | data)
 
-    def _say_end(self, log: RunLog | SilentLog) -> None:
+    def _say_end(self, log: RunLog) -> None:
         for others in self.processes.gathered(self.unreadable):
             self.unreadable |= others
         if self.unreadable:
@@ -175,7 +184,7 @@ class Trainer:
         order = draws(self.recipe, len(self.source), self.processes.part, start=start)
         return load_batches(self.crops, order, workers=self.workers, pin_memory=pin_memory)
 
-    def train_step(self, batches: Iterator[Batch], log: RunLog | SilentLog) -> StepRecord:
+    def train_step(self, batches: Iterator[Batch], log: RunLog) -> StepRecord:
         """Take one optimizer step over `grad_accum_steps` batches.
 
         Raises:
@@ -212,12 +221,12 @@ class Trainer:
         warmup_steps, total_steps = recipe.warmup * self.steps_per_epoch, self.total_steps - first
         return learning_rate(self.step - first, peak=recipe.peak_lr, warmup_steps=warmup_steps, total_steps=total_steps)
 
-    def _note_unreadable(self, batch: Batch, log: RunLog | SilentLog) -> None:
+    def _note_unreadable(self, batch: Batch, log: RunLog) -> None:
         """Name the files that were skipped, or stop all processes if one of them can read none."""
         self.processes.together(lambda: self._expect_images(batch))
         for name, reason in batch.unreadable.items():
             if name not in self.unreadable:
-                log.say(f"skipped unreadable {self.source.noun} {name} ({reason})")
+                log.say(f"{SKIPPED} {self.source.noun} {name} ({reason})")
         self.unreadable |= batch.unreadable
 
     def _expect_images(self, batch: Batch) -> None:

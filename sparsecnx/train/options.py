@@ -30,6 +30,9 @@ class Options:
         grad_checkpointing: keep less for backward, which computes it again.
         save_every: epochs between checkpoints.
         keep: checkpoints kept.
+        log: logs beside the terminal, TensorBoard and log.jsonl, separated by commas: wandb, mlflow, or module:factory,
+            a Python function that returns a `callbacks.Callback`.
+        draw_every: epochs between pictures of reconstructions; 0 for none, None for a tenth of the run.
 
     Raises:
         InputError: a field is out of range, or there is no CUDA device.
@@ -48,13 +51,17 @@ class Options:
     grad_checkpointing: bool = False
     save_every: int = 1
     keep: int = 3
+    log: str | None = None
+    draw_every: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("save_every", "keep"):
             if getattr(self, field) < 1:
                 raise InputError(field, getattr(self, field), "expected 1 or more")
-        if self.workers is not None and self.workers < 0:
-            raise InputError("workers", self.workers, "expected 0 or more")
+        for field in ("workers", "draw_every"):
+            value = getattr(self, field)
+            if value is not None and value < 0:
+                raise InputError(field, value, "expected 0 or more")
         for field in ("data", "output", "resume"):
             if getattr(self, field) == "":
                 raise InputError(field, "''", "expected a name")

@@ -39,7 +39,7 @@ PANEL_INCHES = 2.6
 
 
 class Reconstruction(NamedTuple):
-    """Images in [0, 1], each `(B, 3, H, W)` or `(B, C, *spatial)`, and the loss.
+    """Images in [0, 1], each float32 `(B, 3, H, W)` or `(B, C, *spatial)` on the CPU, and the loss.
 
     Attributes:
         original: the input.
@@ -114,22 +114,43 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     mask = random_mask(number, recipe.grid, recipe.mask_ratio, generator=generator)
     network.eval()
-    colours = _colours(recipe, channels)
-    if recipe.photographs:
-        result = fill_in(network, inputs, mask)
-    else:
-        result = fill_in(network, inputs, mask, _to_window, nan if len(colours) == 1 else 0.5, valid)
-
-    if not math.isfinite(result.loss):
-        raise InputError("checkpoint", path, f"its loss on these images is {result.loss}")
-    title = f"{METHODS[recipe.method]} {recipe.model}, step {saved.step}, mask ratio {recipe.mask_ratio:g}"
-    figure = draw(result, title) if recipe.photographs else draw_arrays(result, title, colours)
+    figure, loss = picture(network, recipe, inputs, mask, valid, saved.step, channels)
+    if not math.isfinite(loss):
+        raise InputError("checkpoint", path, f"its loss on these images is {loss}")
     try:
         with open_atomically(Path(out)) as (file,):
             figure.savefig(file, format=Path(out).suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise InputError("out", out, f"cannot be written ({error})") from error
-    return result.loss
+    return loss
+
+
+def picture(
+    model: MaskedAutoencoder,
+    recipe: Recipe,
+    images: Tensor,
+    mask: Tensor,
+    valid: Tensor | None,
+    step: int,
+    channels: Sequence[int] | None = None,
+) -> tuple[Figure, float]:
+    """Draw what a model in evaluation mode makes of images, and return the picture and the loss on them.
+
+    Args:
+        model: the model of `recipe` after `step` optimizer steps, on any device.
+        images: `(B, C, *spatial)`, normalised as for training.
+        mask: bool `(B, L)`, True = masked.
+        valid: see `fill_in`.
+        step: number in the title.
+        channels: see `reconstruct`.
+    """
+    title = f"{METHODS[recipe.method]} {recipe.model}, step {step}, mask ratio {recipe.mask_ratio:g}"
+    if recipe.photographs:
+        result = fill_in(model, images, mask)
+        return draw(result, title), result.loss
+    colours = _colours(recipe, channels)
+    result = fill_in(model, images, mask, _to_window, nan if len(colours) == 1 else 0.5, valid)
+    return draw_arrays(result, title, colours), result.loss
 
 
 def _shown(data: Data, recipe: Recipe) -> tuple[Source, int]:
@@ -193,7 +214,7 @@ def fill_in(
     missing = {} if valid is None else {"valid": valid}
     loss, pred, mask = model(images.nan_to_num(0), mask=mask, **missing)
     target = model.patchify(images)
-    predicted = pred.flatten(2).mT
+    predicted = pred.flatten(2).mT.float()
     if model.norm_pix_loss:
         there = ~target.isnan()
         number = there.sum(-1, keepdim=True)
@@ -203,13 +224,10 @@ def fill_in(
     grid, masked = model.grid(images), mask.unsqueeze(-1)
     original = shown(images, images)
     grey = model.patchify(torch.full_like(images, hidden))
-    return Reconstruction(
-        original,
-        model.unpatchify(torch.where(masked, grey, model.patchify(original)), grid),
-        shown(model.unpatchify(predicted, grid), images),
-        shown(model.unpatchify(torch.where(masked, predicted, target), grid), images),
-        loss.item(),
-    )
+    masked_images = model.unpatchify(torch.where(masked, grey, model.patchify(original)), grid)
+    all_predicted = shown(model.unpatchify(predicted, grid), images)
+    reconstructed = shown(model.unpatchify(torch.where(masked, predicted, target), grid), images)
+    return Reconstruction(original.cpu(), masked_images.cpu(), all_predicted.cpu(), reconstructed.cpu(), loss.item())
 
 
 def draw(result: Reconstruction, title: str) -> Figure:

@@ -17,16 +17,23 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from small_runs import train, use_tiny_models
 
 from sparsecnx import cli
+from sparsecnx.train.callbacks import Callback, LogError
 from sparsecnx.train.data import loader
-from sparsecnx.train.log import LogError, RunLog
+from sparsecnx.train.log import JsonLines, RunLog, TensorBoard
 
 SECONDS = 60  # a run takes less than one; this tells a slow machine from a run that hangs
+
+
+def part(log: RunLog, kind: type[Callback]) -> Any:
+    """Return the callback of a kind."""
+    return next(callback for callback in log.callbacks if isinstance(callback, kind))
 
 
 def limit_files(log: RunLog, size: int) -> None:
@@ -35,8 +42,9 @@ def limit_files(log: RunLog, size: int) -> None:
 
 
 def fill_the_log(log: RunLog) -> None:
-    log.lines.write(json.dumps({"step": 3, "padding": "." * 300_000}) + "\n")
-    limit_files(log, os.path.getsize(log.path) + 10)
+    lines = part(log, JsonLines)
+    lines.file.write(json.dumps({"step": 3, "padding": "." * 300_000}) + "\n")
+    limit_files(log, os.path.getsize(lines.path) + 10)
 
 
 def stop_a_reader(log: RunLog) -> None:
@@ -47,12 +55,12 @@ def stop_a_reader(log: RunLog) -> None:
 
 
 def remove_the_folder(log: RunLog) -> None:
-    shutil.rmtree(log.path.parent)
+    shutil.rmtree(log.run.folder)
 
 
 def replace_the_folder(log: RunLog) -> None:
     remove_the_folder(log)
-    log.path.parent.mkdir()
+    log.run.folder.mkdir()
 
 
 def kill_a_reader(log: RunLog) -> None:
@@ -82,7 +90,7 @@ AT_STEP_3: dict[str, Callable[[RunLog], None]] = {
     "no space for the log": fill_the_log,
     "folder removed": remove_the_folder,
     "folder replaced": replace_the_folder,
-    "events removed": lambda log: log.events_path.unlink(),
+    "events removed": lambda log: part(log, TensorBoard).path.unlink(),
     "SIGINT": kill(signal.SIGINT),
     "SIGTERM": kill(signal.SIGTERM),
     "SystemExit": lambda log: fail(SystemExit(7)),
@@ -105,7 +113,7 @@ def write_images(folder: Path) -> None:
 def arguments(place: Path, name: str) -> list[str]:
     output = place / name.removeprefix("resumed after ")
     files = ["--data", str(place / "photos"), "--output", str(output), "--resume", "auto"]
-    numbers = {"epochs": 2, "batch-size": 2, "image-size": 64, "workers": 2}
+    numbers = {"epochs": 2, "batch-size": 2, "image-size": 64, "workers": 2, "draw-every": 0}
     return ["pretrain", *files, "--device", "cpu", *(f"--{name}={number}" for name, number in numbers.items())]
 
 

@@ -37,7 +37,8 @@ def train(
 ) -> int:
     """Train with the recipe SMALL and the given fields, or go on with the recipe of the resumed run."""
     where = None if data is None else str(data)
-    chosen = Options(data=where, output=str(output), resume=resume, device="cpu", workers=workers, **(options or {}))
+    options = {"device": "cpu", "workers": workers, "draw_every": 0, **(options or {})}  # pictures take a second each
+    chosen = Options(data=where, output=str(output), resume=resume, **options)
     return pretrain(chosen, given if resume else {**SMALL, **given})
 
 

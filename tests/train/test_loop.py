@@ -16,7 +16,7 @@ from sparsecnx.common.torch_files import save_torch
 from sparsecnx.train import checkpoint, loop, masks
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.learner import Learner
-from sparsecnx.train.log import RunLog
+from sparsecnx.train.log import JsonLines, RunLog, TensorBoard
 from sparsecnx.train.loop import Trainer
 from sparsecnx.train.options import Options
 from sparsecnx.train.recipe import learning_rate
@@ -327,7 +327,8 @@ def test_options_out_of_range_are_named(field, value):
 
 @pytest.mark.parametrize("target", ["log", "events"])
 def test_a_log_that_cannot_be_written_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypatch, target):
-    write = RunLog.write
+    kind = {"log": JsonLines, "events": TensorBoard}[target]
+    step = kind.step
 
     class FullFile:
         def __init__(self, file):
@@ -338,14 +339,12 @@ def test_a_log_that_cannot_be_written_stops_and_keeps_the_last_good_checkpoint(p
 
         close = write
 
-    def full_at_step_6(log, record):
-        if record.step == 6 and target == "log":
-            log.lines = FullFile(log.lines)
-        elif record.step == 6:
-            log.events = FullFile(log.events)
-        write(log, record)
+    def full_at_step_6(callback, record):
+        if record.step == 6:
+            callback.file = FullFile(callback.file)
+        step(callback, record)
 
-    monkeypatch.setattr(RunLog, "write", full_at_step_6)
+    monkeypatch.setattr(kind, "step", full_at_step_6)
     name = {"log": "log.jsonl", "events": "events.out.tfevents"}[target]
     good = "last good checkpoint: .*checkpoint-00000004.pt"
     with pytest.raises(TrainingStopped, match=f"step 6: .*{name}.*No space left on device.*{good}"):

@@ -22,7 +22,9 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.joi
 def options(output, data=None, **given):
     """Return arguments of the command; those of a small run where there are data."""
     recipe = SMALL if data is not None else {}
-    values = {"device": "cpu", "workers": 0, "output": output, **recipe, **given} | ({"data": data} if data else {})
+    values = {"device": "cpu", "workers": 0, "draw_every": 0, "output": output, **recipe, **given} | (
+        {"data": data} if data else {}
+    )
     return [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in values.items()]
 
 
@@ -73,6 +75,27 @@ def test_two_processes_have_the_losses_and_weights_of_one(photos, tmp_path):
         for part in ("model", "ema") if "ema_decay" in RECIPES[name] else ("model",):
             for entry, value in expected[part].items():
                 torch.testing.assert_close(saved[part][entry], value, rtol=1e-3, atol=1e-5)
+
+
+def test_pictures_change_nothing_and_process_0_writes_them_once(photos, tmp_path):
+    names = ["plain", "shard"]
+    cases = [(tmp_path / f"{name} {every}", RECIPES[name], every) for name in names for every in (0, 1)]
+    *runs, unknown = in_ranks(
+        tmp_path,
+        *((2, options(folder, photos, **recipe, draw_every=every)) for folder, recipe, every in cases),
+        (2, options(tmp_path / "unknown", photos, log="comet")),
+    )
+    assert all(run["codes"] == [0, 0] and run["output"][1] == "" for run in runs), [run["output"] for run in runs]
+    for name in names:
+        without, drawn = tmp_path / f"{name} 0", tmp_path / f"{name} 1"
+        assert logged(without) == logged(drawn)
+        one, other = (checkpoint.read(folder / "last.pt")["model"] for folder in (without, drawn))
+        assert all(torch.equal(one[entry], other[entry]) for entry in one)
+        pictures = [path.name for path in sorted((drawn / "reconstructions").iterdir())]
+        assert pictures == ["step-00000004.jpg", "step-00000008.jpg"]
+        assert len(list(drawn.glob("events.out.tfevents.*"))) == 1
+    assert unknown["codes"] == [2, 2]
+    assert "".join(unknown["output"]).count("--log is comet: expected wandb, mlflow, or module:factory") == 1
 
 
 def test_batch_norm_runs_over_the_images_of_a_process_and_the_run_says_so(photos, tmp_path):
