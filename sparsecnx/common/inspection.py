@@ -7,6 +7,7 @@ time and memory that grow with the size of these two alone.
 
 from __future__ import annotations
 
+import _compat_pickle
 import codecs
 import functools
 import io
@@ -15,6 +16,7 @@ import pickle
 import struct
 import types
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -24,6 +26,8 @@ import torch
 from sparsecnx.common.errors import CheckpointError
 
 MOST_BYTES = 2**30
+# Of classes and functions that torch.save does not need. torch goes through all of them at each use, for 0.1 ms.
+MOST_OTHERS, MOST_USES = 200, 20_000
 # Python needs up to this many bytes of memory for one byte of a pickle, a zip directory, or a header of safetensors,
 # and for 4 MiB of them a few seconds. The largest published network has 0.1 MiB.
 BYTES_FOR_ONE = 256
@@ -64,8 +68,13 @@ def readable(size: int) -> str:
     return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB', 'PB', 'EB')[power]}"
 
 
-def check_torch_file(path: Path, max_bytes: int) -> None:
+def check_torch_file(path: Path, max_bytes: int) -> dict[str, type]:
     """Check a regular file, which `torch.load` is about to read, and which may take `max_bytes` or its size in memory.
+
+    Returns:
+        The classes and functions in it that `torch.save` does not need for tensors and plain values, in the order of
+        the file, such as `pathlib.PosixPath`: with `dict` or `list` where items are put into what they make, otherwise
+        `object`.
 
     Raises:
         CheckpointError: the file is too large in memory, or holds what `torch.save` does not write.
@@ -76,14 +85,13 @@ def check_torch_file(path: Path, max_bytes: int) -> None:
         start = file.read(len(LEGACY))
         file.seek(0)
         if start[: len(ZIP)] == ZIP:
-            _check_zip(file, size, max_bytes)
-        elif start == LEGACY:
-            _check_legacy(file, size, max_bytes)
-        else:
-            raise ValueError("the file is empty" if size == 0 else "torch.save begins its files in another way")
+            return _check_zip(file, size, max_bytes)
+        if start == LEGACY:
+            return _check_legacy(file, size, max_bytes)
+        raise ValueError("the file is empty" if size == 0 else "torch.save begins its files in another way")
 
 
-def _check_zip(file: BinaryIO, size: int, max_bytes: int) -> None:
+def _check_zip(file: BinaryIO, size: int, max_bytes: int) -> dict[str, type]:
     check_description("zip directory", _directory_size(file, size), max_bytes)
     with zipfile.ZipFile(file) as archive:
         records: dict[bytes, zipfile.ZipInfo] = {}
@@ -105,6 +113,7 @@ def _check_zip(file: BinaryIO, size: int, max_bytes: int) -> None:
     inspector = _Inspector(pickled, max_bytes, lambda key: sizes.get(folder + b"/data/" + key.encode().lower(), 0))
     inspector.load()
     check_expansion(max(inspector.tensor_bytes, inspector.storage_bytes), size, max_bytes)
+    return inspector.others
 
 
 def _directory_size(file: BinaryIO, size: int) -> int:
@@ -128,7 +137,7 @@ def _directory_size(file: BinaryIO, size: int) -> int:
     return int(length)
 
 
-def _check_legacy(file: BinaryIO, size: int, max_bytes: int) -> None:
+def _check_legacy(file: BinaryIO, size: int, max_bytes: int) -> dict[str, type]:
     """Check a file of the time before zip files: five pickles (number, version, system, contents, keys) and numbers."""
     most = max_bytes // BYTES_FOR_ONE
     pickles = io.BytesIO(file.read(most))
@@ -144,6 +153,7 @@ def _check_legacy(file: BinaryIO, size: int, max_bytes: int) -> None:
     if type(keys) is not list or not all(isinstance(key, str) for key in keys):
         raise ValueError("it has no list of storages")
     check_expansion(inspector.tensor_bytes, size, max_bytes)
+    return inspector.others
 
 
 class _Tensor:
@@ -167,9 +177,32 @@ class _Dict(dict[Any, Any]):
         super().__setitem__(key, value)
 
 
+class _Object(_Dict):
+    """Stands for what another class or function of the file makes, and notes in `others` what is put into it."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, name: str, others: dict[str, type]) -> None:
+        super().__init__()
+        self.name, self.others = name, others
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.others[self.name] = dict
+        super().__setitem__(key, value)
+
+    def append(self, value: Any) -> None:
+        """Note that this is a list."""
+        self.others[self.name] = list
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise CheckpointError(f"it holds an object whose class is not known without {self.name:.200}")
+
+
 def _is_plain(value: Any) -> bool:
     """Return whether a dict finds a value at once: tuples of tuples, or integers of one hash, can take it for ever."""
-    return isinstance(value, (str, float, type(None))) or (isinstance(value, int) and abs(value) < 2**63)
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return isinstance(value, (str, float, type(None), _Object))
 
 
 def _is_shape(value: Any) -> bool:
@@ -203,13 +236,15 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "_codecs.encode": (codecs.encode, str, ["latin1", "latin-1"].__contains__),  # hex would double what it gets
 }
 # torch lets classes of these modules in by itself. `traceback.FrameSummary` is one, and reads the file that it names.
-_OF_TORCH = ("torch", "traceback", "builtins")
+# It takes no stand-in for them.
+OF_TORCH = ("torch", "traceback", "builtins")
 # The instructions that torch follows.
 _INSTRUCTIONS = """
     PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING EMPTY_TUPLE
     TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT BINGET
     LONG_BINGET GLOBAL REDUCE NEWOBJ BUILD BINPERSID
 """
+NO_STATE = "not a checkpoint: it sets attributes of what is no module's state dict"
 _PythonUnpickler: Any = pickle._Unpickler  # torch's unpickler is a copy of this one, too
 
 
@@ -217,7 +252,8 @@ class _Inspector(_PythonUnpickler):
     """Reads pickles of `torch.save` with stand-ins for tensors, storages and objects.
 
     `size_of` returns the bytes that the file has for a storage. Afterwards, `storage_bytes` is the size of all
-    storages, and `tensor_bytes` that of all tensors if none shared its numbers with others.
+    storages, `tensor_bytes` that of all tensors if none shared its numbers with others, and `others` what
+    `check_torch_file` returns.
     """
 
     def __init__(self, file: BinaryIO, max_bytes: int, size_of: Callable[[str], int]) -> None:
@@ -225,26 +261,35 @@ class _Inspector(_PythonUnpickler):
         self.max_bytes, self.size_of = max_bytes, size_of
         self.storages: dict[str, _Storage] = {}
         self.tensor_bytes = self.storage_bytes = self.copied = 0
+        self.others: dict[str, type] = {}
+        self.uses = 0
+        self.states: list[tuple[str, Any]] = []
         # The process lets in classes, or pairs of a class and its name in a pickle.
         allowed = torch.serialization.get_safe_globals()
         names = (str(c[1]) if isinstance(c, tuple) else f"{c.__module__}.{c.__qualname__}" for c in allowed)
-        self.classes = {name for name in names if name.partition(".")[0] not in _OF_TORCH}
+        self.classes = {name for name in names if name.partition(".")[0] not in OF_TORCH}
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a class or function."""
-        full = f"{module}.{name}".replace("__builtin__.", "builtins.")
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))  # names of Python 2, as in torch
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
+        full = f"{module}.{name}"
         kind = vars(torch).get(name) if module in ("torch", "torch.storage") else None
         if isinstance(kind, (torch.dtype, torch.qscheme)):
             return kind
         if isinstance(kind, type) and name.endswith("Storage"):
             return torch.uint8 if kind is torch.UntypedStorage else torch.serialization.StorageType(name).dtype
-        if full in _CALLS or full in self.classes:
-            return functools.partial(self.call, full)
-        raise CheckpointError(f"not a checkpoint: it holds more than tensors and plain values, first {full:.200}")
+        if full not in _CALLS and full not in self.classes:
+            self.others.setdefault(full, object)
+            self.count_use()
+        return functools.partial(self.call, full)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Return what a function makes of the arguments that `torch.save` gives to it."""
         self.count(arguments)
+        if name in self.others:
+            self.count_use()
+            return _Object(name, self.others)
         if name in self.classes:
             return types.SimpleNamespace()
         made, *checks = _CALLS[name]
@@ -286,13 +331,33 @@ class _Inspector(_PythonUnpickler):
             self.copied += sum(len(part) for part in parts if hasattr(part, "__len__"))
             check_description("pickle, with what its calls copy,", self.copied, self.max_bytes)
 
+    def count_use(self) -> None:
+        """Bound the time that torch needs for `others`."""
+        self.uses += 1
+        if self.uses > MOST_USES or len(self.others) > MOST_OTHERS:
+            most = f"expected at most {MOST_OTHERS} of them and {MOST_USES} uses"
+            raise CheckpointError(f"it holds too many objects of classes that are not torch's: {most}")
+
     def load_build(self) -> None:
         """Check the state that an object gets: an attribute could take the place of a method."""
         state, target = self.stack.pop(), self.stack[-1]
         self.count(state)
+        if isinstance(target, _Object):
+            self.count_use()
+            self.states.append((target.name, state))
+            return
         metadata = isinstance(target, _Dict) and isinstance(state, _Dict) and state.keys() <= {"_metadata"}
         if not metadata and not isinstance(target, types.SimpleNamespace):
-            raise CheckpointError("not a checkpoint: it sets attributes of what is no module's state dict")
+            raise CheckpointError(NO_STATE)
+
+    def load(self) -> Any:
+        """Return the contents, once all is read that decides which objects become dicts."""
+        contents = super().load()
+        for name, state in self.states:
+            harmless = isinstance(state, _Dict) and not any(hasattr(OrderedDict, str(key)) for key in state)
+            if self.others[name] is dict and not harmless:
+                raise CheckpointError(NO_STATE)
+        return contents
 
     def refuse(self) -> None:
         raise ValueError("its pickle has an instruction that torch does not follow")

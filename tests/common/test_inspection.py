@@ -239,6 +239,24 @@ HOSTILE = {
         archive(START + ORDERED + b"}" + text("items") + b"Nsb."),
         "it sets attributes of what is no module's",
     ),
+    "shadow.pt": (
+        archive(START + b"ca\nDict\n)R" + text("a") + b"Ns" + b"}" + text("items") + b"Nsb."),
+        "it sets attributes of what is no module's",
+    ),
+    "shadow_later.pt": (  # the second of two objects shows that the class is a dict
+        archive(START + b"(ca\nDict\nq\x00)R}" + text("items") + b"Nsb" + b"h\x00)R" + text("a") + b"Nst."),
+        "it sets attributes of what is no module's",
+    ),
+    "made.pt": (
+        archive(START + b"ca\nmake\n)R)R."),
+        "it holds an object whose class is not known without a.make",
+    ),
+    "many.pt": (
+        archive(START + b"".join(b"ca\n%d\n" % i for i in range(201)) + b"."),
+        "it holds too many objects of classes that are not torch's: expected at most 200 of them and 20000 uses",
+    ),
+    "often.pt": (archive(START + b"ca\nmake\nq\x00" + b"h\x00)R" * 20_000 + b"."), "it holds too many objects of"),
+    "object_key.pt": (archive(START + b"ca\nDict\n)R" + DEEP_TUPLE + b"Ns."), KEY.format("tuple")),
     "escape.pt": (
         archive(entries(text("\x1b]0;a\x07\r\n\u202e") + tensor("0", 1, (1,), (1,)))),
         r": they are \\x1b\]0;a\\x07\\r\\n\\u202e \(1,\)$",

@@ -6,7 +6,6 @@ and files are written whole or not at all.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -113,8 +112,8 @@ def _contents(path: Path, max_bytes: int) -> Any:
     if (problem := not_regular(path)) is not None:
         raise CheckpointError(problem)
     if not _is_safetensors(path):
-        # The published code saves its command line, a Namespace, beside the model.
-        return load_torch(path, allowed=[argparse.Namespace], mmap=True, max_bytes=max_bytes)
+        # Training code saves its command line, paths, and other objects beside the model.
+        return load_torch(path, omit_objects=True, mmap=True, max_bytes=max_bytes)
     safetensors = _import_safetensors()
     check_holes(path, max_bytes)
     try:
