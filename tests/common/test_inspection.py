@@ -225,6 +225,10 @@ HOSTILE = {
         "holds no state dict under model or state_dict: it holds a$",
     ),
     "wrappers.pt": (archive(entries(text("module." * 10**5) + tensor("0", 1, (1,), (1,)))), "^none of its 1 entries"),
+    "prefixes.pt": (
+        archive(entries(*(text(f"a{i}.stages.0.0.norm.weight") + tensor("0", 1, (1,), (1,)) for i in range(5000)))),
+        r"^lacks downsample_layers\.0\.0\.weight$",
+    ),
     "tuple_key.pt": (archive(START + b"}" + DEEP_TUPLE + b"Ns."), KEY.format("tuple")),
     "integer_key.pt": (archive(START + b"}" + number(2**61 - 1 << 9) + b"Ns."), KEY.format("int")),
     "set.pt": (archive(START + b"cbuiltins\nset\n]" + DEEP_TUPLE + b"a\x85R."), CALLS.format("builtins.set")),

@@ -15,7 +15,7 @@ from sparsecnx.compat.checkpoints.conversion import Conversion, convert, detect_
 from sparsecnx.compat.checkpoints.files import Loaded, PartError, load, overwrites, path_problem, save
 from sparsecnx.compat.checkpoints.formats import NAMES as FORMATS
 from sparsecnx.compat.checkpoints.formats import Format
-from sparsecnx.compat.checkpoints.loading import as_it_is, encoder_of, load_encoder
+from sparsecnx.compat.checkpoints.loading import as_it_is, load_encoder
 
 __all__ = [
     "FORMATS",
@@ -30,7 +30,6 @@ __all__ = [
     "as_it_is",
     "convert",
     "detect_format",
-    "encoder_of",
     "load",
     "load_encoder",
     "overwrites",
