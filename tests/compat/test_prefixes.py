@@ -284,6 +284,18 @@ def test_features_of_timm_as_input_and_target(wrapped, tmp_path, capsys):
     assert_same(target.backbone.state_dict(), features.state_dict())
 
 
+def test_norms_of_a_backbone_of_transformers_are_left_out():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ConvNextV2Config(
+        depths=list(DEPTHS), hidden_sizes=list(DIMS), out_features=["stage2", "stage4"]
+    )
+    state = transformers.ConvNextV2Backbone(config).state_dict()
+    loaded = checkpoints.files.find_state_dict(state)
+    assert loaded.beside == [name for name in state if name.startswith("hidden_states_norms.")] != []
+    encoder = models.ConvNeXtV2Encoder(DEPTHS, DIMS)
+    encoder.load_state_dict(checkpoints.convert(loaded.state_dict, "convnextv2").state_dict)
+
+
 def test_a_model_of_two_networks_is_refused_as_target():
     message = r"^holds 2 networks, after the prefixes 'student\.' .*: pass the part of the model that should be loaded$"
     with pytest.raises(CheckpointError, match=message):

@@ -91,15 +91,14 @@ def load_encoder(
 def _own_encoder(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Return the entries of an encoder of ours that no format of ConvNeXt V2 holds; None for any other state dict.
 
-    These are encoders with blocks V1, another stem or depthwise convolutions without bias, and those of `MPMAE`.
+    These are encoders with blocks V1, another stem or depthwise convolutions without bias.
     """
     prefix = "encoder." if "encoder.downsample_layers.0.0.weight" in state_dict else ""
     encoder = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     if "downsample_layers.0.0.weight" not in encoder:
         return None
     blocks = all(any(part in name for name in encoder) for part in (".grn.gamma", ".dwconv.bias"))
-    stem, several = "downsample_layers.0.3.weight" in encoder, any(name.startswith("decoders.") for name in state_dict)
-    return encoder if several or stem or not blocks else None
+    return encoder if "downsample_layers.0.3.weight" in encoder or not blocks else None
 
 
 def as_it_is(encoder: Mapping[str, Tensor]) -> conversion.Conversion:

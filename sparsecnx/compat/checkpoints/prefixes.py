@@ -47,8 +47,8 @@ class _Candidate(NamedTuple):
 def find_network(names: Sequence[str], prefix: str | None = None, choice: str = CHOICE) -> Network | None:
     """Return the network whose names are among `names`, or None if there is none that we know.
 
-    It is a ConvNeXt V2 in any format, or the encoder of `SparK`, or of `FCMAE` around another network. Entries belong
-    to it if their names begin as those of its format do.
+    It is a ConvNeXt V2 in any format, or the encoder of `SparK`, of `MPMAE`, or of `FCMAE` around another network.
+    Entries belong to it if their names begin as those of its format do.
 
     Args:
         names: of a state dict.
@@ -103,14 +103,15 @@ def _some(places: list[str]) -> str:
 
 
 def _autoencoders(names: Sequence[str]) -> Iterator[_Candidate]:
-    """Yield the encoders of `SparK`, and of `FCMAE` around another network than ConvNeXt V2."""
+    """Yield the encoders of `SparK` and `MPMAE`, and of `FCMAE` around another network than ConvNeXt V2."""
     ends = ("mask_tokens.0", "mask_token")
     masked = {name[: -len(end)]: end for end in reversed(ends) for name in names if f".{name}".endswith(f".{end}")}
     for outer in list(masked)[:MOST_PREFIXES]:
         prefix = f"{outer}encoder."
         encoder = frozenset(name for name in names if name.startswith(prefix))
         foreign = not any(name.startswith(f"{prefix}downsample_layers.") for name in encoder)
-        if encoder and (foreign or masked[outer] == "mask_tokens.0"):
+        several = any(name.startswith(f"{outer}decoders.") for name in names)  # of MPMAE
+        if encoder and (foreign or several or masked[outer] == "mask_tokens.0"):
             yield _Candidate(prefix, None if foreign else formats.CONVNEXTV2, encoder, math.inf, True)
 
 
