@@ -14,7 +14,9 @@ import torch
 
 from sparsecnx.common.errors import CheckpointError
 from sparsecnx.common.files import not_regular, open_atomically
-from sparsecnx.common.inspection import LEGACY, MOST_BYTES, OF_TORCH, ZIP, check_holes, check_torch_file
+from sparsecnx.common.inspection import LEGACY, ZIP, check_torch_file
+from sparsecnx.common.limits import MOST_BYTES, check_holes
+from sparsecnx.common.pickles import OF_TORCH
 
 _ALLOWING = threading.Lock()
 

@@ -9,7 +9,7 @@ docs/checkpoints.md lists the formats. For example:
 """
 
 from sparsecnx.common.errors import CheckpointError
-from sparsecnx.common.inspection import MOST_BYTES
+from sparsecnx.common.limits import MOST_BYTES
 from sparsecnx.compat.checkpoints.architecture import Architecture, Decoder
 from sparsecnx.compat.checkpoints.conversion import Conversion, convert, detect_format
 from sparsecnx.compat.checkpoints.files import Loaded, PartError, load, overwrites, path_problem, save

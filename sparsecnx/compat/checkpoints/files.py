@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsecnx.common.errors import CheckpointError, MissingExtra
 from sparsecnx.common.files import not_regular, open_atomically
-from sparsecnx.common.inspection import MOST_BYTES, check_description, check_holes, readable
+from sparsecnx.common.limits import MOST_BYTES, check_description, check_holes, readable
 from sparsecnx.common.torch_files import Omitted, is_torch_file, load_torch, save_torch
 from sparsecnx.compat.checkpoints.architecture import Architecture
 from sparsecnx.compat.checkpoints.conversion import Conversion
