@@ -135,7 +135,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(run=_convert)
     add = parser.add_argument
-    add("source", metavar="IN", help=".pt, .pth, .safetensors, or a folder of transformers")
+    add("source", metavar="IN", help=".pt, .pth, .ckpt, .safetensors, or a folder of transformers")
     ending = "the ending chooses: .pt, .pth, .safetensors; a folder for from_pretrained of transformers"
     add("target", metavar="OUT", help=ending)
     add("--to", required=True, metavar="FORMAT", help=", ".join(checkpoints.FORMATS))
