@@ -135,13 +135,15 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(run=_convert)
     add = parser.add_argument
-    add("source", metavar="IN", help=".pt, .pth, .safetensors, or a folder of transformers")
+    add("source", metavar="IN", help=".pt, .pth, .ckpt, .safetensors, or a folder of transformers")
     ending = "the ending chooses: .pt, .pth, .safetensors; a folder for from_pretrained of transformers"
     add("target", metavar="OUT", help=ending)
     add("--to", required=True, metavar="FORMAT", help=", ".join(checkpoints.FORMATS))
     add("--from", dest="origin", metavar="FORMAT", help="of IN (default: recognised by its names)")
     key = "part of IN to convert, such as model_ema or model.net (default: model, or state_dict)"
     add("--key", metavar="NAME", help=key)
+    prefix = "what stands before the names of the network, such as teacher (default: found)"
+    add("--prefix", metavar="NAME", help=prefix)
     most = "memory that IN may take if it is compressed or its tensors share numbers (default: %(default)s)"
     add("--max-bytes", type=int, default=checkpoints.MOST_BYTES, metavar="N", help=most)
     conv_mlp = "for a timm model with conv_mlp=True (default: as timm builds that size)"
@@ -162,17 +164,15 @@ def _convert(arguments: argparse.Namespace) -> int:
     if arguments.max_bytes < 1:
         raise InputError("max_bytes", arguments.max_bytes, "expected 1 or more")
     try:
-        loaded = checkpoints.load(source, arguments.key, arguments.max_bytes)
+        loaded = checkpoints.load(source, arguments.key, arguments.max_bytes, arguments.prefix)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            encoder, decoder, foreign = checkpoints.encoder_of(loaded.state_dict)
-            if foreign:
+            if loaded.foreign:
                 if to != "timm":
                     raise InputError("to", to, "expected timm, since IN holds no ConvNeXt V2 of sparsecnx")
-                conversion = checkpoints.as_it_is(encoder)
+                conversion = checkpoints.as_it_is(loaded.state_dict)
             else:
-                conversion = checkpoints.convert(encoder, to, arguments.origin, arguments.conv_mlp)
-            conversion = conversion._replace(left_out=[*conversion.left_out, *decoder])
+                conversion = checkpoints.convert(loaded.state_dict, to, arguments.origin, arguments.conv_mlp)
     except checkpoints.PartError as error:
         others = ", ".join(error.candidates[:3]) + (", ..." if error.candidates[3:] else "")
         raise InputError("source", source, f"{error}" + (f"; --key can be {others}" if others else "")) from error
@@ -186,13 +186,14 @@ def _convert(arguments: argparse.Namespace) -> int:
     others = ", ".join(part for part in loaded.parts if not f"{loaded.key}.".startswith(f"{part}."))
     part = f", part {loaded.key}" if loaded.key is not None else ""
     part += f" (beside {others})" if others else ""
-    part += f", without {loaded.prefix} before every name" if loaded.prefix else ""
+    names = "its names" if loaded.beside else "every name"
+    part += f", without {loaded.prefix} before {names}" if loaded.prefix else ""
     network = conversion.architecture or "the encoder of a masked autoencoder"
     lines = [f"{source}{part}: {conversion.source.name}, {network}, {len(loaded.state_dict)} entries"]
     lines.append(f"{target}: {to}, {len(conversion.state_dict)} entries")
-    if conversion.left_out:
-        lines.append(f"left out, because {to} has no place for them: {len(conversion.left_out)} entries")
-        lines.extend(f"    {name}" for name in conversion.left_out)
+    if left_out := [*conversion.left_out, *loaded.beside]:
+        lines.append(f"left out, because {to} has no place for them: {len(left_out)} entries")
+        lines.extend(f"    {name}" for name in left_out)
     _print("\n".join(map(escape, lines)))
     for warning in warned:
         print(f"sparsecnx convert: warning: {printable(str(warning.message))}", file=sys.stderr)

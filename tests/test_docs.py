@@ -44,7 +44,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "runs/mine").mkdir(parents=True)
     torch.save({"model": state_dict, "step": 1}, folder / "runs/mine/last.pt")
     torch.save({"model_ema": state_dict, "model": {}}, folder / "checkpoint-best.pth")
-    torch.save({"model": state_dict, "folder": folder}, folder / "in.pt")
+    torch.save({"state_dict": {}, "state_dict_ema": state_dict}, folder / "model_best.pth.tar")
+    both = {f"{prefix}.{name}": value for prefix in ("student", "teacher") for name, value in state_dict.items()}
+    torch.save({"state_dict": both, "hyper_parameters": {"folder": folder}}, folder / "last.ckpt")
+    torch.save({"model": models.convnextv2_atto()}, folder / "in.pt")
     return folder
 
 

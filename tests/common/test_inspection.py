@@ -225,6 +225,10 @@ HOSTILE = {
         "holds no state dict under model or state_dict: it holds a$",
     ),
     "wrappers.pt": (archive(entries(text("module." * 10**5) + tensor("0", 1, (1,), (1,)))), "^none of its 1 entries"),
+    "prefixes.pt": (
+        archive(entries(*(text(f"a{i}.stages.0.0.norm.weight") + tensor("0", 1, (1,), (1,)) for i in range(5000)))),
+        r"^lacks downsample_layers\.0\.0\.weight$",
+    ),
     "tuple_key.pt": (archive(START + b"}" + DEEP_TUPLE + b"Ns."), KEY.format("tuple")),
     "integer_key.pt": (archive(START + b"}" + number(2**61 - 1 << 9) + b"Ns."), KEY.format("int")),
     "set.pt": (archive(START + b"cbuiltins\nset\n]" + DEEP_TUPLE + b"a\x85R."), CALLS.format("builtins.set")),
@@ -239,6 +243,24 @@ HOSTILE = {
         archive(START + ORDERED + b"}" + text("items") + b"Nsb."),
         "it sets attributes of what is no module's",
     ),
+    "shadow.pt": (
+        archive(START + b"ca\nDict\n)R" + text("a") + b"Ns" + b"}" + text("items") + b"Nsb."),
+        "it sets attributes of what is no module's",
+    ),
+    "shadow_later.pt": (  # the second of two objects shows that the class is a dict
+        archive(START + b"(ca\nDict\nq\x00)R}" + text("items") + b"Nsb" + b"h\x00)R" + text("a") + b"Nst."),
+        "it sets attributes of what is no module's",
+    ),
+    "made.pt": (
+        archive(START + b"ca\nmake\n)R)R."),
+        "it holds an object whose class is not known without a.make",
+    ),
+    "many.pt": (
+        archive(START + b"".join(b"ca\n%d\n" % i for i in range(201)) + b"."),
+        "it holds too many objects of classes that are not torch's: expected at most 200 of them and 20000 uses",
+    ),
+    "often.pt": (archive(START + b"ca\nmake\nq\x00" + b"h\x00)R" * 20_000 + b"."), "it holds too many objects of"),
+    "object_key.pt": (archive(START + b"ca\nDict\n)R" + DEEP_TUPLE + b"Ns."), KEY.format("tuple")),
     "escape.pt": (
         archive(entries(text("\x1b]0;a\x07\r\n\u202e") + tensor("0", 1, (1,), (1,)))),
         r": they are \\x1b\]0;a\\x07\\r\\n\\u202e \(1,\)$",

@@ -596,8 +596,8 @@ def test_wrappers_before_every_name_are_taken_off(prefix, tmp_path):
         assert_same_bits(loaded.state_dict, state)
     torch.save({**wrapped, "stem.0.bias": torch.ones(8)}, path)
     loaded = checkpoints.load(path)
-    assert loaded.prefix == ""
-    assert_same_bits(loaded.state_dict, {**wrapped, "stem.0.bias": torch.ones(8)})
+    assert (loaded.prefix, loaded.beside) == (prefix, ["stem.0.bias"])
+    assert_same_bits(loaded.state_dict, state)
 
 
 def test_torch_compile_is_such_a_wrapper(tmp_path):
@@ -650,6 +650,7 @@ class Code:
 
 def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     torch.save({"model": Code()}, tmp_path / "code.pt")
+    torch.save(torch.nn.Linear(1, 2), tmp_path / "whole.pt")
     torch.save(torch.ones(3), tmp_path / "tensor.pt")
     torch.save({}, tmp_path / "empty.pt")
     (tmp_path / "garbage.pt").write_bytes(b"<html>not found</html>")
@@ -657,7 +658,8 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
         "none.pt": "no such file",
         "": r"a folder without model\.safetensors",
         "a" * 300: r"cannot be read \(.*File name too long",
-        "code.pt": "more than tensors and plain values",
+        "code.pt": r"holds a whole \S*test_checkpoints\.Code under model: expected its state dict",
+        "whole.pt": r"holds one torch\.nn\.modules\.linear\.Linear: expected a state dict",
         "tensor.pt": "holds one Tensor: expected a state dict",
         "empty.pt": "it holds nothing",
         "garbage.pt": "truncated or damaged",

@@ -200,14 +200,17 @@ def test_of_many_parts_it_names_the_largest(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("value", "named"),
-    [(Path("runs"), r"pathlib\.(_local\.)?PosixPath"), (np.float64(0.5), r"numpy\._?core\.multiarray\.scalar")],
-    ids=["path", "numpy"],
+    "value", [Path("runs"), np.float64(0.5), torch.nn.Linear(1, 1)], ids=["path", "numpy", "module"]
 )
-def test_it_names_the_class_that_torch_refused(value, named, tmp_path, capsys):
-    torch.save({"model": autoencoder().state_dict(), "value": value}, tmp_path / "in.pt")
+def test_objects_beside_the_model_are_no_hindrance(value, tmp_path, capsys):
+    state = autoencoder().state_dict()
+    torch.save({"model": state, "value": value}, tmp_path / "in.pt")
+    assert convert(tmp_path / "in.pt", tmp_path / "out.pt", "--to", "sparsecnx") == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/in.pt, part model (beside value): sparsecnx, ")
+    assert all(torch.equal(value, state[name]) for name, value in torch.load(tmp_path / "out.pt").items())
+    torch.save({"model": value}, tmp_path / "in.pt")
     assert convert(tmp_path / "in.pt", tmp_path / "out.pt", "--to", "timm") == 2
-    assert re.search(rf"holds more than tensors and plain values, first {named}\n$", capsys.readouterr().err)
+    assert re.search(r"holds a whole \S+ under model: expected its state dict\n$", capsys.readouterr().err)
 
 
 def test_it_keeps_numbers_that_are_not_finite_and_says_where(tmp_path, capsys):

@@ -42,6 +42,15 @@ def test_an_autoencoder_loads_into_the_same_network(options, around, tmp_path):
         assert all(torch.equal(state[name], value) for name, value in trained.state_dict().items())
 
 
+@pytest.mark.parametrize("options", [{}, OPTIONS["all"]], ids=["published", "all"])
+def test_an_autoencoder_of_several_targets_is_found_after_a_prefix(options):
+    trained = models.ConvNeXtV2Encoder(**SIZES, **options)
+    state = {f"module.model.{name}": value for name, value in mpmae(trained).state_dict().items()}
+    network = models.ConvNeXtV2Encoder(**SIZES, **options)
+    assert load_encoder(network, {**state, "criterion.weight": torch.ones(2)}) == []
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in trained.state_dict().items())
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_another_network_is_refused(options):
     trained, published = (models.ConvNeXtV2Encoder(**SIZES, **given) for given in (options, {}))

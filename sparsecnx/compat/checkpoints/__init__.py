@@ -9,13 +9,13 @@ docs/checkpoints.md lists the formats. For example:
 """
 
 from sparsecnx.common.errors import CheckpointError
-from sparsecnx.common.inspection import MOST_BYTES
+from sparsecnx.common.limits import MOST_BYTES
 from sparsecnx.compat.checkpoints.architecture import Architecture, Decoder
 from sparsecnx.compat.checkpoints.conversion import Conversion, convert, detect_format
 from sparsecnx.compat.checkpoints.files import Loaded, PartError, load, overwrites, path_problem, save
 from sparsecnx.compat.checkpoints.formats import NAMES as FORMATS
 from sparsecnx.compat.checkpoints.formats import Format
-from sparsecnx.compat.checkpoints.loading import as_it_is, encoder_of, load_encoder
+from sparsecnx.compat.checkpoints.loading import as_it_is, load_encoder
 
 __all__ = [
     "FORMATS",
@@ -30,7 +30,6 @@ __all__ = [
     "as_it_is",
     "convert",
     "detect_format",
-    "encoder_of",
     "load",
     "load_encoder",
     "overwrites",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from sparsecnx.common.files import escape
 from sparsecnx.compat.checkpoints import formats
 from sparsecnx.compat.checkpoints.architecture import Architecture, infer
 from sparsecnx.compat.checkpoints.formats import Format
+from sparsecnx.compat.checkpoints.prefixes import prefixes_of
 from sparsecnx.models.convnextv2 import STRIDE
 
 MOST_ENTRIES = 10_000  # the largest published network has 400
@@ -113,9 +115,20 @@ def detect_format(state_dict: Mapping[str, Tensor], among: str | None = None) ->
     scores = [_score(format, state_dict) for format in candidates]
     best = max(scores)
     if best[0] == 0:
+        _refuse_v1(state_dict)
         wanted = "a ConvNeXt V2" if among is None else among
-        raise CheckpointError(f"none of its {len(state_dict)} entries is one of {wanted}: they are {_some(state_dict)}")
+        they_are = f"they are {_some(state_dict)}{prefixes_of(state_dict)}"
+        raise CheckpointError(f"none of its {len(state_dict)} entries is one of {wanted}: {they_are}")
     return candidates[scores.index(best)]
+
+
+def _refuse_v1(names: Collection[str]) -> None:
+    """Raise CheckpointError for names of a ConvNeXt V1: of timm, transformers, torchvision or the published code."""
+    scale = next(
+        (name for name in names if re.search(r"\.\d+\.(gamma|layer_scale|layer_scale_parameter)$", name)), None
+    )
+    if scale is not None and not any("grn" in name for name in names):
+        raise CheckpointError(f"is a ConvNeXt V1, with the layer scale {scale} and no GRN: expected a ConvNeXt V2")
 
 
 def _check_entry(name: object, tensor: object) -> None:
@@ -140,6 +153,7 @@ def _score(format: Format, state_dict: Mapping[str, Tensor]) -> tuple[int, int]:
 def to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str, tuple[str, Tensor]], Architecture]:
     """Return by our names, in the order of our modules, the name in the input and the tensor in our layout."""
     places = {name: origin.to_ours(name) for name in state_dict}
+    _refuse_v1(state_dict)
     if unknown := {name: state_dict[name] for name, place in places.items() if place is None}:
         raise CheckpointError(f"{origin.name} has no place for {_some(unknown)} in a ConvNeXt V2")
     given = {place[0]: (name, state_dict[name], place[1]) for name, place in places.items() if place is not None}

@@ -6,7 +6,6 @@ and files are written whole or not at all.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -18,36 +17,38 @@ from torch import Tensor
 
 from sparsecnx.common.errors import CheckpointError, MissingExtra
 from sparsecnx.common.files import not_regular, open_atomically
-from sparsecnx.common.inspection import MOST_BYTES, check_description, check_holes, readable
-from sparsecnx.common.torch_files import is_torch_file, load_torch, save_torch
+from sparsecnx.common.limits import MOST_BYTES, check_description, check_holes, readable
+from sparsecnx.common.torch_files import Omitted, is_torch_file, load_torch, save_torch
 from sparsecnx.compat.checkpoints.architecture import Architecture
 from sparsecnx.compat.checkpoints.conversion import Conversion
+from sparsecnx.compat.checkpoints.prefixes import Network, find_network, with_end
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 FOLDER_WEIGHTS = "model.safetensors"
 # Training code keeps the model under these names: this package, the published code and timm.
 MODEL_KEYS = ("model", "state_dict")
-# DistributedDataParallel and torch.compile put these before the names of the module that they wrap.
-WRAPPERS = ("module.", "_orig_mod.")
-MOST_WRAPPERS = 8
 DEEPEST = 8  # parts within parts of a file that are looked into
 MOST_CANDIDATES = 8
 
 
 class Loaded(NamedTuple):
-    """A state dict, and its place in the file.
+    """The state dict of a network, and its place in the file.
 
     Attributes:
         state_dict: names and tensors, on the CPU.
         key: the part of the file that held it; None if it was the whole file.
         parts: the names of all parts of the file.
-        prefix: removed from all names, such as `module._orig_mod.`.
+        prefix: removed from the names, such as `module._orig_mod.`.
+        beside: names of the entries that lie beside the network, which are left out.
+        foreign: True if it is the encoder of a run of ours that is no ConvNeXt V2 of ours, by its own names.
     """
 
     state_dict: dict[str, Tensor]
     key: str | None
     parts: tuple[str, ...]
     prefix: str
+    beside: list[str]
+    foreign: bool
 
 
 class PartError(CheckpointError):
@@ -62,8 +63,11 @@ class PartError(CheckpointError):
         self.candidates = candidates
 
 
-def load(path: str | Path, key: str | None = None, max_bytes: int = MOST_BYTES) -> Loaded:
-    """Read a state dict onto the CPU.
+def load(path: str | Path, key: str | None = None, max_bytes: int = MOST_BYTES, prefix: str | None = None) -> Loaded:
+    """Read the state dict of a network onto the CPU.
+
+    A ConvNeXt V2 is found wherever its names stand, after any prefix and beside other entries. Where none is found, the
+    state dict is returned as it is.
 
     Tensors are mapped into memory and read when they are used, if the kind of file allows it, so that the optimizer
     beside a model costs nothing. The file may be replaced or deleted meanwhile, but not written into.
@@ -75,10 +79,11 @@ def load(path: str | Path, key: str | None = None, max_bytes: int = MOST_BYTES) 
             `model` or `state_dict`.
         max_bytes: the most that a file may take in memory if that is more than it has: one that is compressed, has
             holes, or holds tensors that share their numbers. Its description of the tensors may have a 256th of that.
+        prefix: what stands before the names of the network, such as `teacher`, or the first part of it; None finds it.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, it is larger than `max_bytes` in memory, or it holds more
-            than tensors and plain values.
+        CheckpointError: there is no such file, it is damaged, it is larger than `max_bytes` in memory, it is no state
+            dict, no name begins with `prefix`, or it holds two networks; the message has the prefixes.
         PartError: it has no such part.
         MissingExtra: safetensors is not installed.
         ValueError: `max_bytes` is not positive.
@@ -90,19 +95,26 @@ def load(path: str | Path, key: str | None = None, max_bytes: int = MOST_BYTES) 
         contents = _contents(path, max_bytes)
     except OSError as error:
         raise CheckpointError(f"cannot be read ({error})") from error
-    return find_state_dict(contents, key)
+    return find_state_dict(contents, key, prefix)
 
 
-def find_state_dict(contents: Any, key: str | None = None) -> Loaded:
+def find_state_dict(contents: Any, key: str | None = None, prefix: str | None = None) -> Loaded:
     """Return the state dict in the contents of a file; arguments and errors are those of `load`."""
     if not isinstance(contents, dict):
         raise CheckpointError(f"holds one {type(contents).__name__}: expected a state dict")
     state_dict, key, parts = _part(contents, key)
-    for name, tensor in state_dict.items():
-        if isinstance(tensor, Tensor) and tensor.is_meta:
+    names = [name for name in state_dict if isinstance(name, str)]
+    network = find_network(names, prefix)
+    if network is None:
+        start = with_end(prefix or "")
+        network = Network(start, {name[len(start) :]: name for name in names if name.startswith(start)}, False)
+    for name in network.entries.values():
+        if isinstance(state_dict[name], Tensor) and state_dict[name].is_meta:
             raise CheckpointError(f"{name} is on the device meta: expected numbers")
-    state_dict, prefix = _unwrap(state_dict)
-    return Loaded(state_dict, key, parts, prefix)
+    within = set(network.entries.values())
+    beside = [str(name) for name in state_dict if name not in within]
+    entries = {own: state_dict[name] for own, name in network.entries.items()}
+    return Loaded(entries, key, parts, network.prefix, beside, network.foreign)
 
 
 def _contents(path: Path, max_bytes: int) -> Any:
@@ -113,8 +125,8 @@ def _contents(path: Path, max_bytes: int) -> Any:
     if (problem := not_regular(path)) is not None:
         raise CheckpointError(problem)
     if not _is_safetensors(path):
-        # The published code saves its command line, a Namespace, beside the model.
-        return load_torch(path, allowed=[argparse.Namespace], mmap=True, max_bytes=max_bytes)
+        # Training code saves its command line, paths, and other objects beside the model.
+        return load_torch(path, omit_objects=True, mmap=True, max_bytes=max_bytes)
     safetensors = _import_safetensors()
     check_holes(path, max_bytes)
     try:
@@ -176,6 +188,10 @@ def _part(contents: dict[str, Any], key: str | None) -> tuple[dict[str, Any], st
     holds = ", ".join(parts[:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "") or "nothing"
     largest = sorted(state_dicts, key=lambda part: -len(part[1]))[:MOST_CANDIDATES]
     candidates = list(dict.fromkeys(".".join(path) for path, _ in largest))
+    objects = [name for name in wanted if isinstance(contents.get(name), Omitted)]
+    if objects:
+        kind = type(contents[objects[0]]).__name__
+        raise PartError(f"holds a whole {kind} under {objects[0]}: expected its state dict", candidates)
     raise PartError(f"holds no state dict under {' or '.join(wanted)}: it holds {holds}", candidates)
 
 
@@ -197,17 +213,6 @@ def _state_dicts(contents: dict[str, Any]) -> list[tuple[tuple[str, ...], dict[s
                 opened.add(id(value))
                 within.append(((*path, name), value))
     return found
-
-
-def _unwrap(state_dict: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return the state dict of the module inside its wrappers, and the prefix that these gave all names."""
-    prefix, names = "", list(map(str, state_dict))
-    for _ in range(MOST_WRAPPERS):
-        wrapper = next((w for w in WRAPPERS if names and all(n.startswith(prefix + w) for n in names)), None)
-        if wrapper is None:
-            break
-        prefix += wrapper
-    return {name[len(prefix) :]: tensor for name, tensor in state_dict.items()} if prefix else state_dict, prefix
 
 
 def save(path: str | Path, conversion: Conversion) -> None:

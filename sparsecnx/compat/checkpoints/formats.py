@@ -97,6 +97,35 @@ class Format:
         """Return the name in the format of our entry `name` and its layout, or None if there is no place for it."""
         return next((found for e in self.entries if (found := _rename(name, e.ours, e.theirs, e.layout))), None)
 
+    def spelled(self, name: str) -> str | None:
+        """Return a name as the format spells it, from one with `_` for some or all dots; None if it has none such.
+
+        `features_only=True` of timm has `stages_0.blocks`, and copies of a network in buffers have no dots at all.
+        """
+        for entry in self.entries:
+            if match := _compile(entry.theirs, "[._]").fullmatch(name):
+                return entry.theirs.format(**match.groupdict())
+        return None
+
+    def prefix_of(self, name: str) -> str | None:
+        """Return what stands before the name of an entry of the encoder, or None if `name` ends in no such name."""
+        match = self._encoder.fullmatch(name)
+        return match and match["prefix"]
+
+    def has_part(self, name: str) -> bool:
+        """Return whether a name begins with the first part of one of the format, such as `stages`."""
+        return _first_part(name) in self._parts
+
+    @functools.cached_property
+    def _parts(self) -> frozenset[str]:
+        return frozenset(_first_part(entry.theirs) for entry in self.entries)
+
+    @functools.cached_property
+    def _encoder(self) -> re.Pattern[str]:
+        encoder = [entry.theirs for entry in self.entries if entry.ours.startswith(("downsample_layers.", "stages."))]
+        names = "|".join(re.sub(r"\?P<\w>", "?:", _compile(theirs, "[._]").pattern) for theirs in encoder)
+        return re.compile(rf"(?P<prefix>(?:.*[._])?)(?:{names})", re.DOTALL)
+
     def place(self, name: str) -> tuple[str, Layout]:
         """Do as `to_theirs` for an entry that the format must have."""
         found = self.to_theirs(name)
@@ -110,9 +139,16 @@ def _rename(name: str, pattern: str, replacement: str, layout: Layout) -> tuple[
 
 
 @functools.cache
-def _compile(pattern: str) -> re.Pattern[str]:
+def _compile(pattern: str, dot: str = r"\.") -> re.Pattern[str]:
+    """Return the regular expression of a pattern; `dot` is what stands for a dot in it."""
     numbers = {"i": "0|[1-9][0-9]*", "d": "[1-9][0-9]*", "j": "0|[1-9][0-9]*"}
-    return re.compile(re.sub(r"\\{(\w)\\}", lambda hole: f"(?P<{hole[1]}>{numbers[hole[1]]})", re.escape(pattern)))
+    escaped = re.escape(pattern).replace(r"\.", dot)
+    return re.compile(re.sub(r"\\{(\w)\\}", lambda hole: f"(?P<{hole[1]}>{numbers[hole[1]]})", escaped))
+
+
+def _first_part(name: str) -> str:
+    """Return the first part of a name, before a dot, or before `_` and a number."""
+    return re.split(r"\.|_(?=\d)", name, maxsplit=1)[0]
 
 
 def _published(layers: Sequence[str], prefix: str = "", grn: Layout = SAME) -> tuple[Entry, ...]:

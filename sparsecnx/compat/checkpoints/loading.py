@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,9 +10,11 @@ from torch import Tensor, nn
 
 from sparsecnx.common.errors import CheckpointError
 from sparsecnx.compat.checkpoints import conversion, files, formats
-from sparsecnx.compat.checkpoints.formats import Format
+from sparsecnx.compat.checkpoints.formats import Layout
+from sparsecnx.compat.checkpoints.prefixes import find_network
 
 ENCODER = ("downsample_layers.", "stages.")
+PART = "pass the part of the model that should be loaded"
 
 
 def load_encoder(
@@ -21,6 +22,7 @@ def load_encoder(
     checkpoint: str | Path | Mapping[str, Tensor],
     key: str | None = None,
     max_bytes: int = files.MOST_BYTES,
+    prefix: str | None = None,
 ) -> list[str]:
     """Load the encoder of a pretraining run into a model, all of it or nothing.
 
@@ -30,54 +32,50 @@ def load_encoder(
     Numbers that are not finite are loaded too, with a UserWarning that names the entries.
 
     Args:
-        model: a ConvNeXt V2 with any parts beside its encoder: `ConvNeXtV2`, `ConvNeXtV2Encoder` or `FCMAE` of this
-            package; `convnextv2_*` of timm, also with `features_only=True`; a `ConvNextV2Model`,
+        model: a ConvNeXt V2, or a module that holds one: `ConvNeXtV2`, `ConvNeXtV2Encoder` or `FCMAE` of this package;
+            `convnextv2_*` of timm, also with `features_only=True`; a `ConvNextV2Model`,
             `ConvNextV2ForImageClassification` or `ConvNextV2Backbone` of transformers; or the network that the run
             trained, with any classifier, or with `features_only=True`. Its dtypes and devices stay.
         checkpoint: a checkpoint of a run, such as `runs/mine/last.pt`, a file or folder in any format that
             `sparsecnx convert` reads, or its contents: a state dict, or a dict that holds one.
         key: part of the checkpoint that holds the weights, see `load`.
         max_bytes: the most that the file may take in memory if that is more than it has, see `load`.
+        prefix: what stands before the names of the network in the checkpoint; None finds it, see `load`.
 
     Returns:
         The entries of the model that keep their values, such as a new classifier.
 
     Raises:
         TypeError: `model` is no module.
-        CheckpointError: the checkpoint cannot be read or is no ConvNeXt V2; the model is none, or has no memory; or its
-            depths, widths or channels are others than those of the checkpoint. The model is not changed.
+        CheckpointError: the checkpoint cannot be read, is no ConvNeXt V2, or holds two; the model is none, holds two,
+            or has no memory; or its depths, widths or channels are others than those of the checkpoint. The model is
+            not changed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: expected a module, and the checkpoint after it")
     name = "checkpoint" if isinstance(checkpoint, Mapping) else str(checkpoint)
     try:
         if isinstance(checkpoint, Mapping):
-            state_dict = files.find_state_dict(dict(checkpoint), key).state_dict
+            loaded = files.find_state_dict(dict(checkpoint), key, prefix)
         else:
-            state_dict = files.load(checkpoint, key, max_bytes).state_dict
-        state_dict, _, foreign = encoder_of(state_dict)
-        if foreign:
-            return _load_by_name(model, state_dict)
-        if (encoder := _own_encoder(state_dict)) is not None:
+            loaded = files.load(checkpoint, key, max_bytes, prefix)
+        if loaded.foreign:
+            return _load_by_name(model, loaded.state_dict)
+        if (encoder := _own_encoder(loaded.state_dict)) is not None:
             return _load_by_name(model, encoder)
-        given, architecture = conversion.to_ours(state_dict, conversion.detect_format(state_dict))
+        given, architecture = conversion.to_ours(loaded.state_dict, conversion.detect_format(loaded.state_dict))
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from error
     entries = _entries(model)
-    target = _format(model, entries)
-    ours = {}
-    for entry in entries:
-        place = target.to_ours(_plain(entry))
-        if place is not None and place[0].startswith(ENCODER):
-            ours[entry] = place
+    ours = _places(model, entries)
     # A network that extracts features may end before the last stage.
     wanted = {place[0] for place in ours.values()}
     stages = {_stage(entry) for entry in wanted}
     different = wanted ^ {entry for entry in given if entry.startswith(ENCODER) and _stage(entry) in stages}
     if different:
         raise CheckpointError(f"{name} is a {architecture}: the model has other stages or blocks ({min(different)})")
-    loaded = {entry: layout.theirs(given[name_of][1]) for entry, (name_of, layout) in ours.items()}
-    for entry, tensor in loaded.items():
+    values = {entry: layout.theirs(given[name_of][1]) for entry, (name_of, layout) in ours.items()}
+    for entry, tensor in values.items():
         if entries[entry].shape != tensor.shape:
             raise CheckpointError(
                 f"{name} is a {architecture}: {entry} of the model is {tuple(entries[entry].shape)}, "
@@ -85,39 +83,22 @@ def load_encoder(
             )
     conversion.warn_of_not_finite({given[name_of][0]: given[name_of][1] for name_of, _ in ours.values()})
     with torch.no_grad():
-        for entry, tensor in loaded.items():
+        for entry, tensor in values.items():
             entries[entry].copy_(tensor)
-    return [entry for entry in entries if entry not in loaded]
-
-
-def encoder_of(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], bool]:
-    """Return the encoder in the state dict of `SparK`, or of `FCMAE` around another network than ConvNeXt V2.
-
-    Returns:
-        The entries of the encoder by its own names, the names of the others, and True if it is no ConvNeXt V2 of ours.
-        Any other state dict is returned as it is.
-    """
-    prefix = "encoder."
-    encoder = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    foreign = not any(name.startswith("downsample_layers.") for name in encoder)
-    autoencoder = "mask_tokens.0" in state_dict or ("mask_token" in state_dict and foreign)
-    if not encoder or not autoencoder:
-        return state_dict, [], False
-    return encoder, [name for name in state_dict if not name.startswith(prefix)], foreign
+    return [entry for entry in entries if entry not in values]
 
 
 def _own_encoder(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Return the entries of an encoder of ours that no format of ConvNeXt V2 holds; None for any other state dict.
 
-    These are encoders with blocks V1, another stem or depthwise convolutions without bias, and those of `MPMAE`.
+    These are encoders with blocks V1, another stem or depthwise convolutions without bias.
     """
     prefix = "encoder." if "encoder.downsample_layers.0.0.weight" in state_dict else ""
     encoder = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     if "downsample_layers.0.0.weight" not in encoder:
         return None
     blocks = all(any(part in name for name in encoder) for part in (".grn.gamma", ".dwconv.bias"))
-    stem, several = "downsample_layers.0.3.weight" in encoder, any(name.startswith("decoders.") for name in state_dict)
-    return encoder if several or stem or not blocks else None
+    return encoder if "downsample_layers.0.3.weight" in encoder or not blocks else None
 
 
 def as_it_is(encoder: Mapping[str, Tensor]) -> conversion.Conversion:
@@ -131,11 +112,12 @@ def _load_by_name(model: nn.Module, encoder: Mapping[str, Tensor]) -> list[str]:
     """Load the entries of an encoder into the same network, and return those of the model that keep their values."""
     entries = _entries(model)
     # `features_only=True` of timm joins the first two parts of a name with `_`.
-    own = {_unwrapped(entry): entry for entry in entries}
     forms = {name: (name, name.replace(".", "_", 1), name.replace("_", ".", 1)) for name in encoder}
+    prefix = _prefix(model, entries, forms)
+    own = {entry[len(prefix) :]: entry for entry in entries if entry.startswith(prefix)}
     places = {name: next((own[form] for form in forms[name] if form in own), None) for name in encoder}
     kept = [entry for entry in entries if entry not in set(places.values())]
-    tops = {_unwrapped(entry).partition(".")[0] for entry in entries}
+    tops = {name.partition(".")[0] for name in own}
     features = hasattr(getattr(model, "feature_info", None), "channels")  # timm's networks without a head
 
     def is_head(name: str) -> bool:
@@ -153,9 +135,10 @@ def _load_by_name(model: nn.Module, encoder: Mapping[str, Tensor]) -> list[str]:
             raise CheckpointError(f"{entry} of the model, a {kind}, is {shapes}")
     classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     classifiers = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
-    trained = {_unwrapped(entry).partition(".")[0] for entry in places.values() if entry is not None}
-    for entry in kept:
-        name = _unwrapped(entry)
+    trained = {entry[len(prefix) :].partition(".")[0] for entry in places.values() if entry is not None}
+    for name, entry in own.items():
+        if entry not in kept:
+            continue
         if name.partition(".")[0] in trained and not (classifiers and name.startswith(classifiers)):
             raise CheckpointError(f"lacks {name}, which the model, a {kind}, has: expected the same network")
     conversion.warn_of_not_finite({name: tensor for name, tensor in encoder.items() if tensor.is_floating_point()})
@@ -173,26 +156,31 @@ def _entries(model: nn.Module) -> dict[str, Tensor]:
     return entries
 
 
-def _format(model: nn.Module, entries: Mapping[str, Tensor]) -> Format:
-    """Return the format of a model's own names."""
-    floating = {_plain(name): value for name, value in entries.items() if value.is_floating_point()}
-    try:
-        return conversion.detect_format(floating)
-    except CheckpointError as error:
+def _places(model: nn.Module, entries: Mapping[str, Tensor]) -> dict[str, tuple[str, Layout]]:
+    """Return our name and the layout of every entry of the encoder in a model."""
+    network = find_network([name for name, value in entries.items() if value.is_floating_point()], choice=PART)
+    if network is None or network.foreign:
         raise CheckpointError(
             f"model is a {type(model).__name__}: expected a ConvNeXt V2 of this package, timm or transformers, "
-            "or the part of a network that is one"
-        ) from error
+            "or a module that holds one"
+        )
+    format = conversion.detect_format({name: entries[entry] for name, entry in network.entries.items()})
+    places = {entry: format.to_ours(name) for name, entry in network.entries.items()}
+    return {entry: place for entry, place in places.items() if place is not None and place[0].startswith(ENCODER)}
 
 
-def _plain(name: str) -> str:
-    """Return the name of an entry without wrappers. `features_only=True` of timm joins the first two parts with `_`."""
-    return re.sub(r"^(stem|stages)_(\d+)\.", r"\1.\2.", _unwrapped(name))
-
-
-def _unwrapped(name: str) -> str:
-    """Return the name of an entry without those of DDP, torch.compile and timm's wrapper of features."""
-    return re.sub(r"^((module|_orig_mod|model)\.)+", "", name)
+def _prefix(model: nn.Module, entries: Mapping[str, Tensor], forms: Mapping[str, tuple[str, ...]]) -> str:
+    """Return what stands before names in a model, each in one of its forms: the prefix that most of them have there."""
+    first = next(iter(forms.values()))
+    found = {entry[: -len(form)]: None for entry in entries for form in first if f".{entry}".endswith(f".{form}")}
+    counts = {
+        prefix: sum(any(prefix + form in entries for form in some) for some in forms.values())
+        for prefix in sorted(found, key=len)
+    }
+    whole = [prefix for prefix, count in counts.items() if count == len(forms)]
+    if whole[1:]:
+        raise CheckpointError(f"model is a {type(model).__name__} with several such networks, {whole}: {PART}")
+    return max(counts, key=counts.__getitem__, default="")
 
 
 def _stage(name: str) -> int:
