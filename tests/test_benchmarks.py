@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsecnx.backends import triton_launch
-from sparsecnx.models import SIZES
+from sparsecnx.models import SIZES, create_fcmae
 from sparsecnx.models.convnextv2 import Size
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -299,3 +299,43 @@ def test_results_file_keeps_other_cases(encoder: ModuleType, tmp_path: Path) -> 
     assert set(content["runs"]) == {"first", "second"}
     results.add("b", {"value": 2})
     assert set(json.loads(path.read_text())["runs"]) == {"second"}
+
+
+def test_scaling_counts_what_torch_counts_and_marks_it_as_predicted(
+    load: Callable[[str], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaling, out = load("scaling"), tmp_path / "scaling.json"
+    options = ["--size", "atto", "--image", "64", "--batch", "128", "--ratio", "0.5", "--out", str(out)]
+    assert scaling.main(options) == 0
+    assert "PREDICTED" in capsys.readouterr().out
+    cases = json.loads(out.read_text())["cases"]
+    assert [case["gpus"] for case in cases.values()] == [1, 64, 8] and all(case["predicted"] for case in cases.values())
+    alone, many = cases["atto-1gpus"], cases["atto-64gpus"]
+    model = create_fcmae("atto")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(3, 3, 64, 64), mask_ratio=0.5)[0].backward()
+    assert alone["flops"] == 64 * many["flops"] == 128 / 3 * counter.get_total_flops()
+    assert alone["parameters"] == sum(p.numel() for p in model.parameters())
+    for case in cases.values():
+        for name in ("ddp", "fsdp2"):
+            slow, fast = case[name]["images_per_s"]
+            assert 0 < slow <= fast <= 1.001 * case["gpus"] * alone[name]["images_per_s"][0]
+    assert alone["ddp"]["network_seconds"] == 0 and many["ddp"]["of_linear"][0] < 1
+    assert alone["ddp"]["state_bytes"] == 64 * many["fsdp2"]["state_bytes"] == 16 * alone["parameters"]
+
+
+def test_scaling_sums_the_network_and_the_work_as_its_page_says(load: Callable[[str], Any]) -> None:
+    scaling = load("scaling")
+    # In a ring of 8 each sends 7/8 of the bytes; of 8 nodes each port sends 7/8 of an eighth.
+    nvlink, network = 0.8 * 450e9, 0.8 * 50e9
+    assert scaling.collecting(8e9, 1) == 0
+    assert scaling.collecting(8e9, 8) == pytest.approx(7e9 / nvlink)
+    assert scaling.collecting(8e9, 64) == pytest.approx(7e9 / nvlink + 7 / 8 * 1e9 / network)
+    work = scaling.Work
+    heavy, large, small = work(1e12, 1.0), work(0.0, 1e9), work(0.0, 1.0)
+    works = [heavy, large, small], [work(2e12, 1.0), work(0.0, 1.5e9), small]
+    found = scaling.computing(works, 3)
+    assert (found["flops"], found["bytes"]) == (3e12, 2 * (2e9 + 2))
+    assert found["seconds"] == pytest.approx(3e12 / (0.4 * 989e12) + 4e9 / (0.7 * 3.35e12) + 5e-6)
+    with pytest.raises(SystemExit):
+        scaling.main(["--gpus", "12"])

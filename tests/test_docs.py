@@ -29,6 +29,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "docs/backends.md": (),
     "docs/wrapping.md": (),
     "docs/after-pretraining.md": ("timm", "transformers", "safetensors"),
+    "docs/elsewhere.md": ("huggingface_hub", "safetensors"),
     "docs/checkpoints.md": ("transformers", "safetensors"),
 }
 # A block of Python, or a line that converts a checkpoint for the block after it.
@@ -80,7 +81,7 @@ def test_links_lead_to_files() -> None:
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
     link = re.compile(r"\]\(([^):#]+)[)#]")
     links = [(page.parent / found, page) for page in pages for found in link.findall(page.read_text())]
-    folders, endings = ("sparsecnx", "csrc", "benchmarks", "tests"), ("py", "cpp", "h", "cu", "cuh")
+    folders, endings = ("sparsecnx", "csrc", "benchmarks", "examples", "tests"), ("py", "cpp", "h", "cu", "cuh")
     sources = [path for folder in folders for ending in endings for path in ROOT.glob(f"{folder}/**/*.{ending}")]
     sources += [ROOT / "setup.py", ROOT / "Makefile"]
     mention = re.compile(r"\bdocs/[\w/-]+\.md")

@@ -83,6 +83,7 @@ class ConvNeXtV2(ConvNeXtV2Encoder):
             raise ValueError(f"global_pool is {global_pool!r}: expected 'avg' or ''")
         self.global_pool = self.global_pool if global_pool is None else global_pool
         self.num_classes = num_classes
+        self._arguments = {**self._arguments, "num_classes": num_classes, "global_pool": self.global_pool}
         where = next(self.parameters())
         self.head = nn.Identity()
         if num_classes:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
+from sparsecnx.models.pretrained import Pretrained
 from sparsecnx.nn import ConvNeXtBlock, ConvNeXtV2Block, LayerNorm2d
 from sparsecnx.nn.layers import CONVOLUTIONS, axis_sizes
 from sparsecnx.tensor import SparseTensor
@@ -77,7 +78,7 @@ class Layers(nn.Sequential):
         return input
 
 
-class ConvNeXtV2Encoder(nn.Module):
+class ConvNeXtV2Encoder(Pretrained):
     """The four stages: dense on images, sparse on images with a mask, with the same weights.
 
     State-dict names are the published ones: `downsample_layers.{0..3}.{0,1}` and

@@ -13,10 +13,11 @@ from sparsecnx.geometry.mask_reading import check_same_device, read_mask
 from sparsecnx.geometry.masks import random_mask, visible_count
 from sparsecnx.models.convnextv2 import one_if_equal, shape_of
 from sparsecnx.models.encoders import Stages, fits
+from sparsecnx.models.pretrained import Pretrained
 from sparsecnx.tensor import SparseTensor
 
 
-class MaskedEncoder(nn.Module):
+class MaskedEncoder(Pretrained):
     """Mask images for an encoder of the visible patches. A subclass defines what is predicted from them.
 
     Args:

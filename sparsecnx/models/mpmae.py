@@ -56,6 +56,8 @@ class MPMAE(MaskedEncoder):
             target has a name that no module can have, a patch of other dimensions or, with `uncertainty`, a weight.
     """
 
+    paper = "https://arxiv.org/abs/2405.02771"
+
     def __init__(
         self,
         encoder: nn.Module,

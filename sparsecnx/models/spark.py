@@ -51,6 +51,7 @@ class SparK(MaskedAutoencoder):
             follows from map to map, or an argument does not fit them.
     """
 
+    paper = "https://arxiv.org/abs/2301.03580"
     _remedy = "; below_tile='dense' lets it go on dense below the patch"
 
     def __init__(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecnx.models.patches import check_loss_on, counted_patches, patchify, squared_errors
+from sparsecnx.models.pretrained import CLASSES
 
 IGNORED = -100  # as in torch's cross entropy
 
@@ -26,6 +27,10 @@ class Target:
     """
 
     weight: float = 1.0
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        CLASSES[cls.__name__] = cls
 
     def __post_init__(self) -> None:
         _expect("weight", self.weight, 0 < self.weight < math.inf, "more than 0")
