@@ -41,7 +41,13 @@ INSTALL_MINKOWSKI = (
 TRAIN = ("jsonargparse", "tensorboard", "tqdm", "matplotlib", "pillow", "scikit-image", "scikit-learn", "safetensors")
 MODULES = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn"}
 
-VOLUMES = {"nibabel": "volumes in NIfTI", "zarr": "volumes in Zarr"}  # the extra `[volumes]`
+# What reads data for `pretrain`: its extra, and what it reads.
+DATA = {
+    "nibabel": ("volumes", "volumes in NIfTI"),
+    "zarr": ("volumes", "volumes in Zarr"),
+    "datasets": ("hf", "data of Hugging Face"),
+    "webdataset": ("webdataset", "WebDataset shards"),
+}
 
 # These are the operators on tiles, which the models run. Those on explicit kernel maps are not explained.
 EXPLAINED_OPERATORS = (
@@ -83,7 +89,7 @@ def checks() -> list[Check]:
     """Check everything that sparsecnx can make use of, in the order of the report."""
     python = Check("Python", True, f"{platform.python_version()} at {sys.executable}, {platform.platform()}")
     found = [python, _torch(), _gpu(), _triton_kernels(), _cpu_operators(), _cuda_operators(), _minkowski_engine()]
-    return [*found, *_train(), _timm(), *_volumes()]
+    return [*found, *_train(), _timm(), *_data()]
 
 
 def report() -> str:
@@ -237,13 +243,13 @@ def _timm() -> Check:
     return Check("timm", False, _import_problem("timm") or problem, "pip install --upgrade timm")
 
 
-def _volumes() -> Iterator[Check]:
-    for name, what in VOLUMES.items():
+def _data() -> Iterator[Check]:
+    for name, (extra, what) in DATA.items():
         problem = _import_problem(name)
         if problem is None:
             yield Check(name, True, f"{_version(name, name)}, {what} for `pretrain`")
         else:
-            remedy = "pip install 'sparsecnx[volumes]'" if problem == NOT_INSTALLED else f"pip install --upgrade {name}"
+            remedy = f"pip install 'sparsecnx[{extra}]'" if problem == NOT_INSTALLED else f"pip install --upgrade {name}"
             yield Check(name, False, problem, remedy)
 
 
