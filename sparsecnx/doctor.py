@@ -48,6 +48,8 @@ MODULES = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn"
 EXTRAS = {
     "nibabel": ("volumes", "volumes in NIfTI"),
     "zarr": ("volumes", "volumes in Zarr"),
+    "datasets": ("hf", "data of Hugging Face"),
+    "webdataset": ("webdataset", "WebDataset shards"),
     "rasterio": ("geo", "TIFF that tifffile refuses"),
     "wandb": ("wandb", "`--log wandb`, Weights & Biases"),
     "mlflow": ("mlflow", "`--log mlflow`"),

@@ -181,7 +181,7 @@ class Trainer:
     def batches(self) -> AbstractContextManager[Iterator[Batch]]:
         """Return a context with the batches that are still to come, of each this process's part."""
         start, pin_memory = self.step * self.recipe.grad_accum_steps, self.learner.device.type == "cuda"
-        order = draws(self.recipe, len(self.source), self.processes.part, start=start)
+        order = draws(self.recipe, self.source, self.processes.part, ranks=self.processes.world, start=start)
         return load_batches(self.crops, order, workers=self.workers, pin_memory=pin_memory)
 
     def train_step(self, batches: Iterator[Batch], log: RunLog) -> StepRecord:

@@ -17,7 +17,8 @@ class Options:
     """Data, output folder and device of a run; the recipe decides everything else.
 
     Attributes:
-        data: folder of images or volumes; None for that of the resumed run, or for the photographs inside the wheels.
+        data: folder of images or volumes, or torchvision:CLASS:ROOT, hf:NAME, wds:PATTERN or python:module:function;
+            None for that of the resumed run, or for the photographs inside the wheels.
         output: folder of checkpoints and logs; None for that of the resumed checkpoint, or `runs/pretrain`.
         resume: a checkpoint; "newest" for the newest in `output`; "auto" for the same, or a new run if there is none.
         extend: epochs that a finished run is to be trained on, with a warm-up and a schedule of their own.

@@ -22,7 +22,7 @@ from sparsecnx.common.files import open_atomically
 from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
 from sparsecnx.train.callbacks import Callback, LogError, Run, naming
 from sparsecnx.train.data.crops import Crops, Draw, mix
-from sparsecnx.train.data.scale import normalize
+from sparsecnx.train.data.scale import normalize, values_in
 from sparsecnx.train.log import LOG, read_line
 from sparsecnx.train.masks import Masks
 from sparsecnx.train.processes import Processes
@@ -62,11 +62,12 @@ class Reconstructions:
         """
         if self.images is None:
             self.images = self._read()
-        images = normalize(self.images.to(device))
+        images, valid = normalize(self.images.to(device), self.recipe), values_in(self.images)
+        valid = None if valid is None else valid.to(device)
         dtype = DTYPES[self.recipe.dtype]
         autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
         with _undisturbed(model, device), autocast:
-            return picture(model, self.recipe, images, self.masks.draw(images, 0).mask, step)[0]
+            return picture(model, self.recipe, images, self.masks.draw(images, 0, valid).mask, valid, step)[0]
 
     def _read(self) -> Tensor:
         """Return crops of images that are spread evenly over the data, as training takes them."""

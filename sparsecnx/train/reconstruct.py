@@ -29,6 +29,7 @@ from sparsecnx.train.data.find import find_source, named_files
 from sparsecnx.train.data.pictures import UnsupportedImage
 from sparsecnx.train.data.scale import IMAGENET_MEAN, IMAGENET_STD, UnsupportedValues, normalize, values_in
 from sparsecnx.train.data.source import Source
+from sparsecnx.train.data.sources import runs_code
 from sparsecnx.train.data.volumes import MAX_VOXELS, UnsupportedVolume
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import MAX_PIXELS, METHODS, Recipe
@@ -159,6 +160,9 @@ def _shown(data: Data, recipe: Recipe) -> tuple[Source, int]:
         source, most = find_source(None), SHOWN_PHOTOGRAPHS
     elif data.folder is None:
         raise InputError("images", "''", "expected the names of volumes")
+    elif runs_code(data.folder):
+        problem = f"expected names of images: those of the run come from Python code, {data.folder}"
+        raise InputError("images", "''", problem)
     else:
         source = find_source(data.folder, recipe.ndim, recipe.of_images, recipe.pages)
         most = SHOWN_PHOTOGRAPHS if recipe.ndim == 2 else SHOWN_VOLUMES
@@ -211,8 +215,7 @@ def fill_in(
         hidden: value of masked pixels in the picture of what the model sees.
         valid: bool of the shape of `images`, False where they have no value; None where they have one everywhere.
     """
-    missing = {} if valid is None else {"valid": valid}
-    loss, pred, mask = model(images.nan_to_num(0), mask=mask, **missing)
+    loss, pred, mask = model(images, mask=mask, valid=valid)
     target = model.patchify(images)
     predicted = pred.flatten(2).mT.float()
     if model.norm_pix_loss:

@@ -17,6 +17,7 @@ from sparsecnx.train.code import is_code
 from sparsecnx.train.contents import Contents, Data
 from sparsecnx.train.data.find import find_source
 from sparsecnx.train.data.source import Fingerprint, Source
+from sparsecnx.train.data.sources import runs_code
 from sparsecnx.train.lock import locked
 from sparsecnx.train.log import LOG
 from sparsecnx.train.loop import Trainer
@@ -84,6 +85,9 @@ class Start(NamedTuple):
         saved = _read_resumed(checkpoint, given.get("model"))
         where = saved.data.folder if options.data is None else options.data
         _expect_same_code(saved.recipe, given, checkpoint)
+        if options.data is None and runs_code(where):
+            problem = f"its data are Python code, {where}, which runs only with --data {where}"
+            raise InputError("resume", checkpoint, problem)
         source = find_source(where, saved.recipe.ndim, saved.recipe.of_images, saved.recipe.pages)
         fingerprint = source.fingerprint()
         _expect_same_images(saved.data, source, fingerprint, "resume" if options.data is None else "data")
@@ -98,7 +102,9 @@ class Start(NamedTuple):
             notes.append(f"{checkpoint.name} holds no checksums: damage to it is not noticed")
         if saved.processes != self.processes.world:
             change = f"{self.processes.world} processes go on from {checkpoint.name} of {saved.processes}"
-            notes.append(f"{change}: the same images and masks, losses equal to rounding")
+            images = "images in another order" if source.ordered_by_rank else "the same images and masks"
+            losses = "the losses of another run from here on" if source.ordered_by_rank else "losses equal to rounding"
+            notes.append(f"{change}: {images}, {losses}")
         notes += source.describe(saved.recipe, None)
         return Trainer(saved.recipe, source, fingerprint, *self._place(), saved=saved, notes=notes)
 

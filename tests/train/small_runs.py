@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from sparsecnx.models import FCMAE, SIZES, SparK
 from sparsecnx.models.convnextv2 import Size
 from sparsecnx.train import networks
+from sparsecnx.train.log import RunLog, StepRecord
 from sparsecnx.train.options import Options
 from sparsecnx.train.start import pretrain
 
@@ -46,3 +48,15 @@ def logged(output: Path) -> list[dict[str, float]]:
     """Return the log of a run without its times."""
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.endswith("_s")} for line in lines]
+
+
+def signal_after(step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals = signal.SIGTERM) -> None:
+    """Send this process a signal while step `step` is logged."""
+    write = RunLog.write
+
+    def write_and_signal(log: RunLog, record: StepRecord) -> None:
+        write(log, record)
+        if record.step == step:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(RunLog, "write", write_and_signal)

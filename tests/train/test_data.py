@@ -8,7 +8,7 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.train.data import augment, crops
 from sparsecnx.train.data.crops import Crops, Draw
 from sparsecnx.train.data.formats import decode
-from sparsecnx.train.data.images import find_images
+from sparsecnx.train.data.images import ImageSet, find_images
 from sparsecnx.train.data.loader import load_batches
 from sparsecnx.train.data.scale import normalize
 from sparsecnx.train.recipe import Recipe
@@ -17,7 +17,8 @@ SMALL = Recipe(image_size=64, epochs=2, batch_size=2, seed=5)
 
 
 def draws(start=0, images=8, **fields):
-    return list(crops.draws(replace(SMALL, **fields), images, start=start))
+    source = ImageSet("", tuple(f"{i}.png" for i in range(images)))
+    return list(crops.draws(replace(SMALL, **fields), source, start=start))
 
 
 def test_normalize_is_imagenets():

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_runs import logged, train
+from small_runs import logged, signal_after, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sparsecnx.common.errors import InputError, TrainingStopped
@@ -16,23 +16,11 @@ from sparsecnx.common.torch_files import save_torch
 from sparsecnx.train import checkpoint, loop, masks
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.learner import Learner
-from sparsecnx.train.log import JsonLines, RunLog, TensorBoard
+from sparsecnx.train.log import JsonLines, TensorBoard
 from sparsecnx.train.loop import Trainer
 from sparsecnx.train.options import Options
 from sparsecnx.train.recipe import learning_rate
 from sparsecnx.train.start import pretrain
-
-
-def signal_after(step, monkeypatch, number=signal.SIGTERM):
-    """Send this process a signal while step `step` is logged."""
-    write = RunLog.write
-
-    def write_and_signal(log, record):
-        write(log, record)
-        if record.step == step:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(RunLog, "write", write_and_signal)
 
 
 def weights(output):

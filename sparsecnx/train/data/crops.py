@@ -10,7 +10,7 @@ exactly as it would have, with any number of workers:
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.data.augment import central_crop, random_box, random_mirror, resize
+from sparsecnx.train.data.order import mix
 from sparsecnx.train.data.scale import Scale, expect_numbers, scale_of, scaled
 from sparsecnx.train.data.source import Decoded, Pixels, Source
 from sparsecnx.train.data.transform import load_transform, transformed
@@ -30,12 +31,6 @@ T = TypeVar("T")
 
 # Decoded entries that a reading process keeps take this much memory at most, but for the one in use.
 HELD_BYTES = 2**30
-
-
-def mix(*parts: int | str) -> int:
-    """Return a 63-bit seed from several numbers or words; similar inputs give unrelated seeds."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class Draw(NamedTuple):
@@ -178,25 +173,34 @@ class Crops(Dataset[Any]):
 
 
 def draws(
-    recipe: Recipe, images: int, part: Callable[[Sequence[int]], Sequence[int]] = lambda batch: batch, *, start: int = 0
+    recipe: Recipe,
+    source: Source,
+    part: Callable[[Sequence[int]], Sequence[int]] = lambda batch: batch,
+    *,
+    ranks: int = 1,
+    start: int = 0,
 ) -> Iterator[list[Draw]]:
     """Yield the draws of every batch of a run, from batch `start` to the end of the last epoch.
 
-    An epoch shows each image `epoch_repeats` times, shuffled.
+    An epoch shows each entry `epoch_repeats` times, in the order of the source.
 
     Args:
         recipe: its seed, epochs and sizes count.
-        images: entries of the source.
+        source: it gives the order, and is told what comes.
         part: returns of the positions of a batch in its epoch those that are wanted, such as those of one process.
+        ranks: processes of the run.
         start: number of the first batch.
     """
-    batches_per_epoch = recipe.steps_per_epoch(images) * recipe.grad_accum_steps
+    batches_per_epoch, size = recipe.steps_per_epoch(len(source)) * recipe.grad_accum_steps, recipe.batch_size
+    ahead = math.ceil(source.ahead * ranks / size)  # batches
     for number in range(start, recipe.epochs * batches_per_epoch):
         epoch, batch = divmod(number, batches_per_epoch)
         if batch == 0 or number == start:
-            generator = torch.Generator().manual_seed(mix(recipe.seed, "order", epoch))
-            order = (torch.randperm(images * recipe.epoch_repeats, generator=generator) % images).tolist()
-        positions = part(range(batch * recipe.batch_size, (batch + 1) * recipe.batch_size))
+            order = source.order(recipe.seed, epoch, recipe.epoch_repeats, size, ranks).tolist()
+        positions = part(range(batch * size, (batch + 1) * size))
+        if ahead:
+            later = part(range((batch + ahead) * size, (batch + ahead + 1) * size))
+            source.expect([order[position] for position in later if position < len(order)])
         yield [Draw(order[position], mix(recipe.seed, "crop", epoch, position)) for position in positions]
 
 

@@ -49,9 +49,9 @@ class FileSet(Source):
     def fingerprint(self) -> Fingerprint:
         """Return hashes of names, sizes and a sample of the contents. A million files take about 6 seconds."""
         sizes = (_sizes(self.path(index)) for index in range(len(self.names)))
-        contents = (_some_bytes(self.path(index)) for index in self.sample())
+        contents = (some_bytes(self.path(index)) for index in self.sample())
         return Fingerprint(
-            _hash([os.fsencode("\n".join(self.names))]), _hash([",".join(sizes).encode()]), _hash(contents)
+            hashed([os.fsencode("\n".join(self.names))]), hashed([",".join(sizes).encode()]), hashed(contents)
         )
 
 
@@ -134,7 +134,8 @@ def read_json(path: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _hash(parts: Iterable[bytes]) -> str:
+def hashed(parts: Iterable[bytes]) -> str:
+    """Return a hash of parts, one after the other, in hexadecimal."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(part)
@@ -144,19 +145,19 @@ def _hash(parts: Iterable[bytes]) -> str:
 def _sizes(path: str) -> str:
     """Return the size of a file in bytes, or -1 if there is none; of a folder the names and sizes of its files."""
     if os.path.isdir(path):
-        return _hash(f"{name}\n{_sizes(os.path.join(path, name))}\n".encode() for name in _names_in(path))
+        return hashed(f"{name}\n{_sizes(os.path.join(path, name))}\n".encode() for name in _names_in(path))
     try:
         return str(os.stat(path).st_size)
     except OSError:
         return "-1"
 
 
-def _some_bytes(path: str) -> bytes:
+def some_bytes(path: str) -> bytes:
     """Return the first, middle and last bytes of a file, or nothing if it cannot be read."""
     if os.path.isdir(path):
         names = _names_in(path)
         taken = (names[i * (len(names) - 1) // 2] for i in range(3) if names)
-        return b"".join(_some_bytes(os.path.join(path, name)) for name in taken)
+        return b"".join(some_bytes(os.path.join(path, name)) for name in taken)
     if not_regular(path) is not None:
         return b""
     try:

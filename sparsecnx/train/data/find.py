@@ -10,6 +10,7 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.train.data.files import ENDINGS, FileSet, find_files
 from sparsecnx.train.data.images import ImageSet, wheel_photographs, with_pages
 from sparsecnx.train.data.source import Source
+from sparsecnx.train.data.sources import open_source
 from sparsecnx.train.data.volumes import VolumeSet, survey
 
 
@@ -19,14 +20,19 @@ def find_source(
     """Return what a run reads.
 
     Args:
-        data: a folder; None for the photographs inside the wheels.
+        data: a folder, or an address, see address.py; None for the photographs inside the wheels.
         ndim: spatial dimensions of arrays; None decides by their axes, see `open_volume`.
         photographs: True for images alone, False for arrays alone; None for what is there.
         pages: what several pages of a TIFF are, see `Recipe.pages`.
 
     Raises:
-        InputError, MissingExtra: as `find_data` and `wheel_photographs` raise them.
+        InputError, MissingExtra: as `find_data`, `open_source` and `wheel_photographs` raise them.
     """
+    source = None if data is None else open_source(data)
+    if source is not None:
+        if pages == "images":
+            raise InputError("pages", pages, "expected channels, or a folder of files, whose pages can be images")
+        return source
     files = wheel_photographs() if data is None else find_data(data, ndim, photographs)
     return with_pages(files, pages) if isinstance(files, ImageSet) else files
 

@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import math
 import os
 import warnings
@@ -24,6 +26,7 @@ from torch import Tensor
 from sparsecnx.common.errors import MissingExtra
 from sparsecnx.common.files import not_regular
 from sparsecnx.train.data.pictures import (
+    File,
     UnsupportedImage,
     decode_picture,
     expect_size,
@@ -70,7 +73,7 @@ class Header:
         return 3 if self.picture else len(self.colours.removesuffix("A")) or self.channels
 
 
-def read_header(path: str) -> Header:
+def read_header(file: File) -> Header:
     """Return what the header of a file says.
 
     Raises:
@@ -78,10 +81,10 @@ def read_header(path: str) -> Header:
         MissingExtra: a library that reads it is not installed.
         Exception: whatever the decoder raises.
     """
-    if _is_tiff(path):
-        with _open_tiff(path) as tiff:
+    if _is_tiff(file):
+        with _open_tiff(file) as tiff:
             return _tiff_header(tiff)
-    with open_picture(path) as image:
+    with open_picture(file) as image:
         colours, found = image.mode, {"height": image.height, "width": image.width, "pages": frames(image)}
         if is_8_bit(image):
             return Header("uint8", len(image.getbands()), colours, picture=True, **found)
@@ -93,7 +96,7 @@ def read_header(path: str) -> Header:
 
 
 def decode(
-    path: str,
+    file: File,
     channels: int,
     pages: str | None = None,
     page: int = 0,
@@ -103,7 +106,7 @@ def decode(
     """Return an image, upright, `(channels, H, W)`: uint8 as it is, every other type as float32, NaN without a value.
 
     Args:
-        path: the file.
+        file: its name, or what is in it.
         channels: grey, RGB and transparency become one another; bands are as they are.
         pages: what several pages are, see `Recipe.pages`.
         page: the page that is read, if they are images.
@@ -114,37 +117,43 @@ def decode(
         UnsupportedImage, MissingExtra, Exception: as `read_header` does; or the image is too large, or has other
             channels or several pages.
     """
-    if _is_tiff(path):
-        with _open_tiff(path) as tiff:
+    if _is_tiff(file):
+        with _open_tiff(file) as tiff:
             header = _tiff_header(tiff)
             expect_one(header, pages, max_pixels)
             if not header.picture:
                 kept = [page] if pages == "images" else range(header.pages)
-                array = np.concatenate([_page_values(path, tiff, number) for number in kept])
+                array = np.concatenate([_page_values(file, tiff, number) for number in kept])
                 array = upright(array, _tag(_pages(tiff)[kept[0]], ORIENTATION))
                 colours = header.colours if len(kept) == 1 else ""
                 return with_channels(as_tensor(array, header.nodata, nodata), colours, channels)
-    image = open_picture(path)
-    if _is_tiff(path) or is_8_bit(image):
+    image = open_picture(file)
+    if _is_tiff(file) or is_8_bit(image):
         with image:
             expect_one(Header("uint8", 3, "", image.height, image.width, frames(image)), None, max_pixels)
             pixels = decode_picture(image, channels)
         return pixels if nodata is None else as_tensor(pixels.numpy(), nodata)
     turn = orientation(image)
     image.close()
-    expect_one(read_header(path), None, max_pixels)
-    with open(path, "rb") as file:
-        array = library("imagecodecs", path, "train").png_decode(file.read())
+    expect_one(read_header(file), None, max_pixels)
+    array = library("imagecodecs", file, "train").png_decode(_contents(file))
     array = array.reshape(*array.shape[:2], -1).transpose(2, 0, 1)
     colours = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[len(array)]  # a transparent colour makes one more than the header
     return with_channels(as_tensor(upright(array, turn), nodata), colours, channels)
 
 
-def _is_tiff(path: str) -> bool:
-    if os.path.exists(path) and (problem := not_regular(path)) is not None:
+def _is_tiff(file: File) -> bool:
+    if isinstance(file, str) and os.path.exists(file) and (problem := not_regular(file)) is not None:
         raise UnsupportedImage(f"is {problem}")
-    with open(path, "rb") as file:
-        return file.read(4) in TIFF
+    return _contents(file, 4) in TIFF
+
+
+def _contents(file: File, most: int = -1) -> bytes:
+    """Return what is in a file, or its first bytes."""
+    if isinstance(file, bytes):
+        return file if most < 0 else file[:most]
+    with open(file, "rb") as opened:
+        return opened.read(most)
 
 
 def expect_one(header: Header, pages: str | None, max_pixels: int | None) -> None:
@@ -156,7 +165,7 @@ def expect_one(header: Header, pages: str | None, max_pixels: int | None) -> Non
         raise UnsupportedImage(f"has {header.pages} pages or frames: expected one image in a file{remedy}")
 
 
-def library(name: str, path: str, extra: str) -> Any:
+def library(name: str, file: File, extra: str) -> Any:
     """Return a library.
 
     Raises:
@@ -165,12 +174,13 @@ def library(name: str, path: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        problem = f"{os.path.basename(path)} needs {name}, which is not installed"
+        named = os.path.basename(file) if isinstance(file, str) else "the image"
+        problem = f"{named} needs {name}, which is not installed"
         raise MissingExtra(f"{problem}: pip install sparsecnx[{extra}]") from error
 
 
-def _open_tiff(path: str) -> Any:
-    return library("tifffile", path, "train").TiffFile(path)
+def _open_tiff(file: File) -> Any:
+    return library("tifffile", file, "train").TiffFile(file if isinstance(file, str) else io.BytesIO(file))
 
 
 def _pages(tiff: Any) -> list[Any]:
@@ -228,26 +238,26 @@ def _nodata(text: Any) -> float | None:
     return None if math.isnan(number) else number
 
 
-def _page_values(path: str, tiff: Any, number: int) -> np.ndarray[Any, Any]:
+def _page_values(file: File, tiff: Any, number: int) -> np.ndarray[Any, Any]:
     """Return a page as `(C, H, W)`."""
     page = _pages(tiff)[number]
     try:
         values = np.asarray(page.asarray())
     except Exception as error:  # a codec that is missing or unknown raises errors of many kinds
-        return _by_rasterio(path, page.index, error)
+        return _by_rasterio(file, page.index, error)
     if page.axes == "YX":
         return values[None]
     return values if page.axes == "SYX" else values.transpose(2, 0, 1)
 
 
-def _by_rasterio(path: str, page: int, error: Exception) -> np.ndarray[Any, Any]:
+def _by_rasterio(file: File, page: int, error: Exception) -> np.ndarray[Any, Any]:
     """Return a page as `(C, H, W)`, or raise the error of tifffile if rasterio is not installed or fails too."""
     try:
         rasterio = importlib.import_module("rasterio")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")  # of images without a place on Earth
-            with rasterio.open(f"GTIFF_DIR:{page + 1}:{path}") as file:
-                values: np.ndarray[Any, Any] = file.read()
+            path = file if isinstance(file, str) else stack.enter_context(rasterio.MemoryFile(file)).name
+            values: np.ndarray[Any, Any] = stack.enter_context(rasterio.open(f"GTIFF_DIR:{page + 1}:{path}")).read()
     except Exception:
         raise error from None
     return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +17,8 @@ from torch import Tensor
 from sparsecnx.common.errors import InputError, MissingExtra
 from sparsecnx.train.data.files import ENDINGS, FileSet, find_files
 from sparsecnx.train.data.formats import Header, decode, expect_one, read_header
-from sparsecnx.train.data.pictures import UnsupportedImage
+from sparsecnx.train.data.pictures import File, UnsupportedImage
+from sparsecnx.train.data.source import Source
 from sparsecnx.train.data.statistics import describe_scale, measure
 from sparsecnx.train.recipe import Recipe
 
@@ -33,31 +35,16 @@ PHOTOGRAPHS = {
 PHOTOGRAPH_REPEATS = 20
 
 
-@dataclass(frozen=True)
-class ImageSet(FileSet):
-    """Image files, in a fixed order.
+class Images(Source):
+    """Images of any channels and depth, which say what they are before they are decoded."""
 
-    Attributes:
-        paged: number of the file and of the page of every image, if the pages of a file are images; None if not.
-    """
+    @abstractmethod
+    def header(self, index: int) -> Header:
+        """Return what is known of an image before it is decoded.
 
-    paged: tuple[tuple[int, int], ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.names if self.paged is None else self.paged)
-
-    def name(self, index: int) -> str:
-        if self.paged is None:
-            return self.names[index]
-        file, page = self.paged[index]
-        return f"{self.names[file]} page {page + 1}"
-
-    def path(self, index: int) -> str:
-        return super().path(index if self.paged is None else self.paged[index][0])
-
-    def read(self, index: int, recipe: Recipe) -> Tensor:
-        page = 0 if self.paged is None else self.paged[index][1]
-        return decode(self.path(index), recipe.in_chans, recipe.pages, page, recipe.nodata, recipe.max_pixels)
+        Raises:
+            Exception: as `formats.read_header` does.
+        """
 
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         headers = dict(self.headers)
@@ -91,7 +78,7 @@ class ImageSet(FileSet):
         found = []
         for index in self.sample():
             try:
-                found.append((self.name(index), read_header(self.path(index))))
+                found.append((self.name(index), self.header(index)))
             except UnsupportedImage as error:
                 raise InputError("data", self.root, f"holds {self.name(index)}, which {error}") from error
             except MissingExtra:
@@ -126,6 +113,54 @@ class ImageSet(FileSet):
         if small and recipe.crop_area is not None:
             lines.append(f"{small} of them are smaller than the crop and are enlarged")
         return [*lines, *describe_scale(recipe, given)]
+
+
+class ImageFiles(Images):
+    """Images that are files, on disk or in memory."""
+
+    @abstractmethod
+    def file(self, index: int) -> File:
+        """Return the name of a file, or what is in it.
+
+        Raises:
+            Exception: anything, where there is none.
+        """
+
+    def header(self, index: int) -> Header:
+        return read_header(self.file(index))
+
+    def read(self, index: int, recipe: Recipe) -> Tensor:
+        return decode(self.file(index), recipe.in_chans, recipe.pages, 0, recipe.nodata, recipe.max_pixels)
+
+
+@dataclass(frozen=True)
+class ImageSet(FileSet, ImageFiles):
+    """Image files, in a fixed order.
+
+    Attributes:
+        paged: number of the file and of the page of every image, if the pages of a file are images; None if not.
+    """
+
+    paged: tuple[tuple[int, int], ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names if self.paged is None else self.paged)
+
+    def name(self, index: int) -> str:
+        if self.paged is None:
+            return self.names[index]
+        file, page = self.paged[index]
+        return f"{self.names[file]} page {page + 1}"
+
+    def path(self, index: int) -> str:
+        return super().path(index if self.paged is None else self.paged[index][0])
+
+    def file(self, index: int) -> File:
+        return self.path(index)
+
+    def read(self, index: int, recipe: Recipe) -> Tensor:
+        page = 0 if self.paged is None else self.paged[index][1]
+        return decode(self.path(index), recipe.in_chans, recipe.pages, page, recipe.nodata, recipe.max_pixels)
 
 
 def expect_fit(header: Header, recipe: Recipe) -> None:

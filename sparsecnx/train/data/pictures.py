@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from sparsecnx.common.files import not_regular
 from sparsecnx.train.recipe import MAX_PIXELS
 
+File = str | bytes  # the name of a file, or what is in it
 ORIENTATION = ExifTags.Base.Orientation
 # These turns make an image upright, by the value of its EXIF orientation.
 UPRIGHT = {
@@ -30,24 +32,24 @@ class UnsupportedImage(ValueError):
     """A whole image of a kind that the command does not read; the message says why."""
 
 
-def open_picture(path: str) -> ImageFile.ImageFile:
+def open_picture(file: File) -> ImageFile.ImageFile:
     """Open an image file and read its header, but not its pixels.
 
     Raises:
         UnsupportedImage: it is no regular file.
         Exception: whatever the decoder raises.
     """
-    if os.path.exists(path) and (problem := not_regular(path)) is not None:
+    if isinstance(file, str) and os.path.exists(file) and (problem := not_regular(file)) is not None:
         raise UnsupportedImage(f"is {problem}")
     # Pillow has a limit of its own, from 89 million pixels on. It warns of some images and refuses others.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        return Image.open(path)
+        return Image.open(file if isinstance(file, str) else io.BytesIO(file))
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def frames(image: ImageFile.ImageFile) -> int:
+def frames(image: Image.Image) -> int:
     """Return the pages or frames of an open image. Photographs of many phones have a preview or depth map behind."""
     return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
 
@@ -59,11 +61,11 @@ def expect_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
         raise UnsupportedImage(problem)
 
 
-def is_8_bit(image: ImageFile.ImageFile) -> bool:
+def is_8_bit(image: Image.Image) -> bool:
     """Return whether 8 bits hold the values in a file, no TIFF. Of 16-bit colours Pillow keeps 8 bits in silence."""
     if image.mode[0] in "IF":
         return False
-    for tile in image.tile:  # the arguments of its decoder: the raw mode, and for PPM the largest value
+    for tile in getattr(image, "tile", ()):  # the arguments of its decoder: the raw mode, and for PPM the largest value
         arguments = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if any(isinstance(argument, str) and ";16" in argument for argument in arguments):
             return False
@@ -72,7 +74,7 @@ def is_8_bit(image: ImageFile.ImageFile) -> bool:
     return True
 
 
-def decode_picture(file: ImageFile.ImageFile, channels: int) -> Tensor:
+def decode_picture(file: Image.Image, channels: int) -> Tensor:
     """Return an open image as uint8 `(channels, H, W)`, upright as its EXIF orientation says, and close it.
 
     Raises:

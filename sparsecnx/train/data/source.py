@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from sparsecnx.train.data.order import shuffled
 from sparsecnx.train.recipe import Recipe
 
 # This many entries, spread evenly over all, are looked at before a run begins.
@@ -87,11 +88,15 @@ class Source(ABC):
         place: what `find_source` finds it by again, which checkpoints keep; None for the photographs in the wheels.
         noun: what messages call an entry.
         small: True if the decoded entries are kept in memory.
+        ahead: how many entries before one is read `expect` is told of it; 0 for never.
+        ordered_by_rank: True if the order depends on the number of ranks.
     """
 
     root: str
     noun: str = "image"
     small: bool = False
+    ahead: int = 0
+    ordered_by_rank: bool = False
 
     @property
     def place(self) -> str | None:
@@ -115,6 +120,24 @@ class Source(ABC):
         Raises:
             Exception: anything, where the entry cannot be read. A run skips it and names it with the error's words.
         """
+
+    def order(self, seed: int, epoch: int, repeats: int, batch: int, ranks: int) -> Tensor:
+        """Return the entries of an epoch in the order in which it shows them, int64 `(N,)`.
+
+        Each rank reads its part of every batch. Here the order is the same whatever the batch and the ranks.
+
+        Args:
+            seed: of the run.
+            epoch: number of the epoch.
+            repeats: times that an epoch shows each entry.
+            batch: entries of a forward pass over all ranks.
+            ranks: processes of the run.
+        """
+        return shuffled(len(self), repeats, seed, epoch)
+
+    def expect(self, entries: Sequence[int]) -> None:
+        """Take note, in the process that draws the batches, of entries that reading processes will read soon."""
+        return
 
     @abstractmethod
     def fingerprint(self) -> Fingerprint:

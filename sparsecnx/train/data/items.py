@@ -1,0 +1,251 @@
+"""Images in data sets that give an item by its number: of torchvision, of Hugging Face, and of Python code."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sparsecnx.common.errors import InputError, MissingExtra
+from sparsecnx.train.code import load_code
+from sparsecnx.train.data.address import Address, absolute
+from sparsecnx.train.data.files import hashed
+from sparsecnx.train.data.formats import Header
+from sparsecnx.train.data.images import ImageFiles, Images
+from sparsecnx.train.data.memory import memory_header, memory_pixels
+from sparsecnx.train.data.pictures import File, UnsupportedImage
+from sparsecnx.train.data.source import SAMPLED_ENTRIES, Fingerprint
+from sparsecnx.train.recipe import Recipe
+
+SAMPLED_ITEMS = 64  # are read before a run begins
+
+
+class Items(Images):
+    """The items of a data set with a length: an image of Pillow, an array, a tuple that begins with one or a dict.
+
+    Args:
+        place: the address of the data set.
+        items: it takes a number and returns an item.
+    """
+
+    def __init__(self, place: str, items: Any) -> None:
+        self.root, self.items = place, items
+        try:
+            self.length = len(items)
+        except TypeError as error:
+            problem = f"a {type(items).__name__} without a length; expected a data set that gives items by their number"
+            raise InputError("data", place, problem) from error
+        if self.length < 1:
+            raise InputError("data", place, "holds no item; expected one or more")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def name(self, index: int) -> str:
+        return f"item {index}"
+
+    def header(self, index: int) -> Header:
+        return memory_header(first_image(self.items[index]))
+
+    def read(self, index: int, recipe: Recipe) -> Tensor:
+        return memory_pixels(first_image(self.items[index]), recipe)
+
+    def sample(self) -> list[int]:
+        """Return fewer items than of files, since all of each is read."""
+        return super().sample()[:: math.ceil(min(self.length, SAMPLED_ENTRIES) / SAMPLED_ITEMS)]
+
+    def fingerprint(self) -> Fingerprint:
+        """Return hashes of the number of items, and of the sizes and contents of a sample."""
+        held = [self._bytes(index) for index in self.sample()]
+        sizes = ",".join(str(len(part)) for part in held)
+        return Fingerprint(hashed([str(self.length).encode()]), hashed([sizes.encode()]), hashed(held))
+
+    def _bytes(self, index: int) -> bytes:
+        """Return what tells an item from another, nothing where it cannot be read."""
+        try:
+            item = first_image(self.items[index])
+        except Exception:  # data sets raise many kinds of errors
+            return b""
+        array = np.asarray(item)
+        return repr(array.shape).encode() + array.tobytes()
+
+
+def first_image(item: Any) -> Any:
+    """Return the image or array of an item: itself, the first of a tuple, or the only one in a dict.
+
+    Raises:
+        UnsupportedImage: there is none.
+    """
+    kinds = (Image.Image, np.ndarray, Tensor)
+    if isinstance(item, Mapping):
+        found = [value for value in item.values() if isinstance(value, kinds)]
+        if len(found) != 1:
+            raise UnsupportedImage(f"is a dict of {', '.join(map(str, item))}: expected one image or array in it")
+        return found[0]
+    image = item[0] if isinstance(item, (tuple, list)) and item else item
+    if not isinstance(image, kinds):
+        held = f"begins with {type(image).__name__}" if image is not item else f"is {type(item).__name__}"
+        raise UnsupportedImage(f"{held}: expected an image of Pillow or an array, alone or the first of a tuple")
+    return image
+
+
+class HuggingFaceImages(ImageFiles, Items):
+    """A column of images of a data set of Hugging Face, as the files that they were."""
+
+    def name(self, index: int) -> str:
+        try:
+            path = self._row(index).get("path")
+        except Exception:  # the row cannot be read, which is why somebody asks for its name
+            path = None
+        return f"item {index} ({path})" if path else f"item {index}"
+
+    def _row(self, index: int) -> dict[str, Any]:
+        (row,) = self.items[index].values()
+        return row or {}
+
+    def file(self, index: int) -> File:
+        row = self._row(index)
+        found: File | None = row.get("bytes") or row.get("path")
+        if found is None:
+            raise ValueError("the row has no image")
+        return found
+
+    def _bytes(self, index: int) -> bytes:
+        row = self._row(index)
+        try:
+            return row.get("bytes") or Path(row.get("path") or "").read_bytes()
+        except OSError:
+            return b""
+
+
+def open_torchvision(address: Address) -> Items:
+    """Return a data set of `torchvision.datasets`: `torchvision:CIFAR10:ROOT?train=true`.
+
+    The options are arguments of its class. Nothing is downloaded but by `download=true`.
+
+    Raises:
+        InputError: there is no such class, or it cannot be made with these arguments.
+        MissingExtra: torchvision is not installed.
+    """
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise MissingExtra(f"{address} needs torchvision, which is not installed: pip install torchvision") from error
+    name, _, root = address.what.partition(":")
+    kind = getattr(datasets, name) if name in datasets.__all__ else None
+    if not (isinstance(kind, type) and issubclass(kind, datasets.VisionDataset)):
+        raise address.refuse(f"torchvision has no data set {name!r}; expected a name such as CIFAR10 or ImageNet")
+    arguments = _arguments(address, kind)
+    if root:
+        arguments["root"] = absolute(root)
+    try:
+        held = kind(**arguments)
+    except Exception as error:  # data sets raise many kinds of errors
+        raise address.refuse(f"cannot be opened ({type(error).__name__}: {error})") from error
+    return Items(str(address._replace(what=f"{name}:{absolute(root)}") if root else address), held)
+
+
+def _arguments(address: Address, kind: Any) -> dict[str, Any]:
+    """Return the options as the arguments of a class: text, numbers, and `true` or `false`."""
+    hints = typing.get_type_hints(kind.__init__)
+    types = {name: _plain(hints.get(name)) for name in inspect.signature(kind).parameters if name != "root"}
+    known = {name: kind for name, kind in types.items() if kind is not None}
+    address.expect_options(*known)
+    arguments: dict[str, Any] = {}
+    for name, text in address.options.items():
+        try:
+            arguments[name] = {"true": True, "false": False}[text] if known[name] is bool else known[name](text)
+        except (KeyError, ValueError) as error:
+            expected = "true or false" if known[name] is bool else "a number"
+            raise address.refuse(f"has the option {name}={text}; expected {expected}") from error
+    return arguments
+
+
+def _plain(hint: Any) -> type | None:
+    """Return the type of a value that one can type, of a hint such as `Optional[str]`; None for others."""
+    return next((kind for kind in (bool, int, float, str) if kind is hint or kind in typing.get_args(hint)), None)
+
+
+def open_hugging_face(address: Address) -> Items:
+    """Return a column of a data set of Hugging Face: `hf:NAME_OR_FOLDER?split=train&column=image`.
+
+    A folder may be one of `save_to_disk`, or of files as `load_dataset` reads them.
+
+    Raises:
+        InputError: it cannot be loaded, has no such split, or not one column of images.
+        MissingExtra: the package `datasets` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtra(f"{address} needs datasets, which is not installed: pip install sparsecnx[hf]") from error
+    address.expect_options("split", "column", "config", "revision")
+    held = _load(datasets, address)
+    column = _column(datasets, address, held.features)
+    kind, held = held.features[column], held.select_columns([column])
+    folder = Path(address.what).is_dir()
+    place = str(address._replace(what=absolute(address.what)) if folder else address)
+    if isinstance(kind, datasets.Image):
+        return HuggingFaceImages(place, held.cast_column(column, datasets.Image(decode=False)))
+    return Items(place, held.with_format("numpy", dtype=np.dtype(kind.dtype)))
+
+
+def _load(datasets: Any, address: Address) -> Any:
+    options = address.options
+    split = options.get("split")
+    saved = any(Path(address.what, name).is_file() for name in ("state.json", "dataset_dict.json"))
+    try:
+        if saved:
+            held = datasets.load_from_disk(address.what)
+        else:
+            held = datasets.load_dataset(address.what, options.get("config"), revision=options.get("revision"))
+    except Exception as error:  # it raises many kinds of errors
+        raise address.refuse(f"cannot be loaded ({type(error).__name__}: {error})") from error
+    if isinstance(held, datasets.Dataset):
+        if split not in (None, str(held.split)):
+            raise address.refuse(f"holds the split {held.split} alone; expected split={held.split}, or none")
+        return held
+    split = split or ("train" if "train" in held or len(held) != 1 else next(iter(held)))
+    if split not in held:
+        raise address.refuse(f"has no split {split}; expected split= one of {', '.join(held)}")
+    return held[split]
+
+
+def _column(datasets: Any, address: Address, features: Mapping[str, Any]) -> str:
+    """Return the column of images: the one that is named, or the only one."""
+    kinds = (datasets.Image, datasets.Array2D, datasets.Array3D)
+    found = [name for name, kind in features.items() if isinstance(kind, kinds)]
+    wanted = address.options.get("column")
+    if wanted is not None and wanted not in found:
+        held = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
+        raise address.refuse(f"has no images in a column {wanted}; its columns are {held}")
+    if wanted is None and len(found) != 1:
+        held = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
+        problem = f"has several columns of images, {', '.join(found)}; expected column= one of them"
+        raise address.refuse(problem if found else f"has no column of type Image or Array; its columns are {held}")
+    return wanted or found[0]
+
+
+def open_python(address: Address) -> Items:
+    """Return the data set that a function of the user returns: `python:module:function`.
+
+    Raises:
+        InputError: it cannot be called, or returns something without a length.
+    """
+    address.expect_options()
+    try:
+        held = load_code(address.what)()
+    except Exception as error:  # code of the user can raise anything
+        problem = f"{type(error).__name__}: {error}; expected module:function, which returns a data set"
+        raise address.refuse(problem) from error
+    if isinstance(held, torch.utils.data.IterableDataset) or not hasattr(held, "__getitem__"):
+        raise address.refuse(f"returned a {type(held).__name__}; expected a data set that gives items by their number")
+    return Items(str(address), held)

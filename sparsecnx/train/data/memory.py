@@ -1,0 +1,69 @@
+"""Images in memory: those of Pillow, and arrays. They are read as the same images in files are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from sparsecnx.train.data.formats import Header, as_tensor, expect_one, upright, with_channels
+from sparsecnx.train.data.pictures import UnsupportedImage, decode_picture, expect_size, frames, is_8_bit, orientation
+from sparsecnx.train.recipe import Recipe
+
+PICTURES = {1: "L", 3: "RGB"}  # what 8 bits of so many channels are
+
+
+def memory_header(image: Any) -> Header:
+    """Return what the header of a file of this image would say.
+
+    Raises:
+        UnsupportedImage: it is of a kind that is not read.
+    """
+    if isinstance(image, Image.Image):
+        size: dict[str, Any] = {"height": image.height, "width": image.width, "pages": frames(image)}
+        if is_8_bit(image):
+            return Header("uint8", len(image.getbands()), image.mode, picture=True, **size)
+        return Header(str(np.asarray(image).dtype), 1, "L", **size)
+    array = channels_first(image)
+    channels, height, width = array.shape
+    if array.dtype == np.uint8 and channels in PICTURES:
+        return Header("uint8", channels, PICTURES[channels], height, width, picture=True)
+    return Header(str(array.dtype), channels, "", height, width)
+
+
+def memory_pixels(image: Any, recipe: Recipe) -> Tensor:
+    """Return an image of Pillow or an array as `formats.decode` returns one of a file.
+
+    Raises:
+        UnsupportedImage: it is too large, of a kind that is not read, or of other channels than the recipe.
+    """
+    if isinstance(image, Image.Image):
+        expect_one(memory_header(image), None, recipe.max_pixels)
+        if not is_8_bit(image):
+            array = upright(np.asarray(image)[None], orientation(image))
+            return with_channels(as_tensor(array, recipe.nodata), "L", recipe.in_chans)
+    else:
+        array = channels_first(image)
+        expect_size(array.shape[2], array.shape[1], recipe.max_pixels)
+        if array.dtype != np.uint8 or len(array) not in PICTURES:
+            return with_channels(as_tensor(array, recipe.nodata), "", recipe.in_chans)
+        image = Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+    pixels = decode_picture(image, recipe.in_chans)
+    return pixels if recipe.nodata is None else as_tensor(pixels.numpy(), recipe.nodata)
+
+
+def channels_first(values: Any) -> np.ndarray[Any, Any]:
+    """Return an array `(H, W)`, `(C, H, W)` or `(H, W, C)` as `(C, H, W)`: the channels are the shorter axis.
+
+    Raises:
+        UnsupportedImage: it has another form, or holds no numbers.
+    """
+    array: np.ndarray[Any, Any] = np.asarray(values)
+    if array.dtype.kind not in "biuf" or array.ndim not in (2, 3) or array.size == 0:
+        expected = "expected numbers of the form (H, W), (C, H, W) or (H, W, C)"
+        raise UnsupportedImage(f"is an array of {array.dtype} {array.shape}: {expected}")
+    if array.ndim == 2:
+        return array[None]
+    return array if array.shape[0] <= array.shape[2] else array.transpose(2, 0, 1)
