@@ -69,12 +69,12 @@ class Processes:
         """Return what a function returns, or raise in every process what it raises in one of them.
 
         Raises:
-            InputError, MissingExtra, TrainingStopped: that of the first process that has one, which says it.
+            InputError, MissingExtra, OSError, TrainingStopped: that of the first process that has one, which says it.
         """
         found, error = None, None
         try:
             found = call()
-        except (InputError, MissingExtra, TrainingStopped) as raised:
+        except (InputError, MissingExtra, OSError, TrainingStopped) as raised:
             error = raised
         errors = self.gathered(error)
         first = next((rank for rank, one in enumerate(errors) if one is not None), None)

@@ -71,29 +71,34 @@ def save(path: Path, state: dict[str, Any], processes: Processes) -> None:
         OSError: it could not be written; nothing is there under this name.
     """
     part = path.with_name(f".{path.name}.tmp")
-    if processes.main:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-    processes.gathered(None)  # waits until the folder is there
+    processes.of_main(lambda: _emptied(part))
     tensors = {f"{name}.{entry}": value for name in ("model", "ema") for entry, value in state.get(name, {}).items()}
     for number, held in state["optimizer"]["state"].items():
         tensors |= {f"optimizer.{number}.{key}": held[key] for key in MOMENTS}
-    writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
     try:
-        dcp.save(tensors, storage_writer=writer)
-    except dcp.api.CheckpointException as error:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(part), save_distributed=True))
+    except dcp.api.CheckpointException as error:  # raised in all processes
         raise OSError(str(error).strip().splitlines()[-1]) from error
-    own = [file for file in part.iterdir() if file.name.startswith(f"shard-{processes.rank + 1:05d}-")]
+    checksums: dict[str, int] = {}
+    for found in processes.gathered(processes.together(lambda: _synced(part, processes.rank))):
+        checksums |= found
+    rest = {name: value for name, value in state.items() if name not in ("model", "ema")}
+    groups = {"param_groups": state["optimizer"]["param_groups"]}
+    processes.of_main(lambda: save_torch(part / RUN, rest | {"optimizer": groups, CHECKSUMS: checksums}))
+    processes.of_main(lambda: os.replace(part, path))
+
+
+def _emptied(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
+def _synced(folder: Path, rank: int) -> dict[str, int]:
+    """Force the files of a process to disk, and return their checksums by their names."""
+    own = [file for file in folder.iterdir() if file.name.startswith(f"shard-{rank + 1:05d}-")]
     for file in own:
         sync(file)
-    checksums: dict[str, int] = {}
-    for found in processes.gathered({file.name: _checksum(file) for file in own}):
-        checksums |= found
-    if processes.main:
-        rest = {name: value for name, value in state.items() if name not in ("model", "ema")}
-        groups = {"param_groups": state["optimizer"]["param_groups"]}
-        save_torch(part / RUN, rest | {"optimizer": groups, CHECKSUMS: checksums})
-        os.replace(part, path)
+    return {file.name: _checksum(file) for file in own}
 
 
 def _checksum(file: Path) -> int:
