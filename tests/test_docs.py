@@ -25,6 +25,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "docs/training-loop.md": (),
     "docs/targets.md": (),
     "docs/networks.md": ("timm", "torchvision"),
+    "docs/images.md": ("tifffile", "imagecodecs", "skimage"),
     "docs/volumes.md": (),
     "docs/backends.md": (),
     "docs/wrapping.md": (),

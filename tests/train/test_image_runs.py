@@ -318,9 +318,20 @@ def test_pixels_without_values_reach_the_model_as_invalid(holed, tmp_path):
     first = seen["mask"]
     trainer._backward(Batch(images, {}), 0)
     assert torch.equal(seen["mask"], first)
-    seen.clear()
     trainer._backward(Batch(images.nan_to_num(0), {}), 0)
     assert seen["valid"] is None
+
+
+def test_values_of_pixels_that_have_none_do_not_matter(holed, tmp_path):
+    for path in holed.iterdir():
+        image = tifffile.imread(path)
+        (tmp_path / "marked").mkdir(exist_ok=True)
+        write_one(tmp_path / "marked" / path.name, np.nan_to_num(image, nan=-7).transpose(2, 0, 1))
+    given = {**RUN, "image_size": 64, "mask_ratio": 0.5, "epoch_repeats": 2}
+    assert train(holed, tmp_path / "nan", **given) == 0
+    assert train(tmp_path / "marked", tmp_path / "nodata", nodata=-7.0, **given) == 0
+    assert logged(tmp_path / "nan") == logged(tmp_path / "nodata")
+    assert 0 < reconstruct(tmp_path / "nan" / "last.pt", [], tmp_path / "grid.png") < 5
 
 
 def test_the_command_takes_the_fields(tmp_path, capsys):
