@@ -45,7 +45,7 @@ class Reconstructions:
     def __init__(self, crops: Crops, recipe: Recipe, every: int | None) -> None:
         self.crops, self.recipe = crops, recipe
         self.images: Tensor | None = None
-        most = SHOWN_PHOTOGRAPHS if recipe.photographs else SHOWN_VOLUMES
+        most = SHOWN_PHOTOGRAPHS if recipe.ndim == 2 else SHOWN_VOLUMES
         self.count = min(most, recipe.batch_size, len(crops.source))
         self.masks = Masks(replace(recipe, batch_size=self.count), Processes())  # of one process, as every one draws
         self.every = max(1, (recipe.epochs - recipe.first_epoch) // 10) if every is None else every
@@ -62,12 +62,13 @@ class Reconstructions:
         """
         if self.images is None:
             self.images = self._read()
-        images, valid = normalize(self.images.to(device), self.recipe), values_in(self.images)
-        valid = None if valid is None else valid.to(device)
+        pixels = self.images.to(device)
+        valid, images = values_in(pixels), normalize(pixels, self.recipe)
         dtype = DTYPES[self.recipe.dtype]
-        autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-        with _undisturbed(model, device), autocast:
-            return picture(model, self.recipe, images, self.masks.draw(images, 0, valid).mask, valid, step)[0]
+        with _undisturbed(model, device):
+            mask = self.masks.draw(images, 0, valid).mask
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return picture(model, self.recipe, images, mask, valid, step)[0]
 
     def _read(self) -> Tensor:
         """Return crops of images that are spread evenly over the data, as training takes them."""
