@@ -17,6 +17,7 @@ from typing import Any
 
 from sparsecnx.common.errors import CheckpointError
 from sparsecnx.common.files import sync
+from sparsecnx.common.sharded_files import read_sharded
 from sparsecnx.common.torch_files import load_torch, save_torch
 from sparsecnx.train import sharding
 from sparsecnx.train.processes import Processes
@@ -104,7 +105,7 @@ def read(path: str | Path) -> dict[str, Any]:
         CheckpointError: there is no such file, it is truncated or damaged, or it is not a checkpoint of
             `sparsecnx pretrain`.
     """
-    state = sharding.read(Path(path)) if os.path.isdir(path) else load_torch(path)
+    state = read_sharded(Path(path)) if os.path.isdir(path) else load_torch(path)
     missing = sorted(_PARTS - state.keys() if isinstance(state, dict) else _PARTS)
     if missing:
         raise CheckpointError(f"not a checkpoint of sparsecnx pretrain: it lacks {', '.join(missing)}")

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from sparsecnx.common.errors import CheckpointError, InputError
+from sparsecnx.common.sharded_files import LARGEST_STEP
 from sparsecnx.train import checkpoint
 from sparsecnx.train.code import is_code
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import BETAS, Recipe, param_groups, shown
-from sparsecnx.train.sharding import LARGEST_STEP
 
 # The fields that every checkpoint has. Those that came later have the values that runs had before them.
 FIRST_RECIPE_FIELDS = {

@@ -7,7 +7,7 @@ safetensors, so that reading one runs no code:
     checkpoint-00000540.pt/shard-00001-model-00001-of-00001.safetensors      tensors of process 0
     checkpoint-00000540.pt/run.pt                                            step, recipe, data, checksums of the others
 
-It is read whole, and so by any number of processes, sharded or not.
+It is read whole (`sparsecnx.common.sharded_files`), and so by any number of processes, sharded or not.
 """
 
 from __future__ import annotations
@@ -15,26 +15,19 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sparsecnx.common.errors import CheckpointError
 from sparsecnx.common.files import sync
-from sparsecnx.common.torch_files import load_torch, save_torch
+from sparsecnx.common.sharded_files import CHECKSUMS, MOMENTS, RUN, checksum
+from sparsecnx.common.torch_files import save_torch
 from sparsecnx.nn import ConvNeXtV2Block
 from sparsecnx.train.processes import Processes
-
-RUN = "run.pt"
-CHECKSUMS = "checksums"
-LARGEST_STEP = 2**24  # AdamW counts its steps in float32, which holds whole numbers up to this one
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def shard(model: nn.Module) -> None:
@@ -98,48 +91,4 @@ def _synced(folder: Path, rank: int) -> dict[str, int]:
     own = [file for file in folder.iterdir() if file.name.startswith(f"shard-{rank + 1:05d}-")]
     for file in own:
         sync(file)
-    return {file.name: _checksum(file) for file in own}
-
-
-def _checksum(file: Path) -> int:
-    """Return the CRC-32 of a file."""
-    found = 0
-    with open(file, "rb") as opened:
-        while part := opened.read(2**22):
-            found = zlib.crc32(part, found)
-    return found
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Return the contents of a folder that `save` wrote, whole and on the CPU, as those of a checkpoint in one file.
-
-    Raises:
-        CheckpointError: a part is missing or damaged.
-    """
-    if not (path / RUN).is_file():
-        raise CheckpointError(f"a folder without {RUN}; expected a checkpoint")
-    state: dict[str, Any] = load_torch(path / RUN)
-    for name, checksum in state.pop(CHECKSUMS).items():
-        if not (path / name).is_file() or _checksum(path / name) != checksum:
-            raise CheckpointError(f"{path.name}: {name} is missing or damaged")
-    try:
-        reader = dcp.HuggingFaceStorageReader(str(path))
-        found: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
-        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in found.items()}
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except Exception as error:  # safetensors and torch raise many kinds of errors
-        raise CheckpointError(f"{path.name}: damaged ({error})") from error
-    for name in ("model", "ema"):
-        entries = {
-            key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")
-        }
-        if entries:
-            state[name] = entries
-    count = torch.tensor(float(min(state["step"], LARGEST_STEP)))
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, number, name = key.split(".")
-            moments.setdefault(int(number), {"step": count.clone()})[name] = tensor
-    state["optimizer"]["state"] = moments
-    return state
+    return {file.name: checksum(file) for file in own}

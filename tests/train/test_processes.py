@@ -12,8 +12,11 @@ import pytest
 import torch
 from small_runs import SMALL, logged, train
 
+from sparsecnx import load_encoder
 from sparsecnx.train import checkpoint
 from sparsecnx.train.checkpoint import CheckpointFolder
+from sparsecnx.train.networks import build_model
+from sparsecnx.train.recipe import Recipe
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(HERE)])}
@@ -124,6 +127,8 @@ def test_a_run_goes_on_with_other_processes_and_says_so(photos, tmp_path, capsys
     assert train(None, tmp_path / "longer", resume=str(newest), options={"extend": 1}) == 0
     assert "1 processes go on from checkpoint-00000008.pt of 2" in capsys.readouterr().out
 
+    model = build_model(Recipe(**checkpoint.read(newest)["recipe"]))
+    assert load_encoder(model, newest) and load_encoder(model, tmp_path / "longer" / "last.pt")
     part = next(newest.glob("shard-00002-*"))
     whole = bytearray(part.read_bytes())
     whole[-1] ^= 1

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsecnx.common.errors import CheckpointError, MissingExtra
 from sparsecnx.common.files import not_regular, open_atomically
 from sparsecnx.common.limits import MOST_BYTES, check_description, check_holes, readable
+from sparsecnx.common.sharded_files import is_sharded, read_sharded
 from sparsecnx.common.torch_files import Omitted, is_torch_file, load_torch, save_torch
 from sparsecnx.compat.checkpoints.architecture import Architecture
 from sparsecnx.compat.checkpoints.conversion import Conversion
@@ -74,7 +75,8 @@ def load(path: str | Path, key: str | None = None, max_bytes: int = MOST_BYTES, 
 
     Args:
         path: a `.safetensors` file, a folder of transformers with `model.safetensors` in it, or a file of `torch.save`:
-            a state dict, or a training checkpoint that holds one beside other things.
+            a state dict, or a training checkpoint that holds one beside other things; or the folder of a sharded
+            checkpoint of `sparsecnx pretrain`.
         key: the wanted part of a training checkpoint, such as `model_ema`, or `model.net` for a part of a part; None is
             `model` or `state_dict`.
         max_bytes: the most that a file may take in memory if that is more than it has: one that is compressed, has
@@ -118,6 +120,8 @@ def find_state_dict(contents: Any, key: str | None = None, prefix: str | None = 
 
 
 def _contents(path: Path, max_bytes: int) -> Any:
+    if is_sharded(path):
+        return read_sharded(path)
     if path.is_dir():
         path = path / FOLDER_WEIGHTS
         if not path.exists():
