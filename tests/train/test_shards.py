@@ -216,7 +216,7 @@ def read_all(source, workers):
 
 
 def test_more_data_than_the_disk_holds(tmp_path, cache):
-    paths = write_shards(tmp_path / "data", [2] * 12)
+    paths = write_shards(tmp_path / "data", [6] * 12)
     size = paths[0].stat().st_size
     local = open_source(f"wds:{tmp_path}/data/train-{{000..011}}.tar?window=2")
     with served(tmp_path / "data") as (address, fetched):
@@ -224,7 +224,7 @@ def test_more_data_than_the_disk_holds(tmp_path, cache):
         data = f"wds:{address}/train-{{000..011}}.tar?window=2&cache_gb={room}"
         source = open_source(data)
         assert sorted(fetched) == [path.name for path in paths], "each shard is fetched once to count its samples"
-        assert len(source) == 24 and numbers(source) == list(range(24))
+        assert len(source) == 72 and numbers(source) == list(range(72))
         held = sum(file.stat().st_size for file in cache.glob("*.tar"))
         assert 2 * size < held <= room * 1e9
         expected = read_all(local, workers=0)
@@ -232,11 +232,11 @@ def test_more_data_than_the_disk_holds(tmp_path, cache):
             fetched.clear()
             images = read_all(source, workers)
             assert all(torch.equal(a, b) for a, b in zip(images, expected, strict=True))
-            assert 12 <= len(fetched) <= 30, "two epochs fetch each shard about twice, not once for each sample"
+            assert 12 < len(fetched) <= 48, "two epochs fetch 12 shards about twice, not for each sample"
             assert sum(file.stat().st_size for file in cache.glob("*.tar")) <= room * 1e9
         assert not list(cache.glob("*.part"))
         fetched.clear()
-        assert len(open_source(data)) == 24 and fetched == [], "the numbers are known"
+        assert len(open_source(data)) == 72 and fetched == [], "the numbers are known"
 
 
 def test_a_list_of_remote_shards_is_read_without_counting_them(tmp_path):
