@@ -69,7 +69,10 @@ def refused(arguments, capsys):
         (["--data", "{tmp}/none"], "--data is {tmp}/none: no such folder"),
         (["--data", "{tmp}/empty"], "--data is {tmp}/empty: holds no images"),
         (["--data", "/dev/zero"], "--data is /dev/zero: not a folder"),
-        (["--data", "{tmp}/scans"], "--data is {tmp}/scans: holds a.tif, which has channels of more than 8 bits"),
+        (
+            ["--data", "{tmp}/scans"],
+            "--data is {tmp}/scans: channel 0 is constant in the sample, 0; expected others, or --std",
+        ),
         (
             ["--max-pixels", 65535],
             "0.jpg, which has 256 x 256 pixels, more than --max-pixels, 65535; a larger one",

@@ -124,9 +124,10 @@ def _named(error: Exception, parser: ArgumentParser) -> InputError:
     known = [option for action in parser._actions for option in action.option_strings]
     if unknown := re.search(r"unrecognized arguments: (\S+)|Option '(\w+)' is not accepted", text):
         name = (unknown[1] or f"--{unknown[2].replace('_', '-')}").partition("=")[0]
-        ends = [option for option in known if option.endswith(name.removeprefix("-"))]  # --lr is --base-lr
-        near = ends or difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        words = [option.removeprefix("--") for option in known if option.startswith("--")]
+        ends = [word for word in words if word.endswith(name.removeprefix("-"))]  # --lr is --base-lr
+        near = ends or difflib.get_close_matches(name.removeprefix("--"), words, 1)
+        hint = f"; did you mean --{near[0]}?" if near else ""
         return InputError(name.removeprefix("--").replace("-", "_"), "unknown", f"expected an option of --help{hint}")
     key = re.search(r'Parser key "(\w+)"|argument --([\w-]+)', text)
     value = re.search(r"(?:Given value|Got value): (.*)", text)
