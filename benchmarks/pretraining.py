@@ -29,7 +29,7 @@ import torch
 from measure import Results, say
 from PIL import Image
 
-from sparsecnx.train.data.augment import random_resized_crop
+from sparsecnx.train.data.augment import random_box, resize
 from sparsecnx.train.data.images import wheel_photographs
 from sparsecnx.train.recipe import Recipe
 
@@ -43,7 +43,8 @@ def write_photographs(folder: Path, count: int) -> None:
     torch.manual_seed(0)
     for number in range(count):
         pixels = source.read(number % len(source), Recipe())
-        crop = random_resized_crop(pixels, (HEIGHT, WIDTH), 0.3)
+        (top, left), (height, width) = random_box(pixels.shape[1:], (HEIGHT, WIDTH), 0.3)
+        crop = resize(pixels[:, top : top + height, left : left + width], (HEIGHT, WIDTH))
         Image.fromarray(crop.permute(1, 2, 0).numpy()).save(folder / f"{number:03d}.jpg", quality=90)
 
 

@@ -113,6 +113,13 @@ def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of the masks (default: 0)")
     largest = f"largest image, width x height, or compressed volume (default: {MAX_PIXELS}, volumes 10^9)"
     add("--max-pixels", type=int, metavar="N", help=largest)
+    add(
+        "--channels",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="one in grey or three in colour, from 0 (default: the first)",
+    )
     add("--model", metavar="NAME", help="module:factory of the run, where it was one: it runs Python code")
 
 
@@ -122,7 +129,7 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
 
     a = arguments
     options = {"mask_ratio": a.mask_ratio, "seed": a.seed, "max_pixels": a.max_pixels, "model": a.model}
-    loss = reconstruct(a.checkpoint, a.images, a.out, **options)
+    loss = reconstruct(a.checkpoint, a.images, a.out, channels=a.channels, **options)
     _print(f"{a.out}: loss {loss:.4f} on the masked patches")
     return 0
 

@@ -71,11 +71,11 @@ def _add_fields(group: Any, kind: type) -> None:
         if field.name in INTERNAL:
             continue
         options: dict[str, Any] = {"default": SUPPRESS, "help": f"{texts[field.name]} (default: {_default(field)})"}
-        sides = types[field.name] == int | tuple[int, ...]
-        if types[field.name] is bool:
+        kind_of, metavar = KINDS.get(str(field.type), (types[field.name], _metavar(str(field.type))))
+        if kind_of is bool:
             options |= {"action": ActionYesNo(no_prefix="no-")}
         else:
-            options |= {"type": _sides if sides else types[field.name], "metavar": _metavar(str(field.type), sides)}
+            options |= {"type": kind_of, "metavar": metavar}
         if field.name == "resume":
             options |= {"nargs": "?", "const": "newest", "type": str}
         group.add_argument(f"--{field.name.replace('_', '-')}", **options)
@@ -88,10 +88,8 @@ def _default(field: Field[Any]) -> str:
     return ", ".join([words.get(str(field.default), str(field.default)), *others])
 
 
-def _metavar(kind: str, sides: bool) -> str:
-    if sides:
-        return "PIXELS"
-    return {"int": "N", "float": "X", "str": "NAME"}.get(kind.removesuffix(" | None"), "VALUES")
+def _metavar(kind: str) -> str:
+    return {"int": "N", "float": "X"}.get(kind.removesuffix(" | None"), "NAME")
 
 
 def _sides(value: Any) -> int | tuple[int, ...]:
@@ -102,6 +100,24 @@ def _sides(value: Any) -> int | tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected {form}")
     sides = tuple(map(int, re.findall(r"\d+", text)))
     return sides[0] if len(sides) == 1 else sides
+
+
+def _numbers(value: Any) -> tuple[float, ...] | None:
+    """Read `0.5`, `0.5,0.4,0.4` or a list; null is None."""
+    if value is None or value == "null":
+        return None
+    try:
+        return tuple(float(part) for part in str(value).strip("[]() ").split(",") if part.strip())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{value}: expected numbers, such as 0.5 or 0.485,0.456,0.406") from error
+
+
+# How options of these types are read, and what the help calls them.
+KINDS: dict[str, tuple[Any, str]] = {
+    "int | tuple[int, ...]": (_sides, "PIXELS"),
+    "tuple[float, ...] | None": (_numbers, "X,..."),
+    "tuple[float, float] | None": (_numbers, "LOW,HIGH"),
+}
 
 
 def _with_paths(arguments: Sequence[str]) -> list[str]:
@@ -124,9 +140,9 @@ def _named(error: Exception, parser: ArgumentParser) -> InputError:
     known = [option for action in parser._actions for option in action.option_strings]
     if unknown := re.search(r"unrecognized arguments: (\S+)|Option '(\w+)' is not accepted", text):
         name = (unknown[1] or f"--{unknown[2].replace('_', '-')}").partition("=")[0]
-        words = [option.removeprefix("--") for option in known if option.startswith("--")]
-        ends = [word for word in words if word.endswith(name.removeprefix("-"))]  # --lr is --base-lr
-        near = ends or difflib.get_close_matches(name.removeprefix("--"), words, 1)
+        names = [option.removeprefix("--") for option in known if option.startswith("--")]
+        ends = [other for other in names if other.endswith(name.removeprefix("-"))]  # --lr is --base-lr
+        near = ends or difflib.get_close_matches(name.removeprefix("--"), names, 1)
         hint = f"; did you mean --{near[0]}?" if near else ""
         return InputError(name.removeprefix("--").replace("-", "_"), "unknown", f"expected an option of --help{hint}")
     key = re.search(r'Parser key "(\w+)"|argument --([\w-]+)', text)
