@@ -13,6 +13,7 @@ The processes are forked from one that has imported torch, so that a start takes
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -37,6 +38,7 @@ from sparsecnx.train import checkpoint
 from sparsecnx.train.checkpoint import CheckpointFolder
 
 STEPS = 32
+ENDED: dict[int, int] = {}  # exit codes of all processes
 KINDS = {"1 process": (1, []), "2 processes": (2, []), "2 processes, sharded": (2, ["--shard"])}
 
 
@@ -84,22 +86,30 @@ def start(world: int, command: Sequence[str]) -> list[int]:
 
 def wait(processes: Sequence[int], until: float) -> list[int] | None:
     """Return the exit codes of processes, or None if some still run at a moment. Readers that are left end too."""
-    codes: dict[int, int] = {}
-    while len(codes) < len(processes):
-        for process in set(processes) - set(codes):
+    codes = ENDED
+    while left := set(processes) - set(codes):
+        for process in left:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
                 codes[process] = os.waitstatus_to_exitcode(status)
-        if len(codes) < len(processes):
+        if set(processes) - set(codes):
             if time.monotonic() > until:
                 return None
             time.sleep(0.002)
     for process in processes:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
     return [codes[process] for process in processes]
+
+
+def end_others(processes: Sequence[int]) -> None:
+    """End what is left of a run as torchrun does: by SIGTERM, which ends a process that still waits for others."""
+    if wait(processes, time.monotonic() + 2) is None:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+        if wait(processes, time.monotonic() + 60) is None:
+            raise Mismatch("a process waits for one that was killed")
 
 
 def logged(output: Path) -> list[dict[str, Any]]:
@@ -149,8 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     break
                 os.kill(draw.choice(processes), signal.SIGKILL)
                 kills[kind] += 1
-                if wait(processes, time.monotonic() + 120) is None:
-                    raise Mismatch(f"{kind}: a process waits for one that was killed")
+                end_others(processes)
                 newest = expect_whole_checkpoints(output, newest)
             if codes != [0] * world or logged(output) != expected[kind]:
                 raise Mismatch(f"{kind}: ended with {codes}, other steps than the run that nobody killed")
