@@ -90,7 +90,8 @@ class Learner:
         called: Any = self.model if compiled is None else compiled
         if self.processes.world == 1 or self.options.shard:
             return called
-        return DistributedDataParallel(called, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(called, device_ids=ids, gradient_as_bucket_view=True)
 
     def backward(self, images: Tensor, drawn: Drawn, share: float, last: bool) -> Tensor:
         """Compute the loss of a batch and add its gradients, and return the loss, detached.
