@@ -23,21 +23,22 @@ from sparsecnx.models import convnextv2_atto, create_fcmae
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-TINY = ["--side", "64", "--batch", "2", "--lr", "0.02", "--epochs", "6"]
+TINY = ["--side", "64", "--batch", "4", "--lr", "0.0256", "--epochs", "4"]
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of eight JPEGs, one of them in a folder below it."""
+    """Return a folder of eight JPEGs that grow lighter downwards, one of them in a folder below it."""
     pytest.importorskip("torchvision")
     images: Any = pytest.importorskip("PIL.Image")
     folder = tmp_path_factory.mktemp("photographs")
     (folder / "more").mkdir()
     generator = torch.Generator().manual_seed(0)
     for number in range(8):
-        colours = torch.randint(256, (4, 5, 3), generator=generator, dtype=torch.uint8)
+        colour = torch.randint(100, 256, (3,), generator=generator)
+        pixels = (torch.linspace(0, 1, 80)[:, None, None] * colour).expand(80, 100, 3).to(torch.uint8)
         path = folder / ("more" if number == 0 else ".") / f"{number}.jpg"
-        images.fromarray(colours.repeat_interleave(20, 0).repeat_interleave(20, 1).numpy()).save(path)
+        images.fromarray(pixels.contiguous().numpy()).save(path)
     return folder
 
 
@@ -63,15 +64,14 @@ def check_model(path: Path, photographs: Path) -> None:
     from PIL import Image
     from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
-    trained, untrained = create_fcmae("atto"), create_fcmae("atto")
-    trained.load_state_dict(torch.load(path)["model"])
+    model = create_fcmae("atto").eval()
+    model.load_state_dict(torch.load(path)["model"])
     crops = [Image.open(photograph).crop((10, 10, 74, 74)) for photograph in photographs.rglob("*.jpg")]
     images = torch.stack([pil_to_tensor(crop).float() / 255 for crop in crops])
     images = normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     mask = torch.tensor([[True, False, True, False]]).expand(8, -1)
-    with torch.no_grad():  # Of random weights it is 1.009; to predict the mean has a loss of 1.
-        losses = [float(model.eval()(images, mask=mask)[0]) for model in (trained, untrained)]
-    assert losses[0] < losses[1] - 0.003
+    with torch.no_grad():
+        assert model(images, mask=mask)[0] < 0.9, "before training it is 1.01"
     new = sparsecnx.load_encoder(convnextv2_atto(num_classes=2), path)
     assert sorted(new) == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
 
@@ -88,9 +88,9 @@ def test_accelerate_trains_on_two_processes_and_goes_on_after_a_kill(photographs
     again = start(*command)
     printed, _ = again.communicate()
     assert again.returncode == 0
-    epochs = [int(epoch) for epoch in re.findall(r"epoch (\d)/6  last loss [01]\.\d{4}\n", printed)]
-    assert epochs == list(range(epochs[0], 7)) and epochs[0] > 1
-    assert [path.name for path in tmp_path.glob("epoch-*")] == ["epoch-00006"]
+    epochs = [int(epoch) for epoch in re.findall(r"epoch (\d)/4  last loss [01]\.\d{4}\n", printed)]
+    assert epochs == list(range(epochs[0], 5)) and epochs[0] > 1
+    assert [path.name for path in tmp_path.glob("epoch-*")] == ["epoch-00004"]
     check_model(tmp_path / "model.pt", photographs)
 
 
@@ -107,7 +107,7 @@ def test_lightning_trains_and_goes_on_after_a_kill(photographs: Path, tmp_path: 
     assert again.returncode == 0
     rows = list(csv.DictReader((tmp_path / "log/version_1/metrics.csv").read_text().splitlines()))
     epochs = [int(row["epoch"]) for row in rows]
-    assert epochs == list(range(epochs[0], 6)) and epochs[0] > 0
+    assert epochs == list(range(epochs[0], 4)) and epochs[0] > 0
     check_model(tmp_path / "model.pt", photographs)
 
 
