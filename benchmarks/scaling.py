@@ -39,6 +39,10 @@ STATE = 16  # bytes per parameter: weight, gradient and AdamW's two moments, in 
 ADAMW = 28  # bytes per parameter that AdamW moves: reads all four, writes all but the gradient
 
 
+# These reserve memory and touch none of it. Some happen once and are cached.
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
+
 class Work(NamedTuple):
     """What one operator does: FLOPs, and values that it reads and writes."""
 
@@ -47,7 +51,7 @@ class Work(NamedTuple):
 
 
 class Counter(TorchDispatchMode):
-    """Notes the work of every operator but those that only look at a tensor in another way."""
+    """Notes the work of every operator but those that reserve memory, or look at a tensor in another way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +67,7 @@ class Counter(TorchDispatchMode):
         view = all(tensor.untyped_storage().data_ptr() in storages for tensor in written)
         formula = flop_registry.get(func._overloadpacket)
         flops = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
-        if flops or (written and not view):
+        if flops or (written and not view and func._overloadpacket.__name__ not in ALLOCATIONS):
             self.operators.append(Work(flops, sum(tensor.numel() for tensor in (*read, *written))))
         return out
 
