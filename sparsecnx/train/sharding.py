@@ -26,27 +26,38 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from sparsecnx.common.files import sync
 from sparsecnx.common.sharded_files import CHECKSUMS, MOMENTS, RUN, checksum
 from sparsecnx.common.torch_files import save_torch
-from sparsecnx.nn import ConvNeXtV2Block
+from sparsecnx.nn.block import FusedBlock
 from sparsecnx.train.processes import Processes
+
+PARTS = 16  # a network is divided into about so many, or more
+SMALL = 64  # parts smaller than one by this are not gathered by themselves
 
 
 def shard(model: nn.Module) -> None:
-    """Divide the parameters of a model between all processes: each block by itself, and what is left together."""
+    """Divide the parameters of a model between all processes: each part by itself, and what is left together."""
     # The prediction is a view, and nothing is written into it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for part in _blocks(model):
+    for part in parts_of(model, sum(parameter.numel() for parameter in model.parameters()) // PARTS):
         fully_shard(part)
     fully_shard(model)
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks of a network: ours, or else the elements of its lists and sequences of modules."""
-    ours: list[nn.Module] = [part for part in model.modules() if isinstance(part, ConvNeXtV2Block)]
-    if ours:
-        return ours
-    sequences = [part for part in model.modules() if isinstance(part, (nn.Sequential, nn.ModuleList))]
-    innermost = [part for part in sequences if not any(s is not part and s in set(part.modules()) for s in sequences)]
-    return [part for part in innermost if any(True for _ in part.parameters())]
+def parts_of(module: nn.Module, most: int) -> list[nn.Module]:
+    """Return the parts of a network that are gathered one after the other.
+
+    They are our blocks, which read the parameters of their layers without calling them, and of other networks modules
+    of at most so many parameters, with what is larger but has no parts. A small rest stays with the whole.
+    """
+    found: list[nn.Module] = []
+    for child in module.children():
+        count = sum(parameter.numel() for parameter in child.parameters())
+        called = not isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.ParameterList))
+        alone = isinstance(child, FusedBlock) or count <= most or next(child.children(), None) is None
+        if called and alone and count > most // SMALL:
+            found.append(child)
+        elif not called or not alone:
+            found += parts_of(child, most)
+    return found
 
 
 def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
