@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def read_sharded(path: Path) -> dict[str, Any]:
         reader = dcp.HuggingFaceStorageReader(str(path))
         found: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
         tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in found.items()}
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
         return _nested(state, tensors)
     except Exception as error:  # safetensors and torch raise many kinds of errors
         raise CheckpointError(f"{path.name}: damaged ({error})") from error
@@ -60,6 +63,9 @@ def _expect_whole(path: Path, state: Any) -> None:
     checksums = state.get(CHECKSUMS) if isinstance(state, dict) else None
     if not isinstance(checksums, dict) or not all(isinstance(name, str) and "/" not in name for name in checksums):
         raise CheckpointError(f"{path.name}/{RUN} holds no checksums of the other files: expected a checkpoint")
+    unlisted = {file.name for file in path.glob("*.safetensors")} - set(checksums)
+    if unlisted:
+        raise CheckpointError(f"{path.name} holds {min(unlisted)}, which the run did not write")
     for name, expected in checksums.items():
         if not_regular(path / name) is not None or checksum(path / name) != expected:
             raise CheckpointError(f"{path.name}: {name} is missing or damaged")

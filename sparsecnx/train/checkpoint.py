@@ -89,7 +89,10 @@ class CheckpointFolder:
 def _remove(path: Path) -> None:
     """Delete a checkpoint, a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        # A kill in the middle leaves it under the name of a leftover, and no damaged checkpoint.
+        leftover = path if path.name.startswith(".") else path.with_name(f".{path.name}.tmp")
+        os.replace(path, leftover)
+        shutil.rmtree(leftover)
     else:
         path.unlink(missing_ok=True)
 

@@ -40,7 +40,10 @@ def parse(arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
         found = parser.parse_args([*_with_paths(arguments)], defaults=False)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise _named(error, parser) from error
-    given = {name: value for name, value in found.items() if value is not None or name in _optional(Recipe)}
+    given = {name: value for name, value in found.items() if name != "config"}
+    for name in given:
+        if given[name] is None and name not in _optional(Recipe) | _optional(Options):
+            raise InputError(name, "null", "expected a value")
     options = Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given})
     return options, {f.name: given[f.name] for f in fields(Recipe) if f.name in given}
 
@@ -122,7 +125,9 @@ KINDS: dict[str, tuple[Any, str]] = {
 
 def _with_paths(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with the path of a published recipe in place of its name."""
-    found = list(arguments)
+    found = [
+        part for typed in arguments for part in (typed.split("=", 1) if typed.startswith("--config=") else [typed])
+    ]
     for i, name in enumerate(found[1:], 1):
         if found[i - 1] == "--config" and not Path(name).exists() and (PUBLISHED / f"{name}.yaml").is_file():
             found[i] = str(PUBLISHED / f"{name}.yaml")

@@ -39,6 +39,7 @@ class Data(NamedTuple):
         fingerprint: hash of their names.
         sizes: hash of their sizes; None in a checkpoint of an earlier version.
         contents: hash of a sample of their contents; None in a checkpoint of an earlier version.
+        masks: checksum of masks that are given in a file; None for others.
     """
 
     folder: str | None
@@ -46,6 +47,7 @@ class Data(NamedTuple):
     fingerprint: str
     sizes: str | None
     contents: str | None
+    masks: int | None
 
 
 class Contents(NamedTuple):
@@ -136,11 +138,12 @@ def _recipe(saved: Any, model: str | None) -> Recipe:
 
 
 def _data(saved: Any) -> Data:
-    later = {"sizes", "contents"}
+    later = {"sizes", "contents", "masks"}
     _names("data", saved, set(Data._fields), optional=later)
     data = Data(**{**dict.fromkeys(later), **saved})
     _expect("data.folder", data.folder, data.folder is None or _is_path(data.folder), "the name of a folder, or None")
     _expect("data.images", data.images, _is_whole(data.images) and data.images >= 1, "a whole number, 1 or more")
+    _expect("data.masks", data.masks, data.masks is None or _is_whole(data.masks), "a whole number, or None")
     for field in ("fingerprint", "sizes", "contents"):
         value = getattr(data, field)
         known = isinstance(value, str) or (field not in saved)

@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparsecnx.common.dtypes import DTYPES
 from sparsecnx.common.errors import InputError
-from sparsecnx.models import SIZES
 from sparsecnx.models.patches import counted_patches, patchify
+from sparsecnx.train.code import is_code
 from sparsecnx.train.contents import Contents
 from sparsecnx.train.masks import Drawn
 from sparsecnx.train.networks import build_model
@@ -49,12 +49,14 @@ class Learner:
         self.model: Any = build_model(recipe)
         if saved is not None:
             self.model.load_state_dict(saved.model)
-        self.model.to(self.device)
         if options.grad_checkpointing:
             try:
                 self.model.set_grad_checkpointing()
             except (TypeError, AssertionError) as error:  # timm's networks that have none assert
                 raise InputError("grad_checkpointing", True, f"{recipe.model} has none ({error})") from error
+        if options.cuda_graphs and (recipe.grad_accum_steps > 1 or recipe.masks is not None):
+            expected = "expected one forward pass a step and random masks, which keep shapes and memory as they are"
+            raise InputError("cuda_graphs", True, expected)
         self.average: AveragedModel | None = None
         if recipe.ema_decay is not None:
             average = get_ema_multi_avg_fn(recipe.ema_decay)
@@ -62,10 +64,18 @@ class Learner:
             if saved is not None:
                 self.average.module.load_state_dict(saved.ema)
                 self.average.n_averaged.fill_(saved.step)
-        if options.shard:
-            for network in (self.model, self.average.module if self.average is not None else None):
-                if network is not None:
-                    shard(network)
+
+    def connect(self, saved: Contents | None) -> None:
+        """Move the network to the device, divide it where it is sharded, and make the optimizer.
+
+        All processes call this, after they have agreed that each of them can train.
+        """
+        recipe = self.recipe
+        for network in (self.model, None if self.average is None else self.average.module):
+            if network is not None and self.options.shard:
+                shard(network, self.device.type)  # moves one part after the other
+            elif network is not None:
+                network.to(self.device)
         groups = param_groups(self.model, recipe.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=BETAS, fused=True)
         if saved is not None:
@@ -108,7 +118,7 @@ class Learner:
         with self.forward.no_sync() if waits else nullcontext():
             loss = self.loss(images, drawn)
             (loss * share).backward()
-        return loss.detach()
+        return loss.detach().clone()  # a CUDA graph writes the next one into the same memory
 
     def loss(self, images: Tensor, drawn: Drawn) -> Tensor:
         """Return the loss of a batch, see `backward`, times its share of the patches that count in all processes."""
@@ -144,18 +154,24 @@ class Learner:
         return state
 
     def describe(self) -> str:
-        """Return the processes and what depends on their number, for the first lines of a run; empty for one."""
+        """Return how the processes divide a batch, and what depends on their number, for the first lines of a run."""
         world = self.processes.world
-        if world == 1:
-            return ""
         each = self.recipe.batch_size // world
         line = f"{world} processes with {each} of the {self.recipe.batch_size} images of a batch each"
         line += ", parameters sharded" if self.options.shard else ""
-        if any(isinstance(part, _BatchNorm) for part in self.model.modules()):
-            line += "; batch norm over the images of a process"
-        if self.recipe.model in SIZES and self.recipe.grn_scope == "batch":
-            line += "; GRN over the images of a process"
-        return line
+        return "; ".join([line, *self.depends_on_processes()])
+
+    def depends_on_processes(self) -> list[str]:
+        """Return what makes the losses depend on the number of processes."""
+        modules = list(self.model.modules())
+        drawn = any(getattr(part, "p", 0) or getattr(part, "drop_prob", 0) for part in modules)
+        causes = {
+            "batch norm over the images of a process": any(isinstance(part, _BatchNorm) for part in modules),
+            "GRN over the images of a process": self.recipe.grn_scope == "batch",
+            "dropout of each process": drawn,
+            "masks by a function of each process's images": is_code(self.recipe.masks),
+        }
+        return [cause for cause, there in causes.items() if there]
 
 
 def whole(value: Tensor) -> Tensor:

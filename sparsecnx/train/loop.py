@@ -77,14 +77,15 @@ class Trainer:
             raise InputError("batch_size", recipe.batch_size, expected)
         self.steps_per_epoch = recipe.steps_per_epoch(len(source))
         self.total_steps = self.steps_per_epoch * recipe.epochs
+        self.save_steps = max(1, round(options.save_every * self.steps_per_epoch))
         self.workers = default_workers() if options.workers is None else options.workers
-        self.learner = Learner(recipe, options, processes, saved)
-        self.masks = Masks(recipe, processes)
+        self.saved, self.masks = saved, Masks(recipe, processes)
+        self.learner: Learner
         self.reconstructions = Reconstructions(self.crops, recipe, options.draw_every)
         asked = chosen_callbacks(options.log) if processes.main else []
         files = [JsonLines(), TensorBoard(), Pictures(), Terminal()]
         self.callbacks = [*asked, *files] if processes.main else [OtherProcess(processes.rank)]
-        self.step = 0 if saved is None else saved.step
+        self.step, self.written_by = (0, 1) if saved is None else (saved.step, saved.processes)
         self.unreadable: dict[str, str] = {}
 
     def state(self) -> dict[str, Any]:
@@ -103,12 +104,16 @@ class Trainer:
                 "fingerprint": self.fingerprint.names,
                 "sizes": self.fingerprint.sizes,
                 "contents": self.fingerprint.contents,
+                "masks": self.masks.checksum,
             },
         }
 
     def run(self) -> int:
         """Train to the end of the recipe; returns and raises as `pretrain` does."""
         self.processes.together(self._expect_same_data)
+        self.learner = self.processes.together(lambda: Learner(self.recipe, self.options, self.processes, self.saved))
+        self.learner.connect(self.saved)
+        self.saved = None
         self.processes.of_main(self._prepare_folder)
         try:
             return self._run()
@@ -119,7 +124,7 @@ class Trainer:
                 problem = f"step {self.step}: a process that reads images died ({str(error).strip()})"
                 raise TrainingStopped(f"{problem}, {self._last_good()}. Fewer workers need less memory") from error
             if self.processes.lost(error):
-                problem = f"step {self.step}: another process of the run ended ({str(error).partition(chr(10))[0]})"
+                problem = f"step {self.step}: {self.processes.said_of_loss(error)}"
                 raise TrainingStopped(f"{problem}, {self._last_good()}") from error
             raise
 
@@ -156,11 +161,11 @@ class Trainer:
                 if within == 0:
                     log.say(_epoch_line(epoch, self.recipe.epochs, records))
                     records.clear()
-                    if epoch % self.options.save_every == 0 or self.step == self.total_steps:
-                        self.save()
-                    if self.reconstructions.due(epoch):  # in all processes, which may hold parts of the parameters
-                        figure = self.reconstructions.draw(self.learner.model, self.learner.device, self.step)
-                        log.figure(RECONSTRUCTIONS, figure)
+                if self.step % self.save_steps == 0 or self.step == self.total_steps:
+                    self.save()
+                if within == 0 and self.reconstructions.due(epoch):  # in all processes, which may hold parts of it
+                    figure = self.reconstructions.draw(self.learner.model, self.learner.device, self.step)
+                    log.figure(RECONSTRUCTIONS, figure)
             self._say_end(log)
         return 0
 
@@ -203,10 +208,7 @@ class Trainer:
         mean = self.processes.mean(torch.stack(losses).mean())
         # This waits for the device once. It stands before the update, so that a bad step never reaches a checkpoint.
         mean_loss, grad_norm = torch.stack([mean, whole(norm)]).tolist()
-        if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
-            what = f"step {self.step + 1}: loss is {mean_loss}, gradient norm {grad_norm}; stopped before the update"
-            help = "A lower --base-lr, --clip-grad 1 or --dtype float32 may help"
-            raise TrainingStopped(f"{what}, {self._last_good()}. {help}")
+        self.processes.together(lambda: self._expect_finite(mean_loss, grad_norm))
         lr = self._learning_rate()
         self.learner.update(lr, norm)
         self.step += 1
@@ -215,6 +217,12 @@ class Trainer:
         speeds, waits = (list(values) for values in zip(*self.processes.gathered(own), strict=True))
         epoch = self.step / self.steps_per_epoch
         return StepRecord(self.step, epoch, mean_loss, lr, grad_norm, sum(speeds), speeds, waits)
+
+    def _expect_finite(self, loss: float, grad_norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            what = f"step {self.step + 1}: loss is {loss}, gradient norm {grad_norm}; stopped before the update"
+            help = "A lower --base-lr, --clip-grad 1 or --dtype float32 may help"
+            raise TrainingStopped(f"{what}, {self._last_good()}. {help}")
 
     def _learning_rate(self) -> float:
         recipe, first = self.recipe, self.recipe.first_epoch * self.steps_per_epoch
@@ -239,7 +247,11 @@ class Trainer:
         forward_pass = self.step * passes + number
         device, valid = self.learner.device, values_in(batch.images)
         images = normalize(batch.images.to(device, non_blocking=True), self.recipe)
-        drawn = self.masks.draw(images, forward_pass, None if valid is None else valid.to(device, non_blocking=True))
+        valid = None if valid is None else valid.to(device, non_blocking=True)
+        try:
+            drawn = self.masks.draw(images, forward_pass, valid)
+        except InputError as error:
+            raise TrainingStopped(f"step {self.step + 1}: {error}, {self._last_good()}") from error
         # Dropout and the like of other networks draw from here.
         torch.manual_seed(mix(self.recipe.seed, "network", forward_pass, self.processes.rank))
         return self.learner.backward(images, drawn, 1 / passes, last=number == passes - 1)
@@ -269,15 +281,15 @@ class Trainer:
         repeats = f" x {r.epoch_repeats}" if r.epoch_repeats > 1 else ""
         accumulated = f" x {r.grad_accum_steps}" if r.grad_accum_steps > 1 else ""
         grn = f", GRN per {r.grn_scope}" if r.model in SIZES and r.block == "v2" else ""
+        masks = f"mask ratio {r.mask_ratio:g}" if r.masks is None else f"masks of {r.masks}"
         start = f", going on from step {self.step}" if self.step else ""
         return [
-            f"{METHODS[r.method]} {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.learner.device}, "
-            f"mask ratio {r.mask_ratio:g}",
+            f"{METHODS[r.method]} {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.learner.device}, {masks}",
             f"{len(self.source)} {self.source.noun}s{repeats} {self._crops()} from {self.source.root}",
             f"batch {r.batch_size}{accumulated}, steps per epoch {self.steps_per_epoch}, epochs {r.epochs}",
             f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}{grn}",
             f"writes to {self.folder.folder}{start}",
-            *([together] if (together := self.learner.describe()) else []),
+            *self._processes(),
             *self._hints(),
         ]
 
@@ -291,6 +303,16 @@ class Trainer:
             return f"of {size} px in patches of {patch}"
         dimensions, channels = (_counted(*n) for n in ((r.ndim, "dimension"), (r.in_chans, "channel")))
         return f"of {dimensions} and {channels}, normalised by {r.normalize}, crops of {size} in patches of {patch},"
+
+    def _processes(self) -> list[str]:
+        """Return how many processes there are, and what changes if a run goes on with another number of them."""
+        world, depends = self.processes.world, self.learner.depends_on_processes()
+        lines = [] if world == 1 else [self.learner.describe()]
+        if self.step and self.written_by != world:
+            losses = f"losses change by {', '.join(depends)}" if depends else "losses equal to rounding"
+            images = "images in another order" if self.source.ordered_by_rank else "the same images and masks"
+            lines.append(f"{world} processes go on from a checkpoint of {self.written_by}: {images}, {losses}")
+        return lines
 
     def _hints(self) -> list[str]:
         """Return what the user of a small data set should know."""
@@ -318,7 +340,8 @@ class Trainer:
 def default_workers() -> int:
     """Return one process per two cores that this process may use, at most 8; the other cores compute."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // 2))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, on this machine
+    return max(1, min(8, cores // processes // 2))
 
 
 def _counted(number: int, noun: str) -> str:

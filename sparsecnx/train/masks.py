@@ -7,6 +7,9 @@ that they do not depend on the number of processes. A function is called with th
 from __future__ import annotations
 
 import math
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -43,19 +46,23 @@ class Masks:
 
     Raises:
         InputError: the file cannot be read, or its masks do not fit the patches; or the function cannot be called, or
-            returns no masks.
+            returns no masks. `draw` raises it too, for masks of the function that mask nothing or everything.
+
+    Attributes:
+        checksum: of the masks in a file, which a checkpoint keeps; None for others.
     """
 
     def __init__(self, recipe: Recipe, processes: Processes) -> None:
         self.recipe, self.processes = recipe, processes
-        self.given = self.function = None
+        self.given = self.checksum = None
+        self.function: Callable[..., Any] | None = None
         if recipe.masks is None:
             return
         if is_code(recipe.masks):
-            self.function = load_code(recipe.masks)
-            self._tried()
+            self._try_function(recipe.masks)
         else:
             self.given = _read(recipe)
+            self.checksum = zlib.crc32(self.given.numpy().tobytes())
 
     def draw(self, images: Tensor, forward_pass: int, valid: Tensor | None = None) -> Drawn:
         """Return the masks for a process's part of a batch, images `(B, C, *size)` with NaN where they have no value.
@@ -71,7 +78,9 @@ class Masks:
         part, generator = list(self.processes.part(batch)), torch.Generator()
         if self.function is not None:
             generator.manual_seed(mix(recipe.seed, "mask", forward_pass, self.processes.rank))
-            return Drawn(self._of_function(images, generator), None, valid)
+            mask = self._of_function(images, generator)
+            _check(recipe, mask)
+            return Drawn(mask, None, valid)
         generator.manual_seed(mix(recipe.seed, "mask", forward_pass))
         if self.given is not None:
             chosen = torch.randint(len(self.given), (len(batch),), generator=generator)
@@ -86,17 +95,26 @@ class Masks:
 
     def _of_function(self, images: Tensor, generator: torch.Generator) -> Tensor:
         assert self.function is not None
-        mask = torch.as_tensor(self.function(images, generator), device=images.device)
-        return read_mask(mask, tuple(images.shape[2:]), len(images), name="images", grid=self.recipe.grid).flatten(1)
+        with self._named_errors():
+            mask = torch.as_tensor(self.function(images, generator), device=images.device)
+            return read_mask(mask, tuple(images.shape[2:]), len(images), name="images", grid=self.recipe.grid).flatten(
+                1
+            )
 
-    def _tried(self) -> None:
-        images = torch.zeros(2, self.recipe.in_chans, *self.recipe.size)
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
         try:
-            mask = self._of_function(images, torch.Generator().manual_seed(0))
+            yield
         except Exception as error:  # code of the user can raise anything
             form = "expected a function of images (B, C, *size) and a generator that returns masks (B, patches)"
             raise InputError("masks", self.recipe.masks, f"{type(error).__name__}: {error}; {form}") from error
-        _check(self.recipe, mask)
+
+    def _try_function(self, name: str) -> None:
+        """Call the function once, before a run begins, with noise. What it masks there does not matter."""
+        with self._named_errors():
+            self.function = load_code(name)
+        generator = torch.Generator().manual_seed(0)
+        self._of_function(torch.randn(2, self.recipe.in_chans, *self.recipe.size, generator=generator), generator)
 
 
 def _read(recipe: Recipe) -> Tensor:

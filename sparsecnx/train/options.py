@@ -29,7 +29,7 @@ class Options:
         cuda_graphs: compile, and replay the kernels of a step as CUDA graphs (`mode="reduce-overhead"`), on a GPU.
         shard: divide parameters, gradients and optimizer between the processes of torchrun, by FSDP2.
         grad_checkpointing: keep less for backward, which computes it again.
-        save_every: epochs between checkpoints.
+        save_every: epochs between checkpoints, such as 0.1 for ten in each.
         keep: checkpoints kept.
         log: logs beside the terminal, TensorBoard and log.jsonl, separated by commas: wandb, mlflow, or module:factory,
             a Python function that returns a `callbacks.Callback`.
@@ -50,15 +50,16 @@ class Options:
     cuda_graphs: bool = False
     shard: bool = False
     grad_checkpointing: bool = False
-    save_every: int = 1
+    save_every: float = 1
     keep: int = 3
     log: str | None = None
     draw_every: int | None = None
 
     def __post_init__(self) -> None:
-        for field in ("save_every", "keep"):
-            if getattr(self, field) < 1:
-                raise InputError(field, getattr(self, field), "expected 1 or more")
+        if self.keep < 1:
+            raise InputError("keep", self.keep, "expected 1 or more")
+        if not 0 < self.save_every < MANY:
+            raise InputError("save_every", self.save_every, "expected more than 0 epochs")
         for field in ("workers", "draw_every"):
             value = getattr(self, field)
             if value is not None and value < 0:
@@ -78,5 +79,7 @@ class Options:
                 raise InputError("device", self.device, f"this torch sees cuda:0 to cuda:{seen - 1}")
         if self.cuda_graphs and (self.device == "cpu" or not torch.cuda.is_available()):
             raise InputError("cuda_graphs", True, "expected together with a CUDA device")
+        if ":" in self.device and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("device", self.device, "expected cuda, of which each process takes its own")
         if self.shard and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise InputError("shard", True, "expected several processes, started by torchrun")

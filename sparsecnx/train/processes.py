@@ -63,7 +63,12 @@ class Processes:
         """Return whether an error says that another process is gone."""
         if self.world == 1:
             return False
-        return isinstance(error, dist.DistError) or "closed by peer" in str(error) or "Connection reset" in str(error)
+        signs = ("closed by peer", "Connection reset", "Broken pipe", "Timed out")
+        return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+    def said_of_loss(self, error: RuntimeError) -> str:
+        """Return an error for which `lost` is true in a few words."""
+        return f"another process of the run ended ({str(error).partition(chr(10))[0][:200]})"
 
     def together(self, call: Callable[[], T]) -> T:
         """Return what a function returns, or raise in every process what it raises in one of them.
@@ -76,7 +81,7 @@ class Processes:
             found = call()
         except (InputError, MissingExtra, OSError, TrainingStopped) as raised:
             error = raised
-        errors = self.gathered(error)
+        errors = self.gathered(OSError(str(error)) if isinstance(error, OSError) else error)  # some cannot be pickled
         first = next((rank for rank, one in enumerate(errors) if one is not None), None)
         if first is None:
             return found  # type: ignore[return-value]
@@ -97,7 +102,8 @@ def joined(device: str) -> Iterator[Processes]:
     """Join the processes of torchrun, if it started this one, until the end of the context.
 
     Raises:
-        InputError: there are fewer GPUs on this machine than processes, or the other processes cannot be reached.
+        InputError: there are fewer GPUs on this machine than processes.
+        TrainingStopped: the other processes cannot be reached.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -110,12 +116,15 @@ def joined(device: str) -> Iterator[Processes]:
         raise InputError("device", device, f"this machine has {there} GPUs; expected one for each of its processes")
     try:
         store, _, _ = next(iter(dist.rendezvous("env://")))
-        # After a restart the store still holds the addresses of the processes that are gone.
-        attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        # After a restart on one machine the store still holds the addresses of the processes that are gone. Several
+        # machines count restarts each for itself: docs/scale.md gives torchrun a new store for each.
+        alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+        attempt = dist.PrefixStore(restarts, store)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=attempt, rank=processes.rank, world_size=world)
     except (RuntimeError, ValueError) as error:
-        raise InputError("device", device, f"the {world} processes cannot reach each other ({error})") from error
+        raise TrainingStopped(f"the {world} processes cannot reach each other ({error})") from error
     try:
         yield processes
     finally:

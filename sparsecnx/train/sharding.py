@@ -18,8 +18,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -33,13 +35,14 @@ PARTS = 16  # a network is divided into about so many, or more
 SMALL = 64  # parts smaller than one by this are not gathered by themselves
 
 
-def shard(model: nn.Module) -> None:
-    """Divide the parameters of a model between all processes: each part by itself, and what is left together."""
+def shard(model: nn.Module, device: str) -> None:
+    """Divide the parameters of a model between all processes, each part by itself, on devices of a type."""
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     # The prediction is a view, and nothing is written into it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for part in parts_of(model, sum(parameter.numel() for parameter in model.parameters()) // PARTS):
-        fully_shard(part)
-    fully_shard(model)
+        fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def parts_of(module: nn.Module, most: int) -> list[nn.Module]:
@@ -90,6 +93,7 @@ def save(path: Path, state: dict[str, Any], processes: Processes) -> None:
     groups = {"param_groups": state["optimizer"]["param_groups"]}
     processes.of_main(lambda: save_torch(part / RUN, rest | {"optimizer": groups, CHECKSUMS: checksums}))
     processes.of_main(lambda: os.replace(part, path))
+    processes.of_main(lambda: sync(path.parent))
 
 
 def _emptied(folder: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsecnx.common.errors import CheckpointError, InputError
+from sparsecnx.common.errors import CheckpointError, InputError, TrainingStopped
 from sparsecnx.common.torch_files import has_checksums
 from sparsecnx.train import contents
 from sparsecnx.train.checkpoint import CheckpointFolder
@@ -48,10 +48,15 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
         problem = processes.of_main(lambda: stack.enter_context(locked(folder.folder)))
         checkpoint = processes.of_main(lambda: _checkpoint(folder, resume))
         start = Start(options, given, folder, processes)
-        trainer = processes.together(lambda: start.new() if checkpoint is None else start.resumed(checkpoint))
-        if problem is not None:
-            trainer.notes.append(f"cannot lock the output ({problem}): start no other run in it")
-        return trainer.run()
+        try:
+            trainer = processes.together(lambda: start.new() if checkpoint is None else start.resumed(checkpoint))
+            if problem is not None:
+                trainer.notes.append(f"cannot lock the output ({problem}): start no other run in it")
+            return trainer.run()
+        except RuntimeError as error:
+            if isinstance(error, TrainingStopped) or not processes.lost(error):
+                raise
+            raise TrainingStopped(processes.said_of_loss(error)) from error
 
 
 class Start(NamedTuple):
@@ -69,6 +74,8 @@ class Start(NamedTuple):
             raise InputError(
                 "extend", options.extend, f"there is no run in {self.folder.folder}; expected a finished one"
             )
+        if given.get("masks") is not None and "mask_ratio" in given:
+            raise InputError("mask_ratio", given["mask_ratio"], "expected none, since --masks says what is masked")
         size = given.get("image_size")
         ndim = given.get("ndim", len(size) if isinstance(size, tuple) else None)
         source = find_source(options.data, ndim, pages=given.get("pages"))
@@ -91,7 +98,7 @@ class Start(NamedTuple):
         source = find_source(where, saved.recipe.ndim, saved.recipe.of_images, saved.recipe.pages)
         fingerprint = source.fingerprint()
         _expect_same_images(saved.data, source, fingerprint, "resume" if options.data is None else "data")
-        if options.extend is not None:
+        if options.extend is not None and not _is_extended(saved.recipe, options):
             saved = saved._replace(recipe=_extended(saved, options.extend, given.get("warmup_epochs")))
         saved.recipe.refuse_change(given)
         if saved.data.sizes is None or saved.data.contents is None:
@@ -100,13 +107,13 @@ class Start(NamedTuple):
             )
         if checkpoint.is_file() and not has_checksums(checkpoint):
             notes.append(f"{checkpoint.name} holds no checksums: damage to it is not noticed")
-        if saved.processes != self.processes.world:
-            change = f"{self.processes.world} processes go on from {checkpoint.name} of {saved.processes}"
-            images = "images in another order" if source.ordered_by_rank else "the same images and masks"
-            losses = "the losses of another run from here on" if source.ordered_by_rank else "losses equal to rounding"
-            notes.append(f"{change}: {images}, {losses}")
         notes += source.describe(saved.recipe, None)
-        return Trainer(saved.recipe, source, fingerprint, *self._place(), saved=saved, notes=notes)
+        trainer = Trainer(saved.recipe, source, fingerprint, *self._place(), saved=saved, notes=notes)
+        if saved.data.masks not in (None, trainer.masks.checksum):
+            raise InputError(
+                "masks", saved.recipe.masks, "other masks than the run was started with; the losses could not continue"
+            )
+        return trainer
 
     def _place(self) -> tuple[CheckpointFolder, Options, Processes]:
         return self.folder, self.options, self.processes
@@ -119,6 +126,11 @@ def _expect_same_code(recipe: Recipe, given: Mapping[str, Any], checkpoint: Path
         if is_code(code) and code != given.get(field):
             problem = f"its recipe names Python code, {code}, which runs only with --{field} {code}"
             raise InputError("resume", checkpoint, problem)
+
+
+def _is_extended(recipe: Recipe, options: Options) -> bool:
+    """Return whether `--resume auto` meets the extension that an earlier start of the same command began."""
+    return options.resume == "auto" and 0 < recipe.first_epoch == recipe.epochs - (options.extend or 0)
 
 
 def _extended(saved: Contents, epochs: int, warmup_epochs: float | None) -> Recipe:

@@ -45,7 +45,7 @@ def be_rank(rank: int, world: int, port: int, arguments: list[str], kill: list[i
     Trainer.train_step = step_or_die
     code = 1
     try:
-        code = cli.main(["pretrain", *arguments])
+        code = cli.main(["pretrain", *(argument.replace("-RANK", f"-{rank}") for argument in arguments)])
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

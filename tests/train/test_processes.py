@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,13 +45,6 @@ def expect_close(found, expected):
     assert len(found) == len(expected) > 0
     for line, other in zip(found, expected, strict=True):
         assert line == pytest.approx(other, rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """Return the folder of many runs of two processes, and how they ended."""
-    place = tmp_path_factory.mktemp("pair")
-    return place
 
 
 RECIPES = {
@@ -119,13 +113,14 @@ def test_a_run_goes_on_with_other_processes_and_says_so(photos, tmp_path, capsys
     (tmp_path / "run" / "checkpoint-00000008.pt").unlink()
     (run,) = in_ranks(tmp_path, (2, options(tmp_path / "run", resume="auto", shard=True)))
     assert run["codes"] == [0, 0], run["output"]
-    assert "2 processes go on from checkpoint-00000004.pt of 1: the same images and masks" in run["output"][0]
+    said = "2 processes go on from a checkpoint of 1: the same images and masks, losses equal to rounding"
+    assert said in run["output"][0]
     expect_close(logged(tmp_path / "run"), expected)
     newest = CheckpointFolder(tmp_path / "run").newest()
     assert newest.is_dir() and newest.name == "checkpoint-00000008.pt"
     capsys.readouterr()
     assert train(None, tmp_path / "longer", resume=str(newest), options={"extend": 1}) == 0
-    assert "1 processes go on from checkpoint-00000008.pt of 2" in capsys.readouterr().out
+    assert "1 processes go on from a checkpoint of 2" in capsys.readouterr().out
 
     model = build_model(Recipe(**checkpoint.read(newest)["recipe"]))
     assert load_encoder(model, newest) and load_encoder(model, tmp_path / "longer" / "last.pt")
@@ -181,6 +176,31 @@ def test_errors_are_said_once_before_anything_is_written(photos, tmp_path):
     for message, run in zip(wrong, runs, strict=True):
         assert run["codes"] == [2, 2], run["output"]
         assert "".join(run["output"]).count(message) == 1, run["output"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_see_other_data_are_refused_and_say_why(photos, tmp_path):
+    """One of them sees a folder without images, too few for a batch, or other ones."""
+    few, none = tmp_path / "few", tmp_path / "none"
+    none.mkdir()
+    shutil.copytree(photos, tmp_path / "other")
+    (tmp_path / "other" / "3.png").unlink()
+    few.mkdir()
+    shutil.copy(photos / "3.png", few)
+    wrong = {
+        "none": "holds no images",
+        "few": "--batch-size is 2: expected at most the 1 images",
+        "other": "process 1 sees 7 images",
+    }
+    cases = []
+    for name in wrong:
+        link = tmp_path / f"data-{name}"
+        cases.append((2, options(tmp_path / "run", f"{link}-RANK")))
+        link.with_name(f"{link.name}-0").symlink_to(photos)
+        link.with_name(f"{link.name}-1").symlink_to(tmp_path / name)
+    for run, text in zip(in_ranks(tmp_path, *cases), wrong.values(), strict=True):
+        assert run["codes"] == [2, 2], run["output"]
+        assert text in run["output"][1] and run["output"][0] == ""
     assert not (tmp_path / "run").exists()
 
 
