@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from small_runs import SMALL, logged, train
+from small_shards import write_shards
 
 from sparsecnx import load_encoder
 from sparsecnx.train import checkpoint
@@ -159,6 +160,27 @@ def test_a_run_goes_on_after_the_death_of_any_process(how, photos, tmp_path):
     assert end["codes"] == one["codes"] == [0, 0]
     assert "going on from step 6" in end["output"][0]
     assert logged(tmp_path / "run") == logged(tmp_path / "one")
+
+
+def test_a_run_on_shards_goes_on_after_the_death_of_a_process(tmp_path, monkeypatch):
+    """Of one shard each of the two processes has a part."""
+    pytest.importorskip("webdataset", reason="needs the extra [webdataset]")
+    monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_shards(tmp_path / "data", [3, 8, 1])
+    for name, data, steps in (("one", "train-001.tar", 8), ("three", "*.tar?window=2", 12)):
+        kept = steps // 2  # the first checkpoint, after an epoch
+        whole, killed, stopped, end = in_ranks(
+            tmp_path,
+            (2, options(tmp_path / f"{name} whole", f"wds:{tmp_path}/data/{data}")),
+            (2, options(tmp_path / name, f"wds:{tmp_path}/data/{data}"), [kept + 1, 1, signal.SIGKILL]),
+            (2, options(tmp_path / name, resume="newest", workers=1), [kept + 2, 0, signal.SIGTERM]),
+            (2, options(tmp_path / name, resume="newest")),
+        )
+        assert whole["codes"] == end["codes"] == [0, 0], whole["output"] + end["output"]
+        assert killed["codes"] == [1, -9] and stopped["codes"] == [143, 143], killed["output"] + stopped["output"]
+        assert f"going on from step {kept}" in stopped["output"][0]
+        assert logged(tmp_path / name) == logged(tmp_path / f"{name} whole")
+        assert len(logged(tmp_path / name)) == steps
 
 
 def test_errors_are_said_once_before_anything_is_written(photos, tmp_path):
