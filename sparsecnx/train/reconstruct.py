@@ -29,7 +29,7 @@ from sparsecnx.train.data.find import find_source, named_files
 from sparsecnx.train.data.pictures import UnsupportedImage
 from sparsecnx.train.data.scale import IMAGENET_MEAN, IMAGENET_STD, UnsupportedValues, normalize, values_in
 from sparsecnx.train.data.source import Source
-from sparsecnx.train.data.sources import runs_code
+from sparsecnx.train.data.sources import of_checkpoint, runs_code
 from sparsecnx.train.data.volumes import MAX_VOXELS, UnsupportedVolume
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import MAX_PIXELS, METHODS, Recipe
@@ -164,7 +164,7 @@ def _shown(data: Data, recipe: Recipe) -> tuple[Source, int]:
         problem = f"expected names of images: those of the run come from Python code, {data.folder}"
         raise InputError("images", "''", problem)
     else:
-        source = find_source(data.folder, recipe.ndim, recipe.of_images, recipe.pages)
+        source = find_source(of_checkpoint(data.folder), recipe.ndim, recipe.of_images, recipe.pages)
         most = SHOWN_PHOTOGRAPHS if recipe.ndim == 2 else SHOWN_VOLUMES
     return source, min(most, len(source))
 

@@ -17,7 +17,7 @@ from sparsecnx.train.code import is_code
 from sparsecnx.train.contents import Contents, Data
 from sparsecnx.train.data.find import find_source
 from sparsecnx.train.data.source import Fingerprint, Source
-from sparsecnx.train.data.sources import runs_code
+from sparsecnx.train.data.sources import of_checkpoint, runs_code
 from sparsecnx.train.lock import locked
 from sparsecnx.train.log import LOG
 from sparsecnx.train.loop import Trainer
@@ -90,11 +90,13 @@ class Start(NamedTuple):
         """Return the run of a checkpoint."""
         options, given, notes = self.options, self.given, []
         saved = _read_resumed(checkpoint, given.get("model"))
-        where = saved.data.folder if options.data is None else options.data
+        where = of_checkpoint(saved.data.folder) if options.data is None else options.data
         _expect_same_code(saved.recipe, given, checkpoint)
         if options.data is None and runs_code(where):
             problem = f"its data are Python code, {where}, which runs only with --data {where}"
             raise InputError("resume", checkpoint, problem)
+        if options.data is None and where != saved.data.folder:
+            notes.append(f"data are {where}: a checkpoint alone neither chooses a cache nor downloads, --data does")
         source = find_source(where, saved.recipe.ndim, saved.recipe.of_images, saved.recipe.pages)
         fingerprint = source.fingerprint()
         _expect_same_images(saved.data, source, fingerprint, "resume" if options.data is None else "data")

@@ -7,7 +7,6 @@ import torch
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.data import augment, crops
 from sparsecnx.train.data.crops import Crops, Draw
-from sparsecnx.train.data.formats import decode
 from sparsecnx.train.data.images import ImageSet, find_images
 from sparsecnx.train.data.loader import load_batches
 from sparsecnx.train.data.scale import normalize
@@ -72,17 +71,18 @@ def test_batches_do_not_depend_on_the_number_of_workers(photos):
     assert all(torch.equal(a, b) for a, b in zip(none, two, strict=True))
 
 
-def test_unreadable_files_give_their_place_to_the_next(photos):
+def test_unreadable_files_give_their_place_to_others(photos):
     whole = (photos / "6.png").read_bytes()
     (photos / "3.png").write_bytes(whole[: len(whole) // 2])
     (photos / "cat" / "1.png").write_bytes(b"not an image")
     crops = Crops(find_images(photos), SMALL)
     assert crops.source.names[1:4] == ("3.png", "6.png", "cat/1.png")
 
-    entry, unreadable = crops.read(1)
-    assert torch.equal(entry.pixels.values, decode(str(photos / "6.png"), 3))
-    assert list(unreadable) == ["3.png"]
-    assert "truncated" in unreadable["3.png"]
+    crop, unreadable = crops[Draw(1, seed=4)]
+    first, *others = crops.source.instead(1, SMALL.seed)
+    place = next(other for other in others if other != 3)
+    assert first == 1 and torch.equal(crop, crops[Draw(place, seed=4)][0])
+    assert next(iter(unreadable)) == "3.png" and "truncated" in unreadable["3.png"]
 
     batches = read_all(crops, start=0, workers=0)
     assert all(batch.images.shape == (2, 3, 64, 64) for batch in batches)

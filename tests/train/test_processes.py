@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from small_runs import SMALL, logged, train
+from small_shards import write_shards
 
 from sparsecnx import load_encoder
 from sparsecnx.train import checkpoint
@@ -154,6 +155,26 @@ def test_a_run_goes_on_after_the_death_of_any_process(how, photos, tmp_path):
     assert end["codes"] == one["codes"] == [0, 0]
     assert "going on from step 6" in end["output"][0]
     assert logged(tmp_path / "run") == logged(tmp_path / "one")
+
+
+def test_a_run_on_shards_goes_on_after_the_death_of_a_process(tmp_path, monkeypatch):
+    """Both processes read a part of the second shard."""
+    pytest.importorskip("webdataset", reason="needs the extra [webdataset]")
+    monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_shards(tmp_path / "data", [1, 6, 1])
+    data = f"wds:{tmp_path}/data/*.tar?window=2"
+    whole, killed, stopped, end = in_ranks(
+        tmp_path,
+        (2, options(tmp_path / "whole", data)),
+        (2, options(tmp_path / "run", data), [5, 1, signal.SIGKILL]),
+        (2, options(tmp_path / "run", resume="newest", workers=1), [6, 0, signal.SIGTERM]),
+        (2, options(tmp_path / "run", resume="newest")),
+    )
+    assert whole["codes"] == end["codes"] == [0, 0], whole["output"] + end["output"]
+    assert killed["codes"] == [1, -9] and stopped["codes"] == [143, 143], killed["output"] + stopped["output"]
+    assert "going on from step 4" in stopped["output"][0]
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+    assert len(logged(tmp_path / "run")) == 8
 
 
 def test_errors_are_said_once_before_anything_is_written(photos, tmp_path):

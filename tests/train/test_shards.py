@@ -1,10 +1,13 @@
 import gzip
+import hashlib
 import io
 import json
 import multiprocessing
 import os
 import re
 import shutil
+import tarfile
+import threading
 import time
 from collections import Counter
 
@@ -17,14 +20,16 @@ pytest.importorskip("webdataset", reason="needs the extra [webdataset]")
 from small_runs import logged, signal_after, train
 from small_shards import png, served, write_shards, write_tar
 
-from sparsecnx.common.errors import InputError
+from sparsecnx.common.errors import InputError, TrainingStopped
 from sparsecnx.common.torch_files import save_torch
 from sparsecnx.train import checkpoint
 from sparsecnx.train.data import shard_files
-from sparsecnx.train.data.crops import Crops, draws
+from sparsecnx.train.data.crops import Crops, Draw, draws
+from sparsecnx.train.data.find import find_source
 from sparsecnx.train.data.loader import load_batches
 from sparsecnx.train.data.order import shuffled_by_shard
 from sparsecnx.train.data.shard_files import Copies, Shard
+from sparsecnx.train.data.shard_index import index_tar
 from sparsecnx.train.data.sources import open_source
 from sparsecnx.train.processes import Processes
 from sparsecnx.train.recipe import Recipe
@@ -51,8 +56,9 @@ def order(counts, ranks=1, batch=4, repeats=1, epoch=0, window=2):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_the_order_shows_every_entry_once_over_all_ranks(ranks):
-    counts = [9, 3, 20, 1, 12, 7, 12]
+@pytest.mark.parametrize("counts", [[9, 3, 20, 1, 12, 7, 12], [64], [1, 63]], ids=len)
+def test_the_order_shows_every_entry_once_over_all_ranks(counts, ranks):
+    """With fewer shards than ranks, too: the ranks have equal parts of the samples, not of the shards."""
     assert sorted(order(counts, ranks)) == list(range(64))
     assert order(counts, ranks) == order(counts, ranks) != order(counts, ranks, epoch=1)
     assert set(Counter(order(counts, ranks, repeats=3)).values()) == {3}
@@ -151,7 +157,19 @@ def damaged(path, how):
     elif how == "only metadata":
         write_tar(path, {"__info__": b"{}"})
     else:
-        path.write_bytes({"cut off": data[:700], "gzip": gzip.compress(data), "a page": b"<html>" * 500}[how])
+        with tarfile.open(path) as tar:
+            second = tar.getmembers()[2].offset
+        contents = {
+            "cut off": data[:700],
+            "cut between files": data[:second],
+            "cut in its end": data[: len(data.rstrip(b"\0")) // 512 * 512 + 1024],
+            "bad header": data[:second] + b"x" * 512 + data[second + 512 :],
+            "zeros between files": data[:second] + bytes(512) + data[second + 512 :],
+            "joined": data + data,
+            "gzip": gzip.compress(data),
+            "a page": b"<html>" * 500,
+        }
+        path.write_bytes(contents[how])
 
 
 @pytest.mark.parametrize(
@@ -161,6 +179,11 @@ def damaged(path, how):
         ("empty", "holds no sample; expected files such as 000.jpg"),
         ("only metadata", "holds no sample"),
         ("cut off", "is no whole tar file (unexpected end of data)"),
+        ("cut between files", "is no whole tar file (is cut off)"),
+        ("cut in its end", "is no whole tar file (is cut off)"),
+        ("bad header", "is no whole tar file (is damaged behind byte"),
+        ("zeros between files", "is no whole tar file (is damaged behind byte"),
+        ("joined", "is no whole tar file (is damaged behind byte"),
         ("gzip", "is no whole tar file"),
         ("a page", "is no whole tar file"),
     ],
@@ -247,22 +270,194 @@ def test_a_list_of_remote_shards_is_read_without_counting_them(tmp_path):
     with served(tmp_path / "data") as (address, fetched):
         source = open_source(f"wds:{address}/index.json")
         assert len(source) == 13 and fetched == ["index.json", "train-000.tar"]
-        _, skipped = Crops(source, RECIPE).read(8)
+        _, skipped = Crops(source, RECIPE)[Draw(8, seed=0)]
     assert skipped == {f"{address}/train-004.tar": "BadShard: holds 2 samples, not 3 as the list says"}
 
 
-def test_a_remote_shard_that_is_gone_is_named(tmp_path):
-    paths = write_shards(tmp_path / "data", [2, 2])
+def write_list(folder, counts, **others):
+    """Write shards and a list of them, with their numbers and sizes, and fields of the second one."""
+    paths = write_shards(folder, counts)
+    sizes = [path.stat().st_size for path in paths]
+    listed = [{"url": p.name, "nsamples": n, "filesize": s} for p, n, s in zip(paths, counts, sizes, strict=True)]
+    listed[1] |= others
+    (folder / "index.json").write_text(json.dumps({"shardlist": listed}))
+    return paths
+
+
+def test_a_remote_shard_that_is_gone_stops_the_run_by_name(tmp_path):
+    """Whatever the number of workers: a run that goes on without it would have other losses in each of them."""
+    paths = write_list(tmp_path / "data", [4, 4])
     with served(tmp_path / "data") as (address, _):
-        source = open_source(f"wds:{address}/train-{{000..001}}.tar?cache={tmp_path}/own")
-        for file in (tmp_path / "own").glob("*.tar"):
-            file.unlink()
-        paths[1].unlink()
-        _, skipped = Crops(source, RECIPE).read(2)
-        (reason,) = skipped.values()
-        assert skipped.keys() == {f"{address}/train-001.tar"} and "FileNotFoundError" in reason
+        data = f"wds:{address}/index.json"
+        kept = paths[1].rename(tmp_path / "kept")
+        logs = []
+        for workers in (0, 2):
+            stopped = r"step \d: data is .*train-001\.tar cannot be read \(OSError: FileNotFoundError.* in 5 attempts"
+            with pytest.raises(TrainingStopped, match=stopped):
+                train(data, tmp_path / f"run{workers}", workers=workers)
+            logs.append(logged(tmp_path / f"run{workers}"))
+        assert logs[0] == logs[1] and len(logs[0]) < 4
         with pytest.raises(InputError, match=r"train-001\.tar cannot be found \(FileNotFoundError"):
             open_source(f"wds:{address}/train-{{000..001}}.tar")
+        kept.rename(paths[1])
+        assert train(data, tmp_path / "run") == 0
+
+
+def shown(crops, index):
+    """Return the number of the image that is shown for an entry, see `png`, and what was skipped for it."""
+    entry, skipped = crops._readable(index, crops.whole)
+    return int(entry.pixels.values[0, 0, 0]), skipped
+
+
+def test_other_samples_each_take_the_place_of_those_of_a_bad_shard(tmp_path):
+    paths = write_list(tmp_path / "data", [10, 10, 10, 10])
+    paths[1].write_bytes(b"x" * paths[1].stat().st_size)
+    with served(tmp_path / "data") as (address, fetched):
+
+        def read(entries):
+            crops = Crops(open_source(f"wds:{address}/index.json"), RECIPE)
+            return {i: shown(crops, i) for i in entries}
+
+        lost = read(range(10, 20))
+        found = {i: number for i, (number, _) in lost.items()}
+        assert all(skipped.keys() == {f"{address}/train-001.tar"} for _, skipped in lost.values())
+        assert sorted(found.values()) == list(range(20, 30)), "all from the next shard, each once"
+        assert fetched.count("train-000.tar") == fetched.count("train-002.tar") == 1 and "train-003.tar" not in fetched
+        again = {i: number for i, (number, _) in read(reversed(range(40))).items()}
+        assert again == {i: i for i in range(40)} | found, "whatever was read before"
+
+
+def test_other_files_each_take_the_place_of_unreadable_ones(tmp_path):
+    for i in range(60):
+        (tmp_path / f"{i:02d}.png").write_bytes(png(i) if i >= 30 else b"")
+    source = find_source(str(tmp_path))
+    crops = Crops(source, RECIPE)
+    found = [shown(crops, i)[0] for i in range(30)]
+    assert len(set(found)) > 15 and found == [shown(crops, i)[0] for i in range(30)]
+    assert all(sorted(source.instead(i, 5)) == list(range(60)) for i in (0, 7, 59))
+
+
+def test_the_name_of_a_sample_reads_nothing(tmp_path, monkeypatch):
+    write_shards(tmp_path, [3, 2])
+    source = open_source(f"wds:{tmp_path}/*.tar")
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "_read_index", None)
+        assert source.name(4) == "train-001.tar/1"
+    source.read(4, RECIPE)
+    assert source.name(4) == "train-001.tar/a/00004"
+
+
+def test_a_copy_is_compared_with_the_sum_in_the_list(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_tar(tmp_path / "data" / "other.tar", {"0.png": png(3)})
+    sums = [hashlib.md5((tmp_path / "data" / "other.tar").read_bytes()).hexdigest()]
+    paths = write_list(tmp_path / "data", [2, 2], md5sum=sums[0])
+    with served(tmp_path / "data") as (address, _):
+        source = open_source(f"wds:{address}/index.json")
+        with pytest.raises(InputError, match=rf"train-001\.tar .* MD5 sum \w+, not {sums[0]} as the list says"):
+            source.read(2, RECIPE)
+        write_list(tmp_path / "data", [2, 2], md5sum=hashlib.md5(paths[1].read_bytes()).hexdigest())
+        assert numbers(open_source(f"wds:{address}/index.json")) == [0, 1, 2, 3]
+
+
+def test_files_of_the_user_in_the_cache_stay(tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    size = max(path.stat().st_size for path in write_shards(tmp_path / "data", [3] * 6))
+    with served(tmp_path / "data") as (address, _):
+        data = f"wds:{address}/train-{{000..005}}.tar?window=1&cache={own}&cache_gb={3.5 * size / 1e9}"
+        (own / "mine.tar").write_bytes(bytes(5 * size))
+        (own / "mine.part").touch()
+        assert len(open_source(data)) == 18
+        ours = own / "sparsecnx-shards"
+        for name in ("mine.tar", "mine.part", f"{'0' * 31}.tar"):
+            (ours / name).touch()
+        os.utime(ours / "mine.tar", (0, 0))
+        assert numbers(open_source(data)) == list(range(18))
+    assert sum(file.stat().st_size for file in ours.glob("*.tar")) <= 3.5 * size
+    assert {file.name for file in own.iterdir()} == {"mine.tar", "mine.part", "sparsecnx-shards"}
+    assert all((ours / name).exists() for name in ("mine.tar", "mine.part", f"{'0' * 31}.tar"))
+
+
+def test_a_checkpoint_alone_chooses_no_cache(tmp_path, cache, capsys):
+    write_shards(tmp_path / "data", [4, 4])
+    own = tmp_path / "own"
+    data = f"wds:{tmp_path}/data/*.tar?window=2&cache={own}&cache_gb=3"
+    assert train(data, tmp_path / "run", normalize="zscore") == 0
+    assert list(own.rglob("*.json")) and not cache.exists()
+    shutil.rmtree(own)
+    reconstruct(tmp_path / "run" / "last.pt", [], tmp_path / "grid.png")
+    assert train(None, tmp_path / "run", resume="newest") == 0
+    assert "a checkpoint alone neither chooses a cache nor downloads, --data does" in capsys.readouterr().out
+    assert not own.exists() and list(cache.glob("*.json"))
+    assert train(data, tmp_path / "run", resume="newest") == 0
+    assert own.exists() and "a checkpoint alone" not in capsys.readouterr().out
+
+
+def test_counting_remote_shards_is_said_once_and_stays_within_the_cache(tmp_path, cache, capsys, monkeypatch):
+    paths = write_shards(tmp_path / "data", [2] * 8)
+    most = int(3.5 * max(path.stat().st_size for path in paths))
+    held = []
+
+    def measured(file):
+        with Copies(cache, most).lock("all"):
+            held.append(bytes_of(cache))
+        assert os.fstat(file.fileno()).st_nlink == 1, "its copy is not removed while it is indexed"
+        time.sleep(0.02)
+        return index_tar(file)
+
+    monkeypatch.setattr("sparsecnx.train.data.shards.index_tar", measured)
+    with served(tmp_path / "data") as (address, _):
+        data = f"wds:{address}/train-{{000..007}}.tar?window=1&cache_gb={most / 1e9}"
+        assert len(open_source(data)) == 16 and len(held) == 8 and max(held) <= most
+        assert capsys.readouterr().out.startswith("counting the samples of 8 remote shards, ")
+        assert len(open_source(data)) == 16 and capsys.readouterr().out == ""
+
+
+def bytes_of(folder):
+    """Return the bytes of copies, whole ones and those that are being made."""
+    return sum(os.stat(file).st_size for kind in ("tar", "part") for file in folder.glob(f"*.{kind}"))
+
+
+def test_a_copy_keeps_its_room_while_it_is_made(tmp_path, monkeypatch):
+    """A file system opens the file to write with no byte in it, and others look for room at that moment."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def download(shard, part):
+        with open(part, "wb") as file:
+            begun.set()
+            assert go_on.wait(20)
+            file.write(bytes(shard.size))
+
+    monkeypatch.setattr(shard_files, "_download", download)
+    copies = Copies(tmp_path, 150)
+    first, second = (
+        threading.Thread(target=lambda url=url: copies.open(Shard(url, 100, "")).close()) for url in ("x://a", "x://b")
+    )
+    first.start()
+    assert begun.wait(20)
+    begun.clear()
+    second.start()
+    assert not begun.wait(0.5), "there is no room for the second"
+    go_on.set()
+    first.join(20)
+    second.join(20)
+    assert begun.is_set() and bytes_of(tmp_path) == 100
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.held"))
+
+
+@pytest.mark.timeout(20)
+def test_the_room_of_a_killed_process_is_free_for_the_same_shard(tmp_path):
+    (path,) = write_shards(tmp_path / "data", [2])
+    with served(tmp_path / "data") as (address, _):
+        shard = Shard(f"{address}/{path.name}", path.stat().st_size, "")
+        copies = Copies(tmp_path / "copies", int(1.5 * shard.size))
+        copies.folder.mkdir()
+        for kind in ("part", "held"):
+            (copies.folder / f"{shard.key}.{kind}").write_bytes(bytes(shard.size))
+        with copies.open(shard) as file:
+            assert file.read() == path.read_bytes()
+    assert bytes_of(copies.folder) == shard.size
 
 
 def test_a_cache_smaller_than_a_window_is_refused(tmp_path, monkeypatch):
@@ -282,9 +477,9 @@ def copy_all(folder, most, shards, failed):
         with copies.open(shard) as file:
             if len(file.read()) != shard.size:
                 failed.set()
-        held = [os.stat(path).st_size for path in folder.glob("*.tar") if path.exists()]
-        if sum(held) > most:
-            failed.set()
+        with copies.lock("all"):
+            if bytes_of(folder) > most:
+                failed.set()
 
 
 def test_processes_share_the_copies(tmp_path):
@@ -293,7 +488,8 @@ def test_processes_share_the_copies(tmp_path):
     failed = multiprocessing.Event()
     folder = tmp_path / "copies"
     folder.mkdir()
-    (folder / "killed.part").write_bytes(bytes(max(sizes)))  # what a killed process leaves
+    for kind in ("part", "held"):
+        (folder / f"{'a' * 32}.{kind}").write_bytes(bytes(max(sizes)))  # what a killed process leaves
     with served(tmp_path / "data") as (address, _):
         shards = [Shard(f"{address}/{p.name}", size, "") for p, size in zip(paths, sizes, strict=True)]
         arguments = [(folder, 3 * max(sizes), shards[i:] + shards[:i], failed) for i in (0, 3, 5)]
@@ -303,7 +499,7 @@ def test_processes_share_the_copies(tmp_path):
         for process in processes:
             process.join(30)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert not failed.is_set() and not list(folder.glob("*.part"))
+    assert not failed.is_set() and not list(folder.glob("*.part")) and not list(folder.glob("*.held"))
 
 
 def test_workers_index_the_same_shard_at_the_same_time(tmp_path, cache):

@@ -1,4 +1,5 @@
 import gzip
+import io
 import re
 import struct
 
@@ -16,7 +17,7 @@ from sparsecnx.train.data.formats import decode
 from sparsecnx.train.data.items import first_image
 from sparsecnx.train.data.memory import memory_header, memory_pixels
 from sparsecnx.train.data.pictures import UnsupportedImage
-from sparsecnx.train.data.sources import open_source
+from sparsecnx.train.data.sources import of_checkpoint, open_source
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.reconstruct import reconstruct
 
@@ -54,6 +55,14 @@ def test_folders_are_no_addresses(folder):
         ("torchvision:CIFAR10:x?trian=1", "has the option trian; expected train, download"),
         ("torchvision:CIFAR10:x?train=1", "has the option train=1; expected true or false"),
         ("torchvision:FakeData?size=many", "has the option size=many; expected a number"),
+        ("torchvision:FakeData?image_size=3", "has the option image_size; expected size, num_classes, random_offset"),
+        (
+            "torchvision:EMNIST:nowhere?split=letters&train=false&download=no",
+            "has the option download=no; expected true",
+        ),
+        ("torchvision:EMNIST:nowhere?split=letters&train=false", "cannot be opened (RuntimeError: Dataset not found"),
+        ("torchvision:QMNIST:nowhere?what=test&download=false", "cannot be opened (RuntimeError: Dataset not found"),
+        ("torchvision:Imagenette:nowhere?download=false", "cannot be opened (RuntimeError: Dataset not found"),
         ("torchvision:CIFAR10", "cannot be opened (TypeError"),
         ("torchvision:CIFAR10:nowhere", "cannot be opened (RuntimeError: Dataset not found"),
         ("python:no_such_module:f", "ModuleNotFoundError: No module named 'no_such_module'"),
@@ -131,6 +140,24 @@ def test_an_image_folder_of_torchvision_is_read_as_the_folder(photos, tmp_path):
     assert source.read(index, RECIPE).shape == (3, 30, 20)
 
 
+def test_an_image_folder_of_torchvision_keeps_16_bits_and_bands(photos, tmp_path):
+    pytest.importorskip("torchvision", reason="needs a torchvision that fits this torch")
+    tifffile = pytest.importorskip("tifffile", reason="needs tifffile")
+    values = np.random.default_rng(0).integers(256, 65536, (3, 70, 80), np.uint16)
+    (tmp_path / "deep" / "a").mkdir(parents=True)
+    Image.fromarray(values[0]).save(tmp_path / "deep" / "a" / "0.png")
+    tifffile.imwrite(tmp_path / "deep" / "a" / "1.tif", values, photometric="minisblack", planarconfig="separate")
+    source = open_source(f"torchvision:ImageFolder:{tmp_path}/deep")
+    assert [(source.header(i).dtype, source.header(i).channels) for i in (0, 1)] == [("uint16", 1), ("uint16", 3)]
+    for index, channels in ((0, 1), (1, 3)):
+        read = source.read(index, Recipe(image_size=64, in_chans=channels, normalize="none"))
+        assert torch.equal(read, torch.from_numpy(values[:channels].astype(np.float32)))
+    before = source.fingerprint()
+    (tmp_path / "deep" / "a" / "0.png").write_bytes(b"")
+    assert open_source(f"torchvision:ImageFolder:{tmp_path}/deep").fingerprint().contents != before.contents
+    assert train(f"torchvision:ImageFolder:{photos}", tmp_path / "run") == 0
+
+
 def hugging_face():
     return pytest.importorskip("datasets", reason="needs the extra [hf]")
 
@@ -174,6 +201,19 @@ def test_files_of_hugging_face_and_their_splits(tmp_path, hf_home):
     assert len(source) == 5 and torch.equal(source.read(4, RECIPE), decode(png(4), 3))
     with pytest.raises(InputError, match=r"cannot be loaded \("):
         open_source(f"hf:{tmp_path}/nothing")
+
+
+def test_one_split_alone_is_loaded(tmp_path, monkeypatch, hf_home):
+    (tmp_path / "files").mkdir()
+    for count, split in ((5, "train"), (3, "test")):
+        photos_of(hf_home, count).to_parquet(tmp_path / "files" / f"{split}.parquet")
+    loaded, load = [], hf_home.load_dataset
+    monkeypatch.setattr(hf_home, "load_dataset", lambda *a, **k: (loaded.append(k["split"]), load(*a, **k))[1])
+    assert len(open_source(f"hf:{tmp_path}/files")) == 5
+    assert len(open_source(f"hf:{tmp_path}/files?split=test")) == 3
+    with pytest.raises(InputError, match=r"has no split valid; expected split= one of (test, train|train, test)"):
+        open_source(f"hf:{tmp_path}/files?split=valid")
+    assert loaded == ["train", "test"]
 
 
 def test_the_column_of_images(tmp_path, hf_home):
@@ -253,7 +293,57 @@ def test_a_data_set_in_python_runs_only_where_it_is_named(tmp_path, monkeypatch)
         open_source("python:squares_of_test:nothing")
 
 
+RANDOM = """
+import torch
+from torch.utils.data import Dataset
+
+class Flipped(Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        image = torch.arange(75, dtype=torch.uint8).view(3, 5, 5)
+        return image.flip(2) if torch.rand(()) < 0.5 else image
+
+def flipped():
+    torch.manual_seed(0)
+    return Flipped()
+"""
+
+
+def test_a_data_set_in_python_that_draws_random_numbers_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "random_of_test.py").write_text(RANDOM)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        InputError, match=r"item \d+ differs when it is read again; .* --transform takes random changes"
+    ):
+        train("python:random_of_test:flipped", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("saved", "kept"),
+    [
+        ("torchvision:CIFAR10:/data?train=true&download=true", "torchvision:CIFAR10:/data?train=true"),
+        ("wds:https://x/{0..3}.tar?cache=/home&window=2&cache_gb=9", "wds:https://x/{0..3}.tar?window=2"),
+        ("hf:name?split=train", "hf:name?split=train"),
+        ("/data/photos?cache=x", "/data/photos?cache=x"),
+        (None, None),
+    ],
+)
+def test_an_address_in_a_checkpoint_chooses_no_place_to_write_to(saved, kept):
+    assert of_checkpoint(saved) == kept
+
+
 IMAGE = Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4, 5, 3))
+
+
+def two_frames():
+    file = io.BytesIO()
+    IMAGE.save(file, "GIF", save_all=True, append_images=[IMAGE.rotate(90)])
+    return Image.open(file)
+
+
 PIXELS = torch.arange(60, dtype=torch.uint8).view(4, 5, 3).permute(2, 0, 1)
 
 
@@ -282,6 +372,7 @@ def test_items(item):
         ((), "is tuple: expected an image"),
         ({"image": IMAGE, "depth": IMAGE}, "is a dict of image, depth: expected one image"),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "is an array of uint8 (2, 3, 4, 4): expected numbers"),
+        (two_frames(), "--pages channels or --pages images says what those of a TIFF in a folder are"),
         (np.array([["a"]]), "is an array of <U1 (1, 1): expected numbers"),
         (Image.new("L", (100, 80)), "has 100 x 80 pixels, more than --max-pixels, 4096"),
         (torch.zeros(80, 100), "has 100 x 80 pixels, more than --max-pixels, 4096"),

@@ -65,7 +65,7 @@ class Entry(NamedTuple):
 class Crops(Dataset[Any]):
     """Augmented crops of a source, indexed by `Draw`; equal draws give equal crops.
 
-    The next readable entry takes the place of an unreadable one, so that batches stay full.
+    Another entry takes the place of an unreadable one, see `Source.instead`, so that batches stay full.
 
     Raises:
         InputError: the transform of the recipe cannot be used.
@@ -126,10 +126,10 @@ class Crops(Dataset[Any]):
         return self._cut(entry, start, size)
 
     def read(self, index: int) -> tuple[Entry, dict[str, str]]:
-        """Return entry `index`, or the first readable one after it, and those that were skipped with the reasons.
+        """Return entry `index`, or the first readable one instead of it, and those that were skipped with the reasons.
 
         Raises:
-            InputError: no entry can be read.
+            InputError: no entry can be read, or the source cannot go on.
         """
         return self._readable(index, self.whole)
 
@@ -158,12 +158,13 @@ class Crops(Dataset[Any]):
         return Decoded(expect_numbers(values, self.recipe.value_range, (0,) * (values.ndim - 1)))
 
     def _readable(self, index: int, make: Callable[[int], T]) -> tuple[T, dict[str, str]]:
-        """Return what `make` returns for entry `index` or the first one after it for which it raises nothing."""
+        """Return what `make` returns for entry `index`, or for the first one instead of it that can be read."""
         unreadable: dict[str, str] = {}
-        for place in range(index, index + len(self.source)):
-            place %= len(self.source)
+        for place in self.source.instead(index, self.recipe.seed):
             try:
                 return make(place), unreadable
+            except InputError:
+                raise
             except Exception as error:  # decoders raise many kinds of errors, and none may end a long run
                 unreadable[self.source.name(place)] = f"{type(error).__name__}: {error}"
         name, reason = next(iter(unreadable.items()))

@@ -161,7 +161,7 @@ def expect_one(header: Header, pages: str | None, max_pixels: int | None) -> Non
     if max_pixels is not None:
         expect_size(header.width, header.height, max_pixels)
     if header.pages > 1 and pages is None:
-        remedy = "; --pages channels or --pages images says what those of a TIFF are"
+        remedy = "; --pages channels or --pages images says what those of a TIFF in a folder are"
         raise UnsupportedImage(f"has {header.pages} pages or frames: expected one image in a file{remedy}")
 
 

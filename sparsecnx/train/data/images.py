@@ -81,7 +81,7 @@ class Images(Source):
                 found.append((self.name(index), self.header(index)))
             except UnsupportedImage as error:
                 raise InputError("data", self.root, f"holds {self.name(index)}, which {error}") from error
-            except MissingExtra:
+            except (MissingExtra, InputError):
                 raise
             except Exception:  # decoders raise many kinds of errors; a run skips such files and names them
                 continue

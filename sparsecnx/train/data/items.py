@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from sparsecnx.train.data.source import SAMPLED_ENTRIES, Fingerprint
 from sparsecnx.train.recipe import Recipe
 
 SAMPLED_ITEMS = 64  # are read before a run begins
+READ_TWICE = 8  # of the items of Python code
 
 
 class Items(Images):
@@ -67,6 +69,17 @@ class Items(Images):
         held = [self._bytes(index) for index in self.sample()]
         sizes = ",".join(str(len(part)) for part in held)
         return Fingerprint(hashed([str(self.length).encode()]), hashed([sizes.encode()]), hashed(held))
+
+    def expect_repeatable(self) -> None:
+        """Read a few items twice.
+
+        Raises:
+            InputError: one differs.
+        """
+        for index in self.sample()[:READ_TWICE]:
+            if self._bytes(index) != self._bytes(index):
+                expected = "expected the same item, since a run could not be resumed; --transform takes random changes"
+                raise InputError("data", self.root, f"item {index} differs when it is read again; {expected}")
 
     def _bytes(self, index: int) -> bytes:
         """Return what tells an item from another, nothing where it cannot be read."""
@@ -126,6 +139,26 @@ class HuggingFaceImages(ImageFiles, Items):
             return b""
 
 
+class EncodedImages(ImageFiles, Items):
+    """Items that are the contents of image files, see `_contents`, or tuples that begin with them."""
+
+    def file(self, index: int) -> bytes:
+        item = self.items[index]
+        contents: bytes = item[0] if isinstance(item, tuple) else item
+        return contents
+
+    def _bytes(self, index: int) -> bytes:
+        try:
+            return self.file(index)
+        except OSError:
+            return b""
+
+
+def _contents(path: str | Path) -> bytes:
+    """Load an image for a data set of torchvision as it is. Its own loader makes 8 bits and three channels of all."""
+    return Path(path).read_bytes()
+
+
 def open_torchvision(address: Address) -> Items:
     """Return a data set of `torchvision.datasets`: `torchvision:CIFAR10:ROOT?train=true`.
 
@@ -143,21 +176,39 @@ def open_torchvision(address: Address) -> Items:
     kind = getattr(datasets, name) if name in datasets.__all__ else None
     if not (isinstance(kind, type) and issubclass(kind, datasets.VisionDataset)):
         raise address.refuse(f"torchvision has no data set {name!r}; expected a name such as CIFAR10 or ImageNet")
-    arguments = _arguments(address, kind)
+    parameters = _parameters(kind)
+    arguments = _arguments(address, parameters)
+    if "loader" in parameters:
+        arguments["loader"] = _contents
     if root:
         arguments["root"] = absolute(root)
     try:
         held = kind(**arguments)
     except Exception as error:  # data sets raise many kinds of errors
         raise address.refuse(f"cannot be opened ({type(error).__name__}: {error})") from error
-    return Items(str(address._replace(what=f"{name}:{absolute(root)}") if root else address), held)
+    place = str(address._replace(what=f"{name}:{absolute(root)}") if root else address)
+    return EncodedImages(place, held) if "loader" in parameters else Items(place, held)
 
 
-def _arguments(address: Address, kind: Any) -> dict[str, Any]:
+def _parameters(kind: type) -> dict[str, Any]:
+    """Return the names and types of the parameters of a class, those that `**kwargs` takes from its base classes."""
+    found: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if (made := vars(base).get("__init__")) is None:
+            continue
+        parameters, hints = list(inspect.signature(made).parameters.values())[1:], typing.get_type_hints(made)
+        for one in parameters:
+            if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
+                found.setdefault(one.name, hints.get(one.name, type(one.default)))
+        if all(one.kind is not one.VAR_KEYWORD for one in parameters):
+            break
+    return found
+
+
+def _arguments(address: Address, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options as the arguments of a class: text, numbers, and `true` or `false`."""
-    hints = typing.get_type_hints(kind.__init__)
-    types = {name: _plain(hints.get(name)) for name in inspect.signature(kind).parameters if name != "root"}
-    known = {name: kind for name, kind in types.items() if kind is not None}
+    plain = {name: _plain(hint) for name, hint in parameters.items() if name != "root"}
+    known = {name: kind for name, kind in plain.items() if kind is not None}
     address.expect_options(*known)
     arguments: dict[str, Any] = {}
     for name, text in address.options.items():
@@ -171,7 +222,8 @@ def _arguments(address: Address, kind: Any) -> dict[str, Any]:
 
 def _plain(hint: Any) -> type | None:
     """Return the type of a value that one can type, of a hint such as `Optional[str]`; None for others."""
-    return next((kind for kind in (bool, int, float, str) if kind is hint or kind in typing.get_args(hint)), None)
+    possible = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return next((kind for kind in (bool, int, float, str) if kind in possible), None)
 
 
 def open_hugging_face(address: Address) -> Items:
@@ -199,24 +251,33 @@ def open_hugging_face(address: Address) -> Items:
 
 
 def _load(datasets: Any, address: Address) -> Any:
-    options = address.options
-    split = options.get("split")
+    split = address.options.get("split")
     saved = any(Path(address.what, name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
         if saved:
             held = datasets.load_from_disk(address.what)
         else:
-            held = datasets.load_dataset(address.what, options.get("config"), revision=options.get("revision"))
+            named = address.what, address.options.get("config")
+            revision = address.options.get("revision")
+            split = _split(address, datasets.get_dataset_split_names(*named, revision=revision))
+            return datasets.load_dataset(*named, revision=revision, split=split)
+    except InputError:
+        raise
     except Exception as error:  # it raises many kinds of errors
         raise address.refuse(f"cannot be loaded ({type(error).__name__}: {error})") from error
     if isinstance(held, datasets.Dataset):
         if split not in (None, str(held.split)):
             raise address.refuse(f"holds the split {held.split} alone; expected split={held.split}, or none")
         return held
-    split = split or ("train" if "train" in held or len(held) != 1 else next(iter(held)))
-    if split not in held:
-        raise address.refuse(f"has no split {split}; expected split= one of {', '.join(held)}")
-    return held[split]
+    return held[_split(address, list(held))]
+
+
+def _split(address: Address, names: Sequence[str]) -> str:
+    """Return the split that is named, or `train`, or the only one."""
+    split = address.options.get("split") or ("train" if "train" in names or len(names) != 1 else names[0])
+    if split not in names:
+        raise address.refuse(f"has no split {split}; expected split= one of {', '.join(names)}")
+    return split
 
 
 def _column(datasets: Any, address: Address, features: Mapping[str, Any]) -> str:
@@ -238,7 +299,7 @@ def open_python(address: Address) -> Items:
     """Return the data set that a function of the user returns: `python:module:function`.
 
     Raises:
-        InputError: it cannot be called, or returns something without a length.
+        InputError: it cannot be called, returns something without a length, or items that differ each time.
     """
     address.expect_options()
     try:
@@ -248,4 +309,6 @@ def open_python(address: Address) -> Items:
         raise address.refuse(problem) from error
     if isinstance(held, torch.utils.data.IterableDataset) or not hasattr(held, "__getitem__"):
         raise address.refuse(f"returned a {type(held).__name__}; expected a data set that gives items by their number")
-    return Items(str(address), held)
+    source = Items(str(address), held)
+    source.expect_repeatable()
+    return source

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +14,14 @@ def mix(*parts: int | str) -> int:
     """Return a 63-bit seed from several numbers or words; similar inputs give unrelated seeds."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def around(first: int, count: int, seed: int) -> Iterator[int]:
+    """Yield the numbers 0 to `count` - 1 from `first` on, each once, in steps of a length that the seed chooses."""
+    step = 1 + seed % count
+    while math.gcd(step, count) != 1:
+        step += 1
+    return ((first + step * number) % count for number in range(count))
 
 
 def shuffled(entries: int, repeats: int, seed: int, epoch: int) -> Tensor:

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ ATTEMPTS = 5  # to copy a remote shard
 SECONDS_BETWEEN = 1.0  # the first attempt and the second; each later pause is twice as long
 VERSION_TAGS = ("ETag", "etag", "Last-Modified", "LastModified", "updated", "blob_id")  # of http, S3, Google, the Hub
 ASKED_AT_ONCE = 16  # remote shards whose sizes are asked for
+OWN = re.compile(r"[0-9a-f]{32}\.(tar|held|part)")  # names of copies, see `Copies`
 
 
 class Shard(NamedTuple):
@@ -38,12 +40,14 @@ class Shard(NamedTuple):
         size: bytes.
         version: what tells it from one of the same address and size that was there before.
         samples: the number that a list of shards gives; None where none does.
+        md5: the MD5 sum that a list of shards gives, in hexadecimal digits; None where none does.
     """
 
     url: str
     size: int
     version: str
     samples: int | None = None
+    md5: str | None = None
 
     @property
     def local(self) -> bool:
@@ -144,7 +148,8 @@ def _shard(pattern: str, entry: dict[str, Any]) -> Shard:
             raise InputError("data", f"wds:{pattern}", problem)
         return Shard(os.path.abspath(url), status.st_size, str(status.st_mtime_ns), samples)
     if "filesize" in entry:
-        return Shard(url, entry["filesize"], str(entry.get("md5sum", "")), samples)
+        md5 = entry.get("md5sum")
+        return Shard(url, entry["filesize"], str(md5 or ""), samples, None if md5 is None else str(md5))
     try:
         files, path = fsspec.url_to_fs(url)
         told = files.info(path)
@@ -160,7 +165,11 @@ def _shard(pattern: str, entry: dict[str, Any]) -> Shard:
 
 
 class Copies:
-    """Copies of remote shards in a folder that holds at most `most` bytes of them."""
+    """Copies of remote shards in a folder of our own that holds at most `most` bytes of them.
+
+    Of a shard that is copied, KEY.part is what there is of it, and KEY.held is an empty file of its size, which keeps
+    its room. KEY.tar is the copy. Other files in the folder are never removed.
+    """
 
     def __init__(self, folder: Path, most: int) -> None:
         self.folder, self.most = folder, most
@@ -169,67 +178,84 @@ class Copies:
         """Open a shard, a remote one after it is copied here. An open one stays whole when its copy is removed.
 
         Raises:
-            OSError: it cannot be copied, after several attempts, or has another size than it should.
+            OSError: it cannot be copied, after several attempts, or has another size or sum than it should.
         """
         if shard.local:
             return open(shard.url, "rb")
-        path = self.folder / f"{shard.key}.tar"
-        while True:
-            with contextlib.suppress(FileNotFoundError):
-                file = open(path, "rb")  # noqa: SIM115  # the caller closes it
-                with contextlib.suppress(FileNotFoundError):
-                    os.utime(path)  # the order in which copies are removed
-                return file
-            # The lock of one shard is held while it is copied, so that no two processes copy it.
-            with self.lock(shard.key):
-                if not path.exists():
-                    return self._copy(shard, path)
+        with contextlib.suppress(FileNotFoundError):
+            return self._opened(shard)
+        with self.lock(shard.key):
+            return self._opened_or_copied(shard)
 
-    def _copy(self, shard: Shard, path: Path) -> BinaryIO:
-        """Copy a shard and open it, before another process can remove it."""
-        part = path.with_suffix(".part")
-        self._make_room(shard.size, part)
+    @contextlib.contextmanager
+    def kept(self, shard: Shard) -> Iterator[BinaryIO]:
+        """Open a shard as `open` does; its copy is not removed before the end of the context."""
+        if shard.local:
+            with open(shard.url, "rb") as file:
+                yield file
+            return
+        with self.lock(shard.key), self._opened_or_copied(shard) as file:
+            yield file
+
+    def _path(self, shard: Shard) -> Path:
+        return self.folder / f"{shard.key}.tar"
+
+    def _opened(self, shard: Shard) -> BinaryIO:
+        """Open a copy, which then is the last that is removed."""
+        file = open(self._path(shard), "rb")  # noqa: SIM115  # the caller closes it
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self._path(shard))
+        return file
+
+    def _opened_or_copied(self, shard: Shard) -> BinaryIO:
+        """Open a copy, or make it. The lock of the shard is held, so that no two processes copy it."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._opened(shard)
+        path = self._path(shard)
+        part, held = path.with_suffix(".part"), path.with_suffix(".held")
+        self._make_room(shard.size, held)
         try:
             _attempt(lambda: _download(shard, part))
             with self.lock("all"):
-                file = open(part, "rb")  # noqa: SIM115  # the caller closes it
                 os.replace(part, path)
-            return file
+                held.unlink()
+            return self._opened(shard)
         finally:
             with self.lock("all"):
                 part.unlink(missing_ok=True)
+                held.unlink(missing_ok=True)
 
-    def _make_room(self, size: int, part: Path) -> None:
-        """Remove copies until one of `size` fits, and keep its place by a file of this size."""
+    def _make_room(self, size: int, own: Path) -> None:
+        """Remove copies until one of `size` fits, and keep its room by the file `own` of this size."""
+        if size > self.most:
+            raise OSError(f"{size} bytes are more than the {self.most} of the folder of copies, {self.folder}")
         while True:
             with self.lock("all"):
-                self._drop_leftovers(part)
-                held = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in self._copies())
-                total = sum(entry[1] for entry in held)
-                for _, bytes_held, name in held:
-                    if total + size <= self.most:
+                files = [(file, os.stat(file)) for file in self._files() if file.stem != own.stem]
+                total = sum(status.st_size for file, status in files if file.suffix != ".part")
+                # What processes were copying when they were killed comes first.
+                for file, status in sorted(files, key=lambda one: (one[0].suffix == ".tar", one[1].st_mtime_ns)):
+                    if file.suffix == ".tar" and total + size <= self.most:
                         break
-                    if name.endswith(".tar"):
-                        os.unlink(name)
-                        total -= bytes_held
+                    if self._removed(file) and file.suffix != ".part":
+                        total -= status.st_size
                 if total + size <= self.most:
-                    with open(part, "wb") as file:
-                        file.truncate(size)
+                    with open(own, "wb") as reserved:
+                        reserved.truncate(size)
                     return
-            if size > self.most:
-                raise OSError(f"{size} bytes are more than the {self.most} of the folder of copies, {self.folder}")
             time.sleep(0.05)  # others are copying; what they have copied can be removed
 
-    def _copies(self) -> Iterator[os.DirEntry[str]]:
-        return (entry for entry in os.scandir(self.folder) if entry.name.endswith((".tar", ".part")))
+    def _files(self) -> list[Path]:
+        return [Path(entry.path) for entry in os.scandir(self.folder) if OWN.fullmatch(entry.name)]
 
-    def _drop_leftovers(self, own: Path) -> None:
-        """Remove what processes were copying when they were killed. A living one holds the lock of its shard."""
-        for entry in list(self._copies()):
-            path = Path(entry.path)
-            if path.suffix == ".part" and path != own:
-                with contextlib.suppress(Timeout), self.lock(path.stem, timeout=0):
-                    path.unlink(missing_ok=True)
+    def _removed(self, file: Path) -> bool:
+        """Remove a file, and return whether it is gone. Who copies or keeps a shard holds its lock."""
+        try:
+            with self.lock(file.stem, timeout=0):
+                file.unlink(missing_ok=True)
+        except Timeout:
+            return False
+        return True
 
     def lock(self, name: str, timeout: float = -1) -> FileLock:
         """Return a lock that one process, or one thread of it, has at a time."""
@@ -242,6 +268,16 @@ def _download(shard: Shard, part: Path) -> None:
     files.get_file(path, str(part))
     if (copied := part.stat().st_size) != shard.size:
         raise OSError(f"{shard.url} has {copied} bytes, not {shard.size} as before")
+    if shard.md5 is not None and (found := _md5(part)) != shard.md5.lower():
+        raise OSError(f"{shard.url} has the MD5 sum {found}, not {shard.md5} as the list says")
+
+
+def _md5(path: Path) -> str:
+    found = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def _attempt(act: Callable[[], None]) -> None:

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from sparsecnx.common.files import write_atomically
 
-VERSION = 1  # of the file that holds an index
+VERSION = 2  # of the file that holds an index
+END = bytes(2 * tarfile.BLOCKSIZE)  # of a tar, at least
 METADATA = re.compile(r"__[^/]*__($|/)")  # files that webdataset leaves out
 
 
@@ -46,13 +47,14 @@ def index_tar(file: BinaryIO) -> list[Sample]:
     """Return the samples of an open tar file in their order. It reads the headers and skips the contents.
 
     Raises:
-        BadShard: it is no tar, compressed, cut off, or holds no sample.
+        BadShard: it is no tar, compressed, damaged, cut off, or holds no sample.
     """
     from webdataset.tariterators import group_by_keys
 
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             samples = list(group_by_keys(_files(tar)))
+            _expect_end(file, tar.offset)
     except (tarfile.TarError, EOFError) as error:
         raise BadShard(f"is no whole tar file ({error}); expected an uncompressed one") from error
     except ValueError as error:  # of webdataset, with a whole list of things behind the message
@@ -69,6 +71,24 @@ def _files(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
             if member.issparse():
                 raise BadShard(f"holds {member.name}, a sparse file; expected plain ones")
             yield {"fname": member.name, "data": Place(member.offset_data, member.size), "__url__": ""}
+
+
+def _expect_end(file: BinaryIO, offset: int) -> None:
+    """Expect the end of a tar where its last file ends. Python takes a damaged header for the end, too.
+
+    Raises:
+        BadShard: there is something else.
+    """
+    file.seek(offset)
+    block = file.read(len(END))
+    problem = None if len(block) == len(END) else "is cut off"
+    while block and problem is None:
+        problem = f"is damaged behind byte {offset}" if block.strip(b"\0") else None
+        block = file.read(2**20)
+    if problem is not None:
+        raise BadShard(
+            f"is no whole tar file ({problem}); expected blocks of zeros at its end, and nothing behind them"
+        )
 
 
 def _parts(sample: dict[str, Any]) -> dict[str, Place]:

@@ -9,7 +9,7 @@ import itertools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from sparsecnx.train.data.files import ENDINGS, hashed, some_bytes
 from sparsecnx.train.data.formats import Header
 from sparsecnx.train.data.images import ImageFiles
 from sparsecnx.train.data.memory import memory_header, memory_pixels
-from sparsecnx.train.data.order import shuffled_by_shard
+from sparsecnx.train.data.order import around, mix, shuffled_by_shard
 from sparsecnx.train.data.pictures import UnsupportedImage
 from sparsecnx.train.data.shard_files import ASKED_AT_ONCE, Copies, Shard
 from sparsecnx.train.data.shard_index import BadShard, Place, Sample, index_tar, load_index, save_index
@@ -50,7 +50,7 @@ class ShardSource(ImageFiles):
         shards: see `shard_files.find_shards`.
         image: ending of the file that is the image, such as `left.jpg`; None for the only image of a sample.
         window: shards that are mixed, see `order.shuffled_by_shard`.
-        cache: folder of the indexes, and of copies of remote shards.
+        cache: folder of the indexes, and of copies of remote shards, for this alone; None for `default_cache`.
         cache_gb: most 10^9 bytes of these copies.
 
     Raises:
@@ -74,7 +74,8 @@ class ShardSource(ImageFiles):
         self.copies = Copies(cache or default_cache(), int(cache_gb * 1e9))
         self._expect_room()
         self.indexes: OrderedDict[int, list[Sample]] = OrderedDict()
-        self.broken: dict[int, OSError | BadShard] = {}
+        self.broken: dict[int, BadShard] = {}
+        self._announce()
         with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
             self.counts = list(pool.map(self._count, range(len(self.shards))))
         self.ends = list(itertools.accumulate(self.counts))
@@ -93,6 +94,21 @@ class ShardSource(ImageFiles):
             remedy = "a smaller window needs less"
             raise InputError("data", self.root, f"cache_gb is {self.copies.most / 1e9:g}; expected {least}; {remedy}")
 
+    def _announce(self) -> None:
+        """Say how much is copied before the run begins, where no list and no index tells the numbers of samples."""
+        unknown = [
+            shard
+            for shard in self.shards
+            if not shard.local and shard.samples is None and not self._index_file(shard).exists()
+        ]
+        if unknown and os.environ.get("RANK", "0") == "0":
+            size = f"{sum(shard.size for shard in unknown) / 1e9:.3g} GB"
+            remedy = "a list of shards in JSON with nsamples and filesize saves this"
+            print(f"counting the samples of {len(unknown)} remote shards, {size}, once; {remedy}", flush=True)
+
+    def _index_file(self, shard: Shard) -> Path:
+        return self.copies.folder / f"{shard.key}.json"
+
     def _count(self, shard: int) -> int:
         """Return the samples of a shard, of a remote one as the list tells it, but for the first one."""
         told = self.shards[shard].samples
@@ -106,11 +122,11 @@ class ShardSource(ImageFiles):
     def _read_index(self, number: int) -> list[Sample]:
         """Return the samples of a shard, which is read where no earlier run kept them."""
         shard = self.shards[number]
-        path = self.copies.folder / f"{shard.key}.json"
+        path = self._index_file(shard)
         with self.copies.lock(f"{shard.key}-index"):  # other processes may index the same shard
             samples = load_index(path)
             if samples is None:
-                with self.copies.open(shard) as file:
+                with self.copies.kept(shard) as file:
                     samples = index_tar(file)
                 save_index(path, samples)
         if shard.samples not in (None, len(samples)):
@@ -118,23 +134,33 @@ class ShardSource(ImageFiles):
         return samples
 
     def _index(self, number: int) -> list[Sample]:
-        """Return the samples of a shard, and keep those of the last shards. One that failed is not tried again.
+        """Return the samples of a shard, and keep those of the last shards.
 
         Raises:
-            OSError, BadShard: it cannot be read.
+            BadShard: it is damaged, which is not tried again.
+            InputError: it cannot be reached.
         """
         if number in self.broken:
             raise self.broken[number]
         if number not in self.indexes:
             try:
-                self.indexes[number] = self._read_index(number)
-            except (OSError, BadShard) as error:
+                with self._reached(number):
+                    self.indexes[number] = self._read_index(number)
+            except BadShard as error:
                 self.broken[number] = error
                 raise
             while len(self.indexes) > INDEXES:
                 self.indexes.popitem(last=False)
         self.indexes.move_to_end(number)
         return self.indexes[number]
+
+    @contextlib.contextmanager
+    def _reached(self, number: int) -> Iterator[None]:
+        """Stop the run where a shard cannot be reached: to go on without it would depend on when who reads it."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError("data", self.root, f"{self.shards[number].url} {_said(error)}") from error
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -145,11 +171,24 @@ class ShardSource(ImageFiles):
         return shard, index - self.ends[shard] + self.counts[shard]
 
     def name(self, index: int) -> str:
-        """Return the shard and the key of a sample; of a shard that cannot be read its name."""
+        """Return the shard and the key of a sample, or its number before the shard is read; of a bad shard its name."""
         shard, number = self._find(index)
         if shard in self.broken:
             return self.shards[shard].url
-        return f"{self.shards[shard].name}/{self._index(shard)[number].key}"
+        key = self.indexes[shard][number].key if shard in self.indexes else number
+        return f"{self.shards[shard].name}/{key}"
+
+    def instead(self, index: int, seed: int) -> Iterator[int]:
+        """Yield a sample, then the others of its shard, then those of the next shards, so that few are copied."""
+        yield index
+        first, number = self._find(index)
+        for shard in [*range(first, len(self.shards)), *range(first)]:
+            count = self.counts[shard]
+            for place in around(number % count, count, mix(seed, "instead", index)):
+                if shard in self.broken:
+                    break
+                if (other := self.ends[shard] - count + place) != index:
+                    yield other
 
     def header(self, index: int) -> Header:
         array = self._array(index)
@@ -175,13 +214,9 @@ class ShardSource(ImageFiles):
 
     def file(self, index: int) -> bytes:
         shard, _, (offset, size) = self._place(index)
-        try:
-            with self.copies.open(self.shards[shard]) as file:
-                file.seek(offset)
-                return file.read(size)
-        except OSError as error:
-            self.broken[shard] = error
-            raise
+        with self._reached(shard), self.copies.open(self.shards[shard]) as file:
+            file.seek(offset)
+            return file.read(size)
 
     def expect(self, entries: Sequence[int]) -> None:
         """Copy the remote shards of these samples, while those before them are read. A reader meets what fails."""

@@ -7,13 +7,13 @@ crops, the order and the masks are not its business: they are made by `Crops` an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from sparsecnx.train.data.order import shuffled
+from sparsecnx.train.data.order import around, mix, shuffled
 from sparsecnx.train.recipe import Recipe
 
 # This many entries, spread evenly over all, are looked at before a run begins.
@@ -108,7 +108,7 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Return the name of an entry, which messages about it begin with."""
+        """Return the name of an entry, which messages about it begin with. It raises nothing."""
 
     @abstractmethod
     def read(self, index: int, recipe: Recipe) -> Tensor | Pixels:
@@ -118,6 +118,7 @@ class Source(ABC):
         boxes.
 
         Raises:
+            InputError: the run cannot go on.
             Exception: anything, where the entry cannot be read. A run skips it and names it with the error's words.
         """
 
@@ -134,6 +135,10 @@ class Source(ABC):
             ranks: processes of the run.
         """
         return shuffled(len(self), repeats, seed, epoch)
+
+    def instead(self, index: int, seed: int) -> Iterator[int]:
+        """Yield all entries, one that cannot be read first, then those that take its place, others for each entry."""
+        return around(index, len(self), mix(seed, "instead", index))
 
     def expect(self, entries: Sequence[int]) -> None:
         """Take note, in the process that draws the batches, of entries that reading processes will read soon."""

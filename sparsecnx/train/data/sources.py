@@ -9,6 +9,8 @@ from sparsecnx.train.data.address import Address, absolute, parse
 from sparsecnx.train.data.items import open_hugging_face, open_python, open_torchvision
 from sparsecnx.train.data.source import Source
 
+WRITING = ("cache", "cache_gb", "download")  # options of addresses, see `of_checkpoint`
+
 
 def open_source(data: str) -> Source | None:
     """Return the source of an address; None for the name of a folder.
@@ -32,6 +34,15 @@ def open_source(data: str) -> Source | None:
 def runs_code(data: str | None) -> bool:
     """Return whether opening an address runs Python code of the user."""
     return data is not None and data.startswith("python:")
+
+
+def of_checkpoint(data: str | None) -> str | None:
+    """Return an address that a checkpoint holds without the options that choose where to write. A user alone does."""
+    address = None if data is None else parse(data)
+    if address is None:
+        return data
+    options = {name: value for name, value in address.options.items() if name not in WRITING}
+    return str(address._replace(options=options))
 
 
 def open_shards(address: Address) -> Source:
@@ -59,7 +70,7 @@ def open_shards(address: Address) -> Source:
         shards,
         image=address.options.get("image"),
         window=int(window),
-        cache=None if cache is None else Path(cache),
+        cache=None if cache is None else Path(cache, "sparsecnx-shards"),
         cache_gb=cache_gb,
     )
 
