@@ -69,7 +69,7 @@ def find_data(folder: str | Path, ndim: int | None = None, photographs: bool | N
         both = f"holds images, such as {images[0]}, and volumes, such as {volumes[0]}"
         raise InputError("data", folder, f"{both}; expected one kind of them, move the other to another folder")
     if images:
-        return ImageSet(str(Path(folder)), images)
+        return ImageSet(str(Path(folder)), images, others=found["others"])
     if not volumes:
         endings = ", ".join(ending for kind in ENDINGS.values() for ending in kind)
         what = {True: "images", False: "volumes", None: "images and no volumes"}[photographs]

@@ -56,7 +56,7 @@ class Items(Images):
         return memory_header(first_image(self.items[index]))
 
     def read(self, index: int, recipe: Recipe) -> Tensor:
-        return memory_pixels(first_image(self.items[index]), recipe)
+        return memory_pixels(first_image(self.items[index]), recipe, self.types(recipe))
 
     def sample(self) -> list[int]:
         """Return fewer items than of files, since all of each is read."""

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from sparsecnx.train.data.formats import Header, as_tensor, expect_one, upright, with_channels
-from sparsecnx.train.data.pictures import UnsupportedImage, decode_picture, expect_size, frames, is_8_bit, orientation
+from sparsecnx.train.data.formats import Header, as_tensor, expect_fit, with_channels
+from sparsecnx.train.data.pictures import (
+    UnsupportedImage,
+    as_picture,
+    decode_picture,
+    frames,
+    is_8_bit,
+    orientation,
+    upright,
+    upright_sides,
+)
 from sparsecnx.train.recipe import Recipe
 
 PICTURES = {1: "L", 3: "RGB"}  # what 8 bits of so many channels are
@@ -22,7 +32,7 @@ def memory_header(image: Any) -> Header:
         UnsupportedImage: it is of a kind that is not read.
     """
     if isinstance(image, Image.Image):
-        size: dict[str, Any] = {"height": image.height, "width": image.width, "pages": frames(image)}
+        size: dict[str, Any] = {**upright_sides(image), "pages": frames(image)}
         if is_8_bit(image):
             return Header("uint8", len(image.getbands()), image.mode, picture=True, **size)
         return Header(str(np.asarray(image).dtype), 1, "L", **size)
@@ -33,25 +43,25 @@ def memory_header(image: Any) -> Header:
     return Header(str(array.dtype), channels, "", height, width)
 
 
-def memory_pixels(image: Any, recipe: Recipe) -> Tensor:
+def memory_pixels(image: Any, recipe: Recipe, types: Collection[str] | None = None) -> Tensor:
     """Return an image of Pillow or an array as `formats.decode` returns one of a file.
 
+    Args:
+        image: an image of Pillow or an array.
+        recipe: it says what fits.
+        types: of the values that are read; None for all.
+
     Raises:
-        UnsupportedImage: it is too large, of a kind that is not read, or of other channels than the recipe.
+        UnsupportedImage: it is of a kind that is not read, or as `expect_fit`.
     """
-    if isinstance(image, Image.Image):
-        expect_one(memory_header(image), None, recipe.max_pixels)
-        if not is_8_bit(image):
-            array = upright(np.asarray(image)[None], orientation(image))
-            return with_channels(as_tensor(array, recipe.nodata), "L", recipe.in_chans)
-    else:
-        array = channels_first(image)
-        expect_size(array.shape[2], array.shape[1], recipe.max_pixels)
-        if array.dtype != np.uint8 or len(array) not in PICTURES:
-            return with_channels(as_tensor(array, recipe.nodata), "", recipe.in_chans)
-        image = Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
-    pixels = decode_picture(image, recipe.in_chans)
-    return pixels if recipe.nodata is None else as_tensor(pixels.numpy(), recipe.nodata)
+    header = memory_header(image)
+    expect_fit(header, recipe.in_chans, None, recipe.max_pixels, types)
+    if not header.picture:
+        lying = isinstance(image, Image.Image)
+        array = upright(np.asarray(image)[None], orientation(image)) if lying else channels_first(image)
+        return with_channels(as_tensor(array, recipe.nodata), header.colours, recipe.in_chans)
+    picture = image if isinstance(image, Image.Image) else as_picture(channels_first(image))
+    return as_tensor(decode_picture(picture, recipe.in_chans).numpy(), recipe.nodata)
 
 
 def channels_first(values: Any) -> np.ndarray[Any, Any]:

@@ -80,6 +80,24 @@ class Decoded:
         return self.values[tuple([slice(None), *box])]
 
 
+def spread(number: int) -> list[int]:
+    """Return up to `SAMPLED_ENTRIES` of so many numbers from 0, spread evenly."""
+    count = min(number, SAMPLED_ENTRIES)
+    return [i * number // count for i in range(count)]
+
+
+def too_small(size: Sequence[int], recipe: Recipe) -> str | None:
+    """Return why an image or a volume of a size has no crop of a recipe, or None. Where crops are resized, it has."""
+    if recipe.crop_area is not None or all(side >= part for side, part in zip(size, recipe.size, strict=True)):
+        return None
+    others = ", --crop-area enlarges it" if recipe.ndim == 2 else "; or pad it, or move it elsewhere"
+    remedy = f"a smaller --image-size takes it in{others}"
+    if len(size) == 3 and 1 in size:
+        remedy = "it has one slice, and is an image: --image-size HEIGHTxWIDTH trains on images, from arrays (C, H, W)"
+    whole, crop = (" x ".join(map(str, sides)) for sides in (size, recipe.size))
+    return f"is {whole}, smaller than the crop of {crop}; {remedy}"
+
+
 class Source(ABC):
     """Images or volumes in a fixed order.
 
@@ -145,8 +163,7 @@ class Source(ABC):
 
     def sample(self) -> list[int]:
         """Return the numbers of up to `SAMPLED_ENTRIES` entries, spread evenly."""
-        count = min(len(self), SAMPLED_ENTRIES)
-        return [i * len(self) // count for i in range(count)]
+        return spread(len(self))
 
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of a recipe that follow from the data, where they differ from those of photographs.

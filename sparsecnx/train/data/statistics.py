@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -94,6 +95,15 @@ def _added(one: Moments | None, other: Moments) -> Moments:
     share, delta = other.number / number.clamp(min=1), other.mean - one.mean
     squares = one.squares + other.squares + delta.square() * one.number * share
     return Moments(number, one.mean + delta * share, squares)
+
+
+def looked_at(kinds: Counter[str], unreadable: Sequence[tuple[str, str]]) -> str:
+    """Return how many files of a sample are of what kind, and how many cannot be read, in words."""
+    told = [f"{count} {kind}" for kind, count in kinds.most_common()]
+    if unreadable:
+        name, reason = unreadable[0]
+        told.append(f"{len(unreadable)} unreadable, such as {name} ({reason})")
+    return f"files: {kinds.total() + len(unreadable)} looked at, {', '.join(told)}"
 
 
 def describe_scale(recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:

@@ -24,7 +24,8 @@ from torch import Tensor
 from sparsecnx.common.errors import InputError, MissingExtra
 from sparsecnx.common.files import not_regular
 from sparsecnx.train.data.files import FileSet, multiscales
-from sparsecnx.train.data.statistics import describe_scale, measure
+from sparsecnx.train.data.source import too_small
+from sparsecnx.train.data.statistics import describe_scale, looked_at, measure
 from sparsecnx.train.recipe import Recipe
 
 # A compressed file of so many voxels takes 4 GB where its values are scaled.
@@ -111,20 +112,24 @@ class VolumeSet(FileSet):
         channels: channels of each array.
         sizes: sides of the arrays of a sample of the files, by their names.
         dtypes: types of their values.
+        unreadable: those of the sample that cannot be read, with the reasons.
     """
 
     ndim: int = 3
     channels: int = 1
     sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     dtypes: tuple[str, ...] = ()
+    unreadable: tuple[tuple[str, str], ...] = ()
     noun = "volume"
 
     def read(self, index: int, recipe: Recipe) -> Volume:
+        if recipe.photographs:
+            raise UnsupportedVolume("is an array: expected an image file, since the run is one on photographs")
         volume = open_volume(self.path(index), recipe.ndim, recipe.max_pixels)
         if volume.channels != recipe.in_chans:
             problem = f"has {volume.channels} channels: expected {recipe.in_chans}, as the others"
             raise UnsupportedVolume(f"{problem}; move it elsewhere")
-        if recipe.crop_area is None and (too := too_small(volume.size, recipe.size)) is not None:
+        if (too := too_small(volume.size, recipe)) is not None:
             raise UnsupportedVolume(too)
         volume = replace(volume, nodata=recipe.nodata)
         return volume.decompressed() if volume.compressed else volume
@@ -133,6 +138,8 @@ class VolumeSet(FileSet):
         if self.ndim != 2 and given.get("crop_area") is not None:
             what = "expected together with images; crops of volumes are not resized"
             raise InputError("crop_area", given["crop_area"], what)
+        if given.get("normalize") == "imagenet":
+            raise InputError("normalize", "imagenet", "expected another one, since the data are arrays")
         found = {"ndim": self.ndim, "in_chans": self.channels, "normalize": "zscore", "max_pixels": MAX_VOXELS}
         found |= {"crop_area": None, **DEFAULTS[self.ndim]}
         if any(given.get(field) is not None for field in ("value_range", "mean", "std")):
@@ -142,8 +149,7 @@ class VolumeSet(FileSet):
         return found | measure(self, {**found, **given}, self.dtypes)
 
     def describe(self, recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:
-        told = ", ".join(f"{count} {dtype}" for dtype, count in Counter(self.dtypes).most_common())
-        return [f"files: {len(self.dtypes)} looked at, {told}", *describe_scale(recipe, given)]
+        return [looked_at(Counter(self.dtypes), self.unreadable), *describe_scale(recipe, given)]
 
     def check(self, recipe: Recipe) -> None:
         """Raise InputError if the crop does not fit a volume of the sample, or they are not those of the recipe."""
@@ -151,18 +157,8 @@ class VolumeSet(FileSet):
             expected = f"{recipe.ndim} dimensions and {recipe.in_chans} channels, as the run was started with"
             raise InputError("data", self.root, f"{self.ndim} dimensions and {self.channels} channels: {expected}")
         for name, size in self.sizes:
-            if recipe.crop_area is None and (problem := too_small(size, recipe.size)) is not None:
+            if (problem := too_small(size, recipe)) is not None:
                 raise InputError("data", self.root, f"holds {name}, which {problem}")
-
-
-def too_small(size: Sequence[int], crop: Sequence[int]) -> str | None:
-    """Return why a volume of a size has no crop of another size, or None."""
-    if all(side >= part for side, part in zip(size, crop, strict=True)):
-        return None
-    remedy = "a smaller --image-size takes it in; or pad it, or move it elsewhere"
-    if len(size) == 3 and 1 in size:
-        remedy = "it has one slice, and is an image: --image-size HEIGHTxWIDTH trains on images, from arrays (C, H, W)"
-    return f"is {_by(size)}, smaller than the crop of {_by(crop)}; {remedy}"
 
 
 def survey(root: str, names: tuple[str, ...], ndim: int | None) -> VolumeSet:
@@ -171,6 +167,7 @@ def survey(root: str, names: tuple[str, ...], ndim: int | None) -> VolumeSet:
     first: tuple[str, int, int] | None = None
     sizes: list[tuple[str, tuple[int, ...]]] = []
     dtypes: list[str] = []
+    unreadable: list[tuple[str, str]] = []
     for index in files.sample():
         name = files.names[index]
         try:
@@ -179,7 +176,8 @@ def survey(root: str, names: tuple[str, ...], ndim: int | None) -> VolumeSet:
             raise InputError("data", files.root, f"holds {name}, which {error}") from error
         except MissingExtra:
             raise
-        except Exception:  # libraries raise many kinds of errors; a run skips such files and names them
+        except Exception as error:  # libraries raise many kinds of errors; a run skips such files and names them
+            unreadable.append((name, f"{type(error).__name__}: {error}"))
             continue
         this = (name, len(volume.axes), volume.channels)
         first = first or this
@@ -192,7 +190,14 @@ def survey(root: str, names: tuple[str, ...], ndim: int | None) -> VolumeSet:
         sizes.append((name, volume.size))
         dtypes.append(volume.dtype)
     ndim, channels = first[1:] if first else (ndim or 3, 1)
-    return replace(files, ndim=ndim, channels=channels, sizes=tuple(sizes), dtypes=tuple(dtypes))
+    return replace(
+        files,
+        ndim=ndim,
+        channels=channels,
+        sizes=tuple(sizes),
+        dtypes=tuple(dtypes),
+        unreadable=tuple(unreadable),
+    )
 
 
 def open_volume(path: str, ndim: int | None = None, max_voxels: int = MAX_VOXELS) -> Volume:
