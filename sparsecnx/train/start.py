@@ -71,7 +71,7 @@ class Start(NamedTuple):
             )
         size = given.get("image_size")
         ndim = given.get("ndim", len(size) if isinstance(size, tuple) else None)
-        source = find_source(options.data, ndim, pages=given.get("pages"))
+        source = find_source(options.data, ndim, pages=given.get("pages"), in_chans=given.get("in_chans"))
         defaults = DEFAULTS.get(given.get("method", Recipe.method), {}) | source.defaults(given)
         if options.small_data:
             defaults |= small_data(len(source))
@@ -88,7 +88,8 @@ class Start(NamedTuple):
         if options.data is None and runs_code(where):
             problem = f"its data are Python code, {where}, which runs only with --data {where}"
             raise InputError("resume", checkpoint, problem)
-        source = find_source(where, saved.recipe.ndim, saved.recipe.of_images, saved.recipe.pages)
+        recipe = saved.recipe
+        source = find_source(where, recipe.ndim, recipe.of_images, recipe.pages, recipe.in_chans)
         fingerprint = source.fingerprint()
         _expect_same_images(saved.data, source, fingerprint, "resume" if options.data is None else "data")
         if options.extend is not None:

@@ -126,7 +126,16 @@ def test_a_range_that_is_given_scales_and_is_enforced(tmp_path, monkeypatch):
     assert torch.equal(crop, Crops(files, recipe)[Draw(4, seed=0)][0])
 
 
-def test_a_measured_range_only_scales(tmp_path, monkeypatch, capsys):
+def test_the_first_lines_say_what_values_the_sample_has(tmp_path, capsys):
+    images = write(tmp_path / "data", dtype=np.float32, change=lambda array, i: np.where(array > 9000, np.nan, array))
+    assert train(tmp_path / "data", tmp_path / "run", **RUN) == 0
+    low, high = np.nanmin(images), np.nanmax(images)
+    assert f"values from {low:g} to {high:g} in the sample, in the units of the files, mean" in capsys.readouterr().out
+    assert train(None, tmp_path / "run", resume="newest") == 0
+    assert "values in the units of the files, mean" in capsys.readouterr().out
+
+
+def test_a_measured_range_only_scales(tmp_path, monkeypatch):
     images = write(tmp_path / "data", dtype=np.float32, top=3.0, change=lambda array, i: array * (-9) ** (i == 5))
     monkeypatch.setattr(source, "SAMPLED_ENTRIES", 1)
     recipe, crops, normalized = batch(tmp_path / "data", **RUN)

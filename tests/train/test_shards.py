@@ -21,7 +21,7 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.common.torch_files import save_torch
 from sparsecnx.train import checkpoint
 from sparsecnx.train.data import shard_files
-from sparsecnx.train.data.crops import Crops, draws
+from sparsecnx.train.data.crops import Crops, Draw, draws
 from sparsecnx.train.data.loader import load_batches
 from sparsecnx.train.data.order import shuffled_by_shard
 from sparsecnx.train.data.shard_files import Copies, Shard
@@ -247,7 +247,7 @@ def test_a_list_of_remote_shards_is_read_without_counting_them(tmp_path):
     with served(tmp_path / "data") as (address, fetched):
         source = open_source(f"wds:{address}/index.json")
         assert len(source) == 13 and fetched == ["index.json", "train-000.tar"]
-        _, skipped = Crops(source, RECIPE).read(8)
+        _, skipped = Crops(source, RECIPE)[Draw(8, seed=0)]
     assert skipped == {f"{address}/train-004.tar": "BadShard: holds 2 samples, not 3 as the list says"}
 
 
@@ -258,7 +258,7 @@ def test_a_remote_shard_that_is_gone_is_named(tmp_path):
         for file in (tmp_path / "own").glob("*.tar"):
             file.unlink()
         paths[1].unlink()
-        _, skipped = Crops(source, RECIPE).read(2)
+        _, skipped = Crops(source, RECIPE)[Draw(2, seed=0)]
         (reason,) = skipped.values()
         assert skipped.keys() == {f"{address}/train-001.tar"} and "FileNotFoundError" in reason
         with pytest.raises(InputError, match=r"train-001\.tar cannot be found \(FileNotFoundError"):

@@ -1,6 +1,7 @@
 import gzip
 import re
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,17 @@ def test_an_image_folder_of_torchvision_is_read_as_the_folder(photos, tmp_path):
     assert path.endswith("cat/1.png") and torch.equal(source.read(0, RECIPE), decode(path, 3))
     index = [path.rpartition("/")[2] for path, _ in source.items.samples].index("turned.jpg")
     assert source.read(index, RECIPE).shape == (3, 30, 20)
+
+
+def test_the_channels_of_arrays_in_memory():
+    many = np.zeros((181, 56, 48), np.float32)
+    with pytest.raises(UnsupportedImage, match=r"of 181 or 48 channels: expected --in-chans 181 or --in-chans 48"):
+        memory_header(many)
+    for image, in_chans in ((many, 181), (torch.from_numpy(many), None), (many.transpose(1, 2, 0), 181)):
+        assert (memory_header(image, in_chans).channels, memory_header(image, in_chans).width) == (181, 48)
+    recipe = Recipe(image_size=32, patch_size=16, in_chans=181, normalize="none")
+    assert memory_pixels(many.transpose(1, 2, 0), recipe).shape == many.shape
+    assert memory_pixels(torch.zeros(5, 8, 3), replace(recipe, in_chans=5)).shape == (5, 8, 3)
 
 
 def hugging_face():

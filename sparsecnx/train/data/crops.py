@@ -128,14 +128,6 @@ class Crops(Dataset[Any]):
         start = [(side - part) // 2 for side, part in zip(entry.pixels.size, size, strict=True)]
         return self._cut(entry, start, size)
 
-    def read(self, index: int) -> tuple[Entry, dict[str, str]]:
-        """Return entry `index`, or the first readable one after it, and those that were skipped with the reasons.
-
-        Raises:
-            InputError: no entry can be read.
-        """
-        return self._readable(index, self.whole)
-
     def whole(self, place: int) -> Entry:
         """Return entry `place`. Its statistics are kept while there is room.
 

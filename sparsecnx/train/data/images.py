@@ -36,7 +36,13 @@ PHOTOGRAPH_REPEATS = 20
 
 
 class Images(Source):
-    """Images of any channels and depth, which say what they are before they are decoded."""
+    """Images of any channels and depth, which say what they are before they are decoded.
+
+    Attributes:
+        in_chans: channels that the user or a recipe names, which tell the axis of channels in arrays.
+    """
+
+    in_chans: int | None = None
 
     @abstractmethod
     def header(self, index: int) -> Header:
@@ -137,7 +143,7 @@ class Images(Source):
         small = sum(h.height < recipe.size[0] or h.width < recipe.size[1] for h in headers)
         if small and recipe.crop_area is not None:
             lines.append(f"{small} of them are smaller than the crop and are enlarged")
-        return [*lines, *describe_scale(recipe, given)]
+        return [*lines, *describe_scale(recipe, given, self.seen)]
 
 
 class ImageFiles(Images):

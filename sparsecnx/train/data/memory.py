@@ -20,13 +20,18 @@ from sparsecnx.train.data.pictures import (
     upright,
     upright_sides,
 )
+from sparsecnx.train.data.source import channels_last
 from sparsecnx.train.recipe import Recipe
 
 PICTURES = {1: "L", 3: "RGB"}  # what 8 bits of so many channels are
 
 
-def memory_header(image: Any) -> Header:
+def memory_header(image: Any, in_chans: int | None = None) -> Header:
     """Return what the header of a file of this image would say.
+
+    Args:
+        image: an image of Pillow or an array.
+        in_chans: see `channels_first`.
 
     Raises:
         UnsupportedImage: it is of a kind that is not read.
@@ -36,7 +41,7 @@ def memory_header(image: Any) -> Header:
         if is_8_bit(image):
             return Header("uint8", len(image.getbands()), image.mode, picture=True, **size)
         return Header(str(np.asarray(image).dtype), 1, "L", **size)
-    array = channels_first(image)
+    array = channels_first(image, in_chans)
     channels, height, width = array.shape
     if array.dtype == np.uint8 and channels in PICTURES:
         return Header("uint8", channels, PICTURES[channels], height, width, picture=True)
@@ -54,18 +59,24 @@ def memory_pixels(image: Any, recipe: Recipe, types: Collection[str] | None = No
     Raises:
         UnsupportedImage: it is of a kind that is not read, or as `expect_fit`.
     """
-    header = memory_header(image)
+    header = memory_header(image, recipe.in_chans)
     expect_fit(header, recipe.in_chans, None, recipe.max_pixels, types)
     if not header.picture:
-        lying = isinstance(image, Image.Image)
-        array = upright(np.asarray(image)[None], orientation(image)) if lying else channels_first(image)
+        if isinstance(image, Image.Image):
+            array = upright(np.asarray(image)[None], orientation(image))
+        else:
+            array = channels_first(image, recipe.in_chans)
         return with_channels(as_tensor(array, recipe.nodata), header.colours, recipe.in_chans)
-    picture = image if isinstance(image, Image.Image) else as_picture(channels_first(image))
+    picture = image if isinstance(image, Image.Image) else as_picture(channels_first(image, recipe.in_chans))
     return as_tensor(decode_picture(picture, recipe.in_chans).numpy(), recipe.nodata)
 
 
-def channels_first(values: Any) -> np.ndarray[Any, Any]:
-    """Return an array `(H, W)`, `(C, H, W)` or `(H, W, C)` as `(C, H, W)`: the channels are the shorter axis.
+def channels_first(values: Any, in_chans: int | None) -> np.ndarray[Any, Any]:
+    """Return an array `(H, W)`, `(C, H, W)` or `(H, W, C)` as `(C, H, W)`. A tensor of three axes is `(C, H, W)`.
+
+    Args:
+        values: the array or tensor.
+        in_chans: channels, which tell their axis from the others, see `channels_last`.
 
     Raises:
         UnsupportedImage: it has another form, or holds no numbers.
@@ -76,4 +87,9 @@ def channels_first(values: Any) -> np.ndarray[Any, Any]:
         raise UnsupportedImage(f"is an array of {array.dtype} {array.shape}: {expected}")
     if array.ndim == 2:
         return array[None]
-    return array if array.shape[0] <= array.shape[2] else array.transpose(2, 0, 1)
+    if isinstance(values, Tensor):
+        return array
+    try:
+        return array.transpose(2, 0, 1) if channels_last(array.shape[0], array.shape[2], in_chans) else array
+    except ValueError as error:
+        raise UnsupportedImage(f"is an array {array.shape}, of {error}") from error

@@ -153,7 +153,7 @@ class ShardSource(ImageFiles):
 
     def header(self, index: int) -> Header:
         array = self._array(index)
-        return super().header(index) if array is None else memory_header(array)
+        return super().header(index) if array is None else memory_header(array, self.in_chans)
 
     def read(self, index: int, recipe: Recipe) -> Tensor:
         array = self._array(index)

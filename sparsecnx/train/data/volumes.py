@@ -3,8 +3,8 @@
 `.npy` files are mapped into memory, Zarr reads the chunks under a crop, and nibabel the part of a file `.nii`. A file
 `.nii.gz` can only be read from its beginning: it is decompressed as a whole, and kept while there is room.
 
-An array has `ndim` axes of space, and may have one of channels. That is the first or the last axis, whichever is
-shorter, and of two equal ones the first.
+An array has `ndim` axes of space, and may have one of channels. That is the first or the last axis, as
+`channels_last` tells.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from sparsecnx.common.errors import InputError, MissingExtra
 from sparsecnx.common.files import not_regular
 from sparsecnx.train.data.files import FileSet, multiscales
-from sparsecnx.train.data.source import too_small
+from sparsecnx.train.data.source import channels_last, too_small
 from sparsecnx.train.data.statistics import describe_scale, looked_at, measure
 from sparsecnx.train.recipe import Recipe
 
@@ -125,7 +125,7 @@ class VolumeSet(FileSet):
     def read(self, index: int, recipe: Recipe) -> Volume:
         if recipe.photographs:
             raise UnsupportedVolume("is an array: expected an image file, since the run is one on photographs")
-        volume = open_volume(self.path(index), recipe.ndim, recipe.max_pixels)
+        volume = open_volume(self.path(index), recipe.ndim, recipe.max_pixels, recipe.in_chans)
         if volume.channels != recipe.in_chans:
             problem = f"has {volume.channels} channels: expected {recipe.in_chans}, as the others"
             raise UnsupportedVolume(f"{problem}; move it elsewhere")
@@ -149,7 +149,7 @@ class VolumeSet(FileSet):
         return found | measure(self, {**found, **given}, self.dtypes)
 
     def describe(self, recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:
-        return [looked_at(Counter(self.dtypes), self.unreadable), *describe_scale(recipe, given)]
+        return [looked_at(Counter(self.dtypes), self.unreadable), *describe_scale(recipe, given, self.seen)]
 
     def check(self, recipe: Recipe) -> None:
         """Raise InputError if the crop does not fit a volume of the sample, or they are not those of the recipe."""
@@ -161,7 +161,7 @@ class VolumeSet(FileSet):
                 raise InputError("data", self.root, f"holds {name}, which {problem}")
 
 
-def survey(root: str, names: tuple[str, ...], ndim: int | None) -> VolumeSet:
+def survey(root: str, names: tuple[str, ...], ndim: int | None, in_chans: int | None = None) -> VolumeSet:
     """Return files with their dimensions, channels and sizes, of which the headers of a sample tell."""
     files = VolumeSet(root, names)
     first: tuple[str, int, int] | None = None
@@ -171,7 +171,7 @@ def survey(root: str, names: tuple[str, ...], ndim: int | None) -> VolumeSet:
     for index in files.sample():
         name = files.names[index]
         try:
-            volume = open_volume(files.path(index), ndim)
+            volume = open_volume(files.path(index), ndim, in_chans=in_chans)
         except UnsupportedVolume as error:
             raise InputError("data", files.root, f"holds {name}, which {error}") from error
         except MissingExtra:
@@ -200,7 +200,9 @@ def survey(root: str, names: tuple[str, ...], ndim: int | None) -> VolumeSet:
     )
 
 
-def open_volume(path: str, ndim: int | None = None, max_voxels: int = MAX_VOXELS) -> Volume:
+def open_volume(
+    path: str, ndim: int | None = None, max_voxels: int = MAX_VOXELS, in_chans: int | None = None
+) -> Volume:
     """Open a file and read its header, but not its values.
 
     Args:
@@ -209,6 +211,7 @@ def open_volume(path: str, ndim: int | None = None, max_voxels: int = MAX_VOXELS
         ndim: axes of space. None takes 3 for NIfTI and for 3 or 4 axes, 1 for 1 or 2 axes. Leading axes of length 1
             that are too many, such as the time of OME-Zarr, are left out.
         max_voxels: size of the largest compressed file.
+        in_chans: channels that tell the axis of channels from the others; None decides by its length.
 
     Raises:
         UnsupportedVolume: the file has other axes, values that are no numbers, or no orientation, or is too large.
@@ -216,20 +219,20 @@ def open_volume(path: str, ndim: int | None = None, max_voxels: int = MAX_VOXELS
         Exception: whatever the library raises.
     """
     if os.path.isdir(path):
-        return _seen(_open_zarr(path), ndim)
+        return _seen(_open_zarr(path), ndim, in_chans)
     if os.path.exists(path) and (problem := not_regular(path)) is not None:
         raise UnsupportedVolume(f"is {problem}")
     if not path.lower().endswith(".npy"):
         return _open_nifti(path, ndim, max_voxels)
     try:
-        return _seen(np.lib.format.open_memmap(path, mode="r"), ndim)
+        return _seen(np.lib.format.open_memmap(path, mode="r"), ndim, in_chans)
     except ValueError as error:
         if "Python objects" not in str(error):
             raise
         raise UnsupportedVolume("holds Python objects: expected whole or floating-point numbers") from error
 
 
-def _seen(array: Any, ndim: int | None) -> Volume:
+def _seen(array: Any, ndim: int | None, in_chans: int | None) -> Volume:
     """Return a plain array as a volume."""
     _expect_numbers(array.dtype)
     shape = tuple(array.shape)
@@ -242,8 +245,12 @@ def _seen(array: Any, ndim: int | None) -> Volume:
         remedy = "" if ndim is None else f" for --image-size of {ndim} sides"
         form = f"{FORMS[1]}, {FORMS[3]}" if ndim is None else FORMS[ndim]
         raise UnsupportedVolume(f"is an array {shape}: expected {form}{remedy}; save each volume of a series by itself")
-    last = len(shape) - 1
-    channel = None if axes == dimensions else leading if shape[leading] <= shape[last] else last
+    channel, last = None, len(shape) - 1
+    if axes > dimensions:
+        try:
+            channel = last if channels_last(shape[leading], shape[last], in_chans) else leading
+        except ValueError as error:
+            raise UnsupportedVolume(f"is an array {shape}, of {error}") from error
     return Volume(array, channel, tuple((axis, False) for axis in range(leading, len(shape)) if axis != channel))
 
 
