@@ -74,6 +74,8 @@ def test_another_type_outside_the_sample_is_skipped_and_named(dtype, top, normal
     write_one(tmp_path / "data" / "3.tif", RANDOM.uniform(0, 200, (40, 48, 3)).astype(np.uint8))
     crops = crops_of(tmp_path / "data", normalize=normalize, **RUN)
     assert f"holds values of type {dtype}: expected uint8" in skipped(crops, 4) and skipped(crops, 5) is None
+    resumed = Crops(find_source(str(tmp_path / "data")), crops.recipe)
+    assert f"holds values of type {dtype}: expected uint8" in skipped(resumed, 4)
     given = {"normalize": "dataset", "value_range": (0.0, 250.0)}  # a range that is given takes all types
     assert skipped(crops_of(tmp_path / "data", **given, **RUN), 4) is None
 

@@ -12,7 +12,7 @@ from sparsecnx.train.data.pictures import UnsupportedImage
 from sparsecnx.train.recipe import Recipe
 
 
-def test_find_images_looks_everywhere_and_at_images_only(photos, tmp_path):
+def test_find_data_looks_everywhere_and_at_images_only(photos, tmp_path):
     (photos / "notes.txt").write_text("no image")
     (tmp_path / "elsewhere").mkdir()
     (photos / "0.png").rename(tmp_path / "elsewhere" / "0.JPG")
