@@ -164,7 +164,7 @@ def _shown(data: Data, recipe: Recipe) -> tuple[Source, int]:
         problem = f"expected names of images: those of the run come from Python code, {data.folder}"
         raise InputError("images", "''", problem)
     else:
-        source = find_source(of_checkpoint(data.folder), recipe.ndim, recipe.of_images, recipe.pages)
+        source = find_source(of_checkpoint(data.folder), recipe.ndim, recipe.of_images, recipe.pages, recipe.in_chans)
         most = SHOWN_PHOTOGRAPHS if recipe.ndim == 2 else SHOWN_VOLUMES
     return source, min(most, len(source))
 

@@ -78,7 +78,7 @@ class Start(NamedTuple):
             raise InputError("mask_ratio", given["mask_ratio"], "expected none, since --masks says what is masked")
         size = given.get("image_size")
         ndim = given.get("ndim", len(size) if isinstance(size, tuple) else None)
-        source = find_source(options.data, ndim, pages=given.get("pages"))
+        source = find_source(options.data, ndim, pages=given.get("pages"), in_chans=given.get("in_chans"))
         defaults = DEFAULTS.get(given.get("method", Recipe.method), {}) | source.defaults(given)
         if options.small_data:
             defaults |= small_data(len(source))
@@ -97,7 +97,8 @@ class Start(NamedTuple):
             raise InputError("resume", checkpoint, problem)
         if options.data is None and where != saved.data.folder:
             notes.append(f"data are {where}: a checkpoint alone neither chooses a cache nor downloads, --data does")
-        source = find_source(where, saved.recipe.ndim, saved.recipe.of_images, saved.recipe.pages)
+        recipe = saved.recipe
+        source = find_source(where, recipe.ndim, recipe.of_images, recipe.pages, recipe.in_chans)
         fingerprint = source.fingerprint()
         _expect_same_images(saved.data, source, fingerprint, "resume" if options.data is None else "data")
         if options.extend is not None and not _is_extended(saved.recipe, options):

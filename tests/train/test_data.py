@@ -7,7 +7,8 @@ import torch
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.data import augment, crops
 from sparsecnx.train.data.crops import Crops, Draw
-from sparsecnx.train.data.images import ImageSet, find_images
+from sparsecnx.train.data.find import find_data
+from sparsecnx.train.data.images import ImageSet
 from sparsecnx.train.data.loader import load_batches
 from sparsecnx.train.data.scale import normalize
 from sparsecnx.train.recipe import Recipe
@@ -47,7 +48,7 @@ def test_draws_go_on_where_they_stopped(start):
 
 
 def test_a_crop_depends_on_its_draw_alone(photos):
-    crops = Crops(find_images(photos), SMALL)
+    crops = Crops(find_data(photos), SMALL)
     first, _ = crops[Draw(2, seed=1)]
     state = torch.get_rng_state()
     other, _ = crops[Draw(2, seed=2)]
@@ -65,7 +66,7 @@ def read_all(images, start, workers):
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(photos):
-    crops = Crops(find_images(photos), SMALL)
+    crops = Crops(find_data(photos), SMALL)
     none, two = ([batch.images for batch in read_all(crops, start=1, workers=n)] for n in (0, 2))
     assert len(none) == len(two) == 7
     assert all(torch.equal(a, b) for a, b in zip(none, two, strict=True))
@@ -75,7 +76,7 @@ def test_unreadable_files_give_their_place_to_others(photos):
     whole = (photos / "6.png").read_bytes()
     (photos / "3.png").write_bytes(whole[: len(whole) // 2])
     (photos / "cat" / "1.png").write_bytes(b"not an image")
-    crops = Crops(find_images(photos), SMALL)
+    crops = Crops(find_data(photos), SMALL)
     assert crops.source.names[1:4] == ("3.png", "6.png", "cat/1.png")
 
     crop, unreadable = crops[Draw(1, seed=4)]
@@ -92,8 +93,8 @@ def test_unreadable_files_give_their_place_to_others(photos):
 def test_no_readable_file_at_all(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"")
     (tmp_path / "b.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=r"none of its 2 image files can be read, first b\.jpg"):
-        Crops(find_images(tmp_path), SMALL).read(1)
+    with pytest.raises(InputError, match=r"none of its 2 image files can be read, first a\.jpg"):
+        Crops(find_data(tmp_path), SMALL).try_out()
 
 
 def test_an_input_error_survives_pickling():

@@ -15,7 +15,6 @@ from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.data import source
 from sparsecnx.train.data.crops import Batch, Crops, Draw
 from sparsecnx.train.data.find import find_data, find_source
-from sparsecnx.train.data.images import find_images
 from sparsecnx.train.log import RunLog
 from sparsecnx.train.loop import Trainer
 from sparsecnx.train.options import Options
@@ -127,7 +126,16 @@ def test_a_range_that_is_given_scales_and_is_enforced(tmp_path, monkeypatch):
     assert torch.equal(crop, Crops(files, recipe)[Draw(4, seed=0)][0])
 
 
-def test_a_measured_range_only_scales(tmp_path, monkeypatch, capsys):
+def test_the_first_lines_say_what_values_the_sample_has(tmp_path, capsys):
+    images = write(tmp_path / "data", dtype=np.float32, change=lambda array, i: np.where(array > 9000, np.nan, array))
+    assert train(tmp_path / "data", tmp_path / "run", **RUN) == 0
+    low, high = np.nanmin(images), np.nanmax(images)
+    assert f"values from {low:g} to {high:g} in the sample, in the units of the files, mean" in capsys.readouterr().out
+    assert train(None, tmp_path / "run", resume="newest") == 0
+    assert "values in the units of the files, mean" in capsys.readouterr().out
+
+
+def test_a_measured_range_only_scales(tmp_path, monkeypatch):
     images = write(tmp_path / "data", dtype=np.float32, top=3.0, change=lambda array, i: array * (-9) ** (i == 5))
     monkeypatch.setattr(source, "SAMPLED_ENTRIES", 1)
     recipe, crops, normalized = batch(tmp_path / "data", **RUN)
@@ -139,7 +147,7 @@ def test_a_measured_range_only_scales(tmp_path, monkeypatch, capsys):
 
 
 def test_values_of_photographs_do_not_change(photos):
-    files = find_images(photos)
+    files = find_data(photos)
     assert files.defaults({}) == {} and files.defaults({"normalize": "imagenet", "in_chans": 3}) == {}
     grey = files.defaults({"in_chans": 1})
     assert (grey["normalize"], grey["value_range"], len(grey["mean"])) == ("dataset", (0, 255), 1)
@@ -198,7 +206,10 @@ def test_bands_and_types_that_differ(tmp_path):
         ({"nodata": float("inf")}, "nodata is inf: expected a finite number"),
         ({"pages": "both"}, "pages is both: expected one of channels, images"),
         ({"normalize": "imagenet"}, "normalize is imagenet: expected one of dataset, zscore, .* no photographs"),
-        ({"crop_area": None, "image_size": 64}, "0.tif, which is 50 x 60, smaller than the crop of 64; .*--crop-area"),
+        (
+            {"crop_area": None, "image_size": 64},
+            "0.tif, which is 50 x 60, smaller than the crop of 64 x 64; .*--crop-area",
+        ),
     ],
 )
 def test_fields_that_do_not_fit_are_named(fields, message, tmp_path):

@@ -5,36 +5,37 @@ import pytest
 from PIL import Image
 
 from sparsecnx.common.errors import InputError
+from sparsecnx.train.data.find import find_data
 from sparsecnx.train.data.formats import decode
-from sparsecnx.train.data.images import ImageSet, find_images, wheel_photographs
+from sparsecnx.train.data.images import ImageSet, wheel_photographs
 from sparsecnx.train.data.pictures import UnsupportedImage
 from sparsecnx.train.recipe import Recipe
 
 
-def test_find_images_looks_everywhere_and_at_images_only(photos, tmp_path):
+def test_find_data_looks_everywhere_and_at_images_only(photos, tmp_path):
     (photos / "notes.txt").write_text("no image")
     (tmp_path / "elsewhere").mkdir()
     (photos / "0.png").rename(tmp_path / "elsewhere" / "0.JPG")
     os.symlink(tmp_path / "elsewhere", photos / "linked")
     expected = ("3.png", "6.png", "cat/1.png", "cat/4.png", "cat/7.png")
-    assert find_images(photos).names == (*expected, "dog/small/2.png", "dog/small/5.png", "linked/0.JPG")
+    assert find_data(photos).names == (*expected, "dog/small/2.png", "dog/small/5.png", "linked/0.JPG")
 
 
 def test_fingerprints_follow_names_sizes_and_contents_and_not_the_place(photos, tmp_path):
-    before = find_images(photos).fingerprint()
+    before = find_data(photos).fingerprint()
     moved = photos.rename(tmp_path / "moved")
-    assert find_images(moved).fingerprint() == before
+    assert find_data(moved).fingerprint() == before
 
     whole = (moved / "3.png").read_bytes()
     (moved / "3.png").write_bytes(whole + b"\0")
-    larger = find_images(moved).fingerprint()
+    larger = find_data(moved).fingerprint()
     assert larger.names == before.names and larger.sizes != before.sizes
     (moved / "3.png").write_bytes(whole[:-1] + b"?")
-    other = find_images(moved).fingerprint()
+    other = find_data(moved).fingerprint()
     assert other[:2] == before[:2] and other.contents != before.contents
 
     (moved / "3.png").rename(moved / "4.png")
-    assert find_images(moved).fingerprint().names != before.names
+    assert find_data(moved).fingerprint().names != before.names
 
 
 def test_a_sample_is_spread_over_all_images():
@@ -53,7 +54,7 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(photos, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(InputError, match=r"photos: cannot be listed \(.*Permission denied.*cat"):
-        find_images(photos)
+        find_data(photos)
 
 
 def test_data_folder_missing_a_file_or_empty(tmp_path):
@@ -61,7 +62,7 @@ def test_data_folder_missing_a_file_or_empty(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, reason in (("missing", "no such folder"), ("file", "not a folder"), ("empty", "holds no images")):
         with pytest.raises(InputError, match=f"data is .*{name}: {reason}"):
-            find_images(tmp_path / name)
+            find_data(tmp_path / name)
 
 
 def test_wheel_photographs_are_two_dozen_readable_ones():
@@ -74,9 +75,9 @@ def test_wheel_photographs_are_two_dozen_readable_ones():
 
 
 def test_a_link_to_a_parent_is_not_followed_round_and_round(photos):
-    before = find_images(photos)
+    before = find_data(photos)
     os.symlink(photos, photos / "cat" / "round")
-    assert find_images(photos) == before
+    assert find_data(photos) == before
 
 
 UNSUPPORTED = {
@@ -104,7 +105,7 @@ def test_an_image_that_would_be_cut_or_clipped_is_refused(name, photos):
     with pytest.raises(UnsupportedImage, match=reason):
         decode(str(photos / name), 3, max_pixels=Recipe.max_pixels)
     with pytest.raises(InputError, match=rf"data is .*photos: holds {name}, which .*{reason}"):
-        find_images(photos).check(Recipe())
+        find_data(photos).check(Recipe())
 
 
 def test_a_larger_limit_of_pixels_lets_an_image_in(tmp_path):

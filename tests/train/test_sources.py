@@ -2,6 +2,7 @@ import gzip
 import io
 import re
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -156,6 +157,17 @@ def test_an_image_folder_of_torchvision_keeps_16_bits_and_bands(photos, tmp_path
     (tmp_path / "deep" / "a" / "0.png").write_bytes(b"")
     assert open_source(f"torchvision:ImageFolder:{tmp_path}/deep").fingerprint().contents != before.contents
     assert train(f"torchvision:ImageFolder:{photos}", tmp_path / "run") == 0
+
+
+def test_the_channels_of_arrays_in_memory():
+    many = np.zeros((181, 56, 48), np.float32)
+    with pytest.raises(UnsupportedImage, match=r"of 181 or 48 channels: expected --in-chans 181 or --in-chans 48"):
+        memory_header(many)
+    for image, in_chans in ((many, 181), (torch.from_numpy(many), None), (many.transpose(1, 2, 0), 181)):
+        assert (memory_header(image, in_chans).channels, memory_header(image, in_chans).width) == (181, 48)
+    recipe = Recipe(image_size=32, patch_size=16, in_chans=181, normalize="none")
+    assert memory_pixels(many.transpose(1, 2, 0), recipe).shape == many.shape
+    assert memory_pixels(torch.zeros(5, 8, 3), replace(recipe, in_chans=5)).shape == (5, 8, 3)
 
 
 def hugging_face():

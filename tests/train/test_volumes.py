@@ -84,6 +84,37 @@ def test_dimensions_and_channels_follow_from_the_axes(shape, ndim, channels, siz
     assert np.array_equal(whole(tmp_path / "a.npy", ndim), expected.reshape(channels, *size))
 
 
+@pytest.mark.parametrize(
+    ("shape", "in_chans", "channels"),
+    [
+        ((181, 56, 56), 181, 181),
+        ((181, 56, 56), 56, 56),
+        ((56, 56, 181), 181, 181),
+        ((40, 50, 40), 40, 40),
+        ((19, 50, 11), 19, 19),
+        ((11, 50, 19), None, 11),
+        ((40, 50, 600), None, 40),
+    ],
+)
+def test_the_channels_that_are_named_tell_their_axis(shape, in_chans, channels, tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros(shape))
+    assert open_volume(str(tmp_path / "a.npy"), 2, in_chans=in_chans).channels == channels
+    files = find_data(tmp_path, 2, in_chans=in_chans)
+    read = files.read(0, recipe(ndim=2, in_chans=channels))
+    assert (files.channels, read.channels) == (channels, channels)
+
+
+@pytest.mark.parametrize("shape", [(181, 56, 56), (56, 56, 181), (64, 64, 64)])
+def test_many_bands_are_not_taken_for_a_side(shape, tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros(shape))
+    told = f"of {shape[0]} or {shape[2]} channels: expected --in-chans {shape[0]}"
+    problem = rf"is an array {re.escape(str(shape))}, {told}"
+    with pytest.raises(UnsupportedVolume, match=problem):
+        open_volume(str(tmp_path / "a.npy"), 2)
+    with pytest.raises(InputError, match=rf"data is .*: holds a.npy, which {problem}"):
+        find_data(tmp_path, 2)
+
+
 @pytest.mark.parametrize("ending", ["nii", "nii.gz"])
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "SAL", "PIR"])
 def test_nifti_lies_as_nibabels_canonical_images(axes, ending, nibabel, tmp_path):
@@ -301,7 +332,7 @@ def test_damaged_volumes_are_named_and_give_their_place_to_the_next(tmp_path):
         assert re.search(reason, unreadable[name]), unreadable[name]
     (tmp_path / "data" / "good.npy").unlink()
     with pytest.raises(InputError, match=r"none of its 5 volume files can be read, first cut.npy"):
-        crops_of(tmp_path / "data").read(0)
+        crops_of(tmp_path / "data").try_out()
 
 
 def test_constant_percentiles_are_named(tmp_path):

@@ -22,8 +22,9 @@ from torch.utils.data import Dataset
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.data.augment import central_crop, random_box, random_mirror, resize
 from sparsecnx.train.data.order import mix
-from sparsecnx.train.data.scale import Scale, expect_numbers, scale_of, scaled
-from sparsecnx.train.data.source import Decoded, Pixels, Source
+from sparsecnx.train.data.pictures import UnsupportedImage
+from sparsecnx.train.data.scale import Scale, UnsupportedValues, expect_numbers, scale_of, scaled
+from sparsecnx.train.data.source import Decoded, Pixels, Source, too_small
 from sparsecnx.train.data.transform import load_transform, transformed
 from sparsecnx.train.recipe import Recipe
 
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 # Decoded entries that a reading process keeps take this much memory at most, but for the one in use.
 HELD_BYTES = 2**30
+HELD_SCALES = 10_000  # entries whose statistics a reading process keeps
 
 
 class Draw(NamedTuple):
@@ -74,23 +76,33 @@ class Crops(Dataset[Any]):
     def __init__(self, source: Source, recipe: Recipe) -> None:
         self.source, self.recipe = source, recipe
         self.transform = None if recipe.transform is None else load_transform(recipe.transform)
-        self.scales: dict[int, Scale] = {}
+        self.scales: OrderedDict[int, Scale] = OrderedDict()
         self.held: OrderedDict[int, Pixels] = OrderedDict()
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, dict[str, str]] | InputError:
         try:
-            return self._readable(draw.image, lambda place: self.crop(place, draw.seed))
+            crop, unreadable = self._readable(draw.image, lambda place: self.crop(place, draw.seed))
+            return self._transformed(crop, draw.seed), unreadable
         except InputError as error:
             return error
 
     def crop(self, place: int, seed: int) -> Tensor:
-        """Return a crop of entry `place`, drawn from a seed: a box, resized or not, mirrored and transformed."""
+        """Return a crop of entry `place`, drawn from a seed: a box, resized or not, and mirrored."""
         entry, size = self.whole(place), self.recipe.size
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             start, sides = random_box(entry.pixels.size, size, self.recipe.crop_area)
-            crop = random_mirror(self._cut(entry, start, sides))
-        return crop if self.transform is None else transformed(self.transform, crop, seed)
+            return random_mirror(self._cut(entry, start, sides))
+
+    def _transformed(self, crop: Tensor, seed: int) -> Tensor:
+        """Return a crop as the transform returns it. Raise InputError if that fails, which is no fault of the image."""
+        if self.transform is None:
+            return crop
+        try:
+            return transformed(self.transform, crop, seed)
+        except Exception as error:  # code of the user can raise anything
+            problem = f"{type(error).__name__}: {error}; expected a function that takes and returns a tensor (C, *size)"
+            raise InputError("transform", self.recipe.transform, problem) from error
 
     def _cut(self, entry: Entry, start: Sequence[int], sides: Sequence[int]) -> Tensor:
         """Return a box of an entry, resized to the crop and normalised."""
@@ -103,17 +115,8 @@ class Crops(Dataset[Any]):
         Raises:
             InputError: no entry can be read, or the transform does not take its crop.
         """
-        place, _ = self._readable(0, lambda place: (self.whole(place), place)[1])
-        if self.transform is None:
-            return
-        transform, self.transform = self.transform, None
-        crop = self.crop(place, self.recipe.seed)
-        self.transform = transform
-        try:
-            transformed(transform, crop, self.recipe.seed)
-        except Exception as error:  # code of the user can raise anything
-            problem = f"{type(error).__name__}: {error}; expected a function that takes and returns a tensor (C, *size)"
-            raise InputError("transform", self.recipe.transform, problem) from error
+        crop, _ = self._readable(0, lambda place: self.crop(place, self.recipe.seed))
+        self._transformed(crop, self.recipe.seed)
 
     def central(self, place: int) -> Tensor:
         """Return the centre of entry `place`, resized until it just covers the crop where crops are resized."""
@@ -125,20 +128,21 @@ class Crops(Dataset[Any]):
         start = [(side - part) // 2 for side, part in zip(entry.pixels.size, size, strict=True)]
         return self._cut(entry, start, size)
 
-    def read(self, index: int) -> tuple[Entry, dict[str, str]]:
-        """Return entry `index`, or the first readable one instead of it, and those that were skipped with the reasons.
+    def whole(self, place: int) -> Entry:
+        """Return entry `place`. Its statistics are kept while there is room.
 
         Raises:
-            InputError: no entry can be read, or the source cannot go on.
+            UnsupportedImage: it has no crop.
+            Exception: as the source and `scale_of` do.
         """
-        return self._readable(index, self.whole)
-
-    def whole(self, place: int) -> Entry:
-        """Return entry `place`. Its statistics are computed once in each process."""
         pixels = self._pixels(place)
+        if (problem := too_small(pixels.size, self.recipe)) is not None:
+            raise UnsupportedImage(problem)
         scale = self.scales.get(place) or scale_of(pixels, self.recipe.normalize)
         if scale is not None:
             self.scales[place] = scale
+            if len(self.scales) > HELD_SCALES:
+                self.scales.popitem(last=False)
         return Entry(pixels, scale)
 
     def _pixels(self, place: int) -> Pixels:
@@ -155,7 +159,10 @@ class Crops(Dataset[Any]):
         return pixels
 
     def _decoded(self, values: Tensor) -> Decoded:
-        return Decoded(expect_numbers(values, self.recipe.value_range, (0,) * (values.ndim - 1)))
+        expect_numbers(values, self.recipe.value_range, (0,) * (values.ndim - 1))
+        if values.is_floating_point() and values.isnan().all():
+            raise UnsupportedValues("has no value in any pixel; move it elsewhere")
+        return Decoded(values)
 
     def _readable(self, index: int, make: Callable[[int], T]) -> tuple[T, dict[str, str]]:
         """Return what `make` returns for entry `index`, or for the first one instead of it that can be read."""

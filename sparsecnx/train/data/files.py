@@ -12,12 +12,14 @@ from typing import Any
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.common.files import not_regular
-from sparsecnx.train.data.source import Fingerprint, Source
+from sparsecnx.train.data.source import Fingerprint, Source, spread
 
 ENDINGS = {
     "images": (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     "volumes": (".npy", ".nii", ".nii.gz"),
 }
+# Images of other formats, which are not read. A folder that holds some beside others is no surprise, but is said.
+OTHER_IMAGES = (".avif", ".exr", ".gif", ".heic", ".heif", ".j2k", ".jp2", ".jxl", ".svs", ".tga")
 SAMPLED_BYTES = 4096
 
 
@@ -48,15 +50,15 @@ class FileSet(Source):
 
     def fingerprint(self) -> Fingerprint:
         """Return hashes of names, sizes and a sample of the contents. A million files take about 6 seconds."""
-        sizes = (_sizes(self.path(index)) for index in range(len(self.names)))
-        contents = (some_bytes(self.path(index)) for index in self.sample())
+        paths = [os.path.join(self.root, name) for name in self.names]
+        sizes, contents = map(_sizes, paths), (some_bytes(paths[number]) for number in spread(len(paths)))
         return Fingerprint(
             hashed([os.fsencode("\n".join(self.names))]), hashed([",".join(sizes).encode()]), hashed(contents)
         )
 
 
 def find_files(folder: str | Path) -> dict[str, tuple[str, ...]]:
-    """Return the names of all images and all volumes below `folder`, in sub-folders or not, sorted by path.
+    """Return the names of all images, all volumes and all `OTHER_IMAGES` below `folder`, sorted by path.
 
     Links are followed. A folder that can be reached in several ways, such as by a link to its parent, is listed once. A
     Zarr array and an OME-Zarr image are folders that count as one volume.
@@ -68,14 +70,15 @@ def find_files(folder: str | Path) -> dict[str, tuple[str, ...]]:
     if not os.path.isdir(root):
         missing = "no such folder; expected images or volumes in one"
         raise InputError("data", folder, "not a folder" if os.path.exists(root) else missing)
-    found: dict[str, list[str]] = {kind: [] for kind in ENDINGS}
+    kinds = ENDINGS | {"others": OTHER_IMAGES}
+    found: dict[str, list[str]] = {kind: [] for kind in kinds}
     try:
         for parent, files in _walk(root):
             if is_zarr(parent, files):
                 found["volumes"].append(Path(parent).relative_to(root).as_posix())
                 continue
             for file in files:
-                for kind, endings in ENDINGS.items():
+                for kind, endings in kinds.items():
                     if file.lower().endswith(endings):
                         found[kind].append(Path(parent, file).relative_to(root).as_posix())
     except OSError as error:

@@ -2,7 +2,7 @@
 
 | read by | what |
 |---|---|
-| Pillow | pictures of 8 bits |
+| Pillow | pictures of 8 bits, but TIFF of plain grey or RGB |
 | tifffile | other TIFF: any type, bands interleaved or planar, pages, BigTIFF, GeoTIFF |
 | rasterio, where it is installed | what tifffile refuses |
 | imagecodecs | PNG of 16 bits |
@@ -16,6 +16,7 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,20 +27,26 @@ from torch import Tensor
 from sparsecnx.common.errors import MissingExtra
 from sparsecnx.common.files import not_regular
 from sparsecnx.train.data.pictures import (
+    LYING,
+    MODES,
+    ORIENTATION,
     File,
     UnsupportedImage,
+    as_picture,
     decode_picture,
     expect_size,
     frames,
     is_8_bit,
     open_picture,
     orientation,
+    upright,
+    upright_sides,
 )
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 # Samples of a pixel, by the photometric interpretation of TIFF: grey, RGB, palette, CMYK and YCbCr.
 COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}
-GDAL_NODATA, ORIENTATION = 42113, 274
+GDAL_NODATA = 42113
 WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue in grey (ITU-R BT.601), as Pillow takes them
 
 
@@ -51,10 +58,10 @@ class Header:
         dtype: of the values, such as uint16.
         channels: of a page.
         colours: L, LA, RGB or RGBA, where the channels are these, and Pillow's mode of a picture; "" for bands.
-        height, width: as they lie in the file.
+        height, width: of the upright image.
         pages: of the file.
         nodata: value of pixels that have none.
-        picture: True for 8 bits that Pillow reads.
+        picture: True for grey, palettes and colours of 8 bits, which become one another.
     """
 
     dtype: str
@@ -85,14 +92,19 @@ def read_header(file: File) -> Header:
         with _open_tiff(file) as tiff:
             return _tiff_header(tiff)
     with open_picture(file) as image:
-        colours, found = image.mode, {"height": image.height, "width": image.width, "pages": frames(image)}
-        if is_8_bit(image):
-            return Header("uint8", len(image.getbands()), colours, picture=True, **found)
-        if image.format != "PNG":
-            problem = f"has channels of more than 8 bits, or signed ones (Pillow's mode {image.mode})"
-            raise UnsupportedImage(f"{problem}: expected 8-bit ones in {image.format}; TIFF, PNG and .npy take others")
-        colours = str(image.tile[0][3]).partition(";")[0].replace("I", "L")
-        return Header("uint16", len(colours), colours, **found)
+        return _picture_header(image)
+
+
+def _picture_header(image: Any) -> Header:
+    """Return the header of an image that Pillow has opened."""
+    found: dict[str, Any] = {**upright_sides(image), "pages": frames(image)}
+    if is_8_bit(image):
+        return Header("uint8", len(image.getbands()), image.mode, picture=True, **found)
+    if image.format != "PNG":
+        problem = f"has channels of more than 8 bits, or signed ones (Pillow's mode {image.mode})"
+        raise UnsupportedImage(f"{problem}: expected 8-bit ones in {image.format}; TIFF, PNG and .npy take others")
+    colours = str(image.tile[0][3]).partition(";")[0].replace("I", "L")
+    return Header("uint16", len(colours), colours, **found)
 
 
 def decode(
@@ -102,6 +114,7 @@ def decode(
     page: int = 0,
     nodata: float | None = None,
     max_pixels: int | None = None,
+    types: Collection[str] | None = None,
 ) -> Tensor:
     """Return an image, upright, `(channels, H, W)`: uint8 as it is, every other type as float32, NaN without a value.
 
@@ -112,30 +125,32 @@ def decode(
         page: the page that is read, if they are images.
         nodata: value of pixels that have none, beside what a GeoTIFF says.
         max_pixels: size of the largest image.
+        types: of the values that are read; None for all.
 
     Raises:
-        UnsupportedImage, MissingExtra, Exception: as `read_header` does; or the image is too large, or has other
-            channels or several pages.
+        UnsupportedImage, MissingExtra, Exception: as `read_header` does; or, before it is decoded, as `expect_fit`.
     """
     if _is_tiff(file):
         with _open_tiff(file) as tiff:
-            header = _tiff_header(tiff)
-            expect_one(header, pages, max_pixels)
-            if not header.picture:
-                kept = [page] if pages == "images" else range(header.pages)
-                array = np.concatenate([_page_values(file, tiff, number) for number in kept])
-                array = upright(array, _tag(_pages(tiff)[kept[0]], ORIENTATION))
-                colours = header.colours if len(kept) == 1 else ""
-                return with_channels(as_tensor(array, header.nodata, nodata), colours, channels)
-    image = open_picture(file)
-    if _is_tiff(file) or is_8_bit(image):
-        with image:
-            expect_one(Header("uint8", 3, "", image.height, image.width, frames(image)), None, max_pixels)
-            pixels = decode_picture(image, channels)
-        return pixels if nodata is None else as_tensor(pixels.numpy(), nodata)
-    turn = orientation(image)
-    image.close()
-    expect_one(read_header(file), None, max_pixels)
+            header, every = _tiff_header(tiff), _pages(tiff)
+            expect_fit(header, channels, pages, max_pixels, types)
+            if header.picture and _is_for_pillow(every[0]):
+                image = open_picture(file)
+                image.seek(every[0].index)
+                return as_tensor(decode_picture(image, channels).numpy(), nodata)
+            kept = [page] if pages == "images" else range(header.pages)
+            array = np.concatenate([_page_values(file, tiff, number) for number in kept])
+            array = upright(array, _tag(every[kept[0]], ORIENTATION))
+        if header.picture:
+            return as_tensor(decode_picture(as_picture(array), channels).numpy(), nodata)
+        colours = header.colours if len(kept) == 1 else ""
+        return with_channels(as_tensor(array, header.nodata, nodata), colours, channels)
+    with open_picture(file) as image:
+        header = _picture_header(image)
+        expect_fit(header, channels, None, max_pixels, types)
+        if header.picture:
+            return as_tensor(decode_picture(image, channels).numpy(), nodata)
+        turn = orientation(image)
     array = library("imagecodecs", file, "train").png_decode(_contents(file))
     array = array.reshape(*array.shape[:2], -1).transpose(2, 0, 1)
     colours = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[len(array)]  # a transparent colour makes one more than the header
@@ -163,6 +178,30 @@ def expect_one(header: Header, pages: str | None, max_pixels: int | None) -> Non
     if header.pages > 1 and pages is None:
         remedy = "; --pages channels or --pages images says what those of a TIFF in a folder are"
         raise UnsupportedImage(f"has {header.pages} pages or frames: expected one image in a file{remedy}")
+
+
+def expect_fit(
+    header: Header, channels: int, pages: str | None, max_pixels: int | None, types: Collection[str] | None
+) -> None:
+    """Raise UnsupportedImage if an image is not what a run reads, as far as its header says.
+
+    Args:
+        header: of the image.
+        channels, pages, max_pixels, types: as in `decode`.
+    """
+    expect_one(header, pages, max_pixels)
+    if header.picture and channels not in MODES:
+        raise UnsupportedImage(f"is a picture ({header.colours}): expected {channels} channels")
+    bands = header.channels * (header.pages if pages == "channels" else 1)
+    colours = header.colours if bands == header.channels else ""
+    if not header.picture and channels not in {bands} | ({1, 3} if colours else set()):
+        told = f" ({colours})" if colours else ""
+        problem = f"has {bands} channels{told}: expected {channels}, as the others; move it elsewhere"
+        raise UnsupportedImage(problem)
+    if types is not None and header.dtype not in types:
+        expected = f"expected {' or '.join(sorted(types))}"
+        remedy = "--normalize dataset with --value-range takes several types"
+        raise UnsupportedImage(f"holds values of type {header.dtype}: {expected}; {remedy}")
 
 
 def library(name: str, file: File, extra: str) -> Any:
@@ -219,12 +258,24 @@ def _tiff_header(tiff: Any) -> Header:
     nodata = _nodata(_tag(first, GDAL_NODATA))
     eight = str(first.dtype) in ("uint8", "bool") and first.bitspersample <= 8
     picture = eight and plain and len(pages) == 1 and nodata is None
-    if (not picture and first.photometric in (3, 5, 8, 32845)) or (first.photometric == 6 and first.compression == 1):
+    other = not picture and first.photometric in (0, 3, 5, 8, 32845)
+    if other or (first.photometric == 6 and first.compression == 1):
         kind = f"{first.photometric.name} in {first.bitspersample} bits" + (f", {len(pages)} pages" * (len(pages) > 1))
         raise UnsupportedImage(f"has colours of the kind {kind}: expected grey, RGB or bands")
     name = ("RGB" if colours == 3 else "L") + "A" * alpha if plain else ""
     height, width = first.shape[-2:] if first.axes == "SYX" else first.shape[:2]
-    return Header(str(first.dtype), samples, name, height, width, len(pages), nodata, picture)
+    if _tag(first, ORIENTATION) in LYING:
+        height, width = width, height
+    dtype = "uint8" if picture else str(first.dtype)
+    return Header(dtype, samples, name, height, width, len(pages), nodata, picture)
+
+
+def _is_for_pillow(page: Any) -> bool:
+    """Return whether a page of 8 bits needs more than unpacking, such as the colours of its palette.
+
+    These are inverted grey, palettes, CMYK, YCbCr, less than 8 bits, and colours multiplied by their transparency.
+    """
+    return page.photometric in (0, 3, 5, 6) or page.bitspersample < 8 or tuple(page.extrasamples)[:1] == (1,)
 
 
 def _nodata(text: Any) -> float | None:
@@ -261,14 +312,6 @@ def _by_rasterio(file: File, page: int, error: Exception) -> np.ndarray[Any, Any
     except Exception:
         raise error from None
     return values
-
-
-def upright(values: np.ndarray[Any, Any], orientation: Any) -> np.ndarray[Any, Any]:
-    """Turn `(C, H, W)` upright, by the value of its EXIF orientation."""
-    if orientation in (5, 6, 7, 8):
-        values = values.swapaxes(1, 2)
-    across, down = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
-    return values[:, :: -1 if down else 1, :: -1 if across else 1]
 
 
 def as_tensor(values: np.ndarray[Any, Any], *nodata: float | None) -> Tensor:

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from sparsecnx.common.errors import InputError, MissingExtra
-from sparsecnx.train.data.files import ENDINGS, FileSet, find_files
-from sparsecnx.train.data.formats import Header, decode, expect_one, read_header
+from sparsecnx.train.data.files import ENDINGS, FileSet
+from sparsecnx.train.data.formats import Header, decode, expect_fit, read_header
 from sparsecnx.train.data.pictures import File, UnsupportedImage
-from sparsecnx.train.data.source import Source
-from sparsecnx.train.data.statistics import describe_scale, measure
+from sparsecnx.train.data.source import Source, too_small
+from sparsecnx.train.data.statistics import KNOWN_RANGES, describe_scale, looked_at, measure
 from sparsecnx.train.recipe import Recipe
 
 # These are the photographs (no drawings, no masks) inside the wheels, colourful ones first.
@@ -36,7 +36,13 @@ PHOTOGRAPH_REPEATS = 20
 
 
 class Images(Source):
-    """Images of any channels and depth, which say what they are before they are decoded."""
+    """Images of any channels and depth, which say what they are before they are decoded.
+
+    Attributes:
+        in_chans: channels that the user or a recipe names, which tell the axis of channels in arrays.
+    """
+
+    in_chans: int | None = None
 
     @abstractmethod
     def header(self, index: int) -> Header:
@@ -64,28 +70,53 @@ class Images(Source):
         """Look at the headers of a sample. Files that are damaged or no images are not refused here."""
         for name, header in self.headers:
             try:
-                expect_fit(header, recipe)
+                expect_fit(header, recipe.in_chans, recipe.pages, recipe.max_pixels, self.types(recipe))
             except UnsupportedImage as error:
                 raise InputError("data", self.root, f"holds {name}, which {error}") from error
+            if (problem := too_small((header.height, header.width), recipe)) is not None:
+                raise InputError("data", self.root, f"holds {name}, which {problem}")
 
     @cached_property
+    def looked_at(self) -> list[tuple[str, Header | UnsupportedImage | str]]:
+        """Return the names and headers of a sample; of a file that cannot be read the reason."""
+        found: list[tuple[str, Header | UnsupportedImage | str]] = []
+        for index in self.sample():
+            try:
+                header: Header | UnsupportedImage | str = self.header(index)
+            except UnsupportedImage as error:
+                header = error
+            except (MissingExtra, InputError):
+                raise
+            except Exception as error:  # decoders raise many kinds of errors; a run skips such files and names them
+                header = f"{type(error).__name__}: {error}"
+            found.append((self.name(index), header))
+        return found
+
+    @property
     def headers(self) -> list[tuple[str, Header]]:
         """Return the names and headers of a sample, without files that cannot be read.
 
         Raises:
             InputError: one is of a kind that cannot be trained on.
         """
-        found = []
-        for index in self.sample():
-            try:
-                found.append((self.name(index), self.header(index)))
-            except UnsupportedImage as error:
-                raise InputError("data", self.root, f"holds {self.name(index)}, which {error}") from error
-            except (MissingExtra, InputError):
-                raise
-            except Exception:  # decoders raise many kinds of errors; a run skips such files and names them
-                continue
-        return found
+        for name, found in self.looked_at:
+            if isinstance(found, UnsupportedImage):
+                raise InputError("data", self.root, f"holds {name}, which {found}") from found
+        return [(name, found) for name, found in self.looked_at if isinstance(found, Header)]
+
+    def types(self, recipe: Recipe) -> set[str] | None:
+        """Return the types of values that fit a recipe; None for all.
+
+        The numbers of ImageNet are of 8 bits. Those of a data set are of the type of its sample, unless a range that
+        was given says what fits.
+        """
+        if recipe.photographs:
+            return {"uint8"}
+        if recipe.normalize != "dataset":
+            return None
+        sampled = {found.dtype for _, found in self.looked_at if isinstance(found, Header)}
+        known = len(sampled) == 1 and recipe.value_range == KNOWN_RANGES.get(*sampled)
+        return sampled if known else None
 
     def _channels(self, headers: Mapping[str, Header], pages: str | None) -> int:
         """Return the channels of the images, which must be the same in all."""
@@ -100,19 +131,19 @@ class Images(Source):
         return next(iter(found), 3)
 
     def describe(self, recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:
-        headers = dict(self.headers)
-        kinds = Counter(_kind(header) for header in headers.values())
-        told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        headers = [header for _, header in self.headers]
+        unreadable = [(name, found) for name, found in self.looked_at if isinstance(found, str)]
+        told = looked_at(Counter(map(_kind, headers)), unreadable)
         channels = f"{recipe.in_chans} channel{'s' if recipe.in_chans > 1 else ''}"
         imagenet = ", normalised by the numbers of ImageNet" if recipe.photographs else ""
-        lines = [f"files: {len(headers)} looked at, {told}; as {channels}{imagenet}, upright as their EXIF data say"]
-        marks = {header.nodata for header in headers.values()} | {recipe.nodata}
+        lines = [f"{told}; as {channels}{imagenet}, upright as their EXIF data say"]
+        marks = {header.nodata for header in headers} | {recipe.nodata}
         if numbers := sorted(mark for mark in marks if mark is not None):
             lines.append(f"no value: NaN and {', '.join(f'{number:g}' for number in numbers)}")
-        small = sum(h.height < recipe.size[0] or h.width < recipe.size[1] for h in headers.values())
+        small = sum(h.height < recipe.size[0] or h.width < recipe.size[1] for h in headers)
         if small and recipe.crop_area is not None:
             lines.append(f"{small} of them are smaller than the crop and are enlarged")
-        return [*lines, *describe_scale(recipe, given)]
+        return [*lines, *describe_scale(recipe, given, self.seen)]
 
 
 class ImageFiles(Images):
@@ -130,7 +161,11 @@ class ImageFiles(Images):
         return read_header(self.file(index))
 
     def read(self, index: int, recipe: Recipe) -> Tensor:
-        return decode(self.file(index), recipe.in_chans, recipe.pages, 0, recipe.nodata, recipe.max_pixels)
+        return self._decoded(index, 0, recipe)
+
+    def _decoded(self, index: int, page: int, recipe: Recipe) -> Tensor:
+        types = self.types(recipe)
+        return decode(self.file(index), recipe.in_chans, recipe.pages, page, recipe.nodata, recipe.max_pixels, types)
 
 
 @dataclass(frozen=True)
@@ -139,9 +174,11 @@ class ImageSet(FileSet, ImageFiles):
 
     Attributes:
         paged: number of the file and of the page of every image, if the pages of a file are images; None if not.
+        others: names of images of other formats, which are not read.
     """
 
     paged: tuple[tuple[int, int], ...] | None = None
+    others: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names if self.paged is None else self.paged)
@@ -158,24 +195,15 @@ class ImageSet(FileSet, ImageFiles):
     def file(self, index: int) -> File:
         return self.path(index)
 
+    def describe(self, recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:
+        lines = super().describe(recipe, given)
+        if self.others:
+            read = ", ".join(ENDINGS["images"])
+            lines.append(f"not read: {len(self.others)} images of other formats, such as {self.others[0]}; {read} are")
+        return lines
+
     def read(self, index: int, recipe: Recipe) -> Tensor:
-        page = 0 if self.paged is None else self.paged[index][1]
-        return decode(self.path(index), recipe.in_chans, recipe.pages, page, recipe.nodata, recipe.max_pixels)
-
-
-def expect_fit(header: Header, recipe: Recipe) -> None:
-    """Raise UnsupportedImage if an image does not fit a recipe, as far as its header says."""
-    expect_one(header, recipe.pages, recipe.max_pixels)
-    bands = header.channels * (header.pages if recipe.pages == "channels" else 1)
-    colours = "" if bands != header.channels else header.colours
-    possible = {1, 2, 3, 4} if header.picture else {bands} | ({1, 3} if colours else set())
-    if recipe.in_chans not in possible:
-        raise UnsupportedImage(f"has {bands} channels{f' ({colours})' * (colours != '')}: expected {recipe.in_chans}")
-    size = (header.height, header.width)
-    fits = all(side >= part for side, part in zip(sorted(size), sorted(recipe.size), strict=True))  # lying or not
-    if recipe.crop_area is None and not fits:
-        problem = f"is {size[0]} x {size[1]}, smaller than the crop of {recipe.pixels}"
-        raise UnsupportedImage(f"{problem}; a smaller --image-size takes it in, --crop-area enlarges it")
+        return self._decoded(index, 0 if self.paged is None else self.paged[index][1], recipe)
 
 
 def _kind(header: Header) -> str:
@@ -207,18 +235,6 @@ def with_pages(files: ImageSet, pages: str | None) -> ImageSet:
             count = 1
         paged += [(number, page) for page in range(count)]
     return replace(files, paged=tuple(paged))
-
-
-def find_images(folder: str | Path) -> ImageSet:
-    """Return all image files below `folder`, see `find_files`.
-
-    Raises:
-        InputError: `folder` does not exist, is not a folder, holds no image file, or a folder in it cannot be listed.
-    """
-    names = find_files(folder)["images"]
-    if not names:
-        raise InputError("data", folder, f"holds no images; expected files ending in {', '.join(ENDINGS['images'])}")
-    return ImageSet(str(Path(folder)), names)
 
 
 def wheel_photographs() -> WheelPhotographs:

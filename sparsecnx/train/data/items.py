@@ -55,10 +55,10 @@ class Items(Images):
         return f"item {index}"
 
     def header(self, index: int) -> Header:
-        return memory_header(first_image(self.items[index]))
+        return memory_header(first_image(self.items[index]), self.in_chans)
 
     def read(self, index: int, recipe: Recipe) -> Tensor:
-        return memory_pixels(first_image(self.items[index]), recipe)
+        return memory_pixels(first_image(self.items[index]), recipe, self.types(recipe))
 
     def sample(self) -> list[int]:
         """Return fewer items than of files, since all of each is read."""

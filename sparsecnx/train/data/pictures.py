@@ -6,25 +6,19 @@ import io
 import os
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from sparsecnx.common.files import not_regular
 from sparsecnx.train.recipe import MAX_PIXELS
 
 File = str | bytes  # the name of a file, or what is in it
-ORIENTATION = ExifTags.Base.Orientation
-# These turns make an image upright, by the value of its EXIF orientation.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+ORIENTATION = 274  # the tag of EXIF and TIFF
+LYING = (5, 6, 7, 8)  # values of the orientation of an image whose width is its height when it is upright
+# Pillow reads more, and runs other programs for some of it, such as Ghostscript for PostScript named a.jpg.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "WEBP", "TIFF", "GIF")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of Pillow, by the channels of the recipe
 
 
@@ -44,7 +38,7 @@ def open_picture(file: File) -> ImageFile.ImageFile:
     # Pillow has a limit of its own, from 89 million pixels on. It warns of some images and refuses others.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        return Image.open(file if isinstance(file, str) else io.BytesIO(file))
+        return Image.open(file if isinstance(file, str) else io.BytesIO(file), formats=FORMATS)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
@@ -77,19 +71,40 @@ def is_8_bit(image: Image.Image) -> bool:
 def decode_picture(file: Image.Image, channels: int) -> Tensor:
     """Return an open image as uint8 `(channels, H, W)`, upright as its EXIF orientation says, and close it.
 
-    Raises:
-        UnsupportedImage: a picture has no such number of channels.
+    Args:
+        file: the image.
+        channels: 1 to 4, see `MODES`.
     """
+    mode = MODES[channels]
     with file:
-        if channels not in MODES:
-            raise UnsupportedImage(f"is a picture ({file.mode}): expected {channels} channels")
-        mode = MODES[channels]
         file.load()  # first, because Pillow turns TIFF upright by itself
-        turn = UPRIGHT.get(orientation(file))
-        image: Image.Image = file if turn is None else file.transpose(turn)
-        image = image if image.mode == mode else image.convert(mode)
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return pixels.view(image.height, image.width, channels).permute(2, 0, 1).contiguous()
+        turn = orientation(file)
+        image = file if file.mode == mode else file.convert(mode)
+        pixels = np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, channels)
+        return torch.from_numpy(upright(pixels.transpose(2, 0, 1), turn).copy())
+
+
+def as_picture(values: np.ndarray[Any, Any]) -> Image.Image:
+    """Return uint8 `(C, H, W)` of 1 to 4 channels as an image of Pillow."""
+    return Image.fromarray(values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0)))
+
+
+def upright(values: np.ndarray[Any, Any], orientation: Any) -> np.ndarray[Any, Any]:
+    """Turn `(C, H, W)` upright, by the value of its EXIF orientation."""
+    if orientation in LYING:
+        values = values.swapaxes(1, 2)
+    across, down = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
+    return values[:, :: -1 if down else 1, :: -1 if across else 1]
+
+
+def upright_sides(image: Image.Image) -> dict[str, int]:
+    """Return height and width of an open image when it is upright, without its pixels."""
+    try:
+        lies = Image.Image.getexif(image).get(ORIENTATION) in LYING  # PNG's own method decodes the image
+    except Exception:  # see `orientation`
+        lies = False
+    height, width = (image.width, image.height) if lies else (image.height, image.width)
+    return {"height": height, "width": width}
 
 
 def orientation(image: Image.Image) -> Any:

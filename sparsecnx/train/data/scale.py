@@ -119,10 +119,8 @@ def expect_numbers(values: Tensor, value_range: tuple[float, float] | None, star
     Raises:
         UnsupportedValues: one is infinite in float32, or outside the range. NaN, no value, is in images alone.
     """
-    if not values.is_floating_point():
-        return values
     wrong = values.isinf() if values.ndim == 3 else ~values.isfinite()
-    if wrong.any():
+    if values.is_floating_point() and wrong.any():
         channel, *place = wrong.nonzero()[0].tolist()
         voxel = tuple(first + i for first, i in zip(start, place, strict=True))
         what = f"holds {values[wrong][0].item()} in channel {channel} at {voxel}"

@@ -192,11 +192,11 @@ class ShardSource(ImageFiles):
 
     def header(self, index: int) -> Header:
         array = self._array(index)
-        return super().header(index) if array is None else memory_header(array)
+        return super().header(index) if array is None else memory_header(array, self.in_chans)
 
     def read(self, index: int, recipe: Recipe) -> Tensor:
         array = self._array(index)
-        return super().read(index, recipe) if array is None else memory_pixels(array, recipe)
+        return super().read(index, recipe) if array is None else memory_pixels(array, recipe, self.types(recipe))
 
     def _array(self, index: int) -> np.ndarray[Any, Any] | None:
         """Return the array of a sample; None where its image is a file of another kind."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -18,6 +19,8 @@ from sparsecnx.train.recipe import Recipe
 
 # This many entries, spread evenly over all, are looked at before a run begins.
 SAMPLED_ENTRIES = 256
+# So few channels are taken for channels where the other end of an array is longer, and so many are none.
+FEW_BANDS, MANY_BANDS = 32, 512
 
 
 class Fingerprint(NamedTuple):
@@ -80,6 +83,46 @@ class Decoded:
         return self.values[tuple([slice(None), *box])]
 
 
+def spread(number: int) -> list[int]:
+    """Return up to `SAMPLED_ENTRIES` of so many numbers from 0, spread evenly."""
+    count = min(number, SAMPLED_ENTRIES)
+    return [i * number // count for i in range(count)]
+
+
+def channels_last(first: int, last: int, in_chans: int | None) -> bool:
+    """Return whether the channels of an array are its last axis, and not its first.
+
+    They are the axis as long as `in_chans`, if exactly one is. Otherwise they are the shorter one, and of two equal
+    ones the first.
+
+    Args:
+        first, last: lengths of both axes.
+        in_chans: the channels that the user or a recipe names.
+
+    Raises:
+        ValueError: nothing tells a side of an image from many bands.
+    """
+    if (first == in_chans) != (last == in_chans):
+        return last == in_chans
+    least, most = sorted((first, last))
+    if least > FEW_BANDS and most <= MANY_BANDS and in_chans != first:
+        expected = " or ".join(dict.fromkeys(f"--in-chans {length}" for length in (first, last)))
+        raise ValueError(f"{first} or {last} channels: expected {expected}, which tells")
+    return last < first
+
+
+def too_small(size: Sequence[int], recipe: Recipe) -> str | None:
+    """Return why an image or a volume of a size has no crop of a recipe, or None. Where crops are resized, it has."""
+    if recipe.crop_area is not None or all(side >= part for side, part in zip(size, recipe.size, strict=True)):
+        return None
+    others = ", --crop-area enlarges it" if recipe.ndim == 2 else "; or pad it, or move it elsewhere"
+    remedy = f"a smaller --image-size takes it in{others}"
+    if len(size) == 3 and 1 in size:
+        remedy = "it has one slice, and is an image: --image-size HEIGHTxWIDTH trains on images, from arrays (C, H, W)"
+    whole, crop = (" x ".join(map(str, sides)) for sides in (size, recipe.size))
+    return f"is {whole}, smaller than the crop of {crop}; {remedy}"
+
+
 class Source(ABC):
     """Images or volumes in a fixed order.
 
@@ -101,6 +144,11 @@ class Source(ABC):
     @property
     def place(self) -> str | None:
         return self.root
+
+    @cached_property
+    def seen(self) -> list[float]:
+        """Return the least and the largest value of the sample; empty until it was measured, see `measure`."""
+        return []
 
     @abstractmethod
     def __len__(self) -> int:
@@ -150,8 +198,7 @@ class Source(ABC):
 
     def sample(self) -> list[int]:
         """Return the numbers of up to `SAMPLED_ENTRIES` entries, spread evenly."""
-        count = min(len(self), SAMPLED_ENTRIES)
-        return [i * len(self) // count for i in range(count)]
+        return spread(len(self))
 
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of a recipe that follow from the data, where they differ from those of photographs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -32,8 +33,8 @@ class Moments(NamedTuple):
 def measure(source: Source, given: Mapping[str, Any], dtypes: Sequence[str]) -> dict[str, Any]:
     """Return `value_range`, `mean` and `std` of a recipe, as far as the user gave none.
 
-    They are of up to 256 entries, spread evenly. The range is known for 8 and 16 bits; of other types mean and standard
-    deviation are in the units of the files.
+    They are of up to 256 entries, spread evenly; `source.seen` gets their least and largest value. The range is known
+    for 8 and 16 bits; of other types mean and standard deviation are in the units of the files.
 
     Args:
         source: what is measured.
@@ -63,6 +64,7 @@ def measure(source: Source, given: Mapping[str, Any], dtypes: Sequence[str]) -> 
         if "value_range" in given and (problem := outside(values, value_range)) is not None:
             raise InputError("data", source.root, f"holds {source.name(index)}, which {problem}")
         total = _added(total, _moments(values))
+        source.seen[:] = _extremes(values, source.seen)
     found = {"value_range": value_range}
     if total is None:  # nothing can be read, which the first reading of the run names
         return found | {"mean": (0.0,), "std": (1.0,)}
@@ -96,12 +98,29 @@ def _added(one: Moments | None, other: Moments) -> Moments:
     return Moments(number, one.mean + delta * share, squares)
 
 
-def describe_scale(recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:
+def looked_at(kinds: Counter[str], unreadable: Sequence[tuple[str, str]]) -> str:
+    """Return how many files of a sample are of what kind, and how many cannot be read, in words."""
+    told = [f"{count} {kind}" for kind, count in kinds.most_common()]
+    if unreadable:
+        name, reason = unreadable[0]
+        told.append(f"{len(unreadable)} unreadable, such as {name} ({reason})")
+    return f"files: {kinds.total() + len(unreadable)} looked at, {', '.join(told)}"
+
+
+def _extremes(values: Tensor, seen: Sequence[float]) -> list[float]:
+    """Return the least and the largest of values and of those seen before; NaN is none."""
+    there = values[~values.isnan()] if values.is_floating_point() else values
+    found = [*seen, there.amin().item(), there.amax().item()] if there.numel() else [*seen]
+    return [min(found), max(found)] if found else []
+
+
+def describe_scale(recipe: Recipe, given: Mapping[str, Any] | None, seen: Sequence[float]) -> list[str]:
     """Return the numbers by which values are normalised, for the first lines of a run; none if they have their own.
 
     Args:
         recipe: that of the run.
         given: the fields that the user chose; None for a resumed run.
+        seen: least and largest value of the sample; empty where it was not measured.
     """
     if recipe.normalize != "dataset":
         return []
@@ -109,7 +128,8 @@ def describe_scale(recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]
     def origin(field: str, found: str) -> str:
         return "" if given is None else " (given)" if given.get(field) is not None else f" ({found})"
 
-    scale = "in the units of the files"
+    sample = f"from {seen[0]:g} to {seen[1]:g} in the sample, " if seen else ""
+    scale = f"{sample}in the units of the files"
     if recipe.value_range is not None:
         low, high = recipe.value_range
         scale = f"from {low:g} to {high:g}{origin('value_range', 'known')}"

@@ -3,8 +3,8 @@
 `.npy` files are mapped into memory, Zarr reads the chunks under a crop, and nibabel the part of a file `.nii`. A file
 `.nii.gz` can only be read from its beginning: it is decompressed as a whole, and kept while there is room.
 
-An array has `ndim` axes of space, and may have one of channels. That is the first or the last axis, whichever is
-shorter, and of two equal ones the first.
+An array has `ndim` axes of space, and may have one of channels. That is the first or the last axis, as
+`channels_last` tells.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import Tensor
 from sparsecnx.common.errors import InputError, MissingExtra
 from sparsecnx.common.files import not_regular
 from sparsecnx.train.data.files import FileSet, multiscales
-from sparsecnx.train.data.statistics import describe_scale, measure
+from sparsecnx.train.data.source import channels_last, too_small
+from sparsecnx.train.data.statistics import describe_scale, looked_at, measure
 from sparsecnx.train.recipe import Recipe
 
 # A compressed file of so many voxels takes 4 GB where its values are scaled.
@@ -111,20 +112,24 @@ class VolumeSet(FileSet):
         channels: channels of each array.
         sizes: sides of the arrays of a sample of the files, by their names.
         dtypes: types of their values.
+        unreadable: those of the sample that cannot be read, with the reasons.
     """
 
     ndim: int = 3
     channels: int = 1
     sizes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     dtypes: tuple[str, ...] = ()
+    unreadable: tuple[tuple[str, str], ...] = ()
     noun = "volume"
 
     def read(self, index: int, recipe: Recipe) -> Volume:
-        volume = open_volume(self.path(index), recipe.ndim, recipe.max_pixels)
+        if recipe.photographs:
+            raise UnsupportedVolume("is an array: expected an image file, since the run is one on photographs")
+        volume = open_volume(self.path(index), recipe.ndim, recipe.max_pixels, recipe.in_chans)
         if volume.channels != recipe.in_chans:
             problem = f"has {volume.channels} channels: expected {recipe.in_chans}, as the others"
             raise UnsupportedVolume(f"{problem}; move it elsewhere")
-        if recipe.crop_area is None and (too := too_small(volume.size, recipe.size)) is not None:
+        if (too := too_small(volume.size, recipe)) is not None:
             raise UnsupportedVolume(too)
         volume = replace(volume, nodata=recipe.nodata)
         return volume.decompressed() if volume.compressed else volume
@@ -133,6 +138,8 @@ class VolumeSet(FileSet):
         if self.ndim != 2 and given.get("crop_area") is not None:
             what = "expected together with images; crops of volumes are not resized"
             raise InputError("crop_area", given["crop_area"], what)
+        if given.get("normalize") == "imagenet":
+            raise InputError("normalize", "imagenet", "expected another one, since the data are arrays")
         found = {"ndim": self.ndim, "in_chans": self.channels, "normalize": "zscore", "max_pixels": MAX_VOXELS}
         found |= {"crop_area": None, **DEFAULTS[self.ndim]}
         if any(given.get(field) is not None for field in ("value_range", "mean", "std")):
@@ -142,8 +149,7 @@ class VolumeSet(FileSet):
         return found | measure(self, {**found, **given}, self.dtypes)
 
     def describe(self, recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:
-        told = ", ".join(f"{count} {dtype}" for dtype, count in Counter(self.dtypes).most_common())
-        return [f"files: {len(self.dtypes)} looked at, {told}", *describe_scale(recipe, given)]
+        return [looked_at(Counter(self.dtypes), self.unreadable), *describe_scale(recipe, given, self.seen)]
 
     def check(self, recipe: Recipe) -> None:
         """Raise InputError if the crop does not fit a volume of the sample, or they are not those of the recipe."""
@@ -151,35 +157,27 @@ class VolumeSet(FileSet):
             expected = f"{recipe.ndim} dimensions and {recipe.in_chans} channels, as the run was started with"
             raise InputError("data", self.root, f"{self.ndim} dimensions and {self.channels} channels: {expected}")
         for name, size in self.sizes:
-            if recipe.crop_area is None and (problem := too_small(size, recipe.size)) is not None:
+            if (problem := too_small(size, recipe)) is not None:
                 raise InputError("data", self.root, f"holds {name}, which {problem}")
 
 
-def too_small(size: Sequence[int], crop: Sequence[int]) -> str | None:
-    """Return why a volume of a size has no crop of another size, or None."""
-    if all(side >= part for side, part in zip(size, crop, strict=True)):
-        return None
-    remedy = "a smaller --image-size takes it in; or pad it, or move it elsewhere"
-    if len(size) == 3 and 1 in size:
-        remedy = "it has one slice, and is an image: --image-size HEIGHTxWIDTH trains on images, from arrays (C, H, W)"
-    return f"is {_by(size)}, smaller than the crop of {_by(crop)}; {remedy}"
-
-
-def survey(root: str, names: tuple[str, ...], ndim: int | None) -> VolumeSet:
+def survey(root: str, names: tuple[str, ...], ndim: int | None, in_chans: int | None = None) -> VolumeSet:
     """Return files with their dimensions, channels and sizes, of which the headers of a sample tell."""
     files = VolumeSet(root, names)
     first: tuple[str, int, int] | None = None
     sizes: list[tuple[str, tuple[int, ...]]] = []
     dtypes: list[str] = []
+    unreadable: list[tuple[str, str]] = []
     for index in files.sample():
         name = files.names[index]
         try:
-            volume = open_volume(files.path(index), ndim)
+            volume = open_volume(files.path(index), ndim, in_chans=in_chans)
         except UnsupportedVolume as error:
             raise InputError("data", files.root, f"holds {name}, which {error}") from error
         except MissingExtra:
             raise
-        except Exception:  # libraries raise many kinds of errors; a run skips such files and names them
+        except Exception as error:  # libraries raise many kinds of errors; a run skips such files and names them
+            unreadable.append((name, f"{type(error).__name__}: {error}"))
             continue
         this = (name, len(volume.axes), volume.channels)
         first = first or this
@@ -192,10 +190,19 @@ def survey(root: str, names: tuple[str, ...], ndim: int | None) -> VolumeSet:
         sizes.append((name, volume.size))
         dtypes.append(volume.dtype)
     ndim, channels = first[1:] if first else (ndim or 3, 1)
-    return replace(files, ndim=ndim, channels=channels, sizes=tuple(sizes), dtypes=tuple(dtypes))
+    return replace(
+        files,
+        ndim=ndim,
+        channels=channels,
+        sizes=tuple(sizes),
+        dtypes=tuple(dtypes),
+        unreadable=tuple(unreadable),
+    )
 
 
-def open_volume(path: str, ndim: int | None = None, max_voxels: int = MAX_VOXELS) -> Volume:
+def open_volume(
+    path: str, ndim: int | None = None, max_voxels: int = MAX_VOXELS, in_chans: int | None = None
+) -> Volume:
     """Open a file and read its header, but not its values.
 
     Args:
@@ -204,6 +211,7 @@ def open_volume(path: str, ndim: int | None = None, max_voxels: int = MAX_VOXELS
         ndim: axes of space. None takes 3 for NIfTI and for 3 or 4 axes, 1 for 1 or 2 axes. Leading axes of length 1
             that are too many, such as the time of OME-Zarr, are left out.
         max_voxels: size of the largest compressed file.
+        in_chans: channels that tell the axis of channels from the others; None decides by its length.
 
     Raises:
         UnsupportedVolume: the file has other axes, values that are no numbers, or no orientation, or is too large.
@@ -211,20 +219,20 @@ def open_volume(path: str, ndim: int | None = None, max_voxels: int = MAX_VOXELS
         Exception: whatever the library raises.
     """
     if os.path.isdir(path):
-        return _seen(_open_zarr(path), ndim)
+        return _seen(_open_zarr(path), ndim, in_chans)
     if os.path.exists(path) and (problem := not_regular(path)) is not None:
         raise UnsupportedVolume(f"is {problem}")
     if not path.lower().endswith(".npy"):
         return _open_nifti(path, ndim, max_voxels)
     try:
-        return _seen(np.lib.format.open_memmap(path, mode="r"), ndim)
+        return _seen(np.lib.format.open_memmap(path, mode="r"), ndim, in_chans)
     except ValueError as error:
         if "Python objects" not in str(error):
             raise
         raise UnsupportedVolume("holds Python objects: expected whole or floating-point numbers") from error
 
 
-def _seen(array: Any, ndim: int | None) -> Volume:
+def _seen(array: Any, ndim: int | None, in_chans: int | None) -> Volume:
     """Return a plain array as a volume."""
     _expect_numbers(array.dtype)
     shape = tuple(array.shape)
@@ -237,8 +245,12 @@ def _seen(array: Any, ndim: int | None) -> Volume:
         remedy = "" if ndim is None else f" for --image-size of {ndim} sides"
         form = f"{FORMS[1]}, {FORMS[3]}" if ndim is None else FORMS[ndim]
         raise UnsupportedVolume(f"is an array {shape}: expected {form}{remedy}; save each volume of a series by itself")
-    last = len(shape) - 1
-    channel = None if axes == dimensions else leading if shape[leading] <= shape[last] else last
+    channel, last = None, len(shape) - 1
+    if axes > dimensions:
+        try:
+            channel = last if channels_last(shape[leading], shape[last], in_chans) else leading
+        except ValueError as error:
+            raise UnsupportedVolume(f"is an array {shape}, of {error}") from error
     return Volume(array, channel, tuple((axis, False) for axis in range(leading, len(shape)) if axis != channel))
 
 
