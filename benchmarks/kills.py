@@ -66,6 +66,7 @@ def start(world: int, command: Sequence[str]) -> list[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    ENDED.clear()
     processes = []
     for rank in range(world):
         processes.append(os.fork())
@@ -102,19 +103,27 @@ def wait(processes: Sequence[int], until: float) -> list[int] | None:
     return [codes[process] for process in processes]
 
 
-def end_others(processes: Sequence[int]) -> None:
-    """End what is left of a run as torchrun does: by SIGTERM, which ends a process that still waits for others."""
-    if wait(processes, time.monotonic() + 2) is None:
+def end_others(processes: Sequence[int], output: Path) -> None:
+    """Expect that the others end by themselves, or by SIGTERM of torchrun where they had not begun to train."""
+    steps = len(output.joinpath("log.jsonl").read_bytes()) if output.joinpath("log.jsonl").exists() else 0
+    if wait(processes, time.monotonic() + 30) is None:
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGTERM)
-        if wait(processes, time.monotonic() + 60) is None:
+        if wait(processes, time.monotonic() + 60) is None or started(output, steps):
             raise Mismatch("a process waits for one that was killed")
+
+
+def started(output: Path, before: int) -> bool:
+    """Return whether a run logged a step since its log had so many bytes."""
+    log = output / "log.jsonl"
+    return log.exists() and log.stat().st_size > before
 
 
 def logged(output: Path) -> list[dict[str, Any]]:
     """Return the log of a run without its times."""
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    text = (output / "log.jsonl").read_text()
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # a kill can cut the last one
     return [{name: value for name, value in line.items() if not name.endswith("_s")} for line in lines]
 
 
@@ -139,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     SIZES["atto"] = Size((1, 1, 1, 1), (8, 8, 16, 16))
     draw, kills, complete = random.Random(options.seed), dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    steps: dict[str, list[int]] = {kind: [] for kind in KINDS}  # logged when each kill fell
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_images(place / "images")
@@ -157,17 +167,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 codes = wait(processes, time.monotonic() + draw.uniform(0, options.longest))
                 if codes is not None:
                     break
-                os.kill(draw.choice(processes), signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # one that ended before the others
+                    os.kill(draw.choice(processes), signal.SIGKILL)
                 kills[kind] += 1
-                end_others(processes)
+                end_others(processes, output)
                 newest = expect_whole_checkpoints(output, newest)
+                steps[kind].append(len(logged(output)) if (output / "log.jsonl").exists() else 0)
             if codes != [0] * world or logged(output) != expected[kind]:
                 raise Mismatch(f"{kind}: ended with {codes}, other steps than the run that nobody killed")
             complete[kind] += 1
             say(f"{kind}: {kills[kind]} kills, {complete[kind]} runs complete")
     results = Results(options.out)
     for kind in KINDS:
-        results.add(kind, {"kills": kills[kind], "complete_runs": complete[kind], "steps": STEPS, "differing_steps": 0})
+        case = {"kills": kills[kind], "complete_runs": complete[kind], "steps_of_a_run": STEPS, "differing_steps": 0}
+        results.add(kind, case | {"steps_at_kills": steps[kind]})
     return 0
 
 

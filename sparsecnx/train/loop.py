@@ -153,7 +153,7 @@ class Trainer:
                 log.write(record)
                 records.append(record)
                 epoch, within = divmod(self.step, self.steps_per_epoch)
-                if number := max(self.processes.gathered(signals[0] if signals else 0)):
+                if number := self.processes.largest(signals[0] if signals else 0):
                     self.save()
                     name = signal.Signals(number).name
                     log.say(f"{name}: saved step {self.step} in {self.folder.newest()}; --resume goes on")
@@ -213,8 +213,7 @@ class Trainer:
         self.learner.update(lr, norm)
         self.step += 1
         seconds = time.perf_counter() - start
-        own = (recipe.effective_batch / self.processes.world / seconds, waited)
-        speeds, waits = (list(values) for values in zip(*self.processes.gathered(own), strict=True))
+        speeds, waits = self.processes.numbers(recipe.effective_batch / self.processes.world / seconds, waited)
         epoch = self.step / self.steps_per_epoch
         return StepRecord(self.step, epoch, mean_loss, lr, grad_norm, sum(speeds), speeds, waits)
 

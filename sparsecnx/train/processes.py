@@ -52,6 +52,23 @@ class Processes:
             dist.all_gather_object(values, value)
         return values
 
+    def numbers(self, *values: float) -> list[list[float]]:
+        """Return numbers of all processes: of each the first, of each the second, and so on."""
+        own = torch.tensor(values, dtype=torch.float64)
+        if self.world == 1:
+            return own.view(-1, 1).tolist()
+        found = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(found, own)
+        return torch.stack(found, dim=1).tolist()
+
+    def largest(self, value: int) -> int:
+        """Return the largest of the values of all processes."""
+        if self.world == 1:
+            return value
+        found = torch.tensor([value])
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of a tensor over all processes."""
         if self.world > 1:
@@ -81,10 +98,10 @@ class Processes:
             found = call()
         except (InputError, MissingExtra, OSError, TrainingStopped) as raised:
             error = raised
-        errors = self.gathered(OSError(str(error)) if isinstance(error, OSError) else error)  # some cannot be pickled
-        first = next((rank for rank, one in enumerate(errors) if one is not None), None)
-        if first is None:
+        if not self.largest(error is not None):
             return found  # type: ignore[return-value]
+        errors = self.gathered(OSError(str(error)) if isinstance(error, OSError) else error)  # some cannot be pickled
+        first = next(rank for rank, one in enumerate(errors) if one is not None)
         if first == self.rank and error is not None:
             raise error
         said: Any = errors[first]

@@ -117,8 +117,8 @@ class Recipe:
         norm_eps: epsilon of LayerNorm; of our own networks alone.
         grn_eps: epsilon of GRN; of our own networks with blocks v2 alone.
         dwconv_bias: biases of the depthwise convolutions of the blocks; of our own networks alone.
-        ema_decay: decay of a moving average of the weights, such as 0.9999, that is trained beside the network as its
-            teacher and kept in the checkpoints; None keeps none.
+        ema_decay: decay of a moving average of the weights, such as 0.9999, that is kept beside the network, as a
+            teacher of other methods, and in the checkpoints; None keeps none.
         transform: `module:function`, a Python function that takes and returns a crop; None for none.
 
     Raises:
