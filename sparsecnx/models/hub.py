@@ -1,4 +1,4 @@
-"""What huggingface_hub's mixin writes and reads for a model: config.json, model.safetensors and a model card."""
+"""Write and read models by huggingface_hub's mixin: config.json, model.safetensors and a model card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a multi-pretext masked autoencoder predicts: images, maps of classes, and labels of images.
+"""Define what a multi-pretext masked autoencoder predicts: images, maps of classes, and labels of images.
 
 Each target knows the shape of its values, and its error: a sum, and the number of patches or images that it is over.
 """
@@ -40,7 +40,9 @@ class Target:
         raise NotImplementedError
 
     def check(self, name: str, value: Tensor, sizes: tuple[int, ...]) -> None:
-        """Raise TypeError or ValueError unless `value` has the type and shape of this target.
+        """Raise TypeError or ValueError unless `value` has the type and shape of this target, and classes that exist.
+
+        Classes are read on the CPU only, and not in compiled code.
 
         Args:
             name: what errors call it.
@@ -133,6 +135,7 @@ class ClassMapTarget(PixelTarget):
 
     def check(self, name: str, value: Tensor, sizes: tuple[int, ...]) -> None:
         _check(name, value, sizes, floating=False)
+        _check_classes(name, value, self.classes, self.ignore_index)
 
     def summed_error(self, value: Tensor, pred: Tensor, mask: Tensor, patch: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         classes = patchify(value[:, None].long(), patch)
@@ -191,9 +194,11 @@ class ClassificationTarget(Target):
 
     def check(self, name: str, value: Tensor, sizes: tuple[int, ...]) -> None:
         _check(name, value, sizes[:1], floating=False)
+        _check_classes(name, value, self.classes, self.ignore_index)
 
     def summed_error(self, value: Tensor, pred: Tensor, mask: Tensor, patch: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        return _summed(_cross_entropy(pred, value.long(), self.ignore_index), value != self.ignore_index)
+        value = value.long()  # A uint8 would compare equal to an ignore_index modulo 256.
+        return _summed(_cross_entropy(pred, value, self.ignore_index), value != self.ignore_index)
 
 
 def _expect(argument: str, value: object, holds: bool, expected: str) -> None:
@@ -209,6 +214,16 @@ def _check(name: str, value: Tensor, shape: tuple[int, ...], floating: bool) -> 
         raise TypeError(f"{name} is {value.dtype}: expected {kind} {shape}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} is {tuple(value.shape)}: expected {shape}")
+
+
+def _check_classes(name: str, value: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise ValueError for a class that is not there. Only values on the CPU are read, which costs no waiting."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    value = value.long()
+    wrong = value[((value < 0) | (value >= classes)) & (value != ignore_index)]
+    if wrong.numel():
+        raise ValueError(f"{name} has the value {wrong[0]}: expected 0 to {classes - 1}, or {ignore_index} for none")
 
 
 def _finite(value: Tensor) -> Tensor:
