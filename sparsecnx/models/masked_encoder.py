@@ -17,7 +17,7 @@ from sparsecnx.models.pretrained import Pretrained
 from sparsecnx.tensor import SparseTensor
 
 
-class MaskedEncoder(Pretrained):
+class MaskedEncoder(Pretrained, abstract=True):
     """Mask images for an encoder of the visible patches. A subclass defines what is predicted from them.
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecnx.models.patches import check_loss_on, counted_patches, patchify, squared_errors
-from sparsecnx.models.pretrained import CLASSES
+from sparsecnx.models.pretrained import register
 
 IGNORED = -100  # as in torch's cross entropy
 
@@ -28,9 +28,10 @@ class Target:
 
     weight: float = 1.0
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, abstract: bool = False) -> None:
         super().__init_subclass__()
-        CLASSES[cls.__name__] = cls
+        if not abstract:
+            register(cls)
 
     def __post_init__(self) -> None:
         _expect("weight", self.weight, 0 < self.weight < math.inf, "more than 0")
@@ -64,7 +65,7 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelTarget(Target):
+class PixelTarget(Target, abstract=True):
     """A target with a value at each pixel, predicted patch by patch. It has the grid of patches of the input.
 
     Attributes:
