@@ -106,7 +106,7 @@ class ConvNeXtV2Encoder(Pretrained):
             `"conv3x3"`, that of MP-MAE: a convolution of 3 pixels (1 on an axis whose `kernel_size` is 1), LayerNorm
             and GELU at every pixel; then a depthwise convolution whose kernel and stride are `stem`, and LayerNorm.
         block: `"v2"`, or `"v1"` for the block of the first ConvNeXt, `nn.ConvNeXtBlock`, which has LayerScale, no GRN.
-        norm_eps: epsilon of every LayerNorm, added to the variance.
+        norm_eps: epsilon of every LayerNorm of the encoder, added to the variance.
         grn_eps: epsilon of GRN, added to the mean over channels.
         dwconv_bias: False leaves out the bias of the depthwise convolutions of the blocks.
 
