@@ -17,9 +17,11 @@ import sys
 
 import submitit
 
+TIME_TO_SAVE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270"}  # seconds, of Slurm's 300; torchrun would kill after 30
+
 
 class Pretraining:
-    """What one node of a job does.
+    """Run one node of a job.
 
     Args:
         gpus: processes on each node.
@@ -40,7 +42,7 @@ class Pretraining:
         job = submitit.JobEnvironment()
         # A session of its own, since the signal may go to all processes of this one.
         command = self.command(list(job.hostnames), int(job.raw_job_id))
-        self.process = subprocess.Popen(command, start_new_session=True)
+        self.process = subprocess.Popen(command, start_new_session=True, env={**os.environ, **TIME_TO_SAVE})
         if code := self.process.wait():
             raise RuntimeError(f"torchrun ended with exit code {code}; the log of the job says why")
 

@@ -31,6 +31,7 @@ from sparsecnx.compat import checkpoints
 from sparsecnx.models import SIZES
 from sparsecnx.train.recipe import MAX_PIXELS
 
+PUBLISHED_EPS = 1e-6  # of LayerNorm and GRN, which files of weights do not hold
 # These are the choices of `doctor --explain`. The first is the default.
 EXPLAINED = {
     "device": ("auto", "cpu", "cuda"),
@@ -168,10 +169,15 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise InputError("target", target, problem)
     if checkpoints.overwrites(target, source):
         raise InputError("target", target, "the same file as IN; expected another one")
+    if checkpoints.is_inside(target, source):
+        raise InputError("target", target, "in the folder of IN, a sharded checkpoint; expected another one")
     if arguments.max_bytes < 1:
         raise InputError("max_bytes", arguments.max_bytes, "expected 1 or more")
     try:
         loaded = checkpoints.load(source, arguments.key, arguments.max_bytes, arguments.prefix)
+        epsilons = [f"{name} {value:g}" for name, value in loaded.epsilons.items() if value != PUBLISHED_EPS]
+        if epsilons and to == "transformers":
+            raise InputError("to", to, f"has networks with epsilons of 1e-06 only, and IN has {', '.join(epsilons)}")
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             if loaded.foreign:
@@ -202,8 +208,11 @@ def _convert(arguments: argparse.Namespace) -> int:
         lines.append(f"left out, because {to} has no place for them: {len(left_out)} entries")
         lines.extend(f"    {name}" for name in left_out)
     _print("\n".join(map(escape, lines)))
-    for warning in warned:
-        print(f"sparsecnx convert: warning: {printable(str(warning.message))}", file=sys.stderr)
+    said = [str(warning.message) for warning in warned]
+    if epsilons:
+        said.append(f"{target} holds weights alone: make the network with {', '.join(epsilons)}")
+    for text in said:
+        print(f"sparsecnx convert: warning: {printable(text)}", file=sys.stderr)
     return 0
 
 

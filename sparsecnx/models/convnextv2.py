@@ -106,7 +106,7 @@ class ConvNeXtV2Encoder(Pretrained):
             `"conv3x3"`, that of MP-MAE: a convolution of 3 pixels (1 on an axis whose `kernel_size` is 1), LayerNorm
             and GELU at every pixel; then a depthwise convolution whose kernel and stride are `stem`, and LayerNorm.
         block: `"v2"`, or `"v1"` for the block of the first ConvNeXt, `nn.ConvNeXtBlock`, which has LayerScale, no GRN.
-        norm_eps: epsilon of every LayerNorm, added to the variance.
+        norm_eps: epsilon of every LayerNorm of the encoder, added to the variance.
         grn_eps: epsilon of GRN, added to the mean over channels.
         dwconv_bias: False leaves out the bias of the depthwise convolutions of the blocks.
 
@@ -344,18 +344,23 @@ def shape_of(channels: int, ndim: int) -> str:
     return f"(B, {channels}, {', '.join('DHW'[3 - ndim :])})"
 
 
-def check_images(images: Tensor, channels: int, stride: tuple[int, ...]) -> None:
-    """Raise TypeError or ValueError unless `images` is floating `(B, channels, *spatial)`, multiples of `stride`."""
-    expected = shape_of(channels, len(stride))
+def check_images(
+    images: Tensor, channels: int, sides: tuple[int, ...], called: str = "the stride of the network"
+) -> None:
+    """Raise TypeError or ValueError unless `images` is floating `(B, channels, *spatial)`, multiples of `sides`.
+
+    Args:
+        called: what errors call `sides`.
+    """
+    expected = shape_of(channels, len(sides))
     if not isinstance(images, Tensor) or not images.is_floating_point():
         kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images is {kind}: expected a floating tensor {expected}")
-    if images.ndim != 2 + len(stride) or images.shape[1] != channels or images.shape[0] == 0:
+    if images.ndim != 2 + len(sides) or images.shape[1] != channels or images.shape[0] == 0:
         raise ValueError(f"images is {tuple(images.shape)}: expected {expected} with B >= 1")
-    if 0 in images.shape or any(map(operator.mod, images.shape[2:], stride)):
+    if 0 in images.shape or any(map(operator.mod, images.shape[2:], sides)):
         raise ValueError(
-            f"images is {tuple(images.shape)}: its sides must be multiples of {one_if_equal(stride)}, the stride of "
-            "the network"
+            f"images is {tuple(images.shape)}: its sides must be multiples of {one_if_equal(sides)}, {called}"
         )
 
 

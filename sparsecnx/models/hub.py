@@ -1,4 +1,4 @@
-"""What huggingface_hub's mixin writes and reads for a model: config.json, model.safetensors and a model card."""
+"""Write and read models by huggingface_hub's mixin: config.json, model.safetensors and a model card."""
 
 from __future__ import annotations
 
@@ -65,6 +65,8 @@ class HubModel(PyTorchModelHubMixin, model_card_template=CARD, repo_url=REPOSITO
                 raise FileNotFoundError(f"name is {str(name)!r}: {problem}") from None
         try:
             return cls.from_pretrained(name, kind=kind, **options).module
+        except AttributeError as error:  # of the mixin, which takes the JSON for an object
+            raise ValueError(f"name is {str(name)!r}: {CONFIG_NAME} holds no object ({error})") from error
         except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"name is {str(name)!r}: {error}") from error
 
@@ -88,7 +90,7 @@ class HubModel(PyTorchModelHubMixin, model_card_template=CARD, repo_url=REPOSITO
         if config is None:
             there = "the folder" if folder.is_dir() else "there is no such folder, and the hub"
             raise FileNotFoundError(f"name is {model_id!r}: {there} has no {CONFIG_NAME}, which save_pretrained writes")
-        module = build({**config, **arguments})
+        module = build({**config, **arguments}, kind)
         if not isinstance(module, kind):
             raise ValueError(f"it holds a {type(module).__name__}, expected a {kind.__name__}")
         options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}

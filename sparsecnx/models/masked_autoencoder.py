@@ -14,7 +14,7 @@ from sparsecnx.models.patches import check_loss_on, counted_patches, patchify, s
 from sparsecnx.tensor import SparseTensor
 
 
-class MaskedAutoencoder(MaskedEncoder):
+class MaskedAutoencoder(MaskedEncoder, abstract=True):
     """Mask images, predict all patches from the visible ones, and compare. A subclass defines `predict`.
 
     Args:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from sparsecnx.geometry.mask_reading import check_same_device, read_mask
 from sparsecnx.geometry.masks import random_mask, visible_count
-from sparsecnx.models.convnextv2 import one_if_equal, shape_of
+from sparsecnx.models.convnextv2 import check_images, one_if_equal
 from sparsecnx.models.encoders import Stages, fits
 from sparsecnx.models.pretrained import Pretrained
 from sparsecnx.tensor import SparseTensor
 
 
-class MaskedEncoder(Pretrained):
+class MaskedEncoder(Pretrained, abstract=True):
     """Mask images for an encoder of the visible patches. A subclass defines what is predicted from them.
 
     Args:
@@ -96,6 +96,8 @@ class MaskedEncoder(Pretrained):
         if not isinstance(mask_ratio, (int, float)):
             raise TypeError(f"mask_ratio is a {type(mask_ratio).__name__}: expected a number; a mask is given as mask=")
         if mask is None:
+            if visible is not None:
+                raise ValueError(f"visible is {visible}: expected None without mask; mask_ratio says how many stay")
             visible = visible_count(cells, mask_ratio, "mask_ratio")
             if visible == cells and self._needs_masked:
                 raise ValueError(f"mask_ratio is {mask_ratio}: it leaves no patch to reconstruct")
@@ -104,7 +106,9 @@ class MaskedEncoder(Pretrained):
             mask = mask.to(images.device)
         check_same_device(mask, images, "images")
         mask = read_mask(mask, tuple(images.shape[2:]), images.shape[0], name="images", grid=grid)
-        x = SparseTensor.from_dense(without_invalid(images, valid), mask, visible, below_tile=self.below_tile)
+        images = without_invalid(images, valid)
+        # The axis of 1 says that the others are the grid, for a batch of one image too.
+        x = SparseTensor.from_dense(images, mask[:, None], visible, below_tile=self.below_tile)
         return x, mask.flatten(1)
 
     def grid(self, images: Tensor) -> tuple[int, ...]:
@@ -113,18 +117,9 @@ class MaskedEncoder(Pretrained):
         Raises:
             TypeError, ValueError: `images` is not floating, or a side is not a multiple of patch size and stride.
         """
-        expected = shape_of(self.in_chans, self.ndim)
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images is {kind}: expected a floating tensor {expected}")
-        if images.ndim != 2 + self.ndim or images.shape[1] != self.in_chans or images.shape[0] == 0:
-            raise ValueError(f"images is {tuple(images.shape)}: expected {expected} with B >= 1")
         sides = tuple(map(math.lcm, self.patch, self._stages.strides[-1]))
-        if 0 in images.shape or any(size % side for size, side in zip(images.shape[2:], sides, strict=True)):
-            name = "patch size" if sides == self.patch else "stride of the encoder"
-            raise ValueError(
-                f"images is {tuple(images.shape)}: its sides must be multiples of the {name}, {one_if_equal(sides)}"
-            )
+        called = "the patch size" if sides == self.patch else "the stride of the encoder"
+        check_images(images, self.in_chans, sides, called)
         return tuple(size // p for size, p in zip(images.shape[2:], self.patch, strict=True))
 
 

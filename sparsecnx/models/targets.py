@@ -1,4 +1,4 @@
-"""What a multi-pretext masked autoencoder predicts: images, maps of classes, and labels of images.
+"""Define what a multi-pretext masked autoencoder predicts: images, maps of classes, and labels of images.
 
 Each target knows the shape of its values, and its error: a sum, and the number of patches or images that it is over.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecnx.models.patches import check_loss_on, counted_patches, patchify, squared_errors
-from sparsecnx.models.pretrained import CLASSES
+from sparsecnx.models.pretrained import register
 
 IGNORED = -100  # as in torch's cross entropy
 
@@ -28,9 +28,10 @@ class Target:
 
     weight: float = 1.0
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, abstract: bool = False) -> None:
         super().__init_subclass__()
-        CLASSES[cls.__name__] = cls
+        if not abstract:
+            register(cls)
 
     def __post_init__(self) -> None:
         _expect("weight", self.weight, 0 < self.weight < math.inf, "more than 0")
@@ -40,7 +41,9 @@ class Target:
         raise NotImplementedError
 
     def check(self, name: str, value: Tensor, sizes: tuple[int, ...]) -> None:
-        """Raise TypeError or ValueError unless `value` has the type and shape of this target.
+        """Raise TypeError or ValueError unless `value` has the type and shape of this target, and classes that exist.
+
+        Classes are read on the CPU only, and not in compiled code.
 
         Args:
             name: what errors call it.
@@ -62,7 +65,7 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelTarget(Target):
+class PixelTarget(Target, abstract=True):
     """A target with a value at each pixel, predicted patch by patch. It has the grid of patches of the input.
 
     Attributes:
@@ -133,6 +136,7 @@ class ClassMapTarget(PixelTarget):
 
     def check(self, name: str, value: Tensor, sizes: tuple[int, ...]) -> None:
         _check(name, value, sizes, floating=False)
+        _check_classes(name, value, self.classes, self.ignore_index)
 
     def summed_error(self, value: Tensor, pred: Tensor, mask: Tensor, patch: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         classes = patchify(value[:, None].long(), patch)
@@ -191,9 +195,11 @@ class ClassificationTarget(Target):
 
     def check(self, name: str, value: Tensor, sizes: tuple[int, ...]) -> None:
         _check(name, value, sizes[:1], floating=False)
+        _check_classes(name, value, self.classes, self.ignore_index)
 
     def summed_error(self, value: Tensor, pred: Tensor, mask: Tensor, patch: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        return _summed(_cross_entropy(pred, value.long(), self.ignore_index), value != self.ignore_index)
+        value = value.long()  # A uint8 would compare equal to an ignore_index modulo 256.
+        return _summed(_cross_entropy(pred, value, self.ignore_index), value != self.ignore_index)
 
 
 def _expect(argument: str, value: object, holds: bool, expected: str) -> None:
@@ -209,6 +215,16 @@ def _check(name: str, value: Tensor, shape: tuple[int, ...], floating: bool) -> 
         raise TypeError(f"{name} is {value.dtype}: expected {kind} {shape}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} is {tuple(value.shape)}: expected {shape}")
+
+
+def _check_classes(name: str, value: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise ValueError for a class that is not there. Only values on the CPU are read, which costs no waiting."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    value = value.long()
+    wrong = value[((value < 0) | (value >= classes)) & (value != ignore_index)]
+    if wrong.numel():
+        raise ValueError(f"{name} has the value {wrong[0]}: expected 0 to {classes - 1}, or {ignore_index} for none")
 
 
 def _finite(value: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from sparsecnx import models
+from sparsecnx.cli import main
 from sparsecnx.common.errors import MissingExtra
 from sparsecnx.compat import checkpoints, minkowski
 from sparsecnx.compat.checkpoints import CheckpointError, convert, detect_format
@@ -764,6 +765,20 @@ def test_what_saving_would_overwrite_is_known(tmp_path):
         assert not checkpoints.overwrites(tmp_path / "none", name)
         assert not checkpoints.overwrites(name, tmp_path / "none")
         assert not checkpoints.overwrites(tmp_path / ("a" * 300), name)
+
+
+def test_what_lies_in_a_sharded_checkpoint_is_known(tmp_path, capsys):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    assert not checkpoints.is_inside(folder / "encoder.pt", folder)
+    (folder / "run.pt").touch()
+    (tmp_path / "last").symlink_to(folder)
+    for target in (folder / "encoder.pt", folder / "new" / "encoder.pt", folder, tmp_path / "last" / "run.pt"):
+        assert checkpoints.is_inside(target, folder) and checkpoints.is_inside(target, tmp_path / "last")
+    assert not checkpoints.is_inside(tmp_path / "encoder.pt", folder)
+    source, target = str(folder), str(folder / "encoder.pt")
+    assert main(["convert", source, target, "--to", "timm"]) == 2
+    assert f"OUT is {target}: in the folder of IN, a sharded checkpoint" in capsys.readouterr().err
 
 
 def test_our_training_checkpoints_are_read(tmp_path):

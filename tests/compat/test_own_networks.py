@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 from sparsecnx import load_encoder, models
+from sparsecnx.cli import main
 from sparsecnx.common.errors import CheckpointError
 
 SIZES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 16, 16)}
@@ -49,6 +52,66 @@ def test_an_autoencoder_of_several_targets_is_found_after_a_prefix(options):
     network = models.ConvNeXtV2Encoder(**SIZES, **options)
     assert load_encoder(network, {**state, "criterion.weight": torch.ones(2)}) == []
     assert all(torch.equal(network.state_dict()[name], value) for name, value in trained.state_dict().items())
+
+
+def test_a_classifier_of_blocks_v1_is_loaded_to_fine_tune_it():
+    trained = models.ConvNeXtV2(5, **SIZES, block="v1")
+    for network in (models.ConvNeXtV2Encoder(**SIZES, block="v1"), models.ConvNeXtV2(3, **SIZES, block="v1")):
+        assert not [name for name in load_encoder(network, trained.state_dict()) if name.startswith("stages.")]
+        assert torch.equal(network.stages[1][1].pwconv1.weight, trained.stages[1][1].pwconv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ("blocks v1", "blocks v1"),
+        ("3x3 stem", "a stem of 3x3 convolutions"),
+        ("no depthwise bias", "no bias of the depthwise convolutions"),
+        ("all", "blocks v1 and a stem of 3x3 convolutions and no bias of the depthwise convolutions"),
+    ],
+)
+@pytest.mark.parametrize("around", [fcmae, spark])
+def test_convert_names_what_no_format_holds(options, what, around, tmp_path, capsys):
+    torch.save(
+        {"model": around(models.ConvNeXtV2Encoder(**SIZES, **OPTIONS[options])).state_dict()}, tmp_path / "in.pt"
+    )
+    assert main(["convert", str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), "--to", "timm"]) == 2
+    assert f"has an encoder with {what}, which no format holds: sparsecnx.load_encoder" in capsys.readouterr().err
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.fixture
+def unusual(tmp_path):
+    """Write what a run with other epsilons has in its checkpoint."""
+    encoder = models.ConvNeXtV2Encoder(**SIZES, norm_eps=1e-2, grn_eps=1e-4)
+    recipe = {"model": "atto", "norm_eps": 1e-2, "grn_eps": 1e-4}
+    torch.save({"model": fcmae(encoder).state_dict(), "recipe": recipe}, tmp_path / "last.pt")
+    return tmp_path / "last.pt"
+
+
+def test_other_epsilons_are_said_where_weights_are_converted(unusual, tmp_path, capsys):
+    assert main(["convert", str(unusual), str(tmp_path / "folder/"), "--to", "transformers"]) == 2
+    assert "epsilons of 1e-06 only, and IN has norm_eps 0.01, grn_eps 0.0001" in capsys.readouterr().err
+    assert main(["convert", str(unusual), str(tmp_path / "out.pt"), "--to", "timm"]) == 0
+    assert "holds weights alone: make the network with norm_eps 0.01, grn_eps 0.0001" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"the run had norm_eps 0\.01, downsample_layers\.0\.1 of the model has 1e-06"),
+        ({"norm_eps": 1e-2}, r"the run had grn_eps 0\.0001, stages\.0\.0\.grn of the model has 1e-06"),
+    ],
+)
+def test_a_model_with_other_epsilons_is_said(options, message, unusual):
+    with pytest.warns(UserWarning, match=message):
+        load_encoder(models.ConvNeXtV2(3, **SIZES, **options), unusual)
+
+
+def test_a_model_with_the_same_epsilons_is_silent(unusual):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_encoder(models.ConvNeXtV2Encoder(**SIZES, norm_eps=1e-2, grn_eps=1e-4), unusual)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))

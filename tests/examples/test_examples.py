@@ -167,6 +167,7 @@ STUB = """
         sys.exit(143)
     signal.signal(signal.SIGTERM, stop)
     again = log.exists()
+    assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "270", "torchrun kills its processes after 30 s"
     with log.open("a") as file: file.write("resumed " if again else "started ")
     task.with_name("part").write_text(str(os.getppid()))
     task.with_name("part").rename(task)

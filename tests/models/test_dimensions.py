@@ -200,6 +200,21 @@ def small(**options):
 VOLUME = torch.zeros(1, 2, 32, 32, 32)
 
 
+@pytest.mark.parametrize("kind", [models.FCMAE, models.SparK])
+def test_a_single_volume_whose_patches_are_in_a_line(kind):
+    """A mask (1, 2, 1, 1) could be one of a batch of one or of a grid with an axis more."""
+    model, volume = kind(small(ndim=3), decoder_dim=32), torch.randn(1, 2, 64, 32, 32)
+    loss, pred, mask = model(volume, mask_ratio=0.5)
+    assert loss.isfinite() and pred.shape[2:] == (2, 1, 1) and mask.sum() == 1
+    given = model(volume, mask=mask.view(1, 1, 2, 1, 1))
+    assert torch.equal(given[1], pred)
+
+
+def test_a_number_of_visible_patches_needs_their_mask():
+    with pytest.raises(ValueError, match="visible is 1: expected None without mask"):
+        models.FCMAE(small(), decoder_dim=8)(torch.zeros(1, 2, 64, 64), visible=1)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -236,7 +251,7 @@ VOLUME = torch.zeros(1, 2, 32, 32, 32)
         ),
         (
             lambda: models.FCMAE(small(ndim=3, stem=2), (16, 32, 16), decoder_dim=8)(VOLUME[..., :16, :]),
-            "images is (1, 2, 32, 16, 32): its sides must be multiples of the patch size, (16, 32, 16)",
+            "images is (1, 2, 32, 16, 32): its sides must be multiples of (16, 32, 16), the patch size",
         ),
         (
             lambda: ConvNeXtV2Block(2)(SparseTensor.from_dense(VOLUME, torch.zeros(1, 1, dtype=torch.bool))),

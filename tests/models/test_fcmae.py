@@ -184,7 +184,7 @@ def test_patch_size_that_does_not_fit(patch):
 @pytest.mark.parametrize(
     "x, error, message",
     [
-        (torch.zeros(2, 3, 64, 96), ValueError, r"images is \(2, 3, 64, 96\): .* patch size, 64"),
+        (torch.zeros(2, 3, 64, 96), ValueError, r"images is \(2, 3, 64, 96\): .* 64, the patch size"),
         (torch.zeros(2, 3, 64, 80), ValueError, r"images is \(2, 3, 64, 80\)"),
         (torch.zeros(2, 1, 64, 64), ValueError, r"images is \(2, 1, 64, 64\)"),
         (torch.zeros(0, 3, 64, 64), ValueError, r"images is \(0, 3, 64, 64\)"),

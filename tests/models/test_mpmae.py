@@ -169,6 +169,17 @@ def test_sums_and_counts_of_parts_make_the_loss_of_the_whole():
     assert_same(losses, out.losses, 1e-12)
 
 
+def test_classes_of_8_bits_are_never_taken_for_none():
+    """-100 is 156 in 8 bits."""
+    target, scores = models.ClassificationTarget(200), torch.randn(2, 200)
+    found = [
+        target.summed_error(torch.tensor([156, 3], dtype=dtype), scores, torch.ones(2, 1, dtype=torch.bool), (8, 8))
+        for dtype in (torch.uint8, torch.int64)
+    ]
+    assert torch.equal(torch.stack(found[0]), torch.stack(found[1]))
+    assert found[0][1] == 2
+
+
 def test_compiling_and_checkpointing_change_nothing():
     names = ("optical", "land_cover", "biome")
     model = mpmae({name: TARGETS[name] for name in names})
@@ -247,6 +258,8 @@ def test_a_model_that_does_not_fit_is_named(call, error, message):
         ("land_cover", torch.zeros(3, 1, 24, 32, dtype=torch.long), ValueError, r"expected \(3, 24, 32\)"),
         ("weather", [[0.0]], TypeError, r"is a list: expected a floating tensor \(3, 4\)"),
         ("biome", torch.zeros(3, 6, dtype=torch.long), ValueError, r"is \(3, 6\): expected \(3,\)"),
+        ("biome", torch.tensor([0, 6, -100]), ValueError, r"targets\['biome'\] has the value 6: expected 0 to 5, or"),
+        ("land_cover", torch.full((3, 24, 32), -1), ValueError, "has the value -1: expected 0 to 4, or 255 for none"),
         ("moon", torch.zeros(3), ValueError, "targets is biome, .*moon.*: expected a value for each of biome, clouds"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from sparsecnx.models import (
 )
 from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
 from sparsecnx.models.pretrained import CLASSES, Pretrained
+from sparsecnx.nn import LayerNorm
 
 hub = pytest.importorskip("huggingface_hub")
 pytest.importorskip("safetensors")
@@ -142,6 +144,75 @@ def test_subclasses_with_other_arguments_come_back(tmp_path: Path) -> None:
     assert CLASSES["Later"] is Later
 
 
+def test_arguments_without_a_name_are_refused() -> None:
+    assert Later(SMALL["depths"], SMALL["dims"])._arguments["later"] == 1
+    with pytest.raises(ValueError, match=r"model is a Later that was made with \*args .*: expected arguments by their"):
+        Later(SMALL["depths"], SMALL["dims"]).config()
+
+
+def test_a_name_means_the_class_that_has_it_first_or_is_called(tmp_path: Path) -> None:
+    ConvNeXtV2Encoder(**SMALL).save_pretrained(tmp_path)
+    other = type("ConvNeXtV2Encoder", (ConvNeXtV2Encoder,), {"__module__": "elsewhere"})
+    assert CLASSES["ConvNeXtV2Encoder"] is ConvNeXtV2Encoder
+    assert type(ConvNeXtV2Encoder.from_pretrained(tmp_path)) is ConvNeXtV2Encoder
+    assert type(other.from_pretrained(tmp_path)) is other
+    message = "model is a elsewhere.ConvNeXtV2Encoder, and config.json would mean sparsecnx.models.convnextv2.ConvNeXt"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        other(**SMALL).config()
+
+
+def change_activation(model: Any) -> None:
+    model.encoder.stages[0][0].act = nn.ReLU()
+
+
+def change_norm(model: Any) -> None:
+    model.encoder.stages[0][0].norm = LayerNorm(8, eps=1e-2)
+
+
+def change_scope(model: Any) -> None:
+    model.encoder.stages[0][0].grn.scope = "batch"
+
+
+def change_normalisation(model: Any) -> None:
+    model.norm_pix_loss = False
+
+
+def change_counted(model: Any) -> None:
+    model.loss_on = "all"
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (change_activation, r"stages\.0\.0\.act"),
+        (change_norm, r"stages\.0\.0\.norm\.eps"),
+        (change_scope, r"stages\.0\.0\.grn\.scope"),
+        (change_normalisation, "norm_pix_loss"),
+        (change_counted, "loss_on"),
+    ],
+)
+def test_changes_without_another_parameter_are_refused(change: Callable[[Any], None], where: str) -> None:
+    model = FCMAE(ConvNeXtV2Encoder(**SMALL), decoder_dim=16)
+    model.set_grad_checkpointing()
+    model.eval().config()
+    change(model)
+    with pytest.raises(ValueError, match=rf"was changed after it was made, at \S*{where}: expected"):
+        model.config()
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_one_in_the_folder(tmp_path: Path) -> None:
+    Later(**SMALL).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    class Noted(Later):
+        def __init__(self, note: Any = None, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+
+    with pytest.raises(ValueError, match=r"note is \{1\}: expected what JSON can hold"):
+        Noted({1}, **SMALL).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_copies_and_pickles_know_their_arguments() -> None:
     model = FCMAE(ConvNeXtV2Encoder(**SMALL), decoder_dim=16)
     assert copy.deepcopy(model).config() == model.config()
@@ -214,6 +285,12 @@ def test_folders_that_hold_no_such_model(tmp_path: Path) -> None:
         ('{"class": "os.system"}', "class is 'os.system': expected one of "),
         ("{}", "class is None: expected one of "),
         ("{", "Expecting property name"),
+        ("[]", "config.json holds no object"),
+        ('{"class": ["FCMAE"]}', "class is ['FCMAE']: expected one of "),
+        ('{"class": "MaskedAutoencoder"}', "class is 'MaskedAutoencoder': expected one of "),
+        ('{"class": "FCMAE", "encoder": 3}', "FCMAE cannot be made of its arguments: "),
+        ('{"class": "FCMAE", "encoder": {"depths": [1]}}', "an argument has the names depths: expected class or pairs"),
+        ('{"class": "ConvNeXtV2Encoder", "depths": {"pairs": 3}}', "ConvNeXtV2Encoder cannot be made of its arguments"),
     ):
         config.write_text(text)
         assert problem in complaint(folder)

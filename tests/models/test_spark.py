@@ -381,7 +381,7 @@ def test_learning_whether_an_encoder_runs_changes_nothing():
 def test_images_that_do_not_fit_are_named():
     model = small_spark(small_resnet(), patch_size=64)
     with pytest.raises(
-        ValueError, match=r"images is \(2, 3, 96, 64\): its sides must be multiples of the patch size, 64"
+        ValueError, match=r"images is \(2, 3, 96, 64\): its sides must be multiples of 64, the patch size"
     ):
         model(images(96, 64))
     with pytest.raises(ValueError, match=r"images is \(2, 4, 64, 64\): expected \(B, 3, H, W\)"):

@@ -12,7 +12,7 @@ from sparsecnx.common.errors import CheckpointError
 from sparsecnx.common.limits import MOST_BYTES
 from sparsecnx.compat.checkpoints.architecture import Architecture, Decoder
 from sparsecnx.compat.checkpoints.conversion import Conversion, convert, detect_format
-from sparsecnx.compat.checkpoints.files import Loaded, PartError, load, overwrites, path_problem, save
+from sparsecnx.compat.checkpoints.files import Loaded, PartError, is_inside, load, overwrites, path_problem, save
 from sparsecnx.compat.checkpoints.formats import NAMES as FORMATS
 from sparsecnx.compat.checkpoints.formats import Format
 from sparsecnx.compat.checkpoints.loading import as_it_is, load_encoder
@@ -30,6 +30,7 @@ __all__ = [
     "as_it_is",
     "convert",
     "detect_format",
+    "is_inside",
     "load",
     "load_encoder",
     "overwrites",

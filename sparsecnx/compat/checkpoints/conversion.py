@@ -18,6 +18,7 @@ from sparsecnx.compat.checkpoints.formats import Format
 from sparsecnx.compat.checkpoints.prefixes import prefixes_of
 from sparsecnx.models.convnextv2 import STRIDE
 
+ENCODER = ("downsample_layers.", "stages.")
 MOST_ENTRIES = 10_000  # the largest published network has 400
 MOST_LABELS = 2**20  # transformers lists every class by name, twice
 
@@ -58,14 +59,16 @@ def convert(
             atto to nano, False for the other sizes and any other widths.
 
     Raises:
-        CheckpointError: an entry is unknown, missing, or of a shape that the rest of the network contradicts, or is
-            sparse, quantized or otherwise no plain tensor of floating-point numbers; or there are more than 10,000
-            entries; or the new format cannot express the decoder or so many classes.
+        CheckpointError: the encoder has blocks V1, another stem or no biases; or an entry is unknown, missing, or of a
+            shape that the rest of the network contradicts, or is sparse, quantized or otherwise no plain tensor of
+            floating-point numbers; or there are more than 10,000 entries; or the new format cannot express the decoder
+            or so many classes.
         ValueError: there is no such format, or `conv_mlp` is given without timm.
     """
     _check_name("to", to)
     if conv_mlp is not None and to != "timm":
         raise ValueError(f"conv_mlp is {conv_mlp}: expected only with to='timm', not {to!r}")
+    refuse_own(state_dict)
     origin = detect_format(state_dict, source)
     ours, architecture = to_ours(state_dict, origin)
     target = _target(to, architecture, conv_mlp)
@@ -120,6 +123,39 @@ def detect_format(state_dict: Mapping[str, Tensor], among: str | None = None) ->
         they_are = f"they are {_some(state_dict)}{prefixes_of(state_dict)}"
         raise CheckpointError(f"none of its {len(state_dict)} entries is one of {wanted}: {they_are}")
     return candidates[scores.index(best)]
+
+
+def own_encoder(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return the entries of an encoder of ours that no format of ConvNeXt V2 holds; None for any other state dict."""
+    encoder = _encoder(state_dict)
+    return encoder if _not_in_formats(encoder) else None
+
+
+def refuse_own(state_dict: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for an encoder of ours that no format of ConvNeXt V2 holds."""
+    if parts := _not_in_formats(_encoder(state_dict)):
+        raise CheckpointError(
+            f"has an encoder with {' and '.join(parts)}, which no format holds: sparsecnx.load_encoder loads it into a "
+            "model of sparsecnx that was made with the same options"
+        )
+
+
+def _encoder(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the entries of an encoder by the names that ours have."""
+    names = {name: str(name).removeprefix("encoder.") for name in state_dict}
+    return {own: state_dict[name] for name, own in names.items() if own.startswith(ENCODER)}
+
+
+def _not_in_formats(encoder: Collection[str]) -> list[str]:
+    """Return what an encoder of ours has that no format of ConvNeXt V2 holds."""
+    if "downsample_layers.0.0.weight" not in encoder:
+        return []
+    parts = {
+        "blocks v1": not any(".grn." in name for name in encoder),
+        "a stem of 3x3 convolutions": "downsample_layers.0.3.weight" in encoder,
+        "no bias of the depthwise convolutions": not any(".dwconv.bias" in name for name in encoder),
+    }
+    return [part for part, there in parts.items() if there]
 
 
 def _refuse_v1(names: Collection[str]) -> None:

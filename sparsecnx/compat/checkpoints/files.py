@@ -23,6 +23,7 @@ from sparsecnx.common.torch_files import Omitted, is_torch_file, load_torch, sav
 from sparsecnx.compat.checkpoints.architecture import Architecture
 from sparsecnx.compat.checkpoints.conversion import Conversion
 from sparsecnx.compat.checkpoints.prefixes import Network, find_network, with_end
+from sparsecnx.models.convnextv2 import SIZES
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 FOLDER_WEIGHTS = "model.safetensors"
@@ -42,6 +43,7 @@ class Loaded(NamedTuple):
         prefix: removed from the names, such as `module._orig_mod.`.
         beside: names of the entries that lie beside the network, which are left out.
         foreign: True if it is the encoder of a run of ours that is no ConvNeXt V2 of ours, by its own names.
+        epsilons: `norm_eps` and `grn_eps` of a run of a network of ours; none of any other file.
     """
 
     state_dict: dict[str, Tensor]
@@ -50,6 +52,7 @@ class Loaded(NamedTuple):
     prefix: str
     beside: list[str]
     foreign: bool
+    epsilons: dict[str, float]
 
 
 class PartError(CheckpointError):
@@ -116,7 +119,14 @@ def find_state_dict(contents: Any, key: str | None = None, prefix: str | None = 
     within = set(network.entries.values())
     beside = [str(name) for name in state_dict if name not in within]
     entries = {own: state_dict[name] for own, name in network.entries.items()}
-    return Loaded(entries, key, parts, network.prefix, beside, network.foreign)
+    return Loaded(entries, key, parts, network.prefix, beside, network.foreign, _epsilons(contents.get("recipe")))
+
+
+def _epsilons(recipe: Any) -> dict[str, float]:
+    """Return the epsilons in the recipe of a checkpoint, if it is of a network of ours."""
+    if not isinstance(recipe, dict) or recipe.get("model") not in tuple(SIZES):
+        return {}
+    return {name: recipe[name] for name in ("norm_eps", "grn_eps") if isinstance(recipe.get(name), float)}
 
 
 def _contents(path: Path, max_bytes: int) -> Any:
@@ -270,6 +280,12 @@ def overwrites(target: str | Path, source: str | Path) -> bool:
     read = Path(source) / FOLDER_WEIGHTS if os.path.isdir(source) else Path(source)
     written = Path(target) / FOLDER_WEIGHTS if _is_folder(target) else Path(target)
     return os.path.exists(read) and os.path.exists(written) and read.samefile(written)
+
+
+def is_inside(target: str | Path, source: str | Path) -> bool:
+    """Return whether `target` would lie in the folder of a sharded checkpoint `source`."""
+    sharded = os.path.isdir(source) and is_sharded(Path(source))
+    return sharded and Path(target).resolve().is_relative_to(Path(source).resolve())
 
 
 def _is_folder(path: str | Path) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 
 from sparsecnx.common.errors import CheckpointError
 from sparsecnx.compat.checkpoints import conversion, files, formats
+from sparsecnx.compat.checkpoints.conversion import ENCODER, own_encoder
 from sparsecnx.compat.checkpoints.formats import Layout
 from sparsecnx.compat.checkpoints.prefixes import find_network
 
-ENCODER = ("downsample_layers.", "stages.")
 PART = "pass the part of the model that should be loaded"
 
 
@@ -29,7 +30,8 @@ def load_encoder(
     A run of a network of timm, or an autoencoder around any other network, loads into that network by its own names.
     A ConvNeXt V2 loads into one of any of these libraries.
 
-    Numbers that are not finite are loaded too, with a UserWarning that names the entries.
+    Numbers that are not finite are loaded too, with a UserWarning that names the entries. Another UserWarning says
+    where the layers of the model have other epsilons than the run had.
 
     Args:
         model: a ConvNeXt V2, or a module that holds one: `ConvNeXtV2`, `ConvNeXtV2Encoder` or `FCMAE` of this package;
@@ -59,10 +61,11 @@ def load_encoder(
             loaded = files.find_state_dict(dict(checkpoint), key, prefix)
         else:
             loaded = files.load(checkpoint, key, max_bytes, prefix)
-        if loaded.foreign:
-            return _load_by_name(model, loaded.state_dict)
-        if (encoder := _own_encoder(loaded.state_dict)) is not None:
-            return _load_by_name(model, encoder)
+        encoder = own_encoder(loaded.state_dict)
+        if loaded.foreign or encoder is not None:
+            kept = _load_by_name(model, loaded.state_dict if encoder is None else encoder)
+            _warn_of_epsilons(model, kept, loaded.epsilons)
+            return kept
         given, architecture = conversion.to_ours(loaded.state_dict, conversion.detect_format(loaded.state_dict))
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from error
@@ -85,24 +88,18 @@ def load_encoder(
     with torch.no_grad():
         for entry, tensor in values.items():
             entries[entry].copy_(tensor)
-    return [entry for entry in entries if entry not in values]
-
-
-def _own_encoder(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return the entries of an encoder of ours that no format of ConvNeXt V2 holds; None for any other state dict.
-
-    These are encoders with blocks V1, another stem or depthwise convolutions without bias.
-    """
-    prefix = "encoder." if "encoder.downsample_layers.0.0.weight" in state_dict else ""
-    encoder = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    if "downsample_layers.0.0.weight" not in encoder:
-        return None
-    blocks = all(any(part in name for name in encoder) for part in (".grn.gamma", ".dwconv.bias"))
-    return encoder if "downsample_layers.0.3.weight" in encoder or not blocks else None
+    kept = [entry for entry in entries if entry not in values]
+    _warn_of_epsilons(model, kept, loaded.epsilons)
+    return kept
 
 
 def as_it_is(encoder: Mapping[str, Tensor]) -> conversion.Conversion:
-    """Return the entries of a network that is no ConvNeXt V2 as a conversion to timm, which changes nothing."""
+    """Return the entries of a network that is no ConvNeXt V2 as a conversion to timm, which changes nothing.
+
+    Raises:
+        CheckpointError: it is an encoder of ours, whose names timm does not know.
+    """
+    conversion.refuse_own(encoder)
     storages: set[int] = set()
     entries = {name: conversion.own(tensor, storages) for name, tensor in encoder.items()}
     return conversion.Conversion(entries, formats.TIMM_LINEAR, formats.TIMM_LINEAR, None, [])
@@ -167,6 +164,17 @@ def _places(model: nn.Module, entries: Mapping[str, Tensor]) -> dict[str, tuple[
     format = conversion.detect_format({name: entries[entry] for name, entry in network.entries.items()})
     places = {entry: format.to_ours(name) for name, entry in network.entries.items()}
     return {entry: place for entry, place in places.items() if place is not None and place[0].startswith(ENCODER)}
+
+
+def _warn_of_epsilons(model: nn.Module, kept: Collection[str], trained: Mapping[str, float]) -> None:
+    """Warn the caller's caller of the first layer with loaded weights that has another epsilon than in training."""
+    for path, layer in model.named_modules():
+        field = "grn_eps" if path.endswith("grn") else "norm_eps" if isinstance(layer, nn.LayerNorm) else ""
+        eps, expected = getattr(layer, "eps", None), trained.get(field)
+        loaded = any(f"{path}.{name}" not in kept for name, _ in layer.named_parameters(recurse=False))
+        if loaded and None not in (eps, expected) and eps != expected:
+            warnings.warn(f"the run had {field} {expected:g}, {path} of the model has {eps:g}", stacklevel=3)
+            return
 
 
 def _prefix(model: nn.Module, entries: Mapping[str, Tensor], forms: Mapping[str, tuple[str, ...]]) -> str:
