@@ -17,7 +17,8 @@ import sys
 
 import submitit
 
-TIME_TO_SAVE = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270"}  # seconds, of Slurm's 300; torchrun would kill after 30
+# Seconds, of Slurm's 300, after which torchrun kills, instead of 30; and a new meeting place for every restart.
+TORCHRUN = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "270", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 class Pretraining:
@@ -42,7 +43,7 @@ class Pretraining:
         job = submitit.JobEnvironment()
         # A session of its own, since the signal may go to all processes of this one.
         command = self.command(list(job.hostnames), int(job.raw_job_id))
-        self.process = subprocess.Popen(command, start_new_session=True, env={**os.environ, **TIME_TO_SAVE})
+        self.process = subprocess.Popen(command, start_new_session=True, env={**os.environ, **TORCHRUN})
         if code := self.process.wait():
             raise RuntimeError(f"torchrun ended with exit code {code}; the log of the job says why")
 
