@@ -39,6 +39,8 @@ STATE = 16  # bytes per parameter: weight, gradient and AdamW's two moments, in 
 ADAMW = 28  # bytes per parameter that AdamW moves: reads all four, writes all but the gradient
 
 
+HEADINGS = ("communication, ms", "images/s", "of linear", "state, GiB")
+
 # These reserve memory and touch none of it. Some happen once and are cached.
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
@@ -119,10 +121,10 @@ def predicted(parameters: int, works: tuple[list[Work], list[Work]], batch: int,
     step = computing(works, batch / gpus)
     alone = computing(works, batch)["seconds"] + ADAMW * parameters / RATES["memory"]
     parts = {
-        # DDP: all-reduce of float32 gradients. FSDP2: all-gather of bfloat16 weights, in forward and again in backward,
-        # and reduce-scatter of float32 gradients.
+        # DDP: all-reduce of float32 gradients. FSDP2: all-gather of float32 weights, which autocast narrows afterwards,
+        # in forward and again in backward, and reduce-scatter of float32 gradients.
         "ddp": (2 * collecting(4 * parameters, gpus), 1),
-        "fsdp2": (2 * collecting(2 * parameters, gpus) + collecting(4 * parameters, gpus), gpus),
+        "fsdp2": (3 * collecting(4 * parameters, gpus), gpus),
     }
     found: dict[str, Any] = {"predicted": True, "gpus": gpus, "batch": batch, "parameters": parameters, **step}
     for name, (network, shards) in parts.items():
@@ -159,8 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case = predicted(parameters, works, options.batch, gpus)
             results.add(f"{size}-{gpus}gpus", {**case, "size": size, "ratio": options.ratio, "image": options.image})
             rows.append(_row(size, case))
-    head = ["PREDICTED", "GPUs", "GFLOP / image", "MB / image", "computing, ms", "network, ms"]
-    head += [f"{name}: {what}" for name in ("DDP", "FSDP2") for what in ("images/s", "of linear", "state, GiB")]
+    head = ["PREDICTED", "GPUs", "GFLOP / image", "MB / image", "computing, ms"]
+    head += [f"{name}: {what}" for name in ("DDP", "FSDP2") for what in HEADINGS]
     measure.print_table(head, rows)
     return 0
 
@@ -168,12 +170,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _row(size: str, case: dict[str, Any]) -> list[object]:
     images = case["batch"] / case["gpus"]
     row = [size, case["gpus"], case["flops"] / images / 1e9, case["bytes"] / images / 1e6]
-    row += [1e3 * case["seconds"], 1e3 * case["ddp"]["network_seconds"]]
+    row += [1e3 * case["seconds"]]
     for name in ("ddp", "fsdp2"):
         found = case[name]
         slow, fast = (float(f"{speed:.3g}") for speed in found["images_per_s"])
         low, high = found["of_linear"]
         several = case["gpus"] > 1
+        row += [1e3 * found["network_seconds"]]
         row += [f"{slow:,.0f} to {fast:,.0f}" if several else f"{slow:,.0f}"]
         row += [f"{low:.2f} to {high:.2f}" if several else "1", found["state_bytes"] / 2**30]
     return row

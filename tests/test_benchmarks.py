@@ -320,6 +320,9 @@ def test_scaling_counts_what_torch_counts_and_marks_it_as_predicted(
         for name in ("ddp", "fsdp2"):
             slow, fast = case[name]["images_per_s"]
             assert 0 < slow <= fast <= 1.001 * case["gpus"] * alone[name]["images_per_s"][0]
+    # DDP gathers and reduces 4 bytes of a parameter, FSDP2 gathers them twice and reduces them.
+    for case in (many, cases["atto-8gpus"]):
+        assert case["fsdp2"]["network_seconds"] == pytest.approx(1.5 * case["ddp"]["network_seconds"])
     assert alone["ddp"]["network_seconds"] == 0 and many["ddp"]["of_linear"][0] < 1
     assert alone["ddp"]["state_bytes"] == 64 * many["fsdp2"]["state_bytes"] == 16 * alone["parameters"]
 
