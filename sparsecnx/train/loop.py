@@ -110,10 +110,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end of the recipe; returns and raises as `pretrain` does."""
-        self.processes.together(self._expect_same_data)
-        self.learner = self.processes.together(lambda: Learner(self.recipe, self.options, self.processes, self.saved))
-        self.learner.connect(self.saved)
-        self.saved = None
+        self.connect()
         self.processes.of_main(self._prepare_folder)
         try:
             return self._run()
@@ -127,6 +124,17 @@ class Trainer:
                 problem = f"step {self.step}: {self.processes.said_of_loss(error)}"
                 raise TrainingStopped(f"{problem}, {self._last_good()}") from error
             raise
+
+    def connect(self) -> None:
+        """Build the network, after all processes have agreed that they see the same data.
+
+        Raises:
+            InputError: they do not, or the network does not fit the recipe or the options.
+        """
+        self.processes.together(self._expect_same_data)
+        self.learner = self.processes.together(lambda: Learner(self.recipe, self.options, self.processes, self.saved))
+        self.learner.connect(self.saved)
+        self.saved = None
 
     def _expect_same_data(self) -> None:
         """Raise InputError unless all processes see the same files."""
@@ -308,8 +316,11 @@ class Trainer:
         world, depends = self.processes.world, self.learner.depends_on_processes()
         lines = [] if world == 1 else [self.learner.describe()]
         if self.step and self.written_by != world:
-            losses = f"losses change by {', '.join(depends)}" if depends else "losses equal to rounding"
-            images = "images in another order" if self.source.ordered_by_rank else "the same images and masks"
+            images, losses = "the same images and masks", "losses equal to rounding"
+            if depends:
+                losses = f"losses change by {', '.join(depends)}"
+            if self.source.ordered_by_rank:
+                images, losses = "images in another order", "the losses of another run from here on"
             lines.append(f"{world} processes go on from a checkpoint of {self.written_by}: {images}, {losses}")
         return lines
 

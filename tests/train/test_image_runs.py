@@ -313,6 +313,7 @@ def test_pixels_without_values_reach_the_model_as_invalid(holed, tmp_path):
     trainer = Trainer(
         recipe, files, files.fingerprint(), CheckpointFolder(tmp_path, 1), Options(device="cpu"), processes
     )
+    trainer.connect()
     images = torch.stack([trainer.crops[Draw(i, seed=i)][0] for i in range(2)])
     seen = {}
 
