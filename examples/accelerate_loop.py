@@ -3,7 +3,7 @@
     pip install 'sparsecnx[train]' torchvision jsonargparse accelerate
     accelerate launch accelerate_loop.py FOLDER runs/accelerate --size tiny --batch 512
 
-The same command goes on from the last checkpoint. `--batch` is that of all processes together.
+Run it again to go on. `--batch` is that of all processes, `--lr` for 256 images of it. Nodes share the disk of OUT.
 """
 
 import shutil
@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration
 from jsonargparse import auto_cli
 from PIL import Image, ImageOps
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,11 +26,10 @@ class Images(Dataset[torch.Tensor]):
     """Random crops of the photographs in a folder and below it."""
 
     def __init__(self, folder: Path, side: int) -> None:
-        self.paths = sorted(path for ending in ("jpg", "jpeg", "png") for path in folder.rglob(f"*.{ending}"))
+        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
         crop = v2.RandomResizedCrop(side, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
-        norm = v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-        flip, to_float = v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)
-        self.transform = v2.Compose([v2.ToImage(), crop, flip, to_float, norm])
+        flip, norm = v2.RandomHorizontalFlip(), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        self.transform = v2.Compose([v2.ToImage(), crop, flip, v2.ToDtype(torch.float32, scale=True), norm])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -48,6 +46,8 @@ def main(
     accelerator = Accelerator(mixed_precision="bf16", dataloader_config=order)
     model = sparsecnx.models.create_fcmae(size)
     loader = DataLoader(Images(data, side), batch, shuffle=True, drop_last=True, num_workers=4, persistent_workers=True)
+    if not len(loader):
+        raise ValueError(f"batch is {batch}: expected at most the number of images in {data}")
     steps, peak = epochs * len(loader), lr * batch / 256
     optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.05), lr=peak, betas=BETAS)
     schedule = LambdaLR(optimizer, partial(learning_rate, peak=1.0, warmup_steps=steps / 20, total_steps=steps))

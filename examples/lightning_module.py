@@ -3,7 +3,7 @@
     pip install 'sparsecnx[train]' torchvision jsonargparse pytorch-lightning
     python lightning_module.py FOLDER runs/lightning --size tiny --batch 512
 
-The same command goes on from the last checkpoint. `--batch` is that of all processes together.
+Run it again to go on. `--batch` is that of all processes, `--lr` for 256 images of it. Nodes share the disk of OUT.
 """
 
 from functools import partial
@@ -16,7 +16,6 @@ from jsonargparse import auto_cli
 from PIL import Image, ImageOps
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -24,20 +23,19 @@ import sparsecnx
 from sparsecnx.train.recipe import BETAS, learning_rate, param_groups
 
 
-class Images(Dataset[Tensor]):
+class Images(Dataset[torch.Tensor]):
     """Random crops of the photographs in a folder and below it."""
 
     def __init__(self, folder: Path, side: int) -> None:
-        self.paths = sorted(path for ending in ("jpg", "jpeg", "png") for path in folder.rglob(f"*.{ending}"))
+        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
         crop = v2.RandomResizedCrop(side, scale=(0.2, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
-        norm = v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-        flip, to_float = v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)
-        self.transform = v2.Compose([v2.ToImage(), crop, flip, to_float, norm])
+        flip, norm = v2.RandomHorizontalFlip(), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        self.transform = v2.Compose([v2.ToImage(), crop, flip, v2.ToDtype(torch.float32, scale=True), norm])
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> torch.Tensor:
         return self.transform(ImageOps.exif_transpose(Image.open(self.paths[index])).convert("RGB"))
 
 
@@ -47,11 +45,13 @@ class Pretraining(pl.LightningModule):
         self.model = sparsecnx.models.create_fcmae(size)
         self.images, self.batch, self.lr = images, batch, lr
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        share = self.batch // self.trainer.world_size
+    def train_dataloader(self) -> DataLoader[torch.Tensor]:
+        share, rest = divmod(self.batch, world := self.trainer.world_size)
+        if rest or self.batch > (most := len(self.images)):
+            raise ValueError(f"batch is {self.batch}: expected a multiple of {world} processes, at most {most} images")
         return DataLoader(self.images, share, shuffle=True, drop_last=True, num_workers=4, persistent_workers=True)
 
-    def training_step(self, images: Tensor, index: int) -> Tensor:
+    def training_step(self, images: torch.Tensor, index: int) -> torch.Tensor:
         seed = self.global_step * self.trainer.world_size + self.global_rank
         loss, _, _ = self.model(images, mask_ratio=0.6, generator=torch.Generator().manual_seed(seed))
         self.log("loss", loss, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True)

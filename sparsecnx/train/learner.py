@@ -1,4 +1,4 @@
-"""What a run trains: the network, its optimizer and its moving average, whole in every process or sharded."""
+"""Hold what a run trains: the network, its optimizer and its moving average, whole in every process or sharded."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def reconstruct(
             they have so many, and otherwise the first one.
 
     Returns:
-        The loss on these images.
+        The loss on the masked patches of these images.
 
     Raises:
         InputError: the checkpoint or an image cannot be read, the ratio masks nothing or everything, or the picture
@@ -115,6 +115,7 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     mask = random_mask(number, recipe.grid, recipe.mask_ratio, generator=generator)
     network.eval()
+    network.loss_on = "masked"  # whatever the run counted
     figure, loss = picture(network, recipe, inputs, mask, valid, saved.step, channels)
     if not math.isfinite(loss):
         raise InputError("checkpoint", path, f"its loss on these images is {loss}")

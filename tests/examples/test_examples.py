@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import pickle
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,26 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(8):
         colour = torch.randint(100, 256, (3,), generator=generator)
         pixels = (torch.linspace(0, 1, 80)[:, None, None] * colour).expand(80, 100, 3).to(torch.uint8)
-        path = folder / ("more" if number == 0 else ".") / f"{number}.jpg"
+        path = folder / ("more" if number == 0 else ".") / f"{number}.{'JPG' if number == 7 else 'jpg'}"
         images.fromarray(pixels.contiguous().numpy()).save(path)
     return folder
 
 
-def start(*command: Any) -> subprocess.Popen[str]:
-    """Start a Python command."""
+def start(*command: Any, **options: Any) -> subprocess.Popen[str]:
+    """Start a Python command; options are those of Popen."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = (sys.executable, *map(str, command))
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, **options)
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[str], by: signal.Signals = signal.SIGTERM) -> Iterator[subprocess.Popen[str]]:
+    """Give a process, and end it after that, whatever happens. torchrun ends its own processes."""
+    try:
+        yield process
+    finally:
+        process.send_signal(by)
+        process.communicate()
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None) -> None:
@@ -66,7 +77,7 @@ def check_model(path: Path, photographs: Path) -> None:
 
     model = create_fcmae("atto").eval()
     model.load_state_dict(torch.load(path)["model"])
-    crops = [Image.open(photograph).crop((10, 10, 74, 74)) for photograph in photographs.rglob("*.jpg")]
+    crops = [Image.open(photograph).crop((10, 10, 74, 74)) for photograph in photographs.rglob("*.[jJ]*")]
     images = torch.stack([pil_to_tensor(crop).float() / 255 for crop in crops])
     images = normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     mask = torch.tensor([[True, False, True, False]]).expand(8, -1)
@@ -81,10 +92,8 @@ def test_accelerate_trains_on_two_processes_and_goes_on_after_a_kill(photographs
         pytest.importorskip(library)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, EXAMPLES / "accelerate_loop.py"]
     command = [*launch, photographs, tmp_path, *TINY]
-    killed = start(*command)
-    wait_for(lambda: list(tmp_path.glob("epoch-*")), killed)
-    killed.terminate()  # torchrun ends its processes
-    killed.communicate()
+    with ended(start(*command)) as killed:
+        wait_for(lambda: list(tmp_path.glob("epoch-*")), killed)
     again = start(*command)
     printed, _ = again.communicate()
     assert again.returncode == 0
@@ -94,14 +103,24 @@ def test_accelerate_trains_on_two_processes_and_goes_on_after_a_kill(photographs
     check_model(tmp_path / "model.pt", photographs)
 
 
+@pytest.mark.parametrize(
+    ("example", "library"), [("lightning_module", "pytorch_lightning"), ("accelerate_loop", "accelerate")]
+)
+def test_a_batch_larger_than_the_folder_is_named(example: str, library: str, photographs: Path, tmp_path: Path) -> None:
+    for name in (library, "jsonargparse"):
+        pytest.importorskip(name)
+    process = start(EXAMPLES / f"{example}.py", photographs, tmp_path, *TINY[:2], "--batch", 16, stderr=subprocess.PIPE)
+    with process:
+        _, said = process.communicate()
+    assert process.returncode == 1 and re.search("ValueError: batch is 16: expected .*at most .* images", said)
+
+
 def test_lightning_trains_and_goes_on_after_a_kill(photographs: Path, tmp_path: Path) -> None:
     for library in ("pytorch_lightning", "jsonargparse"):
         pytest.importorskip(library)
     command = ["-W", "ignore", EXAMPLES / "lightning_module.py", photographs, tmp_path, *TINY]
-    killed = start(*command)
-    wait_for((tmp_path / "last.ckpt").exists, killed)
-    killed.kill()
-    killed.communicate()
+    with ended(start(*command), signal.SIGKILL) as killed:
+        wait_for((tmp_path / "last.ckpt").exists, killed)
     again = start(*command)
     again.communicate()
     assert again.returncode == 0

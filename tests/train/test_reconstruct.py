@@ -70,6 +70,9 @@ def test_a_picture_from_a_run(photos, tmp_path):
         assert picture.height > 4 * one_row[1]
     assert 0 < one < 5
     assert reconstruct(last, [photos / "3.png"], out) == one
+    state = torch.load(last)
+    torch.save({**state, "recipe": {**state["recipe"], "loss_on": "all"}}, tmp_path / "all.pt")
+    assert reconstruct(tmp_path / "all.pt", [photos / "3.png"], out) == one, "the loss is of the masked patches"
     assert reconstruct(last, [photos / "3.png"], out, mask_ratio=0.25) != one
 
 
