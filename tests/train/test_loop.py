@@ -219,6 +219,29 @@ def test_a_finished_run_is_extended_with_a_schedule_of_its_own(photos, tmp_path)
         pretrain(Options(resume=str(tmp_path / "other" / "part.pt"), extend=3, **options), {})
 
 
+def test_an_extension_that_was_stopped_goes_on_with_the_same_command(photos, tmp_path, monkeypatch, capsys):
+    """A scheduler that starts a run again repeats its command."""
+    train(photos, tmp_path / "run")
+    place = {"data": str(photos), "output": str(tmp_path / "run"), "device": "cpu", "workers": 0, "draw_every": 0}
+    command = Options(resume="auto", extend=3, **place)
+    with monkeypatch.context() as patch:
+        signal_after(11, patch, signal.SIGTERM)
+        assert pretrain(command, {}) == 143
+    assert pretrain(command, {}) == 0
+    assert [line["step"] for line in logged(tmp_path / "run")] == list(range(1, 21))
+    assert checkpoint.read(tmp_path / "run" / "last.pt")["recipe"]["epochs"] == 5
+    capsys.readouterr()
+    assert pretrain(command, {}) == 0
+    assert "the run is finished" in capsys.readouterr().out and len(logged(tmp_path / "run")) == 20
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 2])
+def test_checkpoints_are_written_every_part_of_an_epoch_or_every_few(photos, tmp_path, share):
+    train(photos, tmp_path / "run", options={"save_every": share, "keep": 9})
+    steps = [int(path.stem.removeprefix("checkpoint-")) for path in CheckpointFolder(tmp_path / "run").all()]
+    assert steps == list(range(int(4 * share), 9, int(4 * share)))
+
+
 def test_small_data_trains_on_a_few_images_and_keeps_what_was_chosen(photos, tmp_path):
     options = Options(data=str(photos), output=str(tmp_path / "run"), device="cpu", workers=0, small_data=True)
     assert pretrain(options, {"image_size": 64, "epochs": 1}) == 0
