@@ -48,6 +48,12 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def gpus_by_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch look for GPUs as by default, which the import of pytorch_lightning changes for the whole process."""
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Use one thread: more cost time on tensors this small. Tests of threads ask for theirs."""
     threads = torch.get_num_threads()
