@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from sparsecnx.models import SIZES, create_fcmae
 
 GPUS_PER_NODE = 8
-# Of an H100 SXM, per second: dense bfloat16 products, memory, one direction of NVLink and of its InfiniBand port.
+# An H100 SXM does this much in a second: dense bfloat16 products, memory, one direction of NVLink and of InfiniBand.
 HARDWARE = {"flops": 989e12, "memory": 3.35e12, "nvlink": 450e9, "network": 50e9}
 SHARE = {"flops": 0.4, "memory": 0.7, "nvlink": 0.8, "network": 0.8}  # what is reached of it; an assumption
 LAUNCH = 5e-6  # seconds for a kernel that has nothing to do; an assumption
@@ -46,7 +46,7 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 
 
 class Work(NamedTuple):
-    """What one operator does: FLOPs, and values that it reads and writes."""
+    """The work of one operator: its FLOPs, and the values that it reads and writes."""
 
     flops: float
     values: float

@@ -17,7 +17,8 @@ import torch
 from sparsecnx.common.errors import CheckpointError
 from sparsecnx.common.limits import check_description, readable
 
-# Of classes and functions that torch.save does not need. torch goes through all of them at each use, for 0.1 ms.
+# A file may hold so many classes and functions that torch.save does not need. torch goes through all of them at each
+# use, for 0.1 ms.
 MOST_OTHERS, MOST_USES = 200, 20_000
 
 

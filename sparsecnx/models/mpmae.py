@@ -19,7 +19,7 @@ from sparsecnx.tensor import SparseTensor
 
 
 class MPMAEOutput(NamedTuple):
-    """What `MPMAE` returns.
+    """The output of `MPMAE`.
 
     Attributes:
         loss: the total loss, a scalar.

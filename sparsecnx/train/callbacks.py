@@ -1,4 +1,4 @@
-"""What a run tells: the interface through which every log is written, those of the user too.
+"""Callbacks: the interface through which a run writes every log, those of the user too.
 
 from sparsecnx.train.callbacks import Callback
 

@@ -115,7 +115,7 @@ def _numbers(value: Any) -> tuple[float, ...] | None:
         raise argparse.ArgumentTypeError(f"{value}: expected numbers, such as 0.5 or 0.485,0.456,0.406") from error
 
 
-# How options of these types are read, and what the help calls them.
+# Options of these types are read by a function of their own, and the help calls their values so.
 KINDS: dict[str, tuple[Any, str]] = {
     "int | tuple[int, ...]": (_sides, "PIXELS"),
     "tuple[float, ...] | None": (_numbers, "X,..."),

@@ -111,7 +111,7 @@ def test_a_model_with_other_epsilons_is_said(options, message, unusual):
 def test_a_model_with_the_same_epsilons_is_silent(unusual):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_encoder(models.ConvNeXtV2Encoder(**SIZES, norm_eps=1e-2, grn_eps=1e-4), unusual)
+        assert load_encoder(models.ConvNeXtV2Encoder(**SIZES, norm_eps=1e-2, grn_eps=1e-4), unusual) == []
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))

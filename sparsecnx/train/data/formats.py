@@ -52,7 +52,7 @@ WEIGHTS = (0.299, 0.587, 0.114)  # of red, green and blue in grey (ITU-R BT.601)
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of an image file says.
+    """The header of an image file, without its values.
 
     Attributes:
         dtype: of the values, such as uint16.

@@ -1,4 +1,4 @@
-"""How values are normalised: by the numbers of ImageNet or of a data set, or one by one by statistics of their own."""
+"""Normalise values by the numbers of ImageNet or of a data set, or each image by statistics of its own."""
 
 from __future__ import annotations
 

@@ -59,6 +59,8 @@ def measure(source: Source, given: Mapping[str, Any], dtypes: Sequence[str]) -> 
         try:
             read = source.read(index, recipe)
             values = sample_of(Decoded(read) if isinstance(read, Tensor) else read)
+        except InputError:  # the source cannot go on, as when a server is gone
+            raise
         except Exception:  # decoders raise many kinds of errors; a run skips such files and names them
             continue
         if "value_range" in given and (problem := outside(values, value_range)) is not None:
