@@ -2,7 +2,7 @@
 
     python benchmarks/pretraining.py --out benchmarks/results/pretraining-cpu.json
 
-Every run is the command with a recipe of the same steps on JPEG photographs, which it writes first: 256 of 500 x 375
+Every run is the command with a recipe of the same steps on JPEG photographs, which it writes first: 640 of 500 x 375
 pixels, the average size of ImageNet's, cut from the photographs inside the wheels. A run of n processes divides the
 threads between them, and each reads with one more process. The runs take turns. A step counts from the third on. The
 median over all runs of what `log.jsonl` says:
@@ -10,6 +10,7 @@ median over all runs of what `log.jsonl` says:
     images_per_s    of all processes
     step_s          seconds of a step
     wait_share      the share of a step that its slowest process waited for data
+    read_share      the share of all threads' time that reading takes: of a batch, read alone by one process
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,12 @@ from measure import Results, say
 from PIL import Image
 
 from sparsecnx.train.data.augment import random_box, resize
+from sparsecnx.train.data.crops import Crops, Draw
+from sparsecnx.train.data.find import find_source
 from sparsecnx.train.data.images import wheel_photographs
 from sparsecnx.train.recipe import Recipe
 
-PHOTOGRAPHS, HEIGHT, WIDTH = 256, 375, 500
+PHOTOGRAPHS, HEIGHT, WIDTH = 640, 375, 500
 WARM_UP = 2
 
 
@@ -58,6 +62,17 @@ def run(processes: int, threads: int, folder: Path, output: Path, recipe: Sequen
     return lines[WARM_UP:]
 
 
+def reading_time(folder: Path, recipe: Recipe, rounds: int) -> float:
+    """Return the median seconds in which one process reads and crops a batch."""
+    crops, seconds = Crops(find_source(str(folder)), recipe), []
+    for start in range(0, rounds * recipe.batch_size, recipe.batch_size):
+        begun = time.perf_counter()
+        for number in range(start, start + recipe.batch_size):
+            crops[Draw(number % len(crops.source), number)]
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
+
+
 def summary(records: Sequence[dict[str, Any]], batch: int) -> dict[str, float]:
     """Return the medians over the steps of all runs."""
     seconds = [batch / record["images_per_s"] for record in records]
@@ -71,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Time the runs and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--image", type=int, default=224)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all processes together")
@@ -86,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(place, "photographs")
         folder.mkdir()
         write_photographs(folder, options.photographs)
+        read_s = reading_time(folder, Recipe(image_size=options.image, batch_size=options.batch), options.rounds)
         for turn in range(options.rounds):
             for count in options.processes:
                 output = Path(place, f"{count}-{turn}")
@@ -93,11 +109,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = Results(options.out)
     for count in options.processes:
         found = summary(records[count], options.batch)
+        found["read_share"] = read_s / (options.threads * found["step_s"])
         case = {"model": options.model, "batch": options.batch, "image": options.image, "processes": count}
         name = f"{options.model}-{options.image}px-batch{options.batch}-{count}of{options.threads}"
         results.add(name, case | {"threads": options.threads, **found})
         figures = f"{found['images_per_s']:6.1f} images/s, {1000 * found['step_s']:6.0f} ms a step"
-        say(f"{count} processes: {figures}, {100 * found['wait_share']:.1f} % of it waiting for data")
+        shares = f"{100 * found['wait_share']:.1f} % of it waiting for data, {100 * found['read_share']:.1f} % reading"
+        say(f"{count} processes: {figures}, {shares}")
 
 
 if __name__ == "__main__":
