@@ -103,7 +103,8 @@ class JsonLines(Callback):
     def step(self, record: StepRecord) -> None:
         expect_open(self.path, self.file)
         with naming(self.path):
-            self.file.write(json.dumps(record._asdict()) + "\n")
+            named = {name: value for name, value in record._asdict().items() if value != {}}
+            self.file.write(json.dumps(named) + "\n")
 
     def end(self, complete: bool) -> None:
         with naming(self.path):

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsecnx.common.errors import InputError, TrainingStopped
 from sparsecnx.models import SIZES
@@ -205,7 +206,7 @@ class Trainer:
                 before the step.
         """
         recipe, start, waited = self.recipe, time.perf_counter(), 0.0
-        losses = []
+        losses: list[Tensor] = []
         for i in range(recipe.grad_accum_steps):
             begun = time.perf_counter()
             batch = next(batches)
@@ -213,9 +214,9 @@ class Trainer:
             self._note_unreadable(batch, log)
             losses.append(self._backward(batch, i))
         norm = self.learner.gradient_norm()
-        mean = self.processes.mean(torch.stack(losses).mean())
+        means = self.processes.mean(torch.stack(losses).mean(0))
         # This waits for the device once. It stands before the update, so that a bad step never reaches a checkpoint.
-        mean_loss, grad_norm = torch.stack([mean, whole(norm)]).tolist()
+        mean_loss, *others, grad_norm = torch.cat([means, whole(norm)[None]]).tolist()
         self.processes.together(lambda: self._expect_finite(mean_loss, grad_norm))
         lr = self._learning_rate()
         self.learner.update(lr, norm)
@@ -223,7 +224,8 @@ class Trainer:
         seconds = time.perf_counter() - start
         speeds, waits = self.processes.numbers(recipe.effective_batch / self.processes.world / seconds, waited)
         epoch = self.step / self.steps_per_epoch
-        return StepRecord(self.step, epoch, mean_loss, lr, grad_norm, sum(speeds), speeds, waits)
+        each = dict(zip(recipe.targets or (), others, strict=True))
+        return StepRecord(self.step, epoch, mean_loss, lr, grad_norm, sum(speeds), speeds, waits, each)
 
     def _expect_finite(self, loss: float, grad_norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -248,12 +250,13 @@ class Trainer:
         if batch.problem is not None:
             raise TrainingStopped(f"step {self.step + 1}: {batch.problem}, {self._last_good()}")
 
-    def _backward(self, batch: Batch, number: int) -> torch.Tensor:
-        """Add the gradients of a batch, number `number` of the step, and return its loss."""
+    def _backward(self, batch: Batch, number: int) -> Tensor:
+        """Add the gradients of a batch, number `number` of the step, and return its losses, see `Learner.backward`."""
         passes = self.recipe.grad_accum_steps
         forward_pass = self.step * passes + number
         device, valid = self.learner.device, values_in(batch.images)
         images = normalize(batch.images.to(device, non_blocking=True), self.recipe)
+        targets = {name: value.to(device, non_blocking=True) for name, value in batch.targets.items()}
         valid = None if valid is None else valid.to(device, non_blocking=True)
         try:
             drawn = self.masks.draw(images, forward_pass, valid)
@@ -261,7 +264,7 @@ class Trainer:
             raise TrainingStopped(f"step {self.step + 1}: {error}, {self._last_good()}") from error
         # Dropout and the like of other networks draw from here.
         torch.manual_seed(mix(self.recipe.seed, "network", forward_pass, self.processes.rank))
-        return self.learner.backward(images, drawn, 1 / passes, last=number == passes - 1)
+        return self.learner.backward(images, targets, drawn, 1 / passes, last=number == passes - 1)
 
     def save(self) -> None:
         """Write a checkpoint.
@@ -296,6 +299,7 @@ class Trainer:
             f"batch {r.batch_size}{accumulated}, steps per epoch {self.steps_per_epoch}, epochs {r.epochs}",
             f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}{grn}",
             f"writes to {self.folder.folder}{start}",
+            *self._targets(),
             *self._processes(),
             *self._hints(),
         ]
@@ -310,6 +314,12 @@ class Trainer:
             return f"of {size} px in patches of {patch}"
         dimensions, channels = (_counted(*n) for n in ((r.ndim, "dimension"), (r.in_chans, "channel")))
         return f"of {dimensions} and {channels}, normalised by {r.normalize}, crops of {size} in patches of {patch},"
+
+    def _targets(self) -> list[str]:
+        """Return what is predicted, where that is not the image alone."""
+        named = [f"{name} ({values['type']})" for name, values in (self.recipe.targets or {}).items()]
+        weighed = ", with weights that it learns" if self.recipe.uncertainty else ""
+        return [f"predicts {', '.join(named)}{weighed}"] if named else []
 
     def _processes(self) -> list[str]:
         """Return how many processes there are, and what changes if a run goes on with another number of them."""

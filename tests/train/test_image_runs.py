@@ -121,7 +121,7 @@ def test_a_range_that_is_given_scales_and_is_enforced(tmp_path, monkeypatch):
     write_one(tmp_path / "data" / "3.tif", np.full((5, 50, 60), 20_000, np.uint16))
     monkeypatch.setattr(source, "SAMPLED_ENTRIES", 1)
     files = find_data(tmp_path / "data")
-    crop, unreadable = Crops(files, recipe)[Draw(3, seed=0)]
+    crop, _, unreadable = Crops(files, recipe)[Draw(3, seed=0)]
     assert unreadable.keys() == {"3.tif"} and "from 20000 to 20000: expected 100 to 10300" in unreadable["3.tif"]
     assert torch.equal(crop, Crops(files, recipe)[Draw(4, seed=0)][0])
 
@@ -322,15 +322,15 @@ def test_pixels_without_values_reach_the_model_as_invalid(holed, tmp_path):
         return (images.nan_to_num(0).sum().requires_grad_(), None, None)
 
     trainer.learner.forward = forward
-    trainer._backward(Batch(images, {}), 0)
+    trainer._backward(Batch(images, {}, {}), 0)
     assert torch.equal(seen["valid"], ~images.isnan()) and torch.equal(seen["images"].isnan(), images.isnan())
     empty = images.isnan().all(1).unflatten(1, (4, 16)).unflatten(3, (4, 16)).all(4).all(2).flatten(1)
     assert empty.sum() == 2 * 4 and seen["mask"][empty].all()  # of the 8 that are masked
     assert seen["mask"].sum(1).tolist() == [8, 8]
     first = seen["mask"]
-    trainer._backward(Batch(images, {}), 0)
+    trainer._backward(Batch(images, {}, {}), 0)
     assert torch.equal(seen["mask"], first)
-    trainer._backward(Batch(images.nan_to_num(0), {}), 0)
+    trainer._backward(Batch(images.nan_to_num(0), {}, {}), 0)
     assert seen["valid"] is None
 
 

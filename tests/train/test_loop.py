@@ -132,13 +132,13 @@ def test_unreadable_images_are_named_once_and_counted(photos, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypatch):
-    loss, calls = Learner.loss, iter(range(8))
+    losses, calls = Learner.losses, iter(range(8))
 
-    def broken(learner, images, drawn):
-        value = loss(learner, images, drawn)
-        return value * float("nan") if next(calls) == 6 else value
+    def broken(learner, *batch):
+        value = losses(learner, *batch)
+        return [value[0] * float("nan")] if next(calls) == 6 else value
 
-    monkeypatch.setattr(Learner, "loss", broken)
+    monkeypatch.setattr(Learner, "losses", broken)
     good = "last good checkpoint: .*checkpoint-00000004.pt"
     with pytest.raises(TrainingStopped, match=f"step 7: loss is nan.*{good}"):
         train(photos, tmp_path / "run")
@@ -148,14 +148,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(phot
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: pytest.fail("updated"))
-    loss = Learner.loss
+    losses = Learner.losses
 
-    def broken(learner, images, drawn):
-        value = loss(learner, images, drawn)
-        value.register_hook(lambda gradient: gradient * float("inf"))
+    def broken(learner, *batch):
+        value = losses(learner, *batch)
+        value[0].register_hook(lambda gradient: gradient * float("inf"))
         return value
 
-    monkeypatch.setattr(Learner, "loss", broken)
+    monkeypatch.setattr(Learner, "losses", broken)
     with pytest.raises(TrainingStopped, match=r"gradient norm (nan|inf).*no checkpoint yet"):
         train(photos, tmp_path / "run")
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import many_targets
 import numpy as np
 import pytest
 import torch
@@ -73,6 +74,24 @@ def test_two_processes_have_the_losses_and_weights_of_one(photos, tmp_path):
         for part in ("model", "ema") if "ema_decay" in RECIPES[name] else ("model",):
             for entry, value in expected[part].items():
                 torch.testing.assert_close(saved[part][entry], value, rtol=1e-3, atol=1e-5)
+
+
+def test_several_targets_have_the_losses_of_one_process(tmp_path):
+    """Their values are missing in some images, so that the processes hold different numbers of them."""
+    targets = {name: {**values, "weight": 1} for name, values in many_targets.TARGETS.items()}
+    given = {"in_chans": 2, "normalize": "none", "targets": json.dumps(targets), "uncertainty": True}
+    data, sizes = "python:many_targets:tiles", {"batch_size": 4, "decoder_dim": 16, "draw_every": 1}
+    ways = {"one": {}, "two": {}, "shard": {"shard": True}}
+    worlds = {"one": 1}
+    runs = in_ranks(
+        tmp_path,
+        *[[worlds.get(n, 2), options(tmp_path / n, data, **given, **sizes, **more)] for n, more in ways.items()],
+    )
+    assert [run["codes"] for run in runs] == [[0], [0, 0], [0, 0]], [run["output"] for run in runs]
+    found = {name: [line | line.pop("losses") for line in logged(tmp_path / name)] for name in ways}
+    assert set(targets) < set(found["one"][0])
+    expect_close(found["two"], found["one"])
+    expect_close(found["shard"], found["one"])
 
 
 def test_pictures_change_nothing_and_process_0_writes_them_once(photos, tmp_path):

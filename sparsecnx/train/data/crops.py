@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.train.data.augment import central_crop, random_box, random_mirror, resize
+from sparsecnx.train.data.augment import central_crop, mirrored_axes, random_box, resize
 from sparsecnx.train.data.order import mix
 from sparsecnx.train.data.pictures import UnsupportedImage
 from sparsecnx.train.data.scale import Scale, UnsupportedValues, expect_numbers, scale_of, scaled
 from sparsecnx.train.data.source import Decoded, Pixels, Source, too_small
+from sparsecnx.train.data.targets import TargetReader, UnsupportedTarget
 from sparsecnx.train.data.transform import load_transform, transformed
 from sparsecnx.train.recipe import Recipe
 
@@ -42,17 +43,27 @@ class Draw(NamedTuple):
     seed: int
 
 
+class Sample(NamedTuple):
+    """One crop, what else is predicted from it, see `Recipe.targets`, and the files that were skipped."""
+
+    image: Tensor
+    targets: dict[str, Tensor]
+    unreadable: dict[str, str]
+
+
 class Batch(NamedTuple):
     """One batch of crops.
 
     Attributes:
         images: uint8 or float32 `(B, C, *size)`, see `normalize`, NaN where there is no value; empty if `problem` is
             set.
+        targets: what else is predicted from them, by name.
         unreadable: the files that were skipped, and why.
         problem: the reason why there is no batch. A worker that raised it would send a traceback in words instead.
     """
 
     images: Tensor
+    targets: dict[str, Tensor]
     unreadable: dict[str, str]
     problem: InputError | None = None
 
@@ -76,23 +87,36 @@ class Crops(Dataset[Any]):
     def __init__(self, source: Source, recipe: Recipe) -> None:
         self.source, self.recipe = source, recipe
         self.transform = None if recipe.transform is None else load_transform(recipe.transform)
+        self.targets = TargetReader(recipe)
         self.scales: OrderedDict[int, Scale] = OrderedDict()
         self.held: OrderedDict[int, Pixels] = OrderedDict()
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, dict[str, str]] | InputError:
+    def __getitem__(self, draw: Draw) -> Sample | InputError:
         try:
-            crop, unreadable = self._readable(draw.image, lambda place: self.crop(place, draw.seed))
-            return self._transformed(crop, draw.seed), unreadable
+            (crop, targets), unreadable = self._readable(draw.image, lambda place: self.crop(place, draw.seed))
+            return Sample(self._transformed(crop, draw.seed), targets, unreadable)
         except InputError as error:
             return error
 
-    def crop(self, place: int, seed: int) -> Tensor:
-        """Return a crop of entry `place`, drawn from a seed: a box, resized or not, and mirrored."""
+    def crop(self, place: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return a crop of entry `place`, drawn from a seed, a box, resized or not, and mirrored; and its targets."""
         entry, size = self.whole(place), self.recipe.size
+        whole = self._whole_targets(place, entry.pixels.size)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             start, sides = random_box(entry.pixels.size, size, self.recipe.crop_area)
-            return random_mirror(self._cut(entry, start, sides))
+            steps = self.targets.lattice(whole, entry.pixels.size)
+            start = [first // step * step for first, step in zip(start, steps, strict=True)]
+            if self.recipe.crop_area is not None:
+                sides = [max(side // step, 1) * step for side, step in zip(sides, steps, strict=True)]
+            crop, axes = self._cut(entry, start, sides), mirrored_axes(len(size))
+        targets = self.targets.cut(whole, entry.pixels.size, start, sides)
+        maps = {name: value.flip(axes) for name, value in targets.items() if name in self.targets.sides}
+        return crop.flip(axes), targets | maps
+
+    def _whole_targets(self, place: int, size: Sequence[int]) -> dict[str, Tensor | None]:
+        """Return the targets of entry `place`, an image of sides `size`."""
+        return self.targets.whole(self.source.values(place), size) if self.targets.targets else {}
 
     def _transformed(self, crop: Tensor, seed: int) -> Tensor:
         """Return a crop as the transform returns it. Raise InputError if that fails, which is no fault of the image."""
@@ -110,12 +134,21 @@ class Crops(Dataset[Any]):
         return scaled(resize(values, self.recipe.size), entry.scale)
 
     def try_out(self) -> None:
-        """Read an entry and make a crop of it.
+        """Read an entry and make a crop of it, and look at the targets of a sample.
 
         Raises:
-            InputError: no entry can be read, or the transform does not take its crop.
+            InputError: no entry can be read, the transform does not take its crop, or a target does not fit.
         """
-        crop, _ = self._readable(0, lambda place: self.crop(place, self.recipe.seed))
+        for place in self.source.sample() if self.targets.targets else ():
+            try:
+                self.crop(place, self.recipe.seed)
+            except UnsupportedTarget as error:
+                raise InputError("targets", self.source.name(place), str(error)) from error
+            except InputError:
+                raise
+            except Exception:  # it is skipped and named when it is read
+                continue
+        (crop, _), _ = self._readable(0, lambda place: self.crop(place, self.recipe.seed))
         self._transformed(crop, self.recipe.seed)
 
     def central(self, place: int) -> Tensor:
@@ -212,14 +245,16 @@ def draws(
         yield [Draw(order[position], mix(recipe.seed, "crop", epoch, position)) for position in positions]
 
 
-def collate(samples: list[tuple[Tensor, dict[str, str]] | InputError]) -> Batch:
-    """Stack the crops of a batch and join the unreadable files."""
-    images: list[Tensor] = []
+def collate(samples: list[Sample | InputError]) -> Batch:
+    """Stack the crops and the targets of a batch and join the unreadable files."""
+    good: list[Sample] = []
     unreadable: dict[str, str] = {}
     for sample in samples:
         if isinstance(sample, InputError):
-            return Batch(torch.empty(0), {}, sample)
-        images.append(sample[0])
-        unreadable |= sample[1]
+            return Batch(torch.empty(0), {}, {}, sample)
+        good.append(sample)
+        unreadable |= sample.unreadable
+    images = [sample.image for sample in good]
     alike = len({image.dtype for image in images}) == 1
-    return Batch(torch.stack(images if alike else [image.float() for image in images]), unreadable)
+    targets = {name: torch.stack([sample.targets[name] for sample in good]) for name in good[0].targets}
+    return Batch(torch.stack(images if alike else [image.float() for image in images]), targets, unreadable)
