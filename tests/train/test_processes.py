@@ -51,6 +51,7 @@ def expect_close(found, expected):
 
 RECIPES = {
     "plain": {},
+    "compile": {"compile": True},
     "shard": {"shard": True, "ema_decay": 0.9},
     "accumulate": {"grad_accum_steps": 2, "clip_grad": 0.1, "ema_decay": 0.9},
     "spark": {"method": "spark", "shard": True, "dtype": "bfloat16"},
@@ -63,9 +64,9 @@ def test_two_processes_have_the_losses_and_weights_of_one(photos, tmp_path):
     for name, run in zip(names, runs, strict=True):
         assert run["codes"] == [0, 0], run["output"]
         assert "2 processes with 1 of the 2 images of a batch each" in run["output"][0]
-        assert run["output"][1] == ""
+        assert run["output"][1] == "" or name == "compile"  # torch.compile warns of what it misses
         one = tmp_path / f"one {name}"
-        train(photos, one, **{key: value for key, value in RECIPES[name].items() if key != "shard"})
+        train(photos, one, **{key: value for key, value in RECIPES[name].items() if key not in ("shard", "compile")})
         expect_close(logged(tmp_path / name), logged(one))
         lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         assert all(len(line["each_images_per_s"]) == len(line["each_wait_s"]) == 2 for line in lines)
