@@ -26,7 +26,7 @@ from sparsecnx.train.data.loader import WorkersError, load_batches
 from sparsecnx.train.data.scale import normalize, values_in
 from sparsecnx.train.data.source import Fingerprint, Source
 from sparsecnx.train.learner import Learner, whole
-from sparsecnx.train.log import SKIPPED, JsonLines, OtherProcess, RunLog, TensorBoard, Terminal
+from sparsecnx.train.log import SKIPPED, UNUSUAL, JsonLines, OtherProcess, RunLog, TensorBoard, Terminal
 from sparsecnx.train.masks import Masks
 from sparsecnx.train.options import Options
 from sparsecnx.train.pictures import RECONSTRUCTIONS, Pictures, Reconstructions
@@ -87,6 +87,7 @@ class Trainer:
         self.callbacks = [*asked, *files] if processes.main else [OtherProcess(processes.rank)]
         self.step, self.written_by = (0, 1) if saved is None else (saved.step, saved.processes)
         self.unreadable: dict[str, str] = {}
+        self.unusual: set[str] = set()
 
     def state(self) -> dict[str, Any]:
         """Return the contents of a checkpoint, see `checkpoint.read`.
@@ -105,6 +106,7 @@ class Trainer:
                 "sizes": self.fingerprint.sizes,
                 "contents": self.fingerprint.contents,
                 "masks": self.masks.checksum,
+                "seen": list(self.source.seen),
             },
         }
 
@@ -237,12 +239,15 @@ class Trainer:
         return learning_rate(self.step - first, peak=recipe.peak_lr, warmup_steps=warmup_steps, total_steps=total_steps)
 
     def _note_unreadable(self, batch: Batch, log: RunLog) -> None:
-        """Name the files that were skipped, or stop all processes if one of them can read none."""
+        """Name the files that were skipped or are unusual, or stop all processes if one of them can read none."""
         self.processes.together(lambda: self._expect_images(batch))
         for name, reason in batch.unreadable.items():
             if name not in self.unreadable:
                 log.say(f"{SKIPPED} {self.source.noun} {name} ({reason})")
         self.unreadable |= batch.unreadable
+        for name in sorted(batch.unusual.keys() - self.unusual):
+            log.say(f"{UNUSUAL} {self.source.noun} {name} ({batch.unusual[name]})")
+        self.unusual |= batch.unusual.keys()
 
     def _expect_images(self, batch: Batch) -> None:
         if batch.problem is not None:

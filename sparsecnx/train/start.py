@@ -99,6 +99,7 @@ class Start(NamedTuple):
             notes.append(f"data are {where}: a checkpoint alone neither chooses a cache nor downloads, --data does")
         recipe = saved.recipe
         source = find_source(where, recipe.ndim, recipe.of_images, recipe.pages, recipe.in_chans)
+        source.seen[:] = saved.data.seen or []
         fingerprint = source.fingerprint()
         _expect_same_images(saved.data, source, fingerprint, "resume" if options.data is None else "data")
         if options.extend is not None and not _is_extended(saved.recipe, options):

@@ -173,7 +173,7 @@ def test_statistics_of_entries_are_kept_while_there_is_room(tmp_path, monkeypatc
     write(tmp_path / "data", dtype=np.float32)
     monkeypatch.setattr(crops_module, "HELD_SCALES", 2)
     crops = crops_of(tmp_path / "data", normalize="zscore", **RUN)
-    first, _ = crops[Draw(0, seed=0)]
+    first, *_ = crops[Draw(0, seed=0)]
     for place in range(1, 5):
         assert skipped(crops, place) is None
     assert list(crops.scales) == [3, 4] and torch.equal(first, crops[Draw(0, seed=0)][0])

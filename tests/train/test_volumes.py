@@ -191,7 +191,7 @@ def crops_of(folder, **fields):
 
 def test_a_crop_depends_on_its_draw_alone(tmp_path):
     crops = crops_of(saved(tmp_path / "data", a=VALUES, b=VALUES + 1))
-    first, _ = crops[Draw(0, seed=1)]
+    first, *_ = crops[Draw(0, seed=1)]
     again, other = crops[Draw(0, seed=1)][0], crops[Draw(0, seed=2)][0]
     assert first.shape == (1, 8, 8, 8) and first.dtype == torch.float32
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -327,7 +327,7 @@ def test_damaged_volumes_are_named_and_give_their_place_to_the_next(tmp_path):
     names = crops.source.names
     good = crops[Draw(names.index("good.npy"), seed=3)][0]
     for name, reason in expected.items():
-        crop, unreadable = crops[Draw(names.index(name), seed=3)]
+        crop, unreadable, _ = crops[Draw(names.index(name), seed=3)]
         assert torch.equal(crop, good) and "good.npy" not in unreadable
         assert re.search(reason, unreadable[name]), unreadable[name]
     (tmp_path / "data" / "good.npy").unlink()
@@ -354,7 +354,7 @@ def test_truncated_nifti_and_zarr(nibabel, zarr, tmp_path):
     np.save(tmp_path / "d.npy", VALUES)
     crops, unreadable = crops_of(tmp_path), {}
     for number in range(3):
-        crop, skipped = crops[Draw(number, seed=0)]
+        crop, skipped, _ = crops[Draw(number, seed=0)]
         assert crop.shape == (1, 8, 8, 8)
         unreadable |= skipped
     assert sorted(unreadable) == ["a.nii", "b.nii.gz", "c.zarr"]

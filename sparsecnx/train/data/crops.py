@@ -23,7 +23,7 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.train.data.augment import central_crop, random_box, random_mirror, resize
 from sparsecnx.train.data.order import mix
 from sparsecnx.train.data.pictures import UnsupportedImage
-from sparsecnx.train.data.scale import Scale, UnsupportedValues, expect_numbers, scale_of, scaled
+from sparsecnx.train.data.scale import Scale, UnsupportedValues, expect_numbers, far_beyond, scale_of, scaled
 from sparsecnx.train.data.source import Decoded, Pixels, Source, too_small
 from sparsecnx.train.data.transform import load_transform, transformed
 from sparsecnx.train.recipe import Recipe
@@ -49,11 +49,13 @@ class Batch(NamedTuple):
         images: uint8 or float32 `(B, C, *size)`, see `normalize`, NaN where there is no value; empty if `problem` is
             set.
         unreadable: the files that were skipped, and why.
+        unusual: the files of which a crop holds values far beyond those of the sample, and which.
         problem: the reason why there is no batch. A worker that raised it would send a traceback in words instead.
     """
 
     images: Tensor
     unreadable: dict[str, str]
+    unusual: dict[str, str]
     problem: InputError | None = None
 
 
@@ -79,10 +81,12 @@ class Crops(Dataset[Any]):
         self.scales: OrderedDict[int, Scale] = OrderedDict()
         self.held: OrderedDict[int, Pixels] = OrderedDict()
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, dict[str, str]] | InputError:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, dict[str, str], dict[str, str]] | InputError:
         try:
-            crop, unreadable = self._readable(draw.image, lambda place: self.crop(place, draw.seed))
-            return self._transformed(crop, draw.seed), unreadable
+            (place, crop), unreadable = self._readable(draw.image, lambda place: (place, self.crop(place, draw.seed)))
+            problem = None if self.recipe.value_range else far_beyond(crop, self.source.seen)
+            unusual = {} if problem is None else {self.source.name(place): problem}
+            return self._transformed(crop, draw.seed), unreadable, unusual
         except InputError as error:
             return error
 
@@ -212,14 +216,16 @@ def draws(
         yield [Draw(order[position], mix(recipe.seed, "crop", epoch, position)) for position in positions]
 
 
-def collate(samples: list[tuple[Tensor, dict[str, str]] | InputError]) -> Batch:
-    """Stack the crops of a batch and join the unreadable files."""
+def collate(samples: list[tuple[Tensor, dict[str, str], dict[str, str]] | InputError]) -> Batch:
+    """Stack the crops of a batch, and join the unreadable and the unusual files."""
     images: list[Tensor] = []
     unreadable: dict[str, str] = {}
+    unusual: dict[str, str] = {}
     for sample in samples:
         if isinstance(sample, InputError):
-            return Batch(torch.empty(0), {}, sample)
+            return Batch(torch.empty(0), {}, {}, sample)
         images.append(sample[0])
         unreadable |= sample[1]
+        unusual |= sample[2]
     alike = len({image.dtype for image in images}) == 1
-    return Batch(torch.stack(images if alike else [image.float() for image in images]), unreadable)
+    return Batch(torch.stack(images if alike else [image.float() for image in images]), unreadable, unusual)

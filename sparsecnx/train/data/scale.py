@@ -142,6 +142,24 @@ def outside(values: Tensor, value_range: tuple[float, float] | None) -> str | No
     return f"holds values from {low:g} to {high:g}: expected {least:g} to {most:g}, --value-range"
 
 
+def far_beyond(values: Tensor, seen: Sequence[float]) -> str | None:
+    """Return why values lie beyond the range of a sample by more than its width, or None.
+
+    Args:
+        values: in the units of the files.
+        seen: least and largest value of the sample; empty where it was not measured.
+    """
+    if not seen:
+        return None
+    least, most = seen
+    width = most - least
+    if outside(values, (least - width, most + width)) is None:
+        return None
+    low, high = values[~values.isnan()].aminmax()
+    remedy = "other units, or a value for no data? --nodata, --value-range"
+    return f"holds {low:g} to {high:g}, the sample {least:g} to {most:g}: {remedy}"
+
+
 def scaled(values: Tensor, scale: Scale | None) -> Tensor:
     """Return normalised values `(C, *size)` as float32; as they are where the device normalises them."""
     if scale is None:
