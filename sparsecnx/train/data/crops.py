@@ -23,7 +23,7 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.train.data.augment import central_crop, random_box, random_mirror, resize
 from sparsecnx.train.data.order import mix
 from sparsecnx.train.data.pictures import UnsupportedImage
-from sparsecnx.train.data.scale import Scale, UnsupportedValues, expect_numbers, far_beyond, scale_of, scaled
+from sparsecnx.train.data.scale import Scale, expect_a_value, expect_numbers, far_beyond, scale_of, scaled
 from sparsecnx.train.data.source import Decoded, Pixels, Source, too_small
 from sparsecnx.train.data.transform import load_transform, transformed
 from sparsecnx.train.recipe import Recipe
@@ -110,8 +110,14 @@ class Crops(Dataset[Any]):
 
     def _cut(self, entry: Entry, start: Sequence[int], sides: Sequence[int]) -> Tensor:
         """Return a box of an entry, resized to the crop and normalised."""
+        return scaled(resize(self._values(entry, start, sides), self.recipe.size), entry.scale)
+
+    def _values(self, entry: Entry, start: Sequence[int], sides: Sequence[int]) -> Tensor:
+        """Return a box of an entry, which may have no value, where the entry has one elsewhere."""
         values = expect_numbers(entry.pixels.read(start, sides), self.recipe.value_range, start)
-        return scaled(resize(values, self.recipe.size), entry.scale)
+        if values.is_floating_point() and values.isnan().all():
+            expect_a_value(entry.pixels)
+        return values
 
     def try_out(self) -> None:
         """Read an entry and make a crop of it.
@@ -126,8 +132,7 @@ class Crops(Dataset[Any]):
         """Return the centre of entry `place`, resized until it just covers the crop where crops are resized."""
         entry, size = self.whole(place), self.recipe.size
         if self.recipe.crop_area is not None:
-            start = [0] * len(size)
-            values = expect_numbers(entry.pixels.read(start, entry.pixels.size), self.recipe.value_range, start)
+            values = self._values(entry, [0] * len(size), entry.pixels.size)
             return scaled(central_crop(values, size), entry.scale)
         start = [(side - part) // 2 for side, part in zip(entry.pixels.size, size, strict=True)]
         return self._cut(entry, start, size)
@@ -163,10 +168,7 @@ class Crops(Dataset[Any]):
         return pixels
 
     def _decoded(self, values: Tensor) -> Decoded:
-        expect_numbers(values, self.recipe.value_range, (0,) * (values.ndim - 1))
-        if values.is_floating_point() and values.isnan().all():
-            raise UnsupportedValues("has no value in any pixel; move it elsewhere")
-        return Decoded(values)
+        return Decoded(expect_numbers(values, self.recipe.value_range, (0,) * (values.ndim - 1)))
 
     def _readable(self, index: int, make: Callable[[int], T]) -> tuple[T, dict[str, str]]:
         """Return what `make` returns for entry `index`, or for the first one instead of it that can be read."""

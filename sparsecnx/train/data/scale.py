@@ -117,17 +117,27 @@ def expect_numbers(values: Tensor, value_range: tuple[float, float] | None, star
     """Return the values of a box `(C, *size)` that begins at `start`.
 
     Raises:
-        UnsupportedValues: one is infinite in float32, or outside the range. NaN, no value, is in images alone.
+        UnsupportedValues: one is infinite in float32, or outside the range. NaN is no value, and neither.
     """
-    wrong = values.isinf() if values.ndim == 3 else ~values.isfinite()
-    if values.is_floating_point() and wrong.any():
+    if values.is_floating_point() and (wrong := values.isinf()).any():
         channel, *place = wrong.nonzero()[0].tolist()
         voxel = tuple(first + i for first, i in zip(start, place, strict=True))
         what = f"holds {values[wrong][0].item()} in channel {channel} at {voxel}"
-        raise UnsupportedValues(f"{what}: expected finite values; numpy.nan_to_num replaces them")
+        raise UnsupportedValues(f"{what}: expected finite values, or NaN where there is none")
     if (problem := outside(values, value_range)) is not None:
         raise UnsupportedValues(problem)
     return values
+
+
+def expect_a_value(pixels: Pixels) -> None:
+    """Raise UnsupportedValues if an image or a volume is NaN everywhere. It is read until a value is found."""
+    sides = pixels.size[1:]
+    thickness = max(SAMPLED_VALUES // (PARTS * pixels.channels * math.prod(sides)), 1)
+    for start in range(0, pixels.size[0], thickness):
+        part = pixels.read((start, *(0,) * len(sides)), (min(thickness, pixels.size[0] - start), *sides))
+        if not part.isnan().all():
+            return
+    raise UnsupportedValues("has no value anywhere; move it elsewhere")
 
 
 def outside(values: Tensor, value_range: tuple[float, float] | None) -> str | None:
