@@ -117,7 +117,9 @@ class Trainer:
         try:
             return self._run()
         except (LogError, WorkersError) as error:
-            raise TrainingStopped(f"step {self.step}: {error}, {self._last_good()}") from error
+            stopped = TrainingStopped(f"step {self.step}: {error}, {self._last_good()}")
+            stopped.elsewhere = getattr(error, "elsewhere", False)
+            raise stopped from error
         except RuntimeError as error:
             if str(error).startswith(READER_DIED):  # torch raises it wherever the run is at that moment
                 problem = f"step {self.step}: a process that reads images died ({str(error).strip()})"
@@ -173,11 +175,16 @@ class Trainer:
                     records.clear()
                 if self.step % self.save_steps == 0 or self.step == self.total_steps:
                     self.save()
-                if within == 0 and self.reconstructions.due(epoch):  # in all processes, which may hold parts of it
-                    figure = self.reconstructions.draw(self.learner.model, self.learner.device, self.step)
-                    log.figure(RECONSTRUCTIONS, figure)
+                if within == 0 and self.reconstructions.due(epoch):
+                    self._draw(log)
             self._say_end(log)
         return 0
+
+    def _draw(self, log: RunLog) -> None:
+        """Draw in all processes, which may hold parts of the network, and stop all of them if one of them cannot."""
+        self.processes.together(self.reconstructions.read)
+        figure = self.reconstructions.draw(self.learner.model, self.learner.device, self.step)
+        self.processes.together(lambda: log.figure(RECONSTRUCTIONS, figure))
 
     def told(self) -> Run:
         """Return what callbacks are told at the start."""
