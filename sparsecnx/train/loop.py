@@ -27,7 +27,7 @@ from sparsecnx.train.data.loader import WorkersError, load_batches
 from sparsecnx.train.data.scale import normalize, values_in
 from sparsecnx.train.data.source import Fingerprint, Source
 from sparsecnx.train.learner import Learner, whole
-from sparsecnx.train.log import SKIPPED, JsonLines, OtherProcess, RunLog, TensorBoard, Terminal
+from sparsecnx.train.log import SKIPPED, UNUSUAL, JsonLines, OtherProcess, RunLog, TensorBoard, Terminal
 from sparsecnx.train.masks import Masks
 from sparsecnx.train.options import Options
 from sparsecnx.train.pictures import RECONSTRUCTIONS, Pictures, Reconstructions
@@ -88,6 +88,7 @@ class Trainer:
         self.callbacks = [*asked, *files] if processes.main else [OtherProcess(processes.rank)]
         self.step, self.written_by = (0, 1) if saved is None else (saved.step, saved.processes)
         self.unreadable: dict[str, str] = {}
+        self.unusual: set[str] = set()
 
     def state(self) -> dict[str, Any]:
         """Return the contents of a checkpoint, see `checkpoint.read`.
@@ -106,6 +107,7 @@ class Trainer:
                 "sizes": self.fingerprint.sizes,
                 "contents": self.fingerprint.contents,
                 "masks": self.masks.checksum,
+                "seen": list(self.source.seen),
             },
         }
 
@@ -116,7 +118,9 @@ class Trainer:
         try:
             return self._run()
         except (LogError, WorkersError) as error:
-            raise TrainingStopped(f"step {self.step}: {error}, {self._last_good()}") from error
+            stopped = TrainingStopped(f"step {self.step}: {error}, {self._last_good()}")
+            stopped.elsewhere = getattr(error, "elsewhere", False)
+            raise stopped from error
         except RuntimeError as error:
             if str(error).startswith(READER_DIED):  # torch raises it wherever the run is at that moment
                 problem = f"step {self.step}: a process that reads images died ({str(error).strip()})"
@@ -172,11 +176,16 @@ class Trainer:
                     records.clear()
                 if self.step % self.save_steps == 0 or self.step == self.total_steps:
                     self.save()
-                if within == 0 and self.reconstructions.due(epoch):  # in all processes, which may hold parts of it
-                    figure = self.reconstructions.draw(self.learner.model, self.learner.device, self.step)
-                    log.figure(RECONSTRUCTIONS, figure)
+                if within == 0 and self.reconstructions.due(epoch):
+                    self._draw(log)
             self._say_end(log)
         return 0
+
+    def _draw(self, log: RunLog) -> None:
+        """Draw in all processes, which may hold parts of the network, and stop all of them if one of them cannot."""
+        self.processes.together(self.reconstructions.read)
+        figure = self.reconstructions.draw(self.learner.model, self.learner.device, self.step)
+        self.processes.together(lambda: log.figure(RECONSTRUCTIONS, figure))
 
     def told(self) -> Run:
         """Return what callbacks are told at the start."""
@@ -239,12 +248,15 @@ class Trainer:
         return learning_rate(self.step - first, peak=recipe.peak_lr, warmup_steps=warmup_steps, total_steps=total_steps)
 
     def _note_unreadable(self, batch: Batch, log: RunLog) -> None:
-        """Name the files that were skipped, or stop all processes if one of them can read none."""
+        """Name the files that were skipped or are unusual, or stop all processes if one of them can read none."""
         self.processes.together(lambda: self._expect_images(batch))
         for name, reason in batch.unreadable.items():
             if name not in self.unreadable:
                 log.say(f"{SKIPPED} {self.source.noun} {name} ({reason})")
         self.unreadable |= batch.unreadable
+        for name in sorted(batch.unusual.keys() - self.unusual):
+            log.say(f"{UNUSUAL} {self.source.noun} {name} ({batch.unusual[name]})")
+        self.unusual |= batch.unusual.keys()
 
     def _expect_images(self, batch: Batch) -> None:
         if batch.problem is not None:

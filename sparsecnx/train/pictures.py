@@ -55,15 +55,23 @@ class Reconstructions:
         drawn = self.every > 0 and reconstructs(self.recipe)
         return drawn and (epoch % self.every == 0 or epoch == self.recipe.epochs)
 
-    def draw(self, model: MaskedEncoder, device: torch.device, step: int) -> Figure:
-        """Draw what a model makes of the images after `step` steps, in the dtype of the run.
+    def read(self) -> Tensor:
+        """Return the images that are drawn, which are read once.
 
         Raises:
             LogError: no image can be read any more.
         """
         if self.images is None:
             self.images = self._read()
-        pixels = self.images.to(device)
+        return self.images
+
+    def draw(self, model: MaskedEncoder, device: torch.device, step: int) -> Figure:
+        """Draw what a model makes of the images after `step` steps, in the dtype of the run.
+
+        Raises:
+            LogError: as `read` does.
+        """
+        pixels = self.read().to(device)
         valid, images = values_in(pixels), normalize(pixels, self.recipe)
         dtype = DTYPES[self.recipe.dtype]
         with _undisturbed(model, device):

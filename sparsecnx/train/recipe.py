@@ -111,8 +111,8 @@ class Recipe:
             255, of 16 bits 0 to 65535; None leaves the units of the files.
         mean: with `"dataset"` what is subtracted then, one number or one for each channel; measured on up to 256 files.
         std: with `"dataset"` what it is divided by then, one number or one for each channel; measured likewise.
-        nodata: value of pixels that have none, beside NaN and what a GeoTIFF says. They are 0 in the input and not in
-            the loss.
+        nodata: value of pixels or voxels that have none, beside NaN and what a GeoTIFF says. They are 0 in the input
+            and not in the loss.
         pages: what several pages of a TIFF are, `"channels"` or `"images"`; None refuses them.
         below_tile: `"dense"` lets the stride of the network exceed the patch, see `SparK`; of SparK alone.
         decoder_dim: channels of the decoder; None is the published number, 512 for FCMAE and 768 for SparK.
@@ -284,7 +284,6 @@ class Recipe:
         self._expect("normalize", others, f"one of {', '.join(NORMALIZATIONS[1:])}, since the data are no photographs")
         self._expect("pages", self.pages in (None, *PAGES), f"one of {', '.join(PAGES)}")
         if self.nodata is not None:
-            self._expect("nodata", self.ndim == 2, "none, since volumes and signals have a value everywhere")
             self._expect("nodata", type(self.nodata) is float or _is_short(self.nodata), "a finite number")
             self._expect("nodata", math.isfinite(self.nodata), "a finite number")
         if self.normalize != "dataset":

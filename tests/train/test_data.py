@@ -79,7 +79,7 @@ def test_unreadable_files_give_their_place_to_others(photos):
     crops = Crops(find_data(photos), SMALL)
     assert crops.source.names[1:4] == ("3.png", "6.png", "cat/1.png")
 
-    crop, _, unreadable = crops[Draw(1, seed=4)]
+    crop, _, unreadable, _ = crops[Draw(1, seed=4)]
     first, *others = crops.source.instead(1, SMALL.seed)
     place = next(other for other in others if other != 3)
     assert first == 1 and torch.equal(crop, crops[Draw(place, seed=4)][0])

@@ -116,6 +116,18 @@ def test_pictures_change_nothing_and_process_0_writes_them_once(photos, tmp_path
     assert "".join(unknown["output"]).count("--log is comet: expected wandb, mlflow, or module:factory") == 1
 
 
+def test_a_picture_that_cannot_be_written_stops_all_processes_with_the_reason(photos, tmp_path):
+    cases = []
+    for name in ("plain", "shard"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "reconstructions").write_text("a file where the folder would be")
+        cases.append((2, options(tmp_path / name, photos, **RECIPES[name], draw_every=1)))
+    for run in in_ranks(tmp_path, *cases):
+        assert run["codes"] == [1, 1], run["output"]
+        assert "".join(run["output"]).count("step-00000004.jpg could not be written") == 1, run["output"]
+        assert "another process" not in "".join(run["output"])
+
+
 def test_batch_norm_runs_over_the_images_of_a_process_and_the_run_says_so(photos, tmp_path):
     run, again = in_ranks(
         tmp_path,

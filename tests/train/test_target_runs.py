@@ -32,7 +32,7 @@ def crops(**given):
 
 def test_targets_of_a_crop_belong_to_its_pixels():
     for seed in range(20):
-        image, targets, unreadable = crops(crop_area=None)[Draw(1, seed)]
+        image, targets, unreadable, _ = crops(crop_area=None)[Draw(1, seed)]
         rows, columns = (100 * image).round()
         assert not unreadable and image.shape == (2, 64, 64)
         assert torch.equal(targets["radar"], torch.stack([rows, columns, rows + columns]))
@@ -44,7 +44,7 @@ def test_targets_of_a_crop_belong_to_its_pixels():
 
 def test_targets_of_resized_crops_keep_their_places():
     for seed in range(20):
-        image, targets, _ = crops(crop_area=0.3)[Draw(1, seed)]
+        image, targets, *_ = crops(crop_area=0.3)[Draw(1, seed)]
         rows, columns = 100 * image
         inner = (slice(4, -4), slice(4, -4))  # bicubic edges differ
         assert_close(targets["radar"][0][inner], rows[inner], 1e-4)
@@ -55,7 +55,7 @@ def test_targets_of_resized_crops_keep_their_places():
 
 
 def test_what_an_image_does_not_have_is_no_value():
-    _, targets, _ = crops()[Draw(2, 0)]
+    _, targets, *_ = crops()[Draw(2, 0)]
     assert targets["radar"].shape == (3, 64, 64) and targets["radar"].isnan().all()
     assert (targets["cover"] == 255).all() and targets["cover"].shape == (64, 64)
     assert targets["weather"].isnan().all() and targets["biome"] == -100

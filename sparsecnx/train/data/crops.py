@@ -23,7 +23,7 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.train.data.augment import central_crop, mirrored_axes, random_box, resize
 from sparsecnx.train.data.order import mix
 from sparsecnx.train.data.pictures import UnsupportedImage
-from sparsecnx.train.data.scale import Scale, UnsupportedValues, expect_numbers, scale_of, scaled
+from sparsecnx.train.data.scale import Scale, expect_a_value, expect_numbers, far_beyond, scale_of, scaled
 from sparsecnx.train.data.source import Decoded, Pixels, Source, too_small
 from sparsecnx.train.data.targets import TargetReader, UnsupportedTarget
 from sparsecnx.train.data.transform import load_transform, transformed
@@ -44,11 +44,12 @@ class Draw(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One crop, what else is predicted from it, see `Recipe.targets`, and the files that were skipped."""
+    """One crop, what else is predicted from it, see `Recipe.targets`, and the files that a `Batch` names."""
 
     image: Tensor
     targets: dict[str, Tensor]
     unreadable: dict[str, str]
+    unusual: dict[str, str]
 
 
 class Batch(NamedTuple):
@@ -59,12 +60,14 @@ class Batch(NamedTuple):
             set.
         targets: what else is predicted from them, by name.
         unreadable: the files that were skipped, and why.
+        unusual: the files of which a crop holds values far beyond those of the sample, and which.
         problem: the reason why there is no batch. A worker that raised it would send a traceback in words instead.
     """
 
     images: Tensor
     targets: dict[str, Tensor]
     unreadable: dict[str, str]
+    unusual: dict[str, str]
     problem: InputError | None = None
 
 
@@ -93,8 +96,12 @@ class Crops(Dataset[Any]):
 
     def __getitem__(self, draw: Draw) -> Sample | InputError:
         try:
-            (crop, targets), unreadable = self._readable(draw.image, lambda place: self.crop(place, draw.seed))
-            return Sample(self._transformed(crop, draw.seed), targets, unreadable)
+            (place, crop, targets), unreadable = self._readable(
+                draw.image, lambda place: (place, *self.crop(place, draw.seed))
+            )
+            problem = None if self.recipe.value_range else far_beyond(crop, self.source.seen)
+            unusual = {} if problem is None else {self.source.name(place): problem}
+            return Sample(self._transformed(crop, draw.seed), targets, unreadable, unusual)
         except InputError as error:
             return error
 
@@ -130,8 +137,14 @@ class Crops(Dataset[Any]):
 
     def _cut(self, entry: Entry, start: Sequence[int], sides: Sequence[int]) -> Tensor:
         """Return a box of an entry, resized to the crop and normalised."""
+        return scaled(resize(self._values(entry, start, sides), self.recipe.size), entry.scale)
+
+    def _values(self, entry: Entry, start: Sequence[int], sides: Sequence[int]) -> Tensor:
+        """Return a box of an entry, which may have no value, where the entry has one elsewhere."""
         values = expect_numbers(entry.pixels.read(start, sides), self.recipe.value_range, start)
-        return scaled(resize(values, self.recipe.size), entry.scale)
+        if values.is_floating_point() and values.isnan().all():
+            expect_a_value(entry.pixels)
+        return values
 
     def try_out(self) -> None:
         """Read an entry and make a crop of it, and look at the targets of a sample.
@@ -155,8 +168,7 @@ class Crops(Dataset[Any]):
         """Return the centre of entry `place`, resized until it just covers the crop where crops are resized."""
         entry, size = self.whole(place), self.recipe.size
         if self.recipe.crop_area is not None:
-            start = [0] * len(size)
-            values = expect_numbers(entry.pixels.read(start, entry.pixels.size), self.recipe.value_range, start)
+            values = self._values(entry, [0] * len(size), entry.pixels.size)
             return scaled(central_crop(values, size), entry.scale)
         start = [(side - part) // 2 for side, part in zip(entry.pixels.size, size, strict=True)]
         return self._cut(entry, start, size)
@@ -192,10 +204,7 @@ class Crops(Dataset[Any]):
         return pixels
 
     def _decoded(self, values: Tensor) -> Decoded:
-        expect_numbers(values, self.recipe.value_range, (0,) * (values.ndim - 1))
-        if values.is_floating_point() and values.isnan().all():
-            raise UnsupportedValues("has no value in any pixel; move it elsewhere")
-        return Decoded(values)
+        return Decoded(expect_numbers(values, self.recipe.value_range, (0,) * (values.ndim - 1)))
 
     def _readable(self, index: int, make: Callable[[int], T]) -> tuple[T, dict[str, str]]:
         """Return what `make` returns for entry `index`, or for the first one instead of it that can be read."""
@@ -246,15 +255,18 @@ def draws(
 
 
 def collate(samples: list[Sample | InputError]) -> Batch:
-    """Stack the crops and the targets of a batch and join the unreadable files."""
+    """Stack the crops and the targets of a batch, and join the unreadable and the unusual files."""
     good: list[Sample] = []
     unreadable: dict[str, str] = {}
+    unusual: dict[str, str] = {}
     for sample in samples:
         if isinstance(sample, InputError):
-            return Batch(torch.empty(0), {}, {}, sample)
+            return Batch(torch.empty(0), {}, {}, {}, sample)
         good.append(sample)
         unreadable |= sample.unreadable
+        unusual |= sample.unusual
     images = [sample.image for sample in good]
     alike = len({image.dtype for image in images}) == 1
     targets = {name: torch.stack([sample.targets[name] for sample in good]) for name in good[0].targets}
-    return Batch(torch.stack(images if alike else [image.float() for image in images]), targets, unreadable)
+    stacked = torch.stack(images if alike else [image.float() for image in images])
+    return Batch(stacked, targets, unreadable, unusual)
