@@ -1,5 +1,8 @@
 """Check the machine code of every GPU kernel, without a GPU: no register spills, and shared memory within limits.
 
+The test compiles what a ConvNeXt V2 tiny launches on one architecture. `python tests/ops/test_kernels_compile.py` compiles
+all published sizes for all architectures, which takes ten minutes: run it when a kernel or its constants change.
+
 The Triton kernels that the operators launch at the sizes of published models are compiled ahead of time, in a process
 without Triton's interpreter, which conftest.py asks for: this file is run as a script. The CUDA kernels are those in
 the library that the install has compiled; tests/test_emulator.py checks the shared memory that their launches ask for.
@@ -33,7 +36,8 @@ LIBRARIES = sorted((ROOT / "sparsecnx").glob("_C_cuda.*so"))
 DECODER_CHANNELS = 512
 # These are compiled: dtype, model size, stages (5 is the decoder), architectures. Most sizes share their machine code.
 # float32 is compiled where shared memory is scarcest.
-SELECTIONS = [
+TESTED = [("bfloat16", "tiny", (1, 2, 3, 4), (90,))]
+ALL = [
     *(("bfloat16", size, (1, 2, 3, 4), tuple(SHARED)) for size in SIZES),
     ("bfloat16", "base", (5,), tuple(SHARED)),
     ("float32", "atto", (1,), (80,)),
@@ -205,18 +209,23 @@ def resource_usage(cuobjdump: str, binary: Path) -> dict[tuple[str, str], tuple[
     return found
 
 
-@pytest.mark.skipif(not triton_launch.available, reason="needs Triton")
-def test_triton_kernels() -> None:
+def check(selections: list[Any], others: list[Any]) -> None:
+    """Compile the kernels of these selections, and expect all that there are, without spills."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", __file__, json.dumps([SELECTIONS, CONVOLUTIONS])]
+    command = [sys.executable, "-W", "ignore", __file__, json.dumps([selections, others])]
     done = subprocess.run(command, capture_output=True, text=True, env={**environment, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-5000:]
     found = json.loads(done.stdout)
     text = "".join(path.read_text() for path in (ROOT / "sparsecnx").rglob("triton_*.py"))
     kernels = set(re.findall(r"@triton\.jit[^\n]*\ndef (\w+_kernel)\(", text))
-    for arch in SHARED:
+    for arch in selections[0][-1]:
         assert {one["kernel"].split()[0] for one in found if one["arch"] == arch} == kernels, "every kernel is launched"
     assert [one for one in found if one["stack"] or one["shared"] > SHARED[one["arch"]]] == []
+
+
+@pytest.mark.skipif(not triton_launch.available, reason="needs Triton")
+def test_triton_kernels() -> None:
+    check(TESTED, CONVOLUTIONS)
 
 
 @pytest.mark.skipif(not triton_launch.available, reason="needs Triton, which brings cuobjdump")
@@ -230,4 +239,7 @@ def test_cuda_kernels() -> None:
 
 
 if __name__ == "__main__":
-    main(*json.loads(sys.argv[1]))
+    if sys.argv[1:]:
+        main(*json.loads(sys.argv[1]))
+    else:
+        check(ALL, CONVOLUTIONS)
