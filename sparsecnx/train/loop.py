@@ -26,11 +26,11 @@ from sparsecnx.train.data.crops import Batch, Crops, draws, mix
 from sparsecnx.train.data.loader import WorkersError, load_batches
 from sparsecnx.train.data.scale import normalize, values_in
 from sparsecnx.train.data.source import Fingerprint, Source
+from sparsecnx.train.drawing import RECONSTRUCTIONS, Pictures, Reconstructions
 from sparsecnx.train.learner import Learner, whole
 from sparsecnx.train.log import SKIPPED, UNUSUAL, JsonLines, OtherProcess, RunLog, TensorBoard, Terminal
 from sparsecnx.train.masks import Masks
 from sparsecnx.train.options import Options
-from sparsecnx.train.pictures import RECONSTRUCTIONS, Pictures, Reconstructions
 from sparsecnx.train.processes import Processes
 from sparsecnx.train.recipe import METHODS, Recipe, learning_rate
 from sparsecnx.train.services import chosen_callbacks

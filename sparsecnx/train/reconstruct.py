@@ -25,12 +25,12 @@ from sparsecnx.models import MPMAE
 from sparsecnx.models.masked_encoder import MaskedEncoder
 from sparsecnx.train import contents
 from sparsecnx.train.contents import Data
+from sparsecnx.train.data.address import of_checkpoint, runs_code
 from sparsecnx.train.data.crops import Crops
 from sparsecnx.train.data.find import find_source, named_files
 from sparsecnx.train.data.pictures import UnsupportedImage
 from sparsecnx.train.data.scale import IMAGENET_MEAN, IMAGENET_STD, UnsupportedValues, normalize, values_in
 from sparsecnx.train.data.source import Source
-from sparsecnx.train.data.sources import of_checkpoint, runs_code
 from sparsecnx.train.data.targets import IMAGE
 from sparsecnx.train.data.volumes import MAX_VOXELS, UnsupportedVolume
 from sparsecnx.train.networks import build_model

@@ -15,9 +15,9 @@ from sparsecnx.train import contents
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.code import is_code
 from sparsecnx.train.contents import Contents, Data
+from sparsecnx.train.data.address import of_checkpoint, runs_code
 from sparsecnx.train.data.find import find_source
 from sparsecnx.train.data.source import Fingerprint, Source
-from sparsecnx.train.data.sources import of_checkpoint, runs_code
 from sparsecnx.train.lock import locked
 from sparsecnx.train.log import LOG
 from sparsecnx.train.loop import Trainer

@@ -17,8 +17,8 @@ from sparsecnx.train import checkpoint
 from sparsecnx.train.callbacks import jpeg
 from sparsecnx.train.data.crops import Crops
 from sparsecnx.train.data.find import find_source
+from sparsecnx.train.drawing import POINTS, Reconstructions, draw_losses
 from sparsecnx.train.networks import build_model
-from sparsecnx.train.pictures import POINTS, Reconstructions, draw_losses
 from sparsecnx.train.recipe import Recipe
 
 NETWORK = """

@@ -27,10 +27,10 @@ from sparsecnx.train.data import shard_files
 from sparsecnx.train.data.crops import Crops, Draw, draws
 from sparsecnx.train.data.find import find_source
 from sparsecnx.train.data.loader import load_batches
+from sparsecnx.train.data.opening import open_source
 from sparsecnx.train.data.order import shuffled_by_shard
 from sparsecnx.train.data.shard_files import Copies, Shard
 from sparsecnx.train.data.shard_index import index_tar
-from sparsecnx.train.data.sources import open_source
 from sparsecnx.train.processes import Processes
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.reconstruct import reconstruct

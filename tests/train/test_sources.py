@@ -13,12 +13,12 @@ from small_shards import png
 from torch.utils.data import TensorDataset
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.train.data.address import parse
+from sparsecnx.train.data.address import of_checkpoint, parse
 from sparsecnx.train.data.formats import decode
 from sparsecnx.train.data.items import first_image
 from sparsecnx.train.data.memory import memory_header, memory_pixels
+from sparsecnx.train.data.opening import open_source
 from sparsecnx.train.data.pictures import UnsupportedImage
-from sparsecnx.train.data.sources import of_checkpoint, open_source
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.reconstruct import reconstruct
 

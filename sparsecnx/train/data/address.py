@@ -12,6 +12,7 @@ from typing import NamedTuple
 from sparsecnx.common.errors import InputError
 
 KINDS = ("torchvision", "hf", "wds", "python")
+WRITING = ("cache", "cache_gb", "download")  # options that choose where to write
 # Options are behind the last question mark. One without a name and an equals sign behind it is part of the name.
 OPTIONS = re.compile(r"^(?P<what>.*)\?(?P<options>\w+=[^?]*)$", re.DOTALL)
 
@@ -71,3 +72,17 @@ def parse(data: str) -> Address | None:
 def absolute(path: str) -> str:
     """Return the absolute form of a path on this disk; of an address elsewhere and of a list of braces the same."""
     return path if "://" in path or path.startswith("{") else os.path.abspath(path)
+
+
+def runs_code(data: str | None) -> bool:
+    """Return whether opening an address runs Python code of the user."""
+    return data is not None and data.startswith("python:")
+
+
+def of_checkpoint(data: str | None) -> str | None:
+    """Return an address that a checkpoint holds without the options that choose where to write. A user alone does."""
+    address = None if data is None else parse(data)
+    if address is None:
+        return data
+    options = {name: value for name, value in address.options.items() if name not in WRITING}
+    return str(address._replace(options=options))

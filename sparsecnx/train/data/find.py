@@ -9,8 +9,8 @@ from pathlib import Path
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.data.files import ENDINGS, FileSet, find_files
 from sparsecnx.train.data.images import Images, ImageSet, wheel_photographs, with_pages
+from sparsecnx.train.data.opening import open_source
 from sparsecnx.train.data.source import Source
-from sparsecnx.train.data.sources import open_source
 from sparsecnx.train.data.volumes import VolumeSet, survey
 
 

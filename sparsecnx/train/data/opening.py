@@ -1,4 +1,4 @@
-"""The sources behind the addresses of `--data`, see address.py."""
+"""Open what an address of `--data` names, see address.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from sparsecnx.common.errors import MissingExtra
 from sparsecnx.train.data.address import Address, absolute, parse
 from sparsecnx.train.data.items import open_hugging_face, open_python, open_torchvision
 from sparsecnx.train.data.source import Source
-
-WRITING = ("cache", "cache_gb", "download")  # options of addresses, see `of_checkpoint`
 
 
 def open_source(data: str) -> Source | None:
@@ -29,20 +27,6 @@ def open_source(data: str) -> Source | None:
         "python": open_python,
     }[address.kind]
     return opener(address)
-
-
-def runs_code(data: str | None) -> bool:
-    """Return whether opening an address runs Python code of the user."""
-    return data is not None and data.startswith("python:")
-
-
-def of_checkpoint(data: str | None) -> str | None:
-    """Return an address that a checkpoint holds without the options that choose where to write. A user alone does."""
-    address = None if data is None else parse(data)
-    if address is None:
-        return data
-    options = {name: value for name, value in address.options.items() if name not in WRITING}
-    return str(address._replace(options=options))
 
 
 def open_shards(address: Address) -> Source:
