@@ -39,7 +39,7 @@ ifndef SPARSECNX_BUILD
 endif
 export SPARSECNX_BUILD
 
-.PHONY: demo demo-3d test docs sanitize wheel wheel-test wheel-matrix minkowski minkowski-test lint format clean
+.PHONY: demo demo-3d test docs sanitize wheel wheel-environment wheel-test wheel-matrix minkowski minkowski-test lint format clean
 
 # The recipe for few images, in a run of minutes. A second `make demo` resumes an interrupted run.
 demo: $(READY)
@@ -69,6 +69,8 @@ sanitize: $(READY)
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048 \
 	  PYTHONPATH=$(SANITIZE) $(BIN)/python tests/fuzz_operators.py --calls $(CALLS) --unlimited
+
+wheel-environment: $(WHEEL_TEST:%=$(WHEEL)/%/ready)
 
 wheel-test: $(addprefix wheel-in-,$(WHEEL_TEST))
 
