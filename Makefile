@@ -76,10 +76,10 @@ wheel-test: $(addprefix wheel-in-,$(WHEEL_TEST))
 
 wheel-matrix: $(addprefix wheel-in-,$(WHEEL_MATRIX))
 
-# The GPU operators are compiled for one architecture only, which makes no difference to these tests.
+# It takes the object files of the install in .venv.
 wheel: $(READY)
 	rm -rf build/lib* build/bdist* dist
-	TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/pip wheel . --no-deps --no-build-isolation --wheel-dir dist
+	$(BIN)/pip wheel . --no-deps --no-build-isolation --wheel-dir dist
 
 # The tests run outside the source folder, so that they import the installed package.
 wheel-in-%: wheel $(WHEEL)/%/ready
