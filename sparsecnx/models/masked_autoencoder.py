@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -111,33 +110,3 @@ class MaskedAutoencoder(MaskedEncoder, abstract=True):
         error = squared_errors(pred.flatten(2).mT.to(target.dtype), target, there, self.norm_pix_loss)
         counted = counted_patches(mask, self.loss_on, there)
         return (error * counted).sum(), counted.sum()
-
-    def patchify(self, images: Tensor) -> Tensor:
-        """Cut images `(B, C, *spatial)` into patches `(B, L, prod(patch) * C)`, pixels as (row, column, colour)."""
-        self.grid(images)
-        return patchify(images, self.patch)
-
-    def unpatchify(self, patches: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
-        """Join patches to images `(B, C, *spatial)`; undoes `patchify`.
-
-        Args:
-            patches: `(B, prod(patch) * C, *grid)` as `forward` returns them, or `(B, L, prod(patch) * C)` as `patchify`
-                does.
-            grid: patches per axis, `(gh, gw)` of images; needed for `(B, L, prod(patch) * C)` only.
-
-        Raises:
-            ValueError: `patches` has another shape, or L is not the number of cells of `grid`.
-        """
-        n, values = self.ndim, math.prod(self.patch) * self.in_chans
-        if patches.ndim == 2 + n and patches.shape[1] == values and grid in (None, tuple(patches.shape[2:])):
-            grid = tuple(patches.shape[2:])
-            patches = patches.flatten(2).mT
-        if grid is None or patches.ndim != 3 or patches.shape[1:] != (math.prod(grid), values):
-            cells = "L" if grid is None else math.prod(grid)
-            axes = ", ".join(("gd", "gh", "gw")[3 - n :])
-            expected = f"expected (B, {values}, {axes}), or (B, {cells}, {values}) with grid=({axes})"
-            raise ValueError(f"patches is {tuple(patches.shape)} and grid is {grid}: {expected}")
-        images = patches.reshape(patches.shape[0], *grid, *self.patch, self.in_chans)
-        order = [axis for i in range(n) for axis in (1 + i, 1 + n + i)]  # cell and pixel of each axis in turn
-        sides = [cells * p for cells, p in zip(grid, self.patch, strict=True)]
-        return images.permute(0, 1 + 2 * n, *order).reshape(-1, self.in_chans, *sides)

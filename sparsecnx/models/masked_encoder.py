@@ -13,6 +13,7 @@ from sparsecnx.geometry.mask_reading import check_same_device, read_mask
 from sparsecnx.geometry.masks import random_mask, visible_count
 from sparsecnx.models.convnextv2 import check_images, one_if_equal
 from sparsecnx.models.encoders import Stages, fits
+from sparsecnx.models.patches import patchify
 from sparsecnx.models.pretrained import Pretrained
 from sparsecnx.tensor import SparseTensor
 
@@ -121,6 +122,36 @@ class MaskedEncoder(Pretrained, abstract=True):
         called = "the patch size" if sides == self.patch else "the stride of the encoder"
         check_images(images, self.in_chans, sides, called)
         return tuple(size // p for size, p in zip(images.shape[2:], self.patch, strict=True))
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """Cut images `(B, C, *spatial)` into patches `(B, L, prod(patch) * C)`, pixels as (row, column, colour)."""
+        self.grid(images)
+        return patchify(images, self.patch)
+
+    def unpatchify(self, patches: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
+        """Join patches to images `(B, C, *spatial)`; undoes `patchify`.
+
+        Args:
+            patches: `(B, prod(patch) * C, *grid)` as a model predicts them, or `(B, L, prod(patch) * C)` as `patchify`
+                does.
+            grid: patches per axis, `(gh, gw)` of images; needed for `(B, L, prod(patch) * C)` only.
+
+        Raises:
+            ValueError: `patches` has another shape, or L is not the number of cells of `grid`.
+        """
+        n, values = self.ndim, math.prod(self.patch) * self.in_chans
+        if patches.ndim == 2 + n and patches.shape[1] == values and grid in (None, tuple(patches.shape[2:])):
+            grid = tuple(patches.shape[2:])
+            patches = patches.flatten(2).mT
+        if grid is None or patches.ndim != 3 or patches.shape[1:] != (math.prod(grid), values):
+            cells = "L" if grid is None else math.prod(grid)
+            axes = ", ".join(("gd", "gh", "gw")[3 - n :])
+            expected = f"expected (B, {values}, {axes}), or (B, {cells}, {values}) with grid=({axes})"
+            raise ValueError(f"patches is {tuple(patches.shape)} and grid is {grid}: {expected}")
+        images = patches.reshape(patches.shape[0], *grid, *self.patch, self.in_chans)
+        order = [axis for i in range(n) for axis in (1 + i, 1 + n + i)]  # cell and pixel of each axis in turn
+        sides = [cells * p for cells, p in zip(grid, self.patch, strict=True)]
+        return images.permute(0, 1 + 2 * n, *order).reshape(-1, self.in_chans, *sides)
 
 
 def without_invalid(images: Tensor, valid: Tensor | None) -> Tensor:

@@ -70,7 +70,7 @@ class MPMAE(MaskedEncoder):
     ) -> None:
         stages = stages_of(encoder, patch_size)
         super().__init__(encoder, stages, patch_size)
-        self.targets = _checked(targets, uncertainty)
+        self.targets = check_targets(targets, uncertainty)
         self.patches = {
             name: axis_sizes("patch_size", target.patch_size, self.ndim)
             for name, target in self.targets.items()
@@ -105,19 +105,22 @@ class MPMAE(MaskedEncoder):
     def forward(
         self,
         images: Tensor,
-        targets: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor | None],
         mask_ratio: float = 0.6,
         mask: Tensor | None = None,
         *,
         valid: Tensor | None = None,
         visible: int | None = None,
+        counts: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> MPMAEOutput:
         """Mask and encode images, and predict the targets.
 
         Args:
             images, mask_ratio, mask, visible, generator: see `MaskedAutoencoder.forward`.
-            targets: the values of each target, by name, see the classes of the targets.
+            targets: the values of each target, by name, see the classes of the targets; None where the batch has none.
+            counts: what the errors of each target are divided by, instead of `counts(targets, mask)`, such as the mean
+                of these over all processes that train together.
             valid: bool of the shape of `images`, or `(B, 1, *spatial)`; False = the pixel has no value and enters the
                 network as 0.
 
@@ -127,7 +130,10 @@ class MPMAE(MaskedEncoder):
         self._check(images, targets)
         x, mask = self.mask_images(images, mask_ratio, mask, valid=valid, visible=visible, generator=generator)
         predictions = self.predict(x)
-        loss, losses = self.total_loss(self.summed_errors(targets, predictions, mask))
+        errors = self.summed_errors(targets, predictions, mask)
+        if counts is not None:
+            errors = {name: (errors[name][0], count) for name, count in zip(self.targets, counts, strict=True)}
+        loss, losses = self.total_loss(errors)
         return MPMAEOutput(loss, losses, predictions, mask)
 
     def predict(self, x: SparseTensor) -> dict[str, Tensor]:
@@ -140,8 +146,23 @@ class MPMAE(MaskedEncoder):
             predictions[name] = to_grid(found) if isinstance(found, SparseTensor) else found
         return predictions
 
+    def counts(self, targets: Mapping[str, Tensor | None], mask: Tensor) -> Tensor:
+        """Return the number of patches or images of each target whose errors count, float32 `(targets,)`.
+
+        Args:
+            targets: see `forward`.
+            mask: bool `(B, L)`, True = masked.
+        """
+        counts = [
+            mask.new_zeros((), dtype=torch.float32)
+            if (value := targets[name]) is None
+            else target.counted(value, mask, self._patch_of(name)).sum().float()
+            for name, target in self.targets.items()
+        ]
+        return torch.stack(counts)
+
     def summed_errors(
-        self, targets: Mapping[str, Tensor], predictions: Mapping[str, Tensor], mask: Tensor
+        self, targets: Mapping[str, Tensor | None], predictions: Mapping[str, Tensor], mask: Tensor
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Return for each target the sum of its errors, and the number of patches or images that they are of.
 
@@ -150,16 +171,18 @@ class MPMAE(MaskedEncoder):
             predictions, mask: as `forward` returns them.
         """
         return {
-            name: target.summed_error(targets[name], predictions[name], mask, self._patch_of(name))
+            name: (0 * predictions[name].sum(), mask.new_zeros((), dtype=torch.long))
+            if (value := targets[name]) is None
+            else target.summed_error(value, predictions[name], mask, self._patch_of(name))
             for name, target in self.targets.items()
         }
 
     def total_loss(self, errors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total loss, and that of each target, from `summed_errors`.
 
-        Processes that hold different numbers of patches first add up sums and counts.
+        Processes that hold different numbers of patches first add up sums and counts, or give `counts` to `forward`.
         """
-        losses = {name: total / count.clamp(min=1) for name, (total, count) in errors.items()}
+        losses = {name: total / count.clamp(min=1e-6) for name, (total, count) in errors.items()}
         if self.log_vars is None:
             terms = [self.targets[name].weight * loss for name, loss in losses.items()]
         else:
@@ -172,15 +195,16 @@ class MPMAE(MaskedEncoder):
     def _patch_of(self, name: str) -> tuple[int, ...]:
         return self.patches.get(name, self.patch)
 
-    def _check(self, images: Tensor, targets: Mapping[str, Tensor]) -> None:
+    def _check(self, images: Tensor, targets: Mapping[str, Tensor | None]) -> None:
         """Raise TypeError or ValueError unless the targets fit the images."""
         grid = self.grid(images)
         if not isinstance(targets, Mapping) or set(targets) != set(self.targets):
             given = ", ".join(sorted(targets)) if isinstance(targets, Mapping) else f"a {type(targets).__name__}"
             raise ValueError(f"targets is {given}: expected a value for each of {', '.join(sorted(self.targets))}")
         for name, target in self.targets.items():
-            sides = [cells * p for cells, p in zip(grid, self._patch_of(name), strict=True)]
-            target.check(f"targets[{name!r}]", targets[name], (images.shape[0], *sides))
+            if (value := targets[name]) is not None:
+                sides = [cells * p for cells, p in zip(grid, self._patch_of(name), strict=True)]
+                target.check(f"targets[{name!r}]", value, (images.shape[0], *sides))
 
 
 class LabelPredictor(nn.Module):
@@ -201,8 +225,12 @@ class LabelPredictor(nn.Module):
         return self.linear(self.norm(x.features).unflatten(0, (x.shape[0], -1)).mean(dim=1))
 
 
-def _checked(targets: Mapping[str, Target], uncertainty: bool) -> dict[str, Target]:
-    """Return the targets, or refuse the first that does not fit."""
+def check_targets(targets: Mapping[str, Target], uncertainty: bool) -> dict[str, Target]:
+    """Return the targets of an `MPMAE`.
+
+    Raises:
+        TypeError, ValueError: there is none, one has a name that no module can have, or a weight beside `uncertainty`.
+    """
     if not targets:
         raise ValueError(f"targets is {targets}: expected one or more")
     taken = nn.ModuleDict()

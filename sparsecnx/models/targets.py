@@ -61,6 +61,15 @@ class Target:
             mask: bool `(B, L)`, True = masked.
             patch: pixels per patch along each axis.
         """
+        counted = self.counted(value, mask, patch)
+        return (self.errors(value, pred, patch) * counted).sum(), counted.sum()
+
+    def counted(self, value: Tensor, mask: Tensor, patch: tuple[int, ...]) -> Tensor:
+        """Return which patches `(B, L)`, or images `(B,)`, have an error that counts, bool, see `summed_error`."""
+        raise NotImplementedError
+
+    def errors(self, value: Tensor, pred: Tensor, patch: tuple[int, ...]) -> Tensor:
+        """Return the error of every patch `(B, L)`, or image `(B,)`, 0 where it has no value, see `summed_error`."""
         raise NotImplementedError
 
 
@@ -80,6 +89,13 @@ class PixelTarget(Target, abstract=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_loss_on(self.loss_on)
+
+    def counted(self, value: Tensor, mask: Tensor, patch: tuple[int, ...]) -> Tensor:
+        return counted_patches(mask, self.loss_on, self.there(value, patch))
+
+    def there(self, value: Tensor, patch: tuple[int, ...]) -> Tensor:
+        """Return which values of each patch exist, bool `(B, L, K)`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -106,11 +122,12 @@ class ImageTarget(PixelTarget):
     def check(self, name: str, value: Tensor, sizes: tuple[int, ...]) -> None:
         _check(name, value, (sizes[0], self.channels, *sizes[1:]), floating=True)
 
-    def summed_error(self, value: Tensor, pred: Tensor, mask: Tensor, patch: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        valid = patchify(value.isfinite(), patch)
+    def there(self, value: Tensor, patch: tuple[int, ...]) -> Tensor:
+        return patchify(value.isfinite(), patch)
+
+    def errors(self, value: Tensor, pred: Tensor, patch: tuple[int, ...]) -> Tensor:
         target = patchify(_finite(value), patch)
-        error = squared_errors(pred.flatten(2).mT.to(target.dtype), target, valid, self.norm_pix_loss)
-        return _summed(error, counted_patches(mask, self.loss_on, valid))
+        return squared_errors(pred.flatten(2).mT.to(target.dtype), target, self.there(value, patch), self.norm_pix_loss)
 
 
 @dataclass(frozen=True)
@@ -138,13 +155,13 @@ class ClassMapTarget(PixelTarget):
         _check(name, value, sizes, floating=False)
         _check_classes(name, value, self.classes, self.ignore_index)
 
-    def summed_error(self, value: Tensor, pred: Tensor, mask: Tensor, patch: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        classes = patchify(value[:, None].long(), patch)
-        valid = classes != self.ignore_index
+    def there(self, value: Tensor, patch: tuple[int, ...]) -> Tensor:
+        return patchify(value[:, None].long(), patch) != self.ignore_index
+
+    def errors(self, value: Tensor, pred: Tensor, patch: tuple[int, ...]) -> Tensor:
         scores = pred.flatten(2).mT.unflatten(2, (-1, self.classes))  # (B, L, pixels, classes)
-        error = _cross_entropy(scores, classes, self.ignore_index)
-        error = error.sum(dim=-1) / valid.sum(dim=-1).clamp(min=1)
-        return _summed(error, counted_patches(mask, self.loss_on, valid))
+        error = _cross_entropy(scores, patchify(value[:, None].long(), patch), self.ignore_index)
+        return error.sum(dim=-1) / self.there(value, patch).sum(dim=-1).clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -169,9 +186,12 @@ class RegressionTarget(Target):
     def check(self, name: str, value: Tensor, sizes: tuple[int, ...]) -> None:
         _check(name, value, (sizes[0], self.values), floating=True)
 
-    def summed_error(self, value: Tensor, pred: Tensor, mask: Tensor, patch: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        target, valid = _finite(value), value.isfinite()
-        return _summed(squared_errors(pred.to(target.dtype), target, valid, False), valid.any(dim=-1))
+    def counted(self, value: Tensor, mask: Tensor, patch: tuple[int, ...]) -> Tensor:
+        return value.isfinite().any(dim=-1)
+
+    def errors(self, value: Tensor, pred: Tensor, patch: tuple[int, ...]) -> Tensor:
+        target = _finite(value)
+        return squared_errors(pred.to(target.dtype), target, value.isfinite(), False)
 
 
 @dataclass(frozen=True)
@@ -197,9 +217,11 @@ class ClassificationTarget(Target):
         _check(name, value, sizes[:1], floating=False)
         _check_classes(name, value, self.classes, self.ignore_index)
 
-    def summed_error(self, value: Tensor, pred: Tensor, mask: Tensor, patch: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        value = value.long()  # A uint8 would compare equal to an ignore_index modulo 256.
-        return _summed(_cross_entropy(pred, value, self.ignore_index), value != self.ignore_index)
+    def counted(self, value: Tensor, mask: Tensor, patch: tuple[int, ...]) -> Tensor:
+        return value.long() != self.ignore_index  # A uint8 would compare equal to an ignore_index modulo 256.
+
+    def errors(self, value: Tensor, pred: Tensor, patch: tuple[int, ...]) -> Tensor:
+        return _cross_entropy(pred, value.long(), self.ignore_index)
 
 
 def _expect(argument: str, value: object, holds: bool, expected: str) -> None:
@@ -237,7 +259,3 @@ def _cross_entropy(scores: Tensor, classes: Tensor, ignore_index: int) -> Tensor
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).flatten(0, -2)
     error = F.cross_entropy(scores, classes.flatten(), ignore_index=ignore_index, reduction="none")
     return error.view(classes.shape)
-
-
-def _summed(error: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
-    return (error * counted).sum(), counted.sum()

@@ -41,6 +41,7 @@ class StepRecord(NamedTuple):
         images_per_s: over this step, of all processes, including the wait for data.
         each_images_per_s: the same of each process.
         each_wait_s: seconds that each process waited for data.
+        losses: that of each target, see `Recipe.targets`, without its weight; empty where there are none.
     """
 
     step: int
@@ -51,13 +52,15 @@ class StepRecord(NamedTuple):
     images_per_s: float
     each_images_per_s: list[float]
     each_wait_s: list[float]
+    losses: dict[str, float]
 
     def numbers(self) -> dict[str, float]:
-        """Return all but the step by name, those of each process with its number, such as `each_wait_s/0`."""
+        """Return all but the step by name, such as `each_wait_s/0` of process 0 and `losses/biome` of a target."""
         found: dict[str, float] = {}
         for name, value in self._asdict().items():
-            if isinstance(value, list):
-                found |= {f"{name}/{rank}": one for rank, one in enumerate(value)}
+            if isinstance(value, (list, dict)):
+                parts = value.items() if isinstance(value, dict) else enumerate(value)
+                found |= {f"{name}/{part}": one for part, one in parts}
             elif name != "step":
                 found[name] = value
         return found

@@ -71,9 +71,8 @@ def _add_fields(group: Any, kind: type) -> None:
     docstring = parse_docstring(kind.__doc__ or "")
     texts = {entry.arg_name: re.sub(r'[`"]', "", entry.description or "").rstrip(".") for entry in docstring.params}
     for field in fields(kind):
-        if field.name in INTERNAL:
-            continue
-        options: dict[str, Any] = {"default": SUPPRESS, "help": f"{texts[field.name]} (default: {_default(field)})"}
+        told = f"{texts[field.name]} (default: {_default(field)})"
+        options: dict[str, Any] = {"default": SUPPRESS, "help": SUPPRESS if field.name in INTERNAL else told}
         kind_of, metavar = KINDS.get(str(field.type), (types[field.name], _metavar(str(field.type))))
         if kind_of is bool:
             options |= {"action": ActionYesNo(no_prefix="no-")}
@@ -142,7 +141,7 @@ def _optional(kind: type) -> set[str]:
 def _named(error: Exception, parser: ArgumentParser) -> InputError:
     """Return an error of jsonargparse as one of ours, in one line that names the argument."""
     text = str(error)
-    known = [option for action in parser._actions for option in action.option_strings]
+    known = [option for action in parser._actions if action.help != SUPPRESS for option in action.option_strings]
     if unknown := re.search(r"unrecognized arguments: (\S+)|Option '(\w+)' is not accepted", text):
         name = (unknown[1] or f"--{unknown[2].replace('_', '-')}").partition("=")[0]
         names = [option.removeprefix("--") for option in known if option.startswith("--")]

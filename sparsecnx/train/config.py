@@ -25,6 +25,6 @@ def write_config(folder: Path, recipe: Recipe, data: str | None) -> None:
     values: dict[str, Any] = {} if data is None else {"data": data}
     for field in fields(Recipe):
         value = getattr(recipe, field.name)
-        if field.name not in INTERNAL:
+        if field.name not in INTERNAL or value != field.default:  # a run that was extended says so
             values[field.name] = list(value) if isinstance(value, tuple) else value
     write_atomically(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))

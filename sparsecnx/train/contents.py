@@ -40,6 +40,8 @@ class Data(NamedTuple):
         sizes: hash of their sizes; None in a checkpoint of an earlier version.
         contents: hash of a sample of their contents; None in a checkpoint of an earlier version.
         masks: checksum of masks that are given in a file; None for others.
+        seen: least and largest value of the sample; None in a checkpoint of an earlier version, empty where they were
+            not measured.
     """
 
     folder: str | None
@@ -48,6 +50,7 @@ class Data(NamedTuple):
     sizes: str | None
     contents: str | None
     masks: int | None
+    seen: list[float] | None
 
 
 class Contents(NamedTuple):
@@ -138,12 +141,16 @@ def _recipe(saved: Any, model: str | None) -> Recipe:
 
 
 def _data(saved: Any) -> Data:
-    later = {"sizes", "contents", "masks"}
+    later = {"sizes", "contents", "masks", "seen"}
     _names("data", saved, set(Data._fields), optional=later)
     data = Data(**{**dict.fromkeys(later), **saved})
     _expect("data.folder", data.folder, data.folder is None or _is_path(data.folder), "the name of a folder, or None")
     _expect("data.images", data.images, _is_whole(data.images) and data.images >= 1, "a whole number, 1 or more")
     _expect("data.masks", data.masks, data.masks is None or _is_whole(data.masks), "a whole number, or None")
+    seen = [] if data.seen is None else data.seen
+    numbers = isinstance(seen, list) and len(seen) in (0, 2) and all(isinstance(one, float | int) for one in seen)
+    ordered = numbers and -math.inf < min(seen, default=0) <= max(seen, default=0) < math.inf and seen == sorted(seen)
+    _expect("data.seen", data.seen, ordered, "two finite numbers, the lower one first, or none")
     for field in ("fingerprint", "sizes", "contents"):
         value = getattr(data, field)
         known = isinstance(value, str) or (field not in saved)

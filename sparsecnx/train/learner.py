@@ -17,6 +17,7 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.models.patches import counted_patches, patchify
 from sparsecnx.train.code import is_code
 from sparsecnx.train.contents import Contents
+from sparsecnx.train.data.targets import IMAGE
 from sparsecnx.train.masks import Drawn
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.options import Options
@@ -103,28 +104,43 @@ class Learner:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(called, device_ids=ids, gradient_as_bucket_view=True)
 
-    def backward(self, images: Tensor, drawn: Drawn, share: float, last: bool) -> Tensor:
-        """Compute the loss of a batch and add its gradients, and return the loss, detached.
+    def backward(self, images: Tensor, targets: dict[str, Tensor], drawn: Drawn, share: float, last: bool) -> Tensor:
+        """Compute the loss of a batch and add its gradients.
 
         Args:
-            images: normalised, `(B, C, *size)`.
+            images: normalised, `(B, C, *size)`, NaN where there is no value.
+            targets: what else is predicted from them, by name.
             drawn: their masks.
             share: factor on the gradients, one over the number of batches of a step.
             last: whether it is the last batch of the step, after which gradients are averaged over the processes.
+
+        Returns:
+            The loss, and those of all targets of the recipe in their order, detached, `(1 + targets,)`.
         """
         if self.options.shard:
             self.model.set_requires_gradient_sync(last)
         waits = isinstance(self.forward, DistributedDataParallel) and not last
         with self.forward.no_sync() if waits else nullcontext():
-            loss = self.loss(images, drawn)
-            (loss * share).backward()
-        return loss.detach().clone()  # a CUDA graph writes the next one into the same memory
+            losses = self.losses(images, targets, drawn)
+            (losses[0] * share).backward()
+        return torch.stack([loss.detach() for loss in losses])  # copied: a CUDA graph reuses its memory
 
-    def loss(self, images: Tensor, drawn: Drawn) -> Tensor:
-        """Return the loss of a batch, see `backward`, times its share of the patches that count in all processes."""
+    def losses(self, images: Tensor, targets: dict[str, Tensor], drawn: Drawn) -> list[Tensor]:
+        """Return the losses of a batch, see `backward`, whose mean over the processes is that of all their images."""
         dtype = DTYPES[self.recipe.dtype]
+        given: dict[str, Any] = {"mask": drawn.mask, "valid": drawn.valid, "visible": drawn.visible}
+        if self.recipe.targets is not None:
+            targets = {name: images if name == IMAGE else targets[name] for name in self.recipe.targets}
+            counts = self.model.counts(targets, drawn.mask)
+            given |= {"targets": targets, "counts": self.processes.mean(counts)}
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            loss: Tensor = self.forward(images, mask=drawn.mask, valid=drawn.valid, visible=drawn.visible)[0]
+            found = self.forward(images, **given)
+        if self.recipe.targets is not None:
+            return [found.loss, *found.losses.values()]
+        return [self._shared(found[0], drawn)]
+
+    def _shared(self, loss: Tensor, drawn: Drawn) -> Tensor:
+        """Return the loss of a batch times its share of the patches that count in all processes."""
         if self.processes.world == 1 or (self.recipe.masks is None and self._complete):
             return loss
         there = None if drawn.valid is None else patchify(drawn.valid, self.model.patch)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOG = "log.jsonl"
-SKIPPED = "skipped unreadable"  # begins the line about a file
+SKIPPED, UNUSUAL = "skipped unreadable", "unusual values in"  # begin the lines about files
 
 
 class RunLog:
@@ -103,7 +103,8 @@ class JsonLines(Callback):
     def step(self, record: StepRecord) -> None:
         expect_open(self.path, self.file)
         with naming(self.path):
-            self.file.write(json.dumps(record._asdict()) + "\n")
+            named = {name: value for name, value in record._asdict().items() if value != {}}
+            self.file.write(json.dumps(named) + "\n")
 
     def end(self, complete: bool) -> None:
         with naming(self.path):
@@ -173,13 +174,13 @@ class Terminal(Callback):
 
 
 class OtherProcess(Callback):
-    """Prints what the processes other than the first have to say: which files they skipped."""
+    """Prints what the processes other than the first have to say: which files they skipped or found unusual."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
     def say(self, line: str) -> None:
-        if line.startswith(SKIPPED):
+        if line.startswith((SKIPPED, UNUSUAL)):
             print(printable(f"process {self.rank}: {line}"), flush=True)
 
 

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsecnx.common.errors import InputError, TrainingStopped
 from sparsecnx.models import SIZES
@@ -26,7 +27,7 @@ from sparsecnx.train.data.loader import WorkersError, load_batches
 from sparsecnx.train.data.scale import normalize, values_in
 from sparsecnx.train.data.source import Fingerprint, Source
 from sparsecnx.train.learner import Learner, whole
-from sparsecnx.train.log import SKIPPED, JsonLines, OtherProcess, RunLog, TensorBoard, Terminal
+from sparsecnx.train.log import SKIPPED, UNUSUAL, JsonLines, OtherProcess, RunLog, TensorBoard, Terminal
 from sparsecnx.train.masks import Masks
 from sparsecnx.train.options import Options
 from sparsecnx.train.pictures import RECONSTRUCTIONS, Pictures, Reconstructions
@@ -87,6 +88,7 @@ class Trainer:
         self.callbacks = [*asked, *files] if processes.main else [OtherProcess(processes.rank)]
         self.step, self.written_by = (0, 1) if saved is None else (saved.step, saved.processes)
         self.unreadable: dict[str, str] = {}
+        self.unusual: set[str] = set()
 
     def state(self) -> dict[str, Any]:
         """Return the contents of a checkpoint, see `checkpoint.read`.
@@ -105,6 +107,7 @@ class Trainer:
                 "sizes": self.fingerprint.sizes,
                 "contents": self.fingerprint.contents,
                 "masks": self.masks.checksum,
+                "seen": list(self.source.seen),
             },
         }
 
@@ -115,7 +118,9 @@ class Trainer:
         try:
             return self._run()
         except (LogError, WorkersError) as error:
-            raise TrainingStopped(f"step {self.step}: {error}, {self._last_good()}") from error
+            stopped = TrainingStopped(f"step {self.step}: {error}, {self._last_good()}")
+            stopped.elsewhere = getattr(error, "elsewhere", False)
+            raise stopped from error
         except RuntimeError as error:
             if str(error).startswith(READER_DIED):  # torch raises it wherever the run is at that moment
                 problem = f"step {self.step}: a process that reads images died ({str(error).strip()})"
@@ -171,11 +176,16 @@ class Trainer:
                     records.clear()
                 if self.step % self.save_steps == 0 or self.step == self.total_steps:
                     self.save()
-                if within == 0 and self.reconstructions.due(epoch):  # in all processes, which may hold parts of it
-                    figure = self.reconstructions.draw(self.learner.model, self.learner.device, self.step)
-                    log.figure(RECONSTRUCTIONS, figure)
+                if within == 0 and self.reconstructions.due(epoch):
+                    self._draw(log)
             self._say_end(log)
         return 0
+
+    def _draw(self, log: RunLog) -> None:
+        """Draw in all processes, which may hold parts of the network, and stop all of them if one of them cannot."""
+        self.processes.together(self.reconstructions.read)
+        figure = self.reconstructions.draw(self.learner.model, self.learner.device, self.step)
+        self.processes.together(lambda: log.figure(RECONSTRUCTIONS, figure))
 
     def told(self) -> Run:
         """Return what callbacks are told at the start."""
@@ -205,7 +215,7 @@ class Trainer:
                 before the step.
         """
         recipe, start, waited = self.recipe, time.perf_counter(), 0.0
-        losses = []
+        losses: list[Tensor] = []
         for i in range(recipe.grad_accum_steps):
             begun = time.perf_counter()
             batch = next(batches)
@@ -213,9 +223,9 @@ class Trainer:
             self._note_unreadable(batch, log)
             losses.append(self._backward(batch, i))
         norm = self.learner.gradient_norm()
-        mean = self.processes.mean(torch.stack(losses).mean())
+        means = self.processes.mean(torch.stack(losses).mean(0))
         # This waits for the device once. It stands before the update, so that a bad step never reaches a checkpoint.
-        mean_loss, grad_norm = torch.stack([mean, whole(norm)]).tolist()
+        mean_loss, *others, grad_norm = torch.cat([means, whole(norm)[None]]).tolist()
         self.processes.together(lambda: self._expect_finite(mean_loss, grad_norm))
         lr = self._learning_rate()
         self.learner.update(lr, norm)
@@ -223,7 +233,8 @@ class Trainer:
         seconds = time.perf_counter() - start
         speeds, waits = self.processes.numbers(recipe.effective_batch / self.processes.world / seconds, waited)
         epoch = self.step / self.steps_per_epoch
-        return StepRecord(self.step, epoch, mean_loss, lr, grad_norm, sum(speeds), speeds, waits)
+        each = dict(zip(recipe.targets or (), others, strict=True))
+        return StepRecord(self.step, epoch, mean_loss, lr, grad_norm, sum(speeds), speeds, waits, each)
 
     def _expect_finite(self, loss: float, grad_norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -237,23 +248,27 @@ class Trainer:
         return learning_rate(self.step - first, peak=recipe.peak_lr, warmup_steps=warmup_steps, total_steps=total_steps)
 
     def _note_unreadable(self, batch: Batch, log: RunLog) -> None:
-        """Name the files that were skipped, or stop all processes if one of them can read none."""
+        """Name the files that were skipped or are unusual, or stop all processes if one of them can read none."""
         self.processes.together(lambda: self._expect_images(batch))
         for name, reason in batch.unreadable.items():
             if name not in self.unreadable:
                 log.say(f"{SKIPPED} {self.source.noun} {name} ({reason})")
         self.unreadable |= batch.unreadable
+        for name in sorted(batch.unusual.keys() - self.unusual):
+            log.say(f"{UNUSUAL} {self.source.noun} {name} ({batch.unusual[name]})")
+        self.unusual |= batch.unusual.keys()
 
     def _expect_images(self, batch: Batch) -> None:
         if batch.problem is not None:
             raise TrainingStopped(f"step {self.step + 1}: {batch.problem}, {self._last_good()}")
 
-    def _backward(self, batch: Batch, number: int) -> torch.Tensor:
-        """Add the gradients of a batch, number `number` of the step, and return its loss."""
+    def _backward(self, batch: Batch, number: int) -> Tensor:
+        """Add the gradients of a batch, number `number` of the step, and return its losses, see `Learner.backward`."""
         passes = self.recipe.grad_accum_steps
         forward_pass = self.step * passes + number
         device, valid = self.learner.device, values_in(batch.images)
         images = normalize(batch.images.to(device, non_blocking=True), self.recipe)
+        targets = {name: value.to(device, non_blocking=True) for name, value in batch.targets.items()}
         valid = None if valid is None else valid.to(device, non_blocking=True)
         try:
             drawn = self.masks.draw(images, forward_pass, valid)
@@ -261,7 +276,7 @@ class Trainer:
             raise TrainingStopped(f"step {self.step + 1}: {error}, {self._last_good()}") from error
         # Dropout and the like of other networks draw from here.
         torch.manual_seed(mix(self.recipe.seed, "network", forward_pass, self.processes.rank))
-        return self.learner.backward(images, drawn, 1 / passes, last=number == passes - 1)
+        return self.learner.backward(images, targets, drawn, 1 / passes, last=number == passes - 1)
 
     def save(self) -> None:
         """Write a checkpoint.
@@ -296,6 +311,7 @@ class Trainer:
             f"batch {r.batch_size}{accumulated}, steps per epoch {self.steps_per_epoch}, epochs {r.epochs}",
             f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}{grn}",
             f"writes to {self.folder.folder}{start}",
+            *self._targets(),
             *self._processes(),
             *self._hints(),
         ]
@@ -310,6 +326,12 @@ class Trainer:
             return f"of {size} px in patches of {patch}"
         dimensions, channels = (_counted(*n) for n in ((r.ndim, "dimension"), (r.in_chans, "channel")))
         return f"of {dimensions} and {channels}, normalised by {r.normalize}, crops of {size} in patches of {patch},"
+
+    def _targets(self) -> list[str]:
+        """Return what is predicted, where that is not the image alone."""
+        named = [f"{name} ({values['type']})" for name, values in (self.recipe.targets or {}).items()]
+        weighed = ", with weights that it learns" if self.recipe.uncertainty else ""
+        return [f"predicts {', '.join(named)}{weighed}"] if named else []
 
     def _processes(self) -> list[str]:
         """Return how many processes there are, and what changes if a run goes on with another number of them."""

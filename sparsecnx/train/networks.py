@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.models import FCMAE, SIZES, ConvNeXtV2Encoder, SparK
-from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
+from sparsecnx.models import FCMAE, MPMAE, SIZES, ConvNeXtV2Encoder, SparK
+from sparsecnx.models.masked_encoder import MaskedEncoder
 from sparsecnx.train.code import TIMM, is_code, load_code
+from sparsecnx.train.data.targets import read_targets
 
 if TYPE_CHECKING:
     from sparsecnx.train.recipe import Recipe
@@ -49,7 +50,7 @@ def unknown_network(name: str) -> str | None:
     return "timm has no such network" + (f"; did you mean {', '.join(TIMM + other for other in near)}?" if near else "")
 
 
-def build_model(recipe: Recipe) -> MaskedAutoencoder:
+def build_model(recipe: Recipe) -> MaskedEncoder:
     """Build the model that a recipe trains, with weights drawn from torch's global generator.
 
     Parameters of a network of timm, or of a factory, that pretraining does not reach, such as a norm of its head, get
@@ -119,17 +120,20 @@ def _foreign_encoder(recipe: Recipe) -> nn.Module:
     return network
 
 
-def _autoencoder(recipe: Recipe, encoder: nn.Module) -> MaskedAutoencoder:
-    options: dict[str, Any] = {field: getattr(recipe, field) for field in ("patch_size", "norm_pix_loss", "loss_on")}
+def _autoencoder(recipe: Recipe, encoder: nn.Module) -> MaskedEncoder:
+    options: dict[str, Any] = {"patch_size": recipe.patch_size}
     for field in ("decoder_dim", "decoder_depth"):
         if getattr(recipe, field) is not None:
             options[field] = getattr(recipe, field)
+    if recipe.targets is not None:
+        return MPMAE(encoder, read_targets(recipe.targets), uncertainty=recipe.uncertainty, **options)
+    options |= {"norm_pix_loss": recipe.norm_pix_loss, "loss_on": recipe.loss_on}
     if recipe.method == "spark":
         return SparK(encoder, below_tile=recipe.below_tile, **options)
     return FCMAE(encoder, **options)
 
 
-def _freeze_what_is_not_trained(model: MaskedAutoencoder, recipe: Recipe) -> None:
+def _freeze_what_is_not_trained(model: MaskedEncoder, recipe: Recipe) -> None:
     """Turn off the gradients of parameters that get none, so that no optimizer holds them."""
     model.eval()  # keeps the statistics of batch norm
     # Two patches on every axis, or as many as two sites of the last map need. Every other one is visible.
@@ -137,7 +141,8 @@ def _freeze_what_is_not_trained(model: MaskedAutoencoder, recipe: Recipe) -> Non
     grid = [2 * max(stride // patch, 1) for stride, patch in zip(strides, recipe.patch, strict=True)]
     images = torch.zeros(1, model.in_chans, *(cells * patch for cells, patch in zip(grid, recipe.patch, strict=True)))
     mask = (torch.arange(math.prod(grid)) % 2 == 0).view(1, -1)
-    model(images, mask=mask)[0].backward()
+    given = [dict.fromkeys(model.targets)] if isinstance(model, MPMAE) else []
+    model(images, *given, mask=mask)[0].backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsecnx.common.dtypes import DTYPES
 from sparsecnx.common.errors import InputError
 from sparsecnx.common.files import open_atomically
-from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
+from sparsecnx.models.masked_encoder import MaskedEncoder
 from sparsecnx.train.callbacks import Callback, LogError, Run, naming
 from sparsecnx.train.data.crops import Crops, Draw, mix
 from sparsecnx.train.data.scale import normalize, values_in
@@ -27,7 +27,7 @@ from sparsecnx.train.log import LOG, read_line
 from sparsecnx.train.masks import Masks
 from sparsecnx.train.processes import Processes
 from sparsecnx.train.recipe import Recipe
-from sparsecnx.train.reconstruct import SHOWN_PHOTOGRAPHS, SHOWN_VOLUMES, picture
+from sparsecnx.train.reconstruct import SHOWN_PHOTOGRAPHS, SHOWN_VOLUMES, picture, reconstructs
 
 RECONSTRUCTIONS = "reconstructions"
 POINTS = 1000  # of a curve; each is a mean over the steps of one part of the run
@@ -52,17 +52,26 @@ class Reconstructions:
 
     def due(self, epoch: int) -> bool:
         """Return whether there is a picture after so many epochs. The last epoch has one, where there are any."""
-        return self.every > 0 and (epoch % self.every == 0 or epoch == self.recipe.epochs)
+        drawn = self.every > 0 and reconstructs(self.recipe)
+        return drawn and (epoch % self.every == 0 or epoch == self.recipe.epochs)
 
-    def draw(self, model: MaskedAutoencoder, device: torch.device, step: int) -> Figure:
-        """Draw what a model makes of the images after `step` steps, in the dtype of the run.
+    def read(self) -> Tensor:
+        """Return the images that are drawn, which are read once.
 
         Raises:
             LogError: no image can be read any more.
         """
         if self.images is None:
             self.images = self._read()
-        pixels = self.images.to(device)
+        return self.images
+
+    def draw(self, model: MaskedEncoder, device: torch.device, step: int) -> Figure:
+        """Draw what a model makes of the images after `step` steps, in the dtype of the run.
+
+        Raises:
+            LogError: as `read` does.
+        """
+        pixels = self.read().to(device)
         valid, images = values_in(pixels), normalize(pixels, self.recipe)
         dtype = DTYPES[self.recipe.dtype]
         with _undisturbed(model, device):
@@ -77,12 +86,12 @@ class Reconstructions:
             sample = self.crops[Draw(place, mix(self.recipe.seed, "drawn", place))]
             if isinstance(sample, InputError):
                 raise LogError(f"{RECONSTRUCTIONS} could not be drawn ({sample})")
-            found.append(sample[0])
+            found.append(sample.image)
         return torch.stack(found)
 
 
 @contextmanager
-def _undisturbed(model: MaskedAutoencoder, device: torch.device) -> Iterator[None]:
+def _undisturbed(model: MaskedEncoder, device: torch.device) -> Iterator[None]:
     """Put a model in evaluation mode, and afterwards every module and generator into the state that it had."""
     training = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

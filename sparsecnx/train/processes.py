@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sparsecnx.common.errors import InputError, MissingExtra, TrainingStopped
+from sparsecnx.train.callbacks import LogError
 
 T = TypeVar("T")
 
@@ -91,12 +92,13 @@ class Processes:
         """Return what a function returns, or raise in every process what it raises in one of them.
 
         Raises:
-            InputError, MissingExtra, OSError, TrainingStopped: that of the first process that has one, which says it.
+            InputError, LogError, MissingExtra, OSError, TrainingStopped: that of the first process that has one, which
+                says it.
         """
         found, error = None, None
         try:
             found = call()
-        except (InputError, MissingExtra, OSError, TrainingStopped) as raised:
+        except (InputError, LogError, MissingExtra, OSError, TrainingStopped) as raised:
             error = raised
         if not self.largest(error is not None):
             return found  # type: ignore[return-value]

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.geometry.masks import visible_count
-from sparsecnx.models import SIZES
+from sparsecnx.models import SIZES, ImageTarget
 from sparsecnx.models.convnextv2 import BLOCKS, STEMS
+from sparsecnx.models.mpmae import check_targets
 from sparsecnx.models.patches import LOSS_ON
 from sparsecnx.ops.global_response_norm.groups import SCOPES
 from sparsecnx.train.data.augment import SMALLEST_AREA
+from sparsecnx.train.data.targets import IMAGE, PixelTarget, Target, patch_of, read_targets
 from sparsecnx.train.networks import unknown_network
 
 BETAS = (0.9, 0.95)
@@ -54,6 +56,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "int | tuple[int, ...]": ((int, tuple), "a whole number, or"),
     "tuple[float, ...]": ((tuple,), "numbers, such as (0.5, 0.25)"),
     "tuple[float, float]": ((tuple,), "two numbers, such as (0, 10000)"),
+    "dict[str, dict[str, Any]]": ((dict,), "targets by name, each with a type"),
 }
 # These are options of our own networks alone.
 OWN = ("grn_scope", "block", "stem_type", "norm_eps", "grn_eps", "dwconv_bias")
@@ -77,6 +80,10 @@ class Recipe:
             each image; or `module:function`, a Python function of images `(B, C, *size)` and a torch.Generator that
             returns masks `(B, patches)`. None draws random masks of `mask_ratio`.
         norm_pix_loss: predict pixels normalised per patch.
+        targets: what the decoders predict, by name, each with a type, image, class_map, regression or classification,
+            and the arguments of its class in `sparsecnx.models`, such as `{biome: {type: classification, classes: 14}}`
+            in YAML; one of the name image is the input. None reconstructs the image alone.
+        uncertainty: learn the weights of the losses of several targets, see `sparsecnx.models.MPMAE`.
         epochs: passes over the images, warm-up included.
         batch_size: images per forward pass.
         grad_accum_steps: forward passes per optimizer step.
@@ -104,8 +111,8 @@ class Recipe:
             255, of 16 bits 0 to 65535; None leaves the units of the files.
         mean: with `"dataset"` what is subtracted then, one number or one for each channel; measured on up to 256 files.
         std: with `"dataset"` what it is divided by then, one number or one for each channel; measured likewise.
-        nodata: value of pixels that have none, beside NaN and what a GeoTIFF says. They are 0 in the input and not in
-            the loss.
+        nodata: value of pixels or voxels that have none, beside NaN and what a GeoTIFF says. They are 0 in the input
+            and not in the loss.
         pages: what several pages of a TIFF are, `"channels"` or `"images"`; None refuses them.
         below_tile: `"dense"` lets the stride of the network exceed the patch, see `SparK`; of SparK alone.
         decoder_dim: channels of the decoder; None is the published number, 512 for FCMAE and 768 for SparK.
@@ -165,6 +172,8 @@ class Recipe:
     transform: str | None = None
     masks: str | None = None
     ema_decay: float | None = None
+    targets: dict[str, dict[str, Any]] | None = None
+    uncertainty: bool = False
 
     def __post_init__(self) -> None:
         self._expect_types()
@@ -220,6 +229,38 @@ class Recipe:
         self._expect("mask_ratio", 0 <= self.mask_ratio < 1, "0 <= ratio < 1")
         some = f"a ratio that masks some of the {patches} patches of an image of {self.pixels} pixels, not all"
         self._expect("mask_ratio", 0 < int(patches * (1 - self.mask_ratio)) < patches, some)
+        self._expect_targets()
+
+    def _expect_targets(self) -> None:
+        """Refuse targets that do not fit the input, and options that targets have of their own."""
+        if self.targets is None:
+            self._expect("uncertainty", not self.uncertainty, "False, since there are no targets to weigh")
+            return
+        for field, reason in {
+            "method": "that of targets",
+            "norm_pix_loss": "since each image target has its own",
+            "loss_on": "since each target has its own",
+            "transform": "since targets would not follow it",
+        }.items():
+            default = getattr(type(self), field)
+            self._expect(field, getattr(self, field) == default, f"{_typed(default)}, {reason}")
+        targets = read_targets(self.targets)
+        try:
+            check_targets(targets, self.uncertainty)
+        except (TypeError, ValueError) as error:
+            raise InputError("targets", ", ".join(map(str, targets)), str(error)) from error
+        for name, target in targets.items():
+            values = target.outputs(patch_of(target, self.patch))
+            if values > MOST_VALUES:
+                raise InputError("targets", name, f"expected at most {MOST_VALUES} values in a patch, not {values}")
+            if isinstance(target, PixelTarget) and len(patch_of(target, self.patch)) != self.ndim:
+                raise InputError("targets", name, f"expected a patch_size of {NUMBERS[self.ndim]} dimensions")
+            if name == IMAGE and not self._is_input(target):
+                expected = f"{{type: image, channels: {self.in_chans}}} without a patch_size, the input itself"
+                raise InputError("targets", name, f"expected {expected}")
+
+    def _is_input(self, target: Target) -> bool:
+        return isinstance(target, ImageTarget) and target.channels == self.in_chans and target.patch_size is None
 
     def _expect_network(self) -> None:
         """Refuse options of our own networks that are none, or that a network or its blocks do not have."""
@@ -243,7 +284,6 @@ class Recipe:
         self._expect("normalize", others, f"one of {', '.join(NORMALIZATIONS[1:])}, since the data are no photographs")
         self._expect("pages", self.pages in (None, *PAGES), f"one of {', '.join(PAGES)}")
         if self.nodata is not None:
-            self._expect("nodata", self.ndim == 2, "none, since volumes and signals have a value everywhere")
             self._expect("nodata", type(self.nodata) is float or _is_short(self.nodata), "a finite number")
             self._expect("nodata", math.isfinite(self.nodata), "a finite number")
         if self.normalize != "dataset":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import nan
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib import colormaps
@@ -21,7 +21,8 @@ from torch import Tensor
 from sparsecnx.common.errors import CheckpointError, InputError, MissingExtra
 from sparsecnx.common.files import not_regular, open_atomically
 from sparsecnx.geometry.masks import random_mask
-from sparsecnx.models.masked_autoencoder import MaskedAutoencoder
+from sparsecnx.models import MPMAE
+from sparsecnx.models.masked_encoder import MaskedEncoder
 from sparsecnx.train import contents
 from sparsecnx.train.contents import Data
 from sparsecnx.train.data.crops import Crops
@@ -30,6 +31,7 @@ from sparsecnx.train.data.pictures import UnsupportedImage
 from sparsecnx.train.data.scale import IMAGENET_MEAN, IMAGENET_STD, UnsupportedValues, normalize, values_in
 from sparsecnx.train.data.source import Source
 from sparsecnx.train.data.sources import of_checkpoint, runs_code
+from sparsecnx.train.data.targets import IMAGE
 from sparsecnx.train.data.volumes import MAX_VOXELS, UnsupportedVolume
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import MAX_PIXELS, METHODS, Recipe
@@ -94,7 +96,9 @@ def reconstruct(
     except CheckpointError as error:
         raise InputError("checkpoint", path, str(error)) from error
     recipe = saved.recipe
-    network = build_model(recipe)
+    if not reconstructs(recipe):
+        raise InputError("checkpoint", path, f"predicts {', '.join(recipe.targets or ())}: expected {IMAGE} among them")
+    network: Any = build_model(recipe)
     network.load_state_dict(saved.model)
     if mask_ratio is not None:
         recipe = replace(recipe, mask_ratio=mask_ratio)
@@ -115,7 +119,10 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     mask = random_mask(number, recipe.grid, recipe.mask_ratio, generator=generator)
     network.eval()
-    network.loss_on = "masked"  # whatever the run counted
+    if recipe.targets is None:
+        network.loss_on = "masked"  # whatever the run counted
+    else:
+        network.targets[IMAGE] = replace(network.targets[IMAGE], loss_on="masked")
     figure, loss = picture(network, recipe, inputs, mask, valid, saved.step, channels)
     if not math.isfinite(loss):
         raise InputError("checkpoint", path, f"its loss on these images is {loss}")
@@ -127,8 +134,13 @@ def reconstruct(
     return loss
 
 
+def reconstructs(recipe: Recipe) -> bool:
+    """Return whether a model predicts its input, and not other targets alone."""
+    return recipe.targets is None or IMAGE in recipe.targets
+
+
 def picture(
-    model: MaskedAutoencoder,
+    model: MaskedEncoder,
     recipe: Recipe,
     images: Tensor,
     mask: Tensor,
@@ -195,7 +207,7 @@ def _to_window(values: Tensor, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill_in(
-    model: MaskedAutoencoder,
+    model: MaskedEncoder,
     images: Tensor,
     mask: Tensor,
     shown: Callable[[Tensor, Tensor], Tensor] = _to_unit_range,
@@ -209,28 +221,35 @@ def fill_in(
     predicted.
 
     Args:
-        model: a trained masked autoencoder.
+        model: a trained masked autoencoder, or an MPMAE with a target of the name image.
         images: `(B, C, *spatial)`, normalised as for training.
         mask: bool `(B, L)`, True = masked.
         shown: brings values, the first argument, into [0, 1]; the second are the images.
         hidden: value of masked pixels in the picture of what the model sees.
         valid: bool of the shape of `images`, False where they have no value; None where they have one everywhere.
     """
-    loss, pred, mask = model(images, mask=mask, valid=valid)
-    target = model.patchify(images)
+    if isinstance(model, MPMAE):
+        out = model(images, dict.fromkeys(model.targets) | {IMAGE: images}, mask=mask, valid=valid)
+        loss, pred, mask = out.losses[IMAGE], out.predictions[IMAGE], out.mask
+        target: Any = model.targets[IMAGE]
+        normalised = target.norm_pix_loss
+    else:
+        loss, pred, mask = model(images, mask=mask, valid=valid)
+        normalised = model.norm_pix_loss
+    patches = model.patchify(images)
     predicted = pred.flatten(2).mT.float()
-    if model.norm_pix_loss:
-        there = ~target.isnan()
+    if normalised:
+        there = ~patches.isnan()
         number = there.sum(-1, keepdim=True)
-        mean = target.nansum(-1, keepdim=True) / number.clamp(min=1)
-        squares = torch.where(there, target - mean, 0).square().sum(-1, keepdim=True)
+        mean = patches.nansum(-1, keepdim=True) / number.clamp(min=1)
+        squares = torch.where(there, patches - mean, 0).square().sum(-1, keepdim=True)
         predicted = predicted * (squares / (number - 1).clamp(min=1) + 1e-6).sqrt() + mean
     grid, masked = model.grid(images), mask.unsqueeze(-1)
     original = shown(images, images)
     grey = model.patchify(torch.full_like(images, hidden))
     masked_images = model.unpatchify(torch.where(masked, grey, model.patchify(original)), grid)
     all_predicted = shown(model.unpatchify(predicted, grid), images)
-    reconstructed = shown(model.unpatchify(torch.where(masked, predicted, target), grid), images)
+    reconstructed = shown(model.unpatchify(torch.where(masked, predicted, patches), grid), images)
     return Reconstruction(original.cpu(), masked_images.cpu(), all_predicted.cpu(), reconstructed.cpu(), loss.item())
 
 

@@ -35,12 +35,15 @@ PARTS = 16  # a network is divided into about so many, or more
 SMALL = 64  # parts smaller than one by this are not gathered by themselves
 
 
-def shard(model: nn.Module, device: str) -> None:
-    """Divide the parameters of a model between all processes, each part by itself, on devices of a type."""
+def shard(model: Any, device: str) -> None:
+    """Divide the parameters of a masked autoencoder between all processes, each part by itself, on a type of device."""
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     # The prediction is a view, and nothing is written into it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for part in parts_of(model, sum(parameter.numel() for parameter in model.parameters()) // PARTS):
+    most = sum(parameter.numel() for parameter in model.parameters()) // PARTS
+    # The encoder is no part itself: features are taken from it without calling it.
+    others = nn.ModuleList(child for child in model.children() if child is not model.encoder)
+    for part in (*parts_of(model.encoder, most), *parts_of(others, most)):
         fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

@@ -74,6 +74,9 @@ class Start(NamedTuple):
             raise InputError(
                 "extend", options.extend, f"there is no run in {self.folder.folder}; expected a finished one"
             )
+        if given.get("first_epoch"):  # of the config.yaml of such a run
+            alone = "remove it for a run with one schedule, or train so many epochs and then --extend"
+            raise InputError("first_epoch", given["first_epoch"], f"the run was extended there; {alone}")
         if given.get("masks") is not None and "mask_ratio" in given:
             raise InputError("mask_ratio", given["mask_ratio"], "expected none, since --masks says what is masked")
         size = given.get("image_size")
@@ -99,6 +102,7 @@ class Start(NamedTuple):
             notes.append(f"data are {where}: a checkpoint alone neither chooses a cache nor downloads, --data does")
         recipe = saved.recipe
         source = find_source(where, recipe.ndim, recipe.of_images, recipe.pages, recipe.in_chans)
+        source.seen[:] = saved.data.seen or []
         fingerprint = source.fingerprint()
         _expect_same_images(saved.data, source, fingerprint, "resume" if options.data is None else "data")
         if options.extend is not None and not _is_extended(saved.recipe, options):

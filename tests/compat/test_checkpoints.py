@@ -385,7 +385,7 @@ NORM = "stages.1.blocks.0.norm.weight"
         (lambda t: {**t, "stem.0.weight": torch.ones(8, 3, 2, 2)}, r"is \(8, 3, 2, 2\): expected \(8, 3, 4, 4\)"),
         (
             lambda t: {**t, "stages.0.blocks.0.gamma": torch.ones(8)},
-            r"timm has no place for stages\.0\.blocks\.0\.gamma \(8,\) in a ConvNeXt V2",
+            r"a network of depths 1 1 2 1 has no stages\.0\.blocks\.0\.gamma \(8,\)",
         ),
         (
             lambda t: {**t, "stages.5.downsample.0.bias": torch.ones(8)},

@@ -1,4 +1,4 @@
-"""Encoders that no published format holds load into the same network by name: other blocks, stems and targets."""
+"""Encoders with other blocks, stems and targets: what formats hold them, and that they load into the same network."""
 
 from __future__ import annotations
 
@@ -64,10 +64,9 @@ def test_a_classifier_of_blocks_v1_is_loaded_to_fine_tune_it():
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ("blocks v1", "blocks v1"),
         ("3x3 stem", "a stem of 3x3 convolutions"),
         ("no depthwise bias", "no bias of the depthwise convolutions"),
-        ("all", "blocks v1 and a stem of 3x3 convolutions and no bias of the depthwise convolutions"),
+        ("all", "a stem of 3x3 convolutions and no bias of the depthwise convolutions"),
     ],
 )
 @pytest.mark.parametrize("around", [fcmae, spark])
@@ -78,6 +77,51 @@ def test_convert_names_what_no_format_holds(options, what, around, tmp_path, cap
     assert main(["convert", str(tmp_path / "in.pt"), str(tmp_path / "out.pt"), "--to", "timm"]) == 2
     assert f"has an encoder with {what}, which no format holds: sparsecnx.load_encoder" in capsys.readouterr().err
     assert not (tmp_path / "out.pt").exists()
+
+
+def timm_v1(**options):
+    """Return the first ConvNeXt of timm, with the sizes of ours and LayerScale that is not nearly 0."""
+    timm = pytest.importorskip("timm")
+    return timm.create_model("convnext_tiny", depths=SIZES["depths"], dims=SIZES["dims"], num_classes=5, **options)
+
+
+def drawn(model):
+    """Return a model in evaluation mode whose parameters are drawn from a normal distribution."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.1, 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("conv_mlp", [False, True])
+def test_blocks_v1_become_the_first_convnext_of_timm_and_back(conv_mlp, tmp_path):
+    ours, theirs = drawn(models.ConvNeXtV2(5, **SIZES, block="v1")), timm_v1(conv_mlp=conv_mlp).eval()
+    torch.save(ours.state_dict(), tmp_path / "in.pt")
+    option = ["--conv-mlp"] if conv_mlp else []
+    assert main(["convert", str(tmp_path / "in.pt"), str(tmp_path / "timm.pt"), "--to", "timm", *option]) == 0
+    theirs.load_state_dict(torch.load(tmp_path / "timm.pt", weights_only=True))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images), ours(images), rtol=1e-4, atol=1e-4)
+    assert main(["convert", str(tmp_path / "timm.pt"), str(tmp_path / "ours.pt"), "--to", "convnextv2"]) == 0
+    again = torch.load(tmp_path / "ours.pt", weights_only=True)["model"]
+    assert again.keys() == ours.state_dict().keys()
+    assert all(torch.equal(again[name], value) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("around", [fcmae, spark])
+def test_a_pretrained_encoder_of_blocks_v1_loads_into_timm(around, tmp_path, capsys):
+    trained, model = drawn(models.ConvNeXtV2Encoder(**SIZES, block="v1")), timm_v1().eval()
+    torch.save({"model": around(trained).state_dict()}, tmp_path / "last.pt")
+    kept = ["head.norm.weight", "head.norm.bias", "head.fc.weight", "head.fc.bias"]
+    assert load_encoder(model, tmp_path / "last.pt") == kept
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(images), trained(images), rtol=1e-4, atol=1e-4)
+    for form in ("fcmae", "fcmae-encoder", "transformers"):
+        assert main(["convert", str(tmp_path / "last.pt"), str(tmp_path / "out.pt"), "--to", form]) == 2
+        told = capsys.readouterr().err
+        assert f"has blocks v1: {form} holds ConvNeXt V2 only; convert to one of sparsecnx, convnextv2, timm" in told
 
 
 @pytest.fixture

@@ -303,8 +303,6 @@ def test_a_model_of_two_networks_is_refused_as_target():
 
 
 def first_version(library):
-    if library == "timm":
-        return pytest.importorskip("timm").create_model("convnext_atto")
     if library == "torchvision":
         return pytest.importorskip("torchvision").models.convnext_tiny()
     transformers = pytest.importorskip("transformers")
@@ -312,11 +310,11 @@ def first_version(library):
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
-@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
+@pytest.mark.parametrize("library", ["torchvision", "transformers"])
 def test_the_first_convnext_is_refused_as_such(library, prefix, tmp_path, capsys):
     torch.save(prefixed(prefix, first_version(library).state_dict()), tmp_path / "in.pt")
     assert convert(tmp_path / "in.pt", tmp_path / "out.pt", "--to", "timm") == 2
-    error = r"is a ConvNeXt V1, with the layer scale \S+ and no GRN: expected a ConvNeXt V2\n$"
+    error = r"is a ConvNeXt V1, with the layer scale \S+ and no GRN: expected a ConvNeXt V2, or V1 with the names"
     assert re.search(error, capsys.readouterr().err)
 
 

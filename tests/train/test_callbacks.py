@@ -48,7 +48,7 @@ class Failing(Callback):
 def number():
     return 7
 """
-RECORD = StepRecord(5, 1.25, 0.5, 1e-3, 2.0, 100.0, [100.0], [0.1])
+RECORD = StepRecord(5, 1.25, 0.5, 1e-3, 2.0, 100.0, [100.0], [0.1], {"biome": 0.25})
 
 
 @pytest.fixture

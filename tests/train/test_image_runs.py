@@ -1,5 +1,6 @@
 """Runs on images of any channels, depth and range, and what is refused before the first step."""
 
+import re
 import signal
 
 import numpy as np
@@ -121,7 +122,7 @@ def test_a_range_that_is_given_scales_and_is_enforced(tmp_path, monkeypatch):
     write_one(tmp_path / "data" / "3.tif", np.full((5, 50, 60), 20_000, np.uint16))
     monkeypatch.setattr(source, "SAMPLED_ENTRIES", 1)
     files = find_data(tmp_path / "data")
-    crop, unreadable = Crops(files, recipe)[Draw(3, seed=0)]
+    crop, _, unreadable, _ = Crops(files, recipe)[Draw(3, seed=0)]
     assert unreadable.keys() == {"3.tif"} and "from 20000 to 20000: expected 100 to 10300" in unreadable["3.tif"]
     assert torch.equal(crop, Crops(files, recipe)[Draw(4, seed=0)][0])
 
@@ -132,7 +133,20 @@ def test_the_first_lines_say_what_values_the_sample_has(tmp_path, capsys):
     low, high = np.nanmin(images), np.nanmax(images)
     assert f"values from {low:g} to {high:g} in the sample, in the units of the files, mean" in capsys.readouterr().out
     assert train(None, tmp_path / "run", resume="newest") == 0
-    assert "values in the units of the files, mean" in capsys.readouterr().out
+    assert f"values from {low:g} to {high:g} in the sample, in the units of the files, mean" in capsys.readouterr().out
+
+
+def test_values_far_beyond_those_of_the_sample_are_named_and_not_refused(tmp_path, capsys, monkeypatch):
+    images = write(tmp_path / "data", dtype=np.float32, change=lambda array, i: array * (1, 1.5, -90)[min(i, 2)])
+    monkeypatch.setattr(source, "SAMPLED_ENTRIES", 1)
+    low, high = images[0].min(), images[0].max()
+    told = rf"unusual values in image (\d).tif \(holds -\S+ to \S+, the sample {low:g} to {high:g}: other units, or"
+    for of_run in ({"data": tmp_path / "data", **RUN}, {"data": None, "resume": "newest", "options": {"extend": 1}}):
+        assert train(output=tmp_path / "run", **of_run) == 0
+        out = capsys.readouterr().out
+        assert sorted(re.findall(told, out)) == ["2", "3", "4", "5"] and "skipped" not in out
+    assert train(tmp_path / "data", tmp_path / "given", value_range=(-1e6, 2e4), **RUN) == 0
+    assert "unusual" not in capsys.readouterr().out
 
 
 def test_a_measured_range_only_scales(tmp_path, monkeypatch):
@@ -322,15 +336,15 @@ def test_pixels_without_values_reach_the_model_as_invalid(holed, tmp_path):
         return (images.nan_to_num(0).sum().requires_grad_(), None, None)
 
     trainer.learner.forward = forward
-    trainer._backward(Batch(images, {}), 0)
+    trainer._backward(Batch(images, {}, {}, {}), 0)
     assert torch.equal(seen["valid"], ~images.isnan()) and torch.equal(seen["images"].isnan(), images.isnan())
     empty = images.isnan().all(1).unflatten(1, (4, 16)).unflatten(3, (4, 16)).all(4).all(2).flatten(1)
     assert empty.sum() == 2 * 4 and seen["mask"][empty].all()  # of the 8 that are masked
     assert seen["mask"].sum(1).tolist() == [8, 8]
     first = seen["mask"]
-    trainer._backward(Batch(images, {}), 0)
+    trainer._backward(Batch(images, {}, {}, {}), 0)
     assert torch.equal(seen["mask"], first)
-    trainer._backward(Batch(images.nan_to_num(0), {}), 0)
+    trainer._backward(Batch(images.nan_to_num(0), {}, {}, {}), 0)
     assert seen["valid"] is None
 
 

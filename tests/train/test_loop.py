@@ -11,6 +11,7 @@ import torch
 from small_runs import logged, signal_after, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sparsecnx.cli import main
 from sparsecnx.common.errors import InputError, TrainingStopped
 from sparsecnx.common.torch_files import save_torch
 from sparsecnx.train import checkpoint, loop, masks
@@ -132,13 +133,13 @@ def test_unreadable_images_are_named_once_and_counted(photos, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypatch):
-    loss, calls = Learner.loss, iter(range(8))
+    losses, calls = Learner.losses, iter(range(8))
 
-    def broken(learner, images, drawn):
-        value = loss(learner, images, drawn)
-        return value * float("nan") if next(calls) == 6 else value
+    def broken(learner, *batch):
+        value = losses(learner, *batch)
+        return [value[0] * float("nan")] if next(calls) == 6 else value
 
-    monkeypatch.setattr(Learner, "loss", broken)
+    monkeypatch.setattr(Learner, "losses", broken)
     good = "last good checkpoint: .*checkpoint-00000004.pt"
     with pytest.raises(TrainingStopped, match=f"step 7: loss is nan.*{good}"):
         train(photos, tmp_path / "run")
@@ -148,14 +149,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(phot
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: pytest.fail("updated"))
-    loss = Learner.loss
+    losses = Learner.losses
 
-    def broken(learner, images, drawn):
-        value = loss(learner, images, drawn)
-        value.register_hook(lambda gradient: gradient * float("inf"))
+    def broken(learner, *batch):
+        value = losses(learner, *batch)
+        value[0].register_hook(lambda gradient: gradient * float("inf"))
         return value
 
-    monkeypatch.setattr(Learner, "loss", broken)
+    monkeypatch.setattr(Learner, "losses", broken)
     with pytest.raises(TrainingStopped, match=r"gradient norm (nan|inf).*no checkpoint yet"):
         train(photos, tmp_path / "run")
 
@@ -217,6 +218,20 @@ def test_a_finished_run_is_extended_with_a_schedule_of_its_own(photos, tmp_path)
     save_torch(tmp_path / "other" / "part.pt", state)
     with pytest.raises(InputError, match=r"extend is 3: the run is at step 24 of 28; --resume without it"):
         pretrain(Options(resume=str(tmp_path / "other" / "part.pt"), extend=3, **options), {})
+
+
+def test_the_configuration_of_an_extended_run_is_not_repeated_with_another_schedule(photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(photos, run)
+    repeated = ["pretrain", "--config", str(run / "config.yaml"), "--device", "cpu", "--workers", "0"]
+    assert main([*repeated, "--draw-every", "0", "--output", str(tmp_path / "again")]) == 0
+    assert logged(run) == logged(tmp_path / "again")
+    train(None, run, resume="newest", options={"extend": 3})
+    assert main([*repeated, "--output", str(tmp_path / "other")]) == 2
+    assert "--first-epoch is 2: the run was extended there; remove it for a run with" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    assert main([*repeated, "--output", str(run), "--resume", "auto"]) == 0
+    assert "the run is finished" in capsys.readouterr().out
 
 
 def test_an_extension_that_was_stopped_goes_on_with_the_same_command(photos, tmp_path, monkeypatch, capsys):

@@ -184,14 +184,14 @@ def test_a_picture_that_cannot_be_written_stops_and_keeps_the_last_good_checkpoi
 
 
 def test_images_that_are_gone_when_they_are_drawn_stop_the_run(photos, tmp_path, monkeypatch):
-    draw = Reconstructions.draw
+    read = Reconstructions.read
 
-    def draw_of_nothing(drawn, *arguments):
+    def read_nothing(drawn):
         for file in photos.rglob("*.png"):
             file.unlink()
-        return draw(drawn, *arguments)
+        return read(drawn)
 
-    monkeypatch.setattr(Reconstructions, "draw", draw_of_nothing)
+    monkeypatch.setattr(Reconstructions, "read", read_nothing)
     problem = r"step 4: reconstructions could not be drawn \(data is .*none of its 8 .*last good checkpoint: .*00004.pt"
     with pytest.raises(TrainingStopped, match=problem):
         train(photos, tmp_path / "run", options={"draw_every": 1})

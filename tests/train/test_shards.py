@@ -270,7 +270,7 @@ def test_a_list_of_remote_shards_is_read_without_counting_them(tmp_path):
     with served(tmp_path / "data") as (address, fetched):
         source = open_source(f"wds:{address}/index.json")
         assert len(source) == 13 and fetched == ["index.json", "train-000.tar"]
-        _, skipped = Crops(source, RECIPE)[Draw(8, seed=0)]
+        _, _, skipped, _ = Crops(source, RECIPE)[Draw(8, seed=0)]
     assert skipped == {f"{address}/train-004.tar": "BadShard: holds 2 samples, not 3 as the list says"}
 
 

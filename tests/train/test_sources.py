@@ -382,7 +382,10 @@ def test_items(item):
         ("text", "is str: expected an image"),
         ((3, IMAGE), "begins with int: expected an image"),
         ((), "is tuple: expected an image"),
-        ({"image": IMAGE, "depth": IMAGE}, "is a dict of image, depth: expected one image"),
+        (
+            {"rgb": IMAGE, "depth": IMAGE},
+            "is a dict of rgb, depth: expected an image or array in it, under",
+        ),
         (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "is an array of uint8 (2, 3, 4, 4): expected numbers"),
         (two_frames(), "--pages channels or --pages images says what those of a TIFF in a folder are"),
         (np.array([["a"]]), "is an array of <U1 (1, 1): expected numbers"),

@@ -118,6 +118,34 @@ def test_signals(tmp_path, capsys):
     reconstruct(tmp_path / "run" / "last.pt", [], tmp_path / "grid.png")
 
 
+@pytest.mark.parametrize(
+    ("method", "normalize", "shape", "given"),
+    [
+        ("fcmae", "zscore", (18, 72, 80), RUN),
+        ("fcmae", "none", (18, 72, 80), RUN),
+        ("spark", "dataset", (18, 72, 80), RUN),
+        ("fcmae", "percentiles", (900,), {"image_size": 256, "base_lr": 0.05}),
+    ],
+)
+def test_values_of_voxels_that_have_none_do_not_matter(method, normalize, shape, given, tmp_path, capsys):
+    for name, fill in (("nan", np.nan), ("marked", -7)):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            two = np.stack([smooth(i, *shape), smooth(i + 9, *shape)])
+            two[:, ..., : shape[-1] // 2 - 5] = fill
+            if len(shape) == 3 and i < 3:
+                two[:, :, :40] = fill  # most boxes have no value at all
+            np.save(tmp_path / name / f"{i}.npy", two)
+    given = {**given, "method": method, "normalize": normalize, "batch_size": 2, "epoch_repeats": 2}
+    for name, nodata in (("nan", {}), ("marked", {"nodata": -7.0})):
+        assert train(tmp_path / name, tmp_path / f"{name}-run", options={"draw_every": 1}, **nodata, **given) == 0
+        assert ("no value: NaN and -7" in capsys.readouterr().out) == (name == "marked")
+    assert logged(tmp_path / "nan-run") == logged(tmp_path / "marked-run")
+    assert {line["loss"] > 0 for line in logged(tmp_path / "nan-run")} >= {True}
+    assert (tmp_path / "nan-run" / "samples.png").is_file()
+    assert 0 <= reconstruct(tmp_path / "nan-run" / "last.pt", [], tmp_path / "grid.png") < 50
+
+
 def test_images_of_any_channels_in_smaller_patches(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     for i in range(4):

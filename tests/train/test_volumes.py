@@ -191,7 +191,7 @@ def crops_of(folder, **fields):
 
 def test_a_crop_depends_on_its_draw_alone(tmp_path):
     crops = crops_of(saved(tmp_path / "data", a=VALUES, b=VALUES + 1))
-    first, _ = crops[Draw(0, seed=1)]
+    first, *_ = crops[Draw(0, seed=1)]
     again, other = crops[Draw(0, seed=1)][0], crops[Draw(0, seed=2)][0]
     assert first.shape == (1, 8, 8, 8) and first.dtype == torch.float32
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -307,15 +307,13 @@ def test_a_volume_smaller_than_the_crop(tmp_path):
 
 def write_damaged(folder):
     """Write files that a run skips, and return what is said of each."""
-    hole = VALUES.copy()
-    hole[1, 2, 3] = np.nan
-    saved(folder, good=VALUES, hole=hole, flat=np.full((9, 9, 9), 7), large=np.full((9, 9, 9), 1e300))
+    saved(folder, good=VALUES, hole=VALUES * np.nan, flat=np.full((9, 9, 9), 7), large=np.full((9, 9, 9), 1e300))
     for name, size in (("empty", 0), ("cut", 500)):
         (folder / f"{name}.npy").write_bytes((folder / "good.npy").read_bytes()[:size])
     return {
-        "hole.npy": r"holds nan in channel 0 at \(1, 2, 3\): expected finite values; numpy.nan_to_num",
+        "hole.npy": "has no values in channel 0: it cannot be normalised; move it elsewhere",
         "flat.npy": "is constant, 7: it cannot be normalised; move it elsewhere",
-        "large.npy": r"holds inf in channel 0 at \(0, 0, 0\): expected finite",
+        "large.npy": r"holds inf in channel 0 at \(0, 0, 0\): expected finite values, or NaN",
         "empty.npy": "No data left in file|EOF",
         "cut.npy": "mmap length is greater than file size",
     }
@@ -327,12 +325,64 @@ def test_damaged_volumes_are_named_and_give_their_place_to_the_next(tmp_path):
     names = crops.source.names
     good = crops[Draw(names.index("good.npy"), seed=3)][0]
     for name, reason in expected.items():
-        crop, unreadable = crops[Draw(names.index(name), seed=3)]
+        crop, _, unreadable, _ = crops[Draw(names.index(name), seed=3)]
         assert torch.equal(crop, good) and "good.npy" not in unreadable
         assert re.search(reason, unreadable[name]), unreadable[name]
     (tmp_path / "data" / "good.npy").unlink()
     with pytest.raises(InputError, match=r"none of its 5 volume files can be read, first cut.npy"):
         crops_of(tmp_path / "data").try_out()
+
+
+def with_holes(fill):
+    """Return two channels in which a corner, and of the second the other half too, has no value."""
+    two = np.stack([VALUES, 500 - VALUES])
+    two[:, :8, :8, :8] = fill
+    two[1, 8:] = fill
+    return two
+
+
+@pytest.mark.parametrize("normalize", ["zscore", "percentiles", "dataset", "none"])
+@pytest.mark.parametrize("ending", ["npy", "zarr", "nii", "nii.gz"])
+def test_voxels_without_values_change_nothing_else(ending, normalize, tmp_path):
+    crops = []
+    for name, fill in (("nan", np.nan), ("marked", -7.0)):
+        (tmp_path / name).mkdir()
+        path, values = str(tmp_path / name / f"a.{ending}"), with_holes(fill)
+        if ending == "npy":
+            np.save(path, values)
+        elif ending == "zarr":
+            pytest.importorskip("zarr", reason="needs the extra [volumes]").save_array(path, values)
+        else:
+            nibabel = pytest.importorskip("nibabel", reason="needs the extra [volumes]")
+            nibabel.save(nibabel.Nifti1Image(values[0], np.eye(4)), path)
+        files = find_data(tmp_path / name)
+        given = {"ndim": 3, "image_size": 8, "patch_size": 4, "mask_ratio": 0.5, "normalize": normalize}
+        given |= {} if name == "nan" else {"nodata": fill}
+        drawn = Crops(files, Recipe(**{**files.defaults(given), **given}))
+        crops.append((drawn.recipe, torch.stack([drawn[Draw(0, seed)][0] for seed in range(60)])))
+    (one, first), (other, second) = crops
+    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    assert (one.mean, one.std) == (other.mean, other.std)
+    assert first.isnan().flatten(1).all(1).any() and not first.isinf().any()  # a box may have no value at all
+    there = first[:, 0][~first[:, 0].isnan()]
+    low, high = {"zscore": (-4, 4), "percentiles": (0, 1)}.get(normalize, (20, 180))
+    assert low <= there.min() < there.max() <= high
+
+
+@pytest.mark.parametrize("normalize", ["zscore", "percentiles", "dataset", "none"])
+@pytest.mark.parametrize("shape", [(80,), (12, 12), (12, 12, 12)])
+def test_arrays_without_any_value_are_skipped_and_named(shape, normalize, tmp_path):
+    values = np.random.default_rng(1).random((2, *shape)).astype(np.float32)
+    folder = saved(tmp_path / "data", a=values, b=values + 1, hole=values * np.nan)
+    ndim = len(shape)
+    given = {"ndim": ndim, "image_size": 64 if ndim == 1 else 8, "patch_size": 8 if ndim == 1 else 4}
+    given |= {"mask_ratio": 0.5, "normalize": normalize, "in_chans": 2}
+    files = find_data(folder, ndim)
+    crops = Crops(files, Recipe(**{**files.defaults(given), **given}))
+    reason = crops[Draw(2, seed=0)].unreadable["hole.npy"]
+    assert re.search("UnsupportedValues: has no values? (in channel 0: it cannot|anywhere; move it elsewhere)", reason)
+    with pytest.raises(UnsupportedValues, match="has no value"):
+        crops.central(2)
 
 
 def test_constant_percentiles_are_named(tmp_path):
@@ -354,7 +404,7 @@ def test_truncated_nifti_and_zarr(nibabel, zarr, tmp_path):
     np.save(tmp_path / "d.npy", VALUES)
     crops, unreadable = crops_of(tmp_path), {}
     for number in range(3):
-        crop, skipped = crops[Draw(number, seed=0)]
+        crop, _, skipped, _ = crops[Draw(number, seed=0)]
         assert crop.shape == (1, 8, 8, 8)
         unreadable |= skipped
     assert sorted(unreadable) == ["a.nii", "b.nii.gz", "c.zarr"]

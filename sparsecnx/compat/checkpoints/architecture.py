@@ -58,7 +58,7 @@ def published_kernels(stages: int) -> Kernels:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A ConvNeXt V2, and the parts of it that a checkpoint holds beside the encoder.
+    """A ConvNeXt, and the parts of it that a checkpoint holds beside the encoder.
 
     Attributes:
         depths, dims: blocks and channels of the stages.
@@ -67,6 +67,7 @@ class Architecture:
         norm: True if the LayerNorm before the classifier is there.
         num_classes: outputs of the classifier; None if there is none.
         decoder: None if there is none.
+        block: `"v2"`, or `"v1"` for blocks of the first ConvNeXt.
     """
 
     depths: tuple[int, ...]
@@ -76,6 +77,7 @@ class Architecture:
     norm: bool
     num_classes: int | None
     decoder: Decoder | None
+    block: str = "v2"
 
     @property
     def size(self) -> str | None:
@@ -91,13 +93,13 @@ class Architecture:
         parts += ["final norm"] * self.norm
         parts += [] if self.num_classes is None else [f"head of {self.num_classes} classes"]
         parts += ["decoder"] * (self.decoder is not None)
-        return f"ConvNeXt V2 {size} ({', '.join(parts)})"
+        return f"ConvNeXt {self.block.upper()} {size} ({', '.join(parts)})"
 
     def parameters(self) -> dict[str, Tensor]:
         """Return every entry by our name, in the order of the modules, on the device `meta` (without values)."""
         with torch.device("meta"):
             sizes: dict[str, Any] = {"depths": self.depths, "dims": self.dims, "in_chans": self.in_chans}
-            sizes |= {"ndim": len(self.kernels.stem), **self.kernels._asdict()}
+            sizes |= {"ndim": len(self.kernels.stem), **self.kernels._asdict(), "block": self.block}
             entries = ConvNeXtV2(num_classes=self.num_classes or 1, **sizes).state_dict()
             if self.decoder is not None:
                 dim, depth, patch_size = self.decoder
@@ -146,7 +148,9 @@ def infer(entries: Mapping[str, Tensor], origin: Format) -> Architecture:
         dim = width(rf"(mask_token|proj\.bias|decoder\.\d+\.{PER_CHANNEL})", "mask_token")
         decoder = Decoder(dim, _count(r"decoder\.(\d+)\..*", entries), patch)
     classes = get("head.bias").numel() if head else None
-    return Architecture(depths, dims, in_chans, kernels, norm or head, classes, decoder)
+    encoder = [name for name in entries if name.startswith("stages.")]
+    first = any(name.endswith(".gamma") for name in encoder) and not any(".grn." in name for name in encoder)
+    return Architecture(depths, dims, in_chans, kernels, norm or head, classes, decoder, "v1" if first else "v2")
 
 
 def _kernels(entries: Mapping[str, Tensor], stages: int) -> Kernels:

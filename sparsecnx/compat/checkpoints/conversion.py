@@ -31,7 +31,7 @@ class Conversion(NamedTuple):
             change share memory with the input.
         format: the new format.
         source: the format of the input.
-        architecture: the network; None if it is no ConvNeXt V2.
+        architecture: the network; None if it is no ConvNeXt.
         left_out: entries of the input, by its names, that the new format has no place for: the decoder in a
             classifier, final norm and head in a masked autoencoder. Entries of the encoder are never left out.
     """
@@ -52,17 +52,17 @@ def convert(
 
     Args:
         state_dict: a ConvNeXt V2 in any of the formats, whole: an encoder, with or without final norm and head, or
-            with a decoder.
+            with a decoder. Or one with blocks V1 in a format of ours or of timm, for another of these.
         to: `"fcmae"`, `"fcmae-encoder"`, `"sparsecnx"`, `"convnextv2"`, `"timm"` or `"transformers"`.
         source: format of the input; None recognises it.
         conv_mlp: with `to="timm"`, True for a model built with `conv_mlp=True`; None for what timm builds: True for
             atto to nano, False for the other sizes and any other widths.
 
     Raises:
-        CheckpointError: the encoder has blocks V1, another stem or no biases; or an entry is unknown, missing, or of a
-            shape that the rest of the network contradicts, or is sparse, quantized or otherwise no plain tensor of
-            floating-point numbers; or there are more than 10,000 entries; or the new format cannot express the decoder
-            or so many classes.
+        CheckpointError: the encoder has another stem or no biases, or blocks V1, which `to` does not hold; or an entry
+            is unknown, missing, or of a shape that the rest of the network contradicts, or is sparse, quantized or
+            otherwise no plain tensor of floating-point numbers; or there are more than 10,000 entries; or the new
+            format cannot express the decoder or so many classes.
         ValueError: there is no such format, or `conv_mlp` is given without timm.
     """
     _check_name("to", to)
@@ -77,6 +77,9 @@ def convert(
             f"has {architecture.kernels}: {to} holds networks with the published kernels only; convert to one of "
             f"{', '.join(format.name for format in formats.OF_ANY_KERNEL)}"
         )
+    if target not in formats.OF_BLOCKS_V1 and architecture.block == "v1":
+        names = ", ".join(dict.fromkeys(format.name for format in formats.OF_BLOCKS_V1))
+        raise CheckpointError(f"has blocks v1: {to} holds ConvNeXt V2 only; convert to one of {names}")
     if target is formats.FCMAE and architecture.decoder and architecture.decoder.patch_size != STRIDE:
         raise CheckpointError(
             f"its decoder predicts patches of {architecture.decoder.patch_size} pixels: decoders of fcmae predict "
@@ -151,7 +154,6 @@ def _not_in_formats(encoder: Collection[str]) -> list[str]:
     if "downsample_layers.0.0.weight" not in encoder:
         return []
     parts = {
-        "blocks v1": not any(".grn." in name for name in encoder),
         "a stem of 3x3 convolutions": "downsample_layers.0.3.weight" in encoder,
         "no bias of the depthwise convolutions": not any(".dwconv.bias" in name for name in encoder),
     }
@@ -159,12 +161,11 @@ def _not_in_formats(encoder: Collection[str]) -> list[str]:
 
 
 def _refuse_v1(names: Collection[str]) -> None:
-    """Raise CheckpointError for names of a ConvNeXt V1: of timm, transformers, torchvision or the published code."""
-    scale = next(
-        (name for name in names if re.search(r"\.\d+\.(gamma|layer_scale|layer_scale_parameter)$", name)), None
-    )
-    if scale is not None and not any("grn" in name for name in names):
-        raise CheckpointError(f"is a ConvNeXt V1, with the layer scale {scale} and no GRN: expected a ConvNeXt V2")
+    """Raise CheckpointError for names of a ConvNeXt V1 of transformers or torchvision."""
+    scale = next((name for name in names if re.search(r"\.\d+\.(layer_scale|layer_scale_parameter)$", name)), None)
+    if scale is not None:
+        problem = "expected a ConvNeXt V2, or V1 with the names of timm or the published code"
+        raise CheckpointError(f"is a ConvNeXt V1, with the layer scale {scale} and no GRN: {problem}")
 
 
 def _check_entry(name: object, tensor: object) -> None:

@@ -196,9 +196,17 @@ FCMAE = Format(
 # (1, C), to which the published fine-tuning adds two dimensions.
 FCMAE_ENCODER = Format("fcmae-encoder", _published(ENCODER, grn=GRN_ROW), nested=True)
 
-SPARSECNX = Format("sparsecnx", (*_published(ENCODER, "encoder."), *DECODER))
+# The blocks of the first ConvNeXt have this in place of GRN.
+LAYER_SCALE = "stages.{i}.{j}.gamma"
 
-CONVNEXTV2 = Format("convnextv2", _published([*ENCODER, "norm", "head"]), nested=True)
+SPARSECNX = Format(
+    "sparsecnx",
+    (*_published(ENCODER, "encoder."), Entry(LAYER_SCALE, f"encoder.{LAYER_SCALE}", SAME), *DECODER),
+)
+
+CONVNEXTV2 = Format(
+    "convnextv2", (*_published([*ENCODER, "norm", "head"]), Entry(LAYER_SCALE, LAYER_SCALE, SAME)), nested=True
+)
 
 
 def _timm(pointwise: Layout) -> Format:
@@ -214,6 +222,7 @@ def _timm(pointwise: Layout) -> Format:
             *_layer("stages.{i}.{j}.pwconv1", "stages.{i}.blocks.{j}.mlp.fc1", weight=pointwise),
             *_layer("stages.{i}.{j}.grn", "stages.{i}.blocks.{j}.mlp.grn", GRN_VECTOR, GRN_VECTOR),
             *_layer("stages.{i}.{j}.pwconv2", "stages.{i}.blocks.{j}.mlp.fc2", weight=pointwise),
+            Entry(LAYER_SCALE, "stages.{i}.blocks.{j}.gamma", SAME),
             *_layer("norm", "head.norm"),
             *_layer("head", "head.fc"),
         ),
@@ -251,8 +260,9 @@ def _transformers(prefix: str) -> Format:
 TRANSFORMERS_MODEL = _transformers("")
 TRANSFORMERS_CLASSIFIER = _transformers("convnextv2.")
 
-# Those that hold kernels of any size and number of dimensions.
+# Those that hold kernels of any size and number of dimensions, and those that hold the blocks of the first ConvNeXt.
 OF_ANY_KERNEL = (SPARSECNX, CONVNEXTV2)
+OF_BLOCKS_V1 = (*OF_ANY_KERNEL, TIMM_LINEAR, TIMM_CONV)
 
 # The first of two formats with the same names is taken, unless the dimensions fit the other better.
 ALL = (

@@ -35,7 +35,7 @@ def load_encoder(
 
     Args:
         model: a ConvNeXt V2, or a module that holds one: `ConvNeXtV2`, `ConvNeXtV2Encoder` or `FCMAE` of this package;
-            `convnextv2_*` of timm, also with `features_only=True`; a `ConvNextV2Model`,
+            `convnextv2_*` of timm, or `convnext_*` for blocks V1, also with `features_only=True`; a `ConvNextV2Model`,
             `ConvNextV2ForImageClassification` or `ConvNextV2Backbone` of transformers; or the network that the run
             trained, with any classifier, or with `features_only=True`. Its dtypes and devices stay.
         checkpoint: a checkpoint of a run, such as `runs/mine/last.pt`, a file or folder in any format that

@@ -80,6 +80,6 @@ def central_crop(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
     return resize(pixels, (height, width))[:, top : top + size[0], left : left + size[1]]
 
 
-def random_mirror(crop: Tensor) -> Tensor:
-    """Mirror a crop `(C, *size)` along each axis in `MIRRORED` with probability 1/2."""
-    return crop.flip([axis for axis in MIRRORED[crop.ndim - 1] if torch.rand(1) < 0.5])
+def mirrored_axes(dimensions: int) -> list[int]:
+    """Draw the axes along which a crop is mirrored, each in `MIRRORED` with probability 1/2."""
+    return [axis for axis in MIRRORED[dimensions] if torch.rand(1) < 0.5]

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.train.data.augment import central_crop, random_box, random_mirror, resize
+from sparsecnx.train.data.augment import central_crop, mirrored_axes, random_box, resize
 from sparsecnx.train.data.order import mix
 from sparsecnx.train.data.pictures import UnsupportedImage
-from sparsecnx.train.data.scale import Scale, UnsupportedValues, expect_numbers, scale_of, scaled
+from sparsecnx.train.data.scale import Scale, expect_a_value, expect_numbers, far_beyond, scale_of, scaled
 from sparsecnx.train.data.source import Decoded, Pixels, Source, too_small
+from sparsecnx.train.data.targets import TargetReader, UnsupportedTarget
 from sparsecnx.train.data.transform import load_transform, transformed
 from sparsecnx.train.recipe import Recipe
 
@@ -42,18 +43,31 @@ class Draw(NamedTuple):
     seed: int
 
 
+class Sample(NamedTuple):
+    """One crop, what else is predicted from it, see `Recipe.targets`, and the files that a `Batch` names."""
+
+    image: Tensor
+    targets: dict[str, Tensor]
+    unreadable: dict[str, str]
+    unusual: dict[str, str]
+
+
 class Batch(NamedTuple):
     """One batch of crops.
 
     Attributes:
         images: uint8 or float32 `(B, C, *size)`, see `normalize`, NaN where there is no value; empty if `problem` is
             set.
+        targets: what else is predicted from them, by name.
         unreadable: the files that were skipped, and why.
+        unusual: the files of which a crop holds values far beyond those of the sample, and which.
         problem: the reason why there is no batch. A worker that raised it would send a traceback in words instead.
     """
 
     images: Tensor
+    targets: dict[str, Tensor]
     unreadable: dict[str, str]
+    unusual: dict[str, str]
     problem: InputError | None = None
 
 
@@ -76,23 +90,40 @@ class Crops(Dataset[Any]):
     def __init__(self, source: Source, recipe: Recipe) -> None:
         self.source, self.recipe = source, recipe
         self.transform = None if recipe.transform is None else load_transform(recipe.transform)
+        self.targets = TargetReader(recipe)
         self.scales: OrderedDict[int, Scale] = OrderedDict()
         self.held: OrderedDict[int, Pixels] = OrderedDict()
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, dict[str, str]] | InputError:
+    def __getitem__(self, draw: Draw) -> Sample | InputError:
         try:
-            crop, unreadable = self._readable(draw.image, lambda place: self.crop(place, draw.seed))
-            return self._transformed(crop, draw.seed), unreadable
+            (place, crop, targets), unreadable = self._readable(
+                draw.image, lambda place: (place, *self.crop(place, draw.seed))
+            )
+            problem = None if self.recipe.value_range else far_beyond(crop, self.source.seen)
+            unusual = {} if problem is None else {self.source.name(place): problem}
+            return Sample(self._transformed(crop, draw.seed), targets, unreadable, unusual)
         except InputError as error:
             return error
 
-    def crop(self, place: int, seed: int) -> Tensor:
-        """Return a crop of entry `place`, drawn from a seed: a box, resized or not, and mirrored."""
+    def crop(self, place: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return a crop of entry `place`, drawn from a seed, a box, resized or not, and mirrored; and its targets."""
         entry, size = self.whole(place), self.recipe.size
+        whole = self._whole_targets(place, entry.pixels.size)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             start, sides = random_box(entry.pixels.size, size, self.recipe.crop_area)
-            return random_mirror(self._cut(entry, start, sides))
+            steps = self.targets.lattice(whole, entry.pixels.size)
+            start = [first // step * step for first, step in zip(start, steps, strict=True)]
+            if self.recipe.crop_area is not None:
+                sides = [max(side // step, 1) * step for side, step in zip(sides, steps, strict=True)]
+            crop, axes = self._cut(entry, start, sides), mirrored_axes(len(size))
+        targets = self.targets.cut(whole, entry.pixels.size, start, sides)
+        maps = {name: value.flip(axes) for name, value in targets.items() if name in self.targets.sides}
+        return crop.flip(axes), targets | maps
+
+    def _whole_targets(self, place: int, size: Sequence[int]) -> dict[str, Tensor | None]:
+        """Return the targets of entry `place`, an image of sides `size`."""
+        return self.targets.whole(self.source.values(place), size) if self.targets.targets else {}
 
     def _transformed(self, crop: Tensor, seed: int) -> Tensor:
         """Return a crop as the transform returns it. Raise InputError if that fails, which is no fault of the image."""
@@ -106,24 +137,38 @@ class Crops(Dataset[Any]):
 
     def _cut(self, entry: Entry, start: Sequence[int], sides: Sequence[int]) -> Tensor:
         """Return a box of an entry, resized to the crop and normalised."""
+        return scaled(resize(self._values(entry, start, sides), self.recipe.size), entry.scale)
+
+    def _values(self, entry: Entry, start: Sequence[int], sides: Sequence[int]) -> Tensor:
+        """Return a box of an entry, which may have no value, where the entry has one elsewhere."""
         values = expect_numbers(entry.pixels.read(start, sides), self.recipe.value_range, start)
-        return scaled(resize(values, self.recipe.size), entry.scale)
+        if values.is_floating_point() and values.isnan().all():
+            expect_a_value(entry.pixels)
+        return values
 
     def try_out(self) -> None:
-        """Read an entry and make a crop of it.
+        """Read an entry and make a crop of it, and look at the targets of a sample.
 
         Raises:
-            InputError: no entry can be read, or the transform does not take its crop.
+            InputError: no entry can be read, the transform does not take its crop, or a target does not fit.
         """
-        crop, _ = self._readable(0, lambda place: self.crop(place, self.recipe.seed))
+        for place in self.source.sample() if self.targets.targets else ():
+            try:
+                self.crop(place, self.recipe.seed)
+            except UnsupportedTarget as error:
+                raise InputError("targets", self.source.name(place), str(error)) from error
+            except InputError:
+                raise
+            except Exception:  # it is skipped and named when it is read
+                continue
+        (crop, _), _ = self._readable(0, lambda place: self.crop(place, self.recipe.seed))
         self._transformed(crop, self.recipe.seed)
 
     def central(self, place: int) -> Tensor:
         """Return the centre of entry `place`, resized until it just covers the crop where crops are resized."""
         entry, size = self.whole(place), self.recipe.size
         if self.recipe.crop_area is not None:
-            start = [0] * len(size)
-            values = expect_numbers(entry.pixels.read(start, entry.pixels.size), self.recipe.value_range, start)
+            values = self._values(entry, [0] * len(size), entry.pixels.size)
             return scaled(central_crop(values, size), entry.scale)
         start = [(side - part) // 2 for side, part in zip(entry.pixels.size, size, strict=True)]
         return self._cut(entry, start, size)
@@ -159,10 +204,7 @@ class Crops(Dataset[Any]):
         return pixels
 
     def _decoded(self, values: Tensor) -> Decoded:
-        expect_numbers(values, self.recipe.value_range, (0,) * (values.ndim - 1))
-        if values.is_floating_point() and values.isnan().all():
-            raise UnsupportedValues("has no value in any pixel; move it elsewhere")
-        return Decoded(values)
+        return Decoded(expect_numbers(values, self.recipe.value_range, (0,) * (values.ndim - 1)))
 
     def _readable(self, index: int, make: Callable[[int], T]) -> tuple[T, dict[str, str]]:
         """Return what `make` returns for entry `index`, or for the first one instead of it that can be read."""
@@ -212,14 +254,19 @@ def draws(
         yield [Draw(order[position], mix(recipe.seed, "crop", epoch, position)) for position in positions]
 
 
-def collate(samples: list[tuple[Tensor, dict[str, str]] | InputError]) -> Batch:
-    """Stack the crops of a batch and join the unreadable files."""
-    images: list[Tensor] = []
+def collate(samples: list[Sample | InputError]) -> Batch:
+    """Stack the crops and the targets of a batch, and join the unreadable and the unusual files."""
+    good: list[Sample] = []
     unreadable: dict[str, str] = {}
+    unusual: dict[str, str] = {}
     for sample in samples:
         if isinstance(sample, InputError):
-            return Batch(torch.empty(0), {}, sample)
-        images.append(sample[0])
-        unreadable |= sample[1]
+            return Batch(torch.empty(0), {}, {}, {}, sample)
+        good.append(sample)
+        unreadable |= sample.unreadable
+        unusual |= sample.unusual
+    images = [sample.image for sample in good]
     alike = len({image.dtype for image in images}) == 1
-    return Batch(torch.stack(images if alike else [image.float() for image in images]), unreadable)
+    targets = {name: torch.stack([sample.targets[name] for sample in good]) for name in good[0].targets}
+    stacked = torch.stack(images if alike else [image.float() for image in images])
+    return Batch(stacked, targets, unreadable, unusual)

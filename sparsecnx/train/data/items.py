@@ -24,14 +24,18 @@ from sparsecnx.train.data.images import ImageFiles, Images
 from sparsecnx.train.data.memory import memory_header, memory_pixels
 from sparsecnx.train.data.pictures import File, UnsupportedImage
 from sparsecnx.train.data.source import SAMPLED_ENTRIES, Fingerprint
+from sparsecnx.train.data.targets import IMAGE
 from sparsecnx.train.recipe import Recipe
 
 SAMPLED_ITEMS = 64  # are read before a run begins
 READ_TWICE = 8  # of the items of Python code
+KINDS = (Image.Image, np.ndarray, Tensor)  # of images
 
 
 class Items(Images):
     """The items of a data set with a length: an image of Pillow, an array, a tuple that begins with one or a dict.
+
+    A dict holds the image under `image`, or no other image or array. What else it holds may be targets.
 
     Args:
         place: the address of the data set.
@@ -47,6 +51,7 @@ class Items(Images):
             raise InputError("data", place, problem) from error
         if self.length < 1:
             raise InputError("data", place, "holds no item; expected one or more")
+        self.last: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -54,11 +59,21 @@ class Items(Images):
     def name(self, index: int) -> str:
         return f"item {index}"
 
+    def item(self, index: int) -> Any:
+        """Return an item, which is not read twice for its image and its targets."""
+        if self.last is None or self.last[0] != index:
+            self.last = index, self.items[index]
+        return self.last[1]
+
     def header(self, index: int) -> Header:
-        return memory_header(first_image(self.items[index]), self.in_chans)
+        return memory_header(first_image(self.item(index)), self.in_chans)
 
     def read(self, index: int, recipe: Recipe) -> Tensor:
-        return memory_pixels(first_image(self.items[index]), recipe, self.types(recipe))
+        return memory_pixels(first_image(self.item(index)), recipe, self.types(recipe))
+
+    def values(self, index: int) -> Mapping[str, Any]:
+        item = self.item(index)
+        return item if isinstance(item, Mapping) else super().values(index)
 
     def sample(self) -> list[int]:
         """Return fewer items than of files, since all of each is read."""
@@ -84,27 +99,30 @@ class Items(Images):
     def _bytes(self, index: int) -> bytes:
         """Return what tells an item from another, nothing where it cannot be read."""
         try:
-            item = first_image(self.items[index])
+            item = self.items[index]
+            image = first_image(item)
         except Exception:  # data sets raise many kinds of errors
             return b""
-        array = np.asarray(item)
-        return repr(array.shape).encode() + array.tobytes()
+        named = item.items() if isinstance(item, Mapping) and IMAGE in item else ()
+        others = [value for _, value in sorted(named) if isinstance(value, (*KINDS, int, float)) and value is not image]
+        arrays = [np.asarray(value) for value in (image, *others)]
+        return b"".join(repr(array.shape).encode() + array.tobytes() for array in arrays)
 
 
 def first_image(item: Any) -> Any:
-    """Return the image or array of an item: itself, the first of a tuple, or the only one in a dict.
+    """Return the image or array of an item: itself, the first of a tuple, or in a dict `image` or the only one.
 
     Raises:
         UnsupportedImage: there is none.
     """
-    kinds = (Image.Image, np.ndarray, Tensor)
     if isinstance(item, Mapping):
-        found = [value for value in item.values() if isinstance(value, kinds)]
-        if len(found) != 1:
-            raise UnsupportedImage(f"is a dict of {', '.join(map(str, item))}: expected one image or array in it")
+        found = [item[IMAGE]] if IMAGE in item else [value for value in item.values() if isinstance(value, KINDS)]
+        if len(found) != 1 or not isinstance(found[0], KINDS):
+            held, expected = ", ".join(map(str, item)), f"expected an image or array in it, under {IMAGE} or alone"
+            raise UnsupportedImage(f"is a dict of {held}: {expected}")
         return found[0]
     image = item[0] if isinstance(item, (tuple, list)) and item else item
-    if not isinstance(image, kinds):
+    if not isinstance(image, KINDS):
         held = f"begins with {type(image).__name__}" if image is not item else f"is {type(item).__name__}"
         raise UnsupportedImage(f"{held}: expected an image of Pillow or an array, alone or the first of a tuple")
     return image

@@ -117,17 +117,27 @@ def expect_numbers(values: Tensor, value_range: tuple[float, float] | None, star
     """Return the values of a box `(C, *size)` that begins at `start`.
 
     Raises:
-        UnsupportedValues: one is infinite in float32, or outside the range. NaN, no value, is in images alone.
+        UnsupportedValues: one is infinite in float32, or outside the range. NaN is no value, and neither.
     """
-    wrong = values.isinf() if values.ndim == 3 else ~values.isfinite()
-    if values.is_floating_point() and wrong.any():
+    if values.is_floating_point() and (wrong := values.isinf()).any():
         channel, *place = wrong.nonzero()[0].tolist()
         voxel = tuple(first + i for first, i in zip(start, place, strict=True))
         what = f"holds {values[wrong][0].item()} in channel {channel} at {voxel}"
-        raise UnsupportedValues(f"{what}: expected finite values; numpy.nan_to_num replaces them")
+        raise UnsupportedValues(f"{what}: expected finite values, or NaN where there is none")
     if (problem := outside(values, value_range)) is not None:
         raise UnsupportedValues(problem)
     return values
+
+
+def expect_a_value(pixels: Pixels) -> None:
+    """Raise UnsupportedValues if an image or a volume is NaN everywhere. It is read until a value is found."""
+    sides = pixels.size[1:]
+    thickness = max(SAMPLED_VALUES // (PARTS * pixels.channels * math.prod(sides)), 1)
+    for start in range(0, pixels.size[0], thickness):
+        part = pixels.read((start, *(0,) * len(sides)), (min(thickness, pixels.size[0] - start), *sides))
+        if not part.isnan().all():
+            return
+    raise UnsupportedValues("has no value anywhere; move it elsewhere")
 
 
 def outside(values: Tensor, value_range: tuple[float, float] | None) -> str | None:
@@ -140,6 +150,24 @@ def outside(values: Tensor, value_range: tuple[float, float] | None) -> str | No
         return None
     least, most = value_range
     return f"holds values from {low:g} to {high:g}: expected {least:g} to {most:g}, --value-range"
+
+
+def far_beyond(values: Tensor, seen: Sequence[float]) -> str | None:
+    """Return why values lie beyond the range of a sample by more than its width, or None.
+
+    Args:
+        values: in the units of the files.
+        seen: least and largest value of the sample; empty where it was not measured.
+    """
+    if not seen:
+        return None
+    least, most = seen
+    width = most - least
+    if outside(values, (least - width, most + width)) is None:
+        return None
+    low, high = values[~values.isnan()].aminmax()
+    remedy = "other units, or a value for no data? --nodata, --value-range"
+    return f"holds {low:g} to {high:g}, the sample {least:g} to {most:g}: {remedy}"
 
 
 def scaled(values: Tensor, scale: Scale | None) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from sparsecnx.common.errors import InputError
 from sparsecnx.train.data.order import around, mix, shuffled
 from sparsecnx.train.recipe import Recipe
 
@@ -169,6 +170,16 @@ class Source(ABC):
             InputError: the run cannot go on.
             Exception: anything, where the entry cannot be read. A run skips it and names it with the error's words.
         """
+
+    def values(self, index: int) -> Mapping[str, Any]:
+        """Return what an entry holds beside its image, by name, see `Recipe.targets`.
+
+        Raises:
+            InputError: the source has images alone.
+            Exception: see `read`.
+        """
+        expected = "expected --data python:module:function, whose items are dicts of an image and targets"
+        raise InputError("targets", self.root, f"holds {self.noun}s alone; {expected}")
 
     def order(self, seed: int, epoch: int, repeats: int, batch: int, ranks: int) -> Tensor:
         """Return the entries of an epoch in the order in which it shows them, int64 `(N,)`.

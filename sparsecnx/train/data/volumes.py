@@ -149,7 +149,10 @@ class VolumeSet(FileSet):
         return found | measure(self, {**found, **given}, self.dtypes)
 
     def describe(self, recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:
-        return [looked_at(Counter(self.dtypes), self.unreadable), *describe_scale(recipe, given, self.seen)]
+        lines = [looked_at(Counter(self.dtypes), self.unreadable)]
+        if recipe.nodata is not None:
+            lines.append(f"no value: NaN and {recipe.nodata:g}")
+        return [*lines, *describe_scale(recipe, given, self.seen)]
 
     def check(self, recipe: Recipe) -> None:
         """Raise InputError if the crop does not fit a volume of the sample, or they are not those of the recipe."""

@@ -1,0 +1,81 @@
+"""Images with several targets for tests: every target can be computed from the place of a pixel and of the image."""
+
+import numpy as np
+
+SIDE = 96
+TARGETS = {
+    "image": {"type": "image", "channels": 2, "norm_pix_loss": True},
+    "radar": {"type": "image", "channels": 3, "weight": 0.5},
+    "height": {"type": "image", "channels": 1, "patch_size": 16, "loss_on": "all"},
+    "cover": {"type": "class_map", "classes": 7, "ignore_index": 255},
+    "weather": {"type": "regression", "values": 2},
+    "biome": {"type": "classification", "classes": 4},
+}
+
+
+class Tiles:
+    """Eight images of 2 channels, which hold the row and the column of each pixel in hundredths."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        rows, columns = np.mgrid[:SIDE, :SIDE].astype(np.float32)
+        halves = np.mgrid[: SIDE // 2, : SIDE // 2].astype(np.float32)
+        item = {
+            "image": np.stack([rows, columns]) / 100,
+            "radar": np.stack([rows, columns, rows + columns]),
+            "height": 100 * halves[:1] + halves[1:],
+            "cover": ((rows + 2 * columns) % 7).astype(np.uint8),
+            "weather": np.array([index, -index], np.float32),
+            "biome": index % 4,
+            "name": f"tile {index}",  # no target, and not read
+        }
+        if index == 2:
+            item |= {"radar": None, "cover": None, "weather": None, "biome": None}
+        if index == 5:
+            item["image"][:, 10:50] = np.nan
+            item["height"][:, 10:20] = np.nan
+            item["cover"][5:60] = 255
+        return item
+
+
+def tiles():
+    return Tiles()
+
+
+class Changed(Tiles):
+    def __init__(self, **changes):
+        self.changes = changes
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index) | (self.changes if index in (3, 4) else {})
+        return {name: value for name, value in item.items() if value is not ...}
+
+
+def without_cover():
+    return Changed(cover=...)
+
+
+def flat_radar():
+    return Changed(radar=np.zeros((3, SIDE), np.float32))
+
+
+def odd_cover():
+    return Changed(cover=np.zeros((60, 60), np.uint8))
+
+
+def high_class():
+    return Changed(cover=np.full((SIDE, SIDE), 7))
+
+
+def fine_height():
+    return Changed(height=np.zeros((1, SIDE, SIDE), np.float32))
+
+
+def text_biome():
+    return Changed(biome="forest")
+
+
+def half_class():
+    return Changed(biome=1.5)
