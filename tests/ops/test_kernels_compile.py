@@ -1,7 +1,8 @@
 """Check the machine code of every GPU kernel, without a GPU: no register spills, and shared memory within limits.
 
-The test compiles what a ConvNeXt V2 tiny launches on one architecture. `python tests/ops/test_kernels_compile.py` compiles
-all published sizes for all architectures, which takes ten minutes: run it when a kernel or its constants change.
+The test compiles what a ConvNeXt V2 tiny launches on one architecture. `python tests/ops/test_kernels_compile.py`
+compiles all published sizes for all architectures, which takes ten minutes: run it when a kernel or its constants
+change.
 
 The Triton kernels that the operators launch at the sizes of published models are compiled ahead of time, in a process
 without Triton's interpreter, which conftest.py asks for: this file is run as a script. The CUDA kernels are those in
