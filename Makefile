@@ -39,7 +39,7 @@ ifndef SPARSECNX_BUILD
 endif
 export SPARSECNX_BUILD
 
-.PHONY: demo demo-3d test docs sanitize wheel wheel-test wheel-matrix minkowski minkowski-test lint format clean
+.PHONY: demo demo-3d test docs sanitize wheel wheel-environment wheel-test wheel-matrix minkowski minkowski-test lint format clean
 
 # The recipe for few images, in a run of minutes. A second `make demo` resumes an interrupted run.
 demo: $(READY)
@@ -70,14 +70,16 @@ sanitize: $(READY)
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048 \
 	  PYTHONPATH=$(SANITIZE) $(BIN)/python tests/fuzz_operators.py --calls $(CALLS) --unlimited
 
+wheel-environment: $(WHEEL_TEST:%=$(WHEEL)/%/ready)
+
 wheel-test: $(addprefix wheel-in-,$(WHEEL_TEST))
 
 wheel-matrix: $(addprefix wheel-in-,$(WHEEL_MATRIX))
 
-# The GPU operators are compiled for one architecture only, which makes no difference to these tests.
+# It takes the object files of the install in .venv.
 wheel: $(READY)
 	rm -rf build/lib* build/bdist* dist
-	TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/pip wheel . --no-deps --no-build-isolation --wheel-dir dist
+	$(BIN)/pip wheel . --no-deps --no-build-isolation --wheel-dir dist
 
 # The tests run outside the source folder, so that they import the installed package.
 wheel-in-%: wheel $(WHEEL)/%/ready

@@ -80,7 +80,10 @@ def extensions(torch: Any, toolkit: dict[str, Any] | None) -> list[Any]:
             name,
             sorted(source for pattern in sources for source in glob.glob(pattern)),
             include_dirs=[str(Path.cwd() / "csrc"), *include],
-            define_macros=[("TORCH_TARGET_VERSION", "0x{:02x}{:02x}{:012x}".format(*release(OLDEST_TORCH), 0))],
+            define_macros=[
+                ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}{:012x}".format(*release(OLDEST_TORCH), 0)),
+                ("COMPILED_WITH_TORCH", str(torch.__version__)),  # ninja looks at commands, not at torch's headers
+            ],
             extra_compile_args={
                 "cxx": [*FLAGS, *(f"-fmacro-prefix-map={root}/=" for root in roots)],
                 "nvcc": [*nvcc_flags(), *(architecture_flags() if toolkit else [])],
@@ -151,6 +154,10 @@ def compiling_commands(torch: Any, toolkit: dict[str, Any] | None, no_toolkit: C
     class BuildOperators(torch.utils.cpp_extension.BuildExtension):  # type: ignore[misc]
         def run(self) -> None:
             self.force = True  # Always link. setuptools does not see changes of headers and flags; ninja does.
+            if self.editable_mode:  # A later install or wheel finds the objects, which setuptools would throw away.
+                build = self.distribution.get_command_class("build")(self.distribution)
+                build.finalize_options()
+                self.build_temp = build.build_temp
             failures = {"cuda_failure": no_toolkit.facts() if no_toolkit else None, "cpu_failure": None}
             options = self.compiler, self.inplace
             while self.extensions:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,13 +52,16 @@ def small(encoder: ModuleType) -> Any:
     return encoder.selected_cases(encoder.parse(SMALL))[0]
 
 
-def test_encoder_writes_what_it_measured(tmp_path: Path) -> None:
+def test_encoder_writes_what_it_measured(
+    encoder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "results" / "encoder.json"
-    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "encoder.py"), *SMALL, "--ratio", "0", "0.5"]
-    options = ["--variants", "sparse", "dense", "--anatomy", "--out", str(out), "--plot", str(tmp_path)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    arguments = [*SMALL, "--ratio", "0", "0.5", "--variants", "sparse", "dense", "--anatomy"]
+    arguments += ["--out", str(out), "--plot", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "encoder.py"), *arguments])
+    assert encoder.main() == 0
+    printed = capsys.readouterr().out
 
     content = json.loads(out.read_text())
     case = content["cases"]["atto-mask0.5-batch2-64px-float32-cpu-1threads"]
@@ -79,11 +81,11 @@ def test_encoder_writes_what_it_measured(tmp_path: Path) -> None:
     check_parts(anatomy)
     assert anatomy["parts"]["fused block"] > 0 and anatomy["parts"]["products"] > 0
     stages = [(stage["channels"], stage["tile"], stage["rows"], stage["blocks"]) for stage in anatomy["stages"]]
-    assert stages == [(40, 8, 256, 2), (80, 4, 64, 2), (160, 2, 16, 6), (320, 1, 4, 2)]
+    assert stages == [(8, 8, 256, 1), (8, 4, 64, 1), (16, 2, 16, 1), (16, 1, 4, 1)]
     for stage in anatomy["stages"]:
         assert min(stage["ms"], stage["products"], stage["depthwise"]) > 0 and stage["rest"] >= 0
     assert anatomy["downsampling"] > 0 and anatomy["outside"] >= 0
-    assert "atto, mask 0.5, batch 2, 64 px" in done.stdout and "all blocks" in done.stdout
+    assert "atto, mask 0.5, batch 2, 64 px" in printed and "all blocks" in printed
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == {"encoder-ratio.png", "encoder-size.png", "encoder-memory.png"}
 

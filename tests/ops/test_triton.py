@@ -185,9 +185,10 @@ def test_one_and_three_dimensions(ndim, case, data):
     """Tiles have another side along each axis, and so have the kernels of the depthwise convolution and the block."""
     layout = data.draw(boxes(ndim, sites=(24, 8, 4)))
     assume(layout.tiles.count > 2)  # tiles with neighbours
-    sizes = [1, 3] if ndim == 3 and case.startswith("block") else [1, 3, 5, 7]  # The interpreter is slow.
-    kernel = data.draw(st.tuples(*[st.sampled_from(sizes)] * ndim))
-    assert_case_matches(case, layout, data.draw(st.sampled_from(FEW_CHANNELS)), kernel=kernel)
+    slow = ndim == 3 and case.startswith("block")  # in the interpreter
+    kernel = data.draw(st.tuples(*[st.sampled_from([1, 3] if slow else [1, 3, 5, 7])] * ndim))
+    channels = data.draw(st.sampled_from(FEW_CHANNELS[:2] if slow else FEW_CHANNELS))
+    assert_case_matches(case, layout, channels, kernel=kernel)
 
 
 @pytest.mark.parametrize(("kernel", "padding"), [((3, 1), (2, 0)), ((4, 4), 1)], ids=str)

@@ -1,8 +1,8 @@
 import errno
+import io
 import json
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -392,7 +392,7 @@ def test_images_that_vanish_stop_the_run(photos, tmp_path, monkeypatch, workers)
         train(photos, tmp_path / "run", workers=workers)
 
 
-def test_file_names_in_another_encoding(photos, tmp_path):
+def test_file_names_in_another_encoding(photos, tmp_path, monkeypatch):
     """A terminal that cannot show the names of skipped files gets them escaped, and the run can be resumed."""
     folder = os.fsdecode(os.fsencode(photos) + b"/caf\xe9")
     try:
@@ -402,13 +402,12 @@ def test_file_names_in_another_encoding(photos, tmp_path):
     for name in ("bad", "worse"):
         with open(f"{folder}/{name}.png", "wb") as file:
             file.write(b"no image")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from small_runs import train; from pathlib import Path\n"
-    code += "p = Path(sys.argv[2]); r = p.parent / 'run'\n"
-    code += "train(p, r, batch_size=10, epochs=1, model='atto'); train(None, r, resume='auto')"
-    command = [sys.executable, "-c", code, os.path.dirname(__file__), str(photos)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert r"skipped unreadable image caf\udce9/bad.png" in done.stdout
+    terminal = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert train(photos, tmp_path / "run", batch_size=10, epochs=1) == 0
+    assert train(None, tmp_path / "run", resume="auto") == 0
+    terminal.flush()
+    assert rb"skipped unreadable image caf\udce9/bad.png" in terminal.buffer.getvalue()
 
 
 def test_default_workers_where_affinity_is_unknown(monkeypatch):

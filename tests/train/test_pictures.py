@@ -13,7 +13,7 @@ from PIL import Image
 from small_runs import SMALL, logged, train
 
 from sparsecnx.common.errors import TrainingStopped
-from sparsecnx.train import checkpoint
+from sparsecnx.train import checkpoint, pictures
 from sparsecnx.train.callbacks import jpeg
 from sparsecnx.train.data.crops import Crops
 from sparsecnx.train.data.find import find_source
@@ -36,6 +36,12 @@ def net():
         layers += [nn.Conv2d(channels, out, 3, 2, 1), nn.BatchNorm2d(out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Dropout(0.5))
 """
+
+
+@pytest.fixture(autouse=True)
+def curves(tiny_model, monkeypatch):
+    """Draw the curves that other tests go without."""
+    monkeypatch.setattr(pictures, "draw_losses", draw_losses)
 
 
 @pytest.fixture

@@ -34,13 +34,17 @@ def options(output, data=None, **given):
     return [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in values.items()]
 
 
-def in_ranks(tmp_path, *cases):
-    """Run cases one after another: a number of processes, arguments, and at which step which process gets a signal."""
-    (tmp_path / "cases.json").write_text(json.dumps([[*case, *[None] * (3 - len(case))] for case in cases]))
-    command = [sys.executable, str(HERE / "ranks.py"), str(tmp_path / "cases.json")]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def in_ranks():
+    """Return a function that runs cases: a number of processes, arguments, and at which step which gets a signal."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, HERE / "ranks.py"], env=ENVIRONMENT, **pipes) as ranks:
+
+        def run(*cases, **environment):
+            print(json.dumps([environment, cases]), file=ranks.stdin, flush=True)
+            return json.loads(ranks.stdout.readline() or '"ranks.py ended, or was ended for a case that hangs"')
+
+        yield run
 
 
 def expect_close(found, expected):
@@ -58,9 +62,9 @@ RECIPES = {
 }
 
 
-def test_two_processes_have_the_losses_and_weights_of_one(photos, tmp_path):
+def test_two_processes_have_the_losses_and_weights_of_one(in_ranks, photos, tmp_path):
     names = [name for name in RECIPES if name != "spark"]
-    runs = in_ranks(tmp_path, *((2, options(tmp_path / name, photos, **RECIPES[name])) for name in names))
+    runs = in_ranks(*((2, options(tmp_path / name, photos, **RECIPES[name])) for name in names))
     for name, run in zip(names, runs, strict=True):
         assert run["codes"] == [0, 0], run["output"]
         assert "2 processes with 1 of the 2 images of a batch each" in run["output"][0]
@@ -77,7 +81,7 @@ def test_two_processes_have_the_losses_and_weights_of_one(photos, tmp_path):
                 torch.testing.assert_close(saved[part][entry], value, rtol=1e-3, atol=1e-5)
 
 
-def test_several_targets_have_the_losses_of_one_process(tmp_path):
+def test_several_targets_have_the_losses_of_one_process(in_ranks, tmp_path):
     """Their values are missing in some images, so that the processes hold different numbers of them."""
     targets = {name: {**values, "weight": 1} for name, values in many_targets.TARGETS.items()}
     given = {"in_chans": 2, "normalize": "none", "targets": json.dumps(targets), "uncertainty": True}
@@ -85,7 +89,6 @@ def test_several_targets_have_the_losses_of_one_process(tmp_path):
     ways = {"one": {}, "two": {}, "shard": {"shard": True}}
     worlds = {"one": 1}
     runs = in_ranks(
-        tmp_path,
         *[[worlds.get(n, 2), options(tmp_path / n, data, **given, **sizes, **more)] for n, more in ways.items()],
     )
     assert [run["codes"] for run in runs] == [[0], [0, 0], [0, 0]], [run["output"] for run in runs]
@@ -95,11 +98,10 @@ def test_several_targets_have_the_losses_of_one_process(tmp_path):
     expect_close(found["shard"], found["one"])
 
 
-def test_pictures_change_nothing_and_process_0_writes_them_once(photos, tmp_path):
+def test_pictures_change_nothing_and_process_0_writes_them_once(in_ranks, photos, tmp_path):
     names = ["plain", "shard"]
     cases = [(tmp_path / f"{name} {every}", RECIPES[name], every) for name in names for every in (0, 1)]
     *runs, unknown = in_ranks(
-        tmp_path,
         *((2, options(folder, photos, **recipe, draw_every=every)) for folder, recipe, every in cases),
         (2, options(tmp_path / "unknown", photos, log="comet")),
     )
@@ -116,21 +118,20 @@ def test_pictures_change_nothing_and_process_0_writes_them_once(photos, tmp_path
     assert "".join(unknown["output"]).count("--log is comet: expected wandb, mlflow, or module:factory") == 1
 
 
-def test_a_picture_that_cannot_be_written_stops_all_processes_with_the_reason(photos, tmp_path):
+def test_a_picture_that_cannot_be_written_stops_all_processes_with_the_reason(in_ranks, photos, tmp_path):
     cases = []
     for name in ("plain", "shard"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "reconstructions").write_text("a file where the folder would be")
         cases.append((2, options(tmp_path / name, photos, **RECIPES[name], draw_every=1)))
-    for run in in_ranks(tmp_path, *cases):
+    for run in in_ranks(*cases):
         assert run["codes"] == [1, 1], run["output"]
         assert "".join(run["output"]).count("step-00000004.jpg could not be written") == 1, run["output"]
         assert "another process" not in "".join(run["output"])
 
 
-def test_batch_norm_runs_over_the_images_of_a_process_and_the_run_says_so(photos, tmp_path):
+def test_batch_norm_runs_over_the_images_of_a_process_and_the_run_says_so(in_ranks, photos, tmp_path):
     run, again = in_ranks(
-        tmp_path,
         (2, options(tmp_path / "run", photos, **RECIPES["spark"])),
         (2, options(tmp_path / "run", resume="auto", shard=True)),
     )
@@ -139,12 +140,12 @@ def test_batch_norm_runs_over_the_images_of_a_process_and_the_run_says_so(photos
     assert "the run is finished" in again["output"][0]
 
 
-def test_a_run_goes_on_with_other_processes_and_says_so(photos, tmp_path, capsys):
+def test_a_run_goes_on_with_other_processes_and_says_so(in_ranks, photos, tmp_path, capsys):
     """From one process to two that shard, and from the folder that they write to one process."""
     train(photos, tmp_path / "run")
     expected = logged(tmp_path / "run")
     (tmp_path / "run" / "checkpoint-00000008.pt").unlink()
-    (run,) = in_ranks(tmp_path, (2, options(tmp_path / "run", resume="auto", shard=True)))
+    (run,) = in_ranks((2, options(tmp_path / "run", resume="auto", shard=True)))
     assert run["codes"] == [0, 0], run["output"]
     said = "2 processes go on from a checkpoint of 1: the same images and masks, losses equal to rounding"
     assert said in run["output"][0]
@@ -166,12 +167,11 @@ def test_a_run_goes_on_with_other_processes_and_says_so(photos, tmp_path, capsys
 
 
 @pytest.mark.parametrize("how", ["whole", "shard"])
-def test_a_run_goes_on_after_the_death_of_any_process(how, photos, tmp_path):
+def test_a_run_goes_on_after_the_death_of_any_process(how, in_ranks, photos, tmp_path):
     """A signal to one process saves for all; after a kill the others end, and the run goes on from its checkpoint."""
     recipe = RECIPES["shard"] if how == "shard" else {}
     again = options(tmp_path / "run", resume="auto", **({"shard": True} if how == "shard" else {}))
     killed, stopped, other, end, one = in_ranks(
-        tmp_path,
         (2, options(tmp_path / "run", photos, **recipe), [5, 1, signal.SIGKILL]),
         (2, again, [5, 1, signal.SIGTERM]),
         (2, again, [7, 0, signal.SIGKILL]),
@@ -189,18 +189,17 @@ def test_a_run_goes_on_after_the_death_of_any_process(how, photos, tmp_path):
     assert logged(tmp_path / "run") == logged(tmp_path / "one")
 
 
-def test_a_run_on_shards_goes_on_after_the_death_of_a_process(tmp_path, monkeypatch):
+def test_a_run_on_shards_goes_on_after_the_death_of_a_process(in_ranks, tmp_path):
     """Both processes read a part of the second shard."""
     pytest.importorskip("webdataset", reason="needs the extra [webdataset]")
-    monkeypatch.setitem(ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_shards(tmp_path / "data", [1, 6, 1])
     data = f"wds:{tmp_path}/data/*.tar?window=2"
     whole, killed, stopped, end = in_ranks(
-        tmp_path,
         (2, options(tmp_path / "whole", data)),
         (2, options(tmp_path / "run", data), [5, 1, signal.SIGKILL]),
         (2, options(tmp_path / "run", resume="newest", workers=1), [6, 0, signal.SIGTERM]),
         (2, options(tmp_path / "run", resume="newest")),
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
     )
     assert whole["codes"] == end["codes"] == [0, 0], whole["output"] + end["output"]
     assert killed["codes"] == [1, -9] and stopped["codes"] == [143, 143], killed["output"] + stopped["output"]
@@ -209,7 +208,7 @@ def test_a_run_on_shards_goes_on_after_the_death_of_a_process(tmp_path, monkeypa
     assert len(logged(tmp_path / "run")) == 8
 
 
-def test_errors_are_said_once_before_anything_is_written(photos, tmp_path):
+def test_errors_are_said_once_before_anything_is_written(in_ranks, photos, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     wrong = {
@@ -220,7 +219,6 @@ def test_errors_are_said_once_before_anything_is_written(photos, tmp_path):
         "--device is tpu: expected auto": {"device": "tpu"},
     }
     runs = in_ranks(
-        tmp_path,
         *(
             (2, options(tmp_path / "run", photos) + options(**{"output": tmp_path / "run"} | one))
             for one in wrong.values()
@@ -232,7 +230,7 @@ def test_errors_are_said_once_before_anything_is_written(photos, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_that_see_other_data_are_refused_and_say_why(photos, tmp_path):
+def test_processes_that_see_other_data_are_refused_and_say_why(in_ranks, photos, tmp_path):
     """One of them sees a folder without images, too few for a batch, or other ones."""
     few, none = tmp_path / "few", tmp_path / "none"
     none.mkdir()
@@ -251,43 +249,25 @@ def test_processes_that_see_other_data_are_refused_and_say_why(photos, tmp_path)
         cases.append((2, options(tmp_path / "run", f"{link}-RANK")))
         link.with_name(f"{link.name}-0").symlink_to(photos)
         link.with_name(f"{link.name}-1").symlink_to(tmp_path / name)
-    for run, text in zip(in_ranks(tmp_path, *cases), wrong.values(), strict=True):
+    for run, text in zip(in_ranks(*cases), wrong.values(), strict=True):
         assert run["codes"] == [2, 2], run["output"]
         assert "".join(run["output"]).count(text) == 1, run["output"]
     assert not (tmp_path / "run").exists()
 
 
-def test_given_masks_are_drawn_from_a_file(photos, tmp_path):
+def test_given_masks_are_drawn_from_a_file(in_ranks, photos, tmp_path):
     """Masks hide different numbers of patches, so the loss of a process counts as many patches as it has."""
     np.save(tmp_path / "masks.npy", np.array([[1, 0, 0, 1], [0, 1, 1, 1]], np.uint8))
     train(photos, tmp_path / "one", masks=str(tmp_path / "masks.npy"))
-    (run,) = in_ranks(tmp_path, (2, options(tmp_path / "two", photos, masks=tmp_path / "masks.npy")))
+    (run,) = in_ranks((2, options(tmp_path / "two", photos, masks=tmp_path / "masks.npy")))
     assert run["codes"] == [0, 0], run["output"]
     expect_close(logged(tmp_path / "two"), logged(tmp_path / "one"))
 
 
-def test_torchrun_restarts_a_process_that_dies(photos, tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import os, signal, sys, torch\n"
-        "torch.set_num_threads(1)\n"
-        "from small_runs import use_tiny_models\n"
-        "from sparsecnx import cli\n"
-        "from sparsecnx.train.loop import Trainer\n"
-        "use_tiny_models()\n"
-        "step = Trainer.train_step\n"
-        "def once(trainer, *others):\n"
-        "    if trainer.step == 6 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return step(trainer, *others)\n"
-        "Trainer.train_step = once\n"
-        "sys.exit(cli.main(['pretrain', *sys.argv[1:]]))\n"
-    )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+def test_torchrun_restarts_a_process_that_dies(in_ranks, photos, tmp_path):
     arguments = options(tmp_path / "run", photos, resume="auto")
-    command = [sys.executable, *launcher, str(script), *arguments]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on from step 4" in done.stdout
+    (run,) = in_ranks((2, arguments, [6, 1, signal.SIGKILL], True))
+    assert run["codes"] == [0], run["output"]
+    assert "going on from step 4" in run["output"][0]
     train(photos, tmp_path / "one")
     expect_close(logged(tmp_path / "run"), logged(tmp_path / "one"))
