@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from sparsecnx.models import FCMAE, SIZES, SparK
 from sparsecnx.models.convnextv2 import Size
-from sparsecnx.train import networks, pictures
+from sparsecnx.train import drawing, networks
 from sparsecnx.train.log import RunLog, StepRecord
 from sparsecnx.train.options import Options
 from sparsecnx.train.start import pretrain
@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {"image_size": 64, "epochs": 2, "batch_size": 2, "base_l
 def use_tiny_models(monkeypatch: pytest.MonkeyPatch | None = None) -> None:
     """Give two sizes of the real architecture few channels, different ones, and draw no curves: they take longer."""
     monkeypatch = monkeypatch or pytest.MonkeyPatch()
-    monkeypatch.setattr(pictures, "draw_losses", lambda *_: Figure((1, 1)))
+    monkeypatch.setattr(drawing, "draw_losses", lambda *_: Figure((1, 1)))
     monkeypatch.setitem(SIZES, "atto", Size((1, 1, 1, 1), (8, 8, 16, 16)))
     monkeypatch.setitem(SIZES, "femto", Size((1, 1, 1, 1), (8, 8, 16, 24)))
     monkeypatch.setattr(networks, "FCMAE", partial(FCMAE, decoder_dim=16))

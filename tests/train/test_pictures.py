@@ -13,7 +13,7 @@ from PIL import Image
 from small_runs import SMALL, logged, train
 
 from sparsecnx.common.errors import TrainingStopped
-from sparsecnx.train import checkpoint, pictures
+from sparsecnx.train import checkpoint, drawing
 from sparsecnx.train.callbacks import jpeg
 from sparsecnx.train.data.crops import Crops
 from sparsecnx.train.data.find import find_source
@@ -41,7 +41,7 @@ def net():
 @pytest.fixture(autouse=True)
 def curves(tiny_model, monkeypatch):
     """Draw the curves that other tests go without."""
-    monkeypatch.setattr(pictures, "draw_losses", draw_losses)
+    monkeypatch.setattr(drawing, "draw_losses", draw_losses)
 
 
 @pytest.fixture
