@@ -31,7 +31,7 @@ from torch import Tensor
 
 from sparsecnx.common.memory import keep_freed_memory
 from sparsecnx.models import FCMAE, create_fcmae
-from sparsecnx.train.recipe import BETAS, param_groups
+from sparsecnx.train.schedule import BETAS, param_groups
 
 VARIANTS = ("sparse", "sparse_graph", "dense", "vit")
 LEARNING_RATE = 1.5e-4

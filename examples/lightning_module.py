@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 import sparsecnx
-from sparsecnx.train.recipe import BETAS, learning_rate, param_groups
+from sparsecnx.train.schedule import BETAS, learning_rate, param_groups
 
 
 class Images(Dataset[torch.Tensor]):

@@ -21,7 +21,8 @@ from sparsecnx.common.sharded_files import LARGEST_STEP
 from sparsecnx.train import checkpoint
 from sparsecnx.train.code import is_code
 from sparsecnx.train.networks import build_model
-from sparsecnx.train.recipe import BETAS, Recipe, param_groups, shown
+from sparsecnx.train.recipe import Recipe, shown
+from sparsecnx.train.schedule import BETAS, param_groups
 
 # The fields that every checkpoint has. Those that came later have the values that runs had before them.
 FIRST_RECIPE_FIELDS = {

@@ -17,13 +17,14 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.models.patches import counted_patches, patchify
 from sparsecnx.train.code import is_code
 from sparsecnx.train.contents import Contents
-from sparsecnx.train.data.targets import IMAGE
 from sparsecnx.train.masks import Drawn
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.options import Options
 from sparsecnx.train.processes import Processes
-from sparsecnx.train.recipe import BETAS, Recipe, param_groups
+from sparsecnx.train.recipe import Recipe
+from sparsecnx.train.schedule import BETAS, param_groups
 from sparsecnx.train.sharding import MOMENTS, shard, sharded_like
+from sparsecnx.train.targets import IMAGE
 
 
 class Learner:

@@ -32,7 +32,8 @@ from sparsecnx.train.log import SKIPPED, UNUSUAL, JsonLines, OtherProcess, RunLo
 from sparsecnx.train.masks import Masks
 from sparsecnx.train.options import Options
 from sparsecnx.train.processes import Processes
-from sparsecnx.train.recipe import METHODS, Recipe, learning_rate
+from sparsecnx.train.recipe import METHODS, Recipe
+from sparsecnx.train.schedule import learning_rate
 from sparsecnx.train.services import chosen_callbacks
 
 # Steps times the peak learning rate of a run that learns little. `make demo` has 0.7, the published runs have 600.

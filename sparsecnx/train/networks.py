@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,40 +12,12 @@ from torch.nn.modules.conv import _ConvNd
 from sparsecnx.common.errors import InputError
 from sparsecnx.models import FCMAE, MPMAE, SIZES, ConvNeXtV2Encoder, SparK
 from sparsecnx.models.masked_encoder import MaskedEncoder
-from sparsecnx.train.code import TIMM, is_code, load_code
-from sparsecnx.train.data.targets import read_targets
-
-if TYPE_CHECKING:
-    from sparsecnx.train.recipe import Recipe
+from sparsecnx.train.code import TIMM, load_code
+from sparsecnx.train.recipe import Recipe
+from sparsecnx.train.targets import read_targets
 
 # The halvings of our networks after the stem. Their last three are these, the stem has the others.
 DOWNSAMPLINGS = 3
-
-
-def unknown_network(name: str) -> str | None:
-    """Return why there is no network of this name; None where there is."""
-    if name in SIZES:
-        return None
-    if is_code(name):
-        try:
-            load_code(name)
-        except Exception as error:  # a module can raise anything
-            return (
-                f"{type(error).__name__}: {error}; expected a Python module and a function in it that builds a network"
-            )
-        return None
-    if not name.startswith(TIMM):
-        others = f"{TIMM} and a network of timm, such as {TIMM}resnet50, or module:factory"
-        return f"expected one of {', '.join(SIZES)}, or {others}"
-    if importlib.util.find_spec("timm") is None:
-        return "timm is not installed: pip install timm"
-    import timm
-
-    wanted = name.removeprefix(TIMM)
-    if timm.is_model(wanted.partition(".")[0]):
-        return None
-    near = difflib.get_close_matches(wanted, timm.list_models(), 3)
-    return "timm has no such network" + (f"; did you mean {', '.join(TIMM + other for other in near)}?" if near else "")
 
 
 def build_model(recipe: Recipe) -> MaskedEncoder:

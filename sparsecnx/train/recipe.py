@@ -1,4 +1,4 @@
-"""The published recipes as data, and their arithmetic as pure functions.
+"""The published recipes as data.
 
 That of FCMAE is in arXiv 2301.00808, appendix A.1; that of SparK in arXiv 2301.03580 and its published code.
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.geometry.masks import visible_count
@@ -24,11 +24,10 @@ from sparsecnx.models.convnextv2 import BLOCKS, STEMS
 from sparsecnx.models.mpmae import check_targets
 from sparsecnx.models.patches import LOSS_ON
 from sparsecnx.ops.global_response_norm.groups import SCOPES
+from sparsecnx.train.code import unknown_network
 from sparsecnx.train.data.augment import SMALLEST_AREA
-from sparsecnx.train.data.targets import IMAGE, PixelTarget, Target, patch_of, read_targets
-from sparsecnx.train.networks import unknown_network
+from sparsecnx.train.targets import IMAGE, PixelTarget, Target, patch_of, read_targets
 
-BETAS = (0.9, 0.95)
 LARGEST_STRIDE = 32  # of our networks; smaller patches have smaller strides
 # The names of the methods, and the defaults in which they differ from FCMAE. The published SparK has a learning rate of
 # 2e-4, for LAMB, and a weight decay that grows from 0.04 to 0.2.
@@ -441,24 +440,3 @@ def shown(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 100:  # Python refuses to print very long ones
         return f"a whole number of {value.bit_length()} bits"
     return " ".join(reprlib.repr(value).split())
-
-
-def learning_rate(step: int, *, peak: float, warmup_steps: float, total_steps: int) -> float:
-    """Return the learning rate of optimizer step `step` (from 0): linear to `peak`, then half a cosine to 0."""
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's two groups: matrices and filters decay, biases and vectors do not.
-
-    A vector has one side larger than 1, as GRN's `(1, 1, 1, C)` and the mask token's `(1, C, 1, 1)` have.
-    """
-    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            vector = sum(side > 1 for side in parameter.shape) <= 1
-            groups[vector or name.endswith("bias")].append(parameter)
-    return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]

@@ -31,10 +31,10 @@ from sparsecnx.train.data.find import find_source, named_files
 from sparsecnx.train.data.pictures import UnsupportedImage
 from sparsecnx.train.data.scale import IMAGENET_MEAN, IMAGENET_STD, UnsupportedValues, normalize, values_in
 from sparsecnx.train.data.source import Source
-from sparsecnx.train.data.targets import IMAGE
 from sparsecnx.train.data.volumes import MAX_VOXELS, UnsupportedVolume
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import MAX_PIXELS, METHODS, Recipe
+from sparsecnx.train.targets import IMAGE
 
 SHOWN_PHOTOGRAPHS = 6
 SHOWN_VOLUMES = 2

@@ -20,7 +20,7 @@ from sparsecnx.train.learner import Learner
 from sparsecnx.train.log import JsonLines, TensorBoard
 from sparsecnx.train.loop import Trainer
 from sparsecnx.train.options import Options
-from sparsecnx.train.recipe import learning_rate
+from sparsecnx.train.schedule import learning_rate
 from sparsecnx.train.start import pretrain
 
 

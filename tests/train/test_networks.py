@@ -17,7 +17,8 @@ from sparsecnx.nn import ConvNeXtBlock
 from sparsecnx.train import contents, networks
 from sparsecnx.train.loop import Trainer
 from sparsecnx.train.options import Options
-from sparsecnx.train.recipe import Recipe, param_groups
+from sparsecnx.train.recipe import Recipe
+from sparsecnx.train.schedule import param_groups
 from sparsecnx.train.start import pretrain
 
 timm = pytest.importorskip("timm")

@@ -4,7 +4,8 @@ import pytest
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.train.networks import build_model
-from sparsecnx.train.recipe import Recipe, learning_rate, param_groups
+from sparsecnx.train.recipe import Recipe
+from sparsecnx.train.schedule import learning_rate, param_groups
 
 
 def test_defaults_are_the_published_recipe():

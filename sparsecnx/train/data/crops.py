@@ -25,7 +25,7 @@ from sparsecnx.train.data.order import mix
 from sparsecnx.train.data.pictures import UnsupportedImage
 from sparsecnx.train.data.scale import Scale, expect_a_value, expect_numbers, far_beyond, scale_of, scaled
 from sparsecnx.train.data.source import Decoded, Pixels, Source, too_small
-from sparsecnx.train.data.targets import TargetReader, UnsupportedTarget
+from sparsecnx.train.data.target_values import TargetReader, UnsupportedTarget
 from sparsecnx.train.data.transform import load_transform, transformed
 from sparsecnx.train.recipe import Recipe
 

@@ -24,8 +24,8 @@ from sparsecnx.train.data.images import ImageFiles, Images
 from sparsecnx.train.data.memory import memory_header, memory_pixels
 from sparsecnx.train.data.pictures import File, UnsupportedImage
 from sparsecnx.train.data.source import SAMPLED_ENTRIES, Fingerprint
-from sparsecnx.train.data.targets import IMAGE
 from sparsecnx.train.recipe import Recipe
+from sparsecnx.train.targets import IMAGE
 
 SAMPLED_ITEMS = 64  # are read before a run begins
 READ_TWICE = 8  # of the items of Python code

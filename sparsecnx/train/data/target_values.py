@@ -1,77 +1,24 @@
-"""Several targets of an image: what a recipe says of them, and the values that belong to a crop."""
+"""The values of several targets that belong to a crop of their image."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsecnx.common.errors import InputError
 from sparsecnx.models import ClassificationTarget, ClassMapTarget, ImageTarget, RegressionTarget
 from sparsecnx.models.targets import PixelTarget, Target
 from sparsecnx.train.data.augment import resize
-
-if TYPE_CHECKING:
-    from sparsecnx.train.recipe import Recipe
-
-IMAGE = "image"  # names the input itself
-TYPES: dict[str, Any] = {
-    "image": ImageTarget,
-    "class_map": ClassMapTarget,
-    "regression": RegressionTarget,
-    "classification": ClassificationTarget,
-}
+from sparsecnx.train.recipe import Recipe
+from sparsecnx.train.targets import IMAGE, patch_of, read_targets
 
 
 class UnsupportedTarget(ValueError):
     """A value of a target that cannot be trained on; the message says why."""
-
-
-def read_targets(described: Mapping[str, Any]) -> dict[str, Target]:
-    """Return the targets of a recipe, see `Recipe.targets`.
-
-    Raises:
-        InputError: one has no such type or no such values.
-    """
-    return {name: _target(name, values) for name, values in described.items()}
-
-
-def _target(name: Any, values: Any) -> Target:
-    form = f"expected a type, {', '.join(TYPES)}, such as {{type: image, channels: 3}}"
-    if not isinstance(values, Mapping) or values.get("type") not in TYPES:
-        raise InputError("targets", f"{name}: {values}", form)
-    kind = TYPES[values["type"]]
-    known = {field.name: field for field in fields(kind)}
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key != "type"}
-    needed = {key for key, field in known.items() if field.default is MISSING}
-    if unknown := sorted(map(str, set(given) - set(known))):
-        raise InputError("targets", f"{name}: {unknown[0]}", f"expected one of type, {', '.join(known)}")
-    if missing := sorted(needed - set(given)):
-        raise InputError("targets", f"{name}: {dict(values)}", f"expected {missing[0]} too")
-    for key, value in given.items():
-        expected = str(known[key].type)
-        fits = {
-            "int": type(value) is int,
-            "float": type(value) in (int, float),
-            "bool": type(value) is bool,
-            "str": isinstance(value, str),
-        }.get(expected, value is None or all(type(side) is int and side > 0 for side in _sides(value)))
-        if not fits:
-            raise InputError("targets", f"{name}: {key} is {value!r}", f"expected {expected}")
-    try:
-        target: Target = kind(**given)
-        return target
-    except ValueError as error:
-        raise InputError("targets", name, str(error)) from error
-
-
-def _sides(value: Any) -> tuple[Any, ...]:
-    return value if isinstance(value, tuple) else (value,)
 
 
 class TargetReader:
@@ -139,14 +86,6 @@ class TargetReader:
                 value = _resized(target, value, wanted)
             found[name] = value
         return found
-
-
-def patch_of(target: Target, patch: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the pixels per patch of a target, for inputs with patches of `patch`."""
-    side = target.patch_size if isinstance(target, PixelTarget) else None
-    if side is None:
-        return patch
-    return side if isinstance(side, tuple) else (side,) * len(patch)
 
 
 def _whole(name: str, target: Target, values: Mapping[str, Any], size: Sequence[int]) -> Tensor | None:
