@@ -238,7 +238,8 @@ def check_targets(targets: Mapping[str, Target], uncertainty: bool) -> dict[str,
         if not isinstance(target, Target):
             raise TypeError(f"targets[{name!r}] is a {type(target).__name__}: expected a target, such as ImageTarget")
         if not isinstance(name, str) or not name or "." in name or hasattr(taken, name):
-            raise ValueError(f"targets has the name {name!r}: expected text without a dot that is no method of a dict")
+            expected = "expected text without a dot that is no attribute of a torch.nn.ModuleDict"
+            raise ValueError(f"targets has the name {name!r}: {expected}")
         if uncertainty and target.weight != 1:
             raise ValueError(f"weight of {name} is {target.weight}: expected 1, since uncertainty learns the weights")
     return dict(targets)

@@ -20,13 +20,26 @@ IGNORED = -100  # as in torch's cross entropy
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One target.
+    """Something that is predicted from an image.
 
     Attributes:
         weight: factor of its loss in the total one.
     """
 
     weight: float = 1.0
+
+    @property
+    def no_value(self) -> float:
+        """Return what stands where there is no value: a float, of a target of floats, or a whole number."""
+        return math.nan
+
+    def shape(self, sides: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the value of one image.
+
+        Args:
+            sides: of its map in this target.
+        """
+        raise NotImplementedError
 
     def __init_subclass__(cls, abstract: bool = False) -> None:
         super().__init_subclass__()
@@ -50,7 +63,7 @@ class Target:
             value: the values of a batch.
             sizes: images of the batch, and the sides of an image of this target.
         """
-        raise NotImplementedError
+        _check(name, value, (sizes[0], *self.shape(sizes[1:])), isinstance(self.no_value, float))
 
     def summed_error(self, value: Tensor, pred: Tensor, mask: Tensor, patch: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return the sum of the errors, and the number of patches or images that have one.
@@ -119,8 +132,8 @@ class ImageTarget(PixelTarget):
     def outputs(self, patch: tuple[int, ...]) -> int:
         return math.prod(patch) * self.channels
 
-    def check(self, name: str, value: Tensor, sizes: tuple[int, ...]) -> None:
-        _check(name, value, (sizes[0], self.channels, *sizes[1:]), floating=True)
+    def shape(self, sides: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.channels, *sides)
 
     def there(self, value: Tensor, patch: tuple[int, ...]) -> Tensor:
         return patchify(value.isfinite(), patch)
@@ -147,12 +160,20 @@ class ClassMapTarget(PixelTarget):
     def __post_init__(self) -> None:
         super().__post_init__()
         _expect("classes", self.classes, self.classes >= 2, "2 or more")
+        _expect("ignore_index", self.ignore_index, -(2**63) <= self.ignore_index < 2**63, "a number of 64 bits")
 
     def outputs(self, patch: tuple[int, ...]) -> int:
         return math.prod(patch) * self.classes
 
+    @property
+    def no_value(self) -> int:
+        return self.ignore_index
+
+    def shape(self, sides: tuple[int, ...]) -> tuple[int, ...]:
+        return sides
+
     def check(self, name: str, value: Tensor, sizes: tuple[int, ...]) -> None:
-        _check(name, value, sizes, floating=False)
+        super().check(name, value, sizes)
         _check_classes(name, value, self.classes, self.ignore_index)
 
     def there(self, value: Tensor, patch: tuple[int, ...]) -> Tensor:
@@ -183,8 +204,8 @@ class RegressionTarget(Target):
     def outputs(self, patch: tuple[int, ...]) -> int:
         return self.values
 
-    def check(self, name: str, value: Tensor, sizes: tuple[int, ...]) -> None:
-        _check(name, value, (sizes[0], self.values), floating=True)
+    def shape(self, sides: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.values,)
 
     def counted(self, value: Tensor, mask: Tensor, patch: tuple[int, ...]) -> Tensor:
         return value.isfinite().any(dim=-1)
@@ -209,12 +230,20 @@ class ClassificationTarget(Target):
     def __post_init__(self) -> None:
         super().__post_init__()
         _expect("classes", self.classes, self.classes >= 2, "2 or more")
+        _expect("ignore_index", self.ignore_index, -(2**63) <= self.ignore_index < 2**63, "a number of 64 bits")
 
     def outputs(self, patch: tuple[int, ...]) -> int:
         return self.classes
 
+    @property
+    def no_value(self) -> int:
+        return self.ignore_index
+
+    def shape(self, sides: tuple[int, ...]) -> tuple[int, ...]:
+        return ()
+
     def check(self, name: str, value: Tensor, sizes: tuple[int, ...]) -> None:
-        _check(name, value, sizes[:1], floating=False)
+        super().check(name, value, sizes)
         _check_classes(name, value, self.classes, self.ignore_index)
 
     def counted(self, value: Tensor, mask: Tensor, patch: tuple[int, ...]) -> Tensor:

@@ -144,7 +144,7 @@ def draw_losses(log: Path, total_steps: int) -> Figure:
     epochs, *curves = zip(*means, strict=True) if means else ((), (), ())
     figure = Figure(figsize=(8.5, 5), dpi=100, layout="constrained")
     axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    drawn = (("loss on masked patches", "#d1495b"), ("learning rate", "#6c7a89"))
+    drawn = (("loss", "#d1495b"), ("learning rate", "#6c7a89"))
     for axis, (name, colour), values in zip(axes, drawn, curves, strict=True):
         axis.plot(epochs, values, color=colour, linewidth=1.2)
         axis.set_ylabel(name)

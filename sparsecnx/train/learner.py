@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,22 @@ from sparsecnx.train.processes import Processes
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.schedule import BETAS, param_groups
 from sparsecnx.train.sharding import MOMENTS, shard, sharded_like
-from sparsecnx.train.targets import IMAGE
+
+
+class Pass(NamedTuple):
+    """What a forward pass takes, on the device.
+
+    Attributes:
+        images: normalised, `(B, C, *size)`, NaN where there is no value.
+        targets: what else is predicted from them, by name.
+        drawn: their masks.
+        seed: of dropout and the like.
+    """
+
+    images: Tensor
+    targets: dict[str, Tensor]
+    drawn: Drawn
+    seed: int
 
 
 class Learner:
@@ -105,48 +121,59 @@ class Learner:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(called, device_ids=ids, gradient_as_bucket_view=True)
 
-    def backward(self, images: Tensor, targets: dict[str, Tensor], drawn: Drawn, share: float, last: bool) -> Tensor:
-        """Compute the loss of a batch and add its gradients.
-
-        Args:
-            images: normalised, `(B, C, *size)`, NaN where there is no value.
-            targets: what else is predicted from them, by name.
-            drawn: their masks.
-            share: factor on the gradients, one over the number of batches of a step.
-            last: whether it is the last batch of the step, after which gradients are averaged over the processes.
+    def backward(self, passes: Sequence[Pass]) -> tuple[Tensor, Tensor | None]:
+        """Compute the losses of the forward passes of a step, and add their gradients, averaged over the processes.
 
         Returns:
-            The loss, and those of all targets of the recipe in their order, detached, `(1 + targets,)`.
+            The loss, and those of all targets of the recipe in their order, detached, `(1 + targets,)`: their means
+            over the processes are those of the whole step. And how many patches or images each target has in a pass,
+            in the mean over all passes and processes, `(targets,)`; None without targets.
         """
-        if self.options.shard:
-            self.model.set_requires_gradient_sync(last)
-        waits = isinstance(self.forward, DistributedDataParallel) and not last
-        with self.forward.no_sync() if waits else nullcontext():
-            losses = self.losses(images, targets, drawn)
-            (losses[0] * share).backward()
-        return torch.stack([loss.detach() for loss in losses])  # copied: a CUDA graph reuses its memory
+        counts = self._mean_counts(passes)
+        found = []
+        for number, one in enumerate(passes, 1):
+            last = number == len(passes)  # after which gradients are averaged
+            if self.options.shard:
+                self.model.set_requires_gradient_sync(last)
+            waits = isinstance(self.forward, DistributedDataParallel) and not last
+            with self.forward.no_sync() if waits else nullcontext():
+                losses = self.losses(one, counts)
+                (losses[0] / len(passes)).backward()
+            found.append(torch.stack([loss.detach() for loss in losses]))  # copied: a CUDA graph reuses its memory
+        return torch.stack(found).mean(0), None if self.recipe.targets is None else counts
 
-    def losses(self, images: Tensor, targets: dict[str, Tensor], drawn: Drawn) -> list[Tensor]:
-        """Return the losses of a batch, see `backward`, whose mean over the processes is that of all their images."""
-        dtype = DTYPES[self.recipe.dtype]
+    def losses(self, one: Pass, counts: Tensor | None) -> list[Tensor]:
+        """Return the losses of a forward pass, whose mean over passes and processes is that of all their images.
+
+        Args:
+            one: the pass.
+            counts: as `_mean_counts` returns them.
+        """
+        dtype, drawn = DTYPES[self.recipe.dtype], one.drawn
         given: dict[str, Any] = {"mask": drawn.mask, "valid": drawn.valid, "visible": drawn.visible}
         if self.recipe.targets is not None:
-            targets = {name: images if name == IMAGE else targets[name] for name in self.recipe.targets}
-            counts = self.model.counts(targets, drawn.mask)
-            given |= {"targets": targets, "counts": self.processes.mean(counts)}
+            given |= {"targets": one.targets, "counts": counts}
+        torch.manual_seed(one.seed)  # dropout and the like of other networks draw from here
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            found = self.forward(images, **given)
+            found = self.forward(one.images, **given)
         if self.recipe.targets is not None:
             return [found.loss, *found.losses.values()]
-        return [self._shared(found[0], drawn)]
+        return [found[0] if counts is None else found[0] * (self._counts(one) / counts.clamp(min=1e-6))[0]]
 
-    def _shared(self, loss: Tensor, drawn: Drawn) -> Tensor:
-        """Return the loss of a batch times its share of the patches that count in all processes."""
-        if self.processes.world == 1 or (self.recipe.masks is None and self._complete):
-            return loss
-        there = None if drawn.valid is None else patchify(drawn.valid, self.model.patch)
-        count = counted_patches(drawn.mask, self.model.loss_on, there).sum().float()
-        return loss * (count / self.processes.mean(count.clone()).clamp(min=1e-6))
+    def _mean_counts(self, passes: Sequence[Pass]) -> Tensor | None:
+        """Return what `_counts` does in the mean over all passes and processes; None where all are equal."""
+        alike = (self.recipe.masks is None and self._complete) or len(passes) == self.processes.world == 1
+        if self.recipe.targets is None and alike:
+            return None
+        return self.processes.mean(torch.stack([self._counts(one) for one in passes]).mean(0))
+
+    def _counts(self, one: Pass) -> Tensor:
+        """Return how many patches or images have a part in the loss, or in that of each target, float32."""
+        if self.recipe.targets is not None:
+            counts: Tensor = self.model.counts(one.targets, one.drawn.mask)
+            return counts
+        there = None if one.drawn.valid is None else patchify(one.drawn.valid, self.model.patch)
+        return counted_patches(one.drawn.mask, self.model.loss_on, there).sum().float()[None]
 
     def gradient_norm(self) -> Tensor:
         """Return the norm of all gradients, a DTensor where they are sharded."""

@@ -14,7 +14,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparsecnx.common.errors import InputError, TrainingStopped
 from sparsecnx.models import SIZES
@@ -27,14 +26,15 @@ from sparsecnx.train.data.loader import WorkersError, load_batches
 from sparsecnx.train.data.scale import normalize, values_in
 from sparsecnx.train.data.source import Fingerprint, Source
 from sparsecnx.train.drawing import RECONSTRUCTIONS, Pictures, Reconstructions
-from sparsecnx.train.learner import Learner, whole
+from sparsecnx.train.learner import Learner, Pass, whole
 from sparsecnx.train.log import SKIPPED, UNUSUAL, JsonLines, OtherProcess, RunLog, TensorBoard, Terminal
 from sparsecnx.train.masks import Masks
 from sparsecnx.train.options import Options
 from sparsecnx.train.processes import Processes
-from sparsecnx.train.recipe import METHODS, Recipe
+from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.schedule import learning_rate
 from sparsecnx.train.services import chosen_callbacks
+from sparsecnx.train.targets import IMAGE
 
 # Steps times the peak learning rate of a run that learns little. `make demo` has 0.7, the published runs have 600.
 LEAST_TRAINING = 0.2
@@ -216,17 +216,20 @@ class Trainer:
                 before the step.
         """
         recipe, start, waited = self.recipe, time.perf_counter(), 0.0
-        losses: list[Tensor] = []
-        for i in range(recipe.grad_accum_steps):
+        passes = []
+        for number in range(recipe.grad_accum_steps):
             begun = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - begun
             self._note_unreadable(batch, log)
-            losses.append(self._backward(batch, i))
-        norm = self.learner.gradient_norm()
-        means = self.processes.mean(torch.stack(losses).mean(0))
+            passes.append(self._pass(batch, self.step * recipe.grad_accum_steps + number))
+        losses, counts = self.learner.backward(passes)
+        norm, means = self.learner.gradient_norm(), self.processes.mean(losses)
         # This waits for the device once. It stands before the update, so that a bad step never reaches a checkpoint.
-        mean_loss, *others, grad_norm = torch.cat([means, whole(norm)[None]]).tolist()
+        known = torch.cat([means, whole(norm)[None], *([] if counts is None else [counts])]).tolist()
+        targets = list(recipe.targets or ())
+        mean_loss, each, grad_norm = known[0], known[1 : 1 + len(targets)], known[1 + len(targets)]
+        there = known[2 + len(targets) :]
         self.processes.together(lambda: self._expect_finite(mean_loss, grad_norm))
         lr = self._learning_rate()
         self.learner.update(lr, norm)
@@ -234,8 +237,8 @@ class Trainer:
         seconds = time.perf_counter() - start
         speeds, waits = self.processes.numbers(recipe.effective_batch / self.processes.world / seconds, waited)
         epoch = self.step / self.steps_per_epoch
-        each = dict(zip(recipe.targets or (), others, strict=True))
-        return StepRecord(self.step, epoch, mean_loss, lr, grad_norm, sum(speeds), speeds, waits, each)
+        named = {name: loss for name, loss, count in zip(targets, each, there, strict=True) if count}
+        return StepRecord(self.step, epoch, mean_loss, lr, grad_norm, sum(speeds), speeds, waits, named)
 
     def _expect_finite(self, loss: float, grad_norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -263,21 +266,18 @@ class Trainer:
         if batch.problem is not None:
             raise TrainingStopped(f"step {self.step + 1}: {batch.problem}, {self._last_good()}")
 
-    def _backward(self, batch: Batch, number: int) -> Tensor:
-        """Add the gradients of a batch, number `number` of the step, and return its losses, see `Learner.backward`."""
-        passes = self.recipe.grad_accum_steps
-        forward_pass = self.step * passes + number
+    def _pass(self, batch: Batch, number: int) -> Pass:
+        """Return a batch on the device, with the masks of forward pass `number` of the run."""
         device, valid = self.learner.device, values_in(batch.images)
         images = normalize(batch.images.to(device, non_blocking=True), self.recipe)
-        targets = {name: value.to(device, non_blocking=True) for name, value in batch.targets.items()}
+        given = {name: value.to(device, non_blocking=True) for name, value in batch.targets.items()} | {IMAGE: images}
         valid = None if valid is None else valid.to(device, non_blocking=True)
         try:
-            drawn = self.masks.draw(images, forward_pass, valid)
+            drawn = self.masks.draw(images, number, valid)
         except InputError as error:
             raise TrainingStopped(f"step {self.step + 1}: {error}, {self._last_good()}") from error
-        # Dropout and the like of other networks draw from here.
-        torch.manual_seed(mix(self.recipe.seed, "network", forward_pass, self.processes.rank))
-        return self.learner.backward(images, targets, drawn, 1 / passes, last=number == passes - 1)
+        targets = {name: given[name] for name in self.recipe.targets or ()}
+        return Pass(images, targets, drawn, mix(self.recipe.seed, "network", number, self.processes.rank))
 
     def save(self) -> None:
         """Write a checkpoint.
@@ -307,7 +307,7 @@ class Trainer:
         masks = f"mask ratio {r.mask_ratio:g}" if r.masks is None else f"masks of {r.masks}"
         start = f", going on from step {self.step}" if self.step else ""
         return [
-            f"{METHODS[r.method]} {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.learner.device}, {masks}",
+            f"{r.called} {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.learner.device}, {masks}",
             f"{len(self.source)} {self.source.noun}s{repeats} {self._crops()} from {self.source.root}",
             f"batch {r.batch_size}{accumulated}, steps per epoch {self.steps_per_epoch}, epochs {r.epochs}",
             f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}{grn}",
@@ -332,7 +332,10 @@ class Trainer:
         """Return what is predicted, where that is not the image alone."""
         named = [f"{name} ({values['type']})" for name, values in (self.recipe.targets or {}).items()]
         weighed = ", with weights that it learns" if self.recipe.uncertainty else ""
-        return [f"predicts {', '.join(named)}{weighed}"] if named else []
+        lines = [f"predicts {', '.join(named)}{weighed}"] if named else []
+        if absent := ", ".join(name for name in self.recipe.predicted if name in self.crops.absent):
+            lines.append(f"hint: no image that was looked at has a value of {absent}")
+        return lines
 
     def _processes(self) -> list[str]:
         """Return how many processes there are, and what changes if a run goes on with another number of them."""

@@ -14,7 +14,6 @@ from sparsecnx.models import FCMAE, MPMAE, SIZES, ConvNeXtV2Encoder, SparK
 from sparsecnx.models.masked_encoder import MaskedEncoder
 from sparsecnx.train.code import TIMM, load_code
 from sparsecnx.train.recipe import Recipe
-from sparsecnx.train.targets import read_targets
 
 # The halvings of our networks after the stem. Their last three are these, the stem has the others.
 DOWNSAMPLINGS = 3
@@ -96,7 +95,7 @@ def _autoencoder(recipe: Recipe, encoder: nn.Module) -> MaskedEncoder:
         if getattr(recipe, field) is not None:
             options[field] = getattr(recipe, field)
     if recipe.targets is not None:
-        return MPMAE(encoder, read_targets(recipe.targets), uncertainty=recipe.uncertainty, **options)
+        return MPMAE(encoder, recipe.predicted, uncertainty=recipe.uncertainty, **options)
     options |= {"norm_pix_loss": recipe.norm_pix_loss, "loss_on": recipe.loss_on}
     if recipe.method == "spark":
         return SparK(encoder, below_tile=recipe.below_tile, **options)

@@ -12,6 +12,7 @@ import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,10 +24,11 @@ from sparsecnx.models import SIZES, ImageTarget
 from sparsecnx.models.convnextv2 import BLOCKS, STEMS
 from sparsecnx.models.mpmae import check_targets
 from sparsecnx.models.patches import LOSS_ON
+from sparsecnx.models.targets import PixelTarget, Target
 from sparsecnx.ops.global_response_norm.groups import SCOPES
 from sparsecnx.train.code import unknown_network
 from sparsecnx.train.data.augment import SMALLEST_AREA
-from sparsecnx.train.targets import IMAGE, PixelTarget, Target, patch_of, read_targets
+from sparsecnx.train.targets import IMAGE, patch_of, read_targets
 
 LARGEST_STRIDE = 32  # of our networks; smaller patches have smaller strides
 # The names of the methods, and the defaults in which they differ from FCMAE. The published SparK has a learning rate of
@@ -55,7 +57,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "int | tuple[int, ...]": ((int, tuple), "a whole number, or"),
     "tuple[float, ...]": ((tuple,), "numbers, such as (0.5, 0.25)"),
     "tuple[float, float]": ((tuple,), "two numbers, such as (0, 10000)"),
-    "dict[str, dict[str, Any]]": ((dict,), "targets by name, each with a type"),
+    "dict[str, dict[str, Any]]": ((dict,), "targets by name, each with a type: JSON, or targets: in a --config"),
 }
 # These are options of our own networks alone.
 OWN = ("grn_scope", "block", "stem_type", "norm_eps", "grn_eps", "dwconv_bias")
@@ -78,7 +80,7 @@ class Recipe:
         masks: an array of masks in a .npy file, `(N, patches)` or `(N, *grid)`, 1 = masked, one of which is drawn for
             each image; or `module:function`, a Python function of images `(B, C, *size)` and a torch.Generator that
             returns masks `(B, patches)`. None draws random masks of `mask_ratio`.
-        norm_pix_loss: predict pixels normalised per patch.
+        norm_pix_loss: predict pixels normalised per patch; of targets the image, unless its own norm_pix_loss differs.
         targets: what the decoders predict, by name, each with a type, image, class_map, regression or classification,
             and the arguments of its class in `sparsecnx.models`, such as `{biome: {type: classification, classes: 14}}`
             in YAML; one of the name image is the input. None reconstructs the image alone.
@@ -237,18 +239,26 @@ class Recipe:
             return
         for field, reason in {
             "method": "that of targets",
-            "norm_pix_loss": "since each image target has its own",
             "loss_on": "since each target has its own",
             "transform": "since targets would not follow it",
         }.items():
             default = getattr(type(self), field)
             self._expect(field, getattr(self, field) == default, f"{_typed(default)}, {reason}")
-        targets = read_targets(self.targets)
-        try:
-            check_targets(targets, self.uncertainty)
-        except (TypeError, ValueError) as error:
-            raise InputError("targets", ", ".join(map(str, targets)), str(error)) from error
-        for name, target in targets.items():
+        lists = {  # as YAML has them, not tuples
+            name: {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+            if isinstance(values, dict)
+            else values
+            for name, values in self.targets.items()
+        }
+        object.__setattr__(self, "targets", lists)
+        self._expect("targets", bool(self.predicted), "one or more, or none, which reconstructs the image alone")
+        for name, target in self.predicted.items():
+            try:
+                check_targets({name: target}, self.uncertainty)
+            except (TypeError, ValueError) as error:
+                raise InputError("targets", name, str(error)) from error
+            if name != IMAGE and self.ndim != 2:
+                raise InputError("targets", name, f"expected {IMAGE} alone, since the data are no images")
             values = target.outputs(patch_of(target, self.patch))
             if values > MOST_VALUES:
                 raise InputError("targets", name, f"expected at most {MOST_VALUES} values in a patch, not {values}")
@@ -257,6 +267,19 @@ class Recipe:
             if name == IMAGE and not self._is_input(target):
                 expected = f"{{type: image, channels: {self.in_chans}}} without a patch_size, the input itself"
                 raise InputError("targets", name, f"expected {expected}")
+
+    @cached_property
+    def predicted(self) -> dict[str, Target]:
+        """Return the targets by name; empty where the image alone is reconstructed."""
+        described = dict(self.targets or {})
+        if isinstance(image := described.get(IMAGE), dict) and image.get("type") == IMAGE:
+            described[IMAGE] = {"norm_pix_loss": self.norm_pix_loss, **image}
+        return read_targets(described)
+
+    @property
+    def called(self) -> str:
+        """Return the name of the method."""
+        return METHODS[self.method] if self.targets is None else "MP-MAE"
 
     def _is_input(self, target: Target) -> bool:
         return isinstance(target, ImageTarget) and target.channels == self.in_chans and target.patch_size is None

@@ -33,7 +33,7 @@ from sparsecnx.train.data.scale import IMAGENET_MEAN, IMAGENET_STD, UnsupportedV
 from sparsecnx.train.data.source import Source
 from sparsecnx.train.data.volumes import MAX_VOXELS, UnsupportedVolume
 from sparsecnx.train.networks import build_model
-from sparsecnx.train.recipe import MAX_PIXELS, METHODS, Recipe
+from sparsecnx.train.recipe import MAX_PIXELS, Recipe
 from sparsecnx.train.targets import IMAGE
 
 SHOWN_PHOTOGRAPHS = 6
@@ -158,7 +158,7 @@ def picture(
         step: number in the title.
         channels: see `reconstruct`.
     """
-    title = f"{METHODS[recipe.method]} {recipe.model}, step {step}, mask ratio {recipe.mask_ratio:g}"
+    title = f"{recipe.called} {recipe.model}, step {step}, mask ratio {recipe.mask_ratio:g}"
     if recipe.photographs:
         result = fill_in(model, images, mask)
         return draw(result, title), result.loss

@@ -30,9 +30,10 @@ def read_targets(described: Mapping[str, Any]) -> dict[str, Target]:
 
 def _target(name: Any, values: Any) -> Target:
     form = f"expected a type, {', '.join(TYPES)}, such as {{type: image, channels: 3}}"
-    if not isinstance(values, Mapping) or values.get("type") not in TYPES:
+    kind = values.get("type") if isinstance(values, Mapping) else None
+    if not isinstance(kind, str) or kind not in TYPES:
         raise InputError("targets", f"{name}: {values}", form)
-    kind = TYPES[values["type"]]
+    kind = TYPES[kind]
     known = {field.name: field for field in fields(kind)}
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key != "type"}
     needed = {key for key, field in known.items() if field.default is MISSING}

@@ -1,6 +1,7 @@
 """Images with several targets for tests: every target can be computed from the place of a pixel and of the image."""
 
 import numpy as np
+from PIL import Image
 
 SIDE = 96
 TARGETS = {
@@ -25,10 +26,10 @@ class Tiles:
         item = {
             "image": np.stack([rows, columns]) / 100,
             "radar": np.stack([rows, columns, rows + columns]),
-            "height": 100 * halves[:1] + halves[1:],
+            "height": (halves[:1] + halves[1:] / 100) / 10,
             "cover": ((rows + 2 * columns) % 7).astype(np.uint8),
             "weather": np.array([index, -index], np.float32),
-            "biome": index % 4,
+            "biome": np.int64(index % 4),
             "name": f"tile {index}",  # no target, and not read
         }
         if index == 2:
@@ -79,3 +80,35 @@ def text_biome():
 
 def half_class():
     return Changed(biome=1.5)
+
+
+def flat_cover():
+    return Changed(cover=np.zeros(SIDE, np.uint8))
+
+
+def other_classes():
+    return Changed(biome=np.int64(2))
+
+
+class Rare(Tiles):
+    """Have a biome in two images alone."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | ({} if index in (1, 6) else {"biome": None})
+
+
+def rare():
+    return Rare()
+
+
+class Turned(Tiles):
+    """Have images that EXIF data turn."""
+
+    def __getitem__(self, index):
+        image = Image.fromarray((100 * super().__getitem__(0)["image"]).astype(np.uint8).transpose(1, 2, 0)[..., 0])
+        image.getexif()[274] = 6
+        return super().__getitem__(index) | {"image": image}
+
+
+def turned():
+    return Turned()

@@ -336,15 +336,15 @@ def test_pixels_without_values_reach_the_model_as_invalid(holed, tmp_path):
         return (images.nan_to_num(0).sum().requires_grad_(), None, None)
 
     trainer.learner.forward = forward
-    trainer._backward(Batch(images, {}, {}, {}), 0)
+    trainer.learner.backward([trainer._pass(Batch(images, {}, {}, {}), 0)])
     assert torch.equal(seen["valid"], ~images.isnan()) and torch.equal(seen["images"].isnan(), images.isnan())
     empty = images.isnan().all(1).unflatten(1, (4, 16)).unflatten(3, (4, 16)).all(4).all(2).flatten(1)
     assert empty.sum() == 2 * 4 and seen["mask"][empty].all()  # of the 8 that are masked
     assert seen["mask"].sum(1).tolist() == [8, 8]
     first = seen["mask"]
-    trainer._backward(Batch(images, {}, {}, {}), 0)
+    trainer.learner.backward([trainer._pass(Batch(images, {}, {}, {}), 0)])
     assert torch.equal(seen["mask"], first)
-    trainer._backward(Batch(images.nan_to_num(0), {}, {}, {}), 0)
+    trainer.learner.backward([trainer._pass(Batch(images.nan_to_num(0), {}, {}, {}), 0)])
     assert seen["valid"] is None
 
 

@@ -9,6 +9,7 @@ import torch
 import yaml
 from cases import assert_close
 from many_targets import TARGETS
+from PIL import Image
 from small_runs import SMALL, logged, train
 
 from sparsecnx import load_encoder, models
@@ -37,8 +38,8 @@ def test_targets_of_a_crop_belong_to_its_pixels():
         assert not unreadable and image.shape == (2, 64, 64)
         assert torch.equal(targets["radar"], torch.stack([rows, columns, rows + columns]))
         assert torch.equal(targets["cover"], ((rows + 2 * columns) % 7).long())
-        height = 100 * (rows[::2, ::2] // 2) + columns[::2, ::2] // 2  # the same blocks of four pixels, mirrored or not
-        assert torch.equal(targets["height"][0], height)
+        height = (rows[::2, ::2] // 2 + columns[::2, ::2] // 2 / 100) / 10  # blocks of four pixels, mirrored or not
+        assert_close(targets["height"][0], height, 1e-6)
         assert torch.equal(targets["weather"], torch.tensor([1.0, -1.0])) and targets["biome"] == 1
 
 
@@ -49,9 +50,45 @@ def test_targets_of_resized_crops_keep_their_places():
         inner = (slice(4, -4), slice(4, -4))  # bicubic edges differ
         assert_close(targets["radar"][0][inner], rows[inner], 1e-4)
         half = torch.nn.functional.avg_pool2d(image[None] * 100, 2)[0]
-        assert_close(targets["height"][0, 4:-4, 4:-4], (100 * half[0] + half[1] - 50.5)[4:-4, 4:-4] / 2, 0.6)
+        height = (half[0] - 0.5 + (half[1] - 0.5) / 100) / 20
+        assert_close(targets["height"][0, 4:-4, 4:-4], height[4:-4, 4:-4], 1e-3)
         classes = (rows.round() + 2 * columns.round()) % 7
         assert targets["cover"].shape == classes.shape and set(targets["cover"].unique().tolist()) <= set(range(7))
+
+
+def test_crops_begin_anywhere_where_a_map_is_coarse():
+    """A map of 12 x 12 for 96 pixels: crops of 64 begin at each fifth part of the rest equally often."""
+    targets = {"coarse": {"type": "image", "channels": 1, "patch_size": 4}}
+    coarse = {"coarse": np.zeros((1, 12, 12), np.float32)}
+    reader, starts = crops(crop_area=None, targets=targets), torch.zeros(97)
+    reader.source.values = lambda index: coarse
+    for seed in range(500):
+        rows = 100 * reader[Draw(0, seed)].image[0, :, 0]
+        starts[int(rows.min().round())] += 1
+    assert starts.nonzero().flatten().tolist() == [0, 8, 16, 24, 32] and starts[starts > 0].min() > 60
+
+
+def test_items_may_hold_tensors_pictures_and_bool():
+    reader = crops(crop_area=None)
+    item = many_targets.Tiles()[0]
+    cover = Image.fromarray(item["cover"])
+    cover.getexif()[274] = 3  # half a turn
+    item |= {"radar": torch.from_numpy(item["radar"]).bfloat16().requires_grad_(), "cover": cover, "biome": True}
+    reader.source.values = lambda index: item
+    image, targets, unreadable, _ = reader[Draw(0, 0)]
+    rows, columns = (100 * image).round()
+    turned = (95 - rows + 2 * (95 - columns)) % 7
+    assert not unreadable and targets["biome"] == 1 and torch.equal(targets["cover"], turned.long())
+    assert_close(targets["radar"][0], rows, 0.5)
+
+
+def test_infinities_of_a_target_are_no_values_and_do_not_spread():
+    reader = crops(crop_area=0.5)
+    item = many_targets.Tiles()[0]
+    item["radar"][:, 40, 40] = np.inf
+    reader.source.values = lambda index: item
+    radar = reader[Draw(0, 3)].targets["radar"]
+    assert not radar.isinf().any() and radar.isnan().sum() <= 3 * 4 and radar.nan_to_num(0).abs().max() < 200
 
 
 def test_what_an_image_does_not_have_is_no_value():
@@ -118,18 +155,46 @@ def test_a_run_that_was_stopped_has_the_same_losses(tmp_path):
     ("data", "said"),
     [
         ("without_cover", "item 3: has no cover: expected a value, or None where there is none"),
-        ("flat_radar", "targets is item 3: has a target that does not fit: radar is (1, 3, 96): expected"),
+        ("flat_radar", "targets is item 3: has radar of the shape (3, 96): expected (3, height, width)"),
         ("odd_cover", "has cover of 60x60 values for 96x96 pixels: expected a multiple or an equal part"),
         ("high_class", "cover has the value 7: expected 0 to 6, or 255 for none"),
         ("fine_height", "has height of 64x64 values in a crop: its patch_size expects 32x32"),
         ("text_biome", "has biome of <U6: expected numbers"),
         ("half_class", "has biome of float64: expected whole numbers, classes"),
+        ("flat_cover", "has cover of the shape (96,): expected (height, width)"),
     ],
 )
 def test_targets_that_do_not_fit_are_named_before_the_first_step(data, said, tmp_path):
     with pytest.raises(InputError) as caught:
         train(f"python:many_targets:{data}", tmp_path / "run", **FIELDS, crop_area=None)
     assert said.replace("item 3: ", "item 3: ") in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_batches_that_are_accumulated_have_the_losses_of_one(tmp_path):
+    """Two of eight images have a biome, so that most batches have none."""
+    for passes in (1, 4):
+        sizes = {"batch_size": 8 // passes, "grad_accum_steps": passes, "crop_area": None}
+        assert train("python:many_targets:rare", tmp_path / str(passes), **FIELDS, **sizes) == 0
+    for line, other in zip(logged(tmp_path / "1"), logged(tmp_path / "4"), strict=True):
+        assert line["losses"]["biome"] > 1
+        assert other["losses"]["biome"] == pytest.approx(line["losses"]["biome"], rel=0.1)  # other masks are drawn
+
+
+def test_a_step_without_a_value_has_no_loss(tmp_path):
+    assert train("python:many_targets:rare", tmp_path / "run", **{**FIELDS, "batch_size": 1}) == 0
+    assert sum("biome" in line["losses"] for line in logged(tmp_path / "run")) == 2 * 2  # two images, two epochs
+
+
+def test_changed_targets_are_not_the_data_of_a_run():
+    prints = {name: find_source(f"python:many_targets:{name}").fingerprint() for name in ("tiles", "other_classes")}
+    assert prints["tiles"].contents != prints["other_classes"].contents
+    assert prints["tiles"] == find_source(DATA).fingerprint()
+
+
+def test_an_image_that_is_turned_does_not_lie_on_its_maps(tmp_path):
+    targets = {"radar": TARGETS["radar"]}
+    with pytest.raises(InputError, match="an image that its EXIF data turn, and arrays that they do not"):
+        train("python:many_targets:turned", tmp_path / "run", image_size=64, targets=targets)
 
 
 def test_a_folder_of_images_has_no_other_targets(photos, tmp_path):
@@ -166,7 +231,13 @@ IMAGE = {"type": "image", "channels": 2}
         ({"targets": None, "uncertainty": True}, "uncertainty is True: expected False, since there are no targets"),
         ({"method": "spark"}, "method is spark: expected fcmae, that of targets"),
         ({"loss_on": "all"}, "loss_on is all: expected masked, since each target has its own"),
-        ({"norm_pix_loss": False}, "norm_pix_loss is False: expected True, since each image target has its own"),
+        ({"targets": {"a": {**IMAGE, "type": [1]}}}, "expected a type, image, class_map"),
+        ({"targets": {"half": IMAGE}}, "targets is half: targets has the name 'half': expected text without a dot"),
+        (
+            {"targets": {"a": {"type": "classification", "classes": 2, "ignore_index": 10**23}}},
+            "expected a number of 64 bits",
+        ),
+        ({"ndim": 3, "patch_size": 16, "crop_area": None}, "targets is radar: expected image alone"),
         ({"transform": "a:b"}, "transform is a:b: expected None, since targets would not follow it"),
     ],
 )

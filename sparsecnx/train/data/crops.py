@@ -44,7 +44,7 @@ class Draw(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One crop, what else is predicted from it, see `Recipe.targets`, and the files that a `Batch` names."""
+    """Hold one crop, what else is predicted from it, see `Recipe.targets`, and the files that a `Batch` names."""
 
     image: Tensor
     targets: dict[str, Tensor]
@@ -83,6 +83,10 @@ class Crops(Dataset[Any]):
 
     Another entry takes the place of an unreadable one, see `Source.instead`, so that batches stay full.
 
+    Attributes:
+        targets: reads what else is predicted.
+        absent: names of the targets that no crop of `try_out` had a value of.
+
     Raises:
         InputError: the transform of the recipe cannot be used.
     """
@@ -91,6 +95,7 @@ class Crops(Dataset[Any]):
         self.source, self.recipe = source, recipe
         self.transform = None if recipe.transform is None else load_transform(recipe.transform)
         self.targets = TargetReader(recipe)
+        self.absent = set(self.targets.targets)
         self.scales: OrderedDict[int, Scale] = OrderedDict()
         self.held: OrderedDict[int, Pixels] = OrderedDict()
 
@@ -107,23 +112,20 @@ class Crops(Dataset[Any]):
 
     def crop(self, place: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a crop of entry `place`, drawn from a seed, a box, resized or not, and mirrored; and its targets."""
-        entry, size = self.whole(place), self.recipe.size
-        whole = self._whole_targets(place, entry.pixels.size)
+        entry, size, area = self.whole(place), self.recipe.size, self.recipe.crop_area
+        sides = entry.pixels.size
+        read = self.targets.read(self.source.values(place), sides) if self.targets.targets else {}
+        steps = self.targets.lattice(read, sides)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            start, sides = random_box(entry.pixels.size, size, self.recipe.crop_area)
-            steps = self.targets.lattice(whole, entry.pixels.size)
-            start = [first // step * step for first, step in zip(start, steps, strict=True)]
-            if self.recipe.crop_area is not None:
-                sides = [max(side // step, 1) * step for side, step in zip(sides, steps, strict=True)]
-            crop, axes = self._cut(entry, start, sides), mirrored_axes(len(size))
-        targets = self.targets.cut(whole, entry.pixels.size, start, sides)
+            cells, wanted = ([n // step for n, step in zip(axes, steps, strict=True)] for axes in (sides, size))
+            start, box = random_box(cells, wanted, area)
+            start, box = ([n * step for n, step in zip(axes, steps, strict=True)] for axes in (start, box))
+            box = size if area is None else box
+            crop, axes = self._cut(entry, start, box), mirrored_axes(len(size))
+        targets = self.targets.cut(read, sides, start, box)
         maps = {name: value.flip(axes) for name, value in targets.items() if name in self.targets.sides}
         return crop.flip(axes), targets | maps
-
-    def _whole_targets(self, place: int, size: Sequence[int]) -> dict[str, Tensor | None]:
-        """Return the targets of entry `place`, an image of sides `size`."""
-        return self.targets.whole(self.source.values(place), size) if self.targets.targets else {}
 
     def _transformed(self, crop: Tensor, seed: int) -> Tensor:
         """Return a crop as the transform returns it. Raise InputError if that fails, which is no fault of the image."""
@@ -147,14 +149,15 @@ class Crops(Dataset[Any]):
         return values
 
     def try_out(self) -> None:
-        """Read an entry and make a crop of it, and look at the targets of a sample.
+        """Read an entry and make a crop of it; and of each entry of a sample, where there are targets.
 
         Raises:
             InputError: no entry can be read, the transform does not take its crop, or a target does not fit.
         """
         for place in self.source.sample() if self.targets.targets else ():
             try:
-                self.crop(place, self.recipe.seed)
+                _, targets = self.crop(place, self.recipe.seed)
+                self.absent -= {name for name, value in targets.items() if self.targets.has_value(name, value)}
             except UnsupportedTarget as error:
                 raise InputError("targets", self.source.name(place), str(error)) from error
             except InputError:

@@ -6,7 +6,8 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from sparsecnx.train.data.files import hashed
 from sparsecnx.train.data.formats import Header
 from sparsecnx.train.data.images import ImageFiles, Images
 from sparsecnx.train.data.memory import memory_header, memory_pixels
-from sparsecnx.train.data.pictures import File, UnsupportedImage
-from sparsecnx.train.data.source import SAMPLED_ENTRIES, Fingerprint
+from sparsecnx.train.data.pictures import File, UnsupportedImage, orientation
+from sparsecnx.train.data.source import SAMPLED_ENTRIES, Fingerprint, Source
+from sparsecnx.train.data.target_values import UnsupportedTarget, as_array
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.targets import IMAGE
 
@@ -73,7 +75,14 @@ class Items(Images):
 
     def values(self, index: int) -> Mapping[str, Any]:
         item = self.item(index)
-        return item if isinstance(item, Mapping) else super().values(index)
+        if not isinstance(item, Mapping):
+            return super().values(index)
+        image = item.get(IMAGE)
+        turned = isinstance(image, Image.Image) and orientation(image) not in (None, 1)
+        if turned and any(isinstance(value, (np.ndarray, Tensor)) and value.ndim > 1 for value in item.values()):
+            expected = "expected an image that is upright"
+            raise UnsupportedTarget(f"has an image that its EXIF data turn, and arrays that they do not: {expected}")
+        return item
 
     def sample(self) -> list[int]:
         """Return fewer items than of files, since all of each is read."""
@@ -81,9 +90,16 @@ class Items(Images):
 
     def fingerprint(self) -> Fingerprint:
         """Return hashes of the number of items, and of the sizes and contents of a sample."""
-        held = [self._bytes(index) for index in self.sample()]
-        sizes = ",".join(str(len(part)) for part in held)
-        return Fingerprint(hashed([str(self.length).encode()]), hashed([sizes.encode()]), hashed(held))
+        sizes = []
+
+        def contents() -> Iterator[bytes]:
+            for index in self.sample():
+                part = self._bytes(index)
+                sizes.append(str(len(part)))
+                yield part
+
+        of_contents = hashed(contents())
+        return Fingerprint(hashed([str(self.length).encode()]), hashed([",".join(sizes).encode()]), of_contents)
 
     def expect_repeatable(self) -> None:
         """Read a few items twice.
@@ -98,15 +114,19 @@ class Items(Images):
 
     def _bytes(self, index: int) -> bytes:
         """Return what tells an item from another, nothing where it cannot be read."""
+        self.last = None  # a data set may write the next item into the memory of the last one
         try:
             item = self.items[index]
             image = first_image(item)
         except Exception:  # data sets raise many kinds of errors
             return b""
-        named = item.items() if isinstance(item, Mapping) and IMAGE in item else ()
-        others = [value for _, value in sorted(named) if isinstance(value, (*KINDS, int, float)) and value is not image]
-        arrays = [np.asarray(value) for value in (image, *others)]
-        return b"".join(repr(array.shape).encode() + array.tobytes() for array in arrays)
+        parts = []
+        for name, value in sorted(item.items(), key=str) if isinstance(item, Mapping) else [("", image)]:
+            with suppress(Exception):  # what is no number is no target
+                array = as_array(value)
+                if array.dtype.kind in "iufb":
+                    parts.append(f"{name}{array.dtype}{array.shape}".encode() + array.tobytes())
+        return b"".join(parts)
 
 
 def first_image(item: Any) -> Any:
@@ -130,6 +150,8 @@ def first_image(item: Any) -> Any:
 
 class HuggingFaceImages(ImageFiles, Items):
     """A column of images of a data set of Hugging Face, as the files that they were."""
+
+    values = Source.values  # it has images alone
 
     def name(self, index: int) -> str:
         try:
