@@ -196,7 +196,7 @@ def test_a_terminated_run_saves_resumes_and_is_drawn(photos, tmp_path, capsys):
     try:
         wait_for_a_step(run / "log.jsonl", process)
         os.killpg(process.pid, signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate()
     finally:
         process.kill()
     assert process.returncode == 143

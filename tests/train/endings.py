@@ -28,7 +28,7 @@ from sparsecnx.train.callbacks import Callback, LogError
 from sparsecnx.train.data import loader
 from sparsecnx.train.log import JsonLines, RunLog, TensorBoard
 
-SECONDS = 60  # a run takes less than one; this tells a slow machine from a run that hangs
+SECONDS = 240  # a run takes one; on a busy disk it waits long for its files to be safe, and it does not hang
 
 
 def part(log: RunLog, kind: type[Callback]) -> Any:

@@ -100,7 +100,7 @@ def run(world: int, arguments: list[str], kill: list[int] | None = None, restart
             port = free_port()
             ranks = [(rank, world, port, arguments, kill) for rank in range(world)]
             processes = [forked(f"{folder}/{place[0]}", be_rank, *place) for place in ranks]
-        signal.alarm(100)
+        signal.alarm(500)
         codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
         signal.alarm(0)
         return {"codes": codes, "output": [open(f"{folder}/{i}").read() for i in range(len(processes))]}
