@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -121,24 +121,30 @@ class Learner:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(called, device_ids=ids, gradient_as_bucket_view=True)
 
-    def backward(self, passes: Sequence[Pass]) -> tuple[Tensor, Tensor | None]:
+    def backward(self, passes: Iterable[Pass]) -> tuple[Tensor, Tensor | None]:
         """Compute the losses of the forward passes of a step, and add their gradients, averaged over the processes.
+
+        Args:
+            passes: they are taken one by one; all at first where they must be counted together.
 
         Returns:
             The loss, and those of all targets of the recipe in their order, detached, `(1 + targets,)`: their means
             over the processes are those of the whole step. And how many patches or images each target has in a pass,
             in the mean over all passes and processes, `(targets,)`; None without targets.
         """
-        counts = self._mean_counts(passes)
-        found = []
-        for number, one in enumerate(passes, 1):
-            last = number == len(passes)  # after which gradients are averaged
+        number, counts = self.recipe.grad_accum_steps, None
+        if self.recipe.targets is not None or not self._alike:
+            passes = list(passes)
+            counts = self.processes.mean(torch.stack([self._counts(one) for one in passes]).mean(0))
+        found: list[Tensor] = []
+        for one in passes:
+            last = len(found) == number - 1  # after which gradients are averaged
             if self.options.shard:
                 self.model.set_requires_gradient_sync(last)
             waits = isinstance(self.forward, DistributedDataParallel) and not last
             with self.forward.no_sync() if waits else nullcontext():
                 losses = self.losses(one, counts)
-                (losses[0] / len(passes)).backward()
+                (losses[0] / number).backward()
             found.append(torch.stack([loss.detach() for loss in losses]))  # copied: a CUDA graph reuses its memory
         return torch.stack(found).mean(0), None if self.recipe.targets is None else counts
 
@@ -147,7 +153,7 @@ class Learner:
 
         Args:
             one: the pass.
-            counts: as `_mean_counts` returns them.
+            counts: `_counts` in the mean over all passes and processes; None where they are alike.
         """
         dtype, drawn = DTYPES[self.recipe.dtype], one.drawn
         given: dict[str, Any] = {"mask": drawn.mask, "valid": drawn.valid, "visible": drawn.visible}
@@ -160,12 +166,11 @@ class Learner:
             return [found.loss, *found.losses.values()]
         return [found[0] if counts is None else found[0] * (self._counts(one) / counts.clamp(min=1e-6))[0]]
 
-    def _mean_counts(self, passes: Sequence[Pass]) -> Tensor | None:
-        """Return what `_counts` does in the mean over all passes and processes; None where all are equal."""
-        alike = (self.recipe.masks is None and self._complete) or len(passes) == self.processes.world == 1
-        if self.recipe.targets is None and alike:
-            return None
-        return self.processes.mean(torch.stack([self._counts(one) for one in passes]).mean(0))
+    @property
+    def _alike(self) -> bool:
+        """Return whether all passes of a step, in all processes, have the same number of patches that count."""
+        masked_alike = self.recipe.masks is None and self._complete
+        return masked_alike or self.recipe.grad_accum_steps == self.processes.world == 1
 
     def _counts(self, one: Pass) -> Tensor:
         """Return how many patches or images have a part in the loss, or in that of each target, float32."""

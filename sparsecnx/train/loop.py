@@ -216,14 +216,17 @@ class Trainer:
                 before the step.
         """
         recipe, start, waited = self.recipe, time.perf_counter(), 0.0
-        passes = []
-        for number in range(recipe.grad_accum_steps):
-            begun = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - begun
-            self._note_unreadable(batch, log)
-            passes.append(self._pass(batch, self.step * recipe.grad_accum_steps + number))
-        losses, counts = self.learner.backward(passes)
+
+        def passes() -> Iterator[Pass]:
+            nonlocal waited
+            for number in range(recipe.grad_accum_steps):
+                begun = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - begun
+                self._note_unreadable(batch, log)
+                yield self._pass(batch, self.step * recipe.grad_accum_steps + number)
+
+        losses, counts = self.learner.backward(passes())
         norm, means = self.learner.gradient_norm(), self.processes.mean(losses)
         # This waits for the device once. It stands before the update, so that a bad step never reaches a checkpoint.
         known = torch.cat([means, whole(norm)[None], *([] if counts is None else [counts])]).tolist()
