@@ -28,7 +28,7 @@ from sparsecnx.train.sharding import MOMENTS, shard, sharded_like
 
 
 class Pass(NamedTuple):
-    """What a forward pass takes, on the device.
+    """Hold what a forward pass takes, on the device.
 
     Attributes:
         images: normalised, `(B, C, *size)`, NaN where there is no value.
