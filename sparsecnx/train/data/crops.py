@@ -76,6 +76,7 @@ class Entry(NamedTuple):
 
     pixels: Pixels
     scale: Scale | None
+    place: int
 
 
 class Crops(Dataset[Any]):
@@ -98,6 +99,7 @@ class Crops(Dataset[Any]):
         self.absent = set(self.targets.targets)
         self.scales: OrderedDict[int, Scale] = OrderedDict()
         self.held: OrderedDict[int, Pixels] = OrderedDict()
+        self.with_value: set[int] = set()  # entries that are known to have one outside an empty box
 
     def __getitem__(self, draw: Draw) -> Sample | InputError:
         try:
@@ -144,8 +146,9 @@ class Crops(Dataset[Any]):
     def _values(self, entry: Entry, start: Sequence[int], sides: Sequence[int]) -> Tensor:
         """Return a box of an entry, which may have no value, where the entry has one elsewhere."""
         values = expect_numbers(entry.pixels.read(start, sides), self.recipe.value_range, start)
-        if values.is_floating_point() and values.isnan().all():
+        if entry.place not in self.with_value and values.is_floating_point() and values.isnan().all():
             expect_a_value(entry.pixels)
+            self.with_value.add(entry.place)
         return values
 
     def try_out(self) -> None:
@@ -191,7 +194,7 @@ class Crops(Dataset[Any]):
             self.scales[place] = scale
             if len(self.scales) > HELD_SCALES:
                 self.scales.popitem(last=False)
-        return Entry(pixels, scale)
+        return Entry(pixels, scale, place)
 
     def _pixels(self, place: int) -> Pixels:
         """Return entry `place`, which is kept where the source is small, or where no part of it can be read alone."""
