@@ -71,11 +71,12 @@ class Reconstructions:
         Raises:
             LogError: as `read` does.
         """
-        pixels = self.read().to(device)
-        valid, images = values_in(pixels), normalize(pixels, self.recipe)
+        pixels = self.read()
+        valid, images = values_in(pixels), normalize(pixels.to(device), self.recipe)
         dtype = DTYPES[self.recipe.dtype]
         with _undisturbed(model, device):
-            mask = self.masks.draw(images, 0, valid).mask
+            mask = self.masks.draw(pixels, 0, valid, device).mask.to(device)
+            valid = None if valid is None else valid.to(device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 return picture(model, self.recipe, images, mask, valid, step)[0]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.models.patches import counted_patches, patchify
 from sparsecnx.train.code import is_code
 from sparsecnx.train.contents import Contents
+from sparsecnx.train.data.scale import normalize
 from sparsecnx.train.masks import Drawn
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.options import Options
@@ -25,13 +26,14 @@ from sparsecnx.train.processes import Processes
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.schedule import BETAS, param_groups
 from sparsecnx.train.sharding import MOMENTS, shard, sharded_like
+from sparsecnx.train.targets import IMAGE
 
 
 class Pass(NamedTuple):
-    """Hold what a forward pass takes, on the device.
+    """Hold what a forward pass takes, as it was read: `Learner.inputs` moves it to the device.
 
     Attributes:
-        images: normalised, `(B, C, *size)`, NaN where there is no value.
+        images: `(B, C, *size)`, NaN where there is no value, see `Batch`.
         targets: what else is predicted from them, by name.
         drawn: their masks.
         seed: of dropout and the like.
@@ -40,6 +42,14 @@ class Pass(NamedTuple):
     images: Tensor
     targets: dict[str, Tensor]
     drawn: Drawn
+    seed: int
+
+
+class Inputs(NamedTuple):
+    """Hold the arguments of a forward pass on the device: normalised images, the others by name, and a seed."""
+
+    images: Tensor
+    given: dict[str, Any]
     seed: int
 
 
@@ -121,64 +131,93 @@ class Learner:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(called, device_ids=ids, gradient_as_bucket_view=True)
 
-    def backward(self, passes: Iterable[Pass]) -> tuple[Tensor, Tensor | None]:
-        """Compute the losses of the forward passes of a step, and add their gradients, averaged over the processes.
+    def backward(self, passes: Iterable[Pass]) -> tuple[Tensor, Tensor]:
+        """Compute the losses of the forward passes of a step, and add up their gradients: those of all their images.
 
         Args:
-            passes: they are taken one by one; all at first where they must be counted together.
+            passes: they are read and moved to the device one by one. With targets all of them are read first, since
+                the values of each target are counted together.
 
         Returns:
-            The loss, and those of all targets of the recipe in their order, detached, `(1 + targets,)`: their means
-            over the processes are those of the whole step. And how many patches or images each target has in a pass,
-            in the mean over all passes and processes, `(targets,)`; None without targets.
+            The loss, and those of all targets of the recipe in their order, detached, `(1 + targets,)`. And how many
+            patches or images each target has in a pass, `(targets,)`, or the share of the patches that count, `(1,)`:
+            all 0 where there is nothing to learn from. Both are of all processes.
         """
-        number, counts = self.recipe.grad_accum_steps, None
-        if self.recipe.targets is not None or not self._alike:
-            passes = list(passes)
-            counts = self.processes.mean(torch.stack([self._counts(one) for one in passes]).mean(0))
-        found: list[Tensor] = []
-        for one in passes:
-            last = len(found) == number - 1  # after which gradients are averaged
-            if self.options.shard:
-                self.model.set_requires_gradient_sync(last)
-            waits = isinstance(self.forward, DistributedDataParallel) and not last
-            with self.forward.no_sync() if waits else nullcontext():
-                losses = self.losses(one, counts)
-                (losses[0] / number).backward()
-            found.append(torch.stack([loss.detach() for loss in losses]))  # copied: a CUDA graph reuses its memory
-        return torch.stack(found).mean(0), None if self.recipe.targets is None else counts
+        number, found = self.recipe.grad_accum_steps, list[Tensor]()
+        several = self.recipe.targets is not None
+        inputs, counts = self._counted(list(passes)) if several else (map(self.inputs, passes), None)
+        weighs = not several and (self.recipe.masks is not None or not self._complete)
+        for one in inputs:
+            with self._averaging(len(found) == number - 1):
+                losses = torch.stack(self.losses(one, counts))
+                share = self._share(one) if weighs else losses.new_ones(1)
+                (losses[0] * share[0] / number).backward()
+            found.append(torch.cat([losses.detach() * share, share]))
+        means = self.processes.mean(torch.stack(found).mean(0))
+        losses, share = means[:-1], means[-1:]
+        if weighs:
+            some = share.clamp(min=torch.finfo().tiny)
+            losses = losses / some
+            self._scale_gradients(1 / some[0])
+        return losses, share if counts is None else counts
 
-    def losses(self, one: Pass, counts: Tensor | None) -> list[Tensor]:
-        """Return the losses of a forward pass, whose mean over passes and processes is that of all their images.
+    def inputs(self, one: Pass) -> Inputs:
+        """Move a pass to the device, and normalise its images."""
+        images, valid = normalize(self._moved(one.images), self.recipe), one.drawn.valid
+        given: dict[str, Any] = {"mask": self._moved(one.drawn.mask), "visible": one.drawn.visible}
+        given["valid"] = None if valid is None else self._moved(valid)
+        if self.recipe.targets is not None:
+            values = {IMAGE: images, **one.targets}
+            given["targets"] = {name: self._moved(values[name]) for name in self.recipe.targets}
+        return Inputs(images, given, one.seed)
+
+    def _moved(self, values: Tensor) -> Tensor:
+        return values.to(self.device, non_blocking=True)
+
+    def _counted(self, passes: Sequence[Pass]) -> tuple[Iterable[Inputs], Tensor]:
+        """Return the inputs of passes, and the counts of their targets in the mean over all passes and processes.
+
+        Of several passes only one at a time is on the device, which each reaches twice.
+        """
+        inputs: Iterable[Inputs] = map(self.inputs, passes)
+        inputs = list(inputs) if len(passes) == 1 else inputs
+        counts = [self.model.counts(one.given["targets"], one.given["mask"]) for one in inputs]
+        again = inputs if len(passes) == 1 else map(self.inputs, passes)
+        return again, self.processes.mean(torch.stack(counts).mean(0))
+
+    @contextmanager
+    def _averaging(self, last: bool) -> Iterator[None]:
+        """Let gradients be averaged over the processes after the last pass of a step alone."""
+        if self.options.shard:
+            self.model.set_requires_gradient_sync(last)
+        waits = isinstance(self.forward, DistributedDataParallel) and not last
+        with self.forward.no_sync() if waits else nullcontext():
+            yield
+
+    def losses(self, one: Inputs, counts: Tensor | None) -> list[Tensor]:
+        """Return the loss of a forward pass, and those of all targets.
 
         Args:
-            one: the pass.
-            counts: `_counts` in the mean over all passes and processes; None where they are alike.
+            one: its inputs.
+            counts: of the targets, what their errors are divided by, see `MPMAE.forward`.
         """
-        dtype, drawn = DTYPES[self.recipe.dtype], one.drawn
-        given: dict[str, Any] = {"mask": drawn.mask, "valid": drawn.valid, "visible": drawn.visible}
-        if self.recipe.targets is not None:
-            given |= {"targets": one.targets, "counts": counts}
+        dtype, given = DTYPES[self.recipe.dtype], one.given
         torch.manual_seed(one.seed)  # dropout and the like of other networks draw from here
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            found = self.forward(one.images, **given)
-        if self.recipe.targets is not None:
-            return [found.loss, *found.losses.values()]
-        return [found[0] if counts is None else found[0] * (self._counts(one) / counts.clamp(min=1e-6))[0]]
+            if counts is None:
+                return [self.forward(one.images, **given)[0]]
+            found = self.forward(one.images, **given, counts=counts)
+        return [found.loss, *found.losses.values()]
 
-    @property
-    def _alike(self) -> bool:
-        """Return whether all passes of a step, in all processes, have the same number of patches that count."""
-        masked_alike = self.recipe.masks is None and self._complete
-        return masked_alike or self.recipe.grad_accum_steps == self.processes.world == 1
+    def _share(self, one: Inputs) -> Tensor:
+        """Return the share of the patches of a forward pass that have a part in the loss, `(1,)`."""
+        mask, valid = one.given["mask"], one.given["valid"]
+        there = None if valid is None else patchify(valid, self.model.patch)
+        return counted_patches(mask, self.model.loss_on, there).float().mean()[None]
 
-    def _counts(self, one: Pass) -> Tensor:
-        """Return how many patches or images have a part in the loss, or in that of each target, float32."""
-        if self.recipe.targets is not None:
-            counts: Tensor = self.model.counts(one.targets, one.drawn.mask)
-            return counts
-        there = None if one.drawn.valid is None else patchify(one.drawn.valid, self.model.patch)
-        return counted_patches(one.drawn.mask, self.model.loss_on, there).sum().float()[None]
+    def _scale_gradients(self, factor: Tensor) -> None:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
 
     def gradient_norm(self) -> Tensor:
         """Return the norm of all gradients, a DTensor where they are sharded."""

@@ -23,7 +23,7 @@ from sparsecnx.train.config import write_config
 from sparsecnx.train.contents import Contents
 from sparsecnx.train.data.crops import Batch, Crops, draws, mix
 from sparsecnx.train.data.loader import WorkersError, load_batches
-from sparsecnx.train.data.scale import normalize, values_in
+from sparsecnx.train.data.scale import values_in
 from sparsecnx.train.data.source import Fingerprint, Source
 from sparsecnx.train.drawing import RECONSTRUCTIONS, Pictures, Reconstructions
 from sparsecnx.train.learner import Learner, Pass, whole
@@ -34,7 +34,6 @@ from sparsecnx.train.processes import Processes
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.schedule import learning_rate
 from sparsecnx.train.services import chosen_callbacks
-from sparsecnx.train.targets import IMAGE
 
 # Steps times the peak learning rate of a run that learns little. `make demo` has 0.7, the published runs have 600.
 LEAST_TRAINING = 0.2
@@ -209,7 +208,7 @@ class Trainer:
         return load_batches(self.crops, order, workers=self.workers, pin_memory=pin_memory)
 
     def train_step(self, batches: Iterator[Batch], log: RunLog) -> StepRecord:
-        """Take one optimizer step over `grad_accum_steps` batches.
+        """Take one optimizer step over `grad_accum_steps` batches, which changes no weight if no value in them counts.
 
         Raises:
             TrainingStopped: loss or gradient is not finite, or no image can be read any more; the parameters are as
@@ -227,20 +226,22 @@ class Trainer:
                 yield self._pass(batch, self.step * recipe.grad_accum_steps + number)
 
         losses, counts = self.learner.backward(passes())
-        norm, means = self.learner.gradient_norm(), self.processes.mean(losses)
+        norm = self.learner.gradient_norm()
         # This waits for the device once. It stands before the update, so that a bad step never reaches a checkpoint.
-        known = torch.cat([means, whole(norm)[None], *([] if counts is None else [counts])]).tolist()
-        targets = list(recipe.targets or ())
-        mean_loss, each, grad_norm = known[0], known[1 : 1 + len(targets)], known[1 + len(targets)]
-        there = known[2 + len(targets) :]
+        known = torch.cat([whole(norm)[None], losses, counts]).tolist()
+        grad_norm, mean_loss, each, there = known[0], known[1], known[2 : 1 + len(losses)], known[1 + len(losses) :]
         self.processes.together(lambda: self._expect_finite(mean_loss, grad_norm))
-        lr = self._learning_rate()
+        if any(there):
+            lr = self._learning_rate()
+        else:
+            lr, what = 0.0, f"no value of its {self.source.noun}s counts in the loss"
+            log.say(f"step {self.step + 1}: {what}, so no weight changes")
         self.learner.update(lr, norm)
         self.step += 1
         seconds = time.perf_counter() - start
         speeds, waits = self.processes.numbers(recipe.effective_batch / self.processes.world / seconds, waited)
         epoch = self.step / self.steps_per_epoch
-        named = {name: loss for name, loss, count in zip(targets, each, there, strict=True) if count}
+        named = {name: loss for name, loss, count in zip(recipe.targets or (), each, there, strict=False) if count}
         return StepRecord(self.step, epoch, mean_loss, lr, grad_norm, sum(speeds), speeds, waits, named)
 
     def _expect_finite(self, loss: float, grad_norm: float) -> None:
@@ -270,17 +271,12 @@ class Trainer:
             raise TrainingStopped(f"step {self.step + 1}: {batch.problem}, {self._last_good()}")
 
     def _pass(self, batch: Batch, number: int) -> Pass:
-        """Return a batch on the device, with the masks of forward pass `number` of the run."""
-        device, valid = self.learner.device, values_in(batch.images)
-        images = normalize(batch.images.to(device, non_blocking=True), self.recipe)
-        given = {name: value.to(device, non_blocking=True) for name, value in batch.targets.items()} | {IMAGE: images}
-        valid = None if valid is None else valid.to(device, non_blocking=True)
+        """Return a batch with the masks of forward pass `number` of the run, which follow the images if they must."""
         try:
-            drawn = self.masks.draw(images, number, valid)
+            drawn = self.masks.draw(batch.images, number, values_in(batch.images), self.learner.device)
         except InputError as error:
             raise TrainingStopped(f"step {self.step + 1}: {error}, {self._last_good()}") from error
-        targets = {name: given[name] for name in self.recipe.targets or ()}
-        return Pass(images, targets, drawn, mix(self.recipe.seed, "network", number, self.processes.rank))
+        return Pass(batch.images, batch.targets, drawn, mix(self.recipe.seed, "network", number, self.processes.rank))
 
     def save(self) -> None:
         """Write a checkpoint.
@@ -388,7 +384,8 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _epoch_line(epoch: int, epochs: int, records: list[StepRecord]) -> str:
-    loss, speed = fmean(r.loss for r in records), harmonic_mean([r.images_per_s for r in records])
+    counted = [r for r in records if r.grad_norm] or records  # without steps of which no value counts
+    loss, speed = fmean(r.loss for r in counted), harmonic_mean([r.images_per_s for r in records])
     done = f"epoch {epoch:{len(str(epochs))}}/{epochs}"
     return f"{done}  loss {loss:.4f}  lr {records[-1].lr:.2e}  {speed:.1f} images/s"
 

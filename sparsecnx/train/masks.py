@@ -22,7 +22,8 @@ from sparsecnx.geometry.mask_reading import read_mask
 from sparsecnx.geometry.masks import random_mask
 from sparsecnx.models.patches import patchify
 from sparsecnx.train.code import is_code, load_code
-from sparsecnx.train.data.crops import mix
+from sparsecnx.train.data.order import mix
+from sparsecnx.train.data.scale import normalize
 from sparsecnx.train.processes import Processes
 from sparsecnx.train.recipe import Recipe
 
@@ -64,31 +65,34 @@ class Masks:
             self.given = _read(recipe)
             self.checksum = zlib.crc32(self.given.numpy().tobytes())
 
-    def draw(self, images: Tensor, forward_pass: int, valid: Tensor | None = None) -> Drawn:
-        """Return the masks for a process's part of a batch, images `(B, C, *size)` with NaN where they have no value.
+    def draw(
+        self, images: Tensor, forward_pass: int, valid: Tensor | None = None, device: torch.device | str = "cpu"
+    ) -> Drawn:
+        """Return the masks for a process's part of a batch.
 
         Random masks mask patches without any value before all others: they have nothing to show.
 
         Args:
-            images: of the part.
+            images: of the part, `(B, C, *size)`, as they were read, see `Batch`.
             forward_pass: its number.
             valid: where the images have values, see `Drawn`.
+            device: a function of the user is called with normalised images on it.
         """
         recipe, batch = self.recipe, range(self.recipe.batch_size)
         part, generator = list(self.processes.part(batch)), torch.Generator()
         if self.function is not None:
             generator.manual_seed(mix(recipe.seed, "mask", forward_pass, self.processes.rank))
-            mask = self._of_function(images, generator)
+            mask = self._of_function(normalize(images.to(device), recipe), generator)
             _check(recipe, mask)
             return Drawn(mask, None, valid)
         generator.manual_seed(mix(recipe.seed, "mask", forward_pass))
         if self.given is not None:
             chosen = torch.randint(len(self.given), (len(batch),), generator=generator)
-            return Drawn(self.given[chosen[part]].to(images.device), None, valid)
-        mask = random_mask(len(batch), recipe.grid, recipe.mask_ratio, generator=generator)[part].to(images.device)
+            return Drawn(self.given[chosen[part]], None, valid)
+        mask = random_mask(len(batch), recipe.grid, recipe.mask_ratio, generator=generator)[part]
         if valid is not None:
             empty = ~patchify(valid, recipe.patch).any(dim=-1)
-            others = torch.rand(len(batch), mask.shape[1], generator=generator)[part].to(images.device)
+            others = torch.rand(len(batch), mask.shape[1], generator=generator)[part]
             order = (2 * empty + mask.float() * (0.5 + others / 2)).argsort(dim=1)
             mask = torch.ones_like(mask).scatter(1, order[:, : recipe.visible], False)
         return Drawn(mask, recipe.visible, valid)

@@ -101,14 +101,51 @@ def rare():
     return Rare()
 
 
-class Turned(Tiles):
-    """Have images that EXIF data turn."""
+class Coarse(Tiles):
+    def __init__(self, side):
+        self.coarse = np.zeros((1, side, side), np.float32)
 
     def __getitem__(self, index):
-        image = Image.fromarray((100 * super().__getitem__(0)["image"]).astype(np.uint8).transpose(1, 2, 0)[..., 0])
-        image.getexif()[274] = 6
-        return super().__getitem__(index) | {"image": image}
+        return super().__getitem__(index) | {"coarse": self.coarse}
+
+
+def coarse():
+    return Coarse(4)
+
+
+def coarser():
+    return Coarse(3)
+
+
+def picture(turn):
+    """Return an image that EXIF data turn, with other values in each row and column."""
+    values = np.add.outer(np.arange(SIDE), 1.5 * np.arange(SIDE)).astype(np.uint8)
+    image = Image.fromarray(values)
+    image.getexif()[274] = turn
+    return image
+
+
+class Turned(Tiles):
+    """Have boxes, which are no target, beside a picture and a map."""
+
+    def __init__(self, image, cover):
+        self.image, self.cover = image, cover
+
+    def __getitem__(self, index):
+        return {"image": self.image, "cover": self.cover, "boxes": np.zeros((2, 4))}
 
 
 def turned():
-    return Turned()
+    return Turned(picture(6), picture(6))
+
+
+def turned_image():
+    return Turned(picture(6), picture(1))
+
+
+def turned_image_beside_array():
+    return Turned(picture(3), np.asarray(picture(1)))
+
+
+def turned_cover():
+    return Turned(np.asarray(picture(1)), picture(8))

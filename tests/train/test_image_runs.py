@@ -319,8 +319,8 @@ def holed(tmp_path):
     return tmp_path / "holed"
 
 
-def test_pixels_without_values_reach_the_model_as_invalid(holed, tmp_path):
-    fields = {**RUN, "image_size": 64, "crop_area": None, "batch_size": 2, "mask_ratio": 0.5}
+def trainer_of(holed, tmp_path, **given):
+    fields = {**RUN, "image_size": 64, "crop_area": None, "batch_size": 2, "mask_ratio": 0.5, **given}
     files = find_source(str(holed))
     recipe = Recipe(**{**files.defaults(fields), **fields})
     processes = Processes()
@@ -328,12 +328,36 @@ def test_pixels_without_values_reach_the_model_as_invalid(holed, tmp_path):
         recipe, files, files.fingerprint(), CheckpointFolder(tmp_path, 1), Options(device="cpu"), processes
     )
     trainer.connect()
+    return trainer
+
+
+def test_a_batch_is_read_when_the_one_before_it_is_done(holed, tmp_path):
+    """Accumulated batches never lie on the device together, even where their pixels are counted together."""
+    trainer, happened = trainer_of(holed, tmp_path, grad_accum_steps=3, epoch_repeats=3), []
+
+    def forward(images, **rest):
+        happened.append("forward")
+        return (trainer.learner.model.mask_token.sum(), None, None)
+
+    def passes():
+        for number in range(3):
+            happened.append("read")
+            images = torch.stack([trainer.crops[Draw(i, seed=number)][0] for i in range(2)])
+            yield trainer._pass(Batch(images, {}, {}, {}), number)
+
+    trainer.learner.forward = forward
+    trainer.learner.backward(passes())
+    assert happened == ["read", "forward"] * 3
+
+
+def test_pixels_without_values_reach_the_model_as_invalid(holed, tmp_path):
+    trainer = trainer_of(holed, tmp_path)
     images = torch.stack([trainer.crops[Draw(i, seed=i)][0] for i in range(2)])
     seen = {}
 
     def forward(images, **rest):
         seen.update(rest, images=images)
-        return (images.nan_to_num(0).sum().requires_grad_(), None, None)
+        return (trainer.learner.model.mask_token.sum(), None, None)
 
     trainer.learner.forward = forward
     trainer.learner.backward([trainer._pass(Batch(images, {}, {}, {}), 0)])

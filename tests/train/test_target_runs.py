@@ -1,5 +1,6 @@
 """A run may predict several targets of an image: crops of all of them belong together, and the losses are MPMAE's."""
 
+import itertools
 import json
 
 import many_targets
@@ -68,17 +69,29 @@ def test_crops_begin_anywhere_where_a_map_is_coarse():
     assert starts.nonzero().flatten().tolist() == [0, 8, 16, 24, 32] and starts[starts > 0].min() > 60
 
 
+def test_crops_have_whole_pixels_of_every_map(tmp_path):
+    """A map of 4 x 4 for 96 pixels does not fit crops of 64, and one of 3 x 3 leaves hardly any that are resized."""
+    given = {**FIELDS, "targets": {"coarse": {"type": "image", "channels": 1, "patch_size": 1}}}
+    with pytest.raises(InputError) as caught:
+        train("python:many_targets:coarse", tmp_path / "run", **given, crop_area=None)
+    problem = "has coarse of 4x4 values for 96x96 pixels, whose pixels begin together every 24x24"
+    assert f"{problem}: expected crops, now of 64x64, that are a multiple of them" in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        train("python:many_targets:coarser", tmp_path / "run", **given)
+    problem = "has coarse of 3x3 values for 96x96 pixels, whose pixels begin together every 32x32"
+    assert f"{problem}: expected 4 such steps or more" in str(caught.value)
+
+
 def test_items_may_hold_tensors_pictures_and_bool():
     reader = crops(crop_area=None)
     item = many_targets.Tiles()[0]
-    cover = Image.fromarray(item["cover"])
-    cover.getexif()[274] = 3  # half a turn
-    item |= {"radar": torch.from_numpy(item["radar"]).bfloat16().requires_grad_(), "cover": cover, "biome": True}
+    item |= {"radar": torch.from_numpy(item["radar"]).bfloat16().requires_grad_(), "biome": True}
+    item["cover"] = Image.fromarray(item["cover"])
     reader.source.values = lambda index: item
     image, targets, unreadable, _ = reader[Draw(0, 0)]
     rows, columns = (100 * image).round()
-    turned = (95 - rows + 2 * (95 - columns)) % 7
-    assert not unreadable and targets["biome"] == 1 and torch.equal(targets["cover"], turned.long())
+    assert not unreadable and targets["biome"] == 1
+    assert torch.equal(targets["cover"], ((rows + 2 * columns) % 7).long())
     assert_close(targets["radar"][0], rows, 0.5)
 
 
@@ -185,16 +198,36 @@ def test_a_step_without_a_value_has_no_loss(tmp_path):
     assert sum("biome" in line["losses"] for line in logged(tmp_path / "run")) == 2 * 2  # two images, two epochs
 
 
+def test_a_step_with_nothing_to_learn_changes_no_weight(tmp_path, capsys):
+    """Two of eight images have the only target."""
+    given = {**FIELDS, "batch_size": 1, "epochs": 1, "targets": {"biome": TARGETS["biome"]}}
+    assert train("python:many_targets:rare", tmp_path / "run", **given, options={"save_every": 1 / 8, "keep": 8}) == 0
+    said, lines = capsys.readouterr().out, logged(tmp_path / "run")
+    idle = {line["step"] for line in lines if not line.get("losses")}
+    assert len(lines) == 8 and len(idle) == 6 and {line["lr"] for line in lines if line["step"] in idle} == {0}
+    assert all(f"step {step}: no value of its images counts in the loss, so no weight changes" in said for step in idle)
+    saved = [load(path) for path in sorted((tmp_path / "run").glob("checkpoint-*.pt"))]
+    assert [one.step for one in saved] == list(range(1, 9))
+    for before, after in itertools.pairwise(saved):
+        alike = all(torch.equal(value, after.model[name]) for name, value in before.model.items())
+        assert alike == (after.step in idle)
+
+
 def test_changed_targets_are_not_the_data_of_a_run():
     prints = {name: find_source(f"python:many_targets:{name}").fingerprint() for name in ("tiles", "other_classes")}
     assert prints["tiles"].contents != prints["other_classes"].contents
     assert prints["tiles"] == find_source(DATA).fingerprint()
 
 
-def test_an_image_that_is_turned_does_not_lie_on_its_maps(tmp_path):
-    targets = {"radar": TARGETS["radar"]}
-    with pytest.raises(InputError, match="an image that its EXIF data turn, and arrays that they do not"):
-        train("python:many_targets:turned", tmp_path / "run", image_size=64, targets=targets)
+def test_a_picture_and_its_maps_are_turned_alike(tmp_path):
+    given = {"in_chans": 1, "value_range": (0, 255), "mean": (0,), "std": (1,), "normalize": "dataset"}
+    targets = {"cover": {"type": "class_map", "classes": 256}}
+    given = {**FIELDS, **given, "crop_area": None, "targets": targets}
+    image, values, *_ = Crops(find_source("python:many_targets:turned"), Recipe(**given))[Draw(0, 0)]
+    assert len(image.unique()) > 64 and torch.equal(image[0].long(), values["cover"])
+    for data in ("turned_image", "turned_cover", "turned_image_beside_array"):
+        with pytest.raises(InputError, match="has cover that EXIF data do not turn as they turn its image"):
+            train(f"python:many_targets:{data}", tmp_path / "run", **given)
 
 
 def test_a_folder_of_images_has_no_other_targets(photos, tmp_path):

@@ -123,7 +123,6 @@ class Crops(Dataset[Any]):
             cells, wanted = ([n // step for n, step in zip(axes, steps, strict=True)] for axes in (sides, size))
             start, box = random_box(cells, wanted, area)
             start, box = ([n * step for n, step in zip(axes, steps, strict=True)] for axes in (start, box))
-            box = size if area is None else box
             crop, axes = self._cut(entry, start, box), mirrored_axes(len(size))
         targets = self.targets.cut(read, sides, start, box)
         maps = {name: value.flip(axes) for name, value in targets.items() if name in self.targets.sides}
@@ -140,8 +139,9 @@ class Crops(Dataset[Any]):
             raise InputError("transform", self.recipe.transform, problem) from error
 
     def _cut(self, entry: Entry, start: Sequence[int], sides: Sequence[int]) -> Tensor:
-        """Return a box of an entry, resized to the crop and normalised."""
-        return scaled(resize(self._values(entry, start, sides), self.recipe.size), entry.scale)
+        """Return a box of an entry, normalised, and resized to the crop where crops are resized."""
+        values = self._values(entry, start, sides)
+        return scaled(values if self.recipe.crop_area is None else resize(values, self.recipe.size), entry.scale)
 
     def _values(self, entry: Entry, start: Sequence[int], sides: Sequence[int]) -> Tensor:
         """Return a box of an entry, which may have no value, where the entry has one elsewhere."""

@@ -23,9 +23,9 @@ from sparsecnx.train.data.files import hashed
 from sparsecnx.train.data.formats import Header
 from sparsecnx.train.data.images import ImageFiles, Images
 from sparsecnx.train.data.memory import memory_header, memory_pixels
-from sparsecnx.train.data.pictures import File, UnsupportedImage, orientation
+from sparsecnx.train.data.pictures import File, UnsupportedImage
 from sparsecnx.train.data.source import SAMPLED_ENTRIES, Fingerprint, Source
-from sparsecnx.train.data.target_values import UnsupportedTarget, as_array
+from sparsecnx.train.data.target_values import as_array
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.targets import IMAGE
 
@@ -75,14 +75,7 @@ class Items(Images):
 
     def values(self, index: int) -> Mapping[str, Any]:
         item = self.item(index)
-        if not isinstance(item, Mapping):
-            return super().values(index)
-        image = item.get(IMAGE)
-        turned = isinstance(image, Image.Image) and orientation(image) not in (None, 1)
-        if turned and any(isinstance(value, (np.ndarray, Tensor)) and value.ndim > 1 for value in item.values()):
-            expected = "expected an image that is upright"
-            raise UnsupportedTarget(f"has an image that its EXIF data turn, and arrays that they do not: {expected}")
-        return item
+        return item if isinstance(item, Mapping) else super().values(index)
 
     def sample(self) -> list[int]:
         """Return fewer items than of files, since all of each is read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from sparsecnx.train.recipe import MAX_PIXELS
 
 File = str | bytes  # the name of a file, or what is in it
 ORIENTATION = 274  # the tag of EXIF and TIFF
+UPRIGHT = 1  # its value where nothing is turned
 LYING = (5, 6, 7, 8)  # values of the orientation of an image whose width is its height when it is upright
 # Pillow reads more, and runs other programs for some of it, such as Ghostscript for PostScript named a.jpg.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "WEBP", "TIFF", "GIF")
@@ -107,9 +109,9 @@ def upright_sides(image: Image.Image) -> dict[str, int]:
     return {"height": height, "width": width}
 
 
-def orientation(image: Image.Image) -> Any:
-    """Return the value of the EXIF orientation, None where there is none."""
-    try:
-        return image.getexif().get(ORIENTATION)
-    except Exception:  # damaged EXIF data raise many kinds of errors, and say nothing about how the image lies
-        return None
+def orientation(image: Image.Image) -> int:
+    """Return the value of the EXIF orientation, 1 where there is none."""
+    found: Any = None
+    with suppress(Exception):  # damaged EXIF data raise many kinds of errors, and say nothing about how the image lies
+        found = image.getexif().get(ORIENTATION)
+    return found if found in range(1, 9) else UPRIGHT

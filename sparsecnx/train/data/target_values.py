@@ -16,9 +16,12 @@ from torch import Tensor
 from sparsecnx.models import ImageTarget
 from sparsecnx.models.targets import PixelTarget, Target
 from sparsecnx.train.data.augment import resize
-from sparsecnx.train.data.pictures import orientation, upright
+from sparsecnx.train.data.pictures import UPRIGHT, orientation, upright
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.targets import IMAGE, patch_of
+
+# An image that is cut into fewer parts on an axis, by pixels of all its maps, has hardly any crops.
+LEAST_STEPS = 4
 
 
 class UnsupportedTarget(ValueError):
@@ -47,7 +50,7 @@ class TargetReader:
 
     def __init__(self, recipe: Recipe) -> None:
         self.targets = {name: target for name, target in recipe.predicted.items() if name != IMAGE}
-        self.resized = recipe.crop_area is not None
+        self.resized, self.crop = recipe.crop_area is not None, recipe.size
         self.sides = {
             name: tuple(cells * patch for cells, patch in zip(recipe.grid, patch_of(target, recipe.patch), strict=True))
             for name, target in self.targets.items()
@@ -55,21 +58,43 @@ class TargetReader:
         }
 
     def read(self, values: Mapping[str, Any], size: Sequence[int]) -> dict[str, NDArray[Any] | None]:
-        """Return the values of an image of sides `size`, whole.
+        """Return the values of an image of sides `size`, whole and upright.
 
         Args:
-            values: arrays or numbers, by the names of the targets; None where the image has no value.
+            values: arrays or numbers, by the names of the targets; None where the image has no value. A picture under
+                `image` is what they belong to.
 
         Raises:
             UnsupportedTarget: one is not there, or of another type or shape, or neither its pixels nor those of the
-                image are a multiple of the others.
+                image are a multiple of the others; or EXIF data turn a map and not the image, or the other way round.
         """
+        turned = _turned(values.get(IMAGE))
+        for name in self.sides:
+            with _naming(name):
+                if values.get(name) is not None and _turned(values[name]) != turned:
+                    problem = f"has {name} that EXIF data do not turn as they turn its image"
+                    raise UnsupportedTarget(f"{problem}: expected both upright, or both turned alike")
         return {name: _read(name, target, values, size) for name, target in self.targets.items()}
 
     def lattice(self, read: Mapping[str, NDArray[Any] | None], size: Sequence[int]) -> list[int]:
-        """Return after how many pixels of an image, on each axis, pixels of it and of all targets begin together."""
-        maps = [value.shape[-len(size) :] for name in self.sides if (value := read[name]) is not None]
-        return [math.lcm(*(max(pixels // sides[axis], 1) for sides in maps)) for axis, pixels in enumerate(size)]
+        """Return after how many pixels of an image, on each axis, pixels of it and of all targets begin together.
+
+        Raises:
+            UnsupportedTarget: no crop, or hardly any, consists of whole pixels of all of them.
+        """
+        maps = {name: value.shape[-len(size) :] for name in self.sides if (value := read[name]) is not None}
+        steps = [
+            math.lcm(*(max(pixels // sides[axis], 1) for sides in maps.values())) for axis, pixels in enumerate(size)
+        ]
+        held = ", ".join(f"{name} of {_typed(sides)} values" for name, sides in maps.items())
+        problem = f"has {held} for {_typed(size)} pixels, whose pixels begin together every {_typed(steps)}"
+        if self.resized and any(pixels < LEAST_STEPS * step for pixels, step in zip(size, steps, strict=True)):
+            expected = f"expected {LEAST_STEPS} such steps or more, to cut crops from, or --crop-area null"
+            raise UnsupportedTarget(f"{problem}: {expected}")
+        if not self.resized and any(side % step for side, step in zip(self.crop, steps, strict=True)):
+            expected = f"expected crops, now of {_typed(self.crop)}, that are a multiple of them"
+            raise UnsupportedTarget(f"{problem}: {expected}")
+        return steps
 
     def cut(
         self, read: Mapping[str, NDArray[Any] | None], size: Sequence[int], start: Sequence[int], box: Sequence[int]
@@ -128,6 +153,14 @@ def _naming(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # values of the user can be anything
         raise UnsupportedTarget(f"has {name} that does not fit ({error})") from error
+
+
+def _turned(value: Any) -> int:
+    """Return the EXIF orientation of what may be a picture."""
+    if not isinstance(value, Image.Image):
+        return UPRIGHT
+    value.load()  # first, because Pillow turns TIFF upright by itself
+    return orientation(value)
 
 
 def _read(name: str, target: Target, values: Mapping[str, Any], size: Sequence[int]) -> NDArray[Any] | None:
