@@ -369,6 +369,25 @@ def test_voxels_without_values_change_nothing_else(ending, normalize, tmp_path):
     assert low <= there.min() < there.max() <= high
 
 
+def test_nodata_is_found_as_it_is_typed(nibabel, tmp_path):
+    counts = np.arange(512).reshape(8, 8, 8)
+    large = 2**31 - 1 - counts  # more than 64 of them are the same number in float32
+    for ending in ("nii", "nii.gz"):
+        image = nibabel.Nifti1Image(counts.astype(np.int16), np.eye(4))
+        image.header.set_slope_inter(0.1, -7)
+        nibabel.save(image, tmp_path / f"scaled.{ending}")  # -6 is -5.999999985 in 64 bits
+        nibabel.save(nibabel.Nifti1Image(large, np.eye(4), dtype=np.int64), tmp_path / f"whole.{ending}")
+    np.save(tmp_path / "tenths.npy", (counts / np.float32(10)).astype(np.float64))
+    np.save(tmp_path / "least.npy", np.where(counts == 10, -np.finfo(np.float64).max, counts))  # infinite in float32
+    cases = {"tenths.npy": (1.1, 11), "least.npy": (-1.7976931348623157e308, 10)}
+    cases |= {name: (-6.0, 10) for name in ("scaled.nii", "scaled.nii.gz")}
+    cases |= {name: (2.0**31 - 1, 0) for name in ("whole.nii", "whole.nii.gz")}
+    for name, (nodata, place) in cases.items():
+        files = volumes.survey(str(tmp_path), (name,), 3)
+        missing = files.read(0, recipe(nodata=nodata)).read((0, 0, 0), (8, 8, 8)).isnan()
+        assert missing.flatten().nonzero().tolist() == [[place]], name
+
+
 @pytest.mark.parametrize("normalize", ["zscore", "percentiles", "dataset", "none"])
 @pytest.mark.parametrize("shape", [(80,), (12, 12), (12, 12, 12)])
 def test_arrays_without_any_value_are_skipped_and_named(shape, normalize, tmp_path):

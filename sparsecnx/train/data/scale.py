@@ -61,6 +61,23 @@ def values_in(images: Tensor) -> Tensor | None:
     return ~missing
 
 
+def as_floats(values: np.ndarray[Any, Any], *nodata: float | None) -> np.ndarray[Any, Any]:
+    """Return a copy of the values of a file in float32, NaN where a value is one of `nodata`.
+
+    Whole numbers are compared as they are. Floats are compared in float32, in which they are trained: in 64 bits a
+    slope gives them digits that nobody types.
+    """
+    numbers = [np.float64(number) for number in nodata if number is not None]
+    narrow = np.float16 if values.dtype == np.float16 else np.float32
+    with np.errstate(over="ignore"):  # infinity is refused later, by name
+        found = np.array(values, np.float32, order="C")
+        near = [number.astype(narrow) for number in numbers]
+    for number, rounded in zip(numbers, near, strict=True):
+        is_float = values.dtype.kind == "f" and np.isfinite(rounded)
+        found[found == rounded if is_float else values == number] = np.nan
+    return found
+
+
 def scale_of(pixels: Pixels, normalize: str) -> Scale | None:
     """Return how an image or a volume is normalised, see `Recipe.normalize`; None where the device does it.
 
