@@ -17,6 +17,7 @@ from sparsecnx.train.data import scale, volumes
 from sparsecnx.train.data.crops import Crops, Draw
 from sparsecnx.train.data.find import find_data
 from sparsecnx.train.data.scale import UnsupportedValues, scale_of, scaled
+from sparsecnx.train.data.source import Decoded
 from sparsecnx.train.data.volumes import UnsupportedVolume, open_volume
 from sparsecnx.train.recipe import Recipe
 
@@ -386,6 +387,45 @@ def test_nodata_is_found_as_it_is_typed(nibabel, tmp_path):
         files = volumes.survey(str(tmp_path), (name,), 3)
         missing = files.read(0, recipe(nodata=nodata)).read((0, 0, 0), (8, 8, 8)).isnan()
         assert missing.flatten().nonzero().tolist() == [[place]], name
+
+
+@pytest.mark.parametrize("normalize", ["zscore", "percentiles", "dataset", "none"])
+def test_whether_an_array_has_a_value_is_asked_once(normalize, tmp_path, monkeypatch):
+    half = VALUES.copy()
+    half[:, :9] = np.nan
+    folder = saved(tmp_path / "data", full=VALUES, half=half, hole=VALUES * np.nan)
+    given = {"ndim": 3, "image_size": 8, "patch_size": 4, "mask_ratio": 0.5, "normalize": normalize}
+    files, asked, look = find_data(folder), [], scale.has_a_value
+    drawn = Recipe(**{**files.defaults(given), **given})
+    first = next(seed for seed in range(99) if Crops(files, drawn)[Draw(1, seed)][0].isnan().all())
+    crops = Crops(files, drawn)
+    monkeypatch.setattr(crops_module, "has_a_value", lambda pixels: asked.append(look(pixels)) or asked[-1])
+    for seed in range(first, first + 9):
+        assert not crops[Draw(0, seed)].unreadable and not crops[Draw(1, seed)].unreadable
+        assert crops[Draw(2, seed)].unreadable.keys() == {"hole.npy"}
+    of_entries = {"dataset": [True, False], "none": [True, False]}.get(normalize, [])
+    assert sorted(asked, reverse=True) == of_entries and files.names == ("full.npy", "half.npy", "hole.npy")
+    monkeypatch.setattr(crops_module, "HELD_SCALES", 1)
+    crops = Crops(files, drawn)
+    for place in (0, 1, 0):
+        assert not crops[Draw(place, first)].unreadable
+    assert len(crops.with_value) == bool(of_entries)
+
+
+def test_a_value_is_looked_for_from_the_middle(monkeypatch):
+    starts = []
+
+    class Thick(Decoded):
+        def read(self, start, size):
+            starts.append(start[0])
+            return super().read(start, size)
+
+    monkeypatch.setattr(scale, "SAMPLED_VALUES", 2 * 6)
+    values = torch.full((1, 9, 6), torch.nan)
+    assert not scale.has_a_value(Thick(values)) and sorted(starts) == [0, 2, 4, 6, 8]
+    starts.clear()
+    values[0, 4, 3] = 7
+    assert scale.has_a_value(Thick(values)) and starts == [4]
 
 
 @pytest.mark.parametrize("normalize", ["zscore", "percentiles", "dataset", "none"])

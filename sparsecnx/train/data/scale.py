@@ -20,6 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SAMPLED_VALUES = 2**25
 PARTS = 16
 PERCENTILES = (0.5, 99.5)
+MEASURED = ("zscore", "percentiles")  # by these each entry has statistics, which refuse one without values
 
 
 class UnsupportedValues(ValueError):
@@ -146,15 +147,15 @@ def expect_numbers(values: Tensor, value_range: tuple[float, float] | None, star
     return values
 
 
-def expect_a_value(pixels: Pixels) -> None:
-    """Raise UnsupportedValues if an image or a volume is NaN everywhere. It is read until a value is found."""
-    sides = pixels.size[1:]
-    thickness = max(SAMPLED_VALUES // (PARTS * pixels.channels * math.prod(sides)), 1)
-    for start in range(0, pixels.size[0], thickness):
-        part = pixels.read((start, *(0,) * len(sides)), (min(thickness, pixels.size[0] - start), *sides))
+def has_a_value(pixels: Pixels) -> bool:
+    """Return whether an image or a volume is not NaN everywhere. It is read from the middle until a value is found."""
+    length, *sides = pixels.size
+    thickness = max(SAMPLED_VALUES // (pixels.channels * math.prod(sides)), 1)
+    for start in sorted(range(0, length, thickness), key=lambda start: abs(2 * start + thickness - length)):
+        part = pixels.read((start, *(0 for _ in sides)), (min(thickness, length - start), *sides))
         if not part.isnan().all():
-            return
-    raise UnsupportedValues("has no value anywhere; move it elsewhere")
+            return True
+    return False
 
 
 def outside(values: Tensor, value_range: tuple[float, float] | None) -> str | None:
