@@ -428,6 +428,23 @@ def test_a_value_is_looked_for_from_the_middle(monkeypatch):
     assert scale.has_a_value(Thick(values)) and starts == [4]
 
 
+def test_extremes_and_what_is_beyond_a_sample():
+    values = torch.tensor([[[1.0, torch.nan], [5.0, 3.0]], [[torch.nan] * 2] * 2])
+    low, high = scale.extremes(values)
+    assert (low[0], high[0]) == (1, 5) and np.isnan([low[1], high[1]]).all()
+    assert [part.tolist() for part in scale.extremes(torch.tensor([[[7, 200]]], dtype=torch.uint8))] == [[7], [200]]
+    assert scale.outside(low, high, (1, 5)) is None and scale.outside(np.array([np.nan]), high[1:], (0, 1)) is None
+    assert scale.outside(low, high, (2, 5)) == "holds values from 1 to 5: expected 2 to 5, --value-range"
+    none = (math.nan, math.nan)
+    for seen in ([], [(0.0, 3.0), (0.0, 0.0)], [(7.0, 7.0), (0.0, 1.0)], [none, none]):
+        assert scale.far_beyond(values, seen) is None, seen
+    values[1] = 60
+    told = scale.far_beyond(values, [(0.0, 100.0), (0.0, 3.0)])  # within the range of the other channel
+    assert told == "holds 60 to 60 in channel 1, the sample 0 to 3: other units, or a value for no data? " + (
+        "--nodata, --value-range"
+    )
+
+
 @pytest.mark.parametrize("normalize", ["zscore", "percentiles", "dataset", "none"])
 @pytest.mark.parametrize("shape", [(80,), (12, 12), (12, 12, 12)])
 def test_arrays_without_any_value_are_skipped_and_named(shape, normalize, tmp_path):

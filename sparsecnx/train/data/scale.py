@@ -137,12 +137,16 @@ def expect_numbers(values: Tensor, value_range: tuple[float, float] | None, star
     Raises:
         UnsupportedValues: one is infinite in float32, or outside the range. NaN is no value, and neither.
     """
-    if values.is_floating_point() and (wrong := values.isinf()).any():
+    if value_range is None and not values.is_floating_point():
+        return values
+    low, high = extremes(values)
+    if np.isinf([low, high]).any():
+        wrong = values.isinf()
         channel, *place = wrong.nonzero()[0].tolist()
         voxel = tuple(first + i for first, i in zip(start, place, strict=True))
         what = f"holds {values[wrong][0].item()} in channel {channel} at {voxel}"
         raise UnsupportedValues(f"{what}: expected finite values, or NaN where there is none")
-    if (problem := outside(values, value_range)) is not None:
+    if (problem := outside(low, high, value_range)) is not None:
         raise UnsupportedValues(problem)
     return values
 
@@ -158,34 +162,43 @@ def has_a_value(pixels: Pixels) -> bool:
     return False
 
 
-def outside(values: Tensor, value_range: tuple[float, float] | None) -> str | None:
-    """Return why values do not lie in a range, or None. NaN does."""
-    if value_range is None:
-        return None
-    there = values[~values.isnan()] if values.is_floating_point() else values
-    low, high = (there.amin().item(), there.amax().item()) if there.numel() else value_range
-    if low >= value_range[0] and high <= value_range[1]:
+def extremes(values: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the least and the largest value of each channel of `(C, *size)`, float64 `(C,)`; NaN where it has none."""
+    axes = tuple(range(1, values.ndim))
+    # fmin and fmax pass over NaN, in one pass each: 50 times as fast as an index of what is there.
+    low, high = (least_or_most.reduce(values.numpy(), axes) for least_or_most in (np.fmin, np.fmax))
+    return low.astype(np.float64), high.astype(np.float64)
+
+
+def outside(
+    low: np.ndarray[Any, Any], high: np.ndarray[Any, Any], value_range: tuple[float, float] | None
+) -> str | None:
+    """Return why channels with these extremes do not lie in a range, or None. A channel without values does."""
+    if value_range is None or not ((low < value_range[0]) | (high > value_range[1])).any():
         return None
     least, most = value_range
-    return f"holds values from {low:g} to {high:g}: expected {least:g} to {most:g}, --value-range"
+    return f"holds values from {np.nanmin(low):g} to {np.nanmax(high):g}: expected {least:g} to {most:g}, --value-range"
 
 
-def far_beyond(values: Tensor, seen: Sequence[float]) -> str | None:
-    """Return why values lie beyond the range of a sample by more than its width, or None.
+def far_beyond(values: Tensor, seen: Sequence[tuple[float, float]]) -> str | None:
+    """Return why values of a channel lie beyond its range in a sample by more than the width of that, or None.
 
     Args:
-        values: in the units of the files.
-        seen: least and largest value of the sample; empty where it was not measured.
+        values: `(C, *size)`, in the units of the files.
+        seen: see `Source.seen`. A channel that is constant in the sample, or has no value there, takes all.
     """
     if not seen:
         return None
-    least, most = seen
+    (low, high), (least, most) = extremes(values), np.transpose(seen)
     width = most - least
-    if outside(values, (least - width, most + width)) is None:
+    beyond = np.flatnonzero((width > 0) & ((low < least - width) | (high > most + width))).tolist()
+    if not beyond:
         return None
-    low, high = values[~values.isnan()].aminmax()
+    channel = beyond[0]
+    where = f" in channel {channel}" if len(seen) > 1 else ""
+    sample = f"the sample {least[channel]:g} to {most[channel]:g}"
     remedy = "other units, or a value for no data? --nodata, --value-range"
-    return f"holds {low:g} to {high:g}, the sample {least:g} to {most:g}: {remedy}"
+    return f"holds {low[channel]:g} to {high[channel]:g}{where}, {sample}: {remedy}"
 
 
 def scaled(values: Tensor, scale: Scale | None) -> Tensor:

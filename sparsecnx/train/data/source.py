@@ -147,8 +147,11 @@ class Source(ABC):
         return self.root
 
     @cached_property
-    def seen(self) -> list[float]:
-        """Return the least and the largest value of the sample; empty until it was measured, see `measure`."""
+    def seen(self) -> list[tuple[float, float]]:
+        """Return the least and the largest value of each channel of the sample, NaN where a channel has none.
+
+        It is empty until the sample was measured, see `measure`.
+        """
         return []
 
     @abstractmethod

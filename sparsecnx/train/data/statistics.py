@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.train.data.scale import outside, sample_of
+from sparsecnx.train.data.scale import extremes, outside, sample_of
 from sparsecnx.train.data.source import Decoded, Source
 from sparsecnx.train.recipe import Recipe
 
@@ -33,7 +34,7 @@ class Moments(NamedTuple):
 def measure(source: Source, given: Mapping[str, Any], dtypes: Sequence[str]) -> dict[str, Any]:
     """Return `value_range`, `mean` and `std` of a recipe, as far as the user gave none.
 
-    They are of up to 256 entries, spread evenly; `source.seen` gets their least and largest value. The range is known
+    They are of up to 256 entries, spread evenly; `source.seen` gets the extremes of every channel. The range is known
     for 8 and 16 bits; of other types mean and standard deviation are in the units of the files.
 
     Args:
@@ -63,10 +64,11 @@ def measure(source: Source, given: Mapping[str, Any], dtypes: Sequence[str]) -> 
             raise
         except Exception:  # decoders raise many kinds of errors; a run skips such files and names them
             continue
-        if "value_range" in given and (problem := outside(values, value_range)) is not None:
+        least, most = extremes(values)
+        if "value_range" in given and (problem := outside(least, most, value_range)) is not None:
             raise InputError("data", source.root, f"holds {source.name(index)}, which {problem}")
         total = _added(total, _moments(values))
-        source.seen[:] = _extremes(values, source.seen)
+        source.seen[:] = _widened(source.seen, least, most)
     found = {"value_range": value_range}
     if total is None:  # nothing can be read, which the first reading of the run names
         return found | {"mean": (0.0,), "std": (1.0,)}
@@ -109,20 +111,21 @@ def looked_at(kinds: Counter[str], unreadable: Sequence[tuple[str, str]]) -> str
     return f"files: {kinds.total() + len(unreadable)} looked at, {', '.join(told)}"
 
 
-def _extremes(values: Tensor, seen: Sequence[float]) -> list[float]:
-    """Return the least and the largest of values and of those seen before; NaN is none."""
-    there = values[~values.isnan()] if values.is_floating_point() else values
-    found = [*seen, there.amin().item(), there.amax().item()] if there.numel() else [*seen]
-    return [min(found), max(found)] if found else []
+def _widened(
+    seen: Sequence[tuple[float, float]], low: np.ndarray[Any, Any], high: np.ndarray[Any, Any]
+) -> list[tuple[float, float]]:
+    """Return the ranges of channels, widened to these extremes; NaN is none."""
+    least, most = np.transpose(seen) if seen else (low, high)
+    return list(zip(np.fmin(least, low).tolist(), np.fmax(most, high).tolist(), strict=True))
 
 
-def describe_scale(recipe: Recipe, given: Mapping[str, Any] | None, seen: Sequence[float]) -> list[str]:
+def describe_scale(recipe: Recipe, given: Mapping[str, Any] | None, seen: Sequence[tuple[float, float]]) -> list[str]:
     """Return the numbers by which values are normalised, for the first lines of a run; none if they have their own.
 
     Args:
         recipe: that of the run.
         given: the fields that the user chose; None for a resumed run.
-        seen: least and largest value of the sample; empty where it was not measured.
+        seen: see `Source.seen`.
     """
     if recipe.normalize != "dataset":
         return []
@@ -130,7 +133,8 @@ def describe_scale(recipe: Recipe, given: Mapping[str, Any] | None, seen: Sequen
     def origin(field: str, found: str) -> str:
         return "" if given is None else " (given)" if given.get(field) is not None else f" ({found})"
 
-    sample = f"from {seen[0]:g} to {seen[1]:g} in the sample, " if seen else ""
+    there = [value for pair in seen for value in pair if not math.isnan(value)]
+    sample = f"from {min(there):g} to {max(there):g} in the sample, " if there else ""
     scale = f"{sample}in the units of the files"
     if recipe.value_range is not None:
         low, high = recipe.value_range
