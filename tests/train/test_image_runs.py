@@ -131,7 +131,9 @@ def test_the_first_lines_say_what_values_the_sample_has(tmp_path, capsys):
     images = write(tmp_path / "data", dtype=np.float32, change=lambda array, i: np.where(array > 9000, np.nan, array))
     assert train(tmp_path / "data", tmp_path / "run", **RUN) == 0
     low, high = np.nanmin(images), np.nanmax(images)
+    holed = [f"{i}.tif" for i, image in enumerate(images) if np.isnan(image).any()]
     out = capsys.readouterr().out
+    assert f"no value: NaN, in {len(holed)} of 6 images looked into, such as {holed[0]}" in out
     assert f"values from {low:g} to {high:g} in the sample, in the units of the files, mean" in out
     seen = contents.load(tmp_path / "run" / "last.pt").data.seen
     assert seen == [(np.nanmin(one), np.nanmax(one)) for one in np.stack(images, 1)]

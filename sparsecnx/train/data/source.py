@@ -154,6 +154,11 @@ class Source(ABC):
         """
         return []
 
+    @cached_property
+    def gaps(self) -> dict[str, bool]:
+        """Return of the entries whose values were read before the run, by name, whether some are missing."""
+        return {}
+
     @abstractmethod
     def __len__(self) -> int:
         """Return the number of entries."""

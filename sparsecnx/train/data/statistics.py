@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from sparsecnx.train.recipe import Recipe
 KNOWN_RANGES = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0)}
 MOST_VALUES = 2**20  # of a channel of an image that are summed, evenly spread
 SHOWN = 4  # channels
+LOOKED_INTO = 4  # entries of the sample that are read to find missing values, where it was not measured
 # These fields of a recipe say how an entry is read.
 READING = ("ndim", "in_chans", "image_size", "patch_size", "mask_ratio", "crop_area", "max_pixels", "nodata", "pages")
 
@@ -56,14 +57,7 @@ def measure(source: Source, given: Mapping[str, Any], dtypes: Sequence[str]) -> 
     reading = {field: given[field] for field in READING if field in given}
     recipe = Recipe(**reading, normalize="dataset", value_range=value_range, mean=(0.0,), std=(1.0,))
     total: Moments | None = None
-    for index in source.sample():
-        try:
-            read = source.read(index, recipe)
-            values = sample_of(Decoded(read) if isinstance(read, Tensor) else read)
-        except InputError:  # the source cannot go on, as when a server is gone
-            raise
-        except Exception:  # decoders raise many kinds of errors; a run skips such files and names them
-            continue
+    for index, values in _values(source, recipe, source.sample()):
         least, most = extremes(values)
         if "value_range" in given and (problem := outside(least, most, value_range)) is not None:
             raise InputError("data", source.root, f"holds {source.name(index)}, which {problem}")
@@ -80,6 +74,20 @@ def measure(source: Source, given: Mapping[str, Any], dtypes: Sequence[str]) -> 
             what = "has no values in the sample" if math.isnan(value) else constant
             raise InputError("data", source.root, f"channel {channel} {what}; expected others, or --std")
     return {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())} | found
+
+
+def _values(source: Source, recipe: Recipe, places: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the numbers and values of entries that can be read; `source.gaps` gets whether some are missing."""
+    for index in places:
+        try:
+            read = source.read(index, recipe)
+            values = sample_of(Decoded(read) if isinstance(read, Tensor) else read)
+        except InputError:  # the source cannot go on, as when a server is gone
+            raise
+        except Exception:  # decoders raise many kinds of errors; a run skips such files and names them
+            continue
+        source.gaps[source.name(index)] = values.is_floating_point() and bool(values.isnan().any())
+        yield index, values
 
 
 def _moments(values: Tensor) -> Moments:
@@ -117,6 +125,33 @@ def _widened(
     """Return the ranges of channels, widened to these extremes; NaN is none."""
     least, most = np.transpose(seen) if seen else (low, high)
     return list(zip(np.fmin(least, low).tolist(), np.fmax(most, high).tolist(), strict=True))
+
+
+def describe_gaps(source: Source, recipe: Recipe, dtypes: Iterable[str], numbers: Collection[float]) -> list[str]:
+    """Return which values are missing in how many entries, for the first lines of a run; none if that cannot be.
+
+    It counts the entries that were measured. Where there are none it reads a few.
+
+    Args:
+        source: what is described.
+        recipe: that of the run.
+        dtypes: of the sample. Values that are no floats are missing only if they are one of `numbers`.
+        numbers: that stand for no value.
+    """
+    if not numbers and all(np.dtype(dtype).kind != "f" for dtype in dtypes):
+        return []
+    if not source.gaps:
+        places = source.sample()
+        for _ in _values(source, recipe, places[:: math.ceil(len(places) / LOOKED_INTO)]):
+            pass
+    missing = [name for name, some in source.gaps.items() if some]
+    if not numbers and not missing:
+        return []
+    told = "no value: NaN" + (f" and {', '.join(f'{number:g}' for number in sorted(numbers))}" if numbers else "")
+    if source.gaps:
+        such = f", such as {missing[0]}" if missing else ""
+        told += f", in {len(missing) or 'none'} of {len(source.gaps)} {source.noun}s looked into{such}"
+    return [told]
 
 
 def describe_scale(recipe: Recipe, given: Mapping[str, Any] | None, seen: Sequence[tuple[float, float]]) -> list[str]:

@@ -26,7 +26,7 @@ from sparsecnx.common.files import not_regular
 from sparsecnx.train.data.files import FileSet, multiscales
 from sparsecnx.train.data.scale import as_floats
 from sparsecnx.train.data.source import channels_last, too_small
-from sparsecnx.train.data.statistics import describe_scale, looked_at, measure
+from sparsecnx.train.data.statistics import describe_gaps, describe_scale, looked_at, measure
 from sparsecnx.train.recipe import Recipe
 
 # A compressed file of so many voxels takes 4 GB where its values are scaled.
@@ -148,8 +148,8 @@ class VolumeSet(FileSet):
 
     def describe(self, recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:
         lines = [looked_at(Counter(self.dtypes), self.unreadable)]
-        if recipe.nodata is not None:
-            lines.append(f"no value: NaN and {recipe.nodata:g}")
+        numbers = [] if recipe.nodata is None else [recipe.nodata]
+        lines += describe_gaps(self, recipe, self.dtypes, numbers)
         return [*lines, *describe_scale(recipe, given, self.seen)]
 
     def check(self, recipe: Recipe) -> None:
