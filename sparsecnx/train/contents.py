@@ -41,8 +41,7 @@ class Data(NamedTuple):
         sizes: hash of their sizes; None in a checkpoint of an earlier version.
         contents: hash of a sample of their contents; None in a checkpoint of an earlier version.
         masks: checksum of masks that are given in a file; None for others.
-        seen: least and largest value of the sample; None in a checkpoint of an earlier version, empty where they were
-            not measured.
+        seen: least and largest value of each channel of the sample, see `Source.seen`; None where it was not measured.
     """
 
     folder: str | None
@@ -51,7 +50,7 @@ class Data(NamedTuple):
     sizes: str | None
     contents: str | None
     masks: int | None
-    seen: list[float] | None
+    seen: list[tuple[float, float]] | None
 
 
 class Contents(NamedTuple):
@@ -97,7 +96,7 @@ def check(state: Mapping[str, Any], model: str | None = None) -> Contents:
         CheckpointError: names the field, its value and what was expected.
     """
     recipe = _recipe(state["recipe"], model)
-    data = _data(state["data"])
+    data = _data(state["data"], recipe.in_chans)
     try:
         steps_per_epoch = recipe.steps_per_epoch(data.images)
     except InputError as error:
@@ -141,17 +140,17 @@ def _recipe(saved: Any, model: str | None) -> Recipe:
         raise CheckpointError(f"recipe.{error}") from error
 
 
-def _data(saved: Any) -> Data:
+def _data(saved: Any, channels: int) -> Data:
     later = {"sizes", "contents", "masks", "seen"}
     _names("data", saved, set(Data._fields), optional=later)
     data = Data(**{**dict.fromkeys(later), **saved})
     _expect("data.folder", data.folder, data.folder is None or _is_path(data.folder), "the name of a folder, or None")
     _expect("data.images", data.images, _is_whole(data.images) and data.images >= 1, "a whole number, 1 or more")
     _expect("data.masks", data.masks, data.masks is None or _is_whole(data.masks), "a whole number, or None")
-    seen = [] if data.seen is None else data.seen
-    numbers = isinstance(seen, list) and len(seen) in (0, 2) and all(isinstance(one, float | int) for one in seen)
-    ordered = numbers and -math.inf < min(seen, default=0) <= max(seen, default=0) < math.inf and seen == sorted(seen)
-    _expect("data.seen", data.seen, ordered, "two finite numbers, the lower one first, or none")
+    if "seen" in saved:
+        ranges = isinstance(data.seen, list) and len(data.seen) == channels and all(map(_is_range, data.seen))
+        expected = f"a range of each of {channels} channels: two finite numbers, the lower one first, or two nan"
+        _expect("data.seen", data.seen, ranges, expected)
     for field in ("fingerprint", "sizes", "contents"):
         value = getattr(data, field)
         known = isinstance(value, str) or (field not in saved)
@@ -235,6 +234,14 @@ def _equal(value: Any, expected: Any) -> bool:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_range(value: Any) -> bool:
+    """Return whether a value is a pair of floats, both finite and in order, or both NaN."""
+    if not (isinstance(value, tuple) and len(value) == 2 and all(type(number) is float for number in value)):
+        return False
+    low, high = value
+    return -math.inf < low <= high < math.inf or (math.isnan(low) and math.isnan(high))
 
 
 def _is_path(value: Any) -> bool:

@@ -107,7 +107,7 @@ class Trainer:
                 "sizes": self.fingerprint.sizes,
                 "contents": self.fingerprint.contents,
                 "masks": self.masks.checksum,
-                "seen": list(self.source.seen),
+                **({"seen": list(self.source.seen)} if self.source.seen else {}),
             },
         }
 

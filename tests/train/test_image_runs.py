@@ -131,7 +131,12 @@ def test_the_first_lines_say_what_values_the_sample_has(tmp_path, capsys):
     images = write(tmp_path / "data", dtype=np.float32, change=lambda array, i: np.where(array > 9000, np.nan, array))
     assert train(tmp_path / "data", tmp_path / "run", **RUN) == 0
     low, high = np.nanmin(images), np.nanmax(images)
-    assert f"values from {low:g} to {high:g} in the sample, in the units of the files, mean" in capsys.readouterr().out
+    holed = [f"{i}.tif" for i, image in enumerate(images) if np.isnan(image).any()]
+    out = capsys.readouterr().out
+    assert f"no value: NaN, in {len(holed)} of 6 images looked into, such as {holed[0]}" in out
+    assert f"values from {low:g} to {high:g} in the sample, in the units of the files, mean" in out
+    seen = contents.load(tmp_path / "run" / "last.pt").data.seen
+    assert seen == [(np.nanmin(one), np.nanmax(one)) for one in np.stack(images, 1)]
     assert train(None, tmp_path / "run", resume="newest") == 0
     assert f"values from {low:g} to {high:g} in the sample, in the units of the files, mean" in capsys.readouterr().out
 
@@ -139,8 +144,9 @@ def test_the_first_lines_say_what_values_the_sample_has(tmp_path, capsys):
 def test_values_far_beyond_those_of_the_sample_are_named_and_not_refused(tmp_path, capsys, monkeypatch):
     images = write(tmp_path / "data", dtype=np.float32, change=lambda array, i: array * (1, 1.5, -90)[min(i, 2)])
     monkeypatch.setattr(source, "SAMPLED_ENTRIES", 1)
-    low, high = images[0].min(), images[0].max()
-    told = rf"unusual values in image (\d).tif \(holds -\S+ to \S+, the sample {low:g} to {high:g}: other units, or"
+    low, high = images[0][0].min(), images[0][0].max()
+    sample = rf"in channel 0, the sample {low:g} to {high:g}"
+    told = rf"unusual values in image (\d).tif \(holds -\S+ to \S+ {sample}: other units, or"
     for of_run in ({"data": tmp_path / "data", **RUN}, {"data": None, "resume": "newest", "options": {"extend": 1}}):
         assert train(output=tmp_path / "run", **of_run) == 0
         out = capsys.readouterr().out

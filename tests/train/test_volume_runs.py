@@ -139,7 +139,8 @@ def test_values_of_voxels_that_have_none_do_not_matter(method, normalize, shape,
     given = {**given, "method": method, "normalize": normalize, "batch_size": 2, "epoch_repeats": 2}
     for name, nodata in (("nan", {}), ("marked", {"nodata": -7.0})):
         assert train(tmp_path / name, tmp_path / f"{name}-run", options={"draw_every": 1}, **nodata, **given) == 0
-        assert ("no value: NaN and -7" in capsys.readouterr().out) == (name == "marked")
+        told = "no value: NaN and -7" if name == "marked" else "no value: NaN"
+        assert f"{told}, in 4 of 4 volumes looked into, such as 0.npy" in capsys.readouterr().out
     assert logged(tmp_path / "nan-run") == logged(tmp_path / "marked-run")
     assert {line["loss"] > 0 for line in logged(tmp_path / "nan-run")} >= {True}
     assert (tmp_path / "nan-run" / "samples.png").is_file()

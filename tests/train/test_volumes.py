@@ -17,6 +17,7 @@ from sparsecnx.train.data import scale, volumes
 from sparsecnx.train.data.crops import Crops, Draw
 from sparsecnx.train.data.find import find_data
 from sparsecnx.train.data.scale import UnsupportedValues, scale_of, scaled
+from sparsecnx.train.data.source import Decoded
 from sparsecnx.train.data.volumes import UnsupportedVolume, open_volume
 from sparsecnx.train.recipe import Recipe
 
@@ -367,6 +368,81 @@ def test_voxels_without_values_change_nothing_else(ending, normalize, tmp_path):
     there = first[:, 0][~first[:, 0].isnan()]
     low, high = {"zscore": (-4, 4), "percentiles": (0, 1)}.get(normalize, (20, 180))
     assert low <= there.min() < there.max() <= high
+
+
+def test_nodata_is_found_as_it_is_typed(nibabel, tmp_path):
+    counts = np.arange(512).reshape(8, 8, 8)
+    large = 2**31 - 1 - counts  # more than 64 of them are the same number in float32
+    for ending in ("nii", "nii.gz"):
+        image = nibabel.Nifti1Image(counts.astype(np.int16), np.eye(4))
+        image.header.set_slope_inter(0.1, -7)
+        nibabel.save(image, tmp_path / f"scaled.{ending}")  # -6 is -5.999999985 in 64 bits
+        nibabel.save(nibabel.Nifti1Image(large, np.eye(4), dtype=np.int64), tmp_path / f"whole.{ending}")
+    np.save(tmp_path / "tenths.npy", (counts / np.float32(10)).astype(np.float64))
+    np.save(tmp_path / "least.npy", np.where(counts == 10, -np.finfo(np.float64).max, counts))  # infinite in float32
+    cases = {"tenths.npy": (1.1, 11), "least.npy": (-1.7976931348623157e308, 10)}
+    cases |= {name: (-6.0, 10) for name in ("scaled.nii", "scaled.nii.gz")}
+    cases |= {name: (2.0**31 - 1, 0) for name in ("whole.nii", "whole.nii.gz")}
+    for name, (nodata, place) in cases.items():
+        files = volumes.survey(str(tmp_path), (name,), 3)
+        missing = files.read(0, recipe(nodata=nodata)).read((0, 0, 0), (8, 8, 8)).isnan()
+        assert missing.flatten().nonzero().tolist() == [[place]], name
+
+
+@pytest.mark.parametrize("normalize", ["zscore", "percentiles", "dataset", "none"])
+def test_whether_an_array_has_a_value_is_asked_once(normalize, tmp_path, monkeypatch):
+    half = VALUES.copy()
+    half[:, :9] = np.nan
+    folder = saved(tmp_path / "data", full=VALUES, half=half, hole=VALUES * np.nan)
+    given = {"ndim": 3, "image_size": 8, "patch_size": 4, "mask_ratio": 0.5, "normalize": normalize}
+    files, asked, look = find_data(folder), [], scale.has_a_value
+    drawn = Recipe(**{**files.defaults(given), **given})
+    first = next(seed for seed in range(99) if Crops(files, drawn)[Draw(1, seed)][0].isnan().all())
+    crops = Crops(files, drawn)
+    monkeypatch.setattr(crops_module, "has_a_value", lambda pixels: asked.append(look(pixels)) or asked[-1])
+    for seed in range(first, first + 9):
+        assert not crops[Draw(0, seed)].unreadable and not crops[Draw(1, seed)].unreadable
+        assert crops[Draw(2, seed)].unreadable.keys() == {"hole.npy"}
+    of_entries = {"dataset": [True, False], "none": [True, False]}.get(normalize, [])
+    assert sorted(asked, reverse=True) == of_entries and files.names == ("full.npy", "half.npy", "hole.npy")
+    monkeypatch.setattr(crops_module, "HELD_SCALES", 1)
+    crops = Crops(files, drawn)
+    for place in (0, 1, 0):
+        assert not crops[Draw(place, first)].unreadable
+    assert len(crops.with_value) == bool(of_entries)
+
+
+def test_a_value_is_looked_for_from_the_middle(monkeypatch):
+    starts = []
+
+    class Thick(Decoded):
+        def read(self, start, size):
+            starts.append(start[0])
+            return super().read(start, size)
+
+    monkeypatch.setattr(scale, "SAMPLED_VALUES", 2 * 6)
+    values = torch.full((1, 9, 6), torch.nan)
+    assert not scale.has_a_value(Thick(values)) and sorted(starts) == [0, 2, 4, 6, 8]
+    starts.clear()
+    values[0, 4, 3] = 7
+    assert scale.has_a_value(Thick(values)) and starts == [4]
+
+
+def test_extremes_and_what_is_beyond_a_sample():
+    values = torch.tensor([[[1.0, torch.nan], [5.0, 3.0]], [[torch.nan] * 2] * 2])
+    low, high = scale.extremes(values)
+    assert (low[0], high[0]) == (1, 5) and np.isnan([low[1], high[1]]).all()
+    assert [part.tolist() for part in scale.extremes(torch.tensor([[[7, 200]]], dtype=torch.uint8))] == [[7], [200]]
+    assert scale.outside(low, high, (1, 5)) is None and scale.outside(np.array([np.nan]), high[1:], (0, 1)) is None
+    assert scale.outside(low, high, (2, 5)) == "holds values from 1 to 5: expected 2 to 5, --value-range"
+    none = (math.nan, math.nan)
+    for seen in ([], [(0.0, 3.0), (0.0, 0.0)], [(7.0, 7.0), (0.0, 1.0)], [none, none]):
+        assert scale.far_beyond(values, seen) is None, seen
+    values[1] = 60
+    told = scale.far_beyond(values, [(0.0, 100.0), (0.0, 3.0)])  # within the range of the other channel
+    assert told == "holds 60 to 60 in channel 1, the sample 0 to 3: other units, or a value for no data? " + (
+        "--nodata, --value-range"
+    )
 
 
 @pytest.mark.parametrize("normalize", ["zscore", "percentiles", "dataset", "none"])

@@ -23,7 +23,16 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.train.data.augment import central_crop, mirrored_axes, random_box, resize
 from sparsecnx.train.data.order import mix
 from sparsecnx.train.data.pictures import UnsupportedImage
-from sparsecnx.train.data.scale import Scale, expect_a_value, expect_numbers, far_beyond, scale_of, scaled
+from sparsecnx.train.data.scale import (
+    MEASURED,
+    Scale,
+    UnsupportedValues,
+    expect_numbers,
+    far_beyond,
+    has_a_value,
+    scale_of,
+    scaled,
+)
 from sparsecnx.train.data.source import Decoded, Pixels, Source, too_small
 from sparsecnx.train.data.target_values import TargetReader, UnsupportedTarget
 from sparsecnx.train.data.transform import load_transform, transformed
@@ -33,7 +42,7 @@ T = TypeVar("T")
 
 # Decoded entries that a reading process keeps take this much memory at most, but for the one in use.
 HELD_BYTES = 2**30
-HELD_SCALES = 10_000  # entries whose statistics a reading process keeps
+HELD_SCALES = 10_000  # entries of which a reading process keeps the statistics, and whether they have a value
 
 
 class Draw(NamedTuple):
@@ -99,7 +108,7 @@ class Crops(Dataset[Any]):
         self.absent = set(self.targets.targets)
         self.scales: OrderedDict[int, Scale] = OrderedDict()
         self.held: OrderedDict[int, Pixels] = OrderedDict()
-        self.with_value: set[int] = set()  # entries that are known to have one outside an empty box
+        self.with_value: OrderedDict[int, bool] = OrderedDict()  # whether an entry has one anywhere
 
     def __getitem__(self, draw: Draw) -> Sample | InputError:
         try:
@@ -146,9 +155,14 @@ class Crops(Dataset[Any]):
     def _values(self, entry: Entry, start: Sequence[int], sides: Sequence[int]) -> Tensor:
         """Return a box of an entry, which may have no value, where the entry has one elsewhere."""
         values = expect_numbers(entry.pixels.read(start, sides), self.recipe.value_range, start)
-        if entry.place not in self.with_value and values.is_floating_point() and values.isnan().all():
-            expect_a_value(entry.pixels)
-            self.with_value.add(entry.place)
+        if self.recipe.normalize in MEASURED or not values.is_floating_point():
+            return values
+        if entry.place not in self.with_value:
+            self.with_value[entry.place] = not values.isnan().all() or has_a_value(entry.pixels)
+            if len(self.with_value) > HELD_SCALES:
+                self.with_value.popitem(last=False)
+        if not self.with_value[entry.place]:
+            raise UnsupportedValues("has no value anywhere; move it elsewhere")
         return values
 
     def try_out(self) -> None:

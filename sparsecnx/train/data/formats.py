@@ -42,6 +42,7 @@ from sparsecnx.train.data.pictures import (
     upright,
     upright_sides,
 )
+from sparsecnx.train.data.scale import as_floats
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two are BigTIFF
 # Samples of a pixel, by the photometric interpretation of TIFF: grey, RGB, palette, CMYK and YCbCr.
@@ -316,14 +317,9 @@ def _by_rasterio(file: File, page: int, error: Exception) -> np.ndarray[Any, Any
 
 def as_tensor(values: np.ndarray[Any, Any], *nodata: float | None) -> Tensor:
     """Return uint8 as it is and other types as float32, NaN where the value is one of `nodata`."""
-    missing = [number for number in nodata if number is not None]
-    if values.dtype == np.uint8 and not missing:
+    if values.dtype == np.uint8 and all(number is None for number in nodata):
         return torch.from_numpy(np.ascontiguousarray(values))
-    with np.errstate(over="ignore"):  # infinity is refused later, by name
-        found = torch.from_numpy(np.array(values, np.float32, order="C"))
-    for number in missing:
-        found[torch.from_numpy(np.ascontiguousarray(values == number))] = math.nan
-    return found
+    return torch.from_numpy(as_floats(values, *nodata))
 
 
 def with_channels(values: Tensor, colours: str, channels: int) -> Tensor:

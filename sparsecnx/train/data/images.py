@@ -19,7 +19,7 @@ from sparsecnx.train.data.files import ENDINGS, FileSet
 from sparsecnx.train.data.formats import Header, decode, expect_fit, read_header
 from sparsecnx.train.data.pictures import File, UnsupportedImage
 from sparsecnx.train.data.source import Source, too_small
-from sparsecnx.train.data.statistics import KNOWN_RANGES, describe_scale, looked_at, measure
+from sparsecnx.train.data.statistics import KNOWN_RANGES, describe_gaps, describe_scale, looked_at, measure
 from sparsecnx.train.recipe import Recipe
 
 # These are the photographs (no drawings, no masks) inside the wheels, colourful ones first.
@@ -138,8 +138,8 @@ class Images(Source):
         imagenet = ", normalised by the numbers of ImageNet" if recipe.photographs else ""
         lines = [f"{told}; as {channels}{imagenet}, upright as their EXIF data say"]
         marks = {header.nodata for header in headers} | {recipe.nodata}
-        if numbers := sorted(mark for mark in marks if mark is not None):
-            lines.append(f"no value: NaN and {', '.join(f'{number:g}' for number in numbers)}")
+        numbers = [mark for mark in marks if mark is not None]
+        lines += describe_gaps(self, recipe, {header.dtype for header in headers}, numbers)
         small = sum(h.height < recipe.size[0] or h.width < recipe.size[1] for h in headers)
         if small and recipe.crop_area is not None:
             lines.append(f"{small} of them are smaller than the crop and are enlarged")

@@ -20,6 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SAMPLED_VALUES = 2**25
 PARTS = 16
 PERCENTILES = (0.5, 99.5)
+MEASURED = ("zscore", "percentiles")  # by these each entry has statistics, which refuse one without values
 
 
 class UnsupportedValues(ValueError):
@@ -59,6 +60,23 @@ def values_in(images: Tensor) -> Tensor | None:
     if not images.is_floating_point() or not (missing := images.isnan()).any():
         return None
     return ~missing
+
+
+def as_floats(values: np.ndarray[Any, Any], *nodata: float | None) -> np.ndarray[Any, Any]:
+    """Return a copy of the values of a file in float32, NaN where a value is one of `nodata`.
+
+    Whole numbers are compared as they are. Floats are compared in float32, in which they are trained: in 64 bits a
+    slope gives them digits that nobody types.
+    """
+    numbers = [np.float64(number) for number in nodata if number is not None]
+    narrow = np.float16 if values.dtype == np.float16 else np.float32
+    with np.errstate(over="ignore"):  # infinity is refused later, by name
+        found = np.array(values, np.float32, order="C")
+        near = [number.astype(narrow) for number in numbers]
+    for number, rounded in zip(numbers, near, strict=True):
+        is_float = values.dtype.kind == "f" and np.isfinite(rounded)
+        found[found == rounded if is_float else values == number] = np.nan
+    return found
 
 
 def scale_of(pixels: Pixels, normalize: str) -> Scale | None:
@@ -119,55 +137,68 @@ def expect_numbers(values: Tensor, value_range: tuple[float, float] | None, star
     Raises:
         UnsupportedValues: one is infinite in float32, or outside the range. NaN is no value, and neither.
     """
-    if values.is_floating_point() and (wrong := values.isinf()).any():
+    if value_range is None and not values.is_floating_point():
+        return values
+    low, high = extremes(values)
+    if np.isinf([low, high]).any():
+        wrong = values.isinf()
         channel, *place = wrong.nonzero()[0].tolist()
         voxel = tuple(first + i for first, i in zip(start, place, strict=True))
         what = f"holds {values[wrong][0].item()} in channel {channel} at {voxel}"
         raise UnsupportedValues(f"{what}: expected finite values, or NaN where there is none")
-    if (problem := outside(values, value_range)) is not None:
+    if (problem := outside(low, high, value_range)) is not None:
         raise UnsupportedValues(problem)
     return values
 
 
-def expect_a_value(pixels: Pixels) -> None:
-    """Raise UnsupportedValues if an image or a volume is NaN everywhere. It is read until a value is found."""
-    sides = pixels.size[1:]
-    thickness = max(SAMPLED_VALUES // (PARTS * pixels.channels * math.prod(sides)), 1)
-    for start in range(0, pixels.size[0], thickness):
-        part = pixels.read((start, *(0,) * len(sides)), (min(thickness, pixels.size[0] - start), *sides))
+def has_a_value(pixels: Pixels) -> bool:
+    """Return whether an image or a volume is not NaN everywhere. It is read from the middle until a value is found."""
+    length, *sides = pixels.size
+    thickness = max(SAMPLED_VALUES // (pixels.channels * math.prod(sides)), 1)
+    for start in sorted(range(0, length, thickness), key=lambda start: abs(2 * start + thickness - length)):
+        part = pixels.read((start, *(0 for _ in sides)), (min(thickness, length - start), *sides))
         if not part.isnan().all():
-            return
-    raise UnsupportedValues("has no value anywhere; move it elsewhere")
+            return True
+    return False
 
 
-def outside(values: Tensor, value_range: tuple[float, float] | None) -> str | None:
-    """Return why values do not lie in a range, or None. NaN does."""
-    if value_range is None:
-        return None
-    there = values[~values.isnan()] if values.is_floating_point() else values
-    low, high = (there.amin().item(), there.amax().item()) if there.numel() else value_range
-    if low >= value_range[0] and high <= value_range[1]:
+def extremes(values: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return the least and the largest value of each channel of `(C, *size)`, float64 `(C,)`; NaN where it has none."""
+    axes = tuple(range(1, values.ndim))
+    # fmin and fmax pass over NaN, in one pass each: 50 times as fast as an index of what is there.
+    low, high = (least_or_most.reduce(values.numpy(), axes) for least_or_most in (np.fmin, np.fmax))
+    return low.astype(np.float64), high.astype(np.float64)
+
+
+def outside(
+    low: np.ndarray[Any, Any], high: np.ndarray[Any, Any], value_range: tuple[float, float] | None
+) -> str | None:
+    """Return why channels with these extremes do not lie in a range, or None. A channel without values does."""
+    if value_range is None or not ((low < value_range[0]) | (high > value_range[1])).any():
         return None
     least, most = value_range
-    return f"holds values from {low:g} to {high:g}: expected {least:g} to {most:g}, --value-range"
+    return f"holds values from {np.nanmin(low):g} to {np.nanmax(high):g}: expected {least:g} to {most:g}, --value-range"
 
 
-def far_beyond(values: Tensor, seen: Sequence[float]) -> str | None:
-    """Return why values lie beyond the range of a sample by more than its width, or None.
+def far_beyond(values: Tensor, seen: Sequence[tuple[float, float]]) -> str | None:
+    """Return why values of a channel lie beyond its range in a sample by more than the width of that, or None.
 
     Args:
-        values: in the units of the files.
-        seen: least and largest value of the sample; empty where it was not measured.
+        values: `(C, *size)`, in the units of the files.
+        seen: see `Source.seen`. A channel that is constant in the sample, or has no value there, takes all.
     """
     if not seen:
         return None
-    least, most = seen
+    (low, high), (least, most) = extremes(values), np.transpose(seen)
     width = most - least
-    if outside(values, (least - width, most + width)) is None:
+    beyond = np.flatnonzero((width > 0) & ((low < least - width) | (high > most + width))).tolist()
+    if not beyond:
         return None
-    low, high = values[~values.isnan()].aminmax()
+    channel = beyond[0]
+    where = f" in channel {channel}" if len(seen) > 1 else ""
+    sample = f"the sample {least[channel]:g} to {most[channel]:g}"
     remedy = "other units, or a value for no data? --nodata, --value-range"
-    return f"holds {low:g} to {high:g}, the sample {least:g} to {most:g}: {remedy}"
+    return f"holds {low[channel]:g} to {high[channel]:g}{where}, {sample}: {remedy}"
 
 
 def scaled(values: Tensor, scale: Scale | None) -> Tensor:

@@ -147,9 +147,17 @@ class Source(ABC):
         return self.root
 
     @cached_property
-    def seen(self) -> list[float]:
-        """Return the least and the largest value of the sample; empty until it was measured, see `measure`."""
+    def seen(self) -> list[tuple[float, float]]:
+        """Return the least and the largest value of each channel of the sample, NaN where a channel has none.
+
+        It is empty until the sample was measured, see `measure`.
+        """
         return []
+
+    @cached_property
+    def gaps(self) -> dict[str, bool]:
+        """Return of the entries whose values were read before the run, by name, whether some are missing."""
+        return {}
 
     @abstractmethod
     def __len__(self) -> int:

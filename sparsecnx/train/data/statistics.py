@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsecnx.common.errors import InputError
-from sparsecnx.train.data.scale import outside, sample_of
+from sparsecnx.train.data.scale import extremes, outside, sample_of
 from sparsecnx.train.data.source import Decoded, Source
 from sparsecnx.train.recipe import Recipe
 
 KNOWN_RANGES = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0)}
 MOST_VALUES = 2**20  # of a channel of an image that are summed, evenly spread
 SHOWN = 4  # channels
+LOOKED_INTO = 4  # entries of the sample that are read to find missing values, where it was not measured
 # These fields of a recipe say how an entry is read.
 READING = ("ndim", "in_chans", "image_size", "patch_size", "mask_ratio", "crop_area", "max_pixels", "nodata", "pages")
 
@@ -33,7 +35,7 @@ class Moments(NamedTuple):
 def measure(source: Source, given: Mapping[str, Any], dtypes: Sequence[str]) -> dict[str, Any]:
     """Return `value_range`, `mean` and `std` of a recipe, as far as the user gave none.
 
-    They are of up to 256 entries, spread evenly; `source.seen` gets their least and largest value. The range is known
+    They are of up to 256 entries, spread evenly; `source.seen` gets the extremes of every channel. The range is known
     for 8 and 16 bits; of other types mean and standard deviation are in the units of the files.
 
     Args:
@@ -55,18 +57,12 @@ def measure(source: Source, given: Mapping[str, Any], dtypes: Sequence[str]) -> 
     reading = {field: given[field] for field in READING if field in given}
     recipe = Recipe(**reading, normalize="dataset", value_range=value_range, mean=(0.0,), std=(1.0,))
     total: Moments | None = None
-    for index in source.sample():
-        try:
-            read = source.read(index, recipe)
-            values = sample_of(Decoded(read) if isinstance(read, Tensor) else read)
-        except InputError:  # the source cannot go on, as when a server is gone
-            raise
-        except Exception:  # decoders raise many kinds of errors; a run skips such files and names them
-            continue
-        if "value_range" in given and (problem := outside(values, value_range)) is not None:
+    for index, values in _values(source, recipe, source.sample()):
+        least, most = extremes(values)
+        if "value_range" in given and (problem := outside(least, most, value_range)) is not None:
             raise InputError("data", source.root, f"holds {source.name(index)}, which {problem}")
         total = _added(total, _moments(values))
-        source.seen[:] = _extremes(values, source.seen)
+        source.seen[:] = _widened(source.seen, least, most)
     found = {"value_range": value_range}
     if total is None:  # nothing can be read, which the first reading of the run names
         return found | {"mean": (0.0,), "std": (1.0,)}
@@ -78,6 +74,20 @@ def measure(source: Source, given: Mapping[str, Any], dtypes: Sequence[str]) -> 
             what = "has no values in the sample" if math.isnan(value) else constant
             raise InputError("data", source.root, f"channel {channel} {what}; expected others, or --std")
     return {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())} | found
+
+
+def _values(source: Source, recipe: Recipe, places: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the numbers and values of entries that can be read; `source.gaps` gets whether some are missing."""
+    for index in places:
+        try:
+            read = source.read(index, recipe)
+            values = sample_of(Decoded(read) if isinstance(read, Tensor) else read)
+        except InputError:  # the source cannot go on, as when a server is gone
+            raise
+        except Exception:  # decoders raise many kinds of errors; a run skips such files and names them
+            continue
+        source.gaps[source.name(index)] = values.is_floating_point() and bool(values.isnan().any())
+        yield index, values
 
 
 def _moments(values: Tensor) -> Moments:
@@ -109,20 +119,48 @@ def looked_at(kinds: Counter[str], unreadable: Sequence[tuple[str, str]]) -> str
     return f"files: {kinds.total() + len(unreadable)} looked at, {', '.join(told)}"
 
 
-def _extremes(values: Tensor, seen: Sequence[float]) -> list[float]:
-    """Return the least and the largest of values and of those seen before; NaN is none."""
-    there = values[~values.isnan()] if values.is_floating_point() else values
-    found = [*seen, there.amin().item(), there.amax().item()] if there.numel() else [*seen]
-    return [min(found), max(found)] if found else []
+def _widened(
+    seen: Sequence[tuple[float, float]], low: np.ndarray[Any, Any], high: np.ndarray[Any, Any]
+) -> list[tuple[float, float]]:
+    """Return the ranges of channels, widened to these extremes; NaN is none."""
+    least, most = np.transpose(seen) if seen else (low, high)
+    return list(zip(np.fmin(least, low).tolist(), np.fmax(most, high).tolist(), strict=True))
 
 
-def describe_scale(recipe: Recipe, given: Mapping[str, Any] | None, seen: Sequence[float]) -> list[str]:
+def describe_gaps(source: Source, recipe: Recipe, dtypes: Iterable[str], numbers: Collection[float]) -> list[str]:
+    """Return which values are missing in how many entries, for the first lines of a run; none if that cannot be.
+
+    It counts the entries that were measured. Where there are none it reads a few.
+
+    Args:
+        source: what is described.
+        recipe: that of the run.
+        dtypes: of the sample. Values that are no floats are missing only if they are one of `numbers`.
+        numbers: that stand for no value.
+    """
+    if not numbers and all(np.dtype(dtype).kind != "f" for dtype in dtypes):
+        return []
+    if not source.gaps:
+        places = source.sample()
+        for _ in _values(source, recipe, places[:: math.ceil(len(places) / LOOKED_INTO)]):
+            pass
+    missing = [name for name, some in source.gaps.items() if some]
+    if not numbers and not missing:
+        return []
+    told = "no value: NaN" + (f" and {', '.join(f'{number:g}' for number in sorted(numbers))}" if numbers else "")
+    if source.gaps:
+        such = f", such as {missing[0]}" if missing else ""
+        told += f", in {len(missing) or 'none'} of {len(source.gaps)} {source.noun}s looked into{such}"
+    return [told]
+
+
+def describe_scale(recipe: Recipe, given: Mapping[str, Any] | None, seen: Sequence[tuple[float, float]]) -> list[str]:
     """Return the numbers by which values are normalised, for the first lines of a run; none if they have their own.
 
     Args:
         recipe: that of the run.
         given: the fields that the user chose; None for a resumed run.
-        seen: least and largest value of the sample; empty where it was not measured.
+        seen: see `Source.seen`.
     """
     if recipe.normalize != "dataset":
         return []
@@ -130,7 +168,8 @@ def describe_scale(recipe: Recipe, given: Mapping[str, Any] | None, seen: Sequen
     def origin(field: str, found: str) -> str:
         return "" if given is None else " (given)" if given.get(field) is not None else f" ({found})"
 
-    sample = f"from {seen[0]:g} to {seen[1]:g} in the sample, " if seen else ""
+    there = [value for pair in seen for value in pair if not math.isnan(value)]
+    sample = f"from {min(there):g} to {max(there):g} in the sample, " if there else ""
     scale = f"{sample}in the units of the files"
     if recipe.value_range is not None:
         low, high = recipe.value_range

@@ -24,8 +24,9 @@ from torch import Tensor
 from sparsecnx.common.errors import InputError, MissingExtra
 from sparsecnx.common.files import not_regular
 from sparsecnx.train.data.files import FileSet, multiscales
+from sparsecnx.train.data.scale import as_floats
 from sparsecnx.train.data.source import channels_last, too_small
-from sparsecnx.train.data.statistics import describe_scale, looked_at, measure
+from sparsecnx.train.data.statistics import describe_gaps, describe_scale, looked_at, measure
 from sparsecnx.train.recipe import Recipe
 
 # A compressed file of so many voxels takes 4 GB where its values are scaled.
@@ -90,17 +91,14 @@ class Volume:
         order = [*channel, *(axis for axis, _ in self.axes)]
         values = values.transpose([sorted(order).index(axis) for axis in order])
         values = np.flip(values, tuple(i for i, (_, backwards) in enumerate(self.axes, len(channel)) if backwards))
-        with np.errstate(over="ignore"):  # infinity is named by `expect_numbers`
-            found = np.array(values, np.float32)
-        if self.nodata is not None:  # compared in the type of the file, which float32 may round
-            found[values == self.nodata] = np.nan
-        return torch.from_numpy(found).view(self.channels, *size)
+        return torch.from_numpy(as_floats(values, self.nodata)).view(self.channels, *size)
 
     def decompressed(self) -> Volume:
-        """Return the same volume in memory, in the type of the file, or in float32 where that is scaled."""
-        values = np.asanyarray(self.array)
-        values = values.astype(np.float32) if values.dtype.itemsize > 4 else values
-        return replace(self, array=values, compressed=False, bytes_held=values.nbytes)
+        """Return the same volume in memory, in the type of the file, or in float32 where that takes less."""
+        values, nodata = np.asanyarray(self.array), self.nodata
+        if values.dtype.itemsize > 4:  # compared before it is rounded, and not again
+            values, nodata = as_floats(values, nodata), None
+        return replace(self, array=values, compressed=False, bytes_held=values.nbytes, nodata=nodata)
 
 
 @dataclass(frozen=True)
@@ -150,8 +148,8 @@ class VolumeSet(FileSet):
 
     def describe(self, recipe: Recipe, given: Mapping[str, Any] | None) -> list[str]:
         lines = [looked_at(Counter(self.dtypes), self.unreadable)]
-        if recipe.nodata is not None:
-            lines.append(f"no value: NaN and {recipe.nodata:g}")
+        numbers = [] if recipe.nodata is None else [recipe.nodata]
+        lines += describe_gaps(self, recipe, self.dtypes, numbers)
         return [*lines, *describe_scale(recipe, given, self.seen)]
 
     def check(self, recipe: Recipe) -> None:
