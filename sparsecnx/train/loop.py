@@ -361,7 +361,7 @@ class Trainer:
         first = r.first_epoch * self.steps_per_epoch
         steps = self.total_steps - first
         if self.step == self.total_steps:
-            hints.append("the run is finished; --extend EPOCHS trains it on")
+            hints.append("the run is finished; --resume --extend EPOCHS trains it on")
         elif self.step == first and steps * r.peak_lr < LEAST_TRAINING:
             problem = f"hint: {steps} steps at a learning rate of at most {r.peak_lr:.2g} hardly train a network"
             small = self.options.small_data or first

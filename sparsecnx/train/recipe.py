@@ -426,7 +426,7 @@ class Recipe:
             stored = (float(value),) if field in ("mean", "std") and isinstance(value, (int, float)) else value
             if _shortest(stored) != _shortest(before := getattr(self, field)):
                 remedy = "leave it out to continue that run, or start a new one in another output folder"
-                raise InputError(field, _typed(value), f"the run to resume was started with {_typed(before)}; {remedy}")
+                raise InputError(field, _typed(value), f"the run to resume has {_typed(before)}; {remedy}")
 
 
 def small_data(images: int) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def test_a_resumed_run_goes_on_with_the_same_losses(run, photos, tmp_path, monke
     assert logged(tmp_path / "stopped") == logged(run)
     for given in ({"method": "fcmae"}, {"model": "timm:test_efficientnet"}, {"model": "atto"}):
         ((field, value),) = given.items()
-        with pytest.raises(InputError, match=f"{field} is {value}: the run to resume was started with {RUN[field]}"):
+        with pytest.raises(InputError, match=f"{field} is {value}: the run to resume has {RUN[field]}"):
             train(photos, tmp_path / "stopped", resume="newest", **given)
 
 
