@@ -86,7 +86,7 @@ wheel-in-%: wheel $(WHEEL)/%/ready
 	$(WHEEL)/$*/bin/pip install --force-reinstall --no-deps dist/*.whl
 	$(WHEEL)/$*/bin/pip install "$$(ls dist/*.whl)[train]"
 	$(WHEEL)/$*/bin/sparsecnx doctor
-	rm -rf $(WHEEL)/$*/tests && cp -r tests pyproject.toml README.md $(WHEEL)/$*
+	rm -rf $(WHEEL)/$*/tests && tar -c --exclude=__pycache__ tests pyproject.toml README.md | tar -x -C $(WHEEL)/$*
 	cd $(WHEEL)/$* && bin/python tests/installed_wheel.py $(SPARSECNX_BUILD)
 	cd $(WHEEL)/$* && bin/python tests/first_hour.py $(lastword $(subst -, ,$*))
 	cd $(WHEEL)/$* && bin/pytest $(WORKERS) -k cpu tests/ops

@@ -35,6 +35,7 @@ from compilers import (
     find_toolkit,
     nvcc_flags,
     release,
+    versions,
 )
 from library_facts import library_facts
 
@@ -75,14 +76,16 @@ def extensions(torch: Any, toolkit: dict[str, Any] | None) -> list[Any]:
     # Error messages contain the paths of source files. They are the same wherever the build happens.
     roots = [Path.cwd(), Path(torch.__file__).parents[1]]
 
-    def operators(name: str, sources: list[str], include: list[str], link: list[str]) -> Any:
+    def operators(name: str, sources: list[str], include: list[str], link: list[str], *others: str) -> Any:
         return torch.utils.cpp_extension.CppExtension(
             name,
             sorted(source for pattern in sources for source in glob.glob(pattern)),
             include_dirs=[str(Path.cwd() / "csrc"), *include],
             define_macros=[
                 ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}{:012x}".format(*release(OLDEST_TORCH), 0)),
-                ("COMPILED_WITH_TORCH", str(torch.__version__)),  # ninja looks at commands, not at torch's headers
+                # ninja looks at commands, not at torch's headers, nor at what the name of a compiler stands for.
+                ("COMPILED_WITH_TORCH", str(torch.__version__)),
+                ("COMPILED_BY", versions(os.environ["CXX"], *others)),
             ],
             extra_compile_args={
                 "cxx": [*FLAGS, *(f"-fmacro-prefix-map={root}/=" for root in roots)],
@@ -100,7 +103,8 @@ def extensions(torch: Any, toolkit: dict[str, Any] | None) -> list[Any]:
     torch_cuda = ["-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"]
     runtime = [toolkit["runtime"], "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL", "-Wl,-z,defs"]
     sources = ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"]
-    return [operators("sparsecnx._C_cuda", sources, toolkit["include"], [*torch_cuda, *runtime]), on_cpu]
+    others = toolkit["nvcc"], os.environ.get("NVCC_CCBIN", "")
+    return [operators("sparsecnx._C_cuda", sources, toolkit["include"], [*torch_cuda, *runtime], *others), on_cpu]
 
 
 def record(command: Command, facts: dict[str, Any], keep: tuple[str, ...] = ()) -> None:
@@ -154,8 +158,12 @@ def compiling_commands(torch: Any, toolkit: dict[str, Any] | None, no_toolkit: C
     class BuildOperators(torch.utils.cpp_extension.BuildExtension):  # type: ignore[misc]
         def run(self) -> None:
             self.force = True  # Always link. setuptools does not see changes of headers and flags; ninja does.
-            if self.editable_mode:  # A later install or wheel finds the objects, which setuptools would throw away.
+            chosen = self.distribution.get_option_dict
+            if self.editable_mode and "build_temp" not in chosen("build_ext"):
+                # A later install or wheel finds the objects, which setuptools would throw away.
                 build = self.distribution.get_command_class("build")(self.distribution)
+                for name in {"build_base", "build_temp"} & chosen("build").keys():
+                    setattr(build, name, chosen("build")[name][1])
                 build.finalize_options()
                 self.build_temp = build.build_temp
             failures = {"cuda_failure": no_toolkit.facts() if no_toolkit else None, "cpu_failure": None}

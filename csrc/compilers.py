@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,13 @@ def find_compiler() -> str:
     if "Python.h" in trial.stderr:
         raise CannotCompile(f"no Python.h in {include}\nInstall it (Debian, Ubuntu: apt-get install python3-dev).")
     raise CannotCompile(f"{compiler} does not compile C++20: {first_error(trial.stderr)}\n{advice}")
+
+
+def versions(*compilers: str) -> str:
+    """Return a number that changes when one of these compilers is upgraded under the same name."""
+    commands = [[name, "--version"] for name in compilers if shutil.which(name)]
+    said = [subprocess.run(command, text=True, capture_output=True).stdout for command in commands]
+    return f"{zlib.crc32(''.join(said).encode()):08x}"
 
 
 def toolkit_homes() -> dict[str, str]:
@@ -173,7 +181,8 @@ def find_toolkit(torch: Any) -> dict[str, Any]:
             f"Install its runtime library (package {package})."
         )
     torch.utils.cpp_extension.CUDA_HOME = str(Path(nvcc).parents[1])  # torch has searched differently.
-    return {"version": found[1], "include": folders(trial.stdout, "INCLUDES"), "runtime": runtime}
+    include = folders(trial.stdout, "INCLUDES")
+    return {"nvcc": nvcc, "version": found[1], "include": include, "runtime": runtime}
 
 
 def folders(plan: str, variable: str) -> list[str]:

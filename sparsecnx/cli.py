@@ -137,7 +137,7 @@ def _reconstruct(arguments: argparse.Namespace) -> int:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Convert a checkpoint of ConvNeXt V2 or its masked autoencoder to the format of another library, bit for bit: "
+        "Convert a checkpoint of ConvNeXt or its masked autoencoder to the format of another library, bit for bit: "
         "names and layouts change, values and dtypes do not. Entries without a place there, such as the decoder in a "
         "classifier, are left out and listed. A missing or unknown entry, or one of a wrong shape, is an error."
     )
@@ -182,7 +182,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             warnings.simplefilter("always")
             if loaded.foreign:
                 if to != "timm":
-                    raise InputError("to", to, "expected timm, since IN holds no ConvNeXt V2 of sparsecnx")
+                    raise InputError("to", to, "expected timm, since IN holds no ConvNeXt of sparsecnx")
                 conversion = checkpoints.as_it_is(loaded.state_dict)
             else:
                 conversion = checkpoints.convert(loaded.state_dict, to, arguments.origin, arguments.conv_mlp)

@@ -210,7 +210,7 @@ def test_a_terminated_run_saves_resumes_and_is_drawn(photos, tmp_path, capsys):
         assert picture.format == "PNG"
 
     line = refused(["pretrain", "--resume", "--output", run, "--model", "femto"], capsys)
-    assert "--model is femto: the run to resume was started with atto" in line
+    assert "--model is femto: the run to resume has atto" in line
     os.truncate((run / "last.pt").resolve(), 10_000)
     line = refused(["pretrain", "--resume", "--output", run], capsys)
     assert f"--resume is {run}/checkpoint-" in line

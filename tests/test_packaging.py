@@ -234,6 +234,21 @@ def test_a_rebuild_compiles_what_changed_alone(source: Path) -> None:
     assert library.read_bytes() != content
 
 
+@pytest.mark.skipif(shutil.which("ninja") is None, reason="needs ninja")
+def test_an_upgraded_compiler_compiles_again_in_the_folder_that_was_chosen(source: Path, tmp_path: Path) -> None:
+    compiler, chosen = tmp_path / "c++", tmp_path / "chosen"
+    (source / "setup.cfg").write_text(f"[build]\nbuild_base = {chosen}\n")
+    program, times = "import sys; sys.path.insert(0, 'csrc'); import build_backend as b; b.build_editable('wheels')", []
+    for version in (1, 1, 2):
+        compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo {version}\nexec c++ "$@"\n')
+        compiler.chmod(0o755)
+        result = run("-c", program, cwd=source, SPARSECNX_BUILD="cpu", CXX=str(compiler))
+        assert result.returncode == 0, result.stderr
+        (object_file,) = chosen.rglob("*.o")
+        times.append(object_file.stat().st_mtime_ns)
+    assert times[0] == times[1] < times[2] and not (source / "build").exists()
+
+
 def test_a_toolkit_behind_a_script_on_the_path(compilers: Any, monkeypatch: Any, tmp_path: Path) -> None:
     toolkit = fake_toolkit(tmp_path / "cuda", release="13.1")
     script = tmp_path / "bin/nvcc"
@@ -245,7 +260,8 @@ def test_a_toolkit_behind_a_script_on_the_path(compilers: Any, monkeypatch: Any,
     monkeypatch.delenv("CUDA_PATH", raising=False)
     torch_13 = torch_of("13.0")
     found = compilers.find_toolkit(torch_13)  # Another minor version than torch's does no harm.
-    assert found == {"version": "13.1", "include": [], "runtime": f"{toolkit}/lib/libcudart_static.a"}
+    runtime = f"{toolkit}/lib/libcudart_static.a"
+    assert found == {"nvcc": str(script), "version": "13.1", "include": [], "runtime": runtime}
     assert str(tmp_path) == torch_13.utils.cpp_extension.CUDA_HOME
 
 

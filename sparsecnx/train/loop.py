@@ -37,6 +37,7 @@ from sparsecnx.train.services import chosen_callbacks
 
 # Steps times the peak learning rate of a run that learns little. `make demo` has 0.7, the published runs have 600.
 LEAST_TRAINING = 0.2
+MOST_NAMED = 20  # files of a kind that a run names; it counts further ones
 
 
 class Trainer:
@@ -88,7 +89,7 @@ class Trainer:
         self.callbacks = [*asked, *files] if processes.main else [OtherProcess(processes.rank)]
         self.step, self.written_by = (0, 1) if saved is None else (saved.step, saved.processes)
         self.unreadable: dict[str, str] = {}
-        self.unusual: set[str] = set()
+        self.unusual: dict[str, str] = {}
 
     def state(self) -> dict[str, Any]:
         """Return the contents of a checkpoint, see `checkpoint.read`.
@@ -194,11 +195,12 @@ class Trainer:
         return Run(self.folder.folder, **steps, device=self.learner.device, config=asdict(self.recipe) | data)
 
     def _say_end(self, log: RunLog) -> None:
-        for others in self.processes.gathered(self.unreadable):
-            self.unreadable |= others
-        if self.unreadable:
-            names = ", ".join(sorted(self.unreadable))
-            log.say(f"skipped {len(self.unreadable)} unreadable {self.source.noun}s: {names}")
+        kinds = {"skipped {} unreadable {}s": self.unreadable, "found {} {}s with unusual values": self.unusual}
+        for text, found in kinds.items():
+            names = sorted(set().union(*self.processes.gathered([*found])))
+            if names:
+                more = ["..."] if len(names) > MOST_NAMED else []
+                log.say(f"{text.format(len(names), self.source.noun)}: {', '.join(names[:MOST_NAMED] + more)}")
         log.say(f"done: {self.folder.newest()}")
 
     def batches(self) -> AbstractContextManager[Iterator[Batch]]:
@@ -258,13 +260,13 @@ class Trainer:
     def _note_unreadable(self, batch: Batch, log: RunLog) -> None:
         """Name the files that were skipped or are unusual, or stop all processes if one of them can read none."""
         self.processes.together(lambda: self._expect_images(batch))
-        for name, reason in batch.unreadable.items():
-            if name not in self.unreadable:
-                log.say(f"{SKIPPED} {self.source.noun} {name} ({reason})")
-        self.unreadable |= batch.unreadable
-        for name in sorted(batch.unusual.keys() - self.unusual):
-            log.say(f"{UNUSUAL} {self.source.noun} {name} ({batch.unusual[name]})")
-        self.unusual |= batch.unusual.keys()
+        kinds = (SKIPPED, self.unreadable, batch.unreadable), (UNUSUAL, self.unusual, batch.unusual)
+        for begins, known, found in kinds:
+            for name in sorted(found.keys() - known.keys()):
+                known[name] = found[name]
+                if len(known) <= MOST_NAMED:
+                    rest = "; further ones are only counted" if len(known) == MOST_NAMED else ""
+                    log.say(f"{begins} {self.source.noun} {name} ({found[name]}){rest}")
 
     def _expect_images(self, batch: Batch) -> None:
         if batch.problem is not None:
@@ -355,7 +357,7 @@ class Trainer:
         first = r.first_epoch * self.steps_per_epoch
         steps = self.total_steps - first
         if self.step == self.total_steps:
-            hints.append("the run is finished; --extend EPOCHS trains it on")
+            hints.append("the run is finished; --resume --extend EPOCHS trains it on")
         elif self.step == first and steps * r.peak_lr < LEAST_TRAINING:
             problem = f"hint: {steps} steps at a learning rate of at most {r.peak_lr:.2g} hardly train a network"
             small = self.options.small_data or first

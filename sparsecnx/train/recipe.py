@@ -26,8 +26,8 @@ from sparsecnx.models.mpmae import check_targets
 from sparsecnx.models.patches import LOSS_ON
 from sparsecnx.models.targets import PixelTarget, Target
 from sparsecnx.ops.global_response_norm.groups import SCOPES
-from sparsecnx.train.code import unknown_network
 from sparsecnx.train.data.augment import SMALLEST_AREA
+from sparsecnx.train.network_names import unknown_network
 from sparsecnx.train.targets import IMAGE, patch_of, read_targets
 
 LARGEST_STRIDE = 32  # of our networks; smaller patches have smaller strides
@@ -81,9 +81,10 @@ class Recipe:
             each image; or `module:function`, a Python function of images `(B, C, *size)` and a torch.Generator that
             returns masks `(B, patches)`. None draws random masks of `mask_ratio`.
         norm_pix_loss: predict pixels normalised per patch; of targets the image, unless its own norm_pix_loss differs.
-        targets: what the decoders predict, by name, each with a type, image, class_map, regression or classification,
-            and the arguments of its class in `sparsecnx.models`, such as `{biome: {type: classification, classes: 14}}`
-            in YAML; one of the name image is the input. None reconstructs the image alone.
+        targets: what the decoders predict, by name (letters, digits, spaces, _ and -), each with a type, image,
+            class_map, regression or classification, and the arguments of its class in `sparsecnx.models`, such as
+            `{biome: {type: classification, classes: 14}}` in YAML; one of the name image is the input. None
+            reconstructs the image alone.
         uncertainty: learn the weights of the losses of several targets, see `sparsecnx.models.MPMAE`.
         epochs: passes over the images, warm-up included.
         batch_size: images per forward pass.
@@ -425,7 +426,7 @@ class Recipe:
             stored = (float(value),) if field in ("mean", "std") and isinstance(value, (int, float)) else value
             if _shortest(stored) != _shortest(before := getattr(self, field)):
                 remedy = "leave it out to continue that run, or start a new one in another output folder"
-                raise InputError(field, _typed(value), f"the run to resume was started with {_typed(before)}; {remedy}")
+                raise InputError(field, _typed(value), f"the run to resume has {_typed(before)}; {remedy}")
 
 
 def small_data(images: int) -> dict[str, Any]:

@@ -105,9 +105,7 @@ class Start(NamedTuple):
         source.seen[:] = saved.data.seen or []
         fingerprint = source.fingerprint()
         _expect_same_images(saved.data, source, fingerprint, "resume" if options.data is None else "data")
-        if options.extend is not None and not _is_extended(saved.recipe, options):
-            saved = saved._replace(recipe=_extended(saved, options.extend, given.get("warmup_epochs")))
-        saved.recipe.refuse_change(given)
+        saved = saved._replace(recipe=_continued(saved, options, given))
         if saved.data.sizes is None or saved.data.contents is None:
             notes.append(
                 f"{checkpoint.name} is of an earlier version: changed images under the same names are not noticed"
@@ -133,6 +131,22 @@ def _expect_same_code(recipe: Recipe, given: Mapping[str, Any], checkpoint: Path
         if is_code(code) and code != given.get(field):
             problem = f"its recipe names Python code, {code}, which runs only with --{field} {code}"
             raise InputError("resume", checkpoint, problem)
+
+
+def _continued(saved: Contents, options: Options, given: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that a run goes on with; refuse fields that it was not started with.
+
+    With `--extend` the epochs may be given as they were before, and the warm-up is that of the extension.
+    """
+    recipe, given = saved.recipe, dict(given)
+    if options.extend is None or _is_extended(recipe, options):
+        continued = recipe
+        if options.extend is not None and given.get("epochs") == recipe.first_epoch:
+            del given["epochs"]
+    else:
+        continued = _extended(saved, options.extend, given.pop("warmup_epochs", None))
+    recipe.refuse_change(given)
+    return continued
 
 
 def _is_extended(recipe: Recipe, options: Options) -> bool:

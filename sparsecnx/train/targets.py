@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
@@ -11,6 +12,7 @@ from sparsecnx.models import ClassificationTarget, ClassMapTarget, ImageTarget, 
 from sparsecnx.models.targets import PixelTarget, Target
 
 IMAGE = "image"  # names the input itself
+NAME = re.compile(r"[\w -]{1,200}")  # names are keys of the logs, and MLflow takes no others
 TYPES: dict[str, Any] = {
     "image": ImageTarget,
     "class_map": ClassMapTarget,
@@ -23,12 +25,14 @@ def read_targets(described: Mapping[str, Any]) -> dict[str, Target]:
     """Return the targets of a recipe, see `Recipe.targets`.
 
     Raises:
-        InputError: one has no such type or no such values.
+        InputError: one has no such type or no such values, or a name that a log could refuse.
     """
     return {name: _target(name, values) for name, values in described.items()}
 
 
 def _target(name: Any, values: Any) -> Target:
+    if not isinstance(name, str) or NAME.fullmatch(name) is None:
+        raise InputError("targets", repr(name), "expected a name of 1 to 200 letters, digits, spaces, _ and -")
     form = f"expected a type, {', '.join(TYPES)}, such as {{type: image, channels: 3}}"
     kind = values.get("type") if isinstance(values, Mapping) else None
     if not isinstance(kind, str) or kind not in TYPES:

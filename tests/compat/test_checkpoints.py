@@ -396,9 +396,9 @@ NORM = "stages.1.blocks.0.norm.weight"
         (lambda t: {**t, "epoch": 3}, "epoch is int: expected a state dict"),
         (
             lambda t: {"a": torch.ones(2), "b": torch.ones(3)},
-            r"none of its 2 entries is one of a ConvNeXt V2: they are a",
+            r"none of its 2 entries is one of a ConvNeXt: they are a",
         ),
-        (lambda t: {}, "none of its 0 entries is one of a ConvNeXt V2"),
+        (lambda t: {}, "none of its 0 entries is one of a ConvNeXt"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_with_the_entry(change, message, timm):

@@ -3,6 +3,7 @@
 Reads JSON, a line for each test: the environment to add, and a list of [number of processes, arguments, a step and a
 process to kill or None, whether torchrun restarts it]; the last two may be left out. Prints a list for each, also in
 JSON: exit codes and output. Forking saves importing torch again in every process.
+All processes are of one group, which the first of them leads, so that one signal ends them.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ def run(world: int, arguments: list[str], kill: list[int] | None = None, restart
         return {"codes": codes, "output": [open(f"{folder}/{i}").read() for i in range(len(processes))]}
 
 
+signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))  # a case hangs: end all of its processes
 use_tiny_models()
 torch.set_num_threads(1)
 before = dict(os.environ)

@@ -84,6 +84,7 @@ def in_another_process(function, *arguments):
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
     process.start()
     process.join(60)
+    process.kill()  # it may hang
     return process.exitcode
 
 

@@ -76,7 +76,7 @@ def test_bands_of_16_bits(tmp_path, capsys, monkeypatch):
         assert train(tmp_path / "data", tmp_path / "parts", **RUN | {"epochs": 2}) == 143
     assert train(None, tmp_path / "parts", resume="auto", workers=1) == 0
     assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
-    with pytest.raises(InputError, match="in_chans is 4: the run to resume was started with 5"):
+    with pytest.raises(InputError, match="in_chans is 4: the run to resume has 5"):
         train(None, tmp_path / "parts", resume="newest", in_chans=4)
 
     out = tmp_path / "grid.png"

@@ -2,6 +2,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -132,6 +133,16 @@ def test_unreadable_images_are_named_once_and_counted(photos, tmp_path, capsys):
     assert len(logged(tmp_path / "run")) == 8
 
 
+def test_only_the_first_of_many_unreadable_images_are_named(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "MOST_NAMED", 2)
+    for name in ("3.png", "cat/1.png", "cat/4.png"):
+        (photos / name).write_bytes(b"")
+    assert train(photos, tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert out.count("skipped unreadable image ") == 2 and out.count("; further ones are only counted") == 1
+    assert "skipped 3 unreadable images: 3.png, cat/1.png, ..." in out
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(photos, tmp_path, monkeypatch):
     losses, calls = Learner.losses, iter(range(8))
 
@@ -234,6 +245,25 @@ def test_the_configuration_of_an_extended_run_is_not_repeated_with_another_sched
     assert "the run is finished" in capsys.readouterr().out
 
 
+def test_the_configuration_of_a_run_extends_it(photos, tmp_path, capsys):
+    """So does a file that keeps the epochs of before, again and again, as a scheduler repeats its command."""
+    run = tmp_path / "run"
+    train(photos, run)
+    shutil.copy(run / "config.yaml", tmp_path / "before.yaml")
+    extend = ["pretrain", "--device=cpu", "--workers=0", "--draw-every=0", "--extend=1", "--output", str(run)]
+    for config, resume, epochs in (
+        (run / "config.yaml", "newest", 3),
+        (run / "config.yaml", "auto", 3),
+        (tmp_path / "before.yaml", "auto", 3),
+        (run / "config.yaml", "newest", 4),
+    ):
+        assert main([*extend, "--config", str(config), "--resume", resume]) == 0
+        assert f"steps per epoch 4, epochs {epochs}" in capsys.readouterr().out
+        assert len(logged(run)) == 4 * epochs
+    assert main([*extend, "--config", str(tmp_path / "before.yaml"), "--resume", "newest"]) == 2
+    assert "--epochs is 2: the run to resume has 4; leave it out" in capsys.readouterr().err
+
+
 def test_an_extension_that_was_stopped_goes_on_with_the_same_command(photos, tmp_path, monkeypatch, capsys):
     """A scheduler that starts a run again repeats its command."""
     train(photos, tmp_path / "run")
@@ -279,7 +309,7 @@ def test_resume_refuses_what_cannot_continue(photos, tmp_path):
         train(photos, run)
     newest, older = run / "checkpoint-00000008.pt", run / "checkpoint-00000004.pt"
 
-    with pytest.raises(InputError, match="model is femto: the run to resume was started with atto"):
+    with pytest.raises(InputError, match="model is femto: the run to resume has atto"):
         train(photos, run, resume="auto", model="femto")
     with pytest.raises(InputError, match=r"resume is .*00000004.pt: .*run goes on to checkpoint-00000008.pt"):
         train(photos, run, resume=str(older))

@@ -105,7 +105,7 @@ def test_convert_and_reconstruct(run, tmp_path, capsys):
     assert all(torch.equal(network.state_dict()[name], value) for name, value in encoder_of(run).items())
     assert "left out, because timm has no place for them" in capsys.readouterr().out
     assert main(["convert", str(run / "last.pt"), str(out), "--to", "convnextv2"]) == 2
-    assert "--to is convnextv2: expected timm, since IN holds no ConvNeXt V2" in capsys.readouterr().err
+    assert "--to is convnextv2: expected timm, since IN holds no ConvNeXt of sparsecnx" in capsys.readouterr().err
     assert main(["reconstruct", str(run / "last.pt"), "--out", str(tmp_path / "grid.png")]) == 0
 
 
@@ -125,7 +125,7 @@ def test_a_resumed_run_goes_on_with_the_same_losses(run, photos, tmp_path, monke
     assert logged(tmp_path / "stopped") == logged(run)
     for given in ({"method": "fcmae"}, {"model": "timm:test_efficientnet"}, {"model": "atto"}):
         ((field, value),) = given.items()
-        with pytest.raises(InputError, match=f"{field} is {value}: the run to resume was started with {RUN[field]}"):
+        with pytest.raises(InputError, match=f"{field} is {value}: the run to resume has {RUN[field]}"):
             train(photos, tmp_path / "stopped", resume="newest", **given)
 
 

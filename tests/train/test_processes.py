@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import many_targets
@@ -38,13 +39,25 @@ def options(output, data=None, **given):
 def in_ranks():
     """Return a function that runs cases: a number of processes, arguments, and at which step which gets a signal."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, HERE / "ranks.py"], env=ENVIRONMENT, **pipes) as ranks:
+    started = []
 
-        def run(*cases, **environment):
-            print(json.dumps([environment, cases]), file=ranks.stdin, flush=True)
-            return json.loads(ranks.stdout.readline() or '"ranks.py ended, or was ended for a case that hangs"')
+    def run(*cases, **environment):
+        if not started:
+            command = [sys.executable, HERE / "ranks.py"]
+            started.append(subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes))
+        try:
+            print(json.dumps([environment, cases]), file=started[0].stdin, flush=True)
+            answer = started[0].stdout.readline()
+            assert answer, "ranks.py ended, or ended itself for a case that hangs"
+            return json.loads(answer)
+        except BaseException:  # end all of its processes: a late answer must not reach the next test
+            with suppress(OSError), started.pop() as ranks:
+                os.killpg(ranks.pid, signal.SIGKILL)
+            raise
 
-        yield run
+    yield run
+    for ranks in started:
+        ranks.communicate()
 
 
 def expect_close(found, expected):

@@ -137,7 +137,7 @@ def test_a_field_without_a_meaning_is_named(field, value, given, expected):
 def test_a_resumed_run_keeps_its_recipe():
     saved = Recipe(epochs=7, seed=3)
     saved.refuse_change({"epochs": 7})
-    with pytest.raises(InputError, match="epochs is 9: the run to resume was started with 7"):
+    with pytest.raises(InputError, match="epochs is 9: the run to resume has 7"):
         saved.refuse_change({"epochs": 9})
 
 

@@ -256,7 +256,9 @@ IMAGE = {"type": "image", "channels": 2}
         ({"targets": {"a": {**IMAGE, "patch_size": [16]}}}, "expected a patch_size of two dimensions"),
         ({"targets": {"a": {**IMAGE, "channels": 10**6}}}, "values in a patch, not 1024000000"),
         ({"targets": {"image": {**IMAGE, "channels": 3}}}, "expected {type: image, channels: 2} without a patch_size"),
-        ({"targets": {"a.b": IMAGE}}, "a.b"),
+        ({"targets": {"a.b": IMAGE}}, "targets is 'a.b': expected a name of 1 to 200 letters, digits"),
+        ({"targets": {"NDVI (%)": IMAGE}}, "targets is 'NDVI (%)': expected a name"),
+        ({"targets": {3: IMAGE}}, "targets is 3: expected a name"),
         (
             {"targets": {"a": {**IMAGE, "weight": 2}}, "uncertainty": True},
             "weight of a is 2: expected 1, since uncertainty learns the weights",

@@ -1,4 +1,4 @@
-"""Conversion of ConvNeXt V2 and FCMAE checkpoints between libraries.
+"""Conversion of ConvNeXt and FCMAE checkpoints between libraries.
 
 docs/checkpoints.md lists the formats. For example:
 

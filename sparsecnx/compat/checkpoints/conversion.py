@@ -52,14 +52,14 @@ def convert(
 
     Args:
         state_dict: a ConvNeXt V2 in any of the formats, whole: an encoder, with or without final norm and head, or
-            with a decoder. Or one with blocks V1 in a format of ours or of timm, for another of these.
+            with a decoder. Or a ConvNeXt V1 in a format of ours or of timm, for another of these.
         to: `"fcmae"`, `"fcmae-encoder"`, `"sparsecnx"`, `"convnextv2"`, `"timm"` or `"transformers"`.
         source: format of the input; None recognises it.
         conv_mlp: with `to="timm"`, True for a model built with `conv_mlp=True`; None for what timm builds: True for
             atto to nano, False for the other sizes and any other widths.
 
     Raises:
-        CheckpointError: the encoder has another stem or no biases, or blocks V1, which `to` does not hold; or an entry
+        CheckpointError: the encoder has another stem or no biases, or is a V1, which `to` does not hold; or an entry
             is unknown, missing, or of a shape that the rest of the network contradicts, or is sparse, quantized or
             otherwise no plain tensor of floating-point numbers; or there are more than 10,000 entries; or the new
             format cannot express the decoder or so many classes.
@@ -122,20 +122,20 @@ def detect_format(state_dict: Mapping[str, Tensor], among: str | None = None) ->
     best = max(scores)
     if best[0] == 0:
         _refuse_v1(state_dict)
-        wanted = "a ConvNeXt V2" if among is None else among
+        wanted = "a ConvNeXt" if among is None else among
         they_are = f"they are {_some(state_dict)}{prefixes_of(state_dict)}"
         raise CheckpointError(f"none of its {len(state_dict)} entries is one of {wanted}: {they_are}")
     return candidates[scores.index(best)]
 
 
 def own_encoder(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return the entries of an encoder of ours that no format of ConvNeXt V2 holds; None for any other state dict."""
+    """Return the entries of an encoder of ours that no format holds; None for any other state dict."""
     encoder = _encoder(state_dict)
     return encoder if _not_in_formats(encoder) else None
 
 
 def refuse_own(state_dict: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError for an encoder of ours that no format of ConvNeXt V2 holds."""
+    """Raise CheckpointError for an encoder of ours that no format holds."""
     if parts := _not_in_formats(_encoder(state_dict)):
         raise CheckpointError(
             f"has an encoder with {' and '.join(parts)}, which no format holds: sparsecnx.load_encoder loads it into a "
@@ -150,7 +150,7 @@ def _encoder(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _not_in_formats(encoder: Collection[str]) -> list[str]:
-    """Return what an encoder of ours has that no format of ConvNeXt V2 holds."""
+    """Return what an encoder of ours has that no format holds."""
     if "downsample_layers.0.0.weight" not in encoder:
         return []
     parts = {
@@ -192,7 +192,7 @@ def to_ours(state_dict: Mapping[str, Tensor], origin: Format) -> tuple[dict[str,
     places = {name: origin.to_ours(name) for name in state_dict}
     _refuse_v1(state_dict)
     if unknown := {name: state_dict[name] for name, place in places.items() if place is None}:
-        raise CheckpointError(f"{origin.name} has no place for {_some(unknown)} in a ConvNeXt V2")
+        raise CheckpointError(f"{origin.name} has no place for {_some(unknown)} in a ConvNeXt")
     given = {place[0]: (name, state_dict[name], place[1]) for name, place in places.items() if place is not None}
     architecture = infer({name: tensor for name, (_, tensor, _) in given.items()}, origin)
     try:

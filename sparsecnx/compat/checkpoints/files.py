@@ -42,7 +42,7 @@ class Loaded(NamedTuple):
         parts: the names of all parts of the file.
         prefix: removed from the names, such as `module._orig_mod.`.
         beside: names of the entries that lie beside the network, which are left out.
-        foreign: True if it is the encoder of a run of ours that is no ConvNeXt V2 of ours, by its own names.
+        foreign: True if it is the encoder of a run of ours that is no ConvNeXt of ours, by its own names.
         epsilons: `norm_eps` and `grn_eps` of a run of a network of ours; none of any other file.
     """
 
@@ -70,7 +70,7 @@ class PartError(CheckpointError):
 def load(path: str | Path, key: str | None = None, max_bytes: int = MOST_BYTES, prefix: str | None = None) -> Loaded:
     """Read the state dict of a network onto the CPU.
 
-    A ConvNeXt V2 is found wherever its names stand, after any prefix and beside other entries. Where none is found, the
+    A ConvNeXt is found wherever its names stand, after any prefix and beside other entries. Where none is found, the
     state dict is returned as it is.
 
     Tensors are mapped into memory and read when they are used, if the kind of file allows it, so that the optimizer

@@ -28,13 +28,13 @@ def load_encoder(
     """Load the encoder of a pretraining run into a model, all of it or nothing.
 
     A run of a network of timm, or an autoencoder around any other network, loads into that network by its own names.
-    A ConvNeXt V2 loads into one of any of these libraries.
+    A ConvNeXt loads into one of any of these libraries, a V1 not into one of transformers.
 
     Numbers that are not finite are loaded too, with a UserWarning that names the entries. Another UserWarning says
     where the layers of the model have other epsilons than the run had.
 
     Args:
-        model: a ConvNeXt V2, or a module that holds one: `ConvNeXtV2`, `ConvNeXtV2Encoder` or `FCMAE` of this package;
+        model: a ConvNeXt, or a module that holds one: `ConvNeXtV2`, `ConvNeXtV2Encoder` or `FCMAE` of this package;
             `convnextv2_*` of timm, or `convnext_*` for blocks V1, also with `features_only=True`; a `ConvNextV2Model`,
             `ConvNextV2ForImageClassification` or `ConvNextV2Backbone` of transformers; or the network that the run
             trained, with any classifier, or with `features_only=True`. Its dtypes and devices stay.
@@ -49,7 +49,7 @@ def load_encoder(
 
     Raises:
         TypeError: `model` is no module.
-        CheckpointError: the checkpoint cannot be read, is no ConvNeXt V2, or holds two; the model is none, holds two,
+        CheckpointError: the checkpoint cannot be read, is no ConvNeXt, or holds two; the model is none, holds two,
             or has no memory; or its depths, widths or channels are others than those of the checkpoint. The model is
             not changed.
     """
@@ -94,7 +94,7 @@ def load_encoder(
 
 
 def as_it_is(encoder: Mapping[str, Tensor]) -> conversion.Conversion:
-    """Return the entries of a network that is no ConvNeXt V2 as a conversion to timm, which changes nothing.
+    """Return the entries of a network that is no ConvNeXt as a conversion to timm, which changes nothing.
 
     Raises:
         CheckpointError: it is an encoder of ours, whose names timm does not know.
@@ -158,7 +158,7 @@ def _places(model: nn.Module, entries: Mapping[str, Tensor]) -> dict[str, tuple[
     network = find_network([name for name, value in entries.items() if value.is_floating_point()], choice=PART)
     if network is None or network.foreign:
         raise CheckpointError(
-            f"model is a {type(model).__name__}: expected a ConvNeXt V2 of this package, timm or transformers, "
+            f"model is a {type(model).__name__}: expected a ConvNeXt of this package, timm or transformers, "
             "or a module that holds one"
         )
     format = conversion.detect_format({name: entries[entry] for name, entry in network.entries.items()})

@@ -47,7 +47,7 @@ class _Candidate(NamedTuple):
 def find_network(names: Sequence[str], prefix: str | None = None, choice: str = CHOICE) -> Network | None:
     """Return the network whose names are among `names`, or None if there is none that we know.
 
-    It is a ConvNeXt V2 in any format, or the encoder of `SparK`, of `MPMAE`, or of `FCMAE` around another network.
+    It is a ConvNeXt in any format, or the encoder of `SparK`, of `MPMAE`, or of `FCMAE` around another network.
     Entries belong to it if their names begin as those of its format do.
 
     Args:
@@ -103,7 +103,7 @@ def _some(places: list[str]) -> str:
 
 
 def _autoencoders(names: Sequence[str]) -> Iterator[_Candidate]:
-    """Yield the encoders of `SparK` and `MPMAE`, and of `FCMAE` around another network than ConvNeXt V2."""
+    """Yield the encoders of `SparK` and `MPMAE`, and of `FCMAE` around another network than ConvNeXt."""
     ends = ("mask_tokens.0", "mask_token")
     masked = {name[: -len(end)]: end for end in reversed(ends) for name in names if f".{name}".endswith(f".{end}")}
     for outer in list(masked)[:MOST_PREFIXES]:
