@@ -1,4 +1,4 @@
-"""The command line: `sparsecnx pretrain | reconstruct | convert | doctor`.
+"""The command line: `sparsecnx pretrain | probe | reconstruct | convert | doctor`.
 
 Exit codes:
     0    done
@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sparsecnx", description="Masked-autoencoder pretraining at the cost of the visible pixels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("pretrain", help="pretrain a ConvNet as a masked autoencoder")
+    _add_probe(commands.add_parser("probe", help="classify images by the frozen features of checkpoints"))
     _add_reconstruct(commands.add_parser("reconstruct", help="draw how a checkpoint reconstructs masked images"))
     _add_convert(commands.add_parser("convert", help="convert a checkpoint to the format of another library"))
     _add_doctor(commands.add_parser("doctor", help="print what is available, and why the rest is missing"))
@@ -97,6 +98,42 @@ def _pretrain(arguments: Sequence[str]) -> int:
         raise
     keep_freed_memory()
     return pretrain(options, given)
+
+
+def _add_probe(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Classify images by frozen features, with nearest neighbours (k-NN) and a linear classifier, from few labels "
+        "to all; beside the same network with random weights, and the pixels alone. Writes a table, a confusion "
+        "picture and learning curves."
+    )
+    parser.set_defaults(run=_probe)
+    add = parser.add_argument
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help="of sparsecnx pretrain, or weights with --model")
+    folder = "a folder of images for each class, in train and val or alone; or an address as for pretrain"
+    add("--data", required=True, metavar="DATA", help=folder)
+    add("--test", metavar="DATA", help="what to test on (default: val beside train, or a fifth of the images)")
+    add("--out", default="runs/probe", metavar="FOLDER", help="(default: %(default)s)")
+    add(
+        "--model", metavar="NAME", help="the network of weights that are no run; or module:factory of a run, which runs"
+    )
+    add("--image-size", type=int, metavar="N", help="side that images are resized to (default: of the run)")
+    shares = "shares of the labels to train on (default: 0.01 0.1 1)"
+    add("--labels", type=float, nargs="+", default=(0.01, 0.1, 1), metavar="SHARE", help=shares)
+    add("--seeds", type=int, default=3, metavar="N", help="draws of labels and of random weights (default: 3)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or one GPU such as cuda:1 (default: auto)")
+    add("--workers", type=int, default=1, metavar="N", help="processes that read images (default: 1)")
+    add("--baselines", action=argparse.BooleanOptionalAction, default=True, help="random weights and pixels too")
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    _require_train_extra()
+    from sparsecnx.transfer.probe import probe
+
+    a = arguments
+    options = {"test": a.test, "model": a.model, "image_size": a.image_size, "shares": a.labels, "seeds": a.seeds}
+    options |= {"device": a.device, "workers": a.workers, "baselines": a.baselines}
+    probe(a.checkpoints, a.data, a.out, say=_print, **options)
+    return 0
 
 
 def _add_reconstruct(parser: argparse.ArgumentParser) -> None:

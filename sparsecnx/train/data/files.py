@@ -48,6 +48,17 @@ class FileSet(Source):
     def place(self) -> str | None:
         return os.path.abspath(self.root)
 
+    def labels(self) -> list[str]:
+        """Return of every entry the folder below `root` that it lies in."""
+        found = []
+        for index in range(len(self)):
+            name, below, _ = self.name(index).partition("/")
+            if not below:
+                expected = "expected a folder of files for each class"
+                raise InputError("data", self.root, f"holds {name}, which is in no folder of a class; {expected}")
+            found.append(name)
+        return found
+
     def fingerprint(self) -> Fingerprint:
         """Return hashes of names, sizes and a sample of the contents. A million files take about 6 seconds."""
         paths = [os.path.join(self.root, name) for name in self.names]

@@ -6,7 +6,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from sparsecnx.train.data.memory import memory_header, memory_pixels
 from sparsecnx.train.data.pictures import File, UnsupportedImage
 from sparsecnx.train.data.source import SAMPLED_ENTRIES, Fingerprint, Source
 from sparsecnx.train.data.target_values import as_array
-from sparsecnx.train.recipe import Recipe
+from sparsecnx.train.recipe import Recipe, shown
 from sparsecnx.train.targets import IMAGE
 
 SAMPLED_ITEMS = 64  # are read before a run begins
 READ_TWICE = 8  # of the items of Python code
+LABEL = "label"  # names the class in a dict
 KINDS = (Image.Image, np.ndarray, Tensor)  # of images
 
 
@@ -76,6 +77,25 @@ class Items(Images):
     def values(self, index: int) -> Mapping[str, Any]:
         item = self.item(index)
         return item if isinstance(item, Mapping) else super().values(index)
+
+    def labels(self) -> list[str]:
+        """Return the names of the classes of all items. They are read for it, unless the data set knows `targets`."""
+        names, known = self.names_and_labels()
+        found = []
+        for index, label in enumerate(known):
+            number = label.item() if isinstance(label, (np.ndarray, np.generic, Tensor)) and label.ndim == 0 else label
+            if isinstance(number, bool) or not isinstance(number, (int, str)):
+                expected = "expected a whole number or text, second in a tuple or under label in a dict"
+                raise InputError("data", self.root, f"item {index} has the label {shown(number)}; {expected}")
+            found.append(str(names[number]) if isinstance(number, int) and 0 <= number < len(names) else str(number))
+        return found
+
+    def names_and_labels(self) -> tuple[Sequence[str], Iterable[Any]]:
+        """Return the names of the classes, empty where they have none, and the label of every item."""
+        names, known = (getattr(self.items, name, None) for name in ("classes", "targets"))
+        if not isinstance(known, (Sequence, np.ndarray, Tensor)) or len(known) != len(self):
+            known = (label_of(self.items[index]) for index in range(len(self)))
+        return names if isinstance(names, Sequence) else (), known
 
     def sample(self) -> list[int]:
         """Return fewer items than of files, since all of each is read."""
@@ -141,10 +161,42 @@ def first_image(item: Any) -> Any:
     return image
 
 
-class HuggingFaceImages(ImageFiles, Items):
-    """A column of images of a data set of Hugging Face, as the files that they were."""
+def label_of(item: Any) -> Any:
+    """Return the label of an item: the second of a tuple, or in a dict `label`; None where there is none."""
+    if isinstance(item, Mapping):
+        return item.get(LABEL)
+    return item[1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
+
+
+class HuggingFaceItems(Items):
+    """A column of arrays of a data set of Hugging Face.
+
+    Args:
+        place: the address of the data set.
+        items: the data set with this column alone.
+        rows: the data set with all of its columns.
+        label: the column of labels; None for the only one.
+    """
 
     values = Source.values  # it has images alone
+
+    def __init__(self, place: str, items: Any, rows: Any, label: str | None) -> None:
+        super().__init__(place, items)
+        self.rows, self.label = rows, label
+
+    def names_and_labels(self) -> tuple[Sequence[str], Iterable[Any]]:
+        features = self.rows.features
+        found = [name for name, kind in features.items() if hasattr(kind, "int2str")]
+        if self.label is None and len(found) != 1:
+            columns = ", ".join(features)
+            problem = f"has {len(found)} columns of classes, of {columns}; expected label= one of its columns"
+            raise InputError("data", self.root, problem)
+        column = self.label or found[0]
+        return getattr(features[column], "names", ()), self.rows[column]
+
+
+class HuggingFaceImages(ImageFiles, HuggingFaceItems):
+    """A column of images of a data set of Hugging Face, as the files that they were."""
 
     def name(self, index: int) -> str:
         try:
@@ -260,7 +312,7 @@ def _plain(hint: Any) -> type | None:
 
 
 def open_hugging_face(address: Address) -> Items:
-    """Return a column of a data set of Hugging Face: `hf:NAME_OR_FOLDER?split=train&column=image`.
+    """Return a column of a data set of Hugging Face: `hf:NAME_OR_FOLDER?split=train&column=image&label=label`.
 
     A folder may be one of `save_to_disk`, or of files as `load_dataset` reads them.
 
@@ -272,15 +324,17 @@ def open_hugging_face(address: Address) -> Items:
         import datasets
     except ImportError as error:
         raise MissingExtra(f"{address} needs datasets, which is not installed: pip install sparsecnx[hf]") from error
-    address.expect_options("split", "column", "config", "revision")
-    held = _load(datasets, address)
-    column = _column(datasets, address, held.features)
-    kind, held = held.features[column], held.select_columns([column])
+    address.expect_options("split", "column", "config", "revision", "label")
+    rows = _load(datasets, address)
+    column, label = _column(datasets, address, rows.features), address.options.get("label")
+    if label is not None and label not in rows.features:
+        raise address.refuse(f"has no column {label}; its columns are {', '.join(rows.features)}")
+    kind, held = rows.features[column], rows.select_columns([column])
     folder = Path(address.what).is_dir()
     place = str(address._replace(what=absolute(address.what)) if folder else address)
     if isinstance(kind, datasets.Image):
-        return HuggingFaceImages(place, held.cast_column(column, datasets.Image(decode=False)))
-    return Items(place, held.with_format("numpy", dtype=np.dtype(kind.dtype)))
+        return HuggingFaceImages(place, held.cast_column(column, datasets.Image(decode=False)), rows, label)
+    return HuggingFaceItems(place, held.with_format("numpy", dtype=np.dtype(kind.dtype)), rows, label)
 
 
 def _load(datasets: Any, address: Address) -> Any:

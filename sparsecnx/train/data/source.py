@@ -189,6 +189,15 @@ class Source(ABC):
         expected = "expected --data python:module:function, whose items are dicts of an image and targets"
         raise InputError("targets", self.root, f"holds {self.noun}s alone; {expected}")
 
+    def labels(self) -> list[str]:
+        """Return the name of the class of every entry.
+
+        Raises:
+            InputError: an entry has no class.
+        """
+        expected = "expected a folder of files for each class, or a data set whose items have labels"
+        raise InputError("data", self.root, f"holds {self.noun}s without classes; {expected}")
+
     def order(self, seed: int, epoch: int, repeats: int, batch: int, ranks: int) -> Tensor:
         """Return the entries of an epoch in the order in which it shows them, int64 `(N,)`.
 

@@ -1,0 +1,1 @@
+"""What pretrained networks are worth: probes of their frozen features."""
