@@ -54,6 +54,11 @@ class StepRecord(NamedTuple):
     each_wait_s: list[float]
     losses: dict[str, float]
 
+    @property
+    def idle(self) -> bool:
+        """Return whether no value counted in the loss, which is then 0, as all gradients are."""
+        return self.grad_norm == 0
+
     def numbers(self) -> dict[str, float]:
         """Return all but the step by name, such as `each_wait_s/0` of process 0 and `losses/biome` of a target."""
         found: dict[str, float] = {}

@@ -147,7 +147,9 @@ def _data(saved: Any, channels: int) -> Data:
     _expect("data.folder", data.folder, data.folder is None or _is_path(data.folder), "the name of a folder, or None")
     _expect("data.images", data.images, _is_whole(data.images) and data.images >= 1, "a whole number, 1 or more")
     _expect("data.masks", data.masks, data.masks is None or _is_whole(data.masks), "a whole number, or None")
-    if "seen" in saved:
+    if data.seen is not None and not any(isinstance(one, list | tuple) for one in data.seen):
+        data = data._replace(seen=None)  # earlier versions measured one range over all channels
+    if data.seen is not None:
         ranges = isinstance(data.seen, list) and len(data.seen) == channels and all(map(_is_range, data.seen))
         expected = f"a range of each of {channels} channels: two finite numbers, the lower one first, or two nan"
         _expect("data.seen", data.seen, ranges, expected)

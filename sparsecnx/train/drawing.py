@@ -138,6 +138,8 @@ def draw_losses(log: Path, total_steps: int) -> Figure:
     sums = [[0.0] * 4 for _ in range(points)]  # steps, and their epochs, losses and learning rates
     with naming(log), open(log) as lines:
         for record in filter(None, map(read_line, lines)):
+            if record.get("grad_norm") == 0:  # nothing was learned in this step, see `StepRecord.idle`
+                continue
             point = sums[(record["step"] - 1) * points // total_steps]
             for i, value in enumerate((1, record["epoch"], record["loss"], record["lr"])):
                 point[i] += value

@@ -109,7 +109,6 @@ class Learner:
         if saved is not None:
             self._load_optimizer(saved.optimizer)
         self.forward = self._wrapped()
-        self._complete = recipe.photographs and recipe.nodata is None  # every pixel has a value
 
     def _load_optimizer(self, saved: dict[int, dict[str, Tensor]]) -> None:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -143,19 +142,21 @@ class Learner:
             patches or images each target has in a pass, `(targets,)`, or the share of the patches that count, `(1,)`:
             all 0 where there is nothing to learn from. Both are of all processes.
         """
-        number, found = self.recipe.grad_accum_steps, list[Tensor]()
-        several = self.recipe.targets is not None
-        inputs, counts = self._counted(list(passes)) if several else (map(self.inputs, passes), None)
-        weighs = not several and (self.recipe.masks is not None or not self._complete)
-        for one in inputs:
+        number, counts, found = self.recipe.grad_accum_steps, None, list[Tensor]()
+        if self.recipe.targets is not None:
+            passes = list(passes)
+            counts = self._counts(passes)
+        for held in passes:
+            one = self.inputs(held)
             with self._averaging(len(found) == number - 1):
                 losses = torch.stack(self.losses(one, counts))
-                share = self._share(one) if weighs else losses.new_ones(1)
+                share = self._share(one) if counts is None else losses.new_ones(1)
                 (losses[0] * share[0] / number).backward()
             found.append(torch.cat([losses.detach() * share, share]))
+            del one, held  # before the next one is read and moved
         means = self.processes.mean(torch.stack(found).mean(0))
         losses, share = means[:-1], means[-1:]
-        if weighs:
+        if counts is None:
             some = share.clamp(min=torch.finfo().tiny)
             losses = losses / some
             self._scale_gradients(1 / some[0])
@@ -174,16 +175,13 @@ class Learner:
     def _moved(self, values: Tensor) -> Tensor:
         return values.to(self.device, non_blocking=True)
 
-    def _counted(self, passes: Sequence[Pass]) -> tuple[Iterable[Inputs], Tensor]:
-        """Return the inputs of passes, and the counts of their targets in the mean over all passes and processes.
-
-        Of several passes only one at a time is on the device, which each reaches twice.
-        """
-        inputs: Iterable[Inputs] = map(self.inputs, passes)
-        inputs = list(inputs) if len(passes) == 1 else inputs
-        counts = [self.model.counts(one.given["targets"], one.given["mask"]) for one in inputs]
-        again = inputs if len(passes) == 1 else map(self.inputs, passes)
-        return again, self.processes.mean(torch.stack(counts).mean(0))
+    def _counts(self, passes: Sequence[Pass]) -> Tensor:
+        """Return the counts of the targets of passes, see `MPMAE.counts`, in the mean over them and the processes."""
+        counts = []
+        for one in passes:
+            values = {name: self._moved({IMAGE: one.images, **one.targets}[name]) for name in self.recipe.targets or ()}
+            counts.append(self.model.counts(values, self._moved(one.drawn.mask)))
+        return self.processes.mean(torch.stack(counts).mean(0))
 
     @contextmanager
     def _averaging(self, last: bool) -> Iterator[None]:

@@ -23,7 +23,6 @@ from sparsecnx.train.config import write_config
 from sparsecnx.train.contents import Contents
 from sparsecnx.train.data.crops import Batch, Crops, draws, mix
 from sparsecnx.train.data.loader import WorkersError, load_batches
-from sparsecnx.train.data.scale import values_in
 from sparsecnx.train.data.source import Fingerprint, Source
 from sparsecnx.train.drawing import RECONSTRUCTIONS, Pictures, Reconstructions
 from sparsecnx.train.learner import Learner, Pass, whole
@@ -37,7 +36,7 @@ from sparsecnx.train.services import chosen_callbacks
 
 # Steps times the peak learning rate of a run that learns little. `make demo` has 0.7, the published runs have 600.
 LEAST_TRAINING = 0.2
-MOST_NAMED = 20  # files of a kind that a run names; it counts further ones
+MOST_NAMED = 20  # files of a kind that all processes of a run name; they count further ones
 
 
 class Trainer:
@@ -90,6 +89,8 @@ class Trainer:
         self.step, self.written_by = (0, 1) if saved is None else (saved.step, saved.processes)
         self.unreadable: dict[str, str] = {}
         self.unusual: dict[str, str] = {}
+        self.idle = 0  # steps in which nothing could be learned
+        self.most_named = max(1, MOST_NAMED // processes.world)
 
     def state(self) -> dict[str, Any]:
         """Return the contents of a checkpoint, see `checkpoint.read`.
@@ -201,6 +202,8 @@ class Trainer:
             if names:
                 more = ["..."] if len(names) > MOST_NAMED else []
                 log.say(f"{text.format(len(names), self.source.noun)}: {', '.join(names[:MOST_NAMED] + more)}")
+        if self.idle:
+            log.say(f"{self.idle} steps without a value that counts in the loss changed no weight")
         log.say(f"done: {self.folder.newest()}")
 
     def batches(self) -> AbstractContextManager[Iterator[Batch]]:
@@ -210,7 +213,7 @@ class Trainer:
         return load_batches(self.crops, order, workers=self.workers, pin_memory=pin_memory)
 
     def train_step(self, batches: Iterator[Batch], log: RunLog) -> StepRecord:
-        """Take one optimizer step over `grad_accum_steps` batches, which changes no weight if no value in them counts.
+        """Take one optimizer step over `grad_accum_steps` batches; no weight changes if no value in them counts.
 
         Raises:
             TrainingStopped: loss or gradient is not finite, or no image can be read any more; the parameters are as
@@ -233,18 +236,27 @@ class Trainer:
         known = torch.cat([whole(norm)[None], losses, counts]).tolist()
         grad_norm, mean_loss, each, there = known[0], known[1], known[2 : 1 + len(losses)], known[1 + len(losses) :]
         self.processes.together(lambda: self._expect_finite(mean_loss, grad_norm))
-        if any(there):
-            lr = self._learning_rate()
-        else:
-            lr, what = 0.0, f"no value of its {self.source.noun}s counts in the loss"
-            log.say(f"step {self.step + 1}: {what}, so no weight changes")
-        self.learner.update(lr, norm)
+        lr = self._learning_rate()
+        self.learner.update(lr if any(there) else 0.0, norm)
         self.step += 1
+        if not any(there):
+            self._note_idle(log)
         seconds = time.perf_counter() - start
         speeds, waits = self.processes.numbers(recipe.effective_batch / self.processes.world / seconds, waited)
         epoch = self.step / self.steps_per_epoch
         named = {name: loss for name, loss, count in zip(recipe.targets or (), each, there, strict=False) if count}
         return StepRecord(self.step, epoch, mean_loss, lr, grad_norm, sum(speeds), speeds, waits, named)
+
+    def _note_idle(self, log: RunLog) -> None:
+        """Say that nothing could be learned in a step."""
+        self.idle += 1
+        if self.idle <= self.most_named:
+            what = f"no value of its {self.source.noun}s counts in the loss, so no weight changes"
+            log.say(f"step {self.step}: {what}{self._rest(self.idle)}")
+
+    def _rest(self, number: int) -> str:
+        """Return what is added to the last line of its kind."""
+        return "; further ones are only counted" if number == self.most_named else ""
 
     def _expect_finite(self, loss: float, grad_norm: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -264,9 +276,8 @@ class Trainer:
         for begins, known, found in kinds:
             for name in sorted(found.keys() - known.keys()):
                 known[name] = found[name]
-                if len(known) <= MOST_NAMED:
-                    rest = "; further ones are only counted" if len(known) == MOST_NAMED else ""
-                    log.say(f"{begins} {self.source.noun} {name} ({found[name]}){rest}")
+                if len(known) <= self.most_named:
+                    log.say(f"{begins} {self.source.noun} {name} ({found[name]}){self._rest(len(known))}")
 
     def _expect_images(self, batch: Batch) -> None:
         if batch.problem is not None:
@@ -275,7 +286,7 @@ class Trainer:
     def _pass(self, batch: Batch, number: int) -> Pass:
         """Return a batch with the masks of forward pass `number` of the run, which follow the images if they must."""
         try:
-            drawn = self.masks.draw(batch.images, number, values_in(batch.images), self.learner.device)
+            drawn = self.masks.draw(batch.images, number, batch.valid, self.learner.device)
         except InputError as error:
             raise TrainingStopped(f"step {self.step + 1}: {error}, {self._last_good()}") from error
         return Pass(batch.images, batch.targets, drawn, mix(self.recipe.seed, "network", number, self.processes.rank))
@@ -386,7 +397,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _epoch_line(epoch: int, epochs: int, records: list[StepRecord]) -> str:
-    counted = [r for r in records if r.grad_norm] or records  # without steps of which no value counts
+    counted = [r for r in records if not r.idle] or records
     loss, speed = fmean(r.loss for r in counted), harmonic_mean([r.images_per_s for r in records])
     done = f"epoch {epoch:{len(str(epochs))}}/{epochs}"
     return f"{done}  loss {loss:.4f}  lr {records[-1].lr:.2e}  {speed:.1f} images/s"

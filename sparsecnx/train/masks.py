@@ -70,7 +70,8 @@ class Masks:
     ) -> Drawn:
         """Return the masks for a process's part of a batch.
 
-        Random masks mask patches without any value before all others: they have nothing to show.
+        Random masks mask every patch without any value, where an image has others: it has nothing to show, and
+        gradients of LayerNorm are huge where everything is 0. Fewer patches are then visible in some images.
 
         Args:
             images: of the part, `(B, C, *size)`, as they were read, see `Batch`.
@@ -90,12 +91,15 @@ class Masks:
             chosen = torch.randint(len(self.given), (len(batch),), generator=generator)
             return Drawn(self.given[chosen[part]], None, valid)
         mask = random_mask(len(batch), recipe.grid, recipe.mask_ratio, generator=generator)[part]
-        if valid is not None:
-            empty = ~patchify(valid, recipe.patch).any(dim=-1)
-            others = torch.rand(len(batch), mask.shape[1], generator=generator)[part]
-            order = (2 * empty + mask.float() * (0.5 + others / 2)).argsort(dim=1)
-            mask = torch.ones_like(mask).scatter(1, order[:, : recipe.visible], False)
-        return Drawn(mask, recipe.visible, valid)
+        if valid is None:
+            return Drawn(mask, recipe.visible)
+        empty = ~patchify(valid.any(dim=1, keepdim=True), recipe.patch).any(dim=-1)
+        others = torch.rand(len(batch), mask.shape[1], generator=generator)[part]
+        order = (2 * empty + mask.float() * (0.5 + others / 2)).argsort(dim=1)
+        mask = torch.ones_like(mask).scatter(1, order[:, : recipe.visible], False)
+        mask |= empty & ~empty.all(dim=1, keepdim=True)
+        alike = bool(((~mask).sum(dim=1) == recipe.visible).all())
+        return Drawn(mask, recipe.visible if alike else None, valid)
 
     def _of_function(self, images: Tensor, generator: torch.Generator) -> Tensor:
         assert self.function is not None

@@ -86,7 +86,7 @@ class Start(NamedTuple):
         if options.small_data:
             defaults |= small_data(len(source))
         recipe = Recipe(**{**defaults, **given})
-        notes = source.describe(recipe, given)
+        notes = source.describe(recipe, given) if self.processes.main else []
         return Trainer(recipe, source, source.fingerprint(), *self._place(), notes=notes)
 
     def resumed(self, checkpoint: Path) -> Trainer:
@@ -112,7 +112,7 @@ class Start(NamedTuple):
             )
         if checkpoint.is_file() and not has_checksums(checkpoint):
             notes.append(f"{checkpoint.name} holds no checksums: damage to it is not noticed")
-        notes += source.describe(saved.recipe, None)
+        notes += source.describe(saved.recipe, None) if self.processes.main else []
         trainer = Trainer(saved.recipe, source, fingerprint, *self._place(), saved=saved, notes=notes)
         if saved.data.masks not in (None, trainer.masks.checksum):
             raise InputError(
@@ -142,7 +142,7 @@ def _continued(saved: Contents, options: Options, given: Mapping[str, Any]) -> R
     if options.extend is None or _is_extended(recipe, options):
         continued = recipe
         if options.extend is not None and given.get("epochs") == recipe.first_epoch:
-            del given["epochs"]
+            given = {name: value for name, value in given.items() if name not in ("epochs", "first_epoch")}
     else:
         continued = _extended(saved, options.extend, given.pop("warmup_epochs", None))
     recipe.refuse_change(given)

@@ -1,5 +1,7 @@
 """Images with several targets for tests: every target can be computed from the place of a pixel and of the image."""
 
+from io import BytesIO
+
 import numpy as np
 from PIL import Image
 
@@ -90,6 +92,21 @@ def other_classes():
     return Changed(biome=np.int64(2))
 
 
+class HalfEmpty(Tiles):
+    """Have no value in every second image, but all targets."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        item["image"] = item["image"] * (np.nan if index % 2 else 1)
+        if index % 2:
+            item["image"][0, 0, 0] = 1
+        return item
+
+
+def half_empty():
+    return HalfEmpty()
+
+
 class Rare(Tiles):
     """Have a biome in two images alone."""
 
@@ -132,20 +149,34 @@ class Turned(Tiles):
         self.image, self.cover = image, cover
 
     def __getitem__(self, index):
-        return {"image": self.image, "cover": self.cover, "boxes": np.zeros((2, 4))}
+        return {"image": self.image(), "cover": self.cover(), "boxes": np.zeros((2, 4))}
 
 
 def turned():
-    return Turned(picture(6), picture(6))
+    return Turned(lambda: picture(6), lambda: picture(6))
 
 
 def turned_image():
-    return Turned(picture(6), picture(1))
+    return Turned(lambda: picture(6), lambda: picture(1))
 
 
 def turned_image_beside_array():
-    return Turned(picture(3), np.asarray(picture(1)))
+    return Turned(lambda: picture(3), lambda: np.asarray(picture(1)))
+
+
+def tiff(turn):
+    file = BytesIO()
+    picture(1).save(file, "TIFF", exif=picture(turn).getexif())
+    return Image.open(file)
+
+
+def turned_tiff():
+    return Turned(lambda: tiff(3), lambda: picture(3))
+
+
+def turned_tiff_beside_array():
+    return Turned(lambda: tiff(3), lambda: np.asarray(picture(1)))
 
 
 def turned_cover():
-    return Turned(np.asarray(picture(1)), picture(8))
+    return Turned(lambda: np.asarray(picture(1)), lambda: picture(8))

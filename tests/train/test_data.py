@@ -116,7 +116,7 @@ def test_crops_are_those_of_torchvision(size):
         torch.manual_seed(seed)
         expected = theirs(pixels)
         torch.manual_seed(seed)
-        (top, left), (height, width) = augment.random_box(sides, size, 0.2)
+        (top, left), (height, width) = augment.random_box(sides, size, 0.2, (1, 1))
         crop = augment.resize(pixels[:, top : top + height, left : left + width], size)
         assert torch.equal(crop.flip(augment.mirrored_axes(2)), expected)
 

@@ -16,6 +16,7 @@ from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.data import source
 from sparsecnx.train.data.crops import Batch, Crops, Draw
 from sparsecnx.train.data.find import find_data, find_source
+from sparsecnx.train.data.scale import values_in
 from sparsecnx.train.log import RunLog
 from sparsecnx.train.loop import Trainer
 from sparsecnx.train.options import Options
@@ -349,7 +350,7 @@ def test_a_batch_is_read_when_the_one_before_it_is_done(holed, tmp_path):
         for number in range(3):
             happened.append("read")
             images = torch.stack([trainer.crops[Draw(i, seed=number)][0] for i in range(2)])
-            yield trainer._pass(Batch(images, {}, {}, {}), number)
+            yield trainer._pass(Batch(images, values_in(images), {}, {}, {}), number)
 
     trainer.learner.forward = forward
     trainer.learner.backward(passes())
@@ -366,15 +367,15 @@ def test_pixels_without_values_reach_the_model_as_invalid(holed, tmp_path):
         return (trainer.learner.model.mask_token.sum(), None, None)
 
     trainer.learner.forward = forward
-    trainer.learner.backward([trainer._pass(Batch(images, {}, {}, {}), 0)])
+    trainer.learner.backward([trainer._pass(Batch(images, values_in(images), {}, {}, {}), 0)])
     assert torch.equal(seen["valid"], ~images.isnan()) and torch.equal(seen["images"].isnan(), images.isnan())
     empty = images.isnan().all(1).unflatten(1, (4, 16)).unflatten(3, (4, 16)).all(4).all(2).flatten(1)
     assert empty.sum() == 2 * 4 and seen["mask"][empty].all()  # of the 8 that are masked
     assert seen["mask"].sum(1).tolist() == [8, 8]
     first = seen["mask"]
-    trainer.learner.backward([trainer._pass(Batch(images, {}, {}, {}), 0)])
+    trainer.learner.backward([trainer._pass(Batch(images, values_in(images), {}, {}, {}), 0)])
     assert torch.equal(seen["mask"], first)
-    trainer.learner.backward([trainer._pass(Batch(images.nan_to_num(0), {}, {}, {}), 0)])
+    trainer.learner.backward([trainer._pass(Batch(images.nan_to_num(0), None, {}, {}, {}), 0)])
     assert seen["valid"] is None
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import train
 from sklearn.linear_model import LogisticRegression
+from small_runs import train
 
 from sparsecnx.cli import main
 from sparsecnx.common.errors import InputError
@@ -105,7 +105,7 @@ def test_images_of_other_sizes_are_whole_and_centred(checkpoint, tmp_path):
 def test_weights_of_other_programs_need_the_name_of_their_network(pictures, tmp_path):
     encoder = ConvNeXtV2Encoder(SIZES["atto"].depths, SIZES["atto"].dims)
     torch.save(encoder.state_dict(), tmp_path / "weights.pt")
-    with pytest.raises(InputError, match="checkpoint is .*weights that are no run need --model NAME"):
+    with pytest.raises(InputError, match=r"checkpoint is .*weights that are no run need --model NAME"):
         load_pretrained(tmp_path / "weights.pt")
     found = load_pretrained(tmp_path / "weights.pt", "atto", 64)
     assert torch.equal(found.encoder.stages[3][0].norm.weight, encoder.stages[3][0].norm.weight)
@@ -250,5 +250,5 @@ def test_labels_of_hugging_face(tmp_path):
 
 
 def test_labels_that_are_none_are_named():
-    with pytest.raises(InputError, match="item 0 has the label 1.5; expected a whole number or text"):
+    with pytest.raises(InputError, match=r"item 0 has the label 1.5; expected a whole number or text"):
         find_labelled("python:test_probe:Wrong", None, RECIPE)

@@ -82,6 +82,29 @@ def test_crops_have_whole_pixels_of_every_map(tmp_path):
     assert f"{problem}: expected 4 such steps or more" in str(caught.value)
 
 
+def test_boxes_of_a_map_that_is_coarse_on_one_axis_differ():
+    """They are drawn in pixels, and begin and end where pixels of the map do."""
+    reader = crops(targets={"coarse": {"type": "image", "channels": 1, "patch_size": (32, 4)}}, crop_area=0.2)
+    reader.source.values = lambda index: {"coarse": np.arange(96 * 12, dtype=np.float32).reshape(1, 96, 12)}
+    seen = []
+    reader._cut = lambda entry, start, box: seen.append((*start, *box)) or torch.zeros(2, 64, 64)
+    for seed in range(60):
+        reader.crop(0, seed)
+    assert len(set(seen)) > 50
+    for top, left, height, width in seen:
+        assert left % 8 == width % 8 == 0 and width and top + height <= 96 and left + width <= 96
+        assert height * width >= 0.15 * 96**2
+
+
+def test_a_crop_without_any_value_predicts_nothing(tmp_path):
+    """Networks of real size have infinite gradients where all of the input is 0."""
+    targets = {"weather": TARGETS["weather"], "cover": {**TARGETS["cover"], "loss_on": "all"}}
+    given = {**FIELDS, "targets": targets, "model": "nano", "epochs": 1}
+    assert train("python:many_targets:half_empty", tmp_path / "run", **given) == 0
+    norms = [line["grad_norm"] for line in logged(tmp_path / "run")]
+    assert max(norms) < 1e3 and sum(norm > 0 for norm in norms) >= 3
+
+
 def test_items_may_hold_tensors_pictures_and_bool():
     reader = crops(crop_area=None)
     item = many_targets.Tiles()[0]
@@ -204,7 +227,7 @@ def test_a_step_with_nothing_to_learn_changes_no_weight(tmp_path, capsys):
     assert train("python:many_targets:rare", tmp_path / "run", **given, options={"save_every": 1 / 8, "keep": 8}) == 0
     said, lines = capsys.readouterr().out, logged(tmp_path / "run")
     idle = {line["step"] for line in lines if not line.get("losses")}
-    assert len(lines) == 8 and len(idle) == 6 and {line["lr"] for line in lines if line["step"] in idle} == {0}
+    assert len(lines) == 8 and len(idle) == 6
     assert all(f"step {step}: no value of its images counts in the loss, so no weight changes" in said for step in idle)
     saved = [load(path) for path in sorted((tmp_path / "run").glob("checkpoint-*.pt"))]
     assert [one.step for one in saved] == list(range(1, 9))
@@ -225,7 +248,10 @@ def test_a_picture_and_its_maps_are_turned_alike(tmp_path):
     given = {**FIELDS, **given, "crop_area": None, "targets": targets}
     image, values, *_ = Crops(find_source("python:many_targets:turned"), Recipe(**given))[Draw(0, 0)]
     assert len(image.unique()) > 64 and torch.equal(image[0].long(), values["cover"])
-    for data in ("turned_image", "turned_cover", "turned_image_beside_array"):
+    reader = Crops(find_source("python:many_targets:turned_tiff"), Recipe(**given))
+    image, values, *_ = reader[Draw(0, 0)]
+    assert torch.equal(image[0].long(), values["cover"])
+    for data in ("turned_image", "turned_cover", "turned_image_beside_array", "turned_tiff_beside_array"):
         with pytest.raises(InputError, match="has cover that EXIF data do not turn as they turn its image"):
             train(f"python:many_targets:{data}", tmp_path / "run", **given)
 

@@ -39,7 +39,7 @@ def _interpolate(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def random_box(
-    sides: Sequence[int], size: Sequence[int], smallest: float | None
+    sides: Sequence[int], size: Sequence[int], smallest: float | None, steps: Sequence[int]
 ) -> tuple[Sequence[int], Sequence[int]]:
     """Return start and sides of a random box in an image or volume, drawn from torch's default generator.
 
@@ -48,11 +48,19 @@ def random_box(
         size: of the crop.
         smallest: part of the area of an image, `(H, W)`, that the box has at least, as `RandomResizedCrop` of
             torchvision draws it, with sides of a ratio of 3/4 to 4/3; None for a box of `size`, which is not resized.
+        steps: the box begins and ends at multiples of them, as the sides do; a resized one at the nearest.
     """
-    if smallest is not None:
-        top, left, height, width = _draw_box(sides[0], sides[1], smallest)
-        return (top, left), (height, width)
-    return [int(torch.randint(side - part + 1, (1,))) for side, part in zip(sides, size, strict=True)], size
+    if smallest is None:
+        free = [(side - part) // step + 1 for side, part, step in zip(sides, size, steps, strict=True)]
+        return [int(torch.randint(n, (1,))) * step for n, step in zip(free, steps, strict=True)], size
+    top, left, height, width = _draw_box(sides[0], sides[1], smallest)
+    start, box = [], []
+    for first, length, side, step in zip((top, left), (height, width), sides, steps, strict=True):
+        begins = min(round(first / step), side // step - 1)
+        ends = max(round((first + length) / step), begins + 1)
+        start.append(begins * step)
+        box.append((ends - begins) * step)
+    return start, box
 
 
 def _draw_box(height: int, width: int, smallest: float) -> tuple[int, int, int, int]:

@@ -32,6 +32,7 @@ from sparsecnx.train.data.scale import (
     has_a_value,
     scale_of,
     scaled,
+    values_in,
 )
 from sparsecnx.train.data.source import Decoded, Pixels, Source, too_small
 from sparsecnx.train.data.target_values import TargetReader, UnsupportedTarget
@@ -67,6 +68,7 @@ class Batch(NamedTuple):
     Attributes:
         images: uint8 or float32 `(B, C, *size)`, see `normalize`, NaN where there is no value; empty if `problem` is
             set.
+        valid: where they have values, see `values_in`.
         targets: what else is predicted from them, by name.
         unreadable: the files that were skipped, and why.
         unusual: the files of which a crop holds values far beyond those of the sample, and which.
@@ -74,6 +76,7 @@ class Batch(NamedTuple):
     """
 
     images: Tensor
+    valid: Tensor | None
     targets: dict[str, Tensor]
     unreadable: dict[str, str]
     unusual: dict[str, str]
@@ -125,14 +128,16 @@ class Crops(Dataset[Any]):
         """Return a crop of entry `place`, drawn from a seed, a box, resized or not, and mirrored; and its targets."""
         entry, size, area = self.whole(place), self.recipe.size, self.recipe.crop_area
         sides = entry.pixels.size
-        read = self.targets.read(self.source.values(place), sides) if self.targets.targets else {}
+        read = {}
+        if self.targets.targets:
+            read = self.targets.read(self.source.values(place), sides, self.source.turned(place))
         steps = self.targets.lattice(read, sides)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            cells, wanted = ([n // step for n, step in zip(axes, steps, strict=True)] for axes in (sides, size))
-            start, box = random_box(cells, wanted, area)
-            start, box = ([n * step for n, step in zip(axes, steps, strict=True)] for axes in (start, box))
+            start, box = random_box(sides, size, area, steps)
             crop, axes = self._cut(entry, start, box), mirrored_axes(len(size))
+        if crop.is_floating_point() and crop.isnan().all():
+            read = dict.fromkeys(read)  # nothing is predicted from nothing
         targets = self.targets.cut(read, sides, start, box)
         maps = {name: value.flip(axes) for name, value in targets.items() if name in self.targets.sides}
         return crop.flip(axes), targets | maps
@@ -281,7 +286,7 @@ def collate(samples: list[Sample | InputError]) -> Batch:
     unusual: dict[str, str] = {}
     for sample in samples:
         if isinstance(sample, InputError):
-            return Batch(torch.empty(0), {}, {}, {}, sample)
+            return Batch(torch.empty(0), None, {}, {}, {}, sample)
         good.append(sample)
         unreadable |= sample.unreadable
         unusual |= sample.unusual
@@ -289,4 +294,4 @@ def collate(samples: list[Sample | InputError]) -> Batch:
     alike = len({image.dtype for image in images}) == 1
     targets = {name: torch.stack([sample.targets[name] for sample in good]) for name in good[0].targets}
     stacked = torch.stack(images if alike else [image.float() for image in images])
-    return Batch(stacked, targets, unreadable, unusual)
+    return Batch(stacked, values_in(stacked), targets, unreadable, unusual)

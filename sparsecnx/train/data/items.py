@@ -23,7 +23,7 @@ from sparsecnx.train.data.files import hashed
 from sparsecnx.train.data.formats import Header
 from sparsecnx.train.data.images import ImageFiles, Images
 from sparsecnx.train.data.memory import memory_header, memory_pixels
-from sparsecnx.train.data.pictures import File, UnsupportedImage
+from sparsecnx.train.data.pictures import UPRIGHT, File, UnsupportedImage, orientation
 from sparsecnx.train.data.source import SAMPLED_ENTRIES, Fingerprint, Source
 from sparsecnx.train.data.target_values import as_array
 from sparsecnx.train.recipe import Recipe, shown
@@ -54,7 +54,7 @@ class Items(Images):
             raise InputError("data", place, problem) from error
         if self.length < 1:
             raise InputError("data", place, "holds no item; expected one or more")
-        self.last: tuple[int, Any] | None = None
+        self.last: tuple[int, Any, Mapping[str, int]] | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -65,8 +65,13 @@ class Items(Images):
     def item(self, index: int) -> Any:
         """Return an item, which is not read twice for its image and its targets."""
         if self.last is None or self.last[0] != index:
-            self.last = index, self.items[index]
+            item = self.items[index]
+            self.last = index, item, _orientations(item)
         return self.last[1]
+
+    def turned(self, index: int) -> Mapping[str, int]:
+        self.item(index)
+        return {} if self.last is None else self.last[2]
 
     def header(self, index: int) -> Header:
         return memory_header(first_image(self.item(index)), self.in_chans)
@@ -140,6 +145,17 @@ class Items(Images):
                 if array.dtype.kind in "iufb":
                     parts.append(f"{name}{array.dtype}{array.shape}".encode() + array.tobytes())
         return b"".join(parts)
+
+
+def _orientations(item: Any) -> dict[str, int]:
+    """Return the EXIF orientations of a dict of pictures, before Pillow loads them and turns TIFF upright by itself."""
+    if not isinstance(item, Mapping):
+        return {}
+    found = {name: orientation(value) for name, value in item.items() if isinstance(value, Image.Image)}
+    with suppress(UnsupportedImage):
+        image = first_image(item)
+        found[IMAGE] = orientation(image) if isinstance(image, Image.Image) else UPRIGHT
+    return found
 
 
 def first_image(item: Any) -> Any:

@@ -68,14 +68,18 @@ def as_floats(values: np.ndarray[Any, Any], *nodata: float | None) -> np.ndarray
     Whole numbers are compared as they are. Floats are compared in float32, in which they are trained: in 64 bits a
     slope gives them digits that nobody types.
     """
-    numbers = [np.float64(number) for number in nodata if number is not None]
     narrow = np.float16 if values.dtype == np.float16 else np.float32
-    with np.errstate(over="ignore"):  # infinity is refused later, by name
+    with np.errstate(over="ignore", under="ignore"):  # infinity is refused later, by name
         found = np.array(values, np.float32, order="C")
-        near = [number.astype(narrow) for number in numbers]
-    for number, rounded in zip(numbers, near, strict=True):
-        is_float = values.dtype.kind == "f" and np.isfinite(rounded)
-        found[found == rounded if is_float else values == number] = np.nan
+        for number in (one for one in nodata if one is not None):
+            rounded = np.float64(number).astype(narrow)
+            if values.dtype.kind != "f":
+                marked = values == (int(number) if float(number).is_integer() else number)
+            elif np.isfinite(rounded) and (rounded != 0 or number == 0):
+                marked = found == rounded
+            else:
+                marked = values == number
+            found[marked] = np.nan
     return found
 
 

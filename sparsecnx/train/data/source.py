@@ -189,6 +189,10 @@ class Source(ABC):
         expected = "expected --data python:module:function, whose items are dicts of an image and targets"
         raise InputError("targets", self.root, f"holds {self.noun}s alone; {expected}")
 
+    def turned(self, index: int) -> Mapping[str, int]:
+        """Return the EXIF orientation of an image, under `image`, and of the pictures beside it, by name."""
+        return {}
+
     def labels(self) -> list[str]:
         """Return the name of the class of every entry.
 

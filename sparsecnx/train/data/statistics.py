@@ -142,7 +142,8 @@ def describe_gaps(source: Source, recipe: Recipe, dtypes: Iterable[str], numbers
         return []
     if not source.gaps:
         places = source.sample()
-        for _ in _values(source, recipe, places[:: math.ceil(len(places) / LOOKED_INTO)]):
+        some = sorted({i * len(places) // LOOKED_INTO for i in range(LOOKED_INTO)})
+        for _ in _values(source, recipe, [places[i] for i in some]):
             pass
     missing = [name for name, some in source.gaps.items() if some]
     if not numbers and not missing:

@@ -57,23 +57,24 @@ class TargetReader:
             if isinstance(target, PixelTarget)
         }
 
-    def read(self, values: Mapping[str, Any], size: Sequence[int]) -> dict[str, NDArray[Any] | None]:
+    def read(
+        self, values: Mapping[str, Any], size: Sequence[int], turned: Mapping[str, int]
+    ) -> dict[str, NDArray[Any] | None]:
         """Return the values of an image of sides `size`, whole and upright.
 
         Args:
-            values: arrays or numbers, by the names of the targets; None where the image has no value. A picture under
-                `image` is what they belong to.
+            values: arrays or numbers, by the names of the targets; None where the image has no value.
+            size: see above.
+            turned: EXIF orientations, see `Source.turned`; others are upright.
 
         Raises:
             UnsupportedTarget: one is not there, or of another type or shape, or neither its pixels nor those of the
                 image are a multiple of the others; or EXIF data turn a map and not the image, or the other way round.
         """
-        turned = _turned(values.get(IMAGE))
         for name in self.sides:
-            with _naming(name):
-                if values.get(name) is not None and _turned(values[name]) != turned:
-                    problem = f"has {name} that EXIF data do not turn as they turn its image"
-                    raise UnsupportedTarget(f"{problem}: expected both upright, or both turned alike")
+            if values.get(name) is not None and turned.get(name, UPRIGHT) != turned.get(IMAGE, UPRIGHT):
+                problem = f"has {name} that EXIF data do not turn as they turn its image"
+                raise UnsupportedTarget(f"{problem}: expected both upright, or both turned alike")
         return {name: _read(name, target, values, size) for name, target in self.targets.items()}
 
     def lattice(self, read: Mapping[str, NDArray[Any] | None], size: Sequence[int]) -> list[int]:
@@ -88,7 +89,7 @@ class TargetReader:
         ]
         held = ", ".join(f"{name} of {_typed(sides)} values" for name, sides in maps.items())
         problem = f"has {held} for {_typed(size)} pixels, whose pixels begin together every {_typed(steps)}"
-        if self.resized and any(pixels < LEAST_STEPS * step for pixels, step in zip(size, steps, strict=True)):
+        if self.resized and any(1 < step > pixels // LEAST_STEPS for pixels, step in zip(size, steps, strict=True)):
             expected = f"expected {LEAST_STEPS} such steps or more, to cut crops from, or --crop-area null"
             raise UnsupportedTarget(f"{problem}: {expected}")
         if not self.resized and any(side % step for side, step in zip(self.crop, steps, strict=True)):
@@ -153,14 +154,6 @@ def _naming(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # values of the user can be anything
         raise UnsupportedTarget(f"has {name} that does not fit ({error})") from error
-
-
-def _turned(value: Any) -> int:
-    """Return the EXIF orientation of what may be a picture."""
-    if not isinstance(value, Image.Image):
-        return UPRIGHT
-    value.load()  # first, because Pillow turns TIFF upright by itself
-    return orientation(value)
 
 
 def _read(name: str, target: Target, values: Mapping[str, Any], size: Sequence[int]) -> NDArray[Any] | None:
