@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from docstring_parser import parse as parse_docstring
 from jsonargparse import SUPPRESS, ActionYesNo, ArgumentParser
 
@@ -130,7 +132,22 @@ def _with_paths(arguments: Sequence[str]) -> list[str]:
     for i, name in enumerate(found[1:], 1):
         if found[i - 1] == "--config" and not Path(name).exists() and (PUBLISHED / f"{name}.yaml").is_file():
             found[i] = str(PUBLISHED / f"{name}.yaml")
+        if found[i - 1] == "--config" and Path(found[i]).is_file():
+            _expect_keys_once(found[i])
     return found
+
+
+def _expect_keys_once(path: str) -> None:
+    """Raise InputError if a YAML file has an option twice, of which the last one would win in silence."""
+    try:
+        with open(path) as file:
+            node = yaml.compose(file)
+    except (OSError, UnicodeError, yaml.YAMLError):
+        return  # the parser says what is wrong with it
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    keys = Counter(str(key.value).replace("-", "_") for key, _ in pairs)
+    for name in [name for name, count in keys.items() if count > 1][:1]:
+        raise InputError("config", path, f"has {name} twice; expected each option once")
 
 
 def _optional(kind: type) -> set[str]:

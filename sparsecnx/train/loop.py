@@ -1,4 +1,4 @@
-"""The pretraining loop: step, log, save, and stop on a signal."""
+"""The training loop: step, log, save, and stop on a signal. What is trained is the business of its subclasses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -16,31 +17,31 @@ from typing import Any
 import torch
 
 from sparsecnx.common.errors import InputError, TrainingStopped
-from sparsecnx.models import SIZES
-from sparsecnx.train.callbacks import READER_DIED, LogError, Run, StepRecord
+from sparsecnx.train.callbacks import READER_DIED, Callback, LogError, Run, StepRecord
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.config import write_config
 from sparsecnx.train.contents import Contents
-from sparsecnx.train.data.crops import Batch, Crops, draws, mix
+from sparsecnx.train.data.crops import Batch, Crops, draws
 from sparsecnx.train.data.loader import WorkersError, load_batches
 from sparsecnx.train.data.source import Fingerprint, Source
-from sparsecnx.train.drawing import RECONSTRUCTIONS, Pictures, Reconstructions
 from sparsecnx.train.learner import Learner, Pass, whole
 from sparsecnx.train.log import SKIPPED, UNUSUAL, JsonLines, OtherProcess, RunLog, TensorBoard, Terminal
-from sparsecnx.train.masks import Masks
 from sparsecnx.train.options import Options
 from sparsecnx.train.processes import Processes
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.schedule import learning_rate
 from sparsecnx.train.services import chosen_callbacks
 
-# Steps times the peak learning rate of a run that learns little. `make demo` has 0.7, the published runs have 600.
-LEAST_TRAINING = 0.2
 MOST_NAMED = 20  # files of a kind that all processes of a run name; they count further ones
 
 
-class Trainer:
-    """One pretraining run.
+class Trainer(ABC):
+    """One run.
+
+    Attributes:
+        crops: what it learns from.
+        learner: what it trains, once it is connected.
+        step: steps done.
 
     Args:
         recipe: decides the losses.
@@ -71,7 +72,7 @@ class Trainer:
         self.recipe, self.source, self.fingerprint = recipe, source, fingerprint
         self.folder, self.options, self.processes, self.notes = folder, options, processes, list(notes)
         source.check(recipe)
-        self.crops = Crops(source, recipe)
+        self.crops = self.read()
         self.crops.try_out()
         if recipe.batch_size % processes.world:
             expected = f"expected a multiple of the {processes.world} processes, which divide it"
@@ -80,12 +81,12 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * recipe.epochs
         self.save_steps = max(1, round(options.save_every * self.steps_per_epoch))
         self.workers = default_workers() if options.workers is None else options.workers
-        self.saved, self.masks = saved, Masks(recipe, processes)
+        self.saved = saved
         self.learner: Learner
-        self.reconstructions = Reconstructions(self.crops, recipe, options.draw_every)
-        asked = chosen_callbacks(options.log) if processes.main else []
-        files = [JsonLines(), TensorBoard(), Pictures(), Terminal()]
-        self.callbacks = [*asked, *files] if processes.main else [OtherProcess(processes.rank)]
+        self.callbacks: list[Callback] = [OtherProcess(processes.rank)]
+        if processes.main:
+            asked = chosen_callbacks(options.log)
+            self.callbacks = [*asked, JsonLines(), TensorBoard(), *self.own_callbacks(), Terminal()]
         self.step, self.written_by = (0, 1) if saved is None else (saved.step, saved.processes)
         self.unreadable: dict[str, str] = {}
         self.unusual: dict[str, str] = {}
@@ -108,10 +109,38 @@ class Trainer:
                 "fingerprint": self.fingerprint.names,
                 "sizes": self.fingerprint.sizes,
                 "contents": self.fingerprint.contents,
-                "masks": self.masks.checksum,
                 **({"seen": list(self.source.seen)} if self.source.seen else {}),
+                **self.checked(),
             },
         }
+
+    @abstractmethod
+    def read(self) -> Crops:
+        """Return what the run learns from."""
+
+    @abstractmethod
+    def make_learner(self) -> Learner:
+        """Return what the run trains, from the checkpoint that it goes on from, if there is one."""
+
+    @abstractmethod
+    def ready(self, batch: Batch, number: int) -> Pass:
+        """Return a batch with all that forward pass `number` of the run takes beside it."""
+
+    def own_callbacks(self) -> list[Callback]:
+        """Return what is told of the run beside the logs of every run."""
+        return []
+
+    def checked(self) -> dict[str, Any]:
+        """Return what else a checkpoint says of the data."""
+        return {}
+
+    def end_epoch(self, epoch: int, log: RunLog) -> None:
+        """Do what is to be done after `epoch` epochs, in all processes."""
+        return
+
+    @abstractmethod
+    def describe_task(self) -> tuple[str, str, list[str]]:
+        """Return what is learned and what is read, for the first lines of a run, and further lines."""
 
     def run(self) -> int:
         """Train to the end of the recipe; returns and raises as `pretrain` does."""
@@ -120,16 +149,16 @@ class Trainer:
         try:
             return self._run()
         except (LogError, WorkersError) as error:
-            stopped = TrainingStopped(f"step {self.step}: {error}, {self._last_good()}")
+            stopped = TrainingStopped(f"step {self.step}: {error}, {self.last_good()}")
             stopped.elsewhere = getattr(error, "elsewhere", False)
             raise stopped from error
         except RuntimeError as error:
             if str(error).startswith(READER_DIED):  # torch raises it wherever the run is at that moment
                 problem = f"step {self.step}: a process that reads images died ({str(error).strip()})"
-                raise TrainingStopped(f"{problem}, {self._last_good()}. Fewer workers need less memory") from error
+                raise TrainingStopped(f"{problem}, {self.last_good()}. Fewer workers need less memory") from error
             if self.processes.lost(error):
                 problem = f"step {self.step}: {self.processes.said_of_loss(error)}"
-                raise TrainingStopped(f"{problem}, {self._last_good()}") from error
+                raise TrainingStopped(f"{problem}, {self.last_good()}") from error
             raise
 
     def connect(self) -> None:
@@ -139,7 +168,7 @@ class Trainer:
             InputError: they do not, or the network does not fit the recipe or the options.
         """
         self.processes.together(self._expect_same_data)
-        self.learner = self.processes.together(lambda: Learner(self.recipe, self.options, self.processes, self.saved))
+        self.learner = self.processes.together(self.make_learner)
         self.learner.connect(self.saved)
         self.saved = None
 
@@ -178,16 +207,10 @@ class Trainer:
                     records.clear()
                 if self.step % self.save_steps == 0 or self.step == self.total_steps:
                     self.save()
-                if within == 0 and self.reconstructions.due(epoch):
-                    self._draw(log)
+                if within == 0:
+                    self.end_epoch(epoch, log)
             self._say_end(log)
         return 0
-
-    def _draw(self, log: RunLog) -> None:
-        """Draw in all processes, which may hold parts of the network, and stop all of them if one of them cannot."""
-        self.processes.together(self.reconstructions.read)
-        figure = self.reconstructions.draw(self.learner.model, self.learner.device, self.step)
-        self.processes.together(lambda: log.figure(RECONSTRUCTIONS, figure))
 
     def told(self) -> Run:
         """Return what callbacks are told at the start."""
@@ -228,7 +251,7 @@ class Trainer:
                 batch = next(batches)
                 waited += time.perf_counter() - begun
                 self._note_unreadable(batch, log)
-                yield self._pass(batch, self.step * recipe.grad_accum_steps + number)
+                yield self.ready(batch, self.step * recipe.grad_accum_steps + number)
 
         losses, counts = self.learner.backward(passes())
         norm = self.learner.gradient_norm()
@@ -262,7 +285,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             what = f"step {self.step + 1}: loss is {loss}, gradient norm {grad_norm}; stopped before the update"
             help = "A lower --base-lr, --clip-grad 1 or --dtype float32 may help"
-            raise TrainingStopped(f"{what}, {self._last_good()}. {help}")
+            raise TrainingStopped(f"{what}, {self.last_good()}. {help}")
 
     def _learning_rate(self) -> float:
         recipe, first = self.recipe, self.recipe.first_epoch * self.steps_per_epoch
@@ -281,15 +304,7 @@ class Trainer:
 
     def _expect_images(self, batch: Batch) -> None:
         if batch.problem is not None:
-            raise TrainingStopped(f"step {self.step + 1}: {batch.problem}, {self._last_good()}")
-
-    def _pass(self, batch: Batch, number: int) -> Pass:
-        """Return a batch with the masks of forward pass `number` of the run, which follow the images if they must."""
-        try:
-            drawn = self.masks.draw(batch.images, number, batch.valid, self.learner.device)
-        except InputError as error:
-            raise TrainingStopped(f"step {self.step + 1}: {error}, {self._last_good()}") from error
-        return Pass(batch.images, batch.targets, drawn, mix(self.recipe.seed, "network", number, self.processes.rank))
+            raise TrainingStopped(f"step {self.step + 1}: {batch.problem}, {self.last_good()}")
 
     def save(self) -> None:
         """Write a checkpoint.
@@ -307,47 +322,26 @@ class Trainer:
                 self.folder.save(self.state())
         except OSError as error:
             problem = f"step {self.step}: the checkpoint could not be saved ({error})"
-            raise TrainingStopped(f"{problem}, {self._last_good()}") from error
+            raise TrainingStopped(f"{problem}, {self.last_good()}") from error
 
     def describe(self) -> list[str]:
         """Return the first lines of a run: model, data, and the folder that it writes to."""
         r = self.recipe
+        learned, read, others = self.describe_task()
         millions = sum(p.numel() for p in self.learner.model.parameters()) / 1e6
         repeats = f" x {r.epoch_repeats}" if r.epoch_repeats > 1 else ""
         accumulated = f" x {r.grad_accum_steps}" if r.grad_accum_steps > 1 else ""
-        grn = f", GRN per {r.grn_scope}" if r.model in SIZES and r.block == "v2" else ""
-        masks = f"mask ratio {r.mask_ratio:g}" if r.masks is None else f"masks of {r.masks}"
         start = f", going on from step {self.step}" if self.step else ""
         return [
-            f"{r.called} {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.learner.device}, {masks}",
-            f"{len(self.source)} {self.source.noun}s{repeats} {self._crops()} from {self.source.root}",
+            f"{r.called} {r.model}, {millions:.1f} M parameters, {r.dtype} on {self.learner.device}, {learned}",
+            f"{len(self.source)} {self.source.noun}s{repeats} {read} from {self.source.root}",
             f"batch {r.batch_size}{accumulated}, steps per epoch {self.steps_per_epoch}, epochs {r.epochs}",
-            f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}{grn}",
+            f"peak learning rate {r.peak_lr:.3g}, warm-up epochs {r.warmup:g}",
             f"writes to {self.folder.folder}{start}",
-            *self._targets(),
+            *others,
             *self._processes(),
             *self._hints(),
         ]
-
-    def _crops(self) -> str:
-        """Return what is cut out of the data, for the first lines of a run."""
-        r = self.recipe
-        if r.photographs and r.patch_size == Recipe.patch_size:
-            return f"of {r.pixels} px"
-        size, patch = ("x".join(map(str, sides)) for sides in (r.size, r.patch))
-        if r.photographs:
-            return f"of {size} px in patches of {patch}"
-        dimensions, channels = (_counted(*n) for n in ((r.ndim, "dimension"), (r.in_chans, "channel")))
-        return f"of {dimensions} and {channels}, normalised by {r.normalize}, crops of {size} in patches of {patch},"
-
-    def _targets(self) -> list[str]:
-        """Return what is predicted, where that is not the image alone."""
-        named = [f"{name} ({values['type']})" for name, values in (self.recipe.targets or {}).items()]
-        weighed = ", with weights that it learns" if self.recipe.uncertainty else ""
-        lines = [f"predicts {', '.join(named)}{weighed}"] if named else []
-        if absent := ", ".join(name for name in self.recipe.predicted if name in self.crops.absent):
-            lines.append(f"hint: no image that was looked at has a value of {absent}")
-        return lines
 
     def _processes(self) -> list[str]:
         """Return how many processes there are, and what changes if a run goes on with another number of them."""
@@ -359,26 +353,21 @@ class Trainer:
                 losses = f"losses change by {', '.join(depends)}"
             if self.source.ordered_by_rank:
                 images, losses = "images in another order", "the losses of another run from here on"
-            lines.append(f"{world} processes go on from a checkpoint of {self.written_by}: {images}, {losses}")
+            here = "1 process goes" if world == 1 else f"{world} processes go"
+            lines.append(f"{here} on from a checkpoint of {self.written_by}: {images}, {losses}")
         return lines
 
     def _hints(self) -> list[str]:
-        """Return what the user of a small data set should know."""
-        r, hints = self.recipe, []
-        first = r.first_epoch * self.steps_per_epoch
-        steps = self.total_steps - first
+        """Return what the user should know."""
+        hints = []
         if self.step == self.total_steps:
             hints.append("the run is finished; --resume --extend EPOCHS trains it on")
-        elif self.step == first and steps * r.peak_lr < LEAST_TRAINING:
-            problem = f"hint: {steps} steps at a learning rate of at most {r.peak_lr:.2g} hardly train a network"
-            small = self.options.small_data or first
-            remedy = "more --epochs or --epoch-repeats help" if small else "--small-data is a recipe for few images"
-            hints.append(f"{problem}; {remedy}")
         if self.options.compile and self.step < self.total_steps:
             hints.append("torch.compile runs in the first step, which takes a minute or more")
         return hints
 
-    def _last_good(self) -> str:
+    def last_good(self) -> str:
+        """Return which checkpoint is the last good one, for an error."""
         newest, folder = self.folder.newest(), self.folder.folder
         if not folder.is_dir():
             return "no checkpoint is left"
@@ -390,10 +379,6 @@ def default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun, on this machine
     return max(1, min(8, cores // processes // 2))
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def _epoch_line(epoch: int, epochs: int, records: list[StepRecord]) -> str:

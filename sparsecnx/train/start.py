@@ -22,6 +22,7 @@ from sparsecnx.train.lock import locked
 from sparsecnx.train.log import LOG
 from sparsecnx.train.loop import Trainer
 from sparsecnx.train.options import Options
+from sparsecnx.train.pretraining import Pretraining
 from sparsecnx.train.processes import Processes, joined
 from sparsecnx.train.recipe import DEFAULTS, Recipe, small_data
 
@@ -87,7 +88,7 @@ class Start(NamedTuple):
             defaults |= small_data(len(source))
         recipe = Recipe(**{**defaults, **given})
         notes = source.describe(recipe, given) if self.processes.main else []
-        return Trainer(recipe, source, source.fingerprint(), *self._place(), notes=notes)
+        return Pretraining(recipe, source, source.fingerprint(), *self._place(), notes=notes)
 
     def resumed(self, checkpoint: Path) -> Trainer:
         """Return the run of a checkpoint."""
@@ -113,7 +114,7 @@ class Start(NamedTuple):
         if checkpoint.is_file() and not has_checksums(checkpoint):
             notes.append(f"{checkpoint.name} holds no checksums: damage to it is not noticed")
         notes += source.describe(saved.recipe, None) if self.processes.main else []
-        trainer = Trainer(saved.recipe, source, fingerprint, *self._place(), saved=saved, notes=notes)
+        trainer = Pretraining(saved.recipe, source, fingerprint, *self._place(), saved=saved, notes=notes)
         if saved.data.masks not in (None, trainer.masks.checksum):
             raise InputError(
                 "masks", saved.recipe.masks, "other masks than the run was started with; the losses could not continue"

@@ -53,7 +53,7 @@ def test_tiff_of_many_bands(name, planar, tmp_path):
     assert (header.height, header.width, header.pages) == (33, 40, 1)
     found = decode(path, 5)
     assert found.dtype == torch.float32 and np.array_equal(found.numpy(), BANDS)
-    with pytest.raises(UnsupportedImage, match="has 5 channels: expected 3, as the others"):
+    with pytest.raises(UnsupportedImage, match="has 5 channels: expected 3, as --in-chans or the others say"):
         decode(path, 3)
 
 

@@ -18,8 +18,8 @@ from sparsecnx.train.data.crops import Batch, Crops, Draw
 from sparsecnx.train.data.find import find_data, find_source
 from sparsecnx.train.data.scale import values_in
 from sparsecnx.train.log import RunLog
-from sparsecnx.train.loop import Trainer
 from sparsecnx.train.options import Options
+from sparsecnx.train.pretraining import Pretraining
 from sparsecnx.train.processes import Processes
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.reconstruct import reconstruct
@@ -326,12 +326,19 @@ def holed(tmp_path):
     return tmp_path / "holed"
 
 
+def test_a_number_that_no_value_can_be_is_refused(tmp_path):
+    (tmp_path / "deep").mkdir()
+    tifffile.imwrite(tmp_path / "deep" / "a.tif", np.arange(64 * 64, dtype=np.uint16).reshape(64, 64))
+    with pytest.raises(InputError, match=r"nodata is 99999999.*: expected a number that uint16 can hold"):
+        train(tmp_path / "deep", tmp_path / "run", nodata=99999999, **RUN)
+
+
 def trainer_of(holed, tmp_path, **given):
     fields = {**RUN, "image_size": 64, "crop_area": None, "batch_size": 2, "mask_ratio": 0.5, **given}
     files = find_source(str(holed))
     recipe = Recipe(**{**files.defaults(fields), **fields})
     processes = Processes()
-    trainer = Trainer(
+    trainer = Pretraining(
         recipe, files, files.fingerprint(), CheckpointFolder(tmp_path, 1), Options(device="cpu"), processes
     )
     trainer.connect()
@@ -350,7 +357,7 @@ def test_a_batch_is_read_when_the_one_before_it_is_done(holed, tmp_path):
         for number in range(3):
             happened.append("read")
             images = torch.stack([trainer.crops[Draw(i, seed=number)][0] for i in range(2)])
-            yield trainer._pass(Batch(images, values_in(images), {}, {}, {}), number)
+            yield trainer.ready(Batch(images, values_in(images), {}, {}, {}), number)
 
     trainer.learner.forward = forward
     trainer.learner.backward(passes())
@@ -367,15 +374,15 @@ def test_pixels_without_values_reach_the_model_as_invalid(holed, tmp_path):
         return (trainer.learner.model.mask_token.sum(), None, None)
 
     trainer.learner.forward = forward
-    trainer.learner.backward([trainer._pass(Batch(images, values_in(images), {}, {}, {}), 0)])
+    trainer.learner.backward([trainer.ready(Batch(images, values_in(images), {}, {}, {}), 0)])
     assert torch.equal(seen["valid"], ~images.isnan()) and torch.equal(seen["images"].isnan(), images.isnan())
     empty = images.isnan().all(1).unflatten(1, (4, 16)).unflatten(3, (4, 16)).all(4).all(2).flatten(1)
     assert empty.sum() == 2 * 4 and seen["mask"][empty].all()  # of the 8 that are masked
     assert seen["mask"].sum(1).tolist() == [8, 8]
     first = seen["mask"]
-    trainer.learner.backward([trainer._pass(Batch(images, values_in(images), {}, {}, {}), 0)])
+    trainer.learner.backward([trainer.ready(Batch(images, values_in(images), {}, {}, {}), 0)])
     assert torch.equal(seen["mask"], first)
-    trainer.learner.backward([trainer._pass(Batch(images.nan_to_num(0), None, {}, {}, {}), 0)])
+    trainer.learner.backward([trainer.ready(Batch(images.nan_to_num(0), None, {}, {}, {}), 0)])
     assert seen["valid"] is None
 
 

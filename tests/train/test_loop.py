@@ -114,10 +114,10 @@ def test_clipping_limits_the_gradient_and_the_log_keeps_its_norm(photos, tmp_pat
 def test_the_first_lines_say_what_is_trained_on_what(photos, tmp_path, capsys):
     assert train(photos, tmp_path / "run") == 0
     first = capsys.readouterr().out.splitlines()[:6]
-    assert first[0] == "FCMAE atto, 0.1 M parameters, float32 on cpu, mask ratio 0.6"
+    assert first[0] == "FCMAE atto, 0.1 M parameters, float32 on cpu, mask ratio 0.6, GRN per sample"
     assert first[1] == f"8 images of 64 px from {photos}"
     assert first[2] == "batch 2, steps per epoch 4, epochs 2"
-    assert first[3] == "peak learning rate 0.000391, warm-up epochs 0.2, GRN per sample"
+    assert first[3] == "peak learning rate 0.000391, warm-up epochs 0.2"
     assert first[4] == f"writes to {tmp_path}/run"
     hint = "hint: 8 steps at a learning rate of at most 0.00039 hardly train a network; --small-data"
     assert first[5].startswith(hint)

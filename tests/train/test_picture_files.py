@@ -73,11 +73,11 @@ def test_the_number_of_bands_is_compared_before_they_are_decoded(tmp_path, monke
         pytest.fail("the bands were decoded")
 
     monkeypatch.setattr(tifffile.TiffPage, "asarray", decoded)
-    with pytest.raises(UnsupportedImage, match="has 500 channels: expected 3, as the others"):
+    with pytest.raises(UnsupportedImage, match="has 500 channels: expected 3, as --in-chans or the others say"):
         decode(path, 3)
     (tmp_path / "b.png").write_bytes(imagecodecs.png_encode(np.ascontiguousarray(BANDS.transpose(1, 2, 0))))
     monkeypatch.setattr(imagecodecs, "png_decode", decoded)
-    with pytest.raises(UnsupportedImage, match=r"has 4 channels \(RGBA\): expected 5, as the others"):
+    with pytest.raises(UnsupportedImage, match=r"has 4 channels \(RGBA\): expected 5, as --in-chans or the others say"):
         decode(str(tmp_path / "b.png"), 5)
 
 

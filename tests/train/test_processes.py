@@ -167,7 +167,7 @@ def test_a_run_goes_on_with_other_processes_and_says_so(in_ranks, photos, tmp_pa
     assert newest.is_dir() and newest.name == "checkpoint-00000008.pt"
     capsys.readouterr()
     assert train(None, tmp_path / "longer", resume=str(newest), options={"extend": 1}) == 0
-    assert "1 processes go on from a checkpoint of 2" in capsys.readouterr().out
+    assert "1 process goes on from a checkpoint of 2" in capsys.readouterr().out
 
     model = build_model(Recipe(**checkpoint.read(newest)["recipe"]))
     assert load_encoder(model, newest) and load_encoder(model, tmp_path / "longer" / "last.pt")

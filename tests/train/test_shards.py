@@ -133,11 +133,11 @@ def test_the_fingerprint_notices_other_shards_and_not_another_folder(tmp_path):
 def test_the_image_of_a_sample(tmp_path):
     files = {f"{i}.{side}.png": png(10 * i + n) for i in range(2) for n, side in enumerate(["left", "right"])}
     write_tar(tmp_path / "pairs.tar", files)
-    with pytest.raises(InputError, match=r"pairs\.tar/0, which has several images, left\.png, right\.png"):
+    with pytest.raises(InputError, match=r"pairs\.tar/0, which has several images in left\.png, right\.png"):
         open_source(f"wds:{tmp_path}/pairs.tar").check(RECIPE)
     assert numbers(open_source(f"wds:{tmp_path}/pairs.tar?image=right.png")) == [1, 11]
     write_tar(tmp_path / "words.tar", {"0.txt": b"a", "0.json": b"{}"})
-    with pytest.raises(InputError, match=r"words\.tar/0, which has no image, but txt, json"):
+    with pytest.raises(InputError, match=r"words\.tar/0, which has no image in txt, json"):
         open_source(f"wds:{tmp_path}/words.tar").check(RECIPE)
 
 

@@ -197,7 +197,7 @@ def expect_fit(
     colours = header.colours if bands == header.channels else ""
     if not header.picture and channels not in {bands} | ({1, 3} if colours else set()):
         told = f" ({colours})" if colours else ""
-        problem = f"has {bands} channels{told}: expected {channels}, as the others; move it elsewhere"
+        problem = f"has {bands} channels{told}: expected {channels}, as --in-chans or the others say"
         raise UnsupportedImage(problem)
     if types is not None and header.dtype not in types:
         expected = f"expected {' or '.join(sorted(types))}"
@@ -338,5 +338,5 @@ def with_channels(values: Tensor, colours: str, channels: int) -> Tensor:
         weights = torch.tensor(WEIGHTS).view(3, 1, 1)
         return (values * weights).sum(0, keepdim=True)
     if len(values) != channels:
-        raise UnsupportedImage(f"has {len(values)} channels: expected {channels}, as the others; move it elsewhere")
+        raise UnsupportedImage(f"has {len(values)} channels: expected {channels}, as --in-chans or the others say")
     return values

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from sparsecnx.common.errors import InputError, MissingExtra
@@ -68,6 +69,9 @@ class Images(Source):
 
     def check(self, recipe: Recipe) -> None:
         """Look at the headers of a sample. Files that are damaged or no images are not refused here."""
+        dtypes = {header.dtype for _, header in self.headers}
+        if dtypes and recipe.nodata is not None and not any(_holds(dtype, recipe.nodata) for dtype in dtypes):
+            raise InputError("nodata", recipe.nodata, f"expected a number that {' or '.join(sorted(dtypes))} can hold")
         for name, header in self.headers:
             try:
                 expect_fit(header, recipe.in_chans, recipe.pages, recipe.max_pixels, self.types(recipe))
@@ -204,6 +208,14 @@ class ImageSet(FileSet, ImageFiles):
 
     def read(self, index: int, recipe: Recipe) -> Tensor:
         return self._decoded(index, 0 if self.paged is None else self.paged[index][1], recipe)
+
+
+def _holds(dtype: str, number: float) -> bool:
+    """Return whether a value of a type can be a number."""
+    kind = np.dtype(dtype)
+    if kind.kind not in "iu":
+        return kind.kind == "f" or number in (0, 1)
+    return float(number).is_integer() and np.iinfo(kind).min <= number <= np.iinfo(kind).max
 
 
 def _kind(header: Header) -> str:

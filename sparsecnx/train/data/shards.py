@@ -264,8 +264,8 @@ def image_of(sample: Sample, wanted: str | None) -> str:
     if len(found) == 1:
         return found[0]
     held = ", ".join(sample.parts) or "nothing"
-    what = f"has several images, {', '.join(found)}" if found else f"has no image {wanted or ''}".rstrip()
-    raise UnsupportedImage(f"{what}, but {held}; expected one, and image=ENDING in the address chooses")
+    what = "has several images" if found else f"has no image {wanted or ''}".rstrip()
+    raise UnsupportedImage(f"{what} in {held}; expected one, and image=ENDING in the address chooses")
 
 
 def _said(error: Exception) -> str:
