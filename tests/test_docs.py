@@ -29,7 +29,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "docs/volumes.md": (),
     "docs/backends.md": (),
     "docs/wrapping.md": (),
-    "docs/after-pretraining.md": ("timm", "transformers", "safetensors"),
+    "docs/after-pretraining.md": ("timm", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime"),
     "docs/elsewhere.md": ("huggingface_hub", "safetensors"),
     "docs/checkpoints.md": ("transformers", "safetensors"),
 }

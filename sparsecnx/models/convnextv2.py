@@ -213,15 +213,15 @@ class ConvNeXtV2Encoder(Pretrained):
         """Return the outputs of the four stages, of images at strides 4, 8, 16 and 32.
 
         Args:
-            images: `(B, in_chans, *spatial)`, sides multiples of `stride` (32); or a SparseTensor of their visible
-                pixels, without `mask`.
+            images: `(B, in_chans, *spatial)`, with a mask of sides that are multiples of `stride` (32), without one of
+                any sides from `stride` on; or a SparseTensor of their visible pixels, without `mask`.
             mask: `(B, L)` or `(B, *grid)`, True or 1 = masked, on a grid of patches whose sides are multiples of
                 `stride`, see `SparseTensor.from_dense`. None computes all sites, dense.
             visible: number of visible patches, if it is known and equal in all images, see `SparseTensor.from_dense`.
 
         Returns:
             SparseTensors with a mask or of a SparseTensor, otherwise dense tensors, of images
-            `(B, dims[i], H / s, W / s)`.
+            `(B, dims[i], H // s, W // s)`.
 
         Raises:
             TypeError, ValueError: `images` or `mask` does not fit, see `SparseTensor.from_dense`.
@@ -229,8 +229,13 @@ class ConvNeXtV2Encoder(Pretrained):
         return self._outputs(images, mask, visible)
 
     def _outputs(
-        self, images: Tensor | SparseTensor, mask: Tensor | None = None, visible: int | None = None
+        self,
+        images: Tensor | SparseTensor,
+        mask: Tensor | None = None,
+        visible: int | None = None,
+        count: int | None = None,
     ) -> list[Any]:
+        """Return the outputs of the first `count` stages, of all if it is None."""
         x: Any = images
         if isinstance(images, SparseTensor):
             if mask is not None:
@@ -238,12 +243,15 @@ class ConvNeXtV2Encoder(Pretrained):
             if images.features.shape[1] != self.in_chans or images.layout.ndim != self.ndim:
                 raise ValueError(f"images is {tuple(images.shape)}: expected {shape_of(self.in_chans, self.ndim)}")
         else:
-            check_images(images, self.in_chans, self.stride)
             if isinstance(mask, torch.fx.Proxy):
                 raise TypeError(
                     "mask is traced: expected concrete_args={'mask': None, 'visible': None} of symbolic_trace"
                 )
-            x = images if mask is None else SparseTensor.from_dense(images, mask, visible)
+            if mask is None:
+                check_images(images, self.in_chans, self.stride)
+            else:
+                check_patches(images, self.in_chans, self.stride, "the stride of the network")
+                x = SparseTensor.from_dense(images, mask, visible)
         if isinstance(x, SparseTensor) and any(map(operator.mod, x.layout.tile, self.stride)):
             given = f"images is {tuple(images.shape)}" if mask is None else f"mask is {tuple(mask.shape)}"
             patch, stride = (one_if_equal(sizes) for sizes in (x.layout.tile, self.stride))
@@ -251,7 +259,7 @@ class ConvNeXtV2Encoder(Pretrained):
                 f"{given}: its patches of {patch} pixels must be a multiple of {stride}, the stride of the network"
             )
         outputs = []
-        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+        for downsample, stage in itertools.islice(zip(self.downsample_layers, self.stages, strict=True), count):
             x = stage(downsample(x))
             outputs.append(x)
         return outputs
@@ -271,12 +279,12 @@ class ConvNeXtV2Encoder(Pretrained):
             x: images `(B, in_chans, *spatial)`, or a SparseTensor of their visible pixels.
             indices: numbers of stages, from the end if negative; an int takes that many last stages, None all.
             norm: without effect, as in timm's ConvNeXt: the norm is a part of the head.
-            stop_early: without effect: every stage runs; `prune_intermediate_layers` removes stages.
+            stop_early: True runs no stage after the last of `indices`. `prune_intermediate_layers` removes them.
             output_fmt: `"NCHW"`, channels before space, in other dimensions too.
-            intermediates_only: True leaves out the first part of the result.
+            intermediates_only: True leaves out the first part of the result, and stops early.
 
         Returns:
-            The output of the last stage, and a list of the outputs of the chosen stages.
+            The output of the last stage that ran, and a list of the outputs of the chosen stages, the finest first.
 
         Raises:
             ValueError: `indices` names a stage that is not there, or `output_fmt` is another one.
@@ -284,7 +292,7 @@ class ConvNeXtV2Encoder(Pretrained):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt is {output_fmt!r}: expected 'NCHW'")
         taken = self._taken(indices)
-        outputs = self._outputs(x)
+        outputs = self._outputs(x, count=taken[-1] + 1 if stop_early or intermediates_only else None)
         chosen = [outputs[stage] for stage in taken]
         return chosen if intermediates_only else (outputs[-1], chosen)
 
@@ -298,9 +306,9 @@ class ConvNeXtV2Encoder(Pretrained):
             prune_norm, prune_head: see `ConvNeXtV2`; an encoder has neither.
         """
         taken = self._taken(indices)
-        kept = max(taken) + 1
+        kept = taken[-1] + 1
         self.downsample_layers, self.stages = self.downsample_layers[:kept], self.stages[:kept]
-        self.num_features = self.dims[kept - 1]
+        self.num_features, self.stride = self.dims[kept - 1], self.feature_info[kept - 1]["strides"]
         return taken
 
     def _taken(self, indices: int | Sequence[int] | None) -> list[int]:
@@ -344,20 +352,32 @@ def shape_of(channels: int, ndim: int) -> str:
     return f"(B, {channels}, {', '.join('DHW'[3 - ndim :])})"
 
 
-def check_images(
-    images: Tensor, channels: int, sides: tuple[int, ...], called: str = "the stride of the network"
-) -> None:
+def check_images(images: Tensor, channels: int, least: tuple[int, ...]) -> None:
+    """Raise TypeError or ValueError unless `images` is floating `(B, channels, *spatial)`, its sides not below `least`.
+
+    Args:
+        least: the stride of the network, which leaves one site of its last stage.
+    """
+    expected = shape_of(channels, len(least))
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images is {kind}: expected a floating tensor {expected}")
+    if images.ndim != 2 + len(least) or images.shape[1] != channels or images.shape[0] == 0:
+        raise ValueError(f"images is {tuple(images.shape)}: expected {expected} with B >= 1")
+    if any(map(operator.lt, images.shape[2:], least)):
+        raise ValueError(
+            f"images is {tuple(images.shape)}: its sides must be at least {one_if_equal(least)}, "
+            "the stride of the network"
+        )
+
+
+def check_patches(images: Tensor, channels: int, sides: tuple[int, ...], called: str) -> None:
     """Raise TypeError or ValueError unless `images` is floating `(B, channels, *spatial)`, multiples of `sides`.
 
     Args:
         called: what errors call `sides`.
     """
-    expected = shape_of(channels, len(sides))
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images is {kind}: expected a floating tensor {expected}")
-    if images.ndim != 2 + len(sides) or images.shape[1] != channels or images.shape[0] == 0:
-        raise ValueError(f"images is {tuple(images.shape)}: expected {expected} with B >= 1")
+    check_images(images, channels, (0,) * len(sides))
     if 0 in images.shape or any(map(operator.mod, images.shape[2:], sides)):
         raise ValueError(
             f"images is {tuple(images.shape)}: its sides must be multiples of {one_if_equal(sides)}, {called}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsecnx.geometry.mask_reading import check_same_device, read_mask
 from sparsecnx.geometry.masks import random_mask, visible_count
-from sparsecnx.models.convnextv2 import check_images, one_if_equal
+from sparsecnx.models.convnextv2 import check_patches, one_if_equal
 from sparsecnx.models.encoders import Stages, fits
 from sparsecnx.models.patches import patchify
 from sparsecnx.models.pretrained import Pretrained
@@ -120,7 +120,7 @@ class MaskedEncoder(Pretrained, abstract=True):
         """
         sides = tuple(map(math.lcm, self.patch, self._stages.strides[-1]))
         called = "the patch size" if sides == self.patch else "the stride of the encoder"
-        check_images(images, self.in_chans, sides, called)
+        check_patches(images, self.in_chans, sides, called)
         return tuple(size // p for size, p in zip(images.shape[2:], self.patch, strict=True))
 
     def patchify(self, images: Tensor) -> Tensor:

@@ -150,8 +150,8 @@ def timm_name(name: str) -> str:
     return re.sub(r"^norm\.", "head.norm.", re.sub(r"^head\.", "head.fc.", name))
 
 
-@pytest.mark.parametrize(("name", "block"), [("convnextv2_atto", "v2"), ("convnext_tiny", "v1")])
-def test_classifier_is_that_of_timm(name, block):
+def timm_and_ours(name, block):
+    """Return the same classifier of timm and of ours, with random parameters."""
     timm = pytest.importorskip("timm")
     size = {"depths": (2, 1, 1, 1), "dims": (40, 80, 160, 320)}
     theirs = randomise_grn(timm.create_model(name, num_classes=5, **size)).double().eval()
@@ -163,9 +163,54 @@ def test_classifier_is_that_of_timm(name, block):
     assert sorted(map(timm_name, ours.state_dict())) == sorted(state)
     # timm keeps the linear layers of V2 as 1x1 convolutions and GRN as vectors.
     ours.load_state_dict({name: state[timm_name(name)].view_as(p) for name, p in ours.state_dict().items()})
-    x = images(2)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("sides", [(64, 96), (100, 75), (33, 32), (224, 224)], ids=str)
+@pytest.mark.parametrize(("name", "block"), [("convnextv2_atto", "v2"), ("convnext_tiny", "v1")])
+def test_classifier_is_that_of_timm(name, block, sides):
+    theirs, ours = timm_and_ours(name, block)
+    x = torch.randn(2, 3, *sides, dtype=torch.float64)
     with torch.no_grad():
         assert_close(ours(x), theirs(x), 1e-9)
+
+
+@pytest.mark.parametrize("indices", [None, 1, 3, [0, -1], (2, 1), [1, 1], [-3]], ids=str)
+def test_intermediates_are_those_of_timm(indices):
+    theirs, ours = timm_and_ours("convnextv2_atto", "v2")
+    x = torch.randn(1, 3, 100, 75, dtype=torch.float64)
+    with torch.no_grad():
+        for stop_early in (False, True):
+            found, expected = (m.forward_intermediates(x, indices, stop_early=stop_early) for m in (ours, theirs))
+            alone = ours.forward_intermediates(x, indices, stop_early=stop_early, intermediates_only=True)
+            assert len(found[1]) == len(expected[1])
+            for out, ref in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+                assert out.shape == ref.shape
+                assert_close(out, ref, 1e-9)
+            assert all(map(torch.equal, alone, found[1])) and len(alone) == len(found[1])
+
+
+def test_stages_that_are_removed_leave_their_stride():
+    encoder, x = small_encoder(), torch.randn(2, 3, 9, 24, dtype=torch.float64)
+    assert encoder.prune_intermediate_layers([1]) == [1]
+    assert encoder.stride == (8, 8)
+    assert encoder(x).shape == (2, 8, 1, 3)
+    assert encoder(x[:, :, :8], torch.zeros(2, 1, 3, dtype=torch.bool)).dense().shape == (2, 8, 1, 3)
+    with pytest.raises(ValueError, match="its sides must be at least 8, the stride"):
+        encoder(x[:, :, :7])
+
+
+def test_intermediates_of_visible_pixels():
+    encoder, x, mask = small_encoder(), images(), draw_mask("random counts", 3, (2, 3), seed=2)
+    pixels, expected = SparseTensor.from_dense(x, mask), encoder.forward_features(x, mask)
+    last, stages = encoder.forward_intermediates(pixels, [0, 2])
+    assert torch.equal(last.features, expected[3].features)
+    assert [info["num_chs"] for info in encoder.feature_info] == [stage.shape[1] for stage in expected]
+    for found, stage in zip(stages, (0, 2), strict=True):
+        assert torch.equal(found.features, expected[stage].features)
+    encoder.stages[3] = None  # It must not run.
+    last, _ = encoder.forward_intermediates(pixels, [0, 2], stop_early=True)
+    assert torch.equal(last.features, expected[2].features)
 
 
 def test_classifier_takes_the_weights_of_the_encoder():
@@ -217,8 +262,8 @@ def test_unknown_size(create):
 @pytest.mark.parametrize(
     "value, error, message",
     [
-        (torch.zeros(2, 3, 64, 80), ValueError, r"images is \(2, 3, 64, 80\): .* multiples of 32"),
-        (torch.zeros(2, 3, 48, 64), ValueError, r"images is \(2, 3, 48, 64\): .* multiples of 32"),
+        (torch.zeros(2, 3, 64, 31), ValueError, r"images is \(2, 3, 64, 31\): its sides must be .* 32, the stride"),
+        (torch.zeros(2, 3, 31, 64), ValueError, r"images is \(2, 3, 31, 64\): its sides must be .* 32, the stride"),
         (torch.zeros(2, 3, 0, 64), ValueError, r"images is \(2, 3, 0, 64\)"),
         (torch.zeros(2, 4, 64, 64), ValueError, r"images is \(2, 4, 64, 64\): expected \(B, 3, H, W\)"),
         (torch.zeros(3, 64, 64), ValueError, r"images is \(3, 64, 64\): expected \(B, 3, H, W\)"),
@@ -233,6 +278,14 @@ def test_images_that_do_not_fit(value, error, message, masked):
     mask = torch.zeros(2, 2, 2, dtype=torch.bool) if masked else None
     with pytest.raises(error, match=message):
         models.ConvNeXtV2Encoder(**SMALL)(value, mask)
+
+
+@pytest.mark.parametrize("sides", [(64, 80), (48, 64)], ids=["width", "height"])
+def test_only_masks_need_sides_that_are_multiples_of_the_stride(sides):
+    encoder, x = models.ConvNeXtV2Encoder(**SMALL), torch.zeros(2, 3, *sides)
+    assert encoder(x).shape == (2, 16, *(side // 32 for side in sides))
+    with pytest.raises(ValueError, match=r"images is \(2, 3, .*\): its sides must be multiples of 32, the stride"):
+        encoder(x, torch.zeros(2, 2, 2, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(

@@ -226,10 +226,10 @@ def test_a_number_of_visible_patches_needs_their_mask():
         (lambda: small(strides=(2, 2)), "strides is (2, 2): expected one number, or 3 for 4 stages"),
         (lambda: small(ndim=3, strides=((1, 2), 2, 2)), "strides is (1, 2): expected a positive number, or one for"),
         (lambda: ConvNeXtV2Block(4, kernel_size=(3, 3, 3)), "kernel_size is (3, 3, 3): expected a positive number"),
-        (lambda: small(ndim=3)(VOLUME[..., :16]), "images is (1, 2, 32, 32, 16): its sides must be multiples of 32"),
+        (lambda: small(ndim=3)(VOLUME[..., :16]), "images is (1, 2, 32, 32, 16): its sides must be at least 32"),
         (
             lambda: small(ndim=3, stem=(2, 4, 4))(VOLUME[:, :, :8]),
-            "images is (1, 2, 8, 32, 32): its sides must be multiples of (16, 32, 32), the stride of the network",
+            "images is (1, 2, 8, 32, 32): its sides must be at least (16, 32, 32), the stride of the network",
         ),
         (lambda: small(ndim=3)(VOLUME[0]), "images is (2, 32, 32, 32): expected (B, 2, D, H, W) with B >= 1"),
         (lambda: small()(VOLUME), "images is (1, 2, 32, 32, 32): expected (B, 2, H, W) with B >= 1"),
