@@ -1,4 +1,4 @@
-"""The command line: `sparsecnx pretrain | probe | reconstruct | convert | doctor`.
+"""The command line: `sparsecnx pretrain | probe | finetune | evaluate | reconstruct | convert | doctor`.
 
 Exit codes:
     0    done
@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +32,7 @@ from sparsecnx.models import SIZES
 from sparsecnx.train.recipe import MAX_PIXELS
 
 PUBLISHED_EPS = 1e-6  # of LayerNorm and GRN, which files of weights do not hold
+FINETUNING = ("timm", "torchvision", "torchmetrics")  # the extra [finetune]
 # These are the choices of `doctor --explain`. The first is the default.
 EXPLAINED = {
     "device": ("auto", "cpu", "cuda"),
@@ -52,11 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     typed = sys.argv[1:] if argv is None else list(argv)
-    pretraining = typed[:1] == ["pretrain"]  # its options come from the recipe, and need the extra [train]
-    arguments = argparse.Namespace(command="pretrain") if pretraining else build_parser().parse_args(typed)
+    # The options of these come from recipes, and need the extra [train].
+    trains = {"pretrain": _pretrain, "finetune": _finetune}.get("".join(typed[:1]))
+    arguments = build_parser().parse_args(typed) if trains is None else argparse.Namespace(command=typed[0])
     command = f"sparsecnx {arguments.command}"
     try:
-        return _pretrain(typed[1:]) if pretraining else int(arguments.run(arguments))
+        return int(arguments.run(arguments)) if trains is None else trains(typed[1:])
     except (InputError, MissingExtra) as error:
         text = f"{_as_typed(error.argument)} {error.problem}" if isinstance(error, InputError) else str(error)
         if not error.elsewhere:
@@ -79,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sparsecnx", description="Masked-autoencoder pretraining at the cost of the visible pixels.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("pretrain", help="pretrain a ConvNet as a masked autoencoder")
+    commands.add_parser("finetune", help="train a classifier from a pretrained network")
+    _add_evaluate(commands.add_parser("evaluate", help="test a classifier of sparsecnx finetune"))
     _add_probe(commands.add_parser("probe", help="classify images by the frozen features of checkpoints"))
     _add_reconstruct(commands.add_parser("reconstruct", help="draw how a checkpoint reconstructs masked images"))
     _add_convert(commands.add_parser("convert", help="convert a checkpoint to the format of another library"))
@@ -87,17 +91,63 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _pretrain(arguments: Sequence[str]) -> int:
-    _require_train_extra()
-    from sparsecnx.train.command import parse
+    _require("train", doctor.TRAIN)
+    from sparsecnx.train.command import PRETRAIN
     from sparsecnx.train.start import pretrain
 
+    return _train(arguments, PRETRAIN, pretrain)
+
+
+def _finetune(arguments: Sequence[str]) -> int:
+    _require("train", doctor.TRAIN)
+    _require("finetune", FINETUNING)
+    from sparsecnx.transfer.start import FINETUNE, finetune
+
+    named = arguments[:1] and not arguments[0].startswith("-")
+    return _train(["--checkpoint", *arguments] if named else arguments, FINETUNE, finetune)
+
+
+def _train(arguments: Sequence[str], command: Any, train: Callable[[Any, Any], int]) -> int:
+    """Run a command of `sparsecnx.train.command`."""
+    from sparsecnx.train.command import parse
+
     try:
-        options, given = parse(arguments)
+        options, given = parse(arguments, command)
     except InputError as error:
         error.elsewhere = os.environ.get("RANK", "0") != "0"  # of torchrun, whose processes have the same arguments
         raise
     keep_freed_memory()
-    return pretrain(options, given)
+    return train(options, given)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Test a classifier: top-1 and top-5 accuracy, the mean over the classes, cross entropy, calibration, and a "
+        "table of the classes. Writes them and a confusion picture."
+    )
+    parser.set_defaults(run=_evaluate)
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="of sparsecnx finetune, such as last.pt")
+    add("--data", metavar="DATA", help="a folder of images for each class, or an address (default: of the run)")
+    add("--out", metavar="FOLDER", help="(default: evaluation, beside the checkpoint)")
+    weights = "model, or ema for the moving average (default: ema, where there is one)"
+    add("--weights", choices=("model", "ema"), metavar="NAME", help=weights)
+    add("--image-size", type=int, metavar="N", help="side of the images (default: of the run)")
+    add("--model", metavar="NAME", help="module:factory of the run, where it was one: it runs Python code")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or one GPU such as cuda:1 (default: auto)")
+    add("--workers", type=int, default=1, metavar="N", help="processes that read images (default: 1)")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    _require("train", doctor.TRAIN)
+    _require("finetune", FINETUNING)
+    from sparsecnx.transfer.evaluate import evaluate
+
+    a = arguments
+    options = {"weights": a.weights, "image_size": a.image_size, "model": a.model}
+    options |= {"device": a.device, "workers": a.workers}
+    evaluate(a.checkpoint, a.data, a.out, say=_print, **options)
+    return 0
 
 
 def _add_probe(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +176,7 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    _require_train_extra()
+    _require("train", doctor.TRAIN)
     from sparsecnx.transfer.probe import probe
 
     a = arguments
@@ -162,7 +212,7 @@ def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
 
 
 def _reconstruct(arguments: argparse.Namespace) -> int:
-    _require_train_extra()
+    _require("train", doctor.TRAIN)
     from sparsecnx.train.reconstruct import reconstruct
 
     a = arguments
@@ -307,12 +357,12 @@ def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
             yield from action.choices.values()
 
 
-def _require_train_extra() -> None:
-    """Raise MissingExtra, with the command that helps, unless every library of `[train]` is installed."""
-    modules = {name: doctor.MODULES.get(name, name) for name in doctor.TRAIN}
+def _require(extra: str, libraries: Sequence[str]) -> None:
+    """Raise MissingExtra, with the command that helps, unless every library of an extra is installed."""
+    modules = {name: doctor.MODULES.get(name, name) for name in libraries}
     missing = [name for name, module in modules.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise MissingExtra(f"{', '.join(missing)} not installed: pip install sparsecnx[train]")
+        raise MissingExtra(f"{', '.join(missing)} not installed: pip install sparsecnx[{extra}]")
 
 
 class _OutputError(Exception):

@@ -163,10 +163,10 @@ def test_a_configuration_is_a_file_and_arguments_have_the_last_word(tmp_path, ca
     chosen = {"model": "atto", "image_size": (64, 96), "clip_grad": None, "base_lr": 1e-3, "norm_pix_loss": False}
     assert given == chosen
     (tmp_path / "wrong.yaml").write_text("modell: tiny\n")
-    (tmp_path / "twice.yaml").write_text("epochs: 8\nmodel: atto\nepochs: 4\n")
-    assert "has epochs twice; expected each option once" in refused(
-        ["pretrain", "--config", tmp_path / "twice.yaml"], capsys
-    )
+    for text, name in (("epochs: 8\nepochs: 4\n", "epochs"), ("targets:\n  a: {}\n  b: {}\n  a: {}\n", "a")):
+        (tmp_path / "twice.yaml").write_text(text)
+        line = refused(["pretrain", "--config", tmp_path / "twice.yaml"], capsys)
+        assert line.strip().endswith(f"--config is {tmp_path}/twice.yaml: has {name} twice; expected each option once")
     line = refused(["pretrain", "--config", tmp_path / "wrong.yaml"], capsys)
     assert "--modell is unknown: expected an option of --help; did you mean --model?" in line
     with pytest.raises(SystemExit):

@@ -109,6 +109,9 @@ class Callback:
     def step(self, record: StepRecord) -> None:
         """Take one step."""
 
+    def evaluation(self, values: dict[str, float], step: int) -> None:
+        """Take what a test after `step` steps found, such as `top1`."""
+
     def figure(self, name: str, figure: Figure, step: int) -> None:
         """Take a picture, such as `reconstructions`, that was drawn after `step` steps."""
 

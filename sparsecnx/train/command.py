@@ -1,4 +1,4 @@
-"""The command `sparsecnx pretrain`: its options are the fields of `Recipe` and `Options`, from arguments or YAML.
+"""Commands whose options are the fields of a recipe and of the options of a run, from arguments or YAML.
 
 sparsecnx pretrain --config tiny --data FOLDER --output runs/tiny
 sparsecnx pretrain --config runs/tiny/config.yaml --output runs/again
@@ -10,10 +10,10 @@ import argparse
 import difflib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 from docstring_parser import parse as parse_docstring
@@ -31,48 +31,71 @@ DESCRIPTION = (
 )
 
 
-def parse(arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
+class Command(NamedTuple):
+    """A command whose options are the fields of two dataclasses.
+
+    Attributes:
+        name: of the command.
+        description: for its help.
+        options: dataclass of what a run reads and writes and where it computes.
+        recipe: dataclass of what decides its losses.
+        published: folder of the published recipes.
+        hidden: fields that are no options.
+    """
+
+    name: str
+    description: str
+    options: type[Any]
+    recipe: type[Any]
+    published: Any
+    hidden: Collection[str] = ()
+
+
+PRETRAIN = Command("pretrain", DESCRIPTION, Options, Recipe, PUBLISHED)
+
+
+def parse(arguments: Sequence[str], command: Command = PRETRAIN) -> tuple[Any, dict[str, Any]]:
     """Return the options of a run, and the fields of its recipe that the user gave, in arguments or in a file.
 
     Raises:
         InputError: an argument is unknown, or of another type; or a configuration cannot be read.
     """
-    parser = build_parser()
+    parser, typed = build_parser(command), _with_paths(arguments, command.published)
     try:
-        found = parser.parse_args([*_with_paths(arguments)], defaults=False)
+        found = parser.parse_args(typed, defaults=False)
     except (argparse.ArgumentError, TypeError, ValueError) as error:
         raise _named(error, parser) from error
     given = {name: value for name, value in found.items() if name != "config"}
     for name in given:
-        if given[name] is None and name not in _optional(Recipe) | _optional(Options):
+        if given[name] is None and name not in _optional(command.recipe) | _optional(command.options):
             raise InputError(name, "null", "expected a value")
-    options = Options(**{f.name: given[f.name] for f in fields(Options) if f.name in given})
-    return options, {f.name: given[f.name] for f in fields(Recipe) if f.name in given}
+    options = command.options(**{f.name: given[f.name] for f in fields(command.options) if f.name in given})
+    return options, {f.name: given[f.name] for f in fields(command.recipe) if f.name in given}
 
 
-def build_parser() -> ArgumentParser:
-    """Return the parser, with an option for every field of `Options` and `Recipe`."""
+def build_parser(command: Command = PRETRAIN) -> ArgumentParser:
+    """Return the parser of a command, with an option for every field of its dataclasses."""
     parser = ArgumentParser(
-        prog="sparsecnx pretrain",
-        description=DESCRIPTION,
+        prog=f"sparsecnx {command.name}",
+        description=command.description,
         exit_on_error=False,
         allow_abbrev=False,
         default_env=False,
         formatter_class=argparse.HelpFormatter,
     )
-    known = ", ".join(sorted(path.name.removesuffix(".yaml") for path in PUBLISHED.iterdir()))
+    known = ", ".join(sorted(path.name.removesuffix(".yaml") for path in command.published.iterdir()))
     parser.add_argument("--config", action="config", help=f"YAML file of options, or a published recipe: {known}")
-    _add_fields(parser.add_argument_group("run (the losses do not depend on it)"), Options)
-    _add_fields(parser.add_argument_group("recipe (defaults as published)"), Recipe)
+    _add_fields(parser.add_argument_group("run (the losses do not depend on it)"), command.options, command.hidden)
+    _add_fields(parser.add_argument_group("recipe (defaults as published)"), command.recipe, command.hidden)
     return parser
 
 
-def _add_fields(group: Any, kind: type) -> None:
+def _add_fields(group: Any, kind: type, hidden: Collection[str]) -> None:
     """Add an option for every field of a dataclass, with the help of its docstring. Absent ones have no value."""
     types = get_type_hints(kind)
-    docstring = parse_docstring(kind.__doc__ or "")
-    texts = {entry.arg_name: re.sub(r'[`"]', "", entry.description or "").rstrip(".") for entry in docstring.params}
-    for field in fields(kind):
+    told_of = [entry for base in reversed(kind.__mro__) for entry in parse_docstring(base.__doc__ or "").params]
+    texts = {entry.arg_name: re.sub(r'[`"]', "", entry.description or "").rstrip(".") for entry in told_of}
+    for field in [field for field in fields(kind) if field.name not in hidden]:
         told = f"{texts[field.name]} (default: {_default(field)})"
         options: dict[str, Any] = {"default": SUPPRESS, "help": SUPPRESS if field.name in INTERNAL else told}
         kind_of, metavar = KINDS.get(str(field.type), (types[field.name], _metavar(str(field.type))))
@@ -124,14 +147,14 @@ KINDS: dict[str, tuple[Any, str]] = {
 }
 
 
-def _with_paths(arguments: Sequence[str]) -> list[str]:
+def _with_paths(arguments: Sequence[str], published: Any) -> list[str]:
     """Return the arguments with the path of a published recipe in place of its name."""
     found = [
         part for typed in arguments for part in (typed.split("=", 1) if typed.startswith("--config=") else [typed])
     ]
     for i, name in enumerate(found[1:], 1):
-        if found[i - 1] == "--config" and not Path(name).exists() and (PUBLISHED / f"{name}.yaml").is_file():
-            found[i] = str(PUBLISHED / f"{name}.yaml")
+        if found[i - 1] == "--config" and not Path(name).exists() and (published / f"{name}.yaml").is_file():
+            found[i] = str(published / f"{name}.yaml")
         if found[i - 1] == "--config" and Path(found[i]).is_file():
             _expect_keys_once(found[i])
     return found
@@ -144,10 +167,14 @@ def _expect_keys_once(path: str) -> None:
             node = yaml.compose(file)
     except (OSError, UnicodeError, yaml.YAMLError):
         return  # the parser says what is wrong with it
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    keys = Counter(str(key.value).replace("-", "_") for key, _ in pairs)
-    for name in [name for name, count in keys.items() if count > 1][:1]:
-        raise InputError("config", path, f"has {name} twice; expected each option once")
+    nodes = [node]
+    while nodes:
+        one = nodes.pop()
+        pairs = one.value if isinstance(one, yaml.MappingNode) else []
+        keys = Counter(str(key.value).replace("-", "_") for key, _ in pairs)
+        for name in [name for name, count in keys.items() if count > 1][:1]:
+            raise InputError("config", path, f"has {name} twice; expected each option once")
+        nodes += [value for _, value in pairs]
 
 
 def _optional(kind: type) -> set[str]:

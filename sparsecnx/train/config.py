@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -16,14 +17,14 @@ CONFIG = "config.yaml"
 PUBLISHED = files("sparsecnx.train") / "recipes"
 
 
-def write_config(folder: Path, recipe: Recipe, data: str | None) -> None:
-    """Write the data and the recipe of a run into its folder.
+def write_config(folder: Path, recipe: Recipe, places: Mapping[str, str | None]) -> None:
+    """Write the recipe of a run into its folder, and the options that say what it reads, such as `data`.
 
     Raises:
         OSError: it could not be written.
     """
-    values: dict[str, Any] = {} if data is None else {"data": data}
-    for field in fields(Recipe):
+    values: dict[str, Any] = {name: place for name, place in places.items() if place is not None}
+    for field in fields(recipe):
         value = getattr(recipe, field.name)
         if field.name not in INTERNAL or value != field.default:  # a run that was extended says so
             values[field.name] = list(value) if isinstance(value, tuple) else value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,8 @@ class Data(NamedTuple):
         sizes: hash of their sizes; None in a checkpoint of an earlier version.
         contents: hash of a sample of their contents; None in a checkpoint of an earlier version.
         masks: checksum of masks that are given in a file; None for others.
+        classes: names of the classes, of a run that has some.
+        test: what its network is tested on; None where that is a part of the data.
         seen: least and largest value of each channel of the sample, see `Source.seen`; None where it was not measured.
     """
 
@@ -50,7 +52,28 @@ class Data(NamedTuple):
     sizes: str | None
     contents: str | None
     masks: int | None
+    classes: list[str] | None
+    test: str | None
     seen: list[tuple[float, float]] | None
+
+
+class Kind(NamedTuple):
+    """Say what a run trains, which its checkpoints hold.
+
+    Attributes:
+        command: that writes them.
+        recipe: class of the recipe.
+        build: returns the network of a recipe.
+        groups: returns AdamW's groups of parameters of a network and a recipe, see `param_groups`.
+    """
+
+    command: str
+    recipe: type[Any]
+    build: Callable[[Any], Any]
+    groups: Callable[[Any, Any], list[dict[str, Any]]]
+
+
+PRETRAINING = Kind("pretrain", Recipe, build_model, lambda model, recipe: param_groups(model, recipe.weight_decay))
 
 
 class Contents(NamedTuple):
@@ -60,7 +83,7 @@ class Contents(NamedTuple):
         model: state dict of the model that `recipe` builds, finite.
         optimizer: AdamW's state of every parameter, by its number.
         step: optimizer steps done, 1 or more.
-        recipe: the recipe of the run.
+        recipe: the recipe of the run, of the class of its kind.
         data: its images.
         processes: how many wrote it.
         ema: state dict of the moving average of the weights, empty if its recipe has none.
@@ -69,33 +92,34 @@ class Contents(NamedTuple):
     model: dict[str, Tensor]
     optimizer: dict[int, dict[str, Tensor]]
     step: int
-    recipe: Recipe
+    recipe: Any
     data: Data
     processes: int
     ema: dict[str, Tensor]
 
 
-def load(path: str | Path, model: str | None = None) -> Contents:
-    """Read a checkpoint of `sparsecnx pretrain` onto the CPU and check every field.
+def load(path: str | Path, model: str | None = None, kind: Kind = PRETRAINING) -> Contents:
+    """Read a checkpoint of a run onto the CPU and check every field.
 
     Args:
         path: the file.
         model: what the user named as the network. Only then is a `module:factory` of the recipe called: a file alone
             runs no code.
+        kind: what it must hold.
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or a field is not what it should be.
     """
-    return check(checkpoint.read(path), model)
+    return check(checkpoint.read(path), model, kind)
 
 
-def check(state: Mapping[str, Any], model: str | None = None) -> Contents:
+def check(state: Mapping[str, Any], model: str | None = None, kind: Kind = PRETRAINING) -> Contents:
     """Return the contents of a checkpoint, see `load`, or refuse the first wrong field.
 
     Raises:
         CheckpointError: names the field, its value and what was expected.
     """
-    recipe = _recipe(state["recipe"], model)
+    recipe = _recipe(state["recipe"], model, kind)
     data = _data(state["data"], recipe.in_chans)
     try:
         steps_per_epoch = recipe.steps_per_epoch(data.images)
@@ -110,7 +134,7 @@ def check(state: Mapping[str, Any], model: str | None = None) -> Contents:
 
     try:
         with torch.device("meta"):
-            network = build_model(recipe)
+            network = kind.build(recipe)
     except InputError as error:
         raise CheckpointError(f"recipe.{error}") from error
     entries = network.state_dict()
@@ -121,12 +145,14 @@ def check(state: Mapping[str, Any], model: str | None = None) -> Contents:
             _tensor(f"{part}.{name}", held[name], tuple(entry.shape), f" in {recipe.model}", entry.dtype)
     processes = state.get("processes", 1)
     _expect("processes", processes, _is_whole(processes) and processes >= 1, "a whole number, 1 or more")
-    optimizer = _optimizer(state["optimizer"], param_groups(network, recipe.weight_decay), step)
+    optimizer = _optimizer(state["optimizer"], kind.groups(network, recipe), step)
     return Contents(state["model"], optimizer, step, recipe, data, processes, state.get("ema", {}))
 
 
-def _recipe(saved: Any, model: str | None) -> Recipe:
-    known = {field.name for field in fields(Recipe)}
+def _recipe(saved: Any, model: str | None, kind: Kind) -> Any:
+    known = {field.name for field in fields(kind.recipe)}
+    if isinstance(saved, dict) and ("num_classes" in saved) != ("num_classes" in known):
+        raise CheckpointError(f"recipe is of another command than sparsecnx {kind.command}")
     _names("recipe", saved, known, optional=known - FIRST_RECIPE_FIELDS)
     if is_code(name := saved["model"]) and name != model:
         raise CheckpointError(
@@ -135,19 +161,22 @@ def _recipe(saved: Any, model: str | None) -> Recipe:
     if saved.get("normalize", Recipe.normalize) != Recipe.normalize and "value_range" not in saved:
         saved = {**saved, "crop_area": None}  # earlier versions resized crops of photographs alone
     try:
-        return Recipe(**saved)
+        return kind.recipe(**saved)
     except InputError as error:
         raise CheckpointError(f"recipe.{error}") from error
 
 
 def _data(saved: Any, channels: int) -> Data:
-    later = {"sizes", "contents", "masks", "seen"}
+    later = {"sizes", "contents", "masks", "classes", "test", "seen"}
     _names("data", saved, set(Data._fields), optional=later)
     data = Data(**{**dict.fromkeys(later), **saved})
     _expect("data.folder", data.folder, data.folder is None or _is_path(data.folder), "the name of a folder, or None")
     _expect("data.images", data.images, _is_whole(data.images) and data.images >= 1, "a whole number, 1 or more")
     _expect("data.masks", data.masks, data.masks is None or _is_whole(data.masks), "a whole number, or None")
-    if data.seen is not None and not any(isinstance(one, list | tuple) for one in data.seen):
+    names = data.classes is None or (isinstance(data.classes, list) and all(isinstance(n, str) for n in data.classes))
+    _expect("data.classes", data.classes, names, "a list of names, or None")
+    _expect("data.test", data.test, data.test is None or _is_path(data.test), "the name of a folder, or None")
+    if isinstance(data.seen, list) and (not data.seen or all(type(one) is float for one in data.seen)):
         data = data._replace(seen=None)  # earlier versions measured one range over all channels
     if data.seen is not None:
         ranges = isinstance(data.seen, list) and len(data.seen) == channels and all(map(_is_range, data.seen))
@@ -164,13 +193,22 @@ def _optimizer(saved: Any, groups: list[dict[str, Any]], step: int) -> dict[int,
     """Return AdamW's state of every parameter in `groups`, by its number."""
     _names("optimizer", saved, ("state", "param_groups"))
     found, parameters = saved["param_groups"], [parameter for group in groups for parameter in group["params"]]
-    _expect("optimizer.param_groups", found, isinstance(found, list) and len(found) == len(groups), "a list of 2 dicts")
+    _expect(
+        "optimizer.param_groups",
+        found,
+        isinstance(found, list) and len(found) == len(groups),
+        f"a list of {len(groups)} dicts",
+    )
     first = 0
     for i, (held, group) in enumerate(zip(found, groups, strict=True)):
         field, last = f"optimizer.param_groups[{i}]", first + len(group["params"]) - 1
         _expect(field, held, isinstance(held, dict), "a dict")
         # The rest, such as the learning rate, is not taken from the file.
-        expected = {"params": list(range(first, last + 1)), "betas": BETAS, "weight_decay": group["weight_decay"]}
+        expected = {
+            "params": list(range(first, last + 1)),
+            "betas": group.get("betas", BETAS),
+            "weight_decay": group["weight_decay"],
+        }
         for key, value in expected.items():
             text = f"the numbers {first} to {last}" if key == "params" else str(value)
             _expect(f"{field}.{key}", held.get(key), _equal(held.get(key), value), text)

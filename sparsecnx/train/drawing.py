@@ -75,8 +75,8 @@ class Reconstructions:
         valid, images = values_in(pixels), normalize(pixels.to(device), self.recipe)
         dtype = DTYPES[self.recipe.dtype]
         with _undisturbed(model, device):
-            mask = self.masks.draw(pixels, 0, valid, device).mask.to(device)
-            valid = None if valid is None else valid.to(device)
+            drawn = self.masks.draw(pixels, 0, valid, device)
+            mask, valid = drawn.mask.to(device), None if drawn.valid is None else drawn.valid.to(device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 return picture(model, self.recipe, images, mask, valid, step)[0]
 

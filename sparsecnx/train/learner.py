@@ -17,14 +17,12 @@ from sparsecnx.common.dtypes import DTYPES
 from sparsecnx.common.errors import InputError
 from sparsecnx.models.patches import counted_patches, patchify
 from sparsecnx.train.code import is_code
-from sparsecnx.train.contents import Contents
+from sparsecnx.train.contents import PRETRAINING, Contents
 from sparsecnx.train.data.scale import normalize
 from sparsecnx.train.masks import Drawn
-from sparsecnx.train.networks import build_model
 from sparsecnx.train.options import Options
 from sparsecnx.train.processes import Processes
-from sparsecnx.train.recipe import Recipe
-from sparsecnx.train.schedule import BETAS, param_groups
+from sparsecnx.train.schedule import BETAS
 from sparsecnx.train.sharding import MOMENTS, shard, sharded_like
 from sparsecnx.train.targets import IMAGE
 
@@ -35,13 +33,13 @@ class Pass(NamedTuple):
     Attributes:
         images: `(B, C, *size)`, NaN where there is no value, see `Batch`.
         targets: what else is predicted from them, by name.
-        drawn: their masks.
+        drawn: their masks; None where there are none.
         seed: of dropout and the like.
     """
 
     images: Tensor
     targets: dict[str, Tensor]
-    drawn: Drawn
+    drawn: Drawn | None
     seed: int
 
 
@@ -59,6 +57,7 @@ class Learner:
     Attributes:
         model: the masked autoencoder, not wrapped or compiled.
         average: its moving average, the teacher of `Recipe.ema_decay`, or None.
+        kind: how the network is built and optimized.
 
     Args:
         recipe: decides the losses.
@@ -70,11 +69,13 @@ class Learner:
         InputError: the network does not fit the recipe, or an option does not fit the network.
     """
 
-    def __init__(self, recipe: Recipe, options: Options, processes: Processes, saved: Contents | None) -> None:
+    kind = PRETRAINING
+
+    def __init__(self, recipe: Any, options: Options, processes: Processes, saved: Contents | None) -> None:
         self.recipe, self.options, self.processes = recipe, options, processes
-        self.device = _device(options.device, processes)
+        self.device = chosen_device(options.device, processes)
         torch.manual_seed(recipe.seed)
-        self.model: Any = build_model(recipe)
+        self.model: Any = self.kind.build(recipe)
         if saved is not None:
             self.model.load_state_dict(saved.model)
         if options.grad_checkpointing:
@@ -104,7 +105,7 @@ class Learner:
                 shard(network, self.device.type)  # moves one part after the other
             elif network is not None:
                 network.to(self.device)
-        groups = param_groups(self.model, recipe.weight_decay)
+        groups = self.kind.groups(self.model, recipe)
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=BETAS, fused=True)
         if saved is not None:
             self._load_optimizer(saved.optimizer)
@@ -150,7 +151,7 @@ class Learner:
             one = self.inputs(held)
             with self._averaging(len(found) == number - 1):
                 losses = torch.stack(self.losses(one, counts))
-                share = self._share(one) if counts is None else losses.new_ones(1)
+                share = self.share(one) if counts is None else losses.new_ones(1)
                 (losses[0] * share[0] / number).backward()
             found.append(torch.cat([losses.detach() * share, share]))
             del one, held  # before the next one is read and moved
@@ -164,23 +165,30 @@ class Learner:
 
     def inputs(self, one: Pass) -> Inputs:
         """Move a pass to the device, and normalise its images."""
-        images, valid = normalize(self._moved(one.images), self.recipe), one.drawn.valid
-        given: dict[str, Any] = {"mask": self._moved(one.drawn.mask), "visible": one.drawn.visible}
-        given["valid"] = None if valid is None else self._moved(valid)
+        images, drawn = self.normalized(one.images), one.drawn
+        assert drawn is not None
+        given: dict[str, Any] = {"mask": self.moved(drawn.mask), "visible": drawn.visible}
+        given["valid"] = None if drawn.valid is None else self.moved(drawn.valid)
         if self.recipe.targets is not None:
             values = {IMAGE: images, **one.targets}
-            given["targets"] = {name: self._moved(values[name]) for name in self.recipe.targets}
+            given["targets"] = {name: self.moved(values[name]) for name in self.recipe.targets}
         return Inputs(images, given, one.seed)
 
-    def _moved(self, values: Tensor) -> Tensor:
+    def normalized(self, images: Tensor) -> Tensor:
+        """Return images on the device, normalised as the recipe says."""
+        return normalize(self.moved(images), self.recipe)
+
+    def moved(self, values: Tensor) -> Tensor:
+        """Return a tensor on the device."""
         return values.to(self.device, non_blocking=True)
 
     def _counts(self, passes: Sequence[Pass]) -> Tensor:
         """Return the counts of the targets of passes, see `MPMAE.counts`, in the mean over them and the processes."""
         counts = []
         for one in passes:
-            values = {name: self._moved({IMAGE: one.images, **one.targets}[name]) for name in self.recipe.targets or ()}
-            counts.append(self.model.counts(values, self._moved(one.drawn.mask)))
+            values = {name: self.moved({IMAGE: one.images, **one.targets}[name]) for name in self.recipe.targets or ()}
+            assert one.drawn is not None
+            counts.append(self.model.counts(values, self.moved(one.drawn.mask)))
         return self.processes.mean(torch.stack(counts).mean(0))
 
     @contextmanager
@@ -199,15 +207,19 @@ class Learner:
             one: its inputs.
             counts: of the targets, what their errors are divided by, see `MPMAE.forward`.
         """
-        dtype, given = DTYPES[self.recipe.dtype], one.given
+        dtype = DTYPES[self.recipe.dtype]
         torch.manual_seed(one.seed)  # dropout and the like of other networks draw from here
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            if counts is None:
-                return [self.forward(one.images, **given)[0]]
-            found = self.forward(one.images, **given, counts=counts)
+            return self.network_losses(one, counts)
+
+    def network_losses(self, one: Inputs, counts: Tensor | None) -> list[Tensor]:
+        """Call the network, see `losses`."""
+        if counts is None:
+            return [self.forward(one.images, **one.given)[0]]
+        found = self.forward(one.images, **one.given, counts=counts)
         return [found.loss, *found.losses.values()]
 
-    def _share(self, one: Inputs) -> Tensor:
+    def share(self, one: Inputs) -> Tensor:
         """Return the share of the patches of a forward pass that have a part in the loss, `(1,)`."""
         mask, valid = one.given["mask"], one.given["valid"]
         there = None if valid is None else patchify(valid, self.model.patch)
@@ -226,7 +238,7 @@ class Learner:
         if self.recipe.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.recipe.clip_grad, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
@@ -265,7 +277,8 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _device(name: str, processes: Processes) -> torch.device:
+def chosen_device(name: str, processes: Processes = Processes()) -> torch.device:  # noqa: B008 (it is frozen)
+    """Return the device of an option, of several processes the own one of each: auto, cpu, cuda or cuda:1."""
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(automatic if name == "auto" else name)
     if device.type == "cuda" and processes.world > 1:

@@ -29,7 +29,7 @@ from sparsecnx.train.lock import is_open_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LOG = "log.jsonl"
+LOG, TESTS = "log.jsonl", "tests.jsonl"
 SKIPPED, UNUSUAL = "skipped unreadable", "unusual values in"  # begin the lines about files
 
 
@@ -78,6 +78,12 @@ class RunLog:
             with naming(callback):
                 callback.step(record)
 
+    def evaluation(self, values: dict[str, float]) -> None:
+        """Log what a test after the last step found."""
+        for callback in self.callbacks:
+            with naming(callback):
+                callback.evaluation(values, self.step)
+
     def figure(self, name: str, figure: Figure) -> None:
         """Log a picture that was drawn after the last step."""
         for callback in self.callbacks:
@@ -92,7 +98,10 @@ class RunLog:
 
 
 class JsonLines(Callback):
-    """Writes every step to `log.jsonl`, from which it first deletes those that an earlier attempt logged and lost."""
+    """Writes every step to `log.jsonl`, from which it first deletes those that an earlier attempt logged and lost.
+
+    Tests of a network are in `tests.jsonl`, likewise.
+    """
 
     def start(self, run: Run) -> None:
         self.path = run.folder / LOG
@@ -105,6 +114,12 @@ class JsonLines(Callback):
         with naming(self.path):
             named = {name: value for name, value in record._asdict().items() if value != {}}
             self.file.write(json.dumps(named) + "\n")
+
+    def evaluation(self, values: dict[str, float], step: int) -> None:
+        path = self.path.with_name(TESTS)
+        _keep_steps_up_to(step - 1, path)
+        with naming(path), open(path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
 
     def end(self, complete: bool) -> None:
         with naming(self.path):
@@ -125,6 +140,10 @@ class TensorBoard(Callback):
     def step(self, record: StepRecord) -> None:
         values = [Summary.Value(tag=f"pretrain/{name}", simple_value=value) for name, value in record.numbers().items()]
         self._write(step=record.step, summary=Summary(value=values))
+
+    def evaluation(self, values: dict[str, float], step: int) -> None:
+        found = [Summary.Value(tag=f"test/{name}", simple_value=value) for name, value in values.items()]
+        self._write(step=step, summary=Summary(value=found))
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
         width, height = map(int, figure.get_size_inches() * figure.dpi)

@@ -26,7 +26,6 @@ from sparsecnx.train.data.loader import WorkersError, load_batches
 from sparsecnx.train.data.source import Fingerprint, Source
 from sparsecnx.train.learner import Learner, Pass, whole
 from sparsecnx.train.log import SKIPPED, UNUSUAL, JsonLines, OtherProcess, RunLog, TensorBoard, Terminal
-from sparsecnx.train.options import Options
 from sparsecnx.train.processes import Processes
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.schedule import learning_rate
@@ -64,7 +63,7 @@ class Trainer(ABC):
         source: Source,
         fingerprint: Fingerprint,
         folder: CheckpointFolder,
-        options: Options,
+        options: Any,
         processes: Processes,
         saved: Contents | None = None,
         notes: Sequence[str] = (),
@@ -130,6 +129,10 @@ class Trainer(ABC):
         """Return what is told of the run beside the logs of every run."""
         return []
 
+    def places(self) -> dict[str, str | None]:
+        """Return the options that say what the run reads."""
+        return {"data": self.source.place}
+
     def checked(self) -> dict[str, Any]:
         """Return what else a checkpoint says of the data."""
         return {}
@@ -183,7 +186,7 @@ class Trainer(ABC):
     def _prepare_folder(self) -> None:
         try:
             self.folder.drop_leftovers()
-            write_config(self.folder.folder, self.recipe, self.source.place)
+            write_config(self.folder.folder, self.recipe, self.places())
         except OSError as error:
             raise InputError("output", self.folder.folder, f"cannot be written ({error})") from error
 
@@ -290,7 +293,8 @@ class Trainer(ABC):
     def _learning_rate(self) -> float:
         recipe, first = self.recipe, self.recipe.first_epoch * self.steps_per_epoch
         warmup_steps, total_steps = recipe.warmup * self.steps_per_epoch, self.total_steps - first
-        return learning_rate(self.step - first, peak=recipe.peak_lr, warmup_steps=warmup_steps, total_steps=total_steps)
+        rates = {"peak": recipe.peak_lr, "least": recipe.min_lr}
+        return learning_rate(self.step - first, warmup_steps=warmup_steps, total_steps=total_steps, **rates)
 
     def _note_unreadable(self, batch: Batch, log: RunLog) -> None:
         """Name the files that were skipped or are unusual, or stop all processes if one of them can read none."""

@@ -33,13 +33,13 @@ class Drawn(NamedTuple):
 
     Attributes:
         mask: bool `(B, L)`, True = masked.
-        visible: visible patches of every image; None where they differ.
         valid: bool of the shape of the images, False where a pixel has no value; None where all have one.
+        visible: visible patches of every image; None where they differ.
     """
 
     mask: Tensor
-    visible: int | None
-    valid: Tensor | None = None
+    valid: Tensor | None
+    visible: int | None = None
 
 
 class Masks:
@@ -70,8 +70,8 @@ class Masks:
     ) -> Drawn:
         """Return the masks for a process's part of a batch.
 
-        Random masks mask every patch without any value, where an image has others: it has nothing to show, and
-        gradients of LayerNorm are huge where everything is 0. Fewer patches are then visible in some images.
+        Patches without any value are masked, where an image has others: they have nothing to show, and gradients of
+        LayerNorm are huge where all of a network's input is 0. Random masks mask their ratio of the other patches.
 
         Args:
             images: of the part, `(B, C, *size)`, as they were read, see `Batch`.
@@ -85,21 +85,22 @@ class Masks:
             generator.manual_seed(mix(recipe.seed, "mask", forward_pass, self.processes.rank))
             mask = self._of_function(normalize(images.to(device), recipe), generator)
             _check(recipe, mask)
-            return Drawn(mask, None, valid)
+            return Drawn(*without_empty(mask.cpu(), valid, recipe.patch))
         generator.manual_seed(mix(recipe.seed, "mask", forward_pass))
         if self.given is not None:
             chosen = torch.randint(len(self.given), (len(batch),), generator=generator)
-            return Drawn(self.given[chosen[part]], None, valid)
+            return Drawn(*without_empty(self.given[chosen[part]], valid, recipe.patch))
         mask = random_mask(len(batch), recipe.grid, recipe.mask_ratio, generator=generator)[part]
         if valid is None:
-            return Drawn(mask, recipe.visible)
-        empty = ~patchify(valid.any(dim=1, keepdim=True), recipe.patch).any(dim=-1)
+            return Drawn(mask, None, recipe.visible)
+        empty = empty_patches(valid, recipe.patch)
         others = torch.rand(len(batch), mask.shape[1], generator=generator)[part]
-        order = (2 * empty + mask.float() * (0.5 + others / 2)).argsort(dim=1)
-        mask = torch.ones_like(mask).scatter(1, order[:, : recipe.visible], False)
-        mask |= empty & ~empty.all(dim=1, keepdim=True)
-        alike = bool(((~mask).sum(dim=1) == recipe.visible).all())
-        return Drawn(mask, recipe.visible if alike else None, valid)
+        rank = (2 * empty + mask.float() * (0.5 + others / 2)).argsort(dim=1).argsort(dim=1)
+        filled = (~empty).sum(dim=1)
+        kept = (filled * (1 - recipe.mask_ratio)).long().clamp(min=1)
+        kept[filled == 0] = recipe.visible
+        mask = rank >= kept[:, None]
+        return Drawn(mask, valid, recipe.visible if bool((kept == recipe.visible).all()) else None)
 
     def _of_function(self, images: Tensor, generator: torch.Generator) -> Tensor:
         assert self.function is not None
@@ -123,6 +124,24 @@ class Masks:
             self.function = load_code(name)
         generator = torch.Generator().manual_seed(0)
         self._of_function(torch.randn(2, self.recipe.in_chans, *self.recipe.size, generator=generator), generator)
+
+
+def empty_patches(valid: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Return which patches of images have no value at all, bool `(B, L)`, see `Drawn`."""
+    return ~patchify(valid.any(dim=1, keepdim=True), patch).any(dim=-1)
+
+
+def without_empty(mask: Tensor, valid: Tensor | None, patch: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """Return masks that hide patches without any value too, and where the images have values that count.
+
+    An image of which no patch with a value is visible keeps its mask, and none of its values counts.
+    """
+    if valid is None:
+        return mask, None
+    hidden = mask | empty_patches(valid, patch)
+    nothing = hidden.all(dim=1)
+    shown = ~nothing.view(-1, *(1,) * (valid.ndim - 1))
+    return torch.where(nothing[:, None], mask, hidden), valid & shown
 
 
 def _read(recipe: Recipe) -> Tensor:

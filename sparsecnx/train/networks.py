@@ -31,9 +31,9 @@ def build_model(recipe: Recipe) -> MaskedEncoder:
     """
     try:
         if recipe.model in SIZES:
-            return _autoencoder(recipe, _own_encoder(recipe))
+            return _autoencoder(recipe, ConvNeXtV2Encoder(**encoder_options(recipe)))
         with torch.device("cpu"):
-            model = _autoencoder(recipe, _foreign_encoder(recipe))
+            model = _autoencoder(recipe, foreign_encoder(recipe))
             _freeze_what_is_not_trained(model, recipe)
     except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
         patch = "x".join(map(str, recipe.patch)) if isinstance(recipe.patch_size, tuple) else recipe.patch_size
@@ -44,8 +44,8 @@ def build_model(recipe: Recipe) -> MaskedEncoder:
     return model
 
 
-def _own_encoder(recipe: Recipe) -> nn.Module:
-    """Return a network of ours whose stride is the patch, at most 32 on an axis.
+def encoder_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the arguments of a `ConvNeXtV2Encoder` whose stride is the patch, at most 32 on an axis.
 
     A patch of 32 has the published stem of 4 and three halvings. A smaller one has a smaller stem; below 8 the first
     downsamplings do not halve that axis, as those of networks for volumes with few slices.
@@ -54,28 +54,37 @@ def _own_encoder(recipe: Recipe) -> nn.Module:
     halvings = [min(patch, 32).bit_length() - 1 for patch in recipe.patch]
     stem = tuple(1 << max(n - DOWNSAMPLINGS, 0) for n in halvings)
     strides = tuple(tuple(2 if n >= DOWNSAMPLINGS - i else 1 for n in halvings) for i in range(DOWNSAMPLINGS))
-    return ConvNeXtV2Encoder(
-        size.depths,
-        size.dims,
-        recipe.in_chans,
-        grn_scope=recipe.grn_scope,
-        ndim=recipe.ndim,
-        stem=stem,
-        strides=strides,
-        stem_type=recipe.stem_type,
-        block=recipe.block,
-        norm_eps=recipe.norm_eps,
-        grn_eps=recipe.grn_eps,
-        dwconv_bias=recipe.dwconv_bias,
-    )
+    return {
+        "depths": size.depths,
+        "dims": size.dims,
+        "in_chans": recipe.in_chans,
+        "grn_scope": recipe.grn_scope,
+        "ndim": recipe.ndim,
+        "stem": stem,
+        "strides": strides,
+        "stem_type": recipe.stem_type,
+        "block": recipe.block,
+        "norm_eps": recipe.norm_eps,
+        "grn_eps": recipe.grn_eps,
+        "dwconv_bias": recipe.dwconv_bias,
+    }
 
 
-def _foreign_encoder(recipe: Recipe) -> nn.Module:
-    """Return a network of timm or of a factory, for the channels and dimensions of the data."""
+def foreign_encoder(recipe: Recipe, **options: Any) -> nn.Module:
+    """Return a network of timm or of a factory, for the channels and dimensions of the data.
+
+    Args:
+        recipe: it names the network.
+        **options: further arguments of a network of timm.
+
+    Raises:
+        ValueError: it is for other channels or dimensions.
+    """
     if recipe.model.startswith(TIMM):
         import timm
 
-        network: nn.Module = timm.create_model(recipe.model.removeprefix(TIMM), num_classes=0, in_chans=recipe.in_chans)
+        options = {"num_classes": 0, **options}
+        network: nn.Module = timm.create_model(recipe.model.removeprefix(TIMM), in_chans=recipe.in_chans, **options)
     else:
         network = load_code(recipe.model)()
     first: Any = next((module for module in network.modules() if isinstance(module, _ConvNd)), None)

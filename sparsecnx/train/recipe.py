@@ -277,6 +277,8 @@ class Recipe:
             described[IMAGE] = {"norm_pix_loss": self.norm_pix_loss, **image}
         return read_targets(described)
 
+    min_lr = 0.0  # at the end of the schedule
+
     @property
     def called(self) -> str:
         """Return the name of the method."""

@@ -32,6 +32,7 @@ from sparsecnx.train.data.pictures import UnsupportedImage
 from sparsecnx.train.data.scale import IMAGENET_MEAN, IMAGENET_STD, UnsupportedValues, normalize, values_in
 from sparsecnx.train.data.source import Source
 from sparsecnx.train.data.volumes import MAX_VOXELS, UnsupportedVolume
+from sparsecnx.train.masks import without_empty
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import MAX_PIXELS, Recipe
 from sparsecnx.train.targets import IMAGE
@@ -118,6 +119,7 @@ def reconstruct(
     inputs = normalize(inputs, recipe)
     generator = torch.Generator().manual_seed(seed)
     mask = random_mask(number, recipe.grid, recipe.mask_ratio, generator=generator)
+    mask, valid = without_empty(mask, valid, recipe.patch)
     network.eval()
     if recipe.targets is None:
         network.loss_on = "masked"  # whatever the run counted

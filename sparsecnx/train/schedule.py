@@ -10,12 +10,12 @@ from torch import nn
 BETAS = (0.9, 0.95)
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: float, total_steps: int) -> float:
-    """Return the learning rate of optimizer step `step` (from 0): linear to `peak`, then half a cosine to 0."""
+def learning_rate(step: int, *, peak: float, warmup_steps: float, total_steps: int, least: float = 0.0) -> float:
+    """Return the learning rate of optimizer step `step` (from 0): linear to `peak`, then half a cosine to `least`."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return least + (peak - least) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

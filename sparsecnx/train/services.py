@@ -53,6 +53,9 @@ class Wandb(Callback):
     def step(self, record: StepRecord) -> None:
         self.run.log({"step": record.step, **record.numbers()})
 
+    def evaluation(self, values: dict[str, float], step: int) -> None:
+        self.run.log({"step": step, **{f"test/{name}": value for name, value in values.items()}})
+
     def figure(self, name: str, figure: Figure, step: int) -> None:
         import wandb
 
@@ -84,6 +87,9 @@ class Mlflow(Callback):
 
     def step(self, record: StepRecord) -> None:
         self.mlflow.log_metrics(record.numbers(), step=record.step)
+
+    def evaluation(self, values: dict[str, float], step: int) -> None:
+        self.mlflow.log_metrics({f"test/{name}": value for name, value in values.items()}, step=step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
         self.mlflow.log_figure(figure, f"{name}/step-{step:08d}.jpg")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sparsecnx.common.errors import CheckpointError, InputError, TrainingStopped
 from sparsecnx.common.torch_files import has_checksums
 from sparsecnx.train import contents
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.code import is_code
-from sparsecnx.train.contents import Contents, Data
+from sparsecnx.train.contents import PRETRAINING, Contents, Data, Kind
 from sparsecnx.train.data.address import of_checkpoint, runs_code
 from sparsecnx.train.data.find import find_source
 from sparsecnx.train.data.source import Fingerprint, Source
@@ -43,12 +43,24 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
         TrainingStopped: the loss is not finite, no image can be read any more, a reading process died, the output
             folder is gone, or a checkpoint or a log could not be written.
     """
-    folder, resume = _place(options)
+    return run(Start, options, given, "runs/pretrain")
+
+
+def run(kind: type[Start], options: Any, given: Mapping[str, Any], folder_of_runs: str) -> int:
+    """Start or resume a run and train to its end; arguments, result and errors are those of `pretrain`.
+
+    Args:
+        kind: of the run.
+        options: see `pretrain`.
+        given: see `pretrain`.
+        folder_of_runs: where it lies if no output is named.
+    """
+    folder, resume = _place(options, folder_of_runs)
     with ExitStack() as stack:
         processes = stack.enter_context(joined(options.device))
         problem = processes.of_main(lambda: stack.enter_context(locked(folder.folder)))
         checkpoint = processes.of_main(lambda: _checkpoint(folder, resume))
-        start = Start(options, given, folder, processes)
+        start = kind(options, given, folder, processes)
         try:
             trainer = processes.together(lambda: start.new() if checkpoint is None else start.resumed(checkpoint))
             if problem is not None:
@@ -60,16 +72,17 @@ def pretrain(options: Options, given: Mapping[str, Any]) -> int:
             raise TrainingStopped(processes.said_of_loss(error)) from error
 
 
-class Start(NamedTuple):
+@dataclass(frozen=True)
+class Start:
     """What a run begins with in each of its processes, see `pretrain`."""
 
-    options: Options
+    options: Any
     given: Mapping[str, Any]
     folder: CheckpointFolder
     processes: Processes
 
-    def new(self) -> Trainer:
-        """Return a new run."""
+    def expect_new(self) -> None:
+        """Raise InputError if an option is for a run that is extended."""
         options, given = self.options, self.given
         if options.extend is not None:
             raise InputError(
@@ -78,6 +91,11 @@ class Start(NamedTuple):
         if given.get("first_epoch"):  # of the config.yaml of such a run
             alone = "remove it for a run with one schedule, or train so many epochs and then --extend"
             raise InputError("first_epoch", given["first_epoch"], f"the run was extended there; {alone}")
+
+    def new(self) -> Trainer:
+        """Return a new run."""
+        options, given = self.options, self.given
+        self.expect_new()
         if given.get("masks") is not None and "mask_ratio" in given:
             raise InputError("mask_ratio", given["mask_ratio"], "expected none, since --masks says what is masked")
         size = given.get("image_size")
@@ -88,40 +106,50 @@ class Start(NamedTuple):
             defaults |= small_data(len(source))
         recipe = Recipe(**{**defaults, **given})
         notes = source.describe(recipe, given) if self.processes.main else []
-        return Pretraining(recipe, source, source.fingerprint(), *self._place(), notes=notes)
+        return Pretraining(recipe, source, source.fingerprint(), *self.place(), notes=notes)
 
     def resumed(self, checkpoint: Path) -> Trainer:
         """Return the run of a checkpoint."""
-        options, given, notes = self.options, self.given, []
-        saved = _read_resumed(checkpoint, given.get("model"))
-        where = of_checkpoint(saved.data.folder) if options.data is None else options.data
-        _expect_same_code(saved.recipe, given, checkpoint)
-        if options.data is None and runs_code(where):
-            problem = f"its data are Python code, {where}, which runs only with --data {where}"
-            raise InputError("resume", checkpoint, problem)
-        if options.data is None and where != saved.data.folder:
-            notes.append(f"data are {where}: a checkpoint alone neither chooses a cache nor downloads, --data does")
+        notes: list[str] = []
+        saved, where = self.read(checkpoint, PRETRAINING, notes)
         recipe = saved.recipe
         source = find_source(where, recipe.ndim, recipe.of_images, recipe.pages, recipe.in_chans)
         source.seen[:] = saved.data.seen or []
         fingerprint = source.fingerprint()
-        _expect_same_images(saved.data, source, fingerprint, "resume" if options.data is None else "data")
-        saved = saved._replace(recipe=_continued(saved, options, given))
-        if saved.data.sizes is None or saved.data.contents is None:
-            notes.append(
-                f"{checkpoint.name} is of an earlier version: changed images under the same names are not noticed"
-            )
-        if checkpoint.is_file() and not has_checksums(checkpoint):
-            notes.append(f"{checkpoint.name} holds no checksums: damage to it is not noticed")
+        saved = self.continued(saved, source, fingerprint)
         notes += source.describe(saved.recipe, None) if self.processes.main else []
-        trainer = Pretraining(saved.recipe, source, fingerprint, *self._place(), saved=saved, notes=notes)
+        trainer = Pretraining(saved.recipe, source, fingerprint, *self.place(), saved=saved, notes=notes)
         if saved.data.masks not in (None, trainer.masks.checksum):
             raise InputError(
                 "masks", saved.recipe.masks, "other masks than the run was started with; the losses could not continue"
             )
         return trainer
 
-    def _place(self) -> tuple[CheckpointFolder, Options, Processes]:
+    def read(self, checkpoint: Path, kind: Kind, notes: list[str]) -> tuple[Contents, str | None]:
+        """Return a checkpoint to go on from, and the data of its run; add what a user should know to `notes`."""
+        saved = _read_resumed(checkpoint, self.given.get("model"), kind)
+        where = of_checkpoint(saved.data.folder) if self.options.data is None else self.options.data
+        _expect_same_code(saved.recipe, self.given, checkpoint)
+        if self.options.data is None and runs_code(where):
+            problem = f"its data are Python code, {where}, which runs only with --data {where}"
+            raise InputError("resume", checkpoint, problem)
+        if self.options.data is None and where != saved.data.folder:
+            notes.append(f"data are {where}: a checkpoint alone neither chooses a cache nor downloads, --data does")
+        if saved.data.sizes is None or saved.data.contents is None:
+            notes.append(
+                f"{checkpoint.name} is of an earlier version: changed images under the same names are not noticed"
+            )
+        if checkpoint.is_file() and not has_checksums(checkpoint):
+            notes.append(f"{checkpoint.name} holds no checksums: damage to it is not noticed")
+        return saved, where
+
+    def continued(self, saved: Contents, source: Source, fingerprint: Fingerprint) -> Contents:
+        """Return a checkpoint with the recipe that its run goes on with; refuse other data or fields."""
+        _expect_same_images(saved.data, source, fingerprint, "resume" if self.options.data is None else "data")
+        return saved._replace(recipe=_continued(saved, self.options, self.given))
+
+    def place(self) -> tuple[CheckpointFolder, Any, Processes]:
+        """Return where a run writes, its options and its processes."""
         return self.folder, self.options, self.processes
 
 
@@ -168,10 +196,10 @@ def _extended(saved: Contents, epochs: int, warmup_epochs: float | None) -> Reci
     return replace(recipe, first_epoch=recipe.epochs, epochs=last_epoch, warmup_epochs=warmup_epochs)
 
 
-def _place(options: Options) -> tuple[CheckpointFolder, Path | str | None]:
+def _place(options: Any, folder_of_runs: str) -> tuple[CheckpointFolder, Path | str | None]:
     """Return the folder of the run, and the checkpoint to go on from, "newest", "auto" or None."""
     resume = options.resume if options.resume in (None, "auto", "newest") else Path(str(options.resume))
-    beside = resume.parent if isinstance(resume, Path) else "runs/pretrain"
+    beside = resume.parent if isinstance(resume, Path) else folder_of_runs
     output = Path(options.output or beside)
     if os.path.exists(output) and not os.path.isdir(output):
         raise InputError("output", output, "not a folder; expected one, or a name for a new one")
@@ -194,9 +222,9 @@ def _checkpoint(folder: CheckpointFolder, resume: Path | str | None) -> Path | N
     return newest
 
 
-def _read_resumed(path: Path, model: str | None) -> Contents:
+def _read_resumed(path: Path, model: str | None, kind: Kind) -> Contents:
     try:
-        return contents.load(path, model)
+        return contents.load(path, model, kind)
     except CheckpointError as error:
         others = [p.name for p in CheckpointFolder(path.parent).all() if p.resolve() != path.resolve()]
         hint = f"; there are also {', '.join(others)}" if others else ""

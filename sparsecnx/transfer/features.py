@@ -138,11 +138,16 @@ def features(
 
 
 def read(
-    labelled: Labelled, recipe: Recipe, workers: int, skipped: dict[str, str]
+    labelled: Labelled, recipe: Recipe, workers: int, skipped: dict[str, str], share: float = 1.0
 ) -> Iterator[tuple[NDArray[Any], Tensor]]:
-    """Yield batches of images, `(B, C, *size)`, and their numbers among those of `labelled`."""
+    """Yield batches of images, `(B, C, *size)`, and their numbers among those of `labelled`.
+
+    Args:
+        labelled, recipe, workers, skipped: see `features`.
+        share: see `Crops.central`.
+    """
     loader = DataLoader(
-        _Centres(labelled, recipe),
+        _Centres(labelled, recipe, share),
         batch_size=BATCH,
         num_workers=workers,
         collate_fn=list,
@@ -159,15 +164,15 @@ def read(
 class _Centres(Dataset[Any]):
     """The images, whole; in place of one that cannot be read its name and the reason."""
 
-    def __init__(self, labelled: Labelled, recipe: Recipe) -> None:
-        self.crops, self.places = Crops(labelled.source, recipe), labelled.places
+    def __init__(self, labelled: Labelled, recipe: Recipe, share: float) -> None:
+        self.share = share
+        self.crops = Crops(labelled.source, recipe)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.crops.source)
 
     def __getitem__(self, number: int) -> tuple[int, Tensor | tuple[str, str]]:
-        place = int(self.places[number])
         try:
-            return number, self.crops.central(place)
+            return number, self.crops.central(number, self.share)
         except Exception as error:  # decoders raise many kinds of errors
-            return number, (self.crops.source.name(place), f"{type(error).__name__}: {error}")
+            return number, (self.crops.source.name(number), f"{type(error).__name__}: {error}")

@@ -24,8 +24,10 @@ from sklearn.preprocessing import StandardScaler
 
 from sparsecnx.common.errors import InputError
 from sparsecnx.common.files import open_atomically
+from sparsecnx.train.learner import chosen_device
 from sparsecnx.transfer.features import Pretrained, encoder_of, features, load_pretrained, pixels, pooled
-from sparsecnx.transfer.labels import Labelled, find_labelled, subset
+from sparsecnx.transfer.labels import Labelled, find_labelled, how_read, subset
+from sparsecnx.transfer.report import aligned, draw_confusion
 
 # k-NN as in DINO (arXiv 2104.14294): these neighbours, weighted by exp(cosine / temperature).
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -35,8 +37,6 @@ CHOSEN_ON = 5000
 HELD_OUT = 0.2
 ITERATIONS = 1000
 RANDOM, PIXELS = "random weights", "pixels"
-MOST_DRAWN = 40  # classes whose names the confusion picture shows
-MOST_NUMBERS = 20  # classes of which it shows numbers
 RESULTS, CONFUSION, CURVES = "probe.json", "confusion.png", "curves.png"
 
 
@@ -73,7 +73,7 @@ def probe(
     image_size: Any = None,
     shares: Sequence[float] = (0.01, 0.1, 1),
     seeds: int = 3,
-    device: str | torch.device = "cpu",
+    device: str = "auto",
     workers: int = 1,
     baselines: bool = True,
     say: Callable[[str], None] = print,
@@ -110,13 +110,13 @@ def probe(
         raise InputError("seeds", seeds, "expected 1 or more")
     networks = [load_pretrained(path, model, image_size) for path in checkpoints]
     recipe = networks[0].recipe
-    parts = find_labelled(data, test, recipe)
+    parts = find_labelled(data, test, how_read(recipe))
     if few := [name for share in shares for name in _too_few(parts[0], share)]:
         raise InputError("data", data, f"has too few images of {few[0]} for {min(shares):g} of the labels")
     say(_described(parts))
 
     found: dict[tuple[str, str, float], list[float]] = {}
-    where, skipped, confusion = torch.device(device), dict[str, str](), np.zeros((0, 0))
+    where, skipped, confusion = chosen_device(device), dict[str, str](), np.zeros((0, 0))
     rows: list[tuple[str, Pretrained | None, int | None]] = [(one.name, one, None) for one in networks]
     if baselines:
         rows += [(RANDOM, networks[0]._replace(encoder=encoder_of(recipe, seed)), seed) for seed in range(seeds)]
@@ -140,8 +140,8 @@ def probe(
     say(table(scores))
     folder.mkdir(parents=True, exist_ok=True)
     with open_atomically(*(folder / name for name in (RESULTS, CONFUSION, CURVES))) as files:
-        about = {"data": data, "test": test, "seeds": seeds, "skipped": len(skipped), "images": len(parts[0].places)}
-        files[0].write(json.dumps(_result(scores, about, len(parts[1].places)), indent=1).encode())
+        about = {"data": data, "test": test, "seeds": seeds, "skipped": len(skipped), "images": len(parts[0].classes)}
+        files[0].write(json.dumps(_result(scores, about, len(parts[1].classes)), indent=1).encode())
         draw_confusion(confusion, parts[0].names, networks[0].name).savefig(files[1], format="png")
         draw_curves(scores).savefig(files[2], format="png")
     return scores
@@ -199,31 +199,7 @@ def table(scores: Sequence[Score]) -> str:
     cells = {(one.features, (one.share, one.probe)): str(one) for one in scores}
     names = dict.fromkeys(one.features for one in scores)
     rows = [[name, *(cells[name, column] for column in columns)] for name in names]
-    widths = [max(map(len, column)) for column in zip(*heads, *rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in [*heads, *rows]
-    ]
-    return "\n".join(lines)
-
-
-def draw_confusion(counts: NDArray[Any], names: Sequence[str], title: str) -> Figure:
-    """Draw how many images of each class, a row, were taken for which, a column; each row adds up to 1."""
-    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
-    side = 3 + 0.3 * min(len(names), MOST_DRAWN)
-    figure = Figure(figsize=(side + 1, side), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the images of a class")
-    if len(names) <= MOST_DRAWN:
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
-    if len(names) <= MOST_NUMBERS:
-        for (row, column), share in np.ndenumerate(shares):
-            if share >= 0.005:
-                colour = "white" if share > 0.5 else "black"
-                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    axes.set(xlabel="taken for", ylabel="class", title=title)
-    return figure
+    return aligned([*heads, *rows])
 
 
 def draw_curves(scores: Sequence[Score]) -> Figure:
@@ -251,7 +227,7 @@ def _too_few(part: Labelled, share: float) -> list[str]:
 def _described(parts: Sequence[Labelled]) -> str:
     trained, tested = parts
     names = ", ".join(trained.names[:10]) + (", ..." if len(trained.names) > 10 else "")
-    counts = f"{len(trained.places)} images to train on, {len(tested.places)} to test on"
+    counts = f"{len(trained.classes)} images to train on, {len(tested.classes)} to test on"
     return f"{counts}, {len(trained.names)} classes: {names}"
 
 

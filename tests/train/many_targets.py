@@ -149,19 +149,19 @@ class Turned(Tiles):
         self.image, self.cover = image, cover
 
     def __getitem__(self, index):
-        return {"image": self.image(), "cover": self.cover(), "boxes": np.zeros((2, 4))}
+        return {"image": self.image, "cover": self.cover, "boxes": np.zeros((2, 4))}
 
 
 def turned():
-    return Turned(lambda: picture(6), lambda: picture(6))
+    return Turned(picture(6), picture(6))
 
 
 def turned_image():
-    return Turned(lambda: picture(6), lambda: picture(1))
+    return Turned(picture(6), picture(1))
 
 
 def turned_image_beside_array():
-    return Turned(lambda: picture(3), lambda: np.asarray(picture(1)))
+    return Turned(picture(3), np.asarray(picture(1)))
 
 
 def tiff(turn):
@@ -171,12 +171,12 @@ def tiff(turn):
 
 
 def turned_tiff():
-    return Turned(lambda: tiff(3), lambda: picture(3))
+    return Turned(tiff(3), picture(3))
 
 
 def turned_tiff_beside_array():
-    return Turned(lambda: tiff(3), lambda: np.asarray(picture(1)))
+    return Turned(tiff(3), np.asarray(picture(1)))
 
 
 def turned_cover():
-    return Turned(lambda: np.asarray(picture(1)), lambda: picture(8))
+    return Turned(np.asarray(picture(1)), picture(8))

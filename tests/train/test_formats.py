@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from sparsecnx.train.data import formats
 from sparsecnx.train.data.formats import decode, read_header
 from sparsecnx.train.data.pictures import UnsupportedImage, upright
+from sparsecnx.train.data.scale import as_floats
 
 tifffile = pytest.importorskip("tifffile", reason="needs the extra [train]")
 imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra [train]")
@@ -301,3 +302,21 @@ def test_rasterio_reads_what_tifffile_refuses(tmp_path, monkeypatch):
 
 def missing(name):
     raise ImportError(name)
+
+
+@pytest.mark.parametrize(
+    ("values", "number", "missing"),
+    [
+        (np.float32([0, 1, 2]), 1e-50, [False, False, False]),
+        (np.float32([-np.inf, 1, 2]), -1.7976931348623157e308, [False, False, False]),
+        (np.float16([np.inf, 1, 2]), 1e10, [False, False, False]),
+        (np.float64([0.3, 1e-300, 0]), float(np.float32(0.3)), [True, False, False]),
+        (np.float64([1e-300, 0]), 1e-300, [True, False]),
+        (np.array([2**63 - 2, 2**63 - 1]), 2.0**63 - 1, [False, False]),
+        (np.array([True, False]), 2.0**63, [False, False]),
+        (np.array([True, False]), 1.0, [True, False]),
+    ],
+)
+def test_values_are_compared_with_nodata_as_they_are_stored(values, number, missing):
+    """A number that a type does not hold is none of its values, neither the 0 nor the infinity that it rounds to."""
+    assert np.isnan(as_floats(values, number)).tolist() == missing

@@ -377,8 +377,8 @@ def test_pixels_without_values_reach_the_model_as_invalid(holed, tmp_path):
     trainer.learner.backward([trainer.ready(Batch(images, values_in(images), {}, {}, {}), 0)])
     assert torch.equal(seen["valid"], ~images.isnan()) and torch.equal(seen["images"].isnan(), images.isnan())
     empty = images.isnan().all(1).unflatten(1, (4, 16)).unflatten(3, (4, 16)).all(4).all(2).flatten(1)
-    assert empty.sum() == 2 * 4 and seen["mask"][empty].all()  # of the 8 that are masked
-    assert seen["mask"].sum(1).tolist() == [8, 8]
+    assert empty.sum() == 2 * 4 and seen["mask"][empty].all()
+    assert seen["mask"].sum(1).tolist() == [10, 10]  # and half of the 12 others
     first = seen["mask"]
     trainer.learner.backward([trainer.ready(Batch(images, values_in(images), {}, {}, {}), 0)])
     assert torch.equal(seen["mask"], first)

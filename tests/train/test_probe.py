@@ -14,13 +14,11 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.models import ConvNeXtV2Encoder
 from sparsecnx.models.convnextv2 import SIZES
 from sparsecnx.train.contents import load
-from sparsecnx.train.recipe import Recipe
 from sparsecnx.transfer.features import features, load_pretrained, pooled
 from sparsecnx.transfer.labels import find_labelled, subset
 from sparsecnx.transfer.probe import linear, nearest, probe
 
 KINDS = ("blue", "green", "red")
-RECIPE = Recipe(image_size=64)
 
 
 def picture(kind, generator):
@@ -74,7 +72,7 @@ def test_a_probe_tells_classes_apart(pictures, checkpoint, tmp_path, capsys):
 
 def test_features_are_means_of_the_last_map(pictures, checkpoint):
     network, skipped = load_pretrained(checkpoint), {}
-    part, _ = find_labelled(str(pictures), None, network.recipe)
+    part, _ = find_labelled(str(pictures))
     found, classes = features(pooled(network.encoder), part, network.recipe, torch.device("cpu"), 0, skipped)
     encoder = ConvNeXtV2Encoder(SIZES["atto"].depths, SIZES["atto"].dims).eval()
     saved = load(checkpoint).model
@@ -96,7 +94,7 @@ def test_images_of_other_sizes_are_whole_and_centred(checkpoint, tmp_path):
         for number in range(2):
             Image.fromarray(wide).save(tmp_path / "wide" / kind / f"{number}.png")
     network = load_pretrained(checkpoint)
-    part, _ = find_labelled(str(tmp_path / "wide"), None, network.recipe)
+    part, _ = find_labelled(str(tmp_path / "wide"))
     seen = []
     features(lambda images: seen.append(images) or images.flatten(1), part, network.recipe, torch.device("cpu"), 0, {})
     assert seen[0].shape[1:] == (3, 64, 64) and (seen[0][..., 0].mean(1) > -1.7).any()  # no black bar at the left
@@ -143,8 +141,9 @@ def test_a_share_of_the_labels_has_all_classes(share):
 
 def test_a_fifth_is_held_out_where_there_is_no_other_part(tmp_path):
     folder = str(write(tmp_path / "alone", 10))
-    trained, tested = find_labelled(folder, None, RECIPE)
-    assert [len(trained.places), len(tested.places)] == [24, 6] and not set(trained.places) & set(tested.places)
+    trained, tested = find_labelled(folder)
+    names = [{part.source.name(i) for i in range(len(part.source))} for part in (trained, tested)]
+    assert list(map(len, names)) == [24, 6] and not names[0] & names[1]
     assert np.bincount(tested.classes).tolist() == [2, 2, 2]
 
 
@@ -229,10 +228,10 @@ class Wrong(Dicts):
 def test_labels_of_items(data, names):
     if data.startswith("torchvision"):
         pytest.importorskip("torchvision", reason="needs a torchvision that fits this torch")
-    trained, tested = find_labelled(data, None, RECIPE)
+    trained, tested = find_labelled(data)
     assert trained.names == names and set(trained.classes) == set(tested.classes) == set(range(len(names)))
     if data.endswith("Pairs"):
-        assert trained.classes.tolist() == [place % 2 for place in trained.places]
+        assert trained.classes.tolist() == [place % 2 for place in trained.source.places]
 
 
 def test_labels_of_hugging_face(tmp_path):
@@ -241,14 +240,16 @@ def test_labels_of_hugging_face(tmp_path):
     images = [Image.new("RGB", (64, 64), (i, i, i)) for i in range(6)]
     rows = datasets.Dataset.from_dict({"image": images, "animal": [0, 1, 0, 1, 0, 1]}, features=kinds)
     rows.save_to_disk(tmp_path / "saved")
-    trained, _ = find_labelled(f"hf:{tmp_path}/saved", None, RECIPE)
-    assert trained.names == ("ape", "bee") and trained.classes.tolist() == [place % 2 for place in trained.places]
+    trained, _ = find_labelled(f"hf:{tmp_path}/saved")
+    assert trained.names == ("ape", "bee") and trained.classes.tolist() == [
+        place % 2 for place in trained.source.places
+    ]
     rows.add_column("size", [1, 1, 1, 2, 2, 2]).save_to_disk(tmp_path / "two")
-    assert find_labelled(f"hf:{tmp_path}/two?label=size", None, RECIPE)[0].names == ("1", "2")
+    assert find_labelled(f"hf:{tmp_path}/two?label=size")[0].names == ("1", "2")
     with pytest.raises(InputError, match="has no column sort; its columns are image, animal, size"):
-        find_labelled(f"hf:{tmp_path}/two?label=sort", None, RECIPE)
+        find_labelled(f"hf:{tmp_path}/two?label=sort")
 
 
 def test_labels_that_are_none_are_named():
     with pytest.raises(InputError, match=r"item 0 has the label 1.5; expected a whole number or text"):
-        find_labelled("python:test_probe:Wrong", None, RECIPE)
+        find_labelled("python:test_probe:Wrong")

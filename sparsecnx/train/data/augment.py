@@ -79,10 +79,10 @@ def _draw_box(height: int, width: int, smallest: float) -> tuple[int, int, int, 
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def central_crop(pixels: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Resize `(C, H, W)` until it just covers `size`, and cut out the centre, `(C, *size)`."""
+def central_crop(pixels: Tensor, size: tuple[int, ...], share: float = 1.0) -> Tensor:
+    """Resize `(C, H, W)` until a share of its sides just covers `size`, and cut out the centre, `(C, *size)`."""
     sides = pixels.shape[1:]
-    scale = max(wanted / side for wanted, side in zip(size, sides, strict=True))
+    scale = max(wanted / share / side for wanted, side in zip(size, sides, strict=True))
     height, width = (max(wanted, int(side * scale)) for wanted, side in zip(size, sides, strict=True))
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
     return resize(pixels, (height, width))[:, top : top + size[0], left : left + size[1]]

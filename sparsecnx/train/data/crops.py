@@ -189,12 +189,17 @@ class Crops(Dataset[Any]):
         (crop, _), _ = self._readable(0, lambda place: self.crop(place, self.recipe.seed))
         self._transformed(crop, self.recipe.seed)
 
-    def central(self, place: int) -> Tensor:
-        """Return the centre of entry `place`, resized until it just covers the crop where crops are resized."""
+    def central(self, place: int, share: float = 1.0) -> Tensor:
+        """Return the centre of entry `place`, resized until a share of it just covers the crop where crops are resized.
+
+        Args:
+            place: number of the entry.
+            share: of the sides that the crop shows then, such as the 224 of 256 pixels that ImageNet is tested with.
+        """
         entry, size = self.whole(place), self.recipe.size
         if self.recipe.crop_area is not None:
             values = self._values(entry, [0] * len(size), entry.pixels.size)
-            return scaled(central_crop(values, size), entry.scale)
+            return scaled(central_crop(values, size, share), entry.scale)
         start = [(side - part) // 2 for side, part in zip(entry.pixels.size, size, strict=True)]
         return self._cut(entry, start, size)
 

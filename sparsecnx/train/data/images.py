@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from abc import abstractmethod
 from collections import Counter
@@ -55,6 +56,9 @@ class Images(Source):
 
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         headers = dict(self.headers)
+        dtypes, nodata = {header.dtype for header in headers.values()}, given.get("nodata")
+        if dtypes and nodata is not None and not any(_holds(dtype, nodata) for dtype in dtypes):
+            raise InputError("nodata", nodata, f"expected a number that {' or '.join(sorted(dtypes))} can hold")
         own = any(given.get(field) is not None for field in ("value_range", "mean", "std", "nodata"))
         pictures = all(header.picture for header in headers.values()) and not own
         if pictures and given.get("in_chans", 3) == 3 and given.get("normalize", "imagenet") == "imagenet":
@@ -69,9 +73,6 @@ class Images(Source):
 
     def check(self, recipe: Recipe) -> None:
         """Look at the headers of a sample. Files that are damaged or no images are not refused here."""
-        dtypes = {header.dtype for _, header in self.headers}
-        if dtypes and recipe.nodata is not None and not any(_holds(dtype, recipe.nodata) for dtype in dtypes):
-            raise InputError("nodata", recipe.nodata, f"expected a number that {' or '.join(sorted(dtypes))} can hold")
         for name, header in self.headers:
             try:
                 expect_fit(header, recipe.in_chans, recipe.pages, recipe.max_pixels, self.types(recipe))
@@ -213,8 +214,8 @@ class ImageSet(FileSet, ImageFiles):
 def _holds(dtype: str, number: float) -> bool:
     """Return whether a value of a type can be a number."""
     kind = np.dtype(dtype)
-    if kind.kind not in "iu":
-        return kind.kind == "f" or number in (0, 1)
+    if kind.kind not in "iu" or not math.isfinite(number):  # a recipe refuses infinity by itself
+        return kind.kind == "f" or number in (0, 1) or not math.isfinite(number)
     return float(number).is_integer() and np.iinfo(kind).min <= number <= np.iinfo(kind).max
 
 

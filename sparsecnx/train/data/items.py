@@ -54,7 +54,8 @@ class Items(Images):
             raise InputError("data", place, problem) from error
         if self.length < 1:
             raise InputError("data", place, "holds no item; expected one or more")
-        self.last: tuple[int, Any, Mapping[str, int]] | None = None
+        self.last: tuple[int, Any] | None = None
+        self.turns: dict[int, Mapping[str, int]] = {}  # of items with a picture that EXIF data turn
 
     def __len__(self) -> int:
         return self.length
@@ -65,13 +66,20 @@ class Items(Images):
     def item(self, index: int) -> Any:
         """Return an item, which is not read twice for its image and its targets."""
         if self.last is None or self.last[0] != index:
-            item = self.items[index]
-            self.last = index, item, _orientations(item)
+            self.last = index, self._fetched(index)
         return self.last[1]
+
+    def _fetched(self, index: int) -> Any:
+        """Return an item from the data set, and note its EXIF orientations before Pillow loads and forgets them."""
+        item = self.items[index]
+        found = _orientations(item)
+        if any(turn != UPRIGHT for turn in found.values()):
+            self.turns.setdefault(index, found)
+        return item
 
     def turned(self, index: int) -> Mapping[str, int]:
         self.item(index)
-        return {} if self.last is None else self.last[2]
+        return self.turns.get(index, {})
 
     def header(self, index: int) -> Header:
         return memory_header(first_image(self.item(index)), self.in_chans)
@@ -134,7 +142,7 @@ class Items(Images):
         """Return what tells an item from another, nothing where it cannot be read."""
         self.last = None  # a data set may write the next item into the memory of the last one
         try:
-            item = self.items[index]
+            item = self._fetched(index)
             image = first_image(item)
         except Exception:  # data sets raise many kinds of errors
             return b""
@@ -148,7 +156,7 @@ class Items(Images):
 
 
 def _orientations(item: Any) -> dict[str, int]:
-    """Return the EXIF orientations of a dict of pictures, before Pillow loads them and turns TIFF upright by itself."""
+    """Return the EXIF orientations of the pictures of a dict that Pillow has not loaded: it turns TIFF upright then."""
     if not isinstance(item, Mapping):
         return {}
     found = {name: orientation(value) for name, value in item.items() if isinstance(value, Image.Image)}

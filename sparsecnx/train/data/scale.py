@@ -73,12 +73,13 @@ def as_floats(values: np.ndarray[Any, Any], *nodata: float | None) -> np.ndarray
         found = np.array(values, np.float32, order="C")
         for number in (one for one in nodata if one is not None):
             rounded = np.float64(number).astype(narrow)
-            if values.dtype.kind != "f":
-                marked = values == (int(number) if float(number).is_integer() else number)
-            elif np.isfinite(rounded) and (rounded != 0 or number == 0):
-                marked = found == rounded
+            if values.dtype.kind == "f":
+                in_range = np.isfinite(rounded) and (rounded != 0 or number == 0)
+                marked = found == rounded if in_range else values == np.float64(number)
+            elif values.dtype.kind in "iu" and float(number).is_integer():
+                marked = values == int(number)
             else:
-                marked = values == number
+                marked = values.astype(np.float64) == number
             found[marked] = np.nan
     return found
 

@@ -1,0 +1,139 @@
+"""The beginning of a fine-tuning run: from a checkpoint, from random weights, or one that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparsecnx.common.errors import CheckpointError, InputError
+from sparsecnx.compat.checkpoints import load_encoder
+from sparsecnx.train import contents
+from sparsecnx.train.command import Command
+from sparsecnx.train.data.files import hashed
+from sparsecnx.train.data.source import Fingerprint
+from sparsecnx.train.loop import Trainer
+from sparsecnx.train.recipe import Recipe
+from sparsecnx.train.start import Start, run
+from sparsecnx.transfer.classifier import FINETUNING, PooledClassifier
+from sparsecnx.transfer.finetuning import Finetuning
+from sparsecnx.transfer.labels import Labelled, find_labelled, how_read, subset
+from sparsecnx.transfer.options import UNUSED as UNUSED_OPTIONS
+from sparsecnx.transfer.options import FinetuneOptions
+from sparsecnx.transfer.recipe import TAKEN, UNUSED, FinetuneRecipe, defaults, taken
+
+HIDDEN = (*UNUSED_OPTIONS, *UNUSED, "num_classes", "transform")
+FINETUNE = Command(
+    "finetune",
+    "Train a classifier from a pretrained network with the published recipes of ConvNeXt V2. Ctrl-C and SIGTERM save a "
+    "checkpoint and exit with 130 and 143; --resume goes on from it with the same losses. Under torchrun all processes "
+    "train one network.",
+    FinetuneOptions,
+    FinetuneRecipe,
+    files("sparsecnx.transfer") / "recipes",
+    HIDDEN,
+)
+
+
+def finetune(options: FinetuneOptions, given: Mapping[str, Any]) -> int:
+    """Start or resume a run and train to its end; result and errors are those of `sparsecnx.train.start.pretrain`.
+
+    Args:
+        options: checkpoint, data, output folder and device.
+        given: recipe fields that the user chose; the others are the published ones, those of the pretraining, or those
+            of the resumed run.
+    """
+    return run(FinetuneStart, options, given, "runs/finetune")
+
+
+class FinetuneStart(Start):
+    """What a run begins with in each of its processes."""
+
+    def new(self) -> Trainer:
+        options, given = self.options, dict(self.given)
+        self.expect_new()
+        if options.data is None:
+            raise InputError("data", None, "expected a folder of images for each class, or an address")
+        pretrained = self._pretrained()
+        for name in TAKEN if pretrained is not None else ():
+            if name in given and given[name] != getattr(pretrained, name):
+                has = f"{options.checkpoint} has {getattr(pretrained, name)}"
+                raise InputError(name, given[name], f"{has}; leave it out, or name another checkpoint")
+        reading: dict[str, Any] = {name: given[name] for name in ("ndim", "in_chans", "pages") if name in given}
+        reading = reading if pretrained is None else how_read(pretrained)
+        trained, tested = find_labelled(options.data, options.test, reading)
+        own = trained.source.defaults(given) if pretrained is None else taken(pretrained)
+        fields_of_data = own | given
+        recipe = FinetuneRecipe(**{**defaults(fields_of_data), **fields_of_data, "num_classes": len(trained.names)})
+        trained = _share(trained, recipe)
+        notes = trained.source.describe(recipe, given) if self.processes.main else []
+        return self._trainer(recipe, trained, tested, notes)
+
+    def resumed(self, checkpoint: Path) -> Trainer:
+        notes: list[str] = []
+        saved, where = self.read(checkpoint, FINETUNING, notes)
+        test = self.options.test or saved.data.test
+        trained, tested = find_labelled(str(where), test, how_read(saved.recipe))
+        if list(trained.names) != saved.data.classes:
+            raise InputError("data", where, f"has other classes than the run, {', '.join(saved.data.classes or ())}")
+        trained = _share(trained, saved.recipe)
+        trained.source.seen[:] = saved.data.seen or []
+        saved = self.continued(saved, trained.source, fingerprint(trained))
+        return self._trainer(saved.recipe, trained, tested, notes, saved)
+
+    def _pretrained(self) -> Recipe | None:
+        """Return the recipe of the pretraining; None for random weights, or for weights alone."""
+        path, model = self.options.checkpoint, self.given.get("model")
+        if path is None:
+            return None
+        try:
+            return contents.load(path, model).recipe
+        except CheckpointError as error:
+            if model is None:
+                raise InputError("checkpoint", path, f"{error}; weights that are no run need --model NAME") from error
+            return None
+
+    def _trainer(
+        self,
+        recipe: FinetuneRecipe,
+        trained: Labelled,
+        tested: Labelled,
+        notes: list[str],
+        saved: contents.Contents | None = None,
+    ) -> Trainer:
+        return Finetuning(
+            recipe,
+            trained.source,
+            fingerprint(trained),
+            *self.place(),
+            trained=trained,
+            tested=tested,
+            start=self._load,
+            saved=saved,
+            notes=notes,
+        )
+
+    def _load(self, model: nn.Module) -> None:
+        """Load the weights of the checkpoint into a new classifier."""
+        path = self.options.checkpoint
+        if path is None:
+            return
+        target = model.encoder if isinstance(model, PooledClassifier) else model
+        try:
+            load_encoder(target, path)
+        except CheckpointError as error:
+            raise InputError("checkpoint", path, str(error)) from error
+
+
+def fingerprint(labelled: Labelled) -> Fingerprint:
+    """Return the hashes of images, and of their classes with the names."""
+    found = labelled.source.fingerprint()
+    return found._replace(names=hashed([found.names.encode(), labelled.classes.astype("<i8").tobytes()]))
+
+
+def _share(labelled: Labelled, recipe: FinetuneRecipe) -> Labelled:
+    """Return the images whose labels a recipe trains on."""
+    return labelled if recipe.labels == 1 else labelled.part(subset(labelled.classes, recipe.labels, recipe.seed))
