@@ -24,7 +24,7 @@ def write_config(folder: Path, recipe: Recipe, places: Mapping[str, str | None])
         OSError: it could not be written.
     """
     values: dict[str, Any] = {name: place for name, place in places.items() if place is not None}
-    for field in fields(recipe):
+    for field in (field for field in fields(recipe) if field.name not in recipe.unused):
         value = getattr(recipe, field.name)
         if field.name not in INTERNAL or value != field.default:  # a run that was extended says so
             values[field.name] = list(value) if isinstance(value, tuple) else value

@@ -43,6 +43,7 @@ class Data(NamedTuple):
         masks: checksum of masks that are given in a file; None for others.
         classes: names of the classes, of a run that has some.
         test: what its network is tested on; None where that is a part of the data.
+        pretrained: the checkpoint that its network began with; None for random weights.
         seen: least and largest value of each channel of the sample, see `Source.seen`; None where it was not measured.
     """
 
@@ -54,6 +55,7 @@ class Data(NamedTuple):
     masks: int | None
     classes: list[str] | None
     test: str | None
+    pretrained: str | None
     seen: list[tuple[float, float]] | None
 
 
@@ -167,7 +169,7 @@ def _recipe(saved: Any, model: str | None, kind: Kind) -> Any:
 
 
 def _data(saved: Any, channels: int) -> Data:
-    later = {"sizes", "contents", "masks", "classes", "test", "seen"}
+    later = {"sizes", "contents", "masks", "classes", "test", "pretrained", "seen"}
     _names("data", saved, set(Data._fields), optional=later)
     data = Data(**{**dict.fromkeys(later), **saved})
     _expect("data.folder", data.folder, data.folder is None or _is_path(data.folder), "the name of a folder, or None")
@@ -175,7 +177,9 @@ def _data(saved: Any, channels: int) -> Data:
     _expect("data.masks", data.masks, data.masks is None or _is_whole(data.masks), "a whole number, or None")
     names = data.classes is None or (isinstance(data.classes, list) and all(isinstance(n, str) for n in data.classes))
     _expect("data.classes", data.classes, names, "a list of names, or None")
-    _expect("data.test", data.test, data.test is None or _is_path(data.test), "the name of a folder, or None")
+    for field in ("test", "pretrained"):
+        value = getattr(data, field)
+        _expect(f"data.{field}", value, value is None or _is_path(value), "a path, or None")
     if isinstance(data.seen, list) and (not data.seen or all(type(one) is float for one in data.seen)):
         data = data._replace(seen=None)  # earlier versions measured one range over all channels
     if data.seen is not None:

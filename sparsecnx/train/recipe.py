@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -226,12 +226,16 @@ class Recipe:
             self._expect("image_size", side > 0 and side % patch == 0, multiple)
         largest = f"at most --max-pixels, {self.max_pixels}, in a crop"
         self._expect("image_size", math.prod(self.size) <= self.max_pixels, largest)
+        self._expect_masks()
+        self._expect_targets()
+
+    def _expect_masks(self) -> None:
+        """Refuse a ratio that masks nothing or everything."""
         patches = math.prod(self.grid)
         self._expect("image_size", patches > 1, f"more than one patch of {' x '.join(map(str, self.patch))} pixels")
         self._expect("mask_ratio", 0 <= self.mask_ratio < 1, "0 <= ratio < 1")
         some = f"a ratio that masks some of the {patches} patches of an image of {self.pixels} pixels, not all"
         self._expect("mask_ratio", 0 < int(patches * (1 - self.mask_ratio)) < patches, some)
-        self._expect_targets()
 
     def _expect_targets(self) -> None:
         """Refuse targets that do not fit the input, and options that targets have of their own."""
@@ -278,6 +282,7 @@ class Recipe:
         return read_targets(described)
 
     min_lr = 0.0  # at the end of the schedule
+    unused: ClassVar[Collection[str]] = ()  # fields that are no options of a command
 
     @property
     def called(self) -> str:

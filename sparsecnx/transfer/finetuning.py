@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,6 +111,10 @@ class Finetuning(Trainer):
     ) -> None:
         self.trained, self.tested, self.start = trained, tested, start
         super().__init__(*others, **options)
+        begun = self.options.checkpoint
+        self.pretrained = begun and os.path.abspath(begun)
+        if self.saved is not None:
+            self.pretrained = self.saved.data.pretrained
 
     def read(self) -> Crops:
         return LabelledCrops(self.source, self.recipe, self.trained.classes)
@@ -127,12 +132,13 @@ class Finetuning(Trainer):
         return Pass(batch.images, batch.targets, None, seed)
 
     def checked(self) -> dict[str, Any]:
-        return {"classes": list(self.trained.names), "test": self.places()["test"]}
+        places = self.places()
+        return {"classes": list(self.trained.names), "test": places["test"], "pretrained": places["checkpoint"]}
 
     def places(self) -> dict[str, str | None]:
         apart = self.tested.source.place != self.source.place
         test = self.tested.source.place if apart else None
-        return super().places() | {"test": test, "checkpoint": self.options.checkpoint}
+        return super().places() | {"test": test, "checkpoint": self.pretrained}
 
     def end_epoch(self, epoch: int, log: RunLog) -> None:
         """Test the classifier, and its moving average where there is one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from sparsecnx.models import SIZES
@@ -17,7 +17,7 @@ TAKEN = (
 # Fields of a pretraining recipe that mean nothing here.
 UNUSED = (
     *("method", "mask_ratio", "norm_pix_loss", "masks", "loss_on", "below_tile", "targets", "uncertainty"),
-    *("decoder_dim", "decoder_depth"),
+    *("decoder_dim", "decoder_depth", "transform"),
 )
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 
@@ -86,6 +86,11 @@ class FinetuneRecipe(Recipe):
         even = not (self.mixup or self.cutmix) or self.batch_size % 2 == 0
         self._expect("batch_size", even, "an even number, since mixup takes images in pairs")
 
+    unused = (*UNUSED, "num_classes")
+
+    def _expect_masks(self) -> None:
+        """Nothing is masked."""
+
     @property
     def called(self) -> str:
         return "fine-tuning of"
@@ -101,8 +106,3 @@ def defaults(data: dict[str, Any]) -> dict[str, Any]:
     coloured = data.get("normalize", "imagenet") == "imagenet" and data.get("in_chans", 3) == 3
     resized = {} if data.get("ndim", 2) == 2 else {"crop_area": None}
     return resized | {"auto_augment": RAND_AUGMENT if coloured else None}
-
-
-def options() -> list[str]:
-    """Return the fields that a user may choose."""
-    return [field.name for field in fields(FinetuneRecipe) if field.name not in (*UNUSED, "num_classes", "transform")]

@@ -23,9 +23,8 @@ from sparsecnx.transfer.finetuning import Finetuning
 from sparsecnx.transfer.labels import Labelled, find_labelled, how_read, subset
 from sparsecnx.transfer.options import UNUSED as UNUSED_OPTIONS
 from sparsecnx.transfer.options import FinetuneOptions
-from sparsecnx.transfer.recipe import TAKEN, UNUSED, FinetuneRecipe, defaults, taken
+from sparsecnx.transfer.recipe import TAKEN, FinetuneRecipe, defaults, taken
 
-HIDDEN = (*UNUSED_OPTIONS, *UNUSED, "num_classes", "transform")
 FINETUNE = Command(
     "finetune",
     "Train a classifier from a pretrained network with the published recipes of ConvNeXt V2. Ctrl-C and SIGTERM save a "
@@ -34,7 +33,7 @@ FINETUNE = Command(
     FinetuneOptions,
     FinetuneRecipe,
     files("sparsecnx.transfer") / "recipes",
-    HIDDEN,
+    (*UNUSED_OPTIONS, *FinetuneRecipe.unused),
 )
 
 
