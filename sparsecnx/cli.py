@@ -1,4 +1,4 @@
-"""The command line: `sparsecnx pretrain | probe | finetune | evaluate | reconstruct | convert | doctor`.
+"""The command line: `sparsecnx pretrain | probe | finetune | segment | evaluate | reconstruct | convert | doctor`.
 
 Exit codes:
     0    done
@@ -33,6 +33,7 @@ from sparsecnx.train.recipe import MAX_PIXELS
 
 PUBLISHED_EPS = 1e-6  # of LayerNorm and GRN, which files of weights do not hold
 FINETUNING = ("timm", "torchvision", "torchmetrics")  # the extra [finetune]
+SEGMENTATION = ("segmentation-models-pytorch", "torchmetrics")  # the extra [segment]
 # These are the choices of `doctor --explain`. The first is the default.
 EXPLAINED = {
     "device": ("auto", "cpu", "cuda"),
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     typed = sys.argv[1:] if argv is None else list(argv)
     # The options of these come from recipes, and need the extra [train].
-    trains = {"pretrain": _pretrain, "finetune": _finetune}.get("".join(typed[:1]))
+    trains = {"pretrain": _pretrain, "finetune": _finetune, "segment": _segment}.get("".join(typed[:1]))
     arguments = build_parser().parse_args(typed) if trains is None else argparse.Namespace(command=typed[0])
     command = f"sparsecnx {arguments.command}"
     try:
@@ -82,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("pretrain", help="pretrain a ConvNet as a masked autoencoder")
     commands.add_parser("finetune", help="train a classifier from a pretrained network")
+    commands.add_parser("segment", help="train a segmenter from a pretrained network")
     _add_evaluate(commands.add_parser("evaluate", help="test a classifier of sparsecnx finetune"))
     _add_probe(commands.add_parser("probe", help="classify images by the frozen features of checkpoints"))
     _add_reconstruct(commands.add_parser("reconstruct", help="draw how a checkpoint reconstructs masked images"))
@@ -103,8 +105,21 @@ def _finetune(arguments: Sequence[str]) -> int:
     _require("finetune", FINETUNING)
     from sparsecnx.transfer.start import FINETUNE, finetune
 
+    return _train(_checkpoint_named(arguments), FINETUNE, finetune)
+
+
+def _segment(arguments: Sequence[str]) -> int:
+    _require("train", doctor.TRAIN)
+    _require("segment", SEGMENTATION)
+    from sparsecnx.transfer.segment.start import SEGMENT, segment
+
+    return _train(_checkpoint_named(arguments), SEGMENT, segment)
+
+
+def _checkpoint_named(arguments: Sequence[str]) -> Sequence[str]:
+    """Return arguments in which a checkpoint that comes first is an option."""
     named = arguments[:1] and not arguments[0].startswith("-")
-    return _train(["--checkpoint", *arguments] if named else arguments, FINETUNE, finetune)
+    return ["--checkpoint", *arguments] if named else arguments
 
 
 def _train(arguments: Sequence[str], command: Any, train: Callable[[Any, Any], int]) -> int:

@@ -42,7 +42,12 @@ TRAIN = (
     *("jsonargparse", "tensorboard", "tqdm", "matplotlib", "pillow", "tifffile", "imagecodecs"),
     *("scikit-image", "scikit-learn", "safetensors"),
 )
-MODULES = {"pillow": "PIL", "scikit-image": "skimage", "scikit-learn": "sklearn"}
+MODULES = {
+    "pillow": "PIL",
+    "segmentation-models-pytorch": "segmentation_models_pytorch",
+    "scikit-image": "skimage",
+    "scikit-learn": "sklearn",
+}
 
 # These are the modules of the other extras, the extra of each, and what it adds to `pretrain`.
 EXTRAS = {

@@ -29,6 +29,8 @@ FIRST_RECIPE_FIELDS = {
     *("model", "image_size", "mask_ratio", "norm_pix_loss", "epochs", "batch_size", "grad_accum_steps", "base_lr"),
     *("weight_decay", "warmup_epochs", "clip_grad", "dtype", "seed", "epoch_repeats"),
 }
+# Fields by which the recipes of the commands differ.
+OF_COMMANDS = ("num_classes", "architecture")
 
 
 class Data(NamedTuple):
@@ -153,7 +155,7 @@ def check(state: Mapping[str, Any], model: str | None = None, kind: Kind = PRETR
 
 def _recipe(saved: Any, model: str | None, kind: Kind) -> Any:
     known = {field.name for field in fields(kind.recipe)}
-    if isinstance(saved, dict) and ("num_classes" in saved) != ("num_classes" in known):
+    if isinstance(saved, dict) and any((field in saved) != (field in known) for field in OF_COMMANDS):
         raise CheckpointError(f"recipe is of another command than sparsecnx {kind.command}")
     _names("recipe", saved, known, optional=known - FIRST_RECIPE_FIELDS)
     if is_code(name := saved["model"]) and name != model:

@@ -105,7 +105,14 @@ def _undisturbed(model: MaskedEncoder, device: torch.device) -> Iterator[None]:
 
 
 class Pictures(Callback):
-    """Keeps the pictures of a run in its folder, and draws its losses when it is complete."""
+    """Keeps the pictures of a run in its folder, and draws its losses when it is complete.
+
+    Args:
+        shown: name of the pictures whose last one is kept as `samples.png`.
+    """
+
+    def __init__(self, shown: str = RECONSTRUCTIONS) -> None:
+        self.shown = shown
 
     def start(self, run: Run) -> None:
         self.folder, self.total_steps = run.folder, run.total_steps
@@ -116,7 +123,7 @@ class Pictures(Callback):
         with naming(path):
             path.parent.mkdir(exist_ok=True)
         _save(figure, path)
-        if name == RECONSTRUCTIONS:
+        if name == self.shown:
             self.last = figure
 
     def end(self, complete: bool) -> None:

@@ -80,8 +80,8 @@ class Learner:
             self.model.load_state_dict(saved.model)
         if options.grad_checkpointing:
             try:
-                self.model.set_grad_checkpointing()
-            except (TypeError, AssertionError) as error:  # timm's networks that have none assert
+                self.checkpoint_gradients()
+            except (TypeError, AttributeError, AssertionError) as error:  # timm's networks that have none assert
                 raise InputError("grad_checkpointing", True, f"{recipe.model} has none ({error})") from error
         if options.cuda_graphs and (recipe.grad_accum_steps > 1 or recipe.masks is not None):
             expected = "expected one forward pass a step and random masks, which keep shapes and memory as they are"
@@ -93,6 +93,10 @@ class Learner:
             if saved is not None:
                 self.average.module.load_state_dict(saved.ema)
                 self.average.n_averaged.fill_(saved.step)
+
+    def checkpoint_gradients(self) -> None:
+        """Let the network keep less for backward."""
+        self.model.set_grad_checkpointing()
 
     def connect(self, saved: Contents | None) -> None:
         """Move the network to the device, divide it where it is sharded, and make the optimizer.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from sparsecnx.common.errors import InputError
@@ -112,15 +113,25 @@ def _autoencoder(recipe: Recipe, encoder: nn.Module) -> MaskedEncoder:
 
 
 def _freeze_what_is_not_trained(model: MaskedEncoder, recipe: Recipe) -> None:
-    """Turn off the gradients of parameters that get none, so that no optimizer holds them."""
-    model.eval()  # keeps the statistics of batch norm
+    """Turn off the gradients of parameters that pretraining does not reach."""
     # Two patches on every axis, or as many as two sites of the last map need. Every other one is visible.
     strides = (model.stride,) * recipe.ndim if isinstance(model.stride, int) else model.stride
     grid = [2 * max(stride // patch, 1) for stride, patch in zip(strides, recipe.patch, strict=True)]
     images = torch.zeros(1, model.in_chans, *(cells * patch for cells, patch in zip(grid, recipe.patch, strict=True)))
     mask = (torch.arange(math.prod(grid)) % 2 == 0).view(1, -1)
     given = [dict.fromkeys(model.targets)] if isinstance(model, MPMAE) else []
-    model(images, *given, mask=mask)[0].backward()
+    freeze_what_is_not_trained(model, lambda: model(images, *given, mask=mask)[0])
+
+
+def freeze_what_is_not_trained(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """Turn off the gradients of parameters that get none from a loss, so that no optimizer holds them.
+
+    Args:
+        model: it is left in training mode.
+        loss: calls the model.
+    """
+    model.eval()  # keeps the statistics of batch norm
+    loss().backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None

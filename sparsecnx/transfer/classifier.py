@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from sparsecnx.models.encoders import stages_of
 from sparsecnx.train.code import TIMM
 from sparsecnx.train.contents import Kind
 from sparsecnx.train.networks import encoder_options, foreign_encoder
-from sparsecnx.transfer.recipe import FinetuneRecipe
+from sparsecnx.transfer.recipe import FinetuneRecipe, TransferRecipe
 
 BETAS = (0.9, 0.999)
 GROUPS = 12  # layers of the decay by groups
@@ -76,7 +77,11 @@ def layer_groups(model: nn.Module, recipe: FinetuneRecipe) -> list[dict[str, Any
     Raises:
         InputError: the network has no layers that can be told apart.
     """
-    layers = _layers(model, recipe)
+    return grouped(model, _layers(model, recipe), recipe)
+
+
+def grouped(model: nn.Module, layers: Mapping[str, int], recipe: TransferRecipe) -> list[dict[str, Any]]:
+    """Return the groups of `layer_groups` of a model whose parameters are in these layers, by name."""
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -90,8 +95,22 @@ def layer_groups(model: nn.Module, recipe: FinetuneRecipe) -> list[dict[str, Any
 
 def _layers(model: Any, recipe: FinetuneRecipe) -> dict[str, int]:
     """Return the number of the layer of every parameter, that of the head the largest."""
-    names = [name for name, _ in model.named_parameters()]
     own = model.encoder if isinstance(model, PooledClassifier) else model
+    return layers_of(model, own, recipe)
+
+
+def layers_of(model: Any, own: nn.Module, recipe: TransferRecipe) -> dict[str, int]:
+    """Return the number of the layer of every parameter of a network.
+
+    Args:
+        model: the network, or what adds a head to it.
+        own: the network.
+        recipe: says how layers are counted.
+
+    Raises:
+        InputError: it has no layers that can be told apart.
+    """
+    names = [name for name, _ in model.named_parameters()]
     if isinstance(own, ConvNeXtV2Encoder):
         stages: Any = own.stages
         depths = [len(stage) for stage in stages]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,16 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sparsecnx.train.data.crops import Batch, Crops
+from sparsecnx.train.data.crops import Crops
 from sparsecnx.train.data.order import mix
 from sparsecnx.train.data.source import Source
 from sparsecnx.train.learner import Inputs, Learner, Pass
-from sparsecnx.train.log import RunLog
-from sparsecnx.train.loop import Trainer
 from sparsecnx.transfer.classifier import FINETUNING
 from sparsecnx.transfer.evaluate import Scores, predictions
-from sparsecnx.transfer.labels import Labelled
 from sparsecnx.transfer.recipe import FinetuneRecipe
+from sparsecnx.transfer.trainer import Transfer
 
 CLASS = "class"  # names the labels of a batch
 # timm's policies mix with this grey, and move by this share of the side, as its own training does.
@@ -94,67 +91,17 @@ class Classifying(Learner):
         return [*super().depends_on_processes(), *mixed, *erased]
 
 
-class Finetuning(Trainer):
-    """A run of `sparsecnx finetune`, see `Trainer`.
-
-    Args:
-        *others: of `Trainer`.
-        trained, tested: the images; the source of the run is that of `trained`.
-        start: gives a new classifier the weights that it begins with.
-        **options: of `Trainer`.
-    """
+class Finetuning(Transfer):
+    """A run of `sparsecnx finetune`, see `Transfer`."""
 
     recipe: FinetuneRecipe
-
-    def __init__(
-        self, *others: Any, trained: Labelled, tested: Labelled, start: Callable[[Any], None], **options: Any
-    ) -> None:
-        self.trained, self.tested, self.start = trained, tested, start
-        super().__init__(*others, **options)
-        begun = self.options.checkpoint
-        self.pretrained = begun and os.path.abspath(begun)
-        if self.saved is not None:
-            self.pretrained = self.saved.data.pretrained
+    learns = Classifying
 
     def read(self) -> Crops:
         return LabelledCrops(self.source, self.recipe, self.trained.classes)
 
-    def make_learner(self) -> Learner:
-        learner = Classifying(self.recipe, self.options, self.processes, self.saved)
-        if self.saved is None:
-            self.start(learner.model)
-            if learner.average is not None:
-                learner.average.module.load_state_dict(learner.model.state_dict())
-        return learner
-
-    def ready(self, batch: Batch, number: int) -> Pass:
-        seed = mix(self.recipe.seed, "network", number, self.processes.rank)
-        return Pass(batch.images, batch.targets, None, seed)
-
-    def checked(self) -> dict[str, Any]:
-        places = self.places()
-        return {"classes": list(self.trained.names), "test": places["test"], "pretrained": places["checkpoint"]}
-
-    def places(self) -> dict[str, str | None]:
-        apart = self.tested.source.place != self.source.place
-        test = self.tested.source.place if apart else None
-        return super().places() | {"test": test, "checkpoint": self.pretrained}
-
-    def end_epoch(self, epoch: int, log: RunLog) -> None:
-        """Test the classifier, and its moving average where there is one."""
-        every = self.options.test_every or 0
-        if epoch != self.recipe.epochs and (not every or epoch % every):
-            return
-        networks = {"": self.learner.model}
-        if self.learner.average is not None:
-            networks["ema_"] = self.learner.average.module
-        values: dict[str, float] = {}
-        for prefix, network in networks.items():
-            scores = self._tested(network)
-            values |= {f"{prefix}{name}": value for name, value in scores.overall().items()}
-        told = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        self.processes.together(lambda: log.evaluation(values))
-        log.say(f"epoch {epoch}: tested on {len(self.tested.classes)} images: {told}")
+    def test(self, network: Any) -> dict[str, float]:
+        return self._tested(network).overall()
 
     def _tested(self, network: Any) -> Scores:
         """Test in all processes: each a part of the images, or all of them where they hold parts of the network."""

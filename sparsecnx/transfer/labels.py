@@ -52,6 +52,15 @@ class Part(Source):
     def read(self, index: int, recipe: Recipe) -> Tensor | Pixels:
         return self.whole.read(self._place(index), recipe)
 
+    def values(self, index: int) -> Mapping[str, Any]:
+        return self.whole.values(self._place(index))
+
+    def turned(self, index: int) -> Mapping[str, int]:
+        return self.whole.turned(self._place(index))
+
+    def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        return self.whole.defaults(given)
+
     def fingerprint(self) -> Fingerprint:
         """Return the hashes of the whole, and which entries are taken of it."""
         whole = self.whole.fingerprint()
@@ -105,12 +114,7 @@ def find_labelled(
     Raises:
         InputError: an image has no class, there is only one class, or the two parts differ in their classes.
     """
-    if test is None and os.path.isdir(os.path.join(data, TRAINING)):
-        found = [name for name in TESTING if os.path.isdir(os.path.join(data, name))]
-        if len(found) != 1:
-            expected = f"expected one folder of {', '.join(TESTING)} beside {TRAINING}, or --test"
-            raise InputError("data", data, f"has {', '.join(found) or 'none'} beside {TRAINING}; {expected}")
-        data, test = os.path.join(data, TRAINING), os.path.join(data, found[0])
+    data, test = both_parts(data, test)
     source, named = open_labelled(data, "data", reading)
     names = tuple(sorted(set(named), key=_in_order))
     if not 2 <= len(names) <= MOST_CLASSES:
@@ -130,6 +134,21 @@ def find_labelled(
             problem = f"has the class {first}, and {where} has not; expected the same classes in both"
             raise InputError(argument, one, problem)
     return whole, Labelled(other, np.array([numbers[name] for name in others]), names)
+
+
+def both_parts(data: str, test: str | None) -> tuple[str, str | None]:
+    """Return `train` and `val` below a folder, where it has them and nothing else is named, see `find_labelled`.
+
+    Raises:
+        InputError: there is a part to train on, and none or several to test on.
+    """
+    if test is not None or not os.path.isdir(os.path.join(data, TRAINING)):
+        return data, test
+    found = [name for name in TESTING if os.path.isdir(os.path.join(data, name))]
+    if len(found) != 1:
+        expected = f"expected one folder of {', '.join(TESTING)} beside {TRAINING}, or --test"
+        raise InputError("data", data, f"has {', '.join(found) or 'none'} beside {TRAINING}; {expected}")
+    return os.path.join(data, TRAINING), os.path.join(data, found[0])
 
 
 def subset(classes: NDArray[Any], share: float, seed: int) -> NDArray[Any]:

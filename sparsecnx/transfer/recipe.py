@@ -23,20 +23,48 @@ RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 
 
 @dataclass(frozen=True)
-class FinetuneRecipe(Recipe):
-    """Everything that decides the losses of a fine-tuning run.
+class TransferRecipe(Recipe):
+    """Everything that decides the losses of a run which trains a pretrained network on labels.
 
-    The fields of `Recipe` that are about masks and decoders have no effect.
+    The fields of `Recipe` that are about masks have no effect.
 
     Attributes:
         num_classes: classes of the data.
-        labels: share of the labels to train on, drawn by `seed` class by class.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over the blocks.
-        head_init_scale: factor on the initial weights of the classifier; of our own networks alone.
         layer_decay: learning rate of a layer divided by that of the next one.
         layer_decay_type: `"single"`, every block is a layer, or `"group"`, the blocks are 12 layers as published for
             Base and larger; of our own networks alone. Networks of timm have the layers that timm says.
         min_lr: learning rate at the end.
+
+    Raises:
+        InputError: a field is out of range or of another type.
+    """
+
+    num_classes: int = 2
+    drop_path_rate: float = 0.0
+    layer_decay: float = 1.0
+    layer_decay_type: str = "single"
+    min_lr: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._expect("num_classes", self.num_classes >= 2, "2 or more")
+        self._expect("drop_path_rate", 0 <= self.drop_path_rate < 1, "0 or more, less than 1")
+        self._expect("min_lr", 0 <= self.min_lr < 100, "0 or more, less than 100")
+        self._expect("layer_decay", 0 < self.layer_decay <= 1, "more than 0, at most 1")
+        kinds = ", ".join(LAYER_DECAY_TYPES)
+        self._expect("layer_decay_type", self.layer_decay_type in LAYER_DECAY_TYPES, f"one of {kinds}")
+        own = self.model in SIZES or self.layer_decay_type == "single"
+        self._expect("layer_decay_type", own, f"single, since {self.model} is no network of sparsecnx")
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(TransferRecipe):
+    """Everything that decides the losses of a fine-tuning run.
+
+    Attributes:
+        labels: share of the labels to train on, drawn by `seed` class by class.
+        head_init_scale: factor on the initial weights of the classifier; of our own networks alone.
         label_smoothing: share of the label that goes to all classes alike.
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of CutMix; 0 for none. Where both are given each batch has one of them.
@@ -51,13 +79,8 @@ class FinetuneRecipe(Recipe):
     epochs: int = 100
     base_lr: float = 5e-4
     crop_area: float | None = 0.08
-    num_classes: int = 2
     labels: float = 1.0
-    drop_path_rate: float = 0.0
     head_init_scale: float = 0.001
-    layer_decay: float = 1.0
-    layer_decay_type: str = "single"
-    min_lr: float = 1e-6
     label_smoothing: float = 0.1
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -67,19 +90,12 @@ class FinetuneRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._expect("num_classes", self.num_classes >= 2, "2 or more")
         self._expect("labels", 0 < self.labels <= 1, "more than 0, at most 1")
-        for field in ("drop_path_rate", "label_smoothing"):
-            self._expect(field, 0 <= getattr(self, field) < 1, "0 or more, less than 1")
+        self._expect("label_smoothing", 0 <= self.label_smoothing < 1, "0 or more, less than 1")
         self._expect("random_erasing", 0 <= self.random_erasing <= 1, "0 to 1")
-        for field in ("mixup", "cutmix", "min_lr"):
+        for field in ("mixup", "cutmix"):
             self._expect(field, 0 <= getattr(self, field) < 100, "0 or more, less than 100")
         self._expect("head_init_scale", 0 < self.head_init_scale <= 1, "more than 0, at most 1")
-        self._expect("layer_decay", 0 < self.layer_decay <= 1, "more than 0, at most 1")
-        kinds = ", ".join(LAYER_DECAY_TYPES)
-        self._expect("layer_decay_type", self.layer_decay_type in LAYER_DECAY_TYPES, f"one of {kinds}")
-        own = self.model in SIZES or self.layer_decay_type == "single"
-        self._expect("layer_decay_type", own, f"single, since {self.model} is no network of sparsecnx")
         self._expect("crop_pct", 0 < self.crop_pct <= 1, "more than 0, at most 1")
         coloured = self.photographs and self.in_chans == 3
         self._expect("auto_augment", self.auto_augment is None or coloured, "none, since the data are no photographs")

@@ -48,22 +48,57 @@ def finetune(options: FinetuneOptions, given: Mapping[str, Any]) -> int:
     return run(FinetuneStart, options, given, "runs/finetune")
 
 
-class FinetuneStart(Start):
-    """What a run begins with in each of its processes."""
+class TransferStart(Start):
+    """What a run that takes the network of a checkpoint begins with in each of its processes."""
+
+    def pretrained(self) -> Recipe | None:
+        """Return the recipe of the pretraining; None for random weights, or for weights alone.
+
+        Raises:
+            InputError: the checkpoint cannot be read, or has another network or other data than the user says.
+        """
+        path, given = self.options.checkpoint, self.given
+        if path is None:
+            return None
+        try:
+            found: Recipe = contents.load(path, given.get("model")).recipe
+        except CheckpointError as error:
+            if given.get("model") is None:
+                raise InputError("checkpoint", path, f"{error}; weights that are no run need --model NAME") from error
+            return None
+        for name in TAKEN:
+            if name in given and given[name] != getattr(found, name):
+                has = f"{path} has {getattr(found, name)}"
+                raise InputError(name, given[name], f"{has}; leave it out, or name another checkpoint")
+        return found
+
+    def reading(self, pretrained: Recipe | None) -> dict[str, Any]:
+        """Return how the images are read, for `find_source`."""
+        if pretrained is not None:
+            return how_read(pretrained)
+        return {name: self.given[name] for name in ("ndim", "in_chans", "pages") if name in self.given}
+
+    def load(self, network: nn.Module) -> None:
+        """Load the weights of the checkpoint into a new network, where there is a checkpoint."""
+        path = self.options.checkpoint
+        if path is None:
+            return
+        try:
+            load_encoder(network, path)
+        except CheckpointError as error:
+            raise InputError("checkpoint", path, str(error)) from error
+
+
+class FinetuneStart(TransferStart):
+    """What a run of `sparsecnx finetune` begins with in each of its processes."""
 
     def new(self) -> Trainer:
         options, given = self.options, dict(self.given)
         self.expect_new()
         if options.data is None:
             raise InputError("data", None, "expected a folder of images for each class, or an address")
-        pretrained = self._pretrained()
-        for name in TAKEN if pretrained is not None else ():
-            if name in given and given[name] != getattr(pretrained, name):
-                has = f"{options.checkpoint} has {getattr(pretrained, name)}"
-                raise InputError(name, given[name], f"{has}; leave it out, or name another checkpoint")
-        reading: dict[str, Any] = {name: given[name] for name in ("ndim", "in_chans", "pages") if name in given}
-        reading = reading if pretrained is None else how_read(pretrained)
-        trained, tested = find_labelled(options.data, options.test, reading)
+        pretrained = self.pretrained()
+        trained, tested = find_labelled(options.data, options.test, self.reading(pretrained))
         own = trained.source.defaults(given) if pretrained is None else taken(pretrained)
         fields_of_data = own | given
         recipe = FinetuneRecipe(**{**defaults(fields_of_data), **fields_of_data, "num_classes": len(trained.names)})
@@ -82,18 +117,6 @@ class FinetuneStart(Start):
         trained.source.seen[:] = saved.data.seen or []
         saved = self.continued(saved, trained.source, fingerprint(trained))
         return self._trainer(saved.recipe, trained, tested, notes, saved)
-
-    def _pretrained(self) -> Recipe | None:
-        """Return the recipe of the pretraining; None for random weights, or for weights alone."""
-        path, model = self.options.checkpoint, self.given.get("model")
-        if path is None:
-            return None
-        try:
-            return contents.load(path, model).recipe
-        except CheckpointError as error:
-            if model is None:
-                raise InputError("checkpoint", path, f"{error}; weights that are no run need --model NAME") from error
-            return None
 
     def _trainer(
         self,
@@ -116,15 +139,7 @@ class FinetuneStart(Start):
         )
 
     def _load(self, model: nn.Module) -> None:
-        """Load the weights of the checkpoint into a new classifier."""
-        path = self.options.checkpoint
-        if path is None:
-            return
-        target = model.encoder if isinstance(model, PooledClassifier) else model
-        try:
-            load_encoder(target, path)
-        except CheckpointError as error:
-            raise InputError("checkpoint", path, str(error)) from error
+        self.load(model.encoder if isinstance(model, PooledClassifier) else model)
 
 
 def fingerprint(labelled: Labelled) -> Fingerprint:

@@ -28,7 +28,8 @@ def load_encoder(
     """Load the encoder of a pretraining run into a model, all of it or nothing.
 
     A run of a network of timm, or an autoencoder around any other network, loads into that network by its own names.
-    A ConvNeXt loads into one of any of these libraries, a V1 not into one of transformers.
+    A ConvNeXt loads into one of any of these libraries, a V1 not into one of transformers. The weights that timm has of
+    any other network load into that network of timm, without its classifier.
 
     Numbers that are not finite are loaded too, with a UserWarning that names the entries. Another UserWarning says
     where the layers of the model have other epsilons than the run had.
@@ -61,7 +62,7 @@ def load_encoder(
             loaded = files.find_state_dict(dict(checkpoint), key, prefix)
         else:
             loaded = files.load(checkpoint, key, max_bytes, prefix)
-        encoder = own_encoder(loaded.state_dict)
+        encoder = own_encoder(loaded.state_dict) or _of_timm(model, loaded.state_dict)
         if loaded.foreign or encoder is not None:
             kept = _load_by_name(model, loaded.state_dict if encoder is None else encoder)
             _warn_of_epsilons(model, kept, loaded.epsilons)
@@ -105,6 +106,21 @@ def as_it_is(encoder: Mapping[str, Tensor]) -> conversion.Conversion:
     return conversion.Conversion(entries, formats.TIMM_LINEAR, formats.TIMM_LINEAR, None, [])
 
 
+def _of_timm(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return the entries of a state dict for the same network of timm, without classifier; None for others."""
+    if not hasattr(model, "pretrained_cfg") or find_network(list(state_dict)) is not None:
+        return None
+    classifiers = _classifiers(model)
+    body = {name: tensor for name, tensor in state_dict.items() if not name.startswith(classifiers)}
+    return body if {name for name in _entries(model) if not name.startswith(classifiers)} == body.keys() else None
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Return what the names of the classifier of a network of timm begin with."""
+    found = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return tuple(f"{name}." for name in ((found,) if isinstance(found, str) else found))
+
+
 def _load_by_name(model: nn.Module, encoder: Mapping[str, Tensor]) -> list[str]:
     """Load the entries of an encoder into the same network, and return those of the model that keep their values."""
     entries = _entries(model)
@@ -130,8 +146,7 @@ def _load_by_name(model: nn.Module, encoder: Mapping[str, Tensor]) -> list[str]:
         elif entries[entry].shape != tensor.shape:
             shapes = f"{tuple(entries[entry].shape)}, expected {tuple(tensor.shape)}"
             raise CheckpointError(f"{entry} of the model, a {kind}, is {shapes}")
-    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    classifiers = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
+    classifiers = _classifiers(model)
     trained = {entry[len(prefix) :].partition(".")[0] for entry in places.values() if entry is not None}
     for name, entry in own.items():
         if entry not in kept:
