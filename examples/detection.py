@@ -1,9 +1,8 @@
 """Train a detector on a pretrained network, minutes on a CPU, and measure it on images that it has not seen.
 
     pip install 'sparsecnx[detect]' scikit-image jsonargparse
-    python detection.py --checkpoint runs/mine/last.pt
     python detection.py --checkpoint runs/mine/last.pt --kind maskrcnn
-    python detection.py                     # from random weights, to compare
+    python detection.py --kind maskrcnn  # from random weights, to compare
 
 The images are synthesised: coins pasted on photographs. Both are in scikit-image. Its photograph of 24 coins is
 segmented as in scikit-image's guide: a watershed of the gradients from markers, darker than 30 for the ground and
