@@ -30,6 +30,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "docs/backends.md": (),
     "docs/wrapping.md": (),
     "docs/after-pretraining.md": ("timm", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime"),
+    "docs/detection.md": ("torchvision",),
     "docs/elsewhere.md": ("huggingface_hub", "safetensors"),
     "docs/checkpoints.md": ("transformers", "safetensors"),
 }

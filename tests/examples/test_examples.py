@@ -137,6 +137,15 @@ def test_lightning_trains_and_goes_on_after_a_kill(
     check_model(tmp_path / "model.pt", photographs)
 
 
+def test_detection_trains_and_measures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for library in ("torchvision", "pycocotools", "skimage", "jsonargparse"):
+        pytest.importorskip(library)
+    run_here(monkeypatch, "detection.py", "--kind", "maskrcnn", "--steps", 1, "--batch", 1, "--tests", 2)
+    printed = capsys.readouterr().out
+    assert re.search(r"^step 1/1  loss \d", printed)
+    assert re.findall(r"(\w+) [01]\.\d{3}\n", printed)[-4:] == ["bbox_map", "bbox_map_50", "segm_map", "segm_map_50"]
+
+
 @pytest.mark.parametrize("name", ["lightning_module.py", "accelerate_loop.py", "slurm_submitit.py"])
 def test_examples_are_short(name: str) -> None:
     assert len((EXAMPLES / name).read_text().splitlines()) < 80
