@@ -125,6 +125,9 @@ def check(state: Mapping[str, Any], model: str | None = None, kind: Kind = PRETR
     """
     recipe = _recipe(state["recipe"], model, kind)
     data = _data(state["data"], recipe.in_chans)
+    if (number := getattr(recipe, "num_classes", None)) is not None:
+        named = data.classes is not None and len(data.classes) == number
+        _expect("data.classes", data.classes, named, f"{number} names")
     try:
         steps_per_epoch = recipe.steps_per_epoch(data.images)
     except InputError as error:

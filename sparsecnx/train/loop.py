@@ -41,6 +41,7 @@ class Trainer(ABC):
         crops: what it learns from.
         learner: what it trains, once it is connected.
         step: steps done.
+        extends: whether a finished run can be extended.
 
     Args:
         recipe: decides the losses.
@@ -56,6 +57,8 @@ class Trainer(ABC):
         InputError: an epoch is smaller than the effective batch, nothing can be read, the data do not fit the recipe,
             see `Source.check`, or the processes cannot divide a batch or see different data.
     """
+
+    extends = True
 
     def __init__(
         self,
@@ -141,6 +144,10 @@ class Trainer(ABC):
         """Do what is to be done after `epoch` epochs, in all processes."""
         return
 
+    def epoch_ended(self) -> bool:
+        """Return whether that is done after the last epoch of a run that goes on: a signal comes before it."""
+        return True
+
     @abstractmethod
     def describe_task(self) -> tuple[str, str, list[str]]:
         """Return what is learned and what is read, for the first lines of a run, and further lines."""
@@ -194,6 +201,8 @@ class Trainer(ABC):
         with _caught_signals() as signals, RunLog(self.callbacks, self.told()) as log, self.batches() as batches:
             for line in [*self.describe(), *self.notes] if self.processes.main else []:
                 log.say(line)
+            if self.step and self.step % self.steps_per_epoch == 0 and not self.processes.of_main(self.epoch_ended):
+                self.end_epoch(self.step // self.steps_per_epoch, log)
             records: list[StepRecord] = []
             while self.step < self.total_steps:
                 record = self.train_step(batches, log)
@@ -365,7 +374,7 @@ class Trainer(ABC):
         """Return what the user should know."""
         hints = []
         if self.step == self.total_steps:
-            hints.append("the run is finished; --resume --extend EPOCHS trains it on")
+            hints.append("the run is finished" + ("; --resume --extend EPOCHS trains it on" if self.extends else ""))
         if self.options.compile and self.step < self.total_steps:
             hints.append("torch.compile runs in the first step, which takes a minute or more")
         return hints

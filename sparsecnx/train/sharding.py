@@ -36,14 +36,15 @@ SMALL = 64  # parts smaller than one by this are not gathered by themselves
 
 
 def shard(model: Any, device: str) -> None:
-    """Divide the parameters of a masked autoencoder between all processes, each part by itself, on a type of device."""
+    """Divide the parameters of a network between all processes, each part by itself, on a type of device."""
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     # The prediction is a view, and nothing is written into it.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     most = sum(parameter.numel() for parameter in model.parameters()) // PARTS
-    # The encoder is no part itself: features are taken from it without calling it.
-    others = nn.ModuleList(child for child in model.children() if child is not model.encoder)
-    for part in (*parts_of(model.encoder, most), *parts_of(others, most)):
+    # An encoder is no part itself: features are taken from it without calling it.
+    encoder = getattr(model, "encoder", nn.Identity())
+    others = nn.ModuleList(child for child in model.children() if child is not encoder)
+    for part in (*parts_of(encoder, most), *parts_of(others, most)):
         fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

@@ -15,7 +15,7 @@ from sparsecnx.train import contents
 from sparsecnx.train.checkpoint import CheckpointFolder
 from sparsecnx.train.code import is_code
 from sparsecnx.train.contents import PRETRAINING, Contents, Data, Kind
-from sparsecnx.train.data.address import of_checkpoint, runs_code
+from sparsecnx.train.data.address import trusted
 from sparsecnx.train.data.find import find_source
 from sparsecnx.train.data.source import Fingerprint, Source
 from sparsecnx.train.lock import locked
@@ -128,11 +128,8 @@ class Start:
     def read(self, checkpoint: Path, kind: Kind, notes: list[str]) -> tuple[Contents, str | None]:
         """Return a checkpoint to go on from, and the data of its run; add what a user should know to `notes`."""
         saved = _read_resumed(checkpoint, self.given.get("model"), kind)
-        where = of_checkpoint(saved.data.folder) if self.options.data is None else self.options.data
+        where = trusted(saved.data.folder, self.options.data, "data", "resume", checkpoint)
         _expect_same_code(saved.recipe, self.given, checkpoint)
-        if self.options.data is None and runs_code(where):
-            problem = f"its data are Python code, {where}, which runs only with --data {where}"
-            raise InputError("resume", checkpoint, problem)
         if self.options.data is None and where != saved.data.folder:
             notes.append(f"data are {where}: a checkpoint alone neither chooses a cache nor downloads, --data does")
         if saved.data.sizes is None or saved.data.contents is None:

@@ -64,9 +64,21 @@ def build_classifier(recipe: FinetuneRecipe) -> nn.Module:
             return foreign_encoder(recipe, num_classes=recipe.num_classes, **rate)
         with torch.device("cpu"):
             encoder = foreign_encoder(recipe)
-            return PooledClassifier(encoder, recipe.num_classes, recipe.head_init_scale)
+            model = PooledClassifier(encoder, recipe.num_classes, recipe.head_init_scale)
+            _freeze_what_is_not_trained(model, torch.zeros(1, recipe.in_chans, *recipe.size))
+            return model
     except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
         raise InputError("model", recipe.model, f"cannot be fine-tuned ({error})") from error
+
+
+def _freeze_what_is_not_trained(model: nn.Module, images: Tensor) -> None:
+    """Turn off the gradients of parameters that get none, such as a head that the encoder has but does not call."""
+    model.eval()  # keeps the statistics of batch norm
+    model(images).sum().backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+    model.train()
 
 
 def layer_groups(model: nn.Module, recipe: FinetuneRecipe) -> list[dict[str, Any]]:
@@ -83,10 +95,11 @@ def layer_groups(model: nn.Module, recipe: FinetuneRecipe) -> list[dict[str, Any
 def grouped(model: nn.Module, layers: Mapping[str, int], recipe: TransferRecipe) -> list[dict[str, Any]]:
     """Return the groups of `layer_groups` of a model whose parameters are in these layers, by name."""
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    undecayed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()  # type: ignore[operator]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        vector = sum(side > 1 for side in parameter.shape) <= 1 or name.endswith("bias")
+        vector = sum(side > 1 for side in parameter.shape) <= 1 or name.endswith("bias") or name in undecayed
         scale = recipe.layer_decay ** (max(layers.values()) - layers[name])
         group = {"params": [], "weight_decay": 0.0 if vector else recipe.weight_decay, "lr_scale": scale}
         groups.setdefault((layers[name], vector), group | {"betas": BETAS})["params"].append(parameter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,21 @@ from sparsecnx.common.dtypes import DTYPES
 from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.common.files import open_atomically
 from sparsecnx.train import contents
+from sparsecnx.train.data.address import trusted
 from sparsecnx.train.data.scale import normalize
 from sparsecnx.train.learner import chosen_device
 from sparsecnx.transfer.classifier import FINETUNING
 from sparsecnx.transfer.features import read
-from sparsecnx.transfer.labels import Labelled, find_labelled, how_read, open_labelled
+from sparsecnx.transfer.labels import (
+    TESTING,
+    TRAINING,
+    Labelled,
+    find_labelled,
+    fingerprint,
+    how_read,
+    open_labelled,
+    share_of,
+)
 from sparsecnx.transfer.recipe import FinetuneRecipe
 from sparsecnx.transfer.report import aligned, draw_confusion
 
@@ -65,14 +76,16 @@ class Scores(NamedTuple):
         found = {"top1": accuracy(1, "micro")}
         if number > TOP:
             found[f"top{TOP}"] = accuracy(TOP, "micro")
-        found["mean_class"] = accuracy(1, "macro")
+        there = np.bincount(self.classes, minlength=number) > 0
+        recalls = metrics.multiclass_recall(logits, classes, number, average=None).numpy()
+        found["mean_class"] = float(recalls[there].mean())
         found["loss"] = float(torch.nn.functional.cross_entropy(logits, classes))
         probabilities = logits.softmax(1)
         found["calibration_error"] = float(metrics.multiclass_calibration_error(probabilities, classes, number, BINS))
         return found
 
-    def by_class(self) -> list[dict[str, float]]:
-        """Return of each class the number of images, recall, precision and F1."""
+    def by_class(self) -> list[dict[str, Any]]:
+        """Return of each class the number of images, recall, precision and F1, None where there is none."""
         from torchmetrics.functional import classification as metrics
 
         logits, classes = torch.from_numpy(self.logits), torch.from_numpy(self.classes)
@@ -84,7 +97,10 @@ class Scores(NamedTuple):
         }
         found = {name: kind(logits, classes, number, average=None).tolist() for name, kind in kinds.items()}
         counts = np.bincount(self.classes, minlength=number).tolist()
-        return [{"images": counts[i], **{name: values[i] for name, values in found.items()}} for i in range(number)]
+        return [
+            {"images": count, **{name: values[i] if count else None for name, values in found.items()}}
+            for i, count in enumerate(counts)
+        ]
 
 
 @torch.no_grad()
@@ -97,9 +113,6 @@ def predictions(network: Any, labelled: Labelled, recipe: FinetuneRecipe, device
         recipe: says how they are read, resized and normalised, and in which dtype the network runs.
         device: of the network.
         workers: processes that read images.
-
-    Raises:
-        InputError: no image can be read.
     """
     training, skipped, found, kept = network.training, dict[str, str](), [], []
     network.eval()
@@ -112,10 +125,8 @@ def predictions(network: Any, labelled: Labelled, recipe: FinetuneRecipe, device
             kept.append(numbers)
     finally:
         network.train(training)
-    if not found and len(labelled.classes):
-        raise InputError("data", labelled.source.root, f"no image can be read, such as {next(iter(skipped.items()))}")
     if not found:
-        return Scores(np.zeros((0, recipe.num_classes), np.float32), labelled.classes, skipped)
+        return Scores(np.zeros((0, recipe.num_classes), np.float32), np.zeros(0, np.int64), skipped)
     return Scores(np.concatenate(found), labelled.classes[np.concatenate(kept)], skipped)
 
 
@@ -156,13 +167,20 @@ def evaluate(
         raise InputError("out", folder, "holds results already; expected another folder")
     if weights == "ema" and not saved.ema:
         raise InputError("weights", weights, "expected model, since the run kept no moving average")
-    where = data or saved.data.test
-    labelled = tested_part(saved.data, where, how_read(saved.recipe))
+    where = trusted(saved.data.test, data, "data", "checkpoint", path)
+    if where is None:
+        folder_of_run = trusted(saved.data.folder, None, "data", "checkpoint", path)
+        labelled = held_out(saved, str(folder_of_run))
+    else:
+        labelled = tested_part(saved.data, where, how_read(saved.recipe))
     recipe = saved.recipe if image_size is None else replace(saved.recipe, image_size=image_size)
     network: Any = FINETUNING.build(recipe)
     network.load_state_dict(saved.model if weights == "model" or not saved.ema else saved.ema)
     there = chosen_device(device)
     scores = predictions(network.to(there), labelled, recipe, there, workers)
+    if not len(scores.classes):
+        first = next(iter(scores.skipped.items()))
+        raise InputError("data", labelled.source.root, f"no image can be read, such as {first}")
     overall, classes = scores.overall(), scores.by_class()
     for name, reason in scores.skipped.items():
         say(f"skipped {name} ({reason})")
@@ -173,21 +191,42 @@ def evaluate(
     np.add.at(counts, (scores.classes, scores.logits.argmax(1)), 1)
     by_name = dict(zip(labelled.names, classes, strict=True))
     place = where or saved.data.folder
-    result = {"checkpoint": str(path), "data": place, "overall": overall, "classes": by_name}
+    result: dict[str, Any] = {
+        "checkpoint": str(path),
+        "data": place,
+        "images": len(scores.classes),
+        "skipped": len(scores.skipped),
+    }
+    result |= {"overall": overall, "classes": by_name}
     with open_atomically(folder / RESULT, folder / CONFUSION) as opened:
         opened[0].write(json.dumps(result, indent=1).encode())
         draw_confusion(counts, labelled.names, str(path)).savefig(opened[1], format="png")
     return scores
 
 
-def tested_part(run: contents.Data, where: str | None, reading: Mapping[str, Any]) -> Labelled:
+def held_out(saved: contents.Contents, where: str) -> Labelled:
+    """Return the fifth of the images of a run that it is tested on.
+
+    Raises:
+        InputError: the images are not those of the run any more, so that it may be others that are held out.
+    """
+    trained, tested = find_labelled(where, None, how_read(saved.recipe))
+    found = fingerprint(share_of(trained, saved.recipe))
+    same = (found.names, found.sizes) == (saved.data.fingerprint, saved.data.sizes)
+    if list(trained.names) != saved.data.classes or not same:
+        problem = "its images changed since the run, so that others are held out; expected the same, or --data"
+        raise InputError("data", where, problem)
+    return tested
+
+
+def tested_part(run: contents.Data, where: str, reading: Mapping[str, Any]) -> Labelled:
     """Return labelled images with the classes of a run.
 
     Raises:
         InputError: they have a class that the run has not.
     """
-    if where is None:  # a fifth of the data
-        return find_labelled(str(run.folder), None, reading)[1]
+    if os.path.isdir(os.path.join(where, TRAINING)):
+        where = next((part for name in TESTING if os.path.isdir(part := os.path.join(where, name))), where)
     source, named = open_labelled(where, "data", reading)
     names = tuple(run.classes or ())
     numbers = {name: number for number, name in enumerate(names)}
@@ -198,9 +237,10 @@ def tested_part(run: contents.Data, where: str | None, reading: Mapping[str, Any
     return Labelled(source, np.array([numbers[name] for name in named]), names)
 
 
-def _table(names: Sequence[str], classes: Sequence[Mapping[str, float]]) -> str:
+def _table(names: Sequence[str], classes: Sequence[Mapping[str, Any]]) -> str:
     """Return the numbers of each class as text."""
     rows = [["class", *classes[0]]]
     for name, one in zip(names, classes, strict=True):
-        rows.append([name, *(f"{value:.3f}" if isinstance(value, float) else str(value) for value in one.values())])
+        numbers = (f"{value:.3f}" if isinstance(value, float) else value for value in one.values())
+        rows.append([name, *("-" if value is None else str(value) for value in numbers)])
     return aligned(rows)

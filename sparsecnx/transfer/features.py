@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +15,16 @@ from torch.utils.data import DataLoader, Dataset
 from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.compat.checkpoints import load_encoder
 from sparsecnx.models.encoders import stages_of
-from sparsecnx.train import contents
+from sparsecnx.train import checkpoint, contents
+from sparsecnx.train.contents import PRETRAINING, Contents
 from sparsecnx.train.data.crops import Crops
 from sparsecnx.train.data.loader import leave_signals_to_parent
 from sparsecnx.train.data.scale import normalize
 from sparsecnx.train.networks import build_model
 from sparsecnx.train.recipe import Recipe
+from sparsecnx.transfer.classifier import FINETUNING
 from sparsecnx.transfer.labels import Labelled
+from sparsecnx.transfer.recipe import TAKEN
 
 PIXELS = 32  # sides that images are shrunk to where their pixels are the features
 BATCH = 64
@@ -55,25 +57,37 @@ def load_pretrained(path: str | Path, model: str | None = None, image_size: Any 
         InputError: the file cannot be read, or does not fit the network.
     """
     sizes: dict[str, Any] = {} if image_size is None else {"image_size": image_size}
+    saved = load_run(path, model)
+    if saved is None:
+        recipe = Recipe(model=str(model), **sizes)
+        encoder = encoder_of(recipe)
+    else:
+        sizes |= {"image_size": saved.recipe.image_size, **sizes, "crop_area": 1.0 if saved.recipe.ndim == 2 else None}
+        recipe = Recipe(**{name: getattr(saved.recipe, name) for name in TAKEN}, **sizes)
+        encoder = encoder_of(recipe)
     try:
-        saved = contents.load(path, model)
+        load_encoder(encoder, path)
+    except CheckpointError as error:
+        raise InputError("checkpoint", path, str(error)) from error
+    return Pretrained(str(path), encoder.eval(), recipe)
+
+
+def load_run(path: str | Path, model: str | None) -> Contents | None:
+    """Return the checkpoint of a run of pretraining or of fine-tuning; None for weights of the network `model`.
+
+    Raises:
+        InputError: it cannot be read, or it is no run and no network is named.
+    """
+    try:
+        state = checkpoint.read(path)
     except CheckpointError as error:
         if model is None:
             raise InputError("checkpoint", path, f"{error}; weights that are no run need --model NAME") from error
-        recipe = Recipe(model=model, **sizes)
-        encoder = encoder_of(recipe)
-        try:
-            load_encoder(encoder, path)
-        except CheckpointError as problem:
-            raise InputError(
-                "checkpoint", path, f"is no run ({error}), and no weights of {model} ({problem})"
-            ) from error
-        return Pretrained(str(path), encoder.eval(), recipe)
-    network: Any = build_model(saved.recipe)
-    network.load_state_dict(saved.ema or saved.model)
-    if saved.recipe.ndim == 2:
-        sizes["crop_area"] = 1.0  # resizes the image to the crop
-    return Pretrained(str(path), network.encoder.eval(), replace(saved.recipe, transform=None, masks=None, **sizes))
+        return None
+    try:
+        return contents.check(state, model, FINETUNING if "crop_pct" in state["recipe"] else PRETRAINING)
+    except CheckpointError as error:
+        raise InputError("checkpoint", path, str(error)) from error
 
 
 def encoder_of(recipe: Recipe, seed: int = 0) -> nn.Module:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from sparsecnx.common.errors import InputError, TrainingStopped
 from sparsecnx.train.data.crops import Crops
 from sparsecnx.train.data.order import mix
 from sparsecnx.train.data.source import Source
@@ -71,6 +72,8 @@ class Classifying(Learner):
         """Move a pass to the device, normalise its images, erase boxes of them and mix them."""
         images, target = self.normalized(one.images).nan_to_num(0), self.moved(one.targets[CLASS])
         with seeded(one.seed):
+            if self.device.type == "cuda":
+                torch.cuda.manual_seed(one.seed)
             if self.erase is not None and images.ndim == 4:
                 images = self.erase(images)
             if self.mixup is not None:
@@ -98,23 +101,36 @@ class Finetuning(Transfer):
     learns = Classifying
 
     def read(self) -> Crops:
+        r, world = self.recipe, self.processes.world
+        if (r.mixup or r.cutmix) and r.batch_size // world % 2:
+            expected = f"expected an even number for each of the {world} processes, since mixup takes images in pairs"
+            raise InputError("batch_size", r.batch_size, expected)
         return LabelledCrops(self.source, self.recipe, self.trained.classes)
 
-    def test(self, network: Any) -> dict[str, float]:
-        return self._tested(network).overall()
+    def test(self, network: Any) -> tuple[dict[str, float], dict[str, str]]:
+        scores = self._tested(network)
+        return scores.overall(), scores.skipped
 
     def _tested(self, network: Any) -> Scores:
         """Test in all processes: each a part of the images, or all of them where they hold parts of the network."""
         rank, world = (0, 1) if self.options.shard else (self.processes.rank, self.processes.world)
         part = self.tested.part(np.arange(rank, len(self.tested.classes), world))
         found = predictions(network, part, self.recipe, self.learner.device, self.workers)
-        return Scores.joined([found] if self.options.shard else self.processes.gathered(found))
+        scores = Scores.joined([found] if self.options.shard else self.processes.gathered(found))
+        if not len(scores.classes):
+            first = next(iter(scores.skipped.items()))
+            raise TrainingStopped(f"none of the images to test on can be read, such as {first}, {self.last_good()}")
+        return scores
 
     def describe_task(self) -> tuple[str, str, list[str]]:
         r = self.recipe
         decay = f"layer decay {r.layer_decay:g} by {r.layer_decay_type}" if r.layer_decay < 1 else "no layer decay"
         names = ", ".join(self.trained.names[:10]) + (", ..." if len(self.trained.names) > 10 else "")
-        kinds = {"RandAugment": r.auto_augment, "random erasing": r.random_erasing, "mixup": r.mixup}
+        kinds = {
+            "RandAugment": r.auto_augment,
+            "random erasing": r.random_erasing if r.ndim == 2 else 0,
+            "mixup": r.mixup,
+        }
         kinds |= {"CutMix": r.cutmix, "label smoothing": r.label_smoothing, "stochastic depth": r.drop_path_rate}
         used = ", ".join(f"{name} {value}" for name, value in kinds.items() if value) or "none"
         return (
@@ -133,7 +149,12 @@ def _rand_augment(recipe: FinetuneRecipe) -> Any:
     from timm.data.auto_augment import rand_augment_transform
 
     moved = int(min(recipe.size) * MOVED)
-    return rand_augment_transform(recipe.auto_augment, {"translate_const": moved, "img_mean": GREY})
+    given = {"translate_const": moved, "img_mean": GREY, "interpolation": Image.Resampling.BICUBIC}
+    try:
+        return rand_augment_transform(recipe.auto_augment, given)
+    except Exception as error:  # timm asserts, and raises what a wrong number or name makes
+        expected = "expected RandAugment as timm writes it, such as rand-m9-mstd0.5-inc1"
+        raise InputError("auto_augment", recipe.auto_augment, expected) from error
 
 
 @contextmanager
@@ -143,7 +164,7 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         try:
             yield
         finally:

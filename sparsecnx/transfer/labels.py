@@ -161,6 +161,17 @@ def subset(classes: NDArray[Any], share: float, seed: int) -> NDArray[Any]:
     return np.sort(np.concatenate(chosen))
 
 
+def fingerprint(labelled: Labelled) -> Fingerprint:
+    """Return the hashes of images, and of their classes with the names."""
+    found = labelled.source.fingerprint()
+    return found._replace(names=hashed([found.names.encode(), labelled.classes.astype("<i8").tobytes()]))
+
+
+def share_of(labelled: Labelled, recipe: Any) -> Labelled:
+    """Return the images whose labels a recipe trains on."""
+    return labelled if recipe.labels == 1 else labelled.part(subset(labelled.classes, recipe.labels, recipe.seed))
+
+
 def open_labelled(data: str, argument: str, reading: Mapping[str, Any]) -> tuple[Source, Sequence[str]]:
     """Return a source and the names of the classes of its entries, see `find_labelled`; errors name `argument`."""
     try:

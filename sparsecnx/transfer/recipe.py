@@ -48,9 +48,11 @@ class TransferRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for field in ("transform", "masks"):  # code that a file could name
+            self._expect(field, getattr(self, field) is None, "none")
         self._expect("num_classes", self.num_classes >= 2, "2 or more")
         self._expect("drop_path_rate", 0 <= self.drop_path_rate < 1, "0 or more, less than 1")
-        self._expect("min_lr", 0 <= self.min_lr < 100, "0 or more, less than 100")
+        self._expect("min_lr", 0 <= self.min_lr <= self.peak_lr, f"0 to the peak learning rate, {self.peak_lr:g}")
         self._expect("layer_decay", 0 < self.layer_decay <= 1, "more than 0, at most 1")
         kinds = ", ".join(LAYER_DECAY_TYPES)
         self._expect("layer_decay_type", self.layer_decay_type in LAYER_DECAY_TYPES, f"one of {kinds}")

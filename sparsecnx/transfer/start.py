@@ -13,14 +13,14 @@ from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.compat.checkpoints import load_encoder
 from sparsecnx.train import contents
 from sparsecnx.train.command import Command
-from sparsecnx.train.data.files import hashed
-from sparsecnx.train.data.source import Fingerprint
+from sparsecnx.train.data.address import trusted
 from sparsecnx.train.loop import Trainer
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.train.start import Start, run
 from sparsecnx.transfer.classifier import FINETUNING, PooledClassifier
+from sparsecnx.transfer.features import load_run
 from sparsecnx.transfer.finetuning import Finetuning
-from sparsecnx.transfer.labels import Labelled, find_labelled, how_read, subset
+from sparsecnx.transfer.labels import Labelled, find_labelled, fingerprint, how_read, share_of
 from sparsecnx.transfer.options import UNUSED as UNUSED_OPTIONS
 from sparsecnx.transfer.options import FinetuneOptions
 from sparsecnx.transfer.recipe import TAKEN, FinetuneRecipe, defaults, taken
@@ -60,12 +60,10 @@ class TransferStart(Start):
         path, given = self.options.checkpoint, self.given
         if path is None:
             return None
-        try:
-            found: Recipe = contents.load(path, given.get("model")).recipe
-        except CheckpointError as error:
-            if given.get("model") is None:
-                raise InputError("checkpoint", path, f"{error}; weights that are no run need --model NAME") from error
+        run = load_run(path, given.get("model"))
+        if run is None:
             return None
+        found: Recipe = run.recipe
         for name in TAKEN:
             if name in given and given[name] != getattr(found, name):
                 has = f"{path} has {getattr(found, name)}"
@@ -102,18 +100,18 @@ class FinetuneStart(TransferStart):
         own = trained.source.defaults(given) if pretrained is None else taken(pretrained)
         fields_of_data = own | given
         recipe = FinetuneRecipe(**{**defaults(fields_of_data), **fields_of_data, "num_classes": len(trained.names)})
-        trained = _share(trained, recipe)
+        trained = share_of(trained, recipe)
         notes = trained.source.describe(recipe, given) if self.processes.main else []
         return self._trainer(recipe, trained, tested, notes)
 
     def resumed(self, checkpoint: Path) -> Trainer:
         notes: list[str] = []
         saved, where = self.read(checkpoint, FINETUNING, notes)
-        test = self.options.test or saved.data.test
+        test = trusted(saved.data.test, self.options.test, "test", "resume", checkpoint)
         trained, tested = find_labelled(str(where), test, how_read(saved.recipe))
         if list(trained.names) != saved.data.classes:
             raise InputError("data", where, f"has other classes than the run, {', '.join(saved.data.classes or ())}")
-        trained = _share(trained, saved.recipe)
+        trained = share_of(trained, saved.recipe)
         trained.source.seen[:] = saved.data.seen or []
         saved = self.continued(saved, trained.source, fingerprint(trained))
         return self._trainer(saved.recipe, trained, tested, notes, saved)
@@ -140,14 +138,3 @@ class FinetuneStart(TransferStart):
 
     def _load(self, model: nn.Module) -> None:
         self.load(model.encoder if isinstance(model, PooledClassifier) else model)
-
-
-def fingerprint(labelled: Labelled) -> Fingerprint:
-    """Return the hashes of images, and of their classes with the names."""
-    found = labelled.source.fingerprint()
-    return found._replace(names=hashed([found.names.encode(), labelled.classes.astype("<i8").tobytes()]))
-
-
-def _share(labelled: Labelled, recipe: FinetuneRecipe) -> Labelled:
-    """Return the images whose labels a recipe trains on."""
-    return labelled if recipe.labels == 1 else labelled.part(subset(labelled.classes, recipe.labels, recipe.seed))

@@ -7,11 +7,12 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from sparsecnx.common.errors import InputError
 from sparsecnx.train.data.crops import Batch
 from sparsecnx.train.data.order import mix
 from sparsecnx.train.learner import Learner, Pass
-from sparsecnx.train.log import RunLog
-from sparsecnx.train.loop import Trainer
+from sparsecnx.train.log import SKIPPED, TESTS, RunLog, read_line
+from sparsecnx.train.loop import MOST_NAMED, Trainer
 
 
 class Transfer(Trainer):
@@ -29,18 +30,23 @@ class Transfer(Trainer):
     """
 
     learns: ClassVar[type[Learner]]
+    extends = False
 
     def __init__(self, *others: Any, trained: Any, tested: Any, start: Callable[[Any], None], **options: Any) -> None:
         self.trained, self.tested, self.start = trained, tested, start
         super().__init__(*others, **options)
+        try:
+            tested.source.check(self.recipe)
+        except InputError as error:
+            raise InputError("test", *error.args[1:]) from error
         begun = self.options.checkpoint
         self.pretrained = begun and os.path.abspath(begun)
         if self.saved is not None:
             self.pretrained = self.saved.data.pretrained
 
     @abstractmethod
-    def test(self, network: Any) -> dict[str, float]:
-        """Return what a test of a network finds, by name; all processes call it."""
+    def test(self, network: Any) -> tuple[dict[str, float], dict[str, str]]:
+        """Return what a test of a network finds, by name, and the images that cannot be read; all processes call it."""
 
     def make_learner(self) -> Learner:
         learner = self.learns(self.recipe, self.options, self.processes, self.saved)
@@ -63,17 +69,33 @@ class Transfer(Trainer):
         test = self.tested.source.place if apart else None
         return super().places() | {"test": test, "checkpoint": self.pretrained}
 
+    def tests_after(self, epoch: int) -> bool:
+        """Return whether the network is tested after so many epochs."""
+        every = self.options.test_every
+        return epoch == self.recipe.epochs or (every > 0 and epoch % every == 0)
+
+    def epoch_ended(self) -> bool:
+        path = self.folder.folder / TESTS
+        lines = path.read_text().splitlines() if path.exists() else []
+        tested = {line["step"] for line in map(read_line, lines) if line is not None}
+        return not self.tests_after(self.step // self.steps_per_epoch) or self.step in tested
+
     def end_epoch(self, epoch: int, log: RunLog) -> None:
         """Test the network, and its moving average where there is one."""
-        every = self.options.test_every or 0
-        if epoch != self.recipe.epochs and (not every or epoch % every):
+        if not self.tests_after(epoch):
             return
         networks = {"": self.learner.model}
         if self.learner.average is not None:
             networks["ema_"] = self.learner.average.module
         values: dict[str, float] = {}
+        unread: dict[str, str] = {}
         for prefix, network in networks.items():
-            values |= {f"{prefix}{name}": value for name, value in self.test(network).items()}
+            found, skipped = self.test(network)
+            values |= {f"{prefix}{name}": value for name, value in found.items()}
+            unread |= skipped
         told = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if "/" not in name)
         self.processes.together(lambda: log.evaluation(values))
-        log.say(f"epoch {epoch}: tested on {len(self.tested.source)} images: {told}")
+        for name in sorted(unread)[:MOST_NAMED] if self.processes.main else []:
+            log.say(f"{SKIPPED} {self.tested.source.noun} {name} ({unread[name]})")
+        tested = len(self.tested.source) - len(unread)
+        log.say(f"epoch {epoch}: tested on {tested} {self.tested.source.noun}s: {told}")

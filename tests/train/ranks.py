@@ -25,7 +25,8 @@ import torch.distributed.fsdp
 from small_runs import use_tiny_models
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-import sparsecnx.train.command  # noqa: F401
+import sparsecnx.train.command
+import sparsecnx.transfer.start  # noqa: F401
 from sparsecnx import cli
 from sparsecnx.train.loop import Trainer
 
@@ -53,7 +54,8 @@ def pretrain(rank: int, arguments: list[str], kill: list[int] | None) -> int:
         return step(trainer, *others)
 
     Trainer.train_step = step_or_die
-    return cli.main(["pretrain", *(argument.replace("-RANK", f"-{rank}") for argument in arguments)])
+    named = arguments if arguments[0] == "finetune" else ["pretrain", *arguments]
+    return cli.main([argument.replace("-RANK", f"-{rank}") for argument in named])
 
 
 def be_rank(rank: int, world: int, port: int, arguments: list[str], kill: list[int] | None) -> int:

@@ -5,11 +5,13 @@ import math
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from cases import assert_close
 from PIL import Image
-from small_runs import logged, train
+from small_runs import logged, signal_after, train
 from test_probe import KINDS, write
+from test_processes import expect_close, in_ranks  # noqa: F401 (a fixture)
 
 from sparsecnx import models
 from sparsecnx.cli import main
@@ -21,6 +23,7 @@ from sparsecnx.train.learner import Pass
 from sparsecnx.train.schedule import learning_rate
 from sparsecnx.transfer.classifier import FINETUNING, build_classifier, layer_groups
 from sparsecnx.transfer.evaluate import Scores, evaluate
+from sparsecnx.transfer.features import load_pretrained
 from sparsecnx.transfer.finetuning import Classifying, seeded
 from sparsecnx.transfer.options import FinetuneOptions
 from sparsecnx.transfer.recipe import FinetuneRecipe
@@ -143,6 +146,82 @@ def test_a_run_learns_and_goes_on(pictures, checkpoint, tmp_path, capsys):
     assert (out / "confusion.png").is_file()
     with pytest.raises(InputError, match=r"out is .*evaluation: holds results already"):
         evaluate(parts / "last.pt", out=out)
+
+
+def test_a_test_that_a_signal_cut_off_is_made_up_for(pictures, checkpoint, tmp_path, monkeypatch):
+    assert tune(checkpoint, pictures, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        signal_after(12, patch)
+        assert tune(checkpoint, pictures, tmp_path / "cut") == 143
+    assert tune(None, None, tmp_path / "cut", resume="newest") == 0
+    assert (tmp_path / "cut" / "tests.jsonl").read_text() == (tmp_path / "whole" / "tests.jsonl").read_text()
+
+
+def test_a_fine_tuned_network_is_tuned_on_and_probed(pictures, checkpoint, tmp_path):
+    assert tune(checkpoint, pictures, tmp_path / "first", epochs=1) == 0
+    first = tmp_path / "first" / "last.pt"
+    given = {"image_size": 96, "epochs": 1, "base_lr": 1e-12, "min_lr": 0.0}
+    assert tune(first, pictures, tmp_path / "second", **given) == 0
+    before, after = (load(tmp_path / name / "last.pt", kind=FINETUNING) for name in ("first", "second"))
+    assert after.recipe.image_size == 96 and after.data.pretrained == str(first)
+    assert_close(after.model["stages.3.0.pwconv1.weight"], before.model["stages.3.0.pwconv1.weight"], 1e-6)
+    assert load_pretrained(first).recipe.image_size == 64
+
+
+def test_files_alone_run_no_code(pictures, checkpoint, tmp_path):
+    assert tune(checkpoint, pictures, tmp_path / "run", epochs=1) == 0
+    code = "python:no_such_module:make"
+    for part, name, value in (("data", "test", code), ("recipe", "transform", code), ("recipe", "masks", "a:b")):
+        state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+        state[part][name] = value
+        torch.save(state, tmp_path / "bad.pt")
+        with pytest.raises(InputError, match=r"runs only with --data python:|expected none"):
+            evaluate(tmp_path / "bad.pt")
+        with pytest.raises(InputError, match=r"runs only with --test python:|expected none"):
+            tune(None, None, tmp_path / "other", resume=str(tmp_path / "bad.pt"))
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    state["data"] |= {"test": None, "folder": code}
+    torch.save(state, tmp_path / "bad.pt")
+    with pytest.raises(InputError, match="runs only with --data python:"):
+        evaluate(tmp_path / "bad.pt")
+
+
+def test_images_that_were_held_out_are_those_of_the_run(pictures, checkpoint, tmp_path):
+    flat = pictures / "train"
+    assert tune(checkpoint, flat, tmp_path / "run", epochs=1) == 0
+    found = evaluate(tmp_path / "run" / "last.pt", workers=0, device="cpu")
+    tests = json.loads((tmp_path / "run" / "tests.jsonl").read_text())
+    assert found.overall()["top1"] == tests["top1"] and len(found.classes) == 6
+    (flat / "red").rename(flat / "aaa")
+    with pytest.raises(InputError, match=r"data is .*train: its images changed since the run"):
+        evaluate(tmp_path / "run" / "last.pt", out=tmp_path / "out")
+
+
+def test_images_to_test_on_are_looked_at_first(pictures, checkpoint, tmp_path, capsys):
+    (pictures / "val" / "red" / "1.png").write_bytes(b"no image")
+    assert tune(checkpoint, pictures, tmp_path / "run", epochs=1) == 0
+    said = capsys.readouterr().out
+    assert "skipped unreadable image red/1.png" in said and "tested on 11 images" in said
+    deep = np.zeros((5, 64, 64), np.uint8)
+    tifffile.imwrite(pictures / "val" / "blue" / "0.tif", deep, photometric="minisblack", planarconfig="separate")
+    with pytest.raises(InputError, match=r"test is .*val: holds blue/0.tif, which"):
+        tune(checkpoint, pictures, tmp_path / "other")
+
+
+def test_two_processes_tune_as_one_does(in_ranks, pictures, checkpoint, tmp_path):  # noqa: F811 (a fixture)
+    base = ["finetune", str(checkpoint), f"--data={pictures}", "--device=cpu", "--workers=0", "--random-erasing=0"]
+    base += [f"--{name.replace('_', '-')}={value}" for name, value in FIELDS.items()]
+    ways = {"two": [], "shard": ["--shard", "--ema-decay=0.9"], "odd": ["--batch-size=6", "--mixup=0.8"]}
+    runs = in_ranks(*[[2, [*base, f"--output={tmp_path / name}", *more]] for name, more in ways.items()])
+    assert [run["codes"] for run in runs] == [[0, 0], [0, 0], [2, 2]], [run["output"] for run in runs]
+    assert "expected an even number for each of the 2 processes" in runs[2]["output"][0]
+    assert tune(checkpoint, pictures, tmp_path / "one", random_erasing=0.0, ema_decay=0.9) == 0
+    for name in ("two", "shard"):
+        expect_close(logged(tmp_path / name), logged(tmp_path / "one"))
+        found, expected = (
+            json.loads((tmp_path / run / "tests.jsonl").read_text().splitlines()[-1]) for run in (name, "one")
+        )
+        assert found == pytest.approx({key: expected[key] for key in found}, rel=1e-3)
 
 
 def encoder():

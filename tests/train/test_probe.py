@@ -107,7 +107,7 @@ def test_weights_of_other_programs_need_the_name_of_their_network(pictures, tmp_
         load_pretrained(tmp_path / "weights.pt")
     found = load_pretrained(tmp_path / "weights.pt", "atto", 64)
     assert torch.equal(found.encoder.stages[3][0].norm.weight, encoder.stages[3][0].norm.weight)
-    with pytest.raises(InputError, match=r"checkpoint is .*no weights of femto"):
+    with pytest.raises(InputError, match=r"checkpoint is .*weights.pt is a ConvNeXt V2 atto .*expected"):
         load_pretrained(tmp_path / "weights.pt", "femto", 64)
 
 

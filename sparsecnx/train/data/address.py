@@ -79,6 +79,27 @@ def runs_code(data: str | None) -> bool:
     return data is not None and data.startswith("python:")
 
 
+def trusted(saved: str | None, given: str | None, option: str, argument: str, path: object) -> str | None:
+    """Return the address that the user gave, or that of a checkpoint, which alone runs no code and writes nowhere.
+
+    Args:
+        saved: what the file says.
+        given: what the user said; None for nothing.
+        option: of the command that names it.
+        argument: what an error blames.
+        path: the file.
+
+    Raises:
+        InputError: the file names Python code.
+    """
+    if given is not None:
+        return given
+    where = of_checkpoint(saved)
+    if runs_code(where):
+        raise InputError(argument, path, f"its data are Python code, {where}, which runs only with --{option} {where}")
+    return where
+
+
 def of_checkpoint(data: str | None) -> str | None:
     """Return an address that a checkpoint holds without the options that choose where to write. A user alone does."""
     address = None if data is None else parse(data)

@@ -83,7 +83,7 @@ def central_crop(pixels: Tensor, size: tuple[int, ...], share: float = 1.0) -> T
     """Resize `(C, H, W)` until a share of its sides just covers `size`, and cut out the centre, `(C, *size)`."""
     sides = pixels.shape[1:]
     scale = max(wanted / share / side for wanted, side in zip(size, sides, strict=True))
-    height, width = (max(wanted, int(side * scale)) for wanted, side in zip(size, sides, strict=True))
+    height, width = (max(wanted, int(side * scale + 1e-6)) for wanted, side in zip(size, sides, strict=True))
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
     return resize(pixels, (height, width))[:, top : top + size[0], left : left + size[1]]
 

@@ -13,6 +13,7 @@ from torch import nn
 from sparsecnx.common.errors import InputError
 from sparsecnx.train import contents
 from sparsecnx.train.command import Command
+from sparsecnx.train.data.address import trusted
 from sparsecnx.train.data.source import Source
 from sparsecnx.train.loop import Trainer
 from sparsecnx.train.start import run
@@ -86,7 +87,8 @@ class SegmentStart(TransferStart):
     def resumed(self, checkpoint: Path) -> Trainer:
         notes: list[str] = []
         saved, where = self.read(checkpoint, SEGMENTATION, notes)
-        trained, tested = find_maps(str(where), self.options.test or saved.data.test, how_read(saved.recipe))
+        test = trusted(saved.data.test, self.options.test, "test", "resume", checkpoint)
+        trained, tested = find_maps(str(where), test, how_read(saved.recipe))
         trained.seen[:] = saved.data.seen or []
         saved = self.continued(saved, trained, trained.fingerprint())
         return self._trainer(saved.recipe, trained, tested, tuple(saved.data.classes or ()), notes, saved)

@@ -110,12 +110,13 @@ class Segmentation(Transfer):
     def own_callbacks(self) -> list[Callback]:
         return [Pictures(PREDICTIONS)]
 
-    def test(self, network: Any) -> dict[str, float]:
+    def test(self, network: Any) -> tuple[dict[str, float], dict[str, str]]:
         """Test in all processes: each a part of the images, or all of them where they hold parts of the network."""
         rank, world = (0, 1) if self.options.shard else (self.processes.rank, self.processes.world)
         places = range(rank, len(self.tested.source), world)
         found = map_scores(network, self.whole, places, self.trained.names, self.learner.device, self.workers)
-        return MapScores.joined([found] if self.options.shard else self.processes.gathered(found)).overall()
+        scores = MapScores.joined([found] if self.options.shard else self.processes.gathered(found))
+        return scores.overall(), scores.skipped
 
     def end_epoch(self, epoch: int, log: RunLog) -> None:
         """Test the network, and draw what it predicts."""
