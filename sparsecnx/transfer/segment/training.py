@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsecnx.common.errors import InputError
+from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.models import SIZES, ConvNeXtV2Encoder
 from sparsecnx.train.callbacks import Callback
 from sparsecnx.train.code import TIMM
-from sparsecnx.train.contents import Kind
+from sparsecnx.train.contents import Kind, load
 from sparsecnx.train.data.crops import Crops
 from sparsecnx.train.drawing import Pictures
 from sparsecnx.train.learner import Inputs, Learner, Pass
@@ -61,6 +62,25 @@ def layer_groups(model: Any, recipe: SegmentRecipe) -> list[dict[str, Any]]:
 
 
 SEGMENTATION = Kind("segment", SegmentRecipe, build_segmenter, layer_groups)
+
+
+def load_segmenter(path: str | Path, model: str | None = None) -> nn.Module:
+    """Return the network of a run of `sparsecnx segment`, its moving average where it has one, in evaluation mode.
+
+    Args:
+        path: a checkpoint of the run.
+        model: its `module:factory`, if it has one: a file alone runs no code.
+
+    Raises:
+        InputError: the file cannot be read, or is of another command.
+    """
+    try:
+        saved = load(path, model, SEGMENTATION)
+    except CheckpointError as error:
+        raise InputError("checkpoint", path, str(error)) from error
+    network = build_segmenter(saved.recipe)
+    network.load_state_dict(saved.ema or saved.model)
+    return network.eval()
 
 
 class Segmenting(Learner):
