@@ -21,8 +21,8 @@ from sparsecnx.train.contents import load
 from sparsecnx.transfer.segment import segmenter
 from sparsecnx.transfer.segment.maps import find_maps
 from sparsecnx.transfer.segment.recipe import SegmentRecipe
+from sparsecnx.transfer.segment.scores import MapScores
 from sparsecnx.transfer.segment.start import SegmentOptions, segment
-from sparsecnx.transfer.segment.test import MapScores
 from sparsecnx.transfer.segment.training import SEGMENTATION, build_segmenter, layer_groups, load_segmenter
 
 SMALL = {

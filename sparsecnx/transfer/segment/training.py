@@ -23,7 +23,7 @@ from sparsecnx.transfer.classifier import grouped, layers_of
 from sparsecnx.transfer.segment.crops import MapCrops
 from sparsecnx.transfer.segment.network import segmenter
 from sparsecnx.transfer.segment.recipe import MAPS, SegmentRecipe
-from sparsecnx.transfer.segment.test import MapScores, draw_predictions, map_scores
+from sparsecnx.transfer.segment.scores import MapScores, draw_predictions, map_scores
 from sparsecnx.transfer.trainer import Transfer
 
 PREDICTIONS = "predictions"  # names the pictures of a run
@@ -119,6 +119,7 @@ class Segmentation(Transfer):
         if self.recipe.architecture == "upernet" and each == 1:
             expected = f"expected 2 or more for each of the {self.processes.world} processes"
             raise InputError("batch_size", self.recipe.batch_size, expected)
+        self.tested.source.check(self.recipe)
         self.whole.check_maps("test" if self.options.test else "data")
         return MapCrops(self.source, self.recipe)
 
