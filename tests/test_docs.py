@@ -31,6 +31,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "docs/wrapping.md": (),
     "docs/after-pretraining.md": ("timm", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime"),
     "docs/detection.md": ("torchvision",),
+    "docs/segmentation.md": ("timm", "segmentation_models_pytorch"),
     "docs/elsewhere.md": ("huggingface_hub", "safetensors"),
     "docs/checkpoints.md": ("transformers", "safetensors"),
 }

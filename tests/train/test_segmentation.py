@@ -21,9 +21,9 @@ from sparsecnx.train.contents import load
 from sparsecnx.transfer.segment import segmenter
 from sparsecnx.transfer.segment.maps import find_maps
 from sparsecnx.transfer.segment.recipe import SegmentRecipe
+from sparsecnx.transfer.segment.scores import MapScores
 from sparsecnx.transfer.segment.start import SegmentOptions, segment
-from sparsecnx.transfer.segment.test import MapScores
-from sparsecnx.transfer.segment.training import SEGMENTATION, build_segmenter, layer_groups
+from sparsecnx.transfer.segment.training import SEGMENTATION, build_segmenter, layer_groups, load_segmenter
 
 SMALL = {
     "model": "atto",
@@ -108,7 +108,11 @@ def test_a_stopped_run_goes_on_with_the_same_losses(scenes, tmp_path, monkeypatc
     assert logged(parts) == logged(whole)
     assert scores_of(parts) == scores_of(whole)
     assert "ema_miou" in scores_of(whole)[0]
-    assert load(whole / "last.pt", kind=SEGMENTATION).recipe.num_classes == 3
+    network, saved = load_segmenter(whole / "last.pt"), load(whole / "last.pt", kind=SEGMENTATION)
+    assert network(torch.zeros(1, 3, 64, 96)).shape == (1, 3, 64, 96)
+    torch.testing.assert_close(network.state_dict(), saved.ema)
+    with pytest.raises(InputError, match="checkpoint"):
+        load_segmenter(scenes / "images" / "0.png")
 
 
 @pytest.mark.parametrize("origin", ["fcmae", "spark", "timm"])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsecnx.common.errors import InputError
+from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.models import SIZES, ConvNeXtV2Encoder
 from sparsecnx.train.callbacks import Callback
 from sparsecnx.train.code import TIMM
-from sparsecnx.train.contents import Kind
+from sparsecnx.train.contents import Kind, load
 from sparsecnx.train.data.crops import Crops
 from sparsecnx.train.drawing import Pictures
 from sparsecnx.train.learner import Inputs, Learner, Pass
@@ -22,7 +23,7 @@ from sparsecnx.transfer.classifier import grouped, layers_of
 from sparsecnx.transfer.segment.crops import MapCrops
 from sparsecnx.transfer.segment.network import segmenter
 from sparsecnx.transfer.segment.recipe import MAPS, SegmentRecipe
-from sparsecnx.transfer.segment.test import MapScores, draw_predictions, map_scores
+from sparsecnx.transfer.segment.scores import MapScores, draw_predictions, map_scores
 from sparsecnx.transfer.trainer import Transfer
 
 PREDICTIONS = "predictions"  # names the pictures of a run
@@ -63,6 +64,25 @@ def layer_groups(model: Any, recipe: SegmentRecipe) -> list[dict[str, Any]]:
 SEGMENTATION = Kind("segment", SegmentRecipe, build_segmenter, layer_groups)
 
 
+def load_segmenter(path: str | Path, model: str | None = None) -> nn.Module:
+    """Return the network of a run of `sparsecnx segment`, its moving average where it has one, in evaluation mode.
+
+    Args:
+        path: a checkpoint of the run.
+        model: its `module:factory`, if it has one: a file alone runs no code.
+
+    Raises:
+        InputError: the file cannot be read, or is of another command.
+    """
+    try:
+        saved = load(path, model, SEGMENTATION)
+    except CheckpointError as error:
+        raise InputError("checkpoint", path, str(error)) from error
+    network = build_segmenter(saved.recipe)
+    network.load_state_dict(saved.ema or saved.model)
+    return network.eval()
+
+
 class Segmenting(Learner):
     """The segmenter of a run, see `Learner`."""
 
@@ -99,6 +119,7 @@ class Segmentation(Transfer):
         if self.recipe.architecture == "upernet" and each == 1:
             expected = f"expected 2 or more for each of the {self.processes.world} processes"
             raise InputError("batch_size", self.recipe.batch_size, expected)
+        self.tested.source.check(self.recipe)
         self.whole.check_maps("test" if self.options.test else "data")
         return MapCrops(self.source, self.recipe)
 
