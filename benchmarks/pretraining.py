@@ -47,7 +47,7 @@ def write_photographs(folder: Path, count: int) -> None:
     torch.manual_seed(0)
     for number in range(count):
         pixels = source.read(number % len(source), Recipe())
-        (top, left), (height, width) = random_box(pixels.shape[1:], (HEIGHT, WIDTH), 0.3)
+        (top, left), (height, width) = random_box(pixels.shape[1:], (HEIGHT, WIDTH), 0.3, (1, 1))
         crop = resize(pixels[:, top : top + height, left : left + width], (HEIGHT, WIDTH))
         Image.fromarray(crop.permute(1, 2, 0).numpy()).save(folder / f"{number:03d}.jpg", quality=90)
 
