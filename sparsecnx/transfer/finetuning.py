@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ CLASS = "class"  # names the labels of a batch
 # timm's policies mix with this grey, and move by this share of the side, as its own training does.
 GREY = (124, 116, 104)
 MOVED = 0.45
+ATTEMPTS = 10  # at a change that Pillow takes
 
 
 class LabelledCrops(Crops):
@@ -39,10 +40,17 @@ class LabelledCrops(Crops):
     def crop(self, place: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
         crop, _ = super().crop(place, seed)
         if self.augment is not None:
-            with seeded(mix(seed, "augment")):
-                changed = self.augment(Image.fromarray(crop.permute(1, 2, 0).numpy()))
-            crop = torch.from_numpy(np.array(changed)).permute(2, 0, 1)
+            crop = torch.from_numpy(np.array(self._augmented(crop, seed))).permute(2, 0, 1)
         return crop, {CLASS: torch.tensor(self.classes[place])}
+
+    def _augmented(self, crop: Tensor, seed: int) -> Image.Image:
+        """Return a crop as RandAugment changes it. Pillow 12 refuses 0 bits, which timm draws at times."""
+        picture = Image.fromarray(crop.permute(1, 2, 0).numpy())
+        for attempt in range(ATTEMPTS):
+            with seeded(mix(seed, "augment", attempt)), suppress(ValueError):
+                changed: Image.Image = self.augment(picture)
+                return changed
+        return picture
 
 
 class Classifying(Learner):

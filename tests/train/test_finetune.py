@@ -19,14 +19,16 @@ from sparsecnx.common.errors import InputError
 from sparsecnx.models.convnextv2 import Size
 from sparsecnx.train.command import parse
 from sparsecnx.train.contents import load
+from sparsecnx.train.data.crops import Draw
 from sparsecnx.train.learner import Pass
 from sparsecnx.train.schedule import learning_rate
 from sparsecnx.transfer.classifier import FINETUNING, build_classifier, layer_groups
 from sparsecnx.transfer.evaluate import Scores, evaluate
 from sparsecnx.transfer.features import load_pretrained
-from sparsecnx.transfer.finetuning import Classifying, seeded
+from sparsecnx.transfer.finetuning import Classifying, LabelledCrops, seeded
+from sparsecnx.transfer.labels import find_labelled
 from sparsecnx.transfer.options import FinetuneOptions
-from sparsecnx.transfer.recipe import FinetuneRecipe
+from sparsecnx.transfer.recipe import RAND_AUGMENT, FinetuneRecipe
 from sparsecnx.transfer.start import FINETUNE, finetune
 
 pytest.importorskip("timm", reason="needs the extra [finetune]")
@@ -307,6 +309,17 @@ def test_batches_are_mixed_and_erased_as_timm_does_it():
         assert_close(found.given["target"], target, 1e-7)
         logits = made.model(found.images)
         assert_close(made.losses(found, None)[0], -(target * logits.log_softmax(1)).sum(1).mean(), 1e-6)
+
+
+def test_crops_that_pillow_refuses_are_changed_in_another_way(pictures):
+    """RandAugment keeps 0 bits at times, of which Pillow 12 makes an error."""
+    trained, _ = find_labelled(str(pictures))
+    recipe = FinetuneRecipe(**FIELDS, num_classes=3, auto_augment=RAND_AUGMENT)
+    crops = LabelledCrops(trained.source, recipe, trained.classes)
+    found = [crops[Draw(i % 24, i)] for i in range(300)]
+    assert not any(sample.unreadable for sample in found) and len({sample.image.sum().item() for sample in found}) > 200
+    assert all(sample.targets["class"] == trained.classes[i % 24] for i, sample in enumerate(found))
+    assert torch.equal(crops[Draw(5, 5)].image, found[5].image)
 
 
 def test_scores_are_those_of_their_definitions():
