@@ -112,7 +112,8 @@ def probe(
     recipe = networks[0].recipe
     parts = find_labelled(data, test, how_read(recipe))
     if few := [name for share in shares for name in _too_few(parts[0], share)]:
-        raise InputError("data", data, f"has too few images of {few[0]} for {min(shares):g} of the labels")
+        problem = f"expected larger shares: {min(shares):g} of the images of {few[0]} is less than one"
+        raise InputError("labels", " ".join(f"{share:g}" for share in shares), problem)
     say(_described(parts))
 
     found: dict[tuple[str, str, float], list[float]] = {}
