@@ -1,7 +1,7 @@
 """Make a small data set to segment: pieces of brick, grass and gravel on photographs, with their label maps.
 
     python examples/segmentation.py data/materials
-    sparsecnx segment --data data/materials --model atto --image-size 128 --small-data
+    sparsecnx segment --model atto --data data/materials --small-data --image-size 64 --crop-area null --epochs 24
 
 The pixels are real: the photographs and textures in scikit-image, in grey, with brightness and contrast drawn for each
 piece, so that neither tells the material. The maps are exact, since the pieces are cut out here: discs, triangles and
