@@ -180,7 +180,11 @@ def three_parts(folder):
         (one_class, {}, "data is .*train: has 1 classes .blue.; expected 2"),
         (three_parts, {}, "data is .*pictures: has val, test beside train; expected one folder"),
         (None, {"shares": (0,)}, "labels is .0,.: expected shares of the labels, more than 0, at most 1"),
-        (None, {"shares": (0.01,)}, "labels is 0.01: expected larger shares: 0.01 of the images of blue is less than one"),
+        (
+            None,
+            {"shares": (0.01,)},
+            "labels is 0.01: expected larger shares: 0.01 of the images of blue is less than one",
+        ),
         (None, {"seeds": 0}, "seeds is 0: expected 1 or more"),
         (None, {"image_size": 70}, "image_size is 70: expected a multiple of the patch size"),
         (None, {"test": "nowhere"}, "test is nowhere: no such folder"),
