@@ -28,8 +28,8 @@ from sparsecnx.transfer.recipe import TAKEN, FinetuneRecipe, defaults, taken
 FINETUNE = Command(
     "finetune",
     "Train a classifier from a pretrained network with the published recipes of ConvNeXt V2: sparsecnx finetune "
-    "CHECKPOINT --data FOLDER. Ctrl-C and SIGTERM save a checkpoint and exit with 130 and 143; --resume goes on from it "
-    "with the same losses. Under torchrun all processes train one network.",
+    "CHECKPOINT --data FOLDER. Ctrl-C and SIGTERM save a checkpoint and exit with 130 and 143; --resume goes on from "
+    "it with the same losses. Under torchrun all processes train one network.",
     FinetuneOptions,
     FinetuneRecipe,
     files("sparsecnx.transfer") / "recipes",

@@ -183,7 +183,7 @@ def three_parts(folder):
         (
             None,
             {"shares": (0.01,)},
-            "labels is 0.01: expected larger shares: 0.01 of the images of blue is less than one",
+            "labels is 0.01: expected larger shares: 0.01 of the images of blue",
         ),
         (None, {"seeds": 0}, "seeds is 0: expected 1 or more"),
         (None, {"image_size": 70}, "image_size is 70: expected a multiple of the patch size"),
