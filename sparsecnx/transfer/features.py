@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparsecnx.common.errors import CheckpointError, InputError
 from sparsecnx.compat.checkpoints import load_encoder
+from sparsecnx.models import SIZES, ConvNeXtV2Encoder
 from sparsecnx.models.encoders import stages_of
 from sparsecnx.train import checkpoint, contents
 from sparsecnx.train.contents import PRETRAINING, Contents
 from sparsecnx.train.data.crops import Crops
 from sparsecnx.train.data.loader import leave_signals_to_parent
 from sparsecnx.train.data.scale import normalize
-from sparsecnx.train.networks import build_model
+from sparsecnx.train.networks import encoder_options, foreign_encoder
 from sparsecnx.train.recipe import Recipe
 from sparsecnx.transfer.classifier import FINETUNING
 from sparsecnx.transfer.labels import Labelled
@@ -48,7 +49,7 @@ def load_pretrained(path: str | Path, model: str | None = None, image_size: Any 
     """Return the network of a checkpoint, of a run or of weights alone.
 
     Args:
-        path: a checkpoint of `sparsecnx pretrain`, or a file that `load_encoder` reads.
+        path: a checkpoint of `sparsecnx pretrain` or `finetune`, or a file that `load_encoder` reads.
         model: for a file of weights alone its network, see `Recipe.model`; for a run its `module:factory`, if it has
             one: a file alone runs no code.
         image_size: sides of the images, see `Recipe`; None for those of the run.
@@ -63,7 +64,7 @@ def load_pretrained(path: str | Path, model: str | None = None, image_size: Any 
         encoder = encoder_of(recipe)
     else:
         sizes |= {"image_size": saved.recipe.image_size, **sizes, "crop_area": 1.0 if saved.recipe.ndim == 2 else None}
-        recipe = Recipe(**{name: getattr(saved.recipe, name) for name in TAKEN}, **sizes)
+        recipe = Recipe(**{name: getattr(saved.recipe, name) for name in (*TAKEN, "mask_ratio")}, **sizes)
         encoder = encoder_of(recipe)
     try:
         load_encoder(encoder, path)
@@ -91,11 +92,18 @@ def load_run(path: str | Path, model: str | None) -> Contents | None:
 
 
 def encoder_of(recipe: Recipe, seed: int = 0) -> nn.Module:
-    """Return the network of a recipe with random weights, in evaluation mode."""
+    """Return the network of a recipe with random weights, in evaluation mode.
+
+    Raises:
+        InputError: it is for other channels or dimensions than the data.
+    """
     torch.manual_seed(seed)
-    network: Any = build_model(recipe)
-    encoder: nn.Module = network.encoder
-    return encoder.eval()
+    if recipe.model in SIZES:
+        return ConvNeXtV2Encoder(**encoder_options(recipe)).eval()
+    try:
+        return foreign_encoder(recipe).eval()
+    except ValueError as error:
+        raise InputError("model", recipe.model, str(error)) from error
 
 
 def pooled(encoder: nn.Module) -> Callable[[Tensor], Tensor]:

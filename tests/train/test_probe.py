@@ -85,6 +85,15 @@ def test_features_are_means_of_the_last_map(pictures, checkpoint):
     assert not skipped
 
 
+def test_a_network_that_goes_on_dense_below_its_patch_is_probed(pictures, tmp_path):
+    given = {"model": "timm:resnet18", "method": "spark", "patch_size": 16, "below_tile": "dense"}
+    assert train(pictures / "train", tmp_path / "run", epochs=1, **given) == 0
+    network = load_pretrained(tmp_path / "run" / "last.pt")
+    saved = load(tmp_path / "run" / "last.pt").model
+    assert torch.equal(network.encoder.conv1.weight, saved["encoder.conv1.weight"])
+    assert pooled(network.encoder)(torch.zeros(2, 3, 64, 64)).shape == (2, 512)
+
+
 def test_images_of_other_sizes_are_whole_and_centred(checkpoint, tmp_path):
     generator = np.random.default_rng(0)
     for kind in KINDS:
